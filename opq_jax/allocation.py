@@ -1,0 +1,539 @@
+"""How much of every leaf to prune, and how finely to quantize what is left.
+
+`allocate` reads a pretrained parameter tree once and solves one of two problems in closed form:
+
+  * `sparsity` and `bits`, the two targets of the paper (Hu et al., "OPQ: Compressing Deep Neural
+    Networks with One-shot Pruning-Quantization", AAAI 2021): first a threshold for every leaf
+    that prunes `sparsity` of all weights, then a step for every leaf with which the survivors
+    need `bits` bits on average;
+  * `compression_rate`, one target for both (our derivation): thresholds and steps together, such
+    that the entropy-coded weights are `compression_rate` times smaller than as float32.
+
+Both are least-cost problems sum_i F_i(d_i) in the relative squared errors d_i of the leaves, with
+one Lagrange multiplier for all; see `opq_jax.optimization`.
+"""
+
+import functools
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int32
+
+from opq_jax import laplace, trees
+from opq_jax.optimization import (
+  Channels,
+  minimise_at_bits,
+  minimise_at_rate,
+  minimise_at_sparsity,
+)
+from opq_jax.statistics import (
+  histogram_entropy,
+  histogram_min_step,
+  histogram_moments,
+  leaf_statistics,
+  magnitude_at_rank,
+  per_channel_count,
+)
+from opq_jax.trees import PyTree
+
+Objective = Literal['retained_signal', 'relative_error', 'squared_error']
+OBJECTIVES: tuple[str, ...] = ('retained_signal', 'relative_error', 'squared_error')
+DEFAULT_COMPRESSION_RATE = 10.0
+MAX_LEVELS = 127  # a code is one int8
+# true energy over that of the Laplace density: 1 if it fits, .79 for Gaussian, .67 for uniform,
+# .5 for constant magnitudes; outside of these bounds a leaf is warned about
+LAPLACE_FIT_BOUNDS = (0.55, 3.0)
+
+
+@flax.struct.dataclass
+class LeafAllocation:
+  """What is asked of one leaf of n weights in C output channels; all float32 but `levels`.
+
+  Attributes:
+    scale: tau_j, mean |w| of every channel.
+    threshold: beta; a weight survives where |w| > beta.
+    sparsity: predicted share of the leaf's weights that is pruned.
+    step: Delta, the width of a cell; positive.
+    offset: where in a cell its value lies; the first value of the grid is threshold + offset.
+    levels: cells a sign, 0 (everything is pruned) ... 127.
+    bits: b_j = 1 + log2(max(1, reach_j / Delta)) of every channel: what a survivor of the channel
+      needs at a fixed width, sign included.  Bits per surviving weight.
+    error: predicted ||w - w^||^2 / ||w||^2.
+    entropy: predicted zeroth-order entropy of the codes, bits per weight of the leaf.
+    laplace_fit: E[w^2] over 2 mean_j tau_j^2, its value under the Laplace density: 1 where the
+      density fits, .79 for Gaussian weights, .67 for uniform ones, far above 1 for heavy tails.
+      NaN where only closed forms were asked for.
+    shape: the leaf's shape.
+    channel_axis: the axis of its output channels.
+
+  Predictions are from the leaf's true histogram, or from the Laplace density where only closed
+  forms were asked for.
+  """
+
+  scale: Float32[Array, 'channels']
+  threshold: Float32[Array, '']
+  sparsity: Float32[Array, '']
+  step: Float32[Array, '']
+  offset: Float32[Array, '']
+  levels: Int32[Array, '']
+  bits: Float32[Array, 'channels']
+  error: Float32[Array, '']
+  entropy: Float32[Array, '']
+  laplace_fit: Float32[Array, '']
+  shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
+  channel_axis: int = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class Allocation:
+  """What is asked of a whole tree.
+
+  Attributes:
+    tree: the parameters' own tree, with a `LeafAllocation` where a leaf is compressed and None
+      where it passes through.
+  """
+
+  tree: PyTree
+
+
+def is_compressible(path: str, leaf: Any) -> bool:
+  """The default choice of what is compressed: floating leaves of two or more dimensions.
+
+  >>> is_compressible('params/kernel', jnp.zeros((3, 2))), is_compressible('bias', jnp.zeros(2))
+  (True, False)
+  """
+  del path
+  return jnp.ndim(leaf) >= 2 and _is_floating(leaf)
+
+
+def allocate(
+  params: PyTree,
+  *,
+  sparsity: float | Array | None = None,
+  bits: float | Array | None = None,
+  compression_rate: float | Array | None = None,
+  objective: Objective | PyTree = 'retained_signal',
+  compressible: Callable[[str, Any], bool] = is_compressible,
+  channel_axis: int | Callable[[str, Any], int] = -1,
+  corrected: bool = True,
+) -> Allocation:
+  """How much of every leaf to prune, and the one grid that all its channels share.
+
+  With E_i the pruning error, D_i the total squared error, R_i the entropy of the codes and b_ij
+  the bits that channel j of leaf i needs at a fixed width (`opq_jax.laplace`):
+
+    sparsity, bits:    minimise sum_i F_i(E_i)  subject to  sum_i n_i p_i = sparsity * n,  then
+                       minimise sum_i F_i(D_i)  subject to  sum_ij m_ij b_ij = bits * sum_ij m_ij
+    compression_rate:  minimise sum_i F_i(D_i)  subject to  sum_i n_i R_i = 32 n / compression_rate
+
+  All rates are against float32, whatever the dtype of a leaf.
+
+  Args:
+    params: any pytree of arrays: params, or whole Flax variables.
+    sparsity: share of all compressed weights to prune, in [0, 1).  Together with `bits`.
+    bits: mean bits of a surviving weight at a fixed width, its sign included; 1 ... 7.98.
+    compression_rate: 32 bits over the entropy of the codes per weight.  Without any target it is
+      10.
+    objective: with S_i the energy of leaf i under the Laplace density,
+      * 'retained_signal': F_i = -log(1 - D_i / S_i), the log of the squared correlation of a leaf
+        with its original: correlations multiply along a chain of layers (our derivation);
+      * 'relative_error': F_i = D_i / S_i;
+      * 'squared_error': F_i = D_i, a common threshold, the plain reading of the paper;
+      * a pytree like `params` with a positive number omega_i at every compressed leaf:
+        F_i = omega_i D_i.
+    compressible: (path, leaf) -> whether a leaf is compressed, with paths like
+      'params/Conv_0/kernel'; by default every floating leaf of two or more dimensions.
+      Leaves without elements always pass through.
+    channel_axis: axis of the output channels, or (path, leaf) -> axis.  A vector is one channel.
+    corrected: whether to correct the closed form against one true histogram a leaf.  Then the
+      entropy of `compression_rate` is the codes' own (within 1e-4), thresholds prune exactly the
+      share that each leaf is given, `bits` counts the true survivors, and a leaf with a few
+      outliers clips them rather than waste its 127 levels on reaching them.  Without, the answer
+      is that of the Laplace density: a sixth of the time.
+
+  Returns:
+    An `Allocation`.  The call is pure and may be traced (`jit`, `vmap` over targets,
+    `eval_shape`); checks of values are only made where the values are concrete.
+
+  Raises:
+    ValueError: an empty tree, or nothing to compress in it; targets missing, contradictory, out of
+      range or beyond what 127 levels a sign can hold; a leaf that is NaN, infinite or not
+      floating; an objective that does not match the tree.  The message names the path.
+
+  Warns:
+    UserWarning: leaves whose weights are far from the Laplace density (`laplace_fit`).
+
+  >>> import jax
+  >>> params = {'kernel': jax.random.laplace(jax.random.key(0), (256, 64)), 'bias': jnp.zeros(64)}
+  >>> leaf = allocate(params, compression_rate=16.0).tree['kernel']
+  >>> round(float(leaf.entropy), 2), round(float(leaf.sparsity), 1)
+  (2.0, 0.5)
+  """
+  targets = _check_targets(sparsity, bits, compression_rate)
+  named = trees.named_leaves(params)
+  chosen = _choose(named, compressible)
+  leaves = [named[name] for name in chosen]
+  axes = tuple(
+    channel_axis(name, named[name]) if callable(channel_axis) else channel_axis for name in chosen
+  )
+  for name, leaf, axis in zip(chosen, leaves, axes, strict=True):
+    if not -leaf.ndim <= axis < leaf.ndim:
+      raise ValueError(f'{name}: found channel_axis {axis}, expected an axis of shape {leaf.shape}')
+  omegas = None if isinstance(objective, str) else _check_omegas(params, objective, chosen)
+  if isinstance(objective, str) and objective not in OBJECTIVES:
+    raise ValueError(f'objective: found {objective!r}, expected one of {OBJECTIVES} or a pytree')
+  kind = objective if omegas is None else 'omegas'
+  per_leaf, per_channel = _allocate(leaves, targets, omegas, kind, axes, corrected)
+  if not _is_traced((per_leaf, per_channel)):
+    # numpy: XLA would compile hundreds of slices, for seconds
+    per_leaf, per_channel = jax.device_get((per_leaf, per_channel))
+    _check_values(chosen, leaves, axes, per_leaf, per_channel, targets)
+  ends = np.cumsum([_channel_count(leaf, axis) for leaf, axis in zip(leaves, axes, strict=True)])
+  solved = {}
+  for i, (name, leaf, axis) in enumerate(zip(chosen, leaves, axes, strict=True)):
+    at = slice(ends[i] - _channel_count(leaf, axis), ends[i])
+    solved[name] = LeafAllocation(
+      **{field: values[i] for field, values in per_leaf.items()},
+      **{field: values[at] for field, values in per_channel.items()},
+      shape=tuple(leaf.shape),
+      channel_axis=axis,
+    )
+  if not _is_traced(solved):
+    solved = jax.device_put(solved)
+  structure = jax.tree.structure(params)
+  return Allocation(jax.tree.unflatten(structure, [solved.get(name) for name in named]))
+
+
+@functools.partial(jax.jit, static_argnames=('objective', 'axes', 'corrected'))
+def _allocate(
+  leaves: list[Array],
+  targets: dict[str, Array],
+  omegas: list[Array] | None,
+  objective: str,
+  axes: tuple[int, ...],
+  corrected: bool,
+) -> tuple[dict[str, Array], dict[str, Array]]:
+  """The fields of all leaves' `LeafAllocation`: those per leaf, and those per channel, joined."""
+  stats = [
+    leaf_statistics(leaf, axis, histogram=corrected)
+    for leaf, axis in zip(leaves, axes, strict=True)
+  ]
+  dtype = jnp.result_type(float)
+  sizes = [len(s.scale) for s in stats]
+  n = sum(leaf.size for leaf in leaves)
+  tree = _Tree(
+    scale=jnp.concatenate([s.scale for s in stats]).astype(dtype),
+    maximum=jnp.concatenate([s.maximum for s in stats]).astype(dtype),
+    histogram=jnp.stack([s.histogram for s in stats]) if corrected else None,
+    share=jnp.asarray(np.repeat([s.per_channel / n for s in stats], sizes), dtype),
+    leaf=np.repeat(np.arange(len(stats)), sizes),
+    leaves=len(leaves),
+    rounding=np.asarray([2.0 ** -(jnp.finfo(leaf.dtype).nmant + 1) for leaf in leaves]),
+  )
+  channels, unit = _channels(tree, omegas, objective)
+  if 'compression_rate' in targets:
+    threshold, step = minimise_at_rate(
+      channels,
+      32 / targets['compression_rate'].astype(dtype),
+      functools.partial(_measure, tree, channels, unit) if corrected else None,
+    )
+    threshold = threshold * unit
+  else:
+    threshold = minimise_at_sparsity(channels, targets['sparsity'].astype(dtype))
+    left = 1 - laplace.pruned_fraction(threshold[tree.leaf], channels.scale)
+    left = channels.share * left
+    threshold = threshold * unit
+    if corrected:
+      pruned = 1 - channels.sum(left) / channels.leaf_share()
+      weights_and_ranks = zip(leaves, stats, pruned, strict=True)
+      threshold = jnp.stack(
+        [
+          magnitude_at_rank(w, s, jnp.round(p * w.size).astype(jnp.int32))
+          for w, s, p in weights_and_ranks
+        ]
+      )
+      counts = [
+        per_channel_count(w, t, axis)
+        for w, t, axis in zip(leaves, threshold, axes, strict=True)
+      ]
+      threshold = threshold.astype(dtype)
+      left = jnp.concatenate(counts).astype(dtype) / n
+    reach = jnp.maximum(tree.maximum - threshold[tree.leaf], 0) / unit[tree.leaf]
+    step = minimise_at_bits(channels, targets['bits'].astype(dtype), threshold / unit, left, reach)
+  return _describe(tree, channels, unit, threshold, step * unit)
+
+
+class _Tree(NamedTuple):
+  """The statistics of all leaves, joined; in the units of the weights.
+
+  Attributes:
+    scale, maximum: see `LeafStatistics`, all channels one after the other.
+    histogram: of every leaf, or None.
+    share: of all weights, of every channel.
+    leaf: which leaf a channel belongs to.
+    leaves: how many leaves.
+    rounding: relative error of rounding a value to each leaf's dtype.
+  """
+
+  scale: Float[Array, 'channels']
+  maximum: Float[Array, 'channels']
+  histogram: Int32[Array, 'leaves 2 bins'] | None
+  share: Float[Array, 'channels']
+  leaf: np.ndarray
+  leaves: int
+  rounding: np.ndarray
+
+  def largest(self) -> Float[Array, 'leaves']:
+    """The largest |w| of every leaf."""
+    return jax.ops.segment_max(self.maximum, self.leaf, self.leaves, indices_are_sorted=True)
+
+
+def _channels(
+  tree: _Tree, omegas: list[Array] | None, objective: str
+) -> tuple[Channels, Float[Array, 'leaves']]:
+  """The problem in dimensionless form, and the unit of length t_i of every leaf."""
+  dtype = tree.scale.dtype
+  largest = tree.largest()
+  is_alive = largest > 0
+  safe = jnp.where(is_alive, largest, 1)
+  total = functools.partial(
+    jax.ops.segment_sum,
+    segment_ids=tree.leaf,
+    num_segments=tree.leaves,
+    indices_are_sorted=True,
+  )
+  # tau / max lies in [0, 1]: no square of it overflows or, where it counts, underflows
+  scale = tree.scale / safe[tree.leaf]
+  share = total(tree.share)
+  spread = jnp.where(is_alive, jnp.sqrt(total(tree.share * scale * scale) / share), 1)
+  unit = safe * spread
+  min_step = safe / MAX_LEVELS
+  if tree.histogram is not None:
+    min_step = jax.vmap(histogram_min_step, in_axes=(0, 0, None))(tree.histogram, safe, MAX_LEVELS)
+  # rounding to a narrow dtype moves a value by at most an eighth of a step: it stays in its cell
+  min_step = jnp.maximum(min_step, safe * jnp.asarray(8 * tree.rounding, dtype))
+  price = None
+  if objective == 'squared_error' or omegas is not None:
+    log_price = jnp.log(share) + 2 * jnp.log(unit)
+    if omegas is not None:
+      log_price += jnp.log(jnp.stack(omegas).astype(dtype))
+    price = jnp.exp(log_price - jnp.max(jnp.where(is_alive, log_price, -jnp.inf)))
+  elif objective == 'relative_error':
+    price = jnp.ones_like(unit)
+  channels = Channels(
+    # a leaf of zeros is solved as if its scales were 1, and overruled in the end
+    scale=jnp.where(is_alive[tree.leaf], scale / spread[tree.leaf], 1),
+    share=tree.share,
+    leaf=tree.leaf,
+    leaves=tree.leaves,
+    price=price,
+    min_step=jnp.where(is_alive, min_step / unit, 1e-3),
+  )
+  return channels, unit
+
+
+def _measure(
+  tree: _Tree,
+  channels: Channels,
+  unit: Float[Array, 'leaves'],
+  threshold: Float[Array, 'leaves'],
+  step: Float[Array, 'leaves'],
+) -> Float[Array, '']:
+  """The true entropy of thresholds and steps in units of t_i, bits per weight of the tree."""
+  entropy = histogram_entropy(tree.histogram, tree.largest() / unit, threshold, step)
+  return jnp.sum(channels.leaf_share() * entropy)
+
+
+def _describe(
+  tree: _Tree,
+  channels: Channels,
+  unit: Float[Array, 'leaves'],
+  threshold: Float[Array, 'leaves'],
+  step: Float[Array, 'leaves'],
+) -> tuple[dict[str, Array], dict[str, Array]]:
+  """Everything that is said of the leaves, given their thresholds and steps."""
+  largest = tree.largest()
+  is_alive = largest > 0
+  threshold = jnp.where(is_alive, threshold, 0)
+  step = jnp.where(is_alive, step, 1)
+  share = channels.leaf_share()
+  # a reach that is a whole number of steps up to rounding needs no cell more
+  cells = jnp.ceil(jnp.maximum(largest - threshold, 0) / step * (1 - 1e-5))
+  levels = jnp.minimum(cells, MAX_LEVELS)
+  inner = threshold / unit, step / unit
+  if tree.histogram is not None:
+    entropy = histogram_entropy(tree.histogram, largest / unit, *inner)
+    moments = jax.vmap(histogram_moments)(tree.histogram, largest / unit, *inner, levels)
+    energy, offset, error, sparsity = moments
+    error = error / jnp.maximum(energy, jnp.finfo(error.dtype).tiny)
+    fit = energy / 2
+  else:
+    at, width = inner[0][tree.leaf], inner[1][tree.leaf]
+    left = channels.share * (1 - laplace.pruned_fraction(at, channels.scale))
+    offset = channels.sum(left * laplace.survivor_offset(width, channels.scale))
+    offset = offset / jnp.maximum(channels.sum(left), jnp.finfo(left.dtype).tiny)
+    kept = channels.share * laplace.retained_energy(at, width, channels.scale)
+    error = 1 - channels.sum(kept) / (2 * share)
+    entropy = channels.sum(channels.share * laplace.entropy(at, width, channels.scale)) / share
+    sparsity = 1 - channels.sum(left) / share
+    fit = jnp.full_like(error, jnp.nan)
+  # deeper inside its cell than rounding to a narrow dtype moves a value, so that it stays there
+  margin = step / 64 + 1.1 * jnp.asarray(tree.rounding, step.dtype) * largest
+  margin = jnp.minimum(margin, step / 2)
+  reach = jnp.maximum(tree.maximum - threshold[tree.leaf], 0) / step[tree.leaf]
+  per_leaf = {
+    'threshold': threshold,
+    'sparsity': jnp.where(is_alive, sparsity, 1),
+    'step': step,
+    'offset': jnp.clip(offset * unit, margin, step - margin),
+    'levels': levels,
+    'error': jnp.where(is_alive, error, 0),
+    'entropy': jnp.where(is_alive, entropy, 0),
+    'laplace_fit': jnp.where(is_alive, fit, 1),
+  }
+  per_leaf = {name: value.astype(jnp.float32) for name, value in per_leaf.items()}
+  per_leaf['levels'] = levels.astype(jnp.int32)
+  per_channel = {
+    'scale': tree.scale.astype(jnp.float32),
+    'bits': (1 + jnp.log2(jnp.clip(reach, 1, MAX_LEVELS))).astype(jnp.float32),
+  }
+  return per_leaf, per_channel
+
+
+def _channel_count(leaf: Array, axis: int) -> int:
+  return leaf.shape[axis] if leaf.ndim > 1 else 1
+
+
+def _is_traced(tree: PyTree) -> bool:
+  return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def _is_floating(leaf: Any) -> bool:
+  return hasattr(leaf, 'dtype') and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _choose(named: dict[str, Any], compressible: Callable[[str, Any], bool]) -> list[str]:
+  """The paths of the leaves to compress."""
+  if not named:
+    raise ValueError('params: found an empty tree, expected at least one array')
+  chosen = []
+  for name, leaf in named.items():
+    if not compressible(name, leaf) or jnp.size(leaf) == 0:
+      continue
+    if not _is_floating(leaf):
+      kind = getattr(leaf, 'dtype', type(leaf).__name__)
+      raise ValueError(f'{name}: found {kind}, expected a floating dtype to compress')
+    if jnp.ndim(leaf) == 0:
+      raise ValueError(f'{name}: found a scalar, expected at least one dimension to compress')
+    chosen.append(name)
+  if not chosen:
+    raise ValueError(
+      f'params: found no leaf to compress among {list(named)[:10]}, '
+      'expected at least one floating leaf of two or more dimensions'
+    )
+  return chosen
+
+
+def _check_targets(
+  sparsity: float | Array | None, bits: float | Array | None, compression_rate: float | Array | None
+) -> dict[str, Array]:
+  """The targets that were asked for, as float32 arrays."""
+  if compression_rate is not None and (sparsity is not None or bits is not None):
+    raise ValueError(
+      'found compression_rate together with sparsity or bits, expected either the one or the others'
+    )
+  if (sparsity is None) != (bits is None):
+    found = 'sparsity' if bits is None else 'bits'
+    raise ValueError(f'found {found} alone, expected sparsity and bits together')
+  if sparsity is None and compression_rate is None:
+    compression_rate = DEFAULT_COMPRESSION_RATE
+  bounds = {
+    'sparsity': (0.0, 1.0, '0 <= sparsity < 1'),
+    'bits': (1.0, 1 + math.log2(MAX_LEVELS), '1 <= bits < 7.98, what 127 levels a sign can hold'),
+    'compression_rate': (4.0, math.inf, 'compression_rate >= 4: a code has at most 8 bits'),
+  }
+  targets = {'sparsity': sparsity, 'bits': bits, 'compression_rate': compression_rate}
+  checked = {}
+  for name, value in targets.items():
+    if value is None:
+      continue
+    low, high, expected = bounds[name]
+    if not isinstance(value, jax.core.Tracer):
+      if np.ndim(value) != 0:
+        raise ValueError(f'{name}: found shape {np.shape(value)}, expected a number (use jax.vmap)')
+      if not low <= float(value) < high:
+        raise ValueError(f'{name}: found {float(value)}, expected {expected}')
+    checked[name] = jnp.asarray(value, jnp.float32)
+  return checked
+
+
+def _check_omegas(params: PyTree, objective: PyTree, chosen: list[str]) -> list[Array]:
+  """The weights omega_i of the compressed leaves, from a pytree like `params`."""
+  try:
+    found = jax.tree.structure(params).flatten_up_to(objective)
+  except (ValueError, TypeError, KeyError) as error:
+    raise ValueError(
+      f'objective: found {jax.tree.structure(objective)}, expected the tree of the parameters '
+      f'with a number at every compressed leaf, or one of {OBJECTIVES}'
+    ) from error
+  by_name = dict(zip(trees.named_leaves(params), found, strict=True))
+  for name in chosen:
+    omega = by_name[name]
+    if omega is None or jnp.ndim(omega) != 0:
+      shape = None if omega is None else jnp.shape(omega)
+      raise ValueError(f'{name}: found an objective of shape {shape}, expected one number')
+    if not isinstance(omega, jax.core.Tracer) and not 0 < float(omega) < math.inf:
+      raise ValueError(f'{name}: found an objective of {float(omega)}, expected a positive number')
+  return [jnp.asarray(by_name[name], jnp.float32) for name in chosen]
+
+
+def _check_values(
+  names: list[str],
+  leaves: list[Array],
+  axes: tuple[int, ...],
+  per_leaf: dict[str, np.ndarray],
+  per_channel: dict[str, np.ndarray],
+  targets: dict[str, Array],
+) -> None:
+  """Checks of what came out: finite weights, a rate that is met, a density that fits."""
+  ends = np.cumsum([_channel_count(leaf, axis) for leaf, axis in zip(leaves, axes, strict=True)])
+  is_finite = np.isfinite(per_channel['scale'])
+  if not is_finite.all():
+    first = int(np.argmin(is_finite))
+    i = int(np.searchsorted(ends, first, side='right'))
+    channel = first - (ends[i - 1] if i else 0)
+    raise ValueError(
+      f'{names[i]}: found NaN or infinite weights (channel {channel} of axis {axes[i]}), '
+      'expected finite ones'
+    )
+  if 'compression_rate' in targets:
+    sizes = np.array([leaf.size for leaf in leaves])
+    asked = 32 / float(targets['compression_rate'])
+    found = float(np.sum(per_leaf['entropy'] * sizes) / np.sum(sizes))
+    if abs(found / asked - 1) > 0.005:
+      side = 'most' if found < asked else 'least'
+      raise ValueError(
+        f'compression_rate: found at {side} {found:.4g} bits per weight with {MAX_LEVELS} levels a '
+        f'sign, a rate of {32 / max(found, 1e-9):.4g}; expected {asked:.4g}, a rate of '
+        f'{32 / asked:.4g}'
+      )
+  low, high = LAPLACE_FIT_BOUNDS
+  misfits = [
+    f'{name} ({fit:.2f})'
+    for name, fit in zip(names, per_leaf['laplace_fit'], strict=True)
+    if fit < low or fit > high
+  ]
+  if misfits:
+    warnings.warn(
+      'the Laplace density, on which the allocation rests, is far from the weights of '
+      f'{", ".join(misfits)}: found E[w^2] over its value under the density, expected '
+      f'{low} ... {high}',
+      UserWarning,
+      stacklevel=3,
+    )

@@ -1,0 +1,448 @@
+"""The three constrained problems of an allocation, over the channels of all leaves at once.
+
+Units.  Leaf i has n_i weights in channels of scales tau_ij.  Its lengths are measured in
+t_i = sqrt(sum_j n_ij tau_ij^2 / n_i), so that its Laplace energy is 2 per weight, and
+
+    d_i = D_i / (2 n_i)                                  its relative squared error, in [0, 1]
+
+is what the objective sum_i F_i(d_i) is made of: F_i = a_i d_i for the objectives that are linear in
+the errors, F_i = -log(1 - d_i) for `retained_signal`.  Counts are shares of all weights, so a
+constraint reads "per weight".
+
+    sparsity   minimise sum F_i(E_i)   subject to  sum n_ij p(beta_i; tau_ij)   = sparsity
+    bits       minimise sum F_i(D_i)   subject to  sum m_ij b_ij(Delta_i)       = bits * sum m_ij
+    rate       minimise sum F_i(D_i)   subject to  sum n_ij R(beta_i, Delta_i)  = bits per weight
+
+`sparsity` and `bits` are the paper's two steps (Hu et al., AAAI 2021); `rate`, the stationarity
+conditions as written here and all algorithms are our own derivation.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from opq_jax import laplace
+
+_LOG2 = math.log(2.0)
+# mu / tau^2 at which a leaf counts as pruned entirely: fewer than 1e-6 of its weights survive
+_ALL_PRUNED = 12.0
+
+
+class Channels(NamedTuple):
+  """The channels of all leaves, one after the other.
+
+  Attributes:
+    scale: tau_ij in units of t_i, or 0 for a channel of zeros.
+    share: n_ij / n, the channel's share of all weights.
+    leaf: which leaf each channel belongs to, ascending; concrete.
+    leaves: how many leaves.
+    price: a_i of a linear objective, or None for `retained_signal`.
+    min_step: least Delta_i, in units of t_i: what the largest grid (127 levels) can reach.
+  """
+
+  scale: Float[Array, 'channels']
+  share: Float[Array, 'channels']
+  leaf: Int[np.ndarray, 'channels']
+  leaves: int
+  price: Float[Array, 'leaves'] | None
+  min_step: Float[Array, 'leaves']
+
+  def sum(self, x: Float[Array, 'channels *more']) -> Float[Array, 'leaves *more']:
+    """Sums over the channels of each leaf."""
+    # without the barrier XLA computes x one by one inside the scatter's loop, not vectorised
+    x = jax.lax.optimization_barrier(x)
+    return jax.ops.segment_sum(x, self.leaf, self.leaves, indices_are_sorted=True)
+
+  def leaf_share(self) -> Float[Array, 'leaves']:
+    return self.sum(self.share)
+
+  def log_price(self, retained: Float[Array, 'leaves']) -> Float[Array, 'leaves']:
+    """log F_i'(d_i), given 1 - d_i."""
+    if self.price is not None:
+      return jnp.log(self.price)
+    return -jnp.log(jnp.maximum(retained, jnp.finfo(retained.dtype).tiny))
+
+  def cost(self, retained: Float[Array, '...']) -> Float[Array, '...']:
+    """F_i(d_i), given 1 - d_i with the leaves on the first axis."""
+    if self.price is not None:
+      return (1 - retained) * self.price.reshape(-1, *[1] * (retained.ndim - 1))
+    return -jnp.log(jnp.maximum(retained, jnp.finfo(retained.dtype).tiny))
+
+
+def minimise_at_sparsity(
+  channels: Channels, sparsity: Float[Array, '']
+) -> Float[Array, 'leaves']:
+  """Thresholds beta_i, in units of t_i, that prune `sparsity` of all weights at the least cost.
+
+  E' / p' = beta^2 whatever the scale, so stationarity is  F_i'(E_i) beta_i^2 / (2 n_i) = lambda
+  for every leaf.
+  """
+  share = channels.leaf_share()
+
+  def conditions(z: Array, multiplier: Array) -> tuple[Array, Array]:
+    threshold = jnp.exp(z[:, 0])[channels.leaf]
+    left = channels.share * (1 - laplace.pruned_fraction(threshold, channels.scale))
+    energy = jnp.square(threshold + channels.scale) + jnp.square(channels.scale)
+    left, kept = channels.sum(jnp.stack([left, left * energy], axis=1)).T
+    log_price = channels.log_price(kept / (2 * share))
+    return (2 * z[:, 0] + log_price - jnp.log(2 * share) - multiplier)[:, None], left
+
+  density = jnp.maximum(1 - sparsity, 1e-6)
+  start = jnp.full((channels.leaves, 1), jnp.log(jnp.maximum(-jnp.log(density), 1e-6)))
+  multiplier = jnp.mean(conditions(start, jnp.zeros_like(sparsity))[0])
+  z, _ = _newton(conditions, start, multiplier, density)
+  return jnp.where(sparsity > 0, jnp.exp(z[:, 0]), 0)
+
+
+def minimise_at_rate(
+  channels: Channels,
+  bits: Float[Array, ''],
+  measure: Callable[[Array, Array], Array] | None = None,
+) -> tuple[Float[Array, 'leaves'], Float[Array, 'leaves']]:
+  """Thresholds and steps, in units of t_i, whose codes have an entropy of `bits` per weight.
+
+  With mu_i = 2 lambda n_i / F_i'(d_i), s_ij = exp(-beta_i / tau_ij) and
+  kappa(d) = d / (4 sinh(d/2)^2), a stationary leaf meets
+
+    beta_i^2 sum_j w_j = sum_j w_j [V_ij + mu_i (log2(exp(beta_i / tau_ij) - 1) + C_ij)],
+                                                                     w_j = n_ij s_ij / tau_ij
+    sum_j n_ij s_ij tau_ij kappa_ij (d_ij coth(d_ij / 2) - 2) = mu_i / ln 2
+                                                       * sum_j n_ij s_ij kappa_ij / tau_ij
+
+  With a single scale the second line is mu = tau^2 ln 2 (d coth(d/2) - 2): the step in closed
+  form.  That solution starts a Newton iteration on all leaves and lambda together, which is exact
+  for leaves of any scales.  Where the second line would ask for a step below `min_step`, the step
+  is `min_step`.
+
+  Args:
+    channels: the problem.
+    bits: allowed entropy, bits per weight over all leaves.
+    measure: the true entropy of thresholds and steps (units of t_i), bits per weight over all
+      leaves.  If given, lambda is corrected until `measure` meets `bits`; everything else stays
+      in closed form.
+
+  Returns:
+    thresholds, steps.
+  """
+  conditions = functools.partial(_rate_conditions, channels)
+  z, multiplier = _single_scale_start(channels, bits)
+
+  def is_off(carry: tuple) -> Array:
+    i, _, _, _, measured = carry
+    return (i == 0) | ((i < 12) & (jnp.abs(measured / bits - 1) > 1e-4))
+
+  def solve(carry: tuple) -> tuple:
+    i, z, multiplier, asked, measured = carry
+    asked = asked * jnp.clip(bits / measured, 0.5, 2.0)
+    z, multiplier = _newton(conditions, z, multiplier, asked)
+    measured = bits if measure is None else measure(jnp.exp(z[:, 0]), jnp.exp(z[:, 1]))
+    return i + 1, z, multiplier, asked, measured
+
+  carry = jax.lax.while_loop(is_off, solve, (0, z, multiplier, bits, bits))
+  return jnp.exp(carry[1][:, 0]), jnp.exp(carry[1][:, 1])
+
+
+def minimise_at_bits(
+  channels: Channels,
+  bits: Float[Array, ''],
+  threshold: Float[Array, 'leaves'],
+  survivors: Float[Array, 'channels'],
+  reach: Float[Array, 'channels'],
+) -> Float[Array, 'leaves']:
+  """Steps Delta_i, in units of t_i, with which survivors need `bits` bits on average.
+
+  b_ij = 1 + log2(max(1, r_ij / Delta_i)) is what channel j needs: a sign, and an index into the
+  part of the shared grid that it reaches.  Delta V' rises up to Delta = 3.49 tau only, so a leaf's
+  Lagrangian may have two minima, a fine grid and one cell a sign, and b_ij has a kink in every
+  channel.  Neither matters to a grid search on the dual (`_dual_search`).  Where one leaf jumps
+  from one minimum to the other just at the multiplier that meets the budget, each of the two is
+  tried, with the other leaves meeting the budget, and the cheaper kept.
+
+  Args:
+    channels: the problem.
+    bits: per surviving weight.
+    threshold: beta_i in units of t_i.
+    survivors: m_ij / n, the share of all weights that survives in each channel.
+    reach: r_ij >= 0, largest surviving |w| - beta_i of each channel, in units of t_i.
+  """
+  share = channels.leaf_share()
+  pruned = laplace.pruning_error(threshold[channels.leaf], channels.scale)
+  pruned = channels.sum(channels.share * pruned)
+  tiny = jnp.finfo(survivors.dtype).tiny
+  total = jnp.maximum(jnp.sum(survivors), tiny)
+  log_reach = jnp.log(jnp.maximum(reach, tiny))
+
+  def evaluate(log_step: Float[Array, 'leaves grid']) -> tuple[Array, Array]:
+    """Cost of every leaf, and its bits per survivor of the tree, at a grid of steps."""
+    y = log_step[channels.leaf]  # [channels, grid]
+    scale = jnp.broadcast_to(channels.scale[:, None], y.shape)
+    error = survivors[:, None] * laplace.survivor_error(jnp.exp(y), scale)
+    needed = survivors[:, None] * (1 + jnp.maximum(log_reach[:, None] - y, 0) / _LOG2)
+    retained = 1 - (channels.sum(error) + pruned[:, None]) / (2 * share[:, None])
+    return channels.cost(retained), channels.sum(needed) / total
+
+  search = functools.partial(_dual_search, evaluate, bits)
+  low = jnp.log(channels.min_step)
+  high = jax.ops.segment_max(
+    log_reach, channels.leaf, channels.leaves, indices_are_sorted=True
+  )
+  high = jnp.maximum(high, low)
+
+  def may_improve(carry: tuple) -> Array:
+    i, _, _, _, found = carry
+    return (i < 6) & found.has_gap
+
+  def branch(carry: tuple) -> tuple:
+    i, low, high, best, found = carry
+    is_split = jnp.arange(channels.leaves) == found.leaf
+    fine = low, jnp.where(is_split, found.split, high)
+    coarse = jnp.where(is_split, found.split, low), high
+    lows, highs = (jnp.stack(pair) for pair in zip(fine, coarse, strict=True))
+    tried = jax.lax.map(lambda box: search(*box), (lows, highs))
+    pick = jnp.argmin(tried.cost)
+    found = jax.tree.map(lambda x: x[pick], tried)
+    best = jax.tree.map(lambda new, old: jnp.where(found.cost < best.cost, new, old), found, best)
+    return i + 1, lows[pick], highs[pick], best, found
+
+  found = search(low, high)
+  best = jax.lax.while_loop(may_improve, branch, (0, low, high, found, found))[3]
+  return jnp.exp(best.log_step)
+
+
+class _Found(NamedTuple):
+  """What one dual search found; `leaf` jumps across `split` where `has_gap`."""
+
+  log_step: Float[Array, 'leaves']
+  cost: Float[Array, '']
+  has_gap: Array
+  leaf: Array
+  split: Array
+
+
+def _dual_search(
+  evaluate: Callable[[Array], tuple[Array, Array]],
+  bits: Float[Array, ''],
+  low: Float[Array, 'leaves'],
+  high: Float[Array, 'leaves'],
+) -> _Found:
+  """The best log steps between `low` and `high`, by bisection of the multiplier on a grid.
+
+  Given the multiplier every leaf takes the best point of its own grid; the multiplier is bisected;
+  the grid is refined around the choices.  Just under the final multiplier the
+  choices need too many bits, just over it too few, and at most one leaf differs: mixing the two
+  meets the budget exactly.
+  """
+  def choose(grid: Array, cost: Array, need: Array, log_multiplier: Array) -> Array:
+    picked = jnp.argmin(cost + jnp.exp(log_multiplier) * need, axis=1)[:, None]
+    return jnp.take_along_axis(jnp.stack([grid, need]), picked[None], axis=2)[:, :, 0]
+
+  points = jnp.linspace(0, 1, 25, dtype=low.dtype)[None]
+
+  def refine(i: Array, carry: tuple) -> tuple:
+    low, high, many, few, first = carry
+    grid = low[:, None] + (high - low)[:, None] * points
+    pick = functools.partial(choose, grid, *evaluate(grid))
+
+    def bisect(_: Array, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
+      under, over = bracket
+      middle = (under + over) / 2
+      too_many = jnp.sum(pick(middle)[1]) > bits
+      return jnp.where(too_many, middle, under), jnp.where(too_many, over, middle)
+
+    edge = jnp.asarray(30.0, low.dtype)
+    bracket = jax.lax.fori_loop(0, 45, bisect, (-edge, edge))
+    many, few = (pick(m)[0] for m in bracket)
+    width = (high - low) / (points.size - 1)
+    inner = jnp.maximum(jnp.minimum(many, few) - width, low)
+    outer = jnp.minimum(jnp.maximum(many, few) + width, high)
+    return inner, outer, many, few, jnp.where(i == 0, jnp.stack([many, few]), first)
+
+  carry = low, high, low, high, jnp.stack([low, high])
+  _, _, many, few, first = jax.lax.fori_loop(0, 5, refine, carry)
+
+  def mix(t: Array) -> Array:
+    return (1 - t) * many + t * few
+
+  def close(_: Array, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
+    under, over = bracket
+    t = (under + over) / 2
+    too_many = jnp.sum(evaluate(mix(t)[:, None])[1]) > bits
+    return jnp.where(too_many, t, under), jnp.where(too_many, over, t)
+
+  zero = jnp.zeros((), low.dtype)
+  t = jax.lax.fori_loop(0, 30, close, (zero, zero + 1))[1]
+  cost = jnp.sum(evaluate(mix(t)[:, None])[0])
+  jump = jnp.abs(first[0] - first[1])
+  leaf = jnp.argmax(jump)
+  width = (high - low) / (points.size - 1)
+  return _Found(
+    log_step=mix(t),
+    cost=cost,
+    has_gap=jump[leaf] > 1.5 * width[leaf],
+    leaf=leaf,
+    split=jnp.mean(first[:, leaf]),
+  )
+
+
+def _rate_conditions(channels: Channels, z: Array, multiplier: Array) -> tuple[Array, Array]:
+  """Residuals of `minimise_at_rate` at z = log (beta_i, Delta_i, mu_i), and bits of each leaf."""
+  leaf, share = channels.leaf, channels.leaf_share()
+  threshold, step, mu = (jnp.exp(z[:, k])[leaf] for k in range(3))
+  tau = jnp.where(channels.scale > 0, channels.scale, 1)
+  b, d = jnp.minimum(threshold / tau, 80.0), jnp.minimum(step / tau, 80.0)
+  s = jnp.where(channels.scale > 0, channels.share * jnp.exp(-b), 0)
+  variance = laplace.survivor_error(d, jnp.ones_like(d))
+  code_bits = laplace.survivor_entropy(d, jnp.ones_like(d))
+  log_pruned = jnp.log(-jnp.expm1(-b))
+  kappa, gamma = _step_terms(d)
+  # computed once, not once for each of the columns below
+  s, variance, code_bits, log_pruned, kappa, gamma = jax.lax.optimization_barrier(
+    (s, variance, code_bits, log_pruned, kappa, gamma)
+  )
+  error = variance + mu / (tau * tau) * ((b + log_pruned) / _LOG2 + code_bits)
+  pruned_bits = channels.share * jnp.expm1(-b) * log_pruned
+  columns = [
+    s * tau * b * b,
+    s * tau * error,
+    s * tau * kappa * gamma,
+    s / tau * kappa,
+    s * tau * tau * (b * b + 2 * b + 2 - variance),
+    (pruned_bits + s * b) / _LOG2 + s * code_bits,
+  ]
+  squares, errors, finer, coarser, retained, bits = channels.sum(jnp.stack(columns, axis=1)).T
+  prune = 1 - errors / squares
+  quantize = jnp.log(finer / coarser) - z[:, 2] + math.log(_LOG2)
+  quantize = jnp.minimum(quantize, z[:, 1] - jnp.log(channels.min_step))
+  log_mu = jnp.log(2 * share) + multiplier - channels.log_price(retained / (2 * share))
+  largest = jax.ops.segment_max(channels.scale, leaf, channels.leaves, indices_are_sorted=True)
+  balance = z[:, 2] - jnp.minimum(log_mu, math.log(_ALL_PRUNED) + 2 * jnp.log(largest))
+  return jnp.stack([prune, quantize, balance], axis=1), bits
+
+
+def _step_terms(d: Array) -> tuple[Array, Array]:
+  """kappa(d) = d / (4 sinh(d/2)^2) and d coth(d/2) - 2, without cancellation for small d."""
+  kappa = d * jnp.exp(-d) / jnp.square(jnp.expm1(-d))
+  x = d / 2
+  near, far = jnp.minimum(x, 1.0), jnp.maximum(x, 1.0)
+  # Lambert's continued fraction: x coth x - 1 = x^2 / (3 + x^2 / (5 + …))
+  fraction = jnp.full_like(near, 15.0)
+  for odd in range(13, 1, -2):
+    fraction = odd + near * near / fraction
+  return kappa, 2 * jnp.where(x < 1, near * near / fraction, far / jnp.tanh(far) - 1)
+
+
+def _newton(
+  conditions: Callable[[Array, Array], tuple[Array, Array]],
+  start: Float[Array, 'leaves k'],
+  multiplier: Float[Array, ''],
+  target: Float[Array, ''],
+) -> tuple[Float[Array, 'leaves k'], Float[Array, '']]:
+  """Newton's method on the stationarity conditions of all leaves and one constraint.
+
+  A leaf's conditions depend on its own unknowns and the multiplier alone, so k + 1 differences
+  give the Jacobians of all leaves.  Differences, since XLA takes three times as long to compile
+  exact derivatives, and they cost one iteration at most.
+
+  Args:
+    conditions: (z, log lambda) -> residuals [leaves, k] of each leaf's own unknowns z [leaves, k],
+      and the leaf's part [leaves] of what the constraint sums.
+    start: z to begin with; logarithms, so a step of 1 is a factor of e.
+    multiplier: log lambda to begin with.
+    target: what the parts of all leaves sum to.
+
+  Returns:
+    z and log lambda after convergence (to the float's precision, or 60 steps).
+  """
+  leaves, k = start.shape
+  eps = float(jnp.finfo(start.dtype).eps)
+  h = math.sqrt(eps)
+  directions = np.eye(k + 1, dtype=start.dtype)
+  push_z = np.concatenate([np.zeros((1, k)), directions[:, :k]]).astype(start.dtype)
+  push_multiplier = np.concatenate([[0], directions[:, k]]).astype(start.dtype)
+
+  def is_moving(carry: tuple) -> Array:
+    i, _, _, moved = carry
+    return (i < 60) & (moved > 50 * eps)
+
+  def step(carry: tuple) -> tuple:
+    i, z, multiplier, _ = carry
+    residuals, parts = jax.vmap(lambda dz, dm: conditions(z + h * dz[None], multiplier + h * dm))(
+      push_z, push_multiplier
+    )
+    slopes = (residuals[1:] - residuals[:1]) / h  # [unknown, leaves, residual]
+    gradient = (parts[1 : k + 1] - parts[:1]) / h
+    right = jnp.stack([residuals[0], slopes[k]], axis=-1)
+    solved = jnp.linalg.solve(jnp.moveaxis(slopes[:k], 0, -1), right)
+    # a leaf that has run out of room (all pruned) has a singular system: it stays where it is
+    solved = jnp.where(jnp.isfinite(solved), solved, 0)
+    towards, along = -solved[..., 0], -solved[..., 1]
+    slope = jnp.sum(gradient.T * along)
+    missing = target - jnp.sum(parts[0]) - jnp.sum(gradient.T * towards)
+    dm = jnp.clip(missing / jnp.where(jnp.abs(slope) > 0, slope, 1), -2, 2)
+    dz = jnp.clip(towards + dm * along, -1, 1)
+    return i + 1, z + dz, multiplier + dm, jnp.max(jnp.abs(dz))
+
+  infinity = jnp.asarray(jnp.inf, start.dtype)
+  _, z, multiplier, _ = jax.lax.while_loop(is_moving, step, (0, start, multiplier, infinity))
+  return z, multiplier
+
+
+def _single_scale_start(
+  channels: Channels, bits: Float[Array, '']
+) -> tuple[Float[Array, 'leaves 3'], Float[Array, '']]:
+  """z and log lambda as if every leaf had one scale: the exact solution where it has."""
+  table = {k: jnp.asarray(v, channels.scale.dtype) for k, v in _single_scale_table().items()}
+  offset = jnp.log(2 * channels.leaf_share())
+  if channels.price is None:
+    seen = table['log_mu'] - table['log_retained']  # log of mu F'(d)
+  else:
+    seen = table['log_mu']
+    offset -= jnp.log(channels.price)
+  share = channels.leaf_share()
+
+  def look_up(multiplier: Array, column: str) -> Array:
+    return jnp.interp(offset + multiplier, seen, table[column])
+
+  def bisect(_: Array, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
+    low, high = bracket
+    middle = (low + high) / 2
+    too_many = jnp.sum(share * jnp.exp(look_up(middle, 'log_bits'))) > bits
+    return jnp.where(too_many, middle, low), jnp.where(too_many, high, middle)
+
+  bracket = seen[0] - jnp.max(offset), seen[-1] - jnp.min(offset)
+  low, high = jax.lax.fori_loop(0, 30, bisect, bracket)
+  multiplier = (low + high) / 2
+  columns = ('log_threshold', 'log_step', 'log_mu')
+  return jnp.stack([look_up(multiplier, c) for c in columns], axis=1), multiplier
+
+
+@functools.cache
+def _single_scale_table() -> dict[str, np.ndarray]:
+  """The minimiser of D + mu R for tau = 1, over mu; METHOD: one small table serves every layer.
+
+  The step gives mu = ln 2 (d coth(d/2) - 2) in closed form, and b is the larger root of the
+  convex b^2 - mu log2(exp(b) - 1) - V - mu C, to which Newton descends from the right.
+  """
+  d = np.geomspace(1e-4, 20.0, 400)
+  mu = _LOG2 * (d / np.tanh(d / 2) - 2)
+  mu = np.where(d < 1e-2, _LOG2 * d * d / 6, mu)
+  variance = np.where(d < 1e-2, d * d / 12, 1 - (d / 2 / np.sinh(d / 2)) ** 2)
+  code_bits = 1 + (-np.log(-np.expm1(-d)) + d / np.expm1(d)) / _LOG2
+  b = mu / _LOG2 + np.sqrt(variance + mu * code_bits) + 1
+  for _ in range(60):
+    value = b * b - mu * (b + np.log(-np.expm1(-b))) / _LOG2 - variance - mu * code_bits
+    b = b - value / (2 * b - mu / _LOG2 / -np.expm1(-b))
+  s = np.exp(-b)
+  retained = s * (b * b + 2 * b + 2 - variance) / 2
+  entropy = (b * s + np.expm1(-b) * np.log(-np.expm1(-b))) / _LOG2 + s * code_bits
+  inside = mu < _ALL_PRUNED
+  columns = {
+    'log_mu': mu, 'log_threshold': b, 'log_step': d, 'log_retained': retained, 'log_bits': entropy,
+  }  # fmt: skip
+  return {name: np.log(column[inside]) for name, column in columns.items()}
