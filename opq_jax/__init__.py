@@ -1,6 +1,18 @@
-"""opq_jax."""
+"""One-shot pruning and quantization of JAX parameter trees, from the weights alone.
 
-from opq_jax.allocation import Allocation, LeafAllocation, allocate
+    allocation = opq_jax.allocate(params, compression_rate=16.0)
+    state      = opq_jax.init_state(params, allocation)
+    compressed = opq_jax.apply_compression(params, state)
+    opq_jax.save('network.opq', params, state)
+    params, state = opq_jax.load('network.opq')
+
+The method is OPQ (Hu et al., AAAI 2021), with one joint target for pruning and quantization, a
+data-free correction of BatchNorm and an entropy-coded file of our own.
+"""
+
+from opq_jax.allocation import Allocation, LeafAllocation, allocate, is_compressible
+from opq_jax.artifact import OpqFile, load, save
+from opq_jax.batch_norm import correct_batch_norm
 from opq_jax.compression import (
   CompressionState,
   LeafState,
@@ -17,9 +29,14 @@ __all__ = [
   'CompressionState',
   'LeafAllocation',
   'LeafState',
+  'OpqFile',
   'allocate',
   'apply_compression',
+  'correct_batch_norm',
   'decode',
   'encode',
   'init_state',
+  'is_compressible',
+  'load',
+  'save',
 ]

@@ -55,9 +55,11 @@ class Channels(NamedTuple):
 
   def sum(self, x: Float[Array, 'channels *more']) -> Float[Array, 'leaves *more']:
     """Sums over the channels of each leaf."""
-    # without the barrier XLA computes x one by one inside the scatter's loop, not vectorised
-    x = jax.lax.optimization_barrier(x)
     return jax.ops.segment_sum(x, self.leaf, self.leaves, indices_are_sorted=True)
+
+  def sums(self, *columns: Float[Array, 'channels']) -> list[Float[Array, 'leaves']]:
+    """`sum` of each; not stacked, since XLA's CPU backend does not vectorise through a stack."""
+    return [self.sum(column) for column in jax.lax.optimization_barrier(columns)]
 
   def leaf_share(self) -> Float[Array, 'leaves']:
     return self.sum(self.share)
@@ -89,7 +91,7 @@ def minimise_at_sparsity(
     threshold = jnp.exp(z[:, 0])[channels.leaf]
     left = channels.share * (1 - laplace.pruned_fraction(threshold, channels.scale))
     energy = jnp.square(threshold + channels.scale) + jnp.square(channels.scale)
-    left, kept = channels.sum(jnp.stack([left, left * energy], axis=1)).T
+    left, kept = channels.sums(left, left * energy)
     log_price = channels.log_price(kept / (2 * share))
     return (2 * z[:, 0] + log_price - jnp.log(2 * share) - multiplier)[:, None], left
 
@@ -307,15 +309,14 @@ def _rate_conditions(channels: Channels, z: Array, multiplier: Array) -> tuple[A
   )
   error = variance + mu / (tau * tau) * ((b + log_pruned) / _LOG2 + code_bits)
   pruned_bits = channels.share * jnp.expm1(-b) * log_pruned
-  columns = [
+  squares, errors, finer, coarser, retained, bits = channels.sums(
     s * tau * b * b,
     s * tau * error,
     s * tau * kappa * gamma,
     s / tau * kappa,
     s * tau * tau * (b * b + 2 * b + 2 - variance),
     (pruned_bits + s * b) / _LOG2 + s * code_bits,
-  ]
-  squares, errors, finer, coarser, retained, bits = channels.sum(jnp.stack(columns, axis=1)).T
+  )
   prune = 1 - errors / squares
   quantize = jnp.log(finer / coarser) - z[:, 2] + math.log(_LOG2)
   quantize = jnp.minimum(quantize, z[:, 1] - jnp.log(channels.min_step))
@@ -368,7 +369,8 @@ def _newton(
 
   def is_moving(carry: tuple) -> Array:
     i, _, _, moved = carry
-    return (i < 60) & (moved > 50 * eps)
+    # the step after a small one is its square
+    return (i < 60) & (moved > 4 * h)
 
   def step(carry: tuple) -> tuple:
     i, z, multiplier, _ = carry
