@@ -55,11 +55,18 @@ class Channels(NamedTuple):
 
   def sum(self, x: Float[Array, 'channels *more']) -> Float[Array, 'leaves *more']:
     """Sums over the channels of each leaf."""
-    return jax.ops.segment_sum(x, self.leaf, self.leaves, indices_are_sorted=True)
+    # channel counts share a large divisor in real networks: dense sums first, few segments then
+    block = math.gcd(*np.bincount(self.leaf, minlength=self.leaves).tolist())
+    dense = jnp.sum(x.reshape(-1, block, *x.shape[1:]), axis=1)
+    return jax.ops.segment_sum(dense, self.leaf[::block], self.leaves, indices_are_sorted=True)
 
   def sums(self, *columns: Float[Array, 'channels']) -> list[Float[Array, 'leaves']]:
     """`sum` of each; not stacked, since XLA's CPU backend does not vectorise through a stack."""
     return [self.sum(column) for column in jax.lax.optimization_barrier(columns)]
+
+  def largest(self) -> Float[Array, 'leaves']:
+    """The largest scale of each leaf."""
+    return jax.ops.segment_max(self.scale, self.leaf, self.leaves, indices_are_sorted=True)
 
   def leaf_share(self) -> Float[Array, 'leaves']:
     return self.sum(self.share)
@@ -87,18 +94,21 @@ def minimise_at_sparsity(
   """
   share = channels.leaf_share()
 
-  def conditions(z: Array, multiplier: Array) -> tuple[Array, Array]:
+  def sums(z: Array) -> list[Array]:
     threshold = jnp.exp(z[:, 0])[channels.leaf]
     left = channels.share * (1 - laplace.pruned_fraction(threshold, channels.scale))
     energy = jnp.square(threshold + channels.scale) + jnp.square(channels.scale)
-    left, kept = channels.sums(left, left * energy)
-    log_price = channels.log_price(kept / (2 * share))
+    return channels.sums(left, left * energy)
+
+  def conditions(z: Array, multiplier: Array, sums: list[Array]) -> tuple[Array, Array]:
+    left, retained = sums
+    log_price = channels.log_price(retained / (2 * share))
     return (2 * z[:, 0] + log_price - jnp.log(2 * share) - multiplier)[:, None], left
 
   density = jnp.maximum(1 - sparsity, 1e-6)
   start = jnp.full((channels.leaves, 1), jnp.log(jnp.maximum(-jnp.log(density), 1e-6)))
-  multiplier = jnp.mean(conditions(start, jnp.zeros_like(sparsity))[0])
-  z, _ = _newton(conditions, start, multiplier, density)
+  multiplier = jnp.mean(conditions(start, jnp.zeros_like(sparsity), sums(start))[0])
+  z, _ = _newton(sums, conditions, start, multiplier, density)
   return jnp.where(sparsity > 0, jnp.exp(z[:, 0]), 0)
 
 
@@ -132,6 +142,7 @@ def minimise_at_rate(
   Returns:
     thresholds, steps.
   """
+  sums = functools.partial(_rate_sums, channels)
   conditions = functools.partial(_rate_conditions, channels)
   z, multiplier = _single_scale_start(channels, bits)
 
@@ -142,7 +153,7 @@ def minimise_at_rate(
   def solve(carry: tuple) -> tuple:
     i, z, multiplier, asked, measured = carry
     asked = asked * jnp.clip(bits / measured, 0.5, 2.0)
-    z, multiplier = _newton(conditions, z, multiplier, asked)
+    z, multiplier = _newton(sums, conditions, z, multiplier, asked)
     measured = bits if measure is None else measure(jnp.exp(z[:, 0]), jnp.exp(z[:, 1]))
     return i + 1, z, multiplier, asked, measured
 
@@ -173,28 +184,32 @@ def minimise_at_bits(
     survivors: m_ij / n, the share of all weights that survives in each channel.
     reach: r_ij >= 0, largest surviving |w| - beta_i of each channel, in units of t_i.
   """
+  tiny = jnp.finfo(survivors.dtype).tiny
+  log_reach = jnp.log(jnp.maximum(reach, tiny))
   share = channels.leaf_share()
+  total = jnp.maximum(jnp.sum(survivors), tiny)
   pruned = laplace.pruning_error(threshold[channels.leaf], channels.scale)
   pruned = channels.sum(channels.share * pruned)
-  tiny = jnp.finfo(survivors.dtype).tiny
-  total = jnp.maximum(jnp.sum(survivors), tiny)
-  log_reach = jnp.log(jnp.maximum(reach, tiny))
+  low = jnp.log(channels.min_step)
+  high = jax.ops.segment_max(log_reach, channels.leaf, channels.leaves, indices_are_sorted=True)
+  high = jnp.maximum(high, low)
+
+  # the error is a smooth function of the log step: tabulated once, the exponentials are few
+  nodes = jnp.linspace(-0.04, 1.04, 33, dtype=low.dtype)
+  y = (low[:, None] + (high - low)[:, None] * nodes[None])[channels.leaf]
+  scale = jnp.broadcast_to(channels.scale[:, None], y.shape)
+  error = channels.sum(survivors[:, None] * laplace.survivor_error(jnp.exp(y), scale))
+  log_error = jnp.log(jnp.maximum(error, tiny))
 
   def evaluate(log_step: Float[Array, 'leaves grid']) -> tuple[Array, Array]:
     """Cost of every leaf, and its bits per survivor of the tree, at a grid of steps."""
-    y = log_step[channels.leaf]  # [channels, grid]
-    scale = jnp.broadcast_to(channels.scale[:, None], y.shape)
-    error = survivors[:, None] * laplace.survivor_error(jnp.exp(y), scale)
-    needed = survivors[:, None] * (1 + jnp.maximum(log_reach[:, None] - y, 0) / _LOG2)
-    retained = 1 - (channels.sum(error) + pruned[:, None]) / (2 * share[:, None])
-    return channels.cost(retained), channels.sum(needed) / total
+    where = (log_step - low[:, None]) / jnp.where(high > low, high - low, 1)[:, None]
+    error = jnp.exp(_interpolate(log_error, (where - nodes[0]) / (nodes[1] - nodes[0])))
+    retained = 1 - (error + pruned[:, None]) / (2 * share[:, None])
+    needed = 1 + jnp.maximum(log_reach[:, None] - log_step[channels.leaf], 0) / _LOG2
+    return channels.cost(retained), channels.sum(survivors[:, None] * needed) / total
 
   search = functools.partial(_dual_search, evaluate, bits)
-  low = jnp.log(channels.min_step)
-  high = jax.ops.segment_max(
-    log_reach, channels.leaf, channels.leaves, indices_are_sorted=True
-  )
-  high = jnp.maximum(high, low)
 
   def may_improve(carry: tuple) -> Array:
     i, _, _, _, found = carry
@@ -240,45 +255,54 @@ def _dual_search(
   choices need too many bits, just over it too few, and at most one leaf differs: mixing the two
   meets the budget exactly.
   """
-  def choose(grid: Array, cost: Array, need: Array, log_multiplier: Array) -> Array:
-    picked = jnp.argmin(cost + jnp.exp(log_multiplier) * need, axis=1)[:, None]
-    return jnp.take_along_axis(jnp.stack([grid, need]), picked[None], axis=2)[:, :, 0]
-
   points = jnp.linspace(0, 1, 25, dtype=low.dtype)[None]
 
   def refine(i: Array, carry: tuple) -> tuple:
-    low, high, many, few, first = carry
+    low, high, many, few, first, bracket = carry
     grid = low[:, None] + (high - low)[:, None] * points
-    pick = functools.partial(choose, grid, *evaluate(grid))
+    cost, need = evaluate(grid)
+
+    def pick(log_multiplier: Array) -> Array:
+      picked = jnp.argmin(cost + jnp.exp(log_multiplier) * need, axis=1)
+      return jnp.take_along_axis(grid, picked[:, None], axis=1)[:, 0]
 
     def bisect(_: Array, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
       under, over = bracket
       middle = (under + over) / 2
-      too_many = jnp.sum(pick(middle)[1]) > bits
+      lagrangian = cost + jnp.exp(middle) * need
+      is_best = lagrangian <= jnp.min(lagrangian, axis=1, keepdims=True)
+      too_many = jnp.sum(jnp.max(jnp.where(is_best, need, 0), axis=1)) > bits
       return jnp.where(too_many, middle, under), jnp.where(too_many, over, middle)
 
-    edge = jnp.asarray(30.0, low.dtype)
-    bracket = jax.lax.fori_loop(0, 45, bisect, (-edge, edge))
-    many, few = (pick(m)[0] for m in bracket)
+    under, over = jax.lax.fori_loop(0, 30, bisect, bracket)
+    many, few = pick(under), pick(over)
     width = (high - low) / (points.size - 1)
     inner = jnp.maximum(jnp.minimum(many, few) - width, low)
     outer = jnp.minimum(jnp.maximum(many, few) + width, high)
-    return inner, outer, many, few, jnp.where(i == 0, jnp.stack([many, few]), first)
+    first = jnp.where(i == 0, jnp.stack([many, few]), first)
+    # on a finer grid the multiplier is nearly the same
+    return inner, outer, many, few, first, (under - 2, over + 2)
 
-  carry = low, high, low, high, jnp.stack([low, high])
-  _, _, many, few, first = jax.lax.fori_loop(0, 5, refine, carry)
+  edge = jnp.asarray(30.0, low.dtype)
+  carry = low, high, low, high, jnp.stack([low, high]), (-edge, edge)
+  _, _, many, few, first, _ = jax.lax.fori_loop(0, 5, refine, carry)
 
   def mix(t: Array) -> Array:
     return (1 - t) * many + t * few
 
+  def excess(t: Array) -> Array:
+    return jnp.sum(evaluate(mix(t)[:, None])[1]) - bits
+
   def close(_: Array, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
     under, over = bracket
     t = (under + over) / 2
-    too_many = jnp.sum(evaluate(mix(t)[:, None])[1]) > bits
+    too_many = excess(t) > 0
     return jnp.where(too_many, t, under), jnp.where(too_many, over, t)
 
   zero = jnp.zeros((), low.dtype)
-  t = jax.lax.fori_loop(0, 30, close, (zero, zero + 1))[1]
+  under, over = jax.lax.fori_loop(0, 12, close, (zero, zero + 1))
+  above, below = excess(under), excess(over)
+  t = under + (over - under) * jnp.clip(above / jnp.where(above > below, above - below, 1), 0, 1)
   cost = jnp.sum(evaluate(mix(t)[:, None])[0])
   jump = jnp.abs(first[0] - first[1])
   leaf = jnp.argmax(jump)
@@ -292,10 +316,23 @@ def _dual_search(
   )
 
 
-def _rate_conditions(channels: Channels, z: Array, multiplier: Array) -> tuple[Array, Array]:
-  """Residuals of `minimise_at_rate` at z = log (beta_i, Delta_i, mu_i), and bits of each leaf."""
-  leaf, share = channels.leaf, channels.leaf_share()
-  threshold, step, mu = (jnp.exp(z[:, k])[leaf] for k in range(3))
+def _interpolate(
+  table: Float[Array, 'leaves nodes'], position: Float[Array, 'leaves grid']
+) -> Float[Array, 'leaves grid']:
+  """The cubic through the four nodes around each position, counted in nodes from the first."""
+  first = jnp.clip(jnp.floor(position) - 1, 0, table.shape[1] - 4)
+  x = position - first
+  index = first.astype(jnp.int32)
+  value = jnp.zeros_like(x)
+  for k in range(4):
+    weight = math.prod([(x - i) / (k - i) for i in range(4) if i != k])
+    value += weight * jnp.take_along_axis(table, index + k, axis=1)
+  return value
+
+
+def _rate_sums(channels: Channels, z: Array) -> list[Array]:
+  """What `_rate_conditions` needs of the channels, at thresholds and steps exp(z[:, :2])."""
+  threshold, step = (jnp.exp(z[:, k])[channels.leaf] for k in range(2))
   tau = jnp.where(channels.scale > 0, channels.scale, 1)
   b, d = jnp.minimum(threshold / tau, 80.0), jnp.minimum(step / tau, 80.0)
   s = jnp.where(channels.scale > 0, channels.share * jnp.exp(-b), 0)
@@ -303,26 +340,32 @@ def _rate_conditions(channels: Channels, z: Array, multiplier: Array) -> tuple[A
   code_bits = laplace.survivor_entropy(d, jnp.ones_like(d))
   log_pruned = jnp.log(-jnp.expm1(-b))
   kappa, gamma = _step_terms(d)
-  # computed once, not once for each of the columns below
+  # computed once, not once for each of the sums below
   s, variance, code_bits, log_pruned, kappa, gamma = jax.lax.optimization_barrier(
     (s, variance, code_bits, log_pruned, kappa, gamma)
   )
-  error = variance + mu / (tau * tau) * ((b + log_pruned) / _LOG2 + code_bits)
-  pruned_bits = channels.share * jnp.expm1(-b) * log_pruned
-  squares, errors, finer, coarser, retained, bits = channels.sums(
+  return channels.sums(
     s * tau * b * b,
-    s * tau * error,
+    s * tau * variance,
+    s / tau * ((b + log_pruned) / _LOG2 + code_bits),
     s * tau * kappa * gamma,
     s / tau * kappa,
     s * tau * tau * (b * b + 2 * b + 2 - variance),
-    (pruned_bits + s * b) / _LOG2 + s * code_bits,
+    (channels.share * jnp.expm1(-b) * log_pruned + s * b) / _LOG2 + s * code_bits,
   )
-  prune = 1 - errors / squares
+
+
+def _rate_conditions(
+  channels: Channels, z: Array, multiplier: Array, sums: list[Array]
+) -> tuple[Array, Array]:
+  """Residuals of `minimise_at_rate` at z = log (beta_i, Delta_i, mu_i), and bits of each leaf."""
+  squares, errors, odds, finer, coarser, retained, bits = sums
+  share = channels.leaf_share()
+  prune = 1 - (errors + jnp.exp(z[:, 2]) * odds) / squares
   quantize = jnp.log(finer / coarser) - z[:, 2] + math.log(_LOG2)
   quantize = jnp.minimum(quantize, z[:, 1] - jnp.log(channels.min_step))
   log_mu = jnp.log(2 * share) + multiplier - channels.log_price(retained / (2 * share))
-  largest = jax.ops.segment_max(channels.scale, leaf, channels.leaves, indices_are_sorted=True)
-  balance = z[:, 2] - jnp.minimum(log_mu, math.log(_ALL_PRUNED) + 2 * jnp.log(largest))
+  balance = z[:, 2] - jnp.minimum(log_mu, math.log(_ALL_PRUNED) + 2 * jnp.log(channels.largest()))
   return jnp.stack([prune, quantize, balance], axis=1), bits
 
 
@@ -339,20 +382,22 @@ def _step_terms(d: Array) -> tuple[Array, Array]:
 
 
 def _newton(
-  conditions: Callable[[Array, Array], tuple[Array, Array]],
+  sums: Callable[[Array], list[Array]],
+  conditions: Callable[[Array, Array, list[Array]], tuple[Array, Array]],
   start: Float[Array, 'leaves k'],
   multiplier: Float[Array, ''],
   target: Float[Array, ''],
 ) -> tuple[Float[Array, 'leaves k'], Float[Array, '']]:
   """Newton's method on the stationarity conditions of all leaves and one constraint.
 
-  A leaf's conditions depend on its own unknowns and the multiplier alone, so k + 1 differences
-  give the Jacobians of all leaves.  Differences, since XLA takes three times as long to compile
-  exact derivatives, and they cost one iteration at most.
+  A leaf's conditions depend on its own unknowns and the multiplier alone, so a few differences
+  give the Jacobians of all leaves.  Differences, since XLA takes several times as long to compile
+  exact derivatives of the sums, and they cost one iteration at most.
 
   Args:
-    conditions: (z, log lambda) -> residuals [leaves, k] of each leaf's own unknowns z [leaves, k],
-      and the leaf's part [leaves] of what the constraint sums.
+    sums: z -> sums over the channels of each leaf; may depend on the first two unknowns only.
+    conditions: (z, log lambda, sums) -> residuals [leaves, k], and the leaf's part [leaves] of
+      what the constraint sums.
     start: z to begin with; logarithms, so a step of 1 is a factor of e.
     multiplier: log lambda to begin with.
     target: what the parts of all leaves sum to.
@@ -360,12 +405,12 @@ def _newton(
   Returns:
     z and log lambda after convergence (to the float's precision, or 60 steps).
   """
-  leaves, k = start.shape
-  eps = float(jnp.finfo(start.dtype).eps)
-  h = math.sqrt(eps)
-  directions = np.eye(k + 1, dtype=start.dtype)
-  push_z = np.concatenate([np.zeros((1, k)), directions[:, :k]]).astype(start.dtype)
-  push_multiplier = np.concatenate([[0], directions[:, k]]).astype(start.dtype)
+  k = start.shape[1]
+  h = math.sqrt(float(jnp.finfo(start.dtype).eps))
+  # row 0 is the point itself, the others move one unknown each, the last one the multiplier
+  moves = np.eye(k + 2, k + 1, -1, dtype=start.dtype)
+  moves_sums = moves[: 1 + min(k, 2)]
+  which_sums = np.where(np.arange(k + 2) < len(moves_sums), np.arange(k + 2), 0)
 
   def is_moving(carry: tuple) -> Array:
     i, _, _, moved = carry
@@ -374,18 +419,19 @@ def _newton(
 
   def step(carry: tuple) -> tuple:
     i, z, multiplier, _ = carry
-    residuals, parts = jax.vmap(lambda dz, dm: conditions(z + h * dz[None], multiplier + h * dm))(
-      push_z, push_multiplier
-    )
+    summed = jax.vmap(lambda move: sums(z + h * move[None, :k]))(moves_sums)
+    residuals, parts = jax.vmap(
+      lambda move, total: conditions(z + h * move[None, :k], multiplier + h * move[k], total)
+    )(moves, [total[which_sums] for total in summed])
     slopes = (residuals[1:] - residuals[:1]) / h  # [unknown, leaves, residual]
-    gradient = (parts[1 : k + 1] - parts[:1]) / h
+    gradient = (parts[1 : k + 1] - parts[:1]).T / h
     right = jnp.stack([residuals[0], slopes[k]], axis=-1)
     solved = jnp.linalg.solve(jnp.moveaxis(slopes[:k], 0, -1), right)
     # a leaf that has run out of room (all pruned) has a singular system: it stays where it is
     solved = jnp.where(jnp.isfinite(solved), solved, 0)
     towards, along = -solved[..., 0], -solved[..., 1]
-    slope = jnp.sum(gradient.T * along)
-    missing = target - jnp.sum(parts[0]) - jnp.sum(gradient.T * towards)
+    slope = jnp.sum(gradient * along)
+    missing = target - jnp.sum(parts[0]) - jnp.sum(gradient * towards)
     dm = jnp.clip(missing / jnp.where(jnp.abs(slope) > 0, slope, 1), -2, 2)
     dz = jnp.clip(towards + dm * along, -1, 1)
     return i + 1, z + dz, multiplier + dm, jnp.max(jnp.abs(dz))

@@ -1,0 +1,311 @@
+"""The four sizes of a compressed network (METHOD.md section 6): four numbers, never one.
+
+    nominal   what the paper counts: survivors at a fixed width, and nothing that says where they are
+    packed    what plain bit packing needs: fixed-width codes, a mask, a table of levels
+    entropy   what no coder that looks at one code at a time can beat
+    file      what lies on disk: the exact length of the `.opq` file
+
+The first three speak of the compressed leaves alone; `file` counts everything, and is the one to
+quote.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int8, Shaped
+
+from opq_jax import artifact, trees
+from opq_jax.artifact import OpqFile
+from opq_jax.compression import MAX_LEVELS, CompressionState, LeafState
+from opq_jax.entropy_coding import entropy
+from opq_jax.trees import PyTree
+
+ChannelAxis = int | Callable[[str, Any], int]
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressedLeaf:
+  """The four sizes of one compressed leaf of n weights.
+
+  Sizes are bytes; a size in bits per weight is `8 * size / weights`, and a rate is against
+  float32, `4 * weights / size`, whatever the dtype of the leaf.
+
+  Attributes:
+    path: its name in the tree.
+    shape, dtype: its own.
+    weights: n.
+    survivors: weights whose code is not 0.
+    levels: cells a sign.
+    original: n times the bytes of its dtype.
+    nominal, packed, entropy: as in `SizeReport`.
+    file: its payload in the `.opq` file and the 12 bytes of its grid.
+  """
+
+  path: str
+  shape: tuple[int, ...]
+  dtype: str
+  weights: int
+  survivors: int
+  levels: int
+  original: int
+  nominal: float
+  packed: int
+  entropy: float
+  file: int
+
+  @property
+  def sparsity(self) -> float:
+    """The share of the weights that is pruned."""
+    return 1 - self.survivors / self.weights
+
+  @property
+  def nominal_bits(self) -> float:
+    """Bits per weight by the paper's accounting."""
+    return 8 * self.nominal / self.weights
+
+  @property
+  def packed_bits(self) -> float:
+    """Bits per weight at a fixed width, mask and levels included."""
+    return 8 * self.packed / self.weights
+
+  @property
+  def entropy_bits(self) -> float:
+    """The zeroth-order entropy of the codes, bits per weight."""
+    return 8 * self.entropy / self.weights
+
+  @property
+  def file_bits(self) -> float:
+    """Bits per weight that this leaf takes in the file."""
+    return 8 * self.file / self.weights
+
+
+@dataclasses.dataclass(frozen=True)
+class UncompressedLeaf:
+  """A leaf that passes through bit-identical.
+
+  Attributes:
+    path: its name in the tree.
+    shape, dtype: its own.
+    original: its bytes.
+    file: its share of the packed bytes of all uncompressed leaves.
+  """
+
+  path: str
+  shape: tuple[int, ...]
+  dtype: str
+  original: int
+  file: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SizeReport:
+  """The sizes of a network, in bytes, and its rates.
+
+  Which number is which, with m_ij survivors in channel j of compressed leaf i, r_ij the largest
+  surviving |w| of the channel less the threshold, and step_i, levels_i those of the leaf:
+
+    nominal   sum_ij m_ij b_ij / 8,  b_ij = 1 + log2(clip(r_ij / step_i, 1, 127)).  The accounting
+              of the paper: no positions, no tables, no headers; compressed leaves only.
+    packed    sum_i of m_i codes of 1 + ceil(log2 levels_i) bits and a mask of n_i bits, in whole
+              bytes, and levels_i float32 values; compressed leaves only.
+    entropy   sum_i n_i H_i / 8, with H_i the empirical zeroth-order entropy of the codes of leaf
+              i, pruned weights (code 0) included; no tables; compressed leaves only.
+    file      the exact length of the `.opq` file: payloads, tables, headers, metadata, and the
+              uncompressed leaves (biases, BatchNorm).
+
+  A nominal, packed or entropy rate is against the compressed leaves as float32, 4 n / size.  The
+  file rate is `original / file`, against all leaves in their own dtypes.
+
+  Attributes:
+    compressed: one row a compressed leaf, in the order of the tree.
+    uncompressed: one row for each of the others.
+    file: bytes of the whole file.
+  """
+
+  compressed: tuple[CompressedLeaf, ...]
+  uncompressed: tuple[UncompressedLeaf, ...]
+  file: int
+
+  @property
+  def original(self) -> int:
+    """Bytes of the whole tree in its own dtypes, uncompressed leaves included."""
+    return sum(leaf.original for leaf in (*self.compressed, *self.uncompressed))
+
+  @property
+  def weights(self) -> int:
+    """Weights in compressed leaves."""
+    return sum(leaf.weights for leaf in self.compressed)
+
+  @property
+  def survivors(self) -> int:
+    """Weights of compressed leaves that are not pruned."""
+    return sum(leaf.survivors for leaf in self.compressed)
+
+  @property
+  def sparsity(self) -> float:
+    """The share of the weights of compressed leaves that is pruned."""
+    return 1 - self.survivors / max(self.weights, 1)
+
+  @property
+  def nominal(self) -> float:
+    """Bytes by the paper's accounting; compressed leaves only."""
+    return sum(leaf.nominal for leaf in self.compressed)
+
+  @property
+  def packed(self) -> int:
+    """Bytes at a fixed width, masks and levels included; compressed leaves only."""
+    return sum(leaf.packed for leaf in self.compressed)
+
+  @property
+  def entropy(self) -> float:
+    """Bytes of the codes at their zeroth-order entropy; compressed leaves only."""
+    return sum(leaf.entropy for leaf in self.compressed)
+
+  @property
+  def headers(self) -> int:
+    """Bytes of the file that belong to no leaf: header, index, metadata."""
+    return self.file - sum(leaf.file for leaf in (*self.compressed, *self.uncompressed))
+
+  @property
+  def nominal_rate(self) -> float:
+    """4 n / nominal: the compression rate that the paper reports."""
+    return _rate(4 * self.weights, self.nominal)
+
+  @property
+  def packed_rate(self) -> float:
+    """4 n / packed."""
+    return _rate(4 * self.weights, self.packed)
+
+  @property
+  def entropy_rate(self) -> float:
+    """4 n / entropy: the rate that `allocate(compression_rate=...)` aims at."""
+    return _rate(4 * self.weights, self.entropy)
+
+  @property
+  def file_rate(self) -> float:
+    """original / file: how many times smaller the network is on disk."""
+    return _rate(self.original, self.file)
+
+  def __str__(self) -> str:
+    # tables is for people, and imports this module
+    from opq_jax import tables
+
+    return f'{tables.size_table(self)}\n{tables.four_sizes(self)}'
+
+
+def size_report(
+  params: PyTree,
+  state: CompressionState,
+  *,
+  channel_axis: ChannelAxis = -1,
+  metadata: Mapping[str, str] | None = None,
+) -> SizeReport:
+  """The four sizes of a compressed network; nothing is written.
+
+  Args:
+    params: the tree, latent weights included; the ranges r_ij of `nominal` are theirs.
+    state: its masks and codebooks.
+    channel_axis: axis of the output channels that `nominal` tells apart, or (path, leaf) -> axis,
+      as in `opq_jax.allocate`.  A vector is one channel.
+    metadata: as for `opq_jax.save`; it takes bytes too.
+
+  Returns:
+    A `SizeReport`, whose `file` is what `opq_jax.save(path, params, state, metadata)` writes.
+
+  Raises:
+    ValueError: what `opq_jax.save` refuses, or an axis that a leaf does not have.
+
+  >>> import jax, jax.numpy as jnp, opq_jax
+  >>> params = {'kernel': jax.random.laplace(jax.random.key(0), (256, 64)), 'bias': jnp.zeros(64)}
+  >>> state = opq_jax.init_state(params, opq_jax.allocate(params, compression_rate=16.0))
+  >>> report = size_report(params, state)
+  >>> round(report.entropy_rate, 1), report.nominal < report.entropy < report.packed
+  (16.0, True)
+  >>> report.original, report.file < report.original / 12
+  (65792, True)
+  """
+  data = artifact.serialize(params, state, metadata)
+  with OpqFile(data) as file:
+    return _report(file, len(data), params, state, channel_axis)
+
+
+def file_report(
+  path: str | os.PathLike[str] | bytes, *, channel_axis: ChannelAxis = -1
+) -> SizeReport:
+  """The four sizes of a network in an `.opq` file; decodes, and so checks, every leaf of it.
+
+  The weights that were compressed are not in the file: the ranges r_ij of `nominal` are those of
+  the decoded values, which makes `nominal` a little smaller than that of `size_report`.
+
+  Args:
+    path: of the file; or its bytes.
+    channel_axis: as in `size_report`.
+
+  Raises:
+    ValueError: this is no whole and undamaged `.opq` file, or a leaf does not have the axis.
+  """
+  size = len(path) if isinstance(path, bytes) else os.stat(path).st_size
+  with OpqFile(path) as file:
+    params, state = file.load()
+    return _report(file, size, params, state, channel_axis)
+
+
+def _report(
+  file: OpqFile, size: int, params: PyTree, state: CompressionState, channel_axis: ChannelAxis
+) -> SizeReport:
+  stored = file.sizes()
+  compressed, uncompressed = [], []
+  records = trees.records(params, state.tree, LeafState)
+  for (path, leaf), record in zip(trees.named_leaves(params).items(), records, strict=True):
+    array = np.asarray(leaf)
+    if record is None:
+      facts = path, array.shape, array.dtype.name, array.nbytes, stored[path]
+      uncompressed.append(UncompressedLeaf(*facts))
+    else:
+      axis = channel_axis(path, leaf) if callable(channel_axis) else channel_axis
+      codes = file.codes(path)
+      compressed.append(_compressed_leaf(path, array, record, codes, axis, stored[path]))
+  return SizeReport(tuple(compressed), tuple(uncompressed), size)
+
+
+def _compressed_leaf(
+  path: str,
+  weights: Shaped[np.ndarray, '...'],
+  record: LeafState,
+  codes: Int8[np.ndarray, '...'],
+  axis: int,
+  stored: int,
+) -> CompressedLeaf:
+  if not -weights.ndim <= axis < weights.ndim:
+    raise ValueError(f'{path}: found channel_axis {axis}, expected an axis of shape {codes.shape}')
+  levels, is_kept = int(record.levels), codes != 0
+  others = tuple(i for i in range(weights.ndim) if i != axis % weights.ndim)
+  if weights.ndim == 1:
+    others = (0,)
+  survivors = np.count_nonzero(is_kept, axis=others)
+  magnitude = np.abs(weights.astype(np.float32))
+  reach = np.max(magnitude, axis=others, where=is_kept, initial=0) - float(record.threshold)
+  bits = 1 + np.log2(np.clip(reach / float(record.step), 1, MAX_LEVELS))
+  kept = int(survivors.sum())
+  width = 1 + math.ceil(math.log2(levels)) if levels else 0
+  return CompressedLeaf(
+    path=path,
+    shape=weights.shape,
+    dtype=weights.dtype.name,
+    weights=weights.size,
+    survivors=kept,
+    levels=levels,
+    original=weights.nbytes,
+    nominal=float(np.sum(survivors * bits)) / 8,
+    packed=-(-(kept * width) // 8) + -(-weights.size // 8) + 4 * levels,
+    entropy=weights.size * entropy(codes) / 8,
+    file=stored,
+  )
+
+
+def _rate(original: float, size: float) -> float:
+  return original / size if size else math.inf

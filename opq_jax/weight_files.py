@@ -1,0 +1,297 @@
+"""Weights as they lie about on disk, read into trees of host arrays; and written as safetensors.
+
+    .safetensors   a flat dict by name
+    .npz           a flat dict by name
+    .msgpack       Flax's `serialization.to_bytes`
+    a folder       an Orbax checkpoint, or a CheckpointManager's folder: its latest step
+    .opq           the decoded network
+    .pt, .pth      a PyTorch state dict; needs torch (`pip install opq_jax[torch]`)
+
+Nothing in a file is ever executed: NumPy's pickles are refused, and PyTorch's are read by its
+`weights_only` unpickler.
+"""
+
+import os
+import re
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import flax.serialization
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jaxtyping import Shaped
+
+from opq_jax import artifact, trees
+from opq_jax.trees import PyTree
+
+ChannelMode = Literal['auto', 'first', 'last']
+
+_ORBAX_TREE = '_METADATA'  # the file that every folder has in which Orbax keeps one tree
+_STEP = re.compile(r'(?:.*[_-])?(\d+)', re.ASCII)
+_STATE_DICT_KEYS = ('state_dict', 'model', 'model_state_dict')
+
+
+def read_weights(path: str | os.PathLike[str]) -> PyTree:
+  """The tree of weights in a file, as host arrays, bit for bit.
+
+  Args:
+    path: a file with one of the suffixes above, or a folder of Orbax.
+
+  Returns:
+    A tree of NumPy arrays (bfloat16 and its like as `ml_dtypes`): a flat dict where the format
+    has names only, nested dicts where it has a tree.
+
+  Raises:
+    ValueError: the format is not known, or the file is not a whole one of that format.  The
+      message names the file.
+    OSError: it cannot be read.
+
+  >>> import tempfile
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   np.savez(f'{folder}/net.npz', kernel=np.ones((3, 2), np.float32))
+  ...   tree = read_weights(f'{folder}/net.npz')
+  >>> tree['kernel'].shape
+  (3, 2)
+  """
+  path = Path(path)
+  if path.is_dir():
+    return _checked(path, _guarded(_read_orbax, path, 'an Orbax checkpoint'))
+  reader = _READERS.get(path.suffix.lower())
+  if reader is None:
+    known = ', '.join(_READERS)
+    raise ValueError(f'{path}: found suffix {path.suffix!r}, expected {known}, or a folder of Orbax')
+  read, what = reader
+  return _checked(path, _guarded(read, path, what))
+
+
+def write_safetensors(path: str | os.PathLike[str], tree: PyTree) -> None:
+  """Writes a tree as safetensors: names joined by '/', so a flat dict keeps its own exactly.
+
+  The file appears whole or not at all: it is written beside its place and moved there.
+
+  Args:
+    path: where to.
+    tree: any pytree of arrays.
+
+  Raises:
+    ValueError: two leaves have one name, or a leaf has a dtype that safetensors has not.
+  """
+  arrays = {}
+  for name, leaf in trees.named_leaves(tree).items():
+    array = np.asarray(leaf)
+    try:
+      safetensors.numpy.save({'probe': np.zeros(0, array.dtype)})
+    except Exception as error:  # what it raises depends on the dtype
+      raise ValueError(
+        f'{path}: {name}: found dtype {array.dtype}, expected one that safetensors can hold'
+      ) from error
+    # safetensors takes the memory as it lies, whatever the strides say
+    arrays[name] = array.copy(order='C') if not array.flags.c_contiguous else array
+  write_bytes(path, safetensors.numpy.save(arrays))
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+  """Writes a file that appears whole or not at all; one that was there stays until then."""
+  temporary = Path(path).parent / f'.opq-{secrets.token_hex(8)}'
+  try:
+    with open(temporary, 'xb') as file:
+      file.write(data)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def channel_axis(path: str, leaf: Any, mode: ChannelMode = 'auto') -> int:
+  """The axis of a leaf's output channels, for `opq_jax.allocate`.
+
+  JAX, Keras and TensorFlow put the output channel last.  PyTorch and Equinox call their leaves
+  `weight` and put it first, except in embedding tables [vocabulary, dim], whose output is the
+  last axis.  TensorFlow's depthwise kernels [height, width, channels, 1] have it before a last
+  axis of 1.
+
+  A name does not say that a PyTorch layer is transposed (ConvTranspose, the Conv1D of GPT-2); for
+  those give 'last'.
+
+  Args:
+    path: the leaf's name.
+    leaf: anything with a shape.
+    mode: 'auto' goes by the name; 'first' and 'last' hold for every leaf.
+
+  Returns:
+    0, -1 or -2.
+
+  Raises:
+    ValueError: `mode` is none of these.
+
+  >>> kernel, table = np.zeros((16, 3, 3, 3)), np.zeros((1000, 64))
+  >>> channel_axis('conv1.weight', kernel), channel_axis('params/conv/kernel', kernel)
+  (0, -1)
+  >>> channel_axis('embed_tokens.weight', table), channel_axis('classifier.weight', table)
+  (-1, 0)
+  """
+  if mode not in ('auto', 'first', 'last'):
+    raise ValueError(f'{path}: found mode {mode!r}, expected auto, first or last')
+  if mode != 'auto':
+    return 0 if mode == 'first' else -1
+  *modules, name = re.split(r'[./]', path)
+  module, shape = modules[-1].lower() if modules else '', np.shape(leaf)
+  if name.endswith('weight'):
+    is_table = len(shape) == 2 and ('emb' in module or module in ('wte', 'wpe'))
+    return -1 if is_table else 0
+  if 'depthwise' in name and len(shape) == 4 and shape[-1] == 1:
+    return -2
+  return -1
+
+
+def _guarded(read: Callable[[Path], PyTree], path: Path, what: str) -> PyTree:
+  try:
+    return read(path)
+  except OSError:
+    raise
+  # what five libraries raise at damaged bytes is no closed list (BadZipFile, OutOfData, TypeError)
+  except Exception as error:
+    reason = str(error) or type(error).__name__
+    if str(path) in reason and isinstance(error, ValueError):
+      raise
+    raise ValueError(f'{path}: expected {what}, found this: {reason}') from error
+
+
+def _checked(path: Path, tree: PyTree) -> PyTree:
+  """The tree with every leaf a host array of numbers."""
+  leaves = trees.named_leaves(tree)
+  if not leaves:
+    raise ValueError(f'{path}: found no weights, expected at least one')
+  arrays = []
+  for name, leaf in leaves.items():
+    array = np.asarray(leaf)
+    # numpy's kinds of numbers; ml_dtypes are of kind V, as are structs, which have no finfo
+    if array.dtype.kind not in 'biufc' and not _is_extended(array.dtype):
+      raise ValueError(
+        f'{path}: {name}: found {type(leaf).__name__} of dtype {array.dtype}, expected an array of '
+        'numbers'
+      )
+    arrays.append(array)
+  return jax.tree.unflatten(jax.tree.structure(tree), arrays)
+
+
+def _is_extended(dtype: np.dtype) -> bool:
+  return hasattr(ml_dtypes, dtype.name) and np.dtype(getattr(ml_dtypes, dtype.name)) == dtype
+
+
+def _read_safetensors(path: Path) -> PyTree:
+  with safetensors.safe_open(path, 'np') as file:
+    if (file.metadata() or {}).get('format') == 'opq':
+      return _read_opq(path)
+  return safetensors.numpy.load_file(path)
+
+
+def _read_npz(path: Path) -> PyTree:
+  loaded = np.load(path, allow_pickle=False)
+  if not isinstance(loaded, np.lib.npyio.NpzFile):
+    raise ValueError(f'{path}: found a single array, expected an archive of named arrays (.npz)')
+  with loaded:
+    return dict(loaded)
+
+
+def _read_msgpack(path: Path) -> PyTree:
+  tree = flax.serialization.msgpack_restore(path.read_bytes())
+  if not isinstance(tree, dict):
+    raise ValueError(f'{path}: found {type(tree).__name__}, expected a tree of arrays')
+  return tree
+
+
+def _read_opq(path: Path) -> PyTree:
+  return artifact.load(path)[0]
+
+
+def _read_orbax(path: Path) -> PyTree:
+  # seconds of imports that no other format needs
+  import orbax.checkpoint as ocp
+
+  folder = _orbax_tree(path)
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    metadata = checkpointer.metadata(folder.absolute()).item_metadata
+    tree = getattr(metadata, 'tree', metadata)
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    return checkpointer.restore(folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+
+
+def _orbax_tree(path: Path) -> Path:
+  """The folder of one tree at or below `path`: the latest step, and in it the default item."""
+  if (path / _ORBAX_TREE).is_file():
+    return path
+  folders = sorted(child for child in path.iterdir() if child.is_dir())
+  trees_in = {child.name: child for child in folders if (child / _ORBAX_TREE).is_file()}
+  steps = {
+    int(match[1]): child for child in folders if (match := _STEP.fullmatch(child.name)) is not None
+  }
+  if 'default' in trees_in:
+    return trees_in['default']
+  if steps:
+    return _orbax_tree(steps[max(steps)])
+  if len(trees_in) == 1:
+    return next(iter(trees_in.values()))
+  raise ValueError(
+    f'{path}: found items {list(trees_in)} among {[child.name for child in folders][:10]}, '
+    'expected an Orbax checkpoint of one tree, or one that is called default'
+  )
+
+
+def _read_torch(path: Path) -> PyTree:
+  try:
+    import torch
+  except ImportError as error:
+    raise ValueError(
+      f'{path}: found a PyTorch file and no PyTorch, expected it: pip install opq_jax[torch]'
+    ) from error
+  if not path.is_file():
+    raise FileNotFoundError(2, 'No such file', str(path))
+  loaded = torch.load(path, map_location='cpu', weights_only=True)
+  while isinstance(loaded, Mapping) and (key := _inner_key(loaded)) is not None:
+    loaded = loaded[key]
+  if not isinstance(loaded, Mapping):
+    raise ValueError(f'{path}: found {type(loaded).__name__}, expected a state dict')
+  return _from_torch(loaded)
+
+
+def _inner_key(loaded: Mapping[str, Any]) -> str | None:
+  """Under which key a training checkpoint keeps its weights, beside epochs and optimizers."""
+  keys = (key for key in _STATE_DICT_KEYS if isinstance(loaded.get(key), Mapping))
+  return next(keys, None)
+
+
+def _from_torch(node: Any) -> Any:
+  if isinstance(node, Mapping):
+    return {key: _from_torch(child) for key, child in node.items()}
+  if isinstance(node, list | tuple):
+    return [_from_torch(child) for child in node]
+  if not hasattr(node, 'detach'):
+    return node
+  tensor = node.detach().contiguous()
+  name = str(tensor.dtype).removeprefix('torch.')
+  if not hasattr(ml_dtypes, name):
+    return tensor.numpy()
+  # numpy has no such dtype, so PyTorch hands over the bytes
+  import torch
+
+  dtype = np.dtype(getattr(ml_dtypes, name))
+  integer = {1: torch.uint8, 2: torch.int16}[dtype.itemsize]
+  array: Shaped[np.ndarray, '...'] = tensor.view(integer).numpy().view(dtype)
+  return array
+
+
+_READERS: dict[str, tuple[Callable[[Path], PyTree], str]] = {
+  '.safetensors': (_read_safetensors, 'a safetensors file'),
+  '.npz': (_read_npz, 'a NumPy archive without pickles'),
+  '.msgpack': (_read_msgpack, "Flax's msgpack"),
+  '.opq': (_read_opq, 'an .opq file'),
+  '.pt': (_read_torch, 'a PyTorch state dict that loads with weights_only=True'),
+  '.pth': (_read_torch, 'a PyTorch state dict that loads with weights_only=True'),
+}

@@ -1,0 +1,13 @@
+"""One strict JAX for all tests: four devices, no silent promotion, no warnings (pyproject.toml)."""
+
+import hypothesis
+import jax
+
+jax.config.update('jax_num_cpu_devices', 4)
+jax.config.update('jax_numpy_dtype_promotion', 'strict')
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+hypothesis.settings.register_profile(
+  'opq', deadline=None, derandomize=True, max_examples=25, database=None
+)
+hypothesis.settings.load_profile('opq')
