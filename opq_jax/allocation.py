@@ -259,8 +259,7 @@ def _allocate(
         ]
       )
       counts = [
-        per_channel_count(w, t, axis)
-        for w, t, axis in zip(leaves, threshold, axes, strict=True)
+        per_channel_count(w, t, axis) for w, t, axis in zip(leaves, threshold, axes, strict=True)
       ]
       threshold = threshold.astype(dtype)
       left = jnp.concatenate(counts).astype(dtype) / n
@@ -346,6 +345,7 @@ def _measure(
   step: Float[Array, 'leaves'],
 ) -> Float[Array, '']:
   """The true entropy of thresholds and steps in units of t_i, bits per weight of the tree."""
+  assert tree.histogram is not None
   entropy = histogram_entropy(tree.histogram, tree.largest() / unit, threshold, step)
   return jnp.sum(channels.leaf_share() * entropy)
 
@@ -476,7 +476,7 @@ def _check_targets(
 def _check_omegas(params: PyTree, objective: PyTree, chosen: list[str]) -> list[Array]:
   """The weights omega_i of the compressed leaves, from a pytree like `params`."""
   try:
-    found = jax.tree.structure(params).flatten_up_to(objective)
+    found = trees.beside(params, objective)
   except (ValueError, TypeError, KeyError) as error:
     raise ValueError(
       f'objective: found {jax.tree.structure(objective)}, expected the tree of the parameters '

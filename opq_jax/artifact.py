@@ -21,13 +21,10 @@ its codes.  LZMA takes 14 to 19 % off float32 biases and BatchNorm statistics, w
 repeat; at 2 bits per weight they are a fifth of the file of a MobileNet-V2.
 """
 
-import dataclasses
 import io
 import json
-import lzma
 import math
 import os
-import re
 import secrets
 import zlib
 from collections.abc import Iterator, Mapping
@@ -36,37 +33,16 @@ from pathlib import Path
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-from jax import tree_util
 from jaxtyping import Int8, Shaped
 
-from opq_jax import compression, trees
+from opq_jax import artifact_index, compression, trees
+from opq_jax.artifact_index import LeafEntry
 from opq_jax.compression import MAX_LEVELS, CompressionState, LeafState
 from opq_jax.entropy_coding import decode_codes, encode_codes
 from opq_jax.trees import PyTree
 
-VERSION = '1'
-
-_TENSORS = ('grids', 'index', 'codes', 'uncompressed')
-_BLOCK = 1 << 20  # bytes of uncompressed leaves that are packed, checked and read together
-_MAX_HEADER = 1 << 12  # bytes; a header has some 350
-_MAX_INDEX = 1 << 22  # bytes of JSON, enough for 80,000 leaves
 _CHUNK = 1 << 16  # weights at a time: NumPy widens the indices of a look-up to 8 bytes each
-
-_SCALARS: tuple[type[np.generic], ...] = (
-  *(np.bool_, np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64),
-  *(np.float16, np.float32, np.float64, np.complex64, np.complex128),
-  *(t for t in vars(ml_dtypes).values() if isinstance(t, type) and issubclass(t, np.generic)),
-)
-_DTYPES = {np.dtype(scalar).name: np.dtype(scalar) for scalar in _SCALARS}
-
-_LEAF = re.compile(
-  r'(?P<dtype>\w+)\[(?P<shape>(\d{1,18}(,\d{1,18})*)?)\]'
-  r'( (?P<levels>\d{1,3}) (?P<stored>\d{1,18}))?',
-  re.ASCII,
-)
 
 _affine_codebook = jax.jit(compression.affine_codebook)
 
@@ -137,7 +113,7 @@ def serialize(
     raise ValueError(f'metadata: found {metadata}, expected strings only')
   found = trees.records(params, state.tree, LeafState)
   records = dict(zip(trees.named_leaves(params), found, strict=True))
-  tree = _plain(params)
+  tree = artifact_index.plain_tree(params)
   specs, grids, payloads, raw = [], [], [], bytearray()
   for name, leaf in trees.named_leaves(tree).items():
     array, record = _array(name, leaf), records[name]
@@ -150,42 +126,26 @@ def serialize(
       spec += f' {int(record.levels)} {len(payloads[-1])}'
     specs.append(spec)
 
-  pieces = [raw[start : start + _BLOCK] for start in range(0, len(raw), _BLOCK)]
+  pieces = [
+    raw[start : start + artifact_index.BLOCK] for start in range(0, len(raw), artifact_index.BLOCK)
+  ]
   with ThreadPoolExecutor() as pool:
-    blocks = list(pool.map(lambda piece: _pack(piece, period=4), pieces))
+    blocks = list(pool.map(lambda piece: artifact_index.pack(piece, period=4), pieces))
   content = {
     'blocks': [n for block in blocks for n in (len(block), zlib.crc32(block))],
     'metadata': metadata,
-    'tree': _to_json(jax.tree.unflatten(jax.tree.structure(tree), specs)),
+    'tree': artifact_index.to_json(jax.tree.unflatten(jax.tree.structure(tree), specs)),
   }
   text = json.dumps(content, separators=(',', ':')).encode('ascii')
-  if len(text) > _MAX_INDEX:
-    raise ValueError(f'found an index of {len(text)} bytes, expected at most {_MAX_INDEX}')
-  index = _pack(text)
+  if len(text) > artifact_index.MAX_INDEX:
+    raise ValueError(
+      f'found an index of {len(text)} bytes, expected at most {artifact_index.MAX_INDEX}'
+    )
+  index = artifact_index.pack(text)
   table = np.array(grids, '<f4').tobytes()
   sizes = (len(grids), len(index), sum(map(len, payloads)), sum(map(len, blocks)))
-  header = _header(sizes, zlib.crc32(index, zlib.crc32(table)))
+  header = artifact_index.header(sizes, zlib.crc32(index, zlib.crc32(table)))
   return b''.join([header, table, index, *payloads, *blocks])
-
-
-@dataclasses.dataclass(frozen=True)
-class _Leaf:
-  """What the index says of one leaf.
-
-  Attributes:
-    dtype, shape: the leaf's own.
-    levels: cells a sign; None where the leaf is not compressed.
-    stored: the bytes of its payload; uncompressed, its own bytes.
-    begin: where these begin among all payloads, or among the bytes of all uncompressed leaves.
-    row: its row of `grids`.
-  """
-
-  dtype: np.dtype
-  shape: tuple[int, ...]
-  levels: int | None
-  stored: int
-  begin: int = 0
-  row: int = 0
 
 
 class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
@@ -320,7 +280,7 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     if lines:
       raise ValueError('\n'.join([f'`like` is another tree than {self._label} holds:', *lines]))
 
-  def _leaf(self, name: str) -> _Leaf:
+  def _leaf(self, name: str) -> LeafEntry:
     if name not in self._leaves:
       raise KeyError(f'{name}: not found in {self._label}')
     return self._leaves[name]
@@ -346,10 +306,10 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     record = LeafState(**arrays, dtype=leaf.dtype)
     return _values(codes, record), record
 
-  def _uncompressed(self, leaf: _Leaf) -> bytearray:
+  def _uncompressed(self, leaf: LeafEntry) -> bytearray:
     data = bytearray()
     while len(data) < leaf.stored:
-      number, start = divmod(leaf.begin + len(data), _BLOCK)
+      number, start = divmod(leaf.begin + len(data), artifact_index.BLOCK)
       data += self._block(number)[start : start + leaf.stored - len(data)]
     return data
 
@@ -360,8 +320,8 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
       data = self._read(self._blocks_at + sum(size for size, _ in self._blocks[:number]), stored)
       if (found := zlib.crc32(data)) != checksum:
         raise ValueError(f'found CRC-32 {found:08x}, expected {checksum:08x}')
-      size = min(_BLOCK, self._raw_size - number * _BLOCK)
-      if len(block := _unpack(data, size, period=4)) != size:
+      size = min(artifact_index.BLOCK, self._raw_size - number * artifact_index.BLOCK)
+      if len(block := artifact_index.unpack(data, size, period=4)) != size:
         raise ValueError(f'found a block of {len(block)} bytes, expected {size}')
       self._unpacked = number, block
     return self._unpacked[1]
@@ -383,16 +343,18 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     if (found := zlib.crc32(index, zlib.crc32(table))) != checksum:
       raise ValueError(f'{self._label}: found CRC-32 {found:08x} of the index, not {checksum:08x}')
     try:
-      tree, self._blocks, self.metadata = _parsed_index(_unpack(index, _MAX_INDEX))
+      tree, self._blocks, self.metadata = artifact_index.parsed_index(
+        artifact_index.unpack(index, artifact_index.MAX_INDEX)
+      )
       leaves = trees.named_leaves(tree)
     except (ValueError, RecursionError) as error:
       raise ValueError(f'{self._label}: found an index that cannot be: {error}') from error
     self._structure = jax.tree.structure(tree)
-    self._leaves, found_rows, codes_size, self._raw_size = _placed(leaves)
+    self._leaves, found_rows, codes_size, self._raw_size = artifact_index.placed(leaves)
     for what, found, expected in (
       ('compressed leaves', found_rows, rows),
       ('bytes of codes', codes_size, sizes[1]),
-      ('blocks', len(self._blocks), -(-self._raw_size // _BLOCK)),
+      ('blocks', len(self._blocks), -(-self._raw_size // artifact_index.BLOCK)),
       ('bytes of blocks', sum(size for size, _ in self._blocks), sizes[2]),
     ):
       if found != expected:
@@ -403,7 +365,7 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     size = self._file.seek(0, os.SEEK_END)
     self._file.seek(0)
     length = int.from_bytes(self._file.read(8), 'little')
-    text = self._file.read(min(length, _MAX_HEADER))
+    text = self._file.read(min(length, artifact_index.MAX_HEADER))
     try:
       header = json.loads(text)
       about = header['__metadata__']
@@ -412,160 +374,23 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
       version = about['version']
     except (ValueError, KeyError, TypeError, RecursionError) as error:
       raise ValueError(f'{self._label}: found no .opq file: {error!r}') from error
-    if version != VERSION:
-      raise ValueError(f'{self._label}: found version {version!r}, expected {VERSION!r}')
+    if version != artifact_index.VERSION:
+      raise ValueError(
+        f'{self._label}: found version {version!r}, expected {artifact_index.VERSION!r}'
+      )
     try:
-      sizes = tuple(header[name]['shape'][0] for name in _TENSORS)
+      sizes = tuple(header[name]['shape'][0] for name in artifact_index.TENSORS)
       if not all(type(n) is int and n >= 0 for n in sizes):
         raise ValueError(f'found sizes {sizes}')
       checksum = int(about['crc32'], 16)
     except (ValueError, KeyError, TypeError, IndexError) as error:
       raise ValueError(f'{self._label}: found a damaged header: {error!r}') from error
-    expected = _header(sizes, checksum)
+    expected = artifact_index.header(sizes, checksum)
     if length.to_bytes(8, 'little') + text != expected:
       raise ValueError(f'{self._label}: found header {text!r}, expected {expected[8:]!r}')
     if size != (expected_size := len(expected) + 12 * sizes[0] + sum(sizes[1:])):
       raise ValueError(f'{self._label}: found {size} bytes, expected {expected_size}')
     return sizes, checksum, len(expected)
-
-
-def _header(sizes: tuple[int, ...], checksum: int) -> bytes:
-  """safetensors' header: its length as 8 bytes, JSON, and spaces up to a multiple of 8."""
-  about = {'format': 'opq', 'version': VERSION, 'crc32': f'{checksum:08x}'}
-  header: dict[str, Any] = {'__metadata__': about}
-  begin = 0
-  for name, size in zip(_TENSORS, sizes, strict=True):
-    dtype, shape, end = 'U8', [size], begin + size
-    if name == 'grids':
-      dtype, shape, end = 'F32', [size, 3], begin + 12 * size
-    header[name] = {'dtype': dtype, 'shape': shape, 'data_offsets': [begin, end]}
-    begin = end
-  text = json.dumps(header, separators=(',', ':')).encode('ascii')
-  text += b' ' * (-len(text) % 8)
-  return len(text).to_bytes(8, 'little') + text
-
-
-def _pack(data: bytes | bytearray, period: int = 1) -> bytes:
-  return lzma.compress(data, format=lzma.FORMAT_RAW, filters=_lzma(period))
-
-
-def _unpack(data: bytes, most: int, period: int = 1) -> bytes:
-  """What was packed, if that is no more than `most` bytes: nothing small unpacks to fill memory."""
-  decompressor = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_lzma(period))
-  try:
-    unpacked = decompressor.decompress(data, most + 1)
-  except lzma.LZMAError as error:
-    raise ValueError(f'found damaged LZMA data: {error}') from error
-  if len(unpacked) > most or not decompressor.eof or decompressor.unused_data:
-    raise ValueError(f'found LZMA data that do not end within {most} bytes')
-  return unpacked
-
-
-def _lzma(period: int) -> list[dict[str, int]]:
-  """LZMA that knows nothing of a byte but its place in a period: 4 suits the bytes of float32."""
-  place = period.bit_length() - 1
-  return [{'id': lzma.FILTER_LZMA1, 'dict_size': _BLOCK, 'lc': 0, 'lp': place, 'pb': 0}]
-
-
-def _plain(node: PyTree, path: tree_util.KeyPath = ()) -> PyTree:
-  """The tree with dicts in place of all containers but lists, tuples and None."""
-  if node is None:
-    return None
-  children = tree_util.tree_leaves_with_path(node, is_leaf=lambda inner: inner is not node)
-  if len(children) == 1 and children[0][0] == ():
-    return node
-  plain = {}
-  for (key,), child in children:
-    known = key.key if isinstance(key, tree_util.DictKey) else trees.path_name((key,))
-    if type(known) not in (str, int):
-      name = trees.path_name((*path, key))
-      raise ValueError(f'{name}: found a key of type {type(known).__name__}, expected str or int')
-    plain[known] = _plain(child, (*path, key))
-  return type(node)(plain.values()) if type(node) in (list, tuple) else plain
-
-
-def _to_json(node: PyTree) -> Any:
-  """A plain tree of strings in the notation of the index."""
-  if isinstance(node, list | tuple):
-    return [type(node).__name__, *map(_to_json, node)]
-  if isinstance(node, dict):
-    marked = lambda key: f':{key}' if type(key) is int or key.startswith(':') else key
-    return {marked(key): _to_json(child) for key, child in node.items()}
-  return node
-
-
-def _from_json(node: Any) -> PyTree:
-  """The plain tree, with a `_Leaf` at every leaf, that the index notes."""
-  match node:
-    case None:
-      return None
-    case str():
-      return _parsed_leaf(node)
-    case ['list', *children]:
-      return [_from_json(child) for child in children]
-    case ['tuple', *children]:
-      return tuple(_from_json(child) for child in children)
-    case dict():
-      return {_parsed_key(key): _from_json(child) for key, child in node.items()}
-  raise ValueError(f'found {str(node)[:80]!r} in the tree, expected a container or a leaf')
-
-
-def _parsed_index(text: bytes) -> tuple[PyTree, list[tuple[int, int]], dict[str, str]]:
-  """The tree of `_Leaf`s, size and checksum of every block, and the metadata of the user."""
-  match json.loads(text, object_pairs_hook=_unique):
-    case {'blocks': list(numbers), 'metadata': dict(metadata), 'tree': node}:
-      if all(type(n) is int and n >= 0 for n in numbers) and all(
-        type(text) is str for text in metadata.values()
-      ):
-        blocks = list(zip(numbers[::2], numbers[1::2], strict=True))
-        return _from_json(node), blocks, metadata
-  raise ValueError(f'found {text[:80]!r}, expected blocks, metadata and tree')
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  found = dict(pairs)
-  if len(found) != len(pairs):
-    raise ValueError(f'found keys {[key for key, _ in pairs][:10]}, expected every key once')
-  return found
-
-
-def _parsed_key(text: str) -> str | int:
-  if text.startswith('::') or not text.startswith(':'):
-    return text.removeprefix(':')
-  if f':{int(text[1:])}' != text:
-    raise ValueError(f'found key {text!r}, expected a plain number after the colon')
-  return int(text[1:])
-
-
-def _parsed_leaf(text: str) -> _Leaf:
-  match = _LEAF.fullmatch(text)
-  if match is None or match['dtype'] not in _DTYPES:
-    raise ValueError(f'found leaf {text[:80]!r}, expected dtype and shape, or levels and bytes too')
-  dtype = _DTYPES[match['dtype']]
-  shape = tuple(int(n) for n in match['shape'].split(',') if n)
-  if len(shape) > 64 or math.prod(max(n, 1) for n in shape) * dtype.itemsize >= 1 << 62:
-    raise ValueError(f'found leaf {text[:80]!r}, expected a shape that an array can have')
-  if match['levels'] is None:
-    return _Leaf(dtype, shape, None, math.prod(shape) * dtype.itemsize)
-  levels = int(match['levels'])
-  if levels > MAX_LEVELS or not jnp.issubdtype(dtype, jnp.floating):
-    raise ValueError(f'found leaf {text!r}, expected floats of at most {MAX_LEVELS} levels')
-  return _Leaf(dtype, shape, levels, int(match['stored']))
-
-
-def _placed(leaves: dict[str, _Leaf]) -> tuple[dict[str, _Leaf], int, int, int]:
-  """The leaves, each in its place; how many are compressed, bytes of codes, bytes of the others."""
-  placed, rows, codes_size, raw_size = {}, 0, 0, 0
-  for name, leaf in leaves.items():
-    if leaf.levels is None:
-      begin = raw_size + -raw_size % leaf.dtype.itemsize
-      placed[name] = dataclasses.replace(leaf, begin=begin)
-      raw_size = begin + leaf.stored
-    else:
-      placed[name] = dataclasses.replace(leaf, begin=codes_size, row=rows)
-      codes_size += leaf.stored
-      rows += 1
-  return placed, rows, codes_size, raw_size
 
 
 def _array(name: str, leaf: Any) -> Shaped[np.ndarray, '...']:
@@ -574,7 +399,7 @@ def _array(name: str, leaf: Any) -> Shaped[np.ndarray, '...']:
     array = np.asarray(leaf)
   except TypeError as error:  # keys of random numbers, tracers
     raise ValueError(f'{name}: found {type(leaf).__name__}, expected an array: {error}') from error
-  dtype = _DTYPES.get(array.dtype.name)
+  dtype = artifact_index.DTYPES.get(array.dtype.name)
   if dtype is None:
     raise ValueError(
       f'{name}: found {type(leaf).__name__} of dtype {array.dtype}, expected an array of numbers'

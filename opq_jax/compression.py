@@ -9,7 +9,7 @@ A weight w of a compressed leaf becomes an integer code, and the code a value:
 Cell k of a survivor is [threshold + (k-1) step, threshold + k step) and its value is the cell's
 centroid.  This cell rule, not the nearest value, is what the error and the entropy of
 `opq_jax.laplace` describe: rounding to the nearest value instead costs up to 1.6 % more bits at
-the same squared error for Laplace weights (`experiments/benchmarks/cell_rule.py`).
+the same squared error for Laplace weights (`python -m experiments.benchmarks.cell_rule`).
 
 The mask and the codebook are computed once, from the pretrained weights, and never change.
 """

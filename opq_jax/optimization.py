@@ -84,9 +84,7 @@ class Channels(NamedTuple):
     return -jnp.log(jnp.maximum(retained, jnp.finfo(retained.dtype).tiny))
 
 
-def minimise_at_sparsity(
-  channels: Channels, sparsity: Float[Array, '']
-) -> Float[Array, 'leaves']:
+def minimise_at_sparsity(channels: Channels, sparsity: Float[Array, '']) -> Float[Array, 'leaves']:
   """Thresholds beta_i, in units of t_i, that prune `sparsity` of all weights at the least cost.
 
   E' / p' = beta^2 whatever the scale, so stationarity is  F_i'(E_i) beta_i^2 / (2 n_i) = lambda
@@ -445,7 +443,7 @@ def _single_scale_start(
   channels: Channels, bits: Float[Array, '']
 ) -> tuple[Float[Array, 'leaves 3'], Float[Array, '']]:
   """z and log lambda as if every leaf had one scale: the exact solution where it has."""
-  table = {k: jnp.asarray(v, channels.scale.dtype) for k, v in _single_scale_table().items()}
+  table = {k: jnp.asarray(v, channels.scale.dtype) for k, v in single_scale_table().items()}
   offset = jnp.log(2 * channels.leaf_share())
   if channels.price is None:
     seen = table['log_mu'] - table['log_retained']  # log of mu F'(d)
@@ -471,7 +469,7 @@ def _single_scale_start(
 
 
 @functools.cache
-def _single_scale_table() -> dict[str, np.ndarray]:
+def single_scale_table() -> dict[str, np.ndarray]:
   """The minimiser of D + mu R for tau = 1, over mu; METHOD: one small table serves every layer.
 
   The step gives mu = ln 2 (d coth(d/2) - 2) in closed form, and b is the larger root of the

@@ -1,6 +1,6 @@
 """The four sizes of a compressed network (METHOD.md section 6): four numbers, never one.
 
-    nominal   what the paper counts: survivors at a fixed width, and nothing that says where they are
+    nominal   what the paper counts: survivors at a fixed width, not where they are
     packed    what plain bit packing needs: fixed-width codes, a mask, a table of levels
     entropy   what no coder that looks at one code at a time can beat
     file      what lies on disk: the exact length of the `.opq` file
@@ -133,7 +133,8 @@ class SizeReport:
   @property
   def original(self) -> int:
     """Bytes of the whole tree in its own dtypes, uncompressed leaves included."""
-    return sum(leaf.original for leaf in (*self.compressed, *self.uncompressed))
+    originals = [leaf.original for leaf in self.compressed]
+    return sum(originals) + sum(leaf.original for leaf in self.uncompressed)
 
   @property
   def weights(self) -> int:
@@ -168,7 +169,8 @@ class SizeReport:
   @property
   def headers(self) -> int:
     """Bytes of the file that belong to no leaf: header, index, metadata."""
-    return self.file - sum(leaf.file for leaf in (*self.compressed, *self.uncompressed))
+    stored = sum(leaf.file for leaf in self.compressed)
+    return self.file - stored - sum(leaf.file for leaf in self.uncompressed)
 
   @property
   def nominal_rate(self) -> float:
@@ -229,6 +231,13 @@ def size_report(
   (65792, True)
   """
   data = artifact.serialize(params, state, metadata)
+  return payload_report(data, params, state, channel_axis=channel_axis)
+
+
+def payload_report(
+  data: bytes, params: PyTree, state: CompressionState, *, channel_axis: ChannelAxis = -1
+) -> SizeReport:
+  """`size_report` for whoever has the bytes `opq_jax.artifact.serialize(params, state)` already."""
   with OpqFile(data) as file:
     return _report(file, len(data), params, state, channel_axis)
 

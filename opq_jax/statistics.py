@@ -4,6 +4,7 @@ Everything else in an allocation is computed from these few numbers, so they are
 reads the weights: one pass for the scales, one for the largest magnitudes, one for the histogram.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -63,7 +64,8 @@ def leaf_statistics(
       magnitude = jnp.minimum(jnp.abs(block) * per_unit, BINS - 1).astype(jnp.int32)
       return magnitude + jnp.where(block < 0, BINS, 0)
 
-    stats = stats.replace(histogram=_count_bins(weights, count, 2 * BINS).reshape(2, BINS))
+    counts = _count_bins(weights, count, 2 * BINS).reshape(2, BINS)
+    stats = dataclasses.replace(stats, histogram=counts)
   return stats
 
 
@@ -92,6 +94,8 @@ def magnitude_at_rank(
   >>> int((jnp.abs(weights) <= t).sum())
   61
   """
+  if stats.histogram is None:
+    raise ValueError('found statistics without a histogram, expected one')
   per_unit = _bins_per_unit(stats)
   cumulative = jnp.cumsum(jnp.sum(stats.histogram, axis=0))
   coarse = jnp.sum((cumulative < rank).astype(jnp.int32))

@@ -44,6 +44,19 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
   return named
 
 
+def beside(tree: PyTree, other: PyTree) -> list[Any]:
+  """What `other` has in the place of each leaf of `tree`, in flattening order.
+
+  Raises:
+    ValueError, TypeError or KeyError: `other` has other containers.
+
+  >>> beside({'a': 1, 'b': 2}, {'a': None, 'b': (3, 4)})
+  [None, (3, 4)]
+  """
+  structure: Any = jax.tree.structure(tree)
+  return structure.flatten_up_to(other)
+
+
 def records(tree: PyTree, record_tree: PyTree, kind: type) -> list[Any]:
   """What `record_tree` holds for each leaf of `tree`: a `kind` or None.
 
@@ -60,7 +73,7 @@ def records(tree: PyTree, record_tree: PyTree, kind: type) -> list[Any]:
       from the other (at most ten of each).
   """
   try:
-    found = jax.tree.structure(tree).flatten_up_to(record_tree)
+    found = beside(tree, record_tree)
   except (ValueError, TypeError, KeyError) as error:
     raise ValueError(_difference(tree, record_tree, kind)) from error
   for name, record in zip(named_leaves(tree), found, strict=True):
@@ -75,7 +88,7 @@ def records(tree: PyTree, record_tree: PyTree, kind: type) -> list[Any]:
 def map_records(
   function: Callable[[str, Any, Any], Any], tree: PyTree, record_tree: PyTree, kind: type
 ) -> PyTree:
-  """`tree` with `function(name, leaf, record)` at every leaf that has a record, others as they are."""
+  """`tree` with `function(name, leaf, record)` where a leaf has a record, and the rest as it is."""
   leaves = named_leaves(tree)
   found = records(tree, record_tree, kind)
   new = [

@@ -11,6 +11,7 @@ Nothing in a file is ever executed: NumPy's pickles are refused, and PyTorch's a
 `weights_only` unpickler.
 """
 
+import logging
 import os
 import re
 import secrets
@@ -24,7 +25,6 @@ import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
-from jaxtyping import Shaped
 
 from opq_jax import artifact, trees
 from opq_jax.trees import PyTree
@@ -64,7 +64,9 @@ def read_weights(path: str | os.PathLike[str]) -> PyTree:
   reader = _READERS.get(path.suffix.lower())
   if reader is None:
     known = ', '.join(_READERS)
-    raise ValueError(f'{path}: found suffix {path.suffix!r}, expected {known}, or a folder of Orbax')
+    raise ValueError(
+      f'{path}: found suffix {path.suffix!r}, expected {known}, or a folder of Orbax'
+    )
   read, what = reader
   return _checked(path, _guarded(read, path, what))
 
@@ -157,9 +159,10 @@ def _guarded(read: Callable[[Path], PyTree], path: Path, what: str) -> PyTree:
     raise
   # what five libraries raise at damaged bytes is no closed list (BadZipFile, OutOfData, TypeError)
   except Exception as error:
-    reason = str(error) or type(error).__name__
-    if str(path) in reason and isinstance(error, ValueError):
+    if isinstance(error, ValueError) and str(error).startswith(str(path)):
       raise
+    # PyTorch goes on for a page, with advice on how to execute what is in the file
+    reason = str(error).split('\n')[0].split('. ')[0] or type(error).__name__
     raise ValueError(f'{path}: expected {what}, found this: {reason}') from error
 
 
@@ -193,11 +196,13 @@ def _read_safetensors(path: Path) -> PyTree:
 
 
 def _read_npz(path: Path) -> PyTree:
-  loaded = np.load(path, allow_pickle=False)
-  if not isinstance(loaded, np.lib.npyio.NpzFile):
-    raise ValueError(f'{path}: found a single array, expected an archive of named arrays (.npz)')
-  with loaded:
-    return dict(loaded)
+  # opened here, because np.load leaves a damaged file open
+  with open(path, 'rb') as file:
+    loaded = np.load(file, allow_pickle=False)
+    if not isinstance(loaded, np.lib.npyio.NpzFile):
+      raise ValueError(f'{path}: found a single array, expected an archive of named arrays (.npz)')
+    with loaded:
+      return dict(loaded)
 
 
 def _read_msgpack(path: Path) -> PyTree:
@@ -215,12 +220,19 @@ def _read_orbax(path: Path) -> PyTree:
   # seconds of imports that no other format needs
   import orbax.checkpoint as ocp
 
-  folder = _orbax_tree(path)
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-    metadata = checkpointer.metadata(folder.absolute()).item_metadata
-    tree = getattr(metadata, 'tree', metadata)
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-    return checkpointer.restore(folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+  folder = _orbax_tree(path).absolute()
+  logger = logging.getLogger('absl')
+  level = logger.level
+  try:
+    # a step's items have no metadata of a whole checkpoint, and Orbax warns of it
+    logger.setLevel(logging.ERROR)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+      metadata = checkpointer.metadata(folder).item_metadata
+      tree = getattr(metadata, 'tree', metadata)
+      as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+      return checkpointer.restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+  finally:
+    logger.setLevel(level)
 
 
 def _orbax_tree(path: Path) -> Path:
@@ -251,8 +263,6 @@ def _read_torch(path: Path) -> PyTree:
     raise ValueError(
       f'{path}: found a PyTorch file and no PyTorch, expected it: pip install opq_jax[torch]'
     ) from error
-  if not path.is_file():
-    raise FileNotFoundError(2, 'No such file', str(path))
   loaded = torch.load(path, map_location='cpu', weights_only=True)
   while isinstance(loaded, Mapping) and (key := _inner_key(loaded)) is not None:
     loaded = loaded[key]
@@ -283,8 +293,7 @@ def _from_torch(node: Any) -> Any:
 
   dtype = np.dtype(getattr(ml_dtypes, name))
   integer = {1: torch.uint8, 2: torch.int16}[dtype.itemsize]
-  array: Shaped[np.ndarray, '...'] = tensor.view(integer).numpy().view(dtype)
-  return array
+  return tensor.view(integer).numpy().view(dtype)
 
 
 _READERS: dict[str, tuple[Callable[[Path], PyTree], str]] = {

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from opq_jax import artifact, trees
+from opq_jax import artifact_index, trees
 from opq_jax.artifact import OpqFile, load, save, serialize
 from opq_jax.compression import (
   CompressionState,
@@ -157,7 +157,7 @@ def test_the_order_of_keys_changes_nothing():
   assert serialize(other, state_of(other)) == serialize(params, state_of(params))
 
 
-DTYPES = list(artifact._DTYPES.values())
+DTYPES = list(artifact_index.DTYPES.values())
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
@@ -275,7 +275,7 @@ def test_all_weights_pruned():
 
 
 def test_leaves_across_blocks(monkeypatch):
-  monkeypatch.setattr(artifact, '_BLOCK', 1 << 12)
+  monkeypatch.setattr(artifact_index, 'BLOCK', 1 << 12)
   params = {
     'a': laplace(3000),
     'b': np.int8(1),
@@ -504,10 +504,10 @@ def rebuilt(data, edit):
   header, offsets = parts(data)
   body = data[len(header) :]
   table, codes, blocks = (body[slice(*offsets[k])] for k in ('grids', 'codes', 'uncompressed'))
-  text = edit(artifact._unpack(body[slice(*offsets['index'])], 1 << 20).decode()).encode()
-  index = artifact._pack(text)
+  text = edit(artifact_index.unpack(body[slice(*offsets['index'])], 1 << 20).decode()).encode()
+  index = artifact_index.pack(text)
   sizes = (len(table) // 12, len(index), len(codes), len(blocks))
-  header = artifact._header(sizes, zlib.crc32(index, zlib.crc32(table)))
+  header = artifact_index.header(sizes, zlib.crc32(index, zlib.crc32(table)))
   return header + table + index + codes + blocks
 
 
@@ -555,7 +555,7 @@ def test_other_files_are_refused(tmp_path):
 
 
 def test_other_versions_are_refused(monkeypatch):
-  monkeypatch.setattr(artifact, 'VERSION', '2')
+  monkeypatch.setattr(artifact_index, 'VERSION', '2')
   data = serialize(*small())
   monkeypatch.undo()
   with pytest.raises(ValueError, match="found version '2', expected '1'"):
@@ -623,20 +623,20 @@ def test_an_index_that_lies_is_refused_at_once(edit):
 
 
 def test_an_index_that_unpacks_for_ever_is_refused():
-  data = rebuilt(serialize(*small()), lambda text: text + ' ' * artifact._MAX_INDEX)
+  data = rebuilt(serialize(*small()), lambda text: text + ' ' * artifact_index.MAX_INDEX)
   assert len(data) < 10_000
   tracemalloc.start()
   with pytest.raises(ValueError, match='do not end within'):
     OpqFile(data)
   _, peak = tracemalloc.get_traced_memory()
   tracemalloc.stop()
-  assert peak < 4 * artifact._MAX_INDEX
+  assert peak < 4 * artifact_index.MAX_INDEX
 
 
 def test_a_block_that_unpacks_to_more_than_its_leaves_is_refused():
   params = {'a': laplace(7)}
   data = serialize(params, state_of(params))
-  bomb = artifact._pack(bytes(1 << 24), period=4)
+  bomb = artifact_index.pack(bytes(1 << 24), period=4)
   header, offsets = parts(data)
   data = data[: len(header) + offsets['codes'][1]] + bomb
   data = rebuilt_sizes(data, len(bomb))
@@ -650,14 +650,14 @@ def rebuilt_sizes(data, blocks_size):
   checksum = int(json.loads(header[8:])['__metadata__']['crc32'], 16)
   index, codes = (offsets[name][1] - offsets[name][0] for name in ('index', 'codes'))
   rows = (offsets['grids'][1] - offsets['grids'][0]) // 12
-  return artifact._header((rows, index, codes, blocks_size), checksum) + data[len(header) :]
+  return artifact_index.header((rows, index, codes, blocks_size), checksum) + data[len(header) :]
 
 
 @given(st.binary(max_size=300))
 @settings(deadline=None)
 def test_noise_for_an_index_is_refused(noise):
   table = b''
-  header = artifact._header((0, len(noise), 0, 0), zlib.crc32(noise, zlib.crc32(table)))
+  header = artifact_index.header((0, len(noise), 0, 0), zlib.crc32(noise, zlib.crc32(table)))
   with pytest.raises(ValueError):
     OpqFile(header + noise)
 

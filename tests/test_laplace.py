@@ -47,7 +47,13 @@ def cells(threshold, step, scale):
   return 1 - 2 * tail[0], tail[:-1] - tail[1:]
 
 
-POINTS = [(0.3, 0.7, 1.0), (1.372, 2.157, 1.0), (0.02, 0.05, 0.01), (5.0, 0.4, 2.0), (0.0, 1.0, 3.0)]
+POINTS = [
+  (0.3, 0.7, 1.0),
+  (1.372, 2.157, 1.0),
+  (0.02, 0.05, 0.01),
+  (5.0, 0.4, 2.0),
+  (0.0, 1.0, 3.0),
+]
 
 
 @pytest.mark.parametrize(('threshold', 'step', 'scale'), POINTS)

@@ -106,6 +106,7 @@ def bits_problem(channels, x, pruned, survivors, reach):
 
 def with_slopes(problem):
   """(cost, constraint) and their exact Jacobian."""
+
   def both(channels, x, *args):
     function = lambda x: problem(channels, x, *args)
     return function(x), jax.jacrev(function)(x)
@@ -165,7 +166,9 @@ def test_rate_is_met_at_the_least_cost(problem, bits):
     (cost, found), _ = solve(RATE, channels, ours)
     assert found == pytest.approx(bits, rel=1e-9)
     assert_no_worse(cost, slsqp(RATE, channels, bits, starts(ours, problem['seed'])))
-  narrow = np.concatenate(solve(minimise_at_rate, random_problem(**problem, number=np.float32), bits))
+  narrow = np.concatenate(
+    solve(minimise_at_rate, random_problem(**problem, number=np.float32), bits)
+  )
   with jax.enable_x64(True):
     (narrow_cost, narrow_found), _ = solve(RATE, channels, np.log(narrow.astype(float)))
   assert narrow_cost == pytest.approx(cost, rel=1e-4 * max(1, bits))
@@ -306,6 +309,7 @@ def test_measured_rate_is_what_is_met():
         at, width = threshold[channels.leaf], step[channels.leaf]
         true = laplace.entropy(at, width, channels.scale)
         return 0.9 * jnp.sum(channels.share * true) + 0.05
+
       return minimise_at_rate(channels, bits, measure)
 
     ours = np.log(np.concatenate(solve(corrected, channels, 2.0)))

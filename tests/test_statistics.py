@@ -8,7 +8,12 @@ import pytest
 from opq_jax import statistics
 from opq_jax.statistics import BINS, leaf_statistics
 
-SHAPES = {'vector': ((1000,), 0), 'last': ((40, 7, 36), -1), 'first': ((36, 280), 0), 'mid': ((9, 4, 280), 1)}
+SHAPES = {
+  'vector': ((1000,), 0),
+  'last': ((40, 7, 36), -1),
+  'first': ((36, 280), 0),
+  'mid': ((9, 4, 280), 1),
+}
 RANK = jax.jit(statistics.magnitude_at_rank)
 COUNT = jax.jit(statistics.per_channel_count, static_argnums=2)
 
@@ -155,9 +160,9 @@ def test_least_step_is_the_best_of_all():
   weights = np.array(sample((40, 7, 36)))
   weights[0, 0, :12] = 1e3
   histogram = leaf_statistics(jnp.asarray(weights), -1).histogram
-  found = float(jax.jit(statistics.histogram_min_step, static_argnums=2)(
-    histogram, jnp.float32(1e3), 127
-  ))
+  found = float(
+    jax.jit(statistics.histogram_min_step, static_argnums=2)(histogram, jnp.float32(1e3), 127)
+  )
   steps = np.linspace(1e-3, 1, 500) * 1e3 / 127
   beyond = np.maximum(np.abs(weights).ravel() - 127 * steps[:, None], 0)
   cost = np.sum(beyond**2, 1) + weights.size * steps**2 / 12

@@ -1,0 +1,56 @@
+"""Timing of functions in turn, and what the benchmarks share."""
+
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+RESULTS = pathlib.Path(__file__).parent.parent / 'results' / 'benchmarks'
+
+
+def in_turn(functions: dict[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
+  """Median seconds of each function, all run in turn so that a slow moment meets all of them."""
+  for function in functions.values():
+    jax.block_until_ready(function())
+  seconds: dict[str, list[float]] = {name: [] for name in functions}
+  for _ in range(rounds):
+    for name, function in functions.items():
+      start = time.perf_counter()
+      jax.block_until_ready(function())
+      seconds[name].append(time.perf_counter() - start)
+  return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def resnet50_shapes() -> list[tuple[int, ...]]:
+  """The kernels of ResNet-50: 54 leaves, 25.5 million weights."""
+  shapes: list[tuple[int, ...]] = [(7, 7, 3, 64)]
+  features = 64
+  for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+    for block in range(blocks):
+      if block == 0:
+        shapes.append((1, 1, features, 4 * width))
+      shapes += [(1, 1, features, width), (3, 3, width, width), (1, 1, width, 4 * width)]
+      features = 4 * width
+  return [*shapes, (2048, 1000)]
+
+
+def random_tree(shapes: list[tuple[int, ...]], seed: int = 0) -> dict[str, jax.Array]:
+  """Laplace weights of trained networks' size, 2 / sqrt(fan in), as float32."""
+  rng = np.random.default_rng(seed)
+  return {
+    f'layer_{i:02d}/kernel': jax.numpy.asarray(
+      rng.laplace(size=shape).astype(np.float32) / np.sqrt(np.prod(shape[:-1]))
+    )
+    for i, shape in enumerate(shapes)
+  }
+
+
+def write(name: str, command: str, rows: list[dict[str, object]]) -> None:
+  """Writes rows beside the command that made them, for the README."""
+  RESULTS.mkdir(parents=True, exist_ok=True)
+  document = {'command': command, 'rows': rows}
+  (RESULTS / f'{name}.json').write_text(json.dumps(document, indent=1) + '\n')

@@ -1,0 +1,326 @@
+"""The `opq` command: parse, call, print."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+import opq_jax
+from opq_jax import artifact, sizes, tables, trees, weight_files
+from opq_jax.allocation import DEFAULT_COMPRESSION_RATE, OBJECTIVES, is_compressible
+from opq_jax.artifact import OpqFile
+from opq_jax.trees import PyTree
+
+_ABOUT = """\
+Small files of neural networks: one-shot pruning and quantization, from the weights alone.
+
+examples:
+  opq compress resnet50.safetensors resnet50.opq              10 times fewer bits per weight
+  opq compress model.pth model.opq --rate 16                  2 bits per weight
+  opq inspect model.opq                                       what is in it, and its four sizes
+  opq decompress model.opq model.safetensors                  back to plain arrays
+  opq demo                                                    a tour in a minute
+"""
+
+_COMPRESS = """\
+Reads weights, prunes and quantizes every floating leaf of two or more dimensions, and writes an
+.opq file. Other leaves (biases, BatchNorm) go into the file bit for bit.
+
+IN may be .safetensors, .npz, .msgpack (Flax), .pt or .pth (needs torch), .opq, or the folder of
+an Orbax checkpoint. Leaves in float64 are compressed as float32.
+"""
+
+_COMPRESS_EXAMPLES = """\
+examples:
+  opq compress model.safetensors model.opq
+      32 / 10 = 3.2 bits per weight, pruning and quantization chosen together
+  opq compress model.safetensors model.opq --rate 16
+      2 bits per weight
+  opq compress model.safetensors model.opq --sparsity 0.74 --bits 3
+      the paper's two targets: 74 % pruned, survivors at 3 bits on average
+  opq compress model.pth model.opq --exclude '*embed*' 'fc.*'
+      leaves embedding tables and the last layer as they are
+  opq compress checkpoints/ model.opq --include 'params/*'
+      the latest step of an Orbax CheckpointManager; compresses nothing but params
+"""
+
+_INSPECT_EXAMPLES = """\
+examples:
+  opq inspect model.opq
+  opq inspect model.opq --json | jq .totals.file_rate
+"""
+
+_DECOMPRESS_EXAMPLES = """\
+examples:
+  opq decompress model.opq model.safetensors
+      plain arrays by name; a nested tree's names are joined by '/'
+"""
+
+_DEMO_EXAMPLES = """\
+examples:
+  opq demo
+  opq demo --seed 1 --rate 16 --output digits.opq
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command.
+
+  Args:
+    argv: its arguments; by default those of the process.
+
+  Returns:
+    The exit code: 0; 2 where the arguments, an input or an output are at fault, which one line on
+    stderr names, and nothing was written.
+  """
+  try:
+    arguments = _parser().parse_args(argv)
+  except SystemExit as exit_:
+    return int(exit_.code or 0)
+  try:
+    arguments.run(arguments)
+  except (ValueError, OSError) as error:
+    line = ' '.join(_message(error).split())
+    _console(sys.stderr).print(Text(f'opq: {line}', style='red'), soft_wrap=True)
+    return 2
+  return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+  def command(name: str, run: Callable[[argparse.Namespace], None], about: str, epilog: str) -> Any:
+    new = commands.add_parser(
+      name, help=about.split('.')[0].split('\n')[0], description=about, epilog=epilog, **raw
+    )
+    new.set_defaults(run=run)
+    return new
+
+  raw: dict[str, Any] = {'formatter_class': argparse.RawDescriptionHelpFormatter}
+  parser = argparse.ArgumentParser(prog='opq', description=_ABOUT, **raw)
+  parser.add_argument('--version', action='version', version=f'opq_jax {opq_jax.__version__}')
+  commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
+
+  compress = command('compress', _compress, _COMPRESS, _COMPRESS_EXAMPLES)
+  compress.add_argument('input', metavar='IN', help='weights: a file, or a folder of Orbax')
+  compress.add_argument('output', metavar='OUT', help='the .opq file; replaced if it exists')
+  add = compress.add_argument_group('targets').add_argument
+  add(
+    '--rate',
+    type=float,
+    metavar='R',
+    help=f'32 bits over the bits per weight (default {DEFAULT_COMPRESSION_RATE:g})',
+  )
+  add('--sparsity', type=float, metavar='P', help='share of the weights to prune; with --bits')
+  add('--bits', type=float, metavar='B', help='mean bits of a survivor; with --sparsity')
+  add(
+    '--objective',
+    choices=OBJECTIVES,
+    default=OBJECTIVES[0],
+    help='what is kept as small as can be, over all layers (default %(default)s)',
+  )
+  add = compress.add_argument_group('leaves').add_argument
+  globs: dict[str, Any] = {'nargs': '+', 'action': 'extend', 'default': [], 'metavar': 'GLOB'}
+  add('--include', **globs, help='compress only leaves whose path matches one of these')
+  add('--exclude', **globs, help='leave these as they are')
+  add(
+    '--channel-axis',
+    choices=('auto', 'first', 'last'),
+    default='auto',
+    help='where the output channels are: by name (PyTorch: first), or the same for all '
+    '(default %(default)s)',
+  )
+
+  about = "Shows an .opq file's leaves and its four sizes.\n\nReads and checks every byte."
+  inspect = command('inspect', _inspect, about, _INSPECT_EXAMPLES)
+  inspect.add_argument('file', metavar='FILE', help='an .opq file')
+  inspect.add_argument(
+    '--json', action='store_true', help='for programs: totals and leaves as JSON'
+  )
+
+  about = 'Writes the decoded weights as safetensors.'
+  decompress = command('decompress', _decompress, about, _DECOMPRESS_EXAMPLES)
+  decompress.add_argument('file', metavar='FILE', help='an .opq file')
+  decompress.add_argument('output', metavar='OUT', help='the .safetensors file; replaced if there')
+
+  demo = command('demo', _demo, 'Trains, compresses and evaluates a small network.', _DEMO_EXAMPLES)
+  for name, kind, text in (
+    ('--seed', int, 'of the random numbers'),
+    ('--rate', float, '32 bits over the bits per weight'),
+    ('--output', Path, 'where the .opq file goes'),
+  ):
+    demo.add_argument(name, type=kind, default=argparse.SUPPRESS, help=text)
+  return parser
+
+
+def _compress(arguments: argparse.Namespace) -> None:
+  source, output = Path(arguments.input), Path(arguments.output)
+  _check_output(source, output)
+  axis = partial(weight_files.channel_axis, mode=arguments.channel_axis)
+  targets = {
+    'sparsity': arguments.sparsity,
+    'bits': arguments.bits,
+    'compression_rate': arguments.rate,
+  }
+  if all(value is None for value in targets.values()):
+    targets['compression_rate'] = DEFAULT_COMPRESSION_RATE
+  metadata = {
+    'source': source.name,
+    'targets': ' '.join(
+      f'{name}={value:g}' for name, value in targets.items() if value is not None
+    ),
+    'objective': arguments.objective,
+    'channel_axis': arguments.channel_axis,
+    'opq_jax': opq_jax.__version__,
+  }
+  console = _console(sys.stdout)
+  with _stages(console) as stage:
+    with stage('read'):
+      params = weight_files.read_weights(source)
+      chosen = _chosen(params, arguments.include, arguments.exclude)
+      params = _narrowed(params, chosen)
+    with stage('allocate'), warnings.catch_warnings():
+      # the table marks the leaves that this warning would list
+      warnings.filterwarnings('ignore', 'the Laplace density')
+      allocation = opq_jax.allocate(
+        params,
+        objective=arguments.objective,
+        compressible=lambda path, _: path in chosen,
+        channel_axis=axis,
+        **targets,
+      )
+    with stage('encode'):
+      state = opq_jax.init_state(params, allocation)
+      data = artifact.serialize(params, state, metadata)
+      report = sizes.payload_report(data, params, state, channel_axis=axis)
+    with stage('write'):
+      weight_files.write_bytes(output, data)
+  console.print(tables.summary(params, allocation), tables.four_sizes(report))
+  console.print(Text(f'{output}: {report.file:,} bytes, {report.file_rate:.2f} times smaller'))
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+  with OpqFile(arguments.file) as file:
+    metadata = file.metadata
+  mode = metadata.get('channel_axis')
+  axis = partial(
+    weight_files.channel_axis,
+    mode='first' if mode == 'first' else 'last' if mode == 'last' else 'auto',
+  )
+  report = sizes.file_report(arguments.file, channel_axis=axis)
+  if arguments.json:
+    print(json.dumps(_as_json(arguments.file, metadata, report), indent=2))
+    return
+  console = _console(sys.stdout)
+  console.print(tables.size_table(report), tables.four_sizes(report))
+  for key, value in metadata.items():
+    console.print(Text(f'{key}: {value}', style='dim'))
+  console.print(Text(f'{arguments.file}: all {report.file:,} bytes read, all checksums hold'))
+
+
+def _decompress(arguments: argparse.Namespace) -> None:
+  source, output = Path(arguments.file), Path(arguments.output)
+  _check_output(source, output)
+  params, _ = artifact.load(source)
+  weight_files.write_safetensors(output, params)
+  size = os.stat(output).st_size
+  _console(sys.stdout).print(Text(f'{output}: {size:,} bytes'))
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+  from opq_jax import demo
+
+  given = {name: value for name, value in vars(arguments).items() if name != 'run'}
+  demo.run(**given)
+
+
+def _chosen(params: PyTree, include: list[str], exclude: list[str]) -> set[str]:
+  """The paths of the leaves to compress."""
+  paths = [path for path, leaf in trees.named_leaves(params).items() if is_compressible(path, leaf)]
+  matches = lambda path, globs: any(fnmatchcase(path, glob) for glob in globs)
+  for option, globs in (('--include', include), ('--exclude', exclude)):
+    for glob in globs:
+      if not any(fnmatchcase(path, glob) for path in paths):
+        raise ValueError(
+          f'{option}: found no leaf that {glob!r} matches, expected one of {paths[:5]}'
+        )
+  chosen = {path for path in paths if not include or matches(path, include)}
+  return {path for path in chosen if not matches(path, exclude)}
+
+
+def _narrowed(params: PyTree, chosen: set[str]) -> PyTree:
+  """The tree with chosen leaves in float32 at most: JAX has no wider ones by default."""
+  wide = lambda path, leaf: path in chosen and leaf.dtype == np.float64
+  leaves = [
+    leaf.astype(np.float32) if wide(path, leaf) else leaf
+    for path, leaf in trees.named_leaves(params).items()
+  ]
+  return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+def _check_output(source: Path, output: Path) -> None:
+  """Finds out before the work what would spoil its end."""
+  if not output.parent.is_dir():
+    raise ValueError(f'{output}: found no folder {output.parent}, expected one')
+  if output.is_dir():
+    raise ValueError(f'{output}: found a folder, expected the name of a file')
+  if output.exists() and source.exists() and output.samefile(source):
+    raise ValueError(f'{output}: found the input itself, expected another file for the output')
+
+
+@contextlib.contextmanager
+def _stages(console: Console) -> Iterator[Callable[[str], contextlib.AbstractContextManager]]:
+  """Progress on stderr while stages run; one line of their times once all have."""
+  times = []
+  columns = SpinnerColumn(), TextColumn('{task.description}'), TimeElapsedColumn()
+  with Progress(*columns, console=_console(sys.stderr), transient=True) as progress:
+
+    @contextlib.contextmanager
+    def stage(name: str) -> Iterator[None]:
+      task, begin = progress.add_task(name, total=1), time.perf_counter()
+      yield
+      progress.update(task, completed=1)
+      times.append(f'{name} {time.perf_counter() - begin:.1f} s')
+
+    yield stage
+  console.print(Text(', '.join(times), style='dim'))
+
+
+def _as_json(path: str, metadata: dict[str, str], report: sizes.SizeReport) -> dict[str, Any]:
+  names = ('weights', 'survivors', 'sparsity', 'original', 'nominal', 'packed', 'entropy', 'file')
+  rates = ('nominal_rate', 'packed_rate', 'entropy_rate', 'file_rate')
+  return {
+    'path': path,
+    'metadata': metadata,
+    'totals': {name: getattr(report, name) for name in (*names, 'headers', *rates)},
+    'compressed': [dataclasses.asdict(leaf) for leaf in report.compressed],
+    'uncompressed': [dataclasses.asdict(leaf) for leaf in report.uncompressed],
+  }
+
+
+def _message(error: ValueError | OSError) -> str:
+  if isinstance(error, OSError) and error.filename is not None:
+    return f'{os.fspath(error.filename)}: {error.strerror}'
+  return str(error)
+
+
+def _console(stream: Any) -> Console:
+  """A console that, where nobody watches, is as wide as the tables need."""
+  return Console(file=stream, width=None if stream.isatty() else tables.WIDTH)
+
+
+if __name__ == '__main__':
+  sys.exit(main())
