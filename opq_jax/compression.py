@@ -207,7 +207,8 @@ def _exact_grid(
 def _cell(magnitude: Float32[Array, '...'], leaf: LeafState) -> Float32[Array, '...']:
   """The cell of |w|, counted from 0, as a whole float32 number; meaningless where pruned."""
   last = jnp.maximum(leaf.levels.astype(jnp.float32) - 1, 0)
-  return jnp.clip(jnp.floor((magnitude - leaf.threshold) / leaf.step), 0, last)
+  # times the reciprocal, since XLA divides by a scalar in either way, and the two differ at edges
+  return jnp.clip(jnp.floor((magnitude - leaf.threshold) * (1 / leaf.step)), 0, last)
 
 
 def _encode_leaf(name: str, weights: Array, leaf: LeafState) -> Int8[Array, '...']:

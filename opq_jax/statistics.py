@@ -228,6 +228,8 @@ def _count_bins(weights: Array, index: Callable[[Array], Array], bins: int) -> I
   def blocks(weights: Array) -> Array:
     flat = weights.reshape(-1)
     full = flat.size // block_size
+    if full == 0:
+      return whole(flat)
 
     def add(i: Array, counts: Array) -> Array:
       block = jax.lax.dynamic_slice(flat, (i * block_size,), (block_size,))

@@ -5,7 +5,8 @@ A table prints as plain text with `print`, 100 columns wide, and in colour on a 
 
 import io
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from rich import box
@@ -19,13 +20,13 @@ from opq_jax.sizes import SizeReport
 from opq_jax.trees import PyTree
 
 WIDTH = 100
-_PATH_WIDTH = 32
+_LEAST_PATH = 16
 
 _WHAT = {
-  'nominal': "survivors at the paper's fixed widths; no positions; compressed leaves only",
-  'packed': 'fixed-width codes, 1 mask bit per weight, levels; compressed leaves only',
-  'entropy': 'zeroth-order entropy of the codes; compressed leaves only',
-  'file': 'bytes on disk, headers and uncompressed leaves included',
+  'nominal': "compressed leaves: survivors at the paper's widths, no positions",
+  'packed': 'compressed leaves: fixed-width codes, 1 mask bit a weight, levels',
+  'entropy': 'compressed leaves: zeroth-order entropy of the codes',
+  'file': 'bytes on disk: headers and uncompressed leaves included',
 }
 
 
@@ -91,7 +92,7 @@ def four_sizes(report: SizeReport) -> Printable:
   return Printable(lambda: _four_sizes(report))
 
 
-def shorten(path: str, width: int = _PATH_WIDTH) -> str:
+def shorten(path: str, width: int) -> str:
   """`path` in at most `width` characters, cut in its middle.
 
   >>> shorten('encoder.layer.0.attention.output.dense.weight', 24)
@@ -104,82 +105,80 @@ def shorten(path: str, width: int = _PATH_WIDTH) -> str:
 
 
 def _summary_table(rows: list[tuple[str, LeafAllocation]], others: list[int]) -> Table:
-  table = _table(
-    '', 'path', 'shape', 'weights', 'pruned', 'levels', 'bits', 'entropy', 'error', 'fit'
-  )
+  columns = 'path', 'shape', 'weights', 'pruned', 'levels', 'bits', 'entropy', 'error', 'fit'
   sizes = np.array([math.prod(leaf.shape) for _, leaf in rows])
   low, high = LAPLACE_FIT_BOUNDS
-  misfits = 0
+  lines, styles = [], []
   for (name, leaf), size in zip(rows, sizes, strict=True):
     fit = float(leaf.laplace_fit)
     is_misfit = fit < low or fit > high
-    misfits += is_misfit
-    _add(
-      table,
-      name,
-      'x'.join(map(str, leaf.shape)),
-      f'{size:,}',
-      f'{float(leaf.sparsity):.1%}',
-      f'{int(leaf.levels)}',
-      f'{float(np.mean(np.asarray(leaf.bits))):.2f}',
-      f'{float(leaf.entropy):.3f}',
-      f'{float(leaf.error):.2%}',
-      '-' if math.isnan(fit) else f'{fit:.2f}{"!" if is_misfit else " "}',
-      style='red' if is_misfit else '',
+    styles.append('red' if is_misfit else '')
+    lines.append(
+      (
+        name,
+        'x'.join(map(str, leaf.shape)),
+        f'{size:,}',
+        f'{float(leaf.sparsity):.1%}',
+        f'{int(leaf.levels)}',
+        f'{float(np.mean(np.asarray(leaf.bits))):.2f}',
+        f'{float(leaf.entropy):.3f}',
+        f'{float(leaf.error):.2%}',
+        '-' if math.isnan(fit) else f'{fit:.2f}{"!" if is_misfit else " "}',
+      )
     )
-  if others:
-    _add(table, f'{len(others)} uncompressed leaves', '', f'{sum(others):,}', style='dim')
-  table.add_section()
   mean = lambda field: float(
     np.sum(sizes * [float(getattr(leaf, field)) for _, leaf in rows]) / max(sizes.sum(), 1)
   )
-  entropy = mean('entropy')
-  _add(
-    table,
-    f'{len(rows)} compressed leaves',
-    '',
-    f'{sizes.sum():,}',
-    f'{mean("sparsity"):.1%}',
-    '',
-    '',
-    f'{entropy:.3f}',
-    style='bold',
-  )
+  pruned, entropy = f'{mean("sparsity"):.1%}', mean('entropy')
+  totals = [
+    (f'{len(rows)} compressed', '', f'{sizes.sum():,}', pruned, '', '', f'{entropy:.3f}'),
+    (f'{len(others)} uncompressed', '', f'{sum(others):,}'),
+  ]
+  table = _table('', columns, lines, styles, totals)
   rate = f'{32 / entropy:.2f}' if entropy else 'inf'
-  caption = f'predicted: {entropy:.3f} bits per weight, an entropy rate of {rate}'
-  if misfits:
-    caption += f'\n! {misfits} leaves far from the Laplace density: fit outside {low} ... {high}'
-  table.caption = caption
+  table.caption = f'predicted: {entropy:.3f} bits per weight, an entropy rate of {rate}'
+  if misfits := sum(style == 'red' for style in styles):
+    table.caption += (
+      f'\n! {misfits} of {len(rows)} leaves are far from the Laplace density: '
+      f'fit outside {low} ... {high}'
+    )
   return table
 
 
 def _size_table(report: SizeReport) -> Table:
-  table = _table(
-    'sizes in bits per weight',
-    *('path', 'weights', 'pruned', 'levels', 'nominal', 'packed', 'entropy', 'file', 'bytes'),
-  )
-  for leaf in report.compressed:
-    bits = leaf.nominal_bits, leaf.packed_bits, leaf.entropy_bits, leaf.file_bits
-    _add(
-      table,
+  columns = 'path', 'weights', 'pruned', 'levels', 'nominal', 'packed', 'entropy', 'file', 'bytes'
+  lines = [
+    (
       leaf.path,
       f'{leaf.weights:,}',
       f'{leaf.sparsity:.1%}',
       f'{leaf.levels}',
-      *(f'{number:.3f}' for number in bits),
+      f'{leaf.nominal_bits:.3f}',
+      f'{leaf.packed_bits:.3f}',
+      f'{leaf.entropy_bits:.3f}',
+      f'{leaf.file_bits:.3f}',
       f'{leaf.file:,}',
     )
-  table.add_section()
+    for leaf in report.compressed
+  ]
   others = sum(leaf.file for leaf in report.uncompressed)
   sizes = report.nominal, report.packed, report.entropy, report.file - others - report.headers
-  total = f'{report.weights:,}', f'{report.sparsity:.1%}', ''
   means = [f'{8 * size / max(report.weights, 1):.3f}' for size in sizes]
-  _add(table, f'{len(report.compressed)} compressed leaves', *total, *means, f'{sizes[3]:,}')
   blank = [''] * 7
-  _add(table, f'{len(report.uncompressed)} uncompressed leaves', *blank, f'{others:,}')
-  _add(table, 'header, index and metadata', *blank, f'{report.headers:,}')
-  _add(table, 'the file', *blank, f'{report.file:,}', style='bold')
-  return table
+  totals = [
+    (
+      f'{len(report.compressed)} compressed',
+      f'{report.weights:,}',
+      f'{report.sparsity:.1%}',
+      '',
+      *means,
+      f'{sizes[3]:,}',
+    ),
+    (f'{len(report.uncompressed)} uncompressed', *blank, f'{others:,}'),
+    ('header, index', *blank, f'{report.headers:,}'),
+    ('the file', *blank, f'{report.file:,}'),
+  ]
+  return _table('sizes in bits per weight', columns, lines, [''] * len(lines), totals)
 
 
 def _four_sizes(report: SizeReport) -> Table:
@@ -192,27 +191,50 @@ def _four_sizes(report: SizeReport) -> Table:
     style = 'bold green' if name == 'file' else ''
     table.add_row(name, f'{size:,.0f}', f'{rate:.2f}x', what, style=style)
   table.caption = (
-    f'nominal, packed and entropy rates: against {4 * report.weights:,} bytes of float32; '
-    f'file rate: against all {report.original:,}'
+    f'rate of nominal, packed, entropy: against {4 * report.weights:,} bytes of float32\n'
+    f'rate of file: against all {report.original:,} bytes'
   )
   return table
 
 
-def _table(title: str, path: str, *columns: str) -> Table:
+def _table(
+  title: str,
+  columns: Sequence[str],
+  rows: Sequence[Sequence[str]],
+  styles: Sequence[str],
+  totals: Sequence[Sequence[str]],
+) -> Table:
+  """A table in which only paths give way where `WIDTH` is too narrow."""
+  lines = [columns, *rows, *totals]
+  widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(len(columns))]
+  left = WIDTH - 1 - sum(widths[1:]) - len(columns)
+  # two spaces between columns if every path fits then, else one
+  padding = 1 if widths[0] + len(columns) <= left else 0
+  left = max(left - padding * len(columns), _LEAST_PATH)
+  paths = [row[0] for row in rows]
+  if widths[0] > left:
+    paths = [shorten(path, left) for path in _without_root(paths)]
   table = Table(
     title=title or None,
     title_justify='left',
+    caption_justify='left',
     box=box.SIMPLE_HEAD,
     pad_edge=False,
-    padding=(0, 1, 0, 0),
+    padding=(0, padding, 0, 0),
   )
-  table.caption_justify = 'left'
-  table.add_column(path, no_wrap=True)
   for column in columns:
-    table.add_column(column, justify='right', no_wrap=True)
+    table.add_column(column, justify='left' if column == 'path' else 'right', no_wrap=True)
+  # Text, because a path may hold what rich would take for markup
+  for path, row, style in zip(paths, rows, styles, strict=True):
+    table.add_row(*map(Text, (path, *row[1:])), style=style)
+  table.add_section()
+  for total in totals:
+    table.add_row(*map(Text, total), style='bold')
   return table
 
 
-def _add(table: Table, path: str, *cells: str, style: str = '') -> None:
-  # Text, because a path may hold what rich would take for markup
-  table.add_row(Text(shorten(path)), *map(Text, cells), style=style)
+def _without_root(paths: list[str]) -> list[str]:
+  """Paths without the folders that all of them share, which tell no leaf from another."""
+  shared = os.path.commonprefix([path.split('/')[:-1] for path in paths])
+  root = len('/'.join(shared)) + 1 if shared else 0
+  return [f'…/{path[root:]}' if root else path for path in paths]
