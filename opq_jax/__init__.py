@@ -21,6 +21,9 @@ from opq_jax.compression import (
   encode,
   init_state,
 )
+from opq_jax.sizes import SizeReport, file_report, size_report
+from opq_jax.tables import summary
+from opq_jax.weight_files import read_weights, write_safetensors
 
 __version__ = '0.1.0'
 
@@ -30,13 +33,19 @@ __all__ = [
   'LeafAllocation',
   'LeafState',
   'OpqFile',
+  'SizeReport',
   'allocate',
   'apply_compression',
   'correct_batch_norm',
   'decode',
   'encode',
+  'file_report',
   'init_state',
   'is_compressible',
   'load',
+  'read_weights',
   'save',
+  'size_report',
+  'summary',
+  'write_safetensors',
 ]

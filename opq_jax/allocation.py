@@ -37,7 +37,7 @@ from opq_jax.statistics import (
   histogram_min_step,
   histogram_moments,
   leaf_statistics,
-  magnitude_at_rank,
+  magnitudes_at_rank,
   per_channel_count,
 )
 from opq_jax.trees import PyTree
@@ -191,7 +191,7 @@ def allocate(
   kind = objective if omegas is None else 'omegas'
   per_leaf, per_channel = _allocate(leaves, targets, omegas, kind, axes, corrected)
   if not _is_traced((per_leaf, per_channel)):
-    # numpy: XLA would compile hundreds of slices, for seconds
+    # on the host from here: XLA would take seconds to compile hundreds of slices
     per_leaf, per_channel = jax.device_get((per_leaf, per_channel))
     _check_values(chosen, leaves, axes, per_leaf, per_channel, targets)
   ends = np.cumsum([_channel_count(leaf, axis) for leaf, axis in zip(leaves, axes, strict=True)])
@@ -204,8 +204,6 @@ def allocate(
       shape=tuple(leaf.shape),
       channel_axis=axis,
     )
-  if not _is_traced(solved):
-    solved = jax.device_put(solved)
   structure = jax.tree.structure(params)
   return Allocation(jax.tree.unflatten(structure, [solved.get(name) for name in named]))
 
@@ -251,13 +249,10 @@ def _allocate(
     threshold = threshold * unit
     if corrected:
       pruned = 1 - channels.sum(left) / channels.leaf_share()
-      weights_and_ranks = zip(leaves, stats, pruned, strict=True)
-      threshold = jnp.stack(
-        [
-          magnitude_at_rank(w, s, jnp.round(p * w.size).astype(jnp.int32))
-          for w, s, p in weights_and_ranks
-        ]
-      )
+      ranks = jnp.round(pruned * np.asarray([leaf.size for leaf in leaves], dtype))
+      largest = tree.largest().astype(jnp.float32)
+      histogram = jnp.stack([s.histogram for s in stats])
+      threshold = magnitudes_at_rank(leaves, histogram, largest, ranks.astype(jnp.int32))
       counts = [
         per_channel_count(w, t, axis) for w, t, axis in zip(leaves, threshold, axes, strict=True)
       ]

@@ -25,18 +25,16 @@ import io
 import json
 import math
 import os
-import secrets
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Self
 
 import jax
 import numpy as np
 from jaxtyping import Int8, Shaped
 
-from opq_jax import artifact_index, compression, trees
+from opq_jax import artifact_index, compression, files, trees
 from opq_jax.artifact_index import LeafEntry
 from opq_jax.compression import MAX_LEVELS, CompressionState, LeafState
 from opq_jax.entropy_coding import decode_codes, encode_codes
@@ -80,16 +78,7 @@ def save(
   >>> bool((loaded['kernel'] == compressed['kernel']).all())
   True
   """
-  data = serialize(params, state, metadata)
-  temporary = Path(path).parent / f'.opq-{secrets.token_hex(8)}'
-  try:
-    with open(temporary, 'xb') as file:
-      file.write(data)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+  files.write_bytes(path, serialize(params, state, metadata))
 
 
 def load(

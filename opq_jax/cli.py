@@ -21,7 +21,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 import opq_jax
-from opq_jax import artifact, sizes, tables, trees, weight_files
+from opq_jax import artifact, files, sizes, tables, trees, weight_files
 from opq_jax.allocation import DEFAULT_COMPRESSION_RATE, OBJECTIVES, is_compressible
 from opq_jax.artifact import OpqFile
 from opq_jax.trees import PyTree
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   Returns:
     The exit code: 0; 2 where the arguments, an input or an output are at fault, which one line on
-    stderr names, and nothing was written.
+    stderr names, and nothing was written; 1 where nobody reads stdout to its end.
   """
   try:
     arguments = _parser().parse_args(argv)
@@ -94,6 +94,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(exit_.code or 0)
   try:
     arguments.run(arguments)
+    sys.stdout.flush()
+  except BrokenPipeError:
+    # `opq inspect net.opq | head`: nobody reads on, and Python would say so once more at its exit
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
   except (ValueError, OSError) as error:
     line = ' '.join(_message(error).split())
     _console(sys.stderr).print(Text(f'opq: {line}', style='red'), soft_wrap=True)
@@ -102,10 +107,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-  def command(name: str, run: Callable[[argparse.Namespace], None], about: str, epilog: str) -> Any:
-    new = commands.add_parser(
-      name, help=about.split('.')[0].split('\n')[0], description=about, epilog=epilog, **raw
-    )
+  def command(
+    name: str, run: Callable[[argparse.Namespace], None], short: str, about: str, epilog: str
+  ) -> Any:
+    new = commands.add_parser(name, help=short, description=about, epilog=epilog, **raw)
     new.set_defaults(run=run)
     return new
 
@@ -114,7 +119,9 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument('--version', action='version', version=f'opq_jax {opq_jax.__version__}')
   commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
 
-  compress = command('compress', _compress, _COMPRESS, _COMPRESS_EXAMPLES)
+  compress = command(
+    'compress', _compress, 'weights to an .opq file', _COMPRESS, _COMPRESS_EXAMPLES
+  )
   compress.add_argument('input', metavar='IN', help='weights: a file, or a folder of Orbax')
   compress.add_argument('output', metavar='OUT', help='the .opq file; replaced if it exists')
   add = compress.add_argument_group('targets').add_argument
@@ -134,7 +141,11 @@ def _parser() -> argparse.ArgumentParser:
   )
   add = compress.add_argument_group('leaves').add_argument
   globs: dict[str, Any] = {'nargs': '+', 'action': 'extend', 'default': [], 'metavar': 'GLOB'}
-  add('--include', **globs, help='compress only leaves whose path matches one of these')
+  add(
+    '--include',
+    **globs,
+    help='compress only leaves whose path matches one of these; each must match some leaf',
+  )
   add('--exclude', **globs, help='leave these as they are')
   add(
     '--channel-axis',
@@ -144,19 +155,20 @@ def _parser() -> argparse.ArgumentParser:
     '(default %(default)s)',
   )
 
-  about = "Shows an .opq file's leaves and its four sizes.\n\nReads and checks every byte."
-  inspect = command('inspect', _inspect, about, _INSPECT_EXAMPLES)
+  about = 'Shows the leaves and the four sizes of an .opq file; reads and checks every byte of it.'
+  inspect = command('inspect', _inspect, 'what is in an .opq file', about, _INSPECT_EXAMPLES)
   inspect.add_argument('file', metavar='FILE', help='an .opq file')
   inspect.add_argument(
     '--json', action='store_true', help='for programs: totals and leaves as JSON'
   )
 
-  about = 'Writes the decoded weights as safetensors.'
-  decompress = command('decompress', _decompress, about, _DECOMPRESS_EXAMPLES)
+  short, about = 'an .opq file to plain arrays', 'Writes the decoded weights as safetensors.'
+  decompress = command('decompress', _decompress, short, about, _DECOMPRESS_EXAMPLES)
   decompress.add_argument('file', metavar='FILE', help='an .opq file')
   decompress.add_argument('output', metavar='OUT', help='the .safetensors file; replaced if there')
 
-  demo = command('demo', _demo, 'Trains, compresses and evaluates a small network.', _DEMO_EXAMPLES)
+  about = 'Trains, compresses and evaluates a small network.'
+  demo = command('demo', _demo, 'a small network, start to end', about, _DEMO_EXAMPLES)
   for name, kind, text in (
     ('--seed', int, 'of the random numbers'),
     ('--rate', float, '32 bits over the bits per weight'),
@@ -207,7 +219,7 @@ def _compress(arguments: argparse.Namespace) -> None:
       data = artifact.serialize(params, state, metadata)
       report = sizes.payload_report(data, params, state, channel_axis=axis)
     with stage('write'):
-      weight_files.write_bytes(output, data)
+      files.write_bytes(output, data)
   console.print(tables.summary(params, allocation), tables.four_sizes(report))
   console.print(Text(f'{output}: {report.file:,} bytes, {report.file_rate:.2f} times smaller'))
 
@@ -286,7 +298,9 @@ def _stages(console: Console) -> Iterator[Callable[[str], contextlib.AbstractCon
   """Progress on stderr while stages run; one line of their times once all have."""
   times = []
   columns = SpinnerColumn(), TextColumn('{task.description}'), TimeElapsedColumn()
-  with Progress(*columns, console=_console(sys.stderr), transient=True) as progress:
+  where = _console(sys.stderr)
+  # even a transient one leaves a blank line in a file
+  with Progress(*columns, console=where, transient=True, disable=not where.is_terminal) as progress:
 
     @contextlib.contextmanager
     def stage(name: str) -> Iterator[None]:

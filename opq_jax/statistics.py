@@ -53,12 +53,17 @@ def leaf_statistics(
   weights, others = _by_channel(weights, channel_axis)
   per_channel = math.prod(weights.shape[i] for i in others)
   total = jnp.sum(jnp.abs(weights.astype(jnp.float32)), others)
-  # one reduction a kernel: XLA's CPU backend is several times slower on the two fused into one
-  weights, total = jax.lax.optimization_barrier((weights, total))
-  maximum = jnp.max(jnp.abs(weights.astype(jnp.float32)), others)
+  if histogram:
+    # XLA's CPU backend would store |w| for the maximum beside the histogram's loop
+    as_float = weights.astype(jnp.float32)
+    maximum = jnp.maximum(jnp.max(as_float, others), -jnp.min(as_float, others))
+  else:
+    # and is several times slower on two reductions of |w| in one kernel
+    again, total = jax.lax.optimization_barrier((weights, total))
+    maximum = jnp.max(jnp.abs(again.astype(jnp.float32)), others)
   stats = LeafStatistics(total / per_channel, maximum, None, per_channel)
   if histogram:
-    per_unit = _bins_per_unit(stats)
+    per_unit = _bins_per_unit(jnp.max(maximum))
 
     def count(block: Array) -> Array:
       magnitude = jnp.minimum(jnp.abs(block) * per_unit, BINS - 1).astype(jnp.int32)
@@ -75,42 +80,71 @@ def per_channel_count(
 ) -> Float32[Array, 'channels']:
   """How many weights of every channel survive |w| > threshold, as float32."""
   weights, others = _by_channel(weights, channel_axis)
-  survives = jnp.abs(weights.astype(jnp.float32)) > threshold
-  return jnp.sum(survives.astype(jnp.float32), others)
+
+  def whole(weights: Array) -> Array:
+    survives = jnp.abs(weights.astype(jnp.float32)) > threshold
+    return jnp.sum(survives, others, dtype=jnp.int32)
+
+  def rows(weights: Array) -> Array:
+    if others[-1] != weights.ndim - 2:
+      return whole(weights)
+    table = weights.reshape(-1, weights.shape[-1])
+
+    def add(i: Array, counts: Array) -> Array:
+      return counts + (jnp.abs(table[i].astype(jnp.float32)) > threshold).astype(jnp.int32)
+
+    return jax.lax.fori_loop(0, len(table), add, jnp.zeros(table.shape[1], jnp.int32))
+
+  # as in `_count_bins`, whose doc says why
+  counts = jax.lax.platform_dependent(weights, cpu=rows, default=whole)
+  return counts.reshape(-1).astype(jnp.float32)
 
 
 @jax.jit
-def magnitude_at_rank(
-  weights: Float[Array, '...'], stats: LeafStatistics, rank: Int32[Array, '']
-) -> Float32[Array, '']:
-  """A threshold t with (as nearly as can be) `rank` weights at |w| <= t.
+def fine_histogram(
+  weights: Float[Array, '...'], largest: Float32[Array, ''], bin_: Int32[Array, '']
+) -> Int32[Array, 'bins']:
+  """Counts of one bin of a leaf's histogram, both signs together, in BINS finer bins."""
+  per_unit = _bins_per_unit(largest)
+
+  def count(block: Array) -> Array:
+    position = jnp.abs(block) * per_unit
+    fine = (position - bin_.astype(jnp.float32)) * BINS
+    is_inside = jnp.minimum(position, BINS - 1).astype(jnp.int32) == bin_
+    return jnp.where(is_inside, jnp.minimum(fine, BINS - 1).astype(jnp.int32), BINS)
+
+  return _count_bins(weights, count, BINS)
+
+
+def magnitudes_at_rank(
+  leaves: list[Float[Array, '...']],
+  histogram: Int32[Array, 'leaves 2 bins'],
+  largest: Float32[Array, 'leaves'],
+  rank: Int32[Array, 'leaves'],
+) -> Float32[Array, 'leaves']:
+  """Thresholds t_i with (as nearly as can be) rank_i weights of leaf i at |w| <= t_i.
 
   The leaf's histogram says in which bin the rank lies; that bin is counted once more in BINS
   finer ones.  2^24 bins in all are about what float32 resolves, so the count is met up to ties
   and a weight or two in a million.
 
   >>> weights = jnp.arange(-50.0, 50.0)[:, None]
-  >>> t = magnitude_at_rank(weights, leaf_statistics(weights, -1), jnp.int32(61))
-  >>> int((jnp.abs(weights) <= t).sum())
+  >>> stats = leaf_statistics(weights, -1)
+  >>> t = magnitudes_at_rank(
+  ...   [weights], stats.histogram[None], stats.maximum, jnp.array([61], jnp.int32)
+  ... )
+  >>> int((jnp.abs(weights) <= t[0]).sum())
   61
   """
-  if stats.histogram is None:
-    raise ValueError('found statistics without a histogram, expected one')
-  per_unit = _bins_per_unit(stats)
-  cumulative = jnp.cumsum(jnp.sum(stats.histogram, axis=0))
-  coarse = jnp.sum((cumulative < rank).astype(jnp.int32))
-  before = jnp.where(coarse > 0, cumulative[coarse - 1], 0)
-
-  def count(block: Array) -> Array:
-    position = jnp.abs(block) * per_unit
-    fine = (position - coarse.astype(jnp.float32)) * BINS
-    inside = jnp.minimum(position, BINS - 1).astype(jnp.int32) == coarse
-    return jnp.where(inside, jnp.minimum(fine, BINS - 1).astype(jnp.int32), BINS)
-
+  cumulative = jnp.cumsum(jnp.sum(histogram, axis=1), axis=1)
+  coarse = jnp.sum((cumulative < rank[:, None]).astype(jnp.int32), axis=1)
+  before = jnp.take_along_axis(cumulative, jnp.maximum(coarse - 1, 0)[:, None], axis=1)[:, 0]
+  before = jnp.where(coarse > 0, before, 0)
+  counts = jnp.stack([fine_histogram(w, m, b) for w, m, b in zip(leaves, largest, coarse)])
   # entry k: how many weights lie below edge k of the bin
-  below = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(_count_bins(weights, count, BINS))])
-  edge = jnp.argmin(jnp.abs(below - (rank - before))).astype(jnp.float32)
-  edge = (coarse.astype(jnp.float32) + edge / BINS) / per_unit
+  below = jnp.pad(jnp.cumsum(counts, axis=1), ((0, 0), (1, 0)))
+  edge = jnp.argmin(jnp.abs(below - (rank - before)[:, None]), axis=1).astype(jnp.float32)
+  edge = (coarse.astype(jnp.float32) + edge / BINS) / _bins_per_unit(largest)
   # just under the edge, so that a weight on it survives as the count says
   return jnp.where(rank > 0, jnp.nextafter(edge, jnp.zeros_like(edge)), 0)
 
@@ -200,8 +234,7 @@ def histogram_moments(
   return energy, offset, error, 1 - jnp.sum(survivors) / total
 
 
-def _bins_per_unit(stats: LeafStatistics) -> Float32[Array, '']:
-  largest = jnp.max(stats.maximum)
+def _bins_per_unit(largest: Float32[Array, '...']) -> Float32[Array, '...']:
   return BINS / jnp.where(largest > 0, largest, 1)
 
 

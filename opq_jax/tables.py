@@ -5,7 +5,6 @@ A table prints as plain text with `print`, 100 columns wide, and in colour on a 
 
 import io
 import math
-import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -139,8 +138,8 @@ def _summary_table(rows: list[tuple[str, LeafAllocation]], others: list[int]) ->
   table.caption = f'predicted: {entropy:.3f} bits per weight, an entropy rate of {rate}'
   if misfits := sum(style == 'red' for style in styles):
     table.caption += (
-      f'\n! {misfits} of {len(rows)} leaves are far from the Laplace density: '
-      f'fit outside {low} ... {high}'
+      f'\n! far from the Laplace density (fit outside {low} ... {high}): '
+      f'{misfits} of {len(rows)} leaves'
     )
   return table
 
@@ -235,6 +234,9 @@ def _table(
 
 def _without_root(paths: list[str]) -> list[str]:
   """Paths without the folders that all of them share, which tell no leaf from another."""
-  shared = os.path.commonprefix([path.split('/')[:-1] for path in paths])
-  root = len('/'.join(shared)) + 1 if shared else 0
-  return [f'…/{path[root:]}' if root else path for path in paths]
+  root = ''
+  for folders in zip(*(path.split('/')[:-1] for path in paths), strict=False):
+    if len(set(folders)) > 1:
+      break
+    root += f'{folders[0]}/'
+  return [f'…/{path.removeprefix(root)}' if root else path for path in paths]

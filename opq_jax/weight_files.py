@@ -14,7 +14,6 @@ Nothing in a file is ever executed: NumPy's pickles are refused, and PyTorch's a
 import logging
 import os
 import re
-import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +25,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from opq_jax import artifact, trees
+from opq_jax import artifact, files, trees
 from opq_jax.trees import PyTree
 
 ChannelMode = Literal['auto', 'first', 'last']
@@ -94,20 +93,7 @@ def write_safetensors(path: str | os.PathLike[str], tree: PyTree) -> None:
       ) from error
     # safetensors takes the memory as it lies, whatever the strides say
     arrays[name] = array.copy(order='C') if not array.flags.c_contiguous else array
-  write_bytes(path, safetensors.numpy.save(arrays))
-
-
-def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-  """Writes a file that appears whole or not at all; one that was there stays until then."""
-  temporary = Path(path).parent / f'.opq-{secrets.token_hex(8)}'
-  try:
-    with open(temporary, 'xb') as file:
-      file.write(data)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+  files.write_bytes(path, safetensors.numpy.save(arrays))
 
 
 def channel_axis(path: str, leaf: Any, mode: ChannelMode = 'auto') -> int:

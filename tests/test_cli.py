@@ -1,0 +1,198 @@
+import json
+import subprocess
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import opq_jax
+from opq_jax import cli, trees, weight_files
+
+
+def tree():
+  draw = np.random.default_rng(0).laplace
+  return {
+    'fc1.weight': draw(size=(96, 64)).astype(np.float32),
+    'fc1.bias': draw(size=96).astype(np.float32),
+    'fc2.weight': draw(size=(64, 96)).astype(np.float32),
+    'steps': np.array([[3]], np.int32),
+  }
+
+
+@pytest.fixture
+def net(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  safetensors.numpy.save_file(tree(), 'net.safetensors')
+  return tmp_path
+
+
+def run(*argv):
+  return cli.main([str(word) for word in argv])
+
+
+def files(folder):
+  return sorted(path.name for path in folder.iterdir())
+
+
+def test_compress_inspect_decompress(net, capsys):
+  assert run('compress', 'net.safetensors', 'net.opq', '--rate', 12.8) == 0
+  out = capsys.readouterr().out
+  size = (net / 'net.opq').stat().st_size
+  assert 'fc1.weight' in out
+  assert f'{size:,}' in out
+  assert '2.500 bits per weight' in out
+  assert all(name in out for name in ('nominal', 'packed', 'entropy', 'file', 'bytes on disk'))
+
+  assert run('inspect', 'net.opq', '--json') == 0
+  found = json.loads(capsys.readouterr().out)
+  assert found['totals']['file'] == size
+  assert found['totals']['entropy_rate'] == pytest.approx(12.8, rel=1e-3)
+  assert [leaf['path'] for leaf in found['compressed']] == ['fc1.weight', 'fc2.weight']
+  assert [leaf['path'] for leaf in found['uncompressed']] == ['fc1.bias', 'steps']
+  assert found['metadata'] == {
+    'source': 'net.safetensors',
+    'targets': 'compression_rate=12.8',
+    'objective': 'retained_signal',
+    'channel_axis': 'auto',
+    'opq_jax': opq_jax.__version__,
+  }
+
+  assert run('inspect', 'net.opq') == 0
+  out = capsys.readouterr().out
+  assert f'{size:,}' in out
+  assert 'checksums hold' in out
+
+  assert run('decompress', 'net.opq', 'out.safetensors') == 0
+  decoded = safetensors.numpy.load_file('out.safetensors')
+  expected = tree()
+  assert set(decoded) == set(expected)
+  for name in ('fc1.bias', 'steps'):
+    assert decoded[name].tobytes() == expected[name].tobytes()
+  for name in ('fc1.weight', 'fc2.weight'):
+    assert np.mean((decoded[name] - expected[name]) ** 2) < 0.1 * np.mean(expected[name] ** 2)
+  assert files(net) == ['net.opq', 'net.safetensors', 'out.safetensors']
+
+
+def test_the_file_is_what_the_library_makes(net):
+  assert run('compress', 'net.safetensors', 'net.opq', '--sparsity', 0.5, '--bits', 3) == 0
+  params = tree()
+  allocation = opq_jax.allocate(
+    params, sparsity=0.5, bits=3.0, channel_axis=weight_files.channel_axis
+  )
+  state = opq_jax.init_state(params, allocation)
+  expected = opq_jax.apply_compression(params, state)
+  found, _ = opq_jax.load('net.opq')
+  for name, leaf in trees.named_leaves(expected).items():
+    np.testing.assert_array_equal(found[name], np.asarray(leaf))
+  with opq_jax.OpqFile('net.opq') as file:
+    assert file.metadata['targets'] == 'sparsity=0.5 bits=3'
+
+
+def test_rate_is_10_by_default_and_globs_choose(net):
+  assert run('compress', 'net.safetensors', 'net.opq', '--exclude', 'fc2*') == 0
+  with opq_jax.OpqFile('net.opq') as file:
+    assert file.metadata['targets'] == 'compression_rate=10'
+    assert file.leaf_state('fc1.weight') is not None
+    assert file.leaf_state('fc2.weight') is None
+    assert file['fc2.weight'].tobytes() == tree()['fc2.weight'].tobytes()
+  assert run('compress', 'net.safetensors', 'other.opq', '--include', 'fc1*', 'nothing*') == 2
+  assert run('compress', 'net.safetensors', 'other.opq', '--include', 'fc1*') == 0
+  with opq_jax.OpqFile('other.opq') as file:
+    assert file.leaf_state('fc2.weight') is None
+
+
+def test_float64_weights_are_compressed_as_float32(net):
+  np.savez('wide.npz', **{name: leaf.astype(np.float64) for name, leaf in tree().items()})
+  assert run('compress', 'wide.npz', 'wide.opq', '--exclude', 'steps') == 0
+  with opq_jax.OpqFile('wide.opq') as file:
+    assert file['fc1.weight'].dtype == np.float32
+    assert file['fc1.bias'].dtype == np.float64
+
+
+@pytest.mark.parametrize(
+  ('argv', 'message'),
+  [
+    (['compress', 'no.safetensors', 'out.opq'], 'no.safetensors'),
+    (['compress', 'net.safetensors', 'out.opq', '--rate', '2'], 'compression_rate: found 2'),
+    (['compress', 'net.safetensors', 'out.opq', '--bits', '3'], 'found bits alone'),
+    (['compress', 'net.safetensors', 'out.opq', '--rate', '9', '--bits', '3'], 'together with'),
+    (['compress', 'net.safetensors', 'out.opq', '--include', 'conv*'], "'conv*'"),
+    (['compress', 'net.safetensors', 'out.opq', '--exclude', 'fc*'], 'no leaf to compress'),
+    (['compress', 'nan.npz', 'out.opq'], 'w: found NaN'),
+    (['compress', 'notes.txt', 'out.opq'], "found suffix '.txt'"),
+    (['compress', 'net.safetensors', 'no/out.opq'], 'found no folder no'),
+    (['compress', 'net.safetensors', '.'], 'found a folder'),
+    (['compress', 'net.safetensors', 'net.safetensors'], 'the input itself'),
+    (['inspect', 'notes.txt'], 'no .opq file'),
+    (['inspect', 'no.opq'], 'no.opq: No such file'),
+    (['decompress', 'notes.txt', 'out.safetensors'], 'no .opq file'),
+  ],
+)
+def test_errors_are_one_line_and_nothing_is_written(net, capsys, argv, message):
+  (net / 'notes.txt').write_text('no weights')
+  np.savez('nan.npz', w=np.full((96, 64), np.nan, np.float32))
+  before = {name: (net / name).read_bytes() for name in files(net)}
+  assert run(*argv) == 2
+  captured = capsys.readouterr()
+  assert captured.out == ''
+  (line,) = captured.err.splitlines()
+  assert line.startswith('opq: ')
+  assert message in line
+  assert {name: (net / name).read_bytes() for name in files(net)} == before
+
+
+def test_a_failure_keeps_the_file_that_was_there(net):
+  (net / 'net.opq').write_bytes(b'old')
+  assert run('compress', 'net.safetensors', 'net.opq', '--rate', 2) == 2
+  assert (net / 'net.opq').read_bytes() == b'old'
+  assert run('compress', 'net.safetensors', 'net.opq') == 0
+  assert (net / 'net.opq').read_bytes() != b'old'
+  assert files(net) == ['net.opq', 'net.safetensors']
+
+
+def test_inspect_finds_a_flipped_bit(net, capsys):
+  params = tree()
+  state = opq_jax.CompressionState(jax.tree.map(lambda _: None, params))
+  opq_jax.save('net.opq', params, state)
+  data = bytearray((net / 'net.opq').read_bytes())
+  data[-100] ^= 1
+  (net / 'net.opq').write_bytes(data)
+  assert run('inspect', 'net.opq') == 2
+  assert 'CRC' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('command', ['', 'compress', 'inspect', 'decompress', 'demo'])
+def test_help_teaches_by_examples(capsys, command):
+  assert run(*command.split(), '--help') == 0
+  out = capsys.readouterr().out
+  assert 'examples:' in out
+  assert f'opq {command}' in out
+  assert max(map(len, out.splitlines())) <= 100
+
+
+@pytest.mark.parametrize('argv', [[], ['shrink'], ['compress', 'one'], ['inspect', 'a', '--no']])
+def test_usage_errors_exit_with_2(capsys, argv):
+  assert run(*argv) == 2
+  assert 'usage: opq' in capsys.readouterr().err
+
+
+def test_demo_hands_over_what_was_given(monkeypatch):
+  calls = []
+  demo = types.ModuleType('opq_jax.demo')
+  demo.run = lambda **options: calls.append(options)
+  monkeypatch.setitem(sys.modules, 'opq_jax.demo', demo)
+  monkeypatch.setattr(opq_jax, 'demo', demo, raising=False)
+  assert run('demo') == 0
+  assert run('demo', '--seed', 3, '--rate', 16, '--output', 'net.opq') == 0
+  assert [sorted(call) for call in calls] == [[], ['output', 'rate', 'seed']]
+  assert calls[1]['seed'] == 3
+
+
+def test_the_command_runs_as_a_module():
+  command = [sys.executable, '-m', 'opq_jax.cli', '--version']
+  result = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert result.returncode == 0
+  assert result.stdout == f'opq_jax {opq_jax.__version__}\n'
