@@ -1,0 +1,197 @@
+r"""What one-shot compression costs a pretrained MobileNet-V1, before and after BatchNorm's correction.
+
+    python experiments/one_shot.py --config=configs/one_shot_mobilenet_v1.py --workdir=DIR
+
+For every objective and every number of bits per weight: allocate, compress, correct from noise;
+accuracy on a sample of photographs, with each file's true size.  Compare rows, not other papers:
+the sample is small, and the networks were probably trained on it.
+"""
+
+import csv
+import json
+import math
+import pathlib
+import statistics
+import time
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from safetensors.numpy import load_file
+
+import opq_jax
+from opq_jax import data, plots, sizes
+from opq_jax.importers import tf_slim
+from opq_jax.models import MobileNetV1
+
+CORRECTIONS = ('none', 'noise')
+
+
+def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[str, Any]]:
+  """The whole experiment; the rows of results.csv, the float network first."""
+  begin = time.perf_counter()
+  workdir.mkdir(parents=True, exist_ok=True)
+  console = Console()
+
+  model = MobileNetV1(num_classes=config.num_classes, width=config.width)
+  tensors = load_file(config.weights)
+  variables = tf_slim.mobilenet_v1(tensors, num_classes=config.num_classes, width=config.width)
+
+  loader = data.batches(
+    config.dataset,
+    config.split,
+    data_dir=config.data_dir,
+    batch_size=config.batch_size,
+    preprocessing=data.TF_SLIM,
+  )
+  batches = list(loader)
+  images = [jax.device_put(batch['image']) for batch in batches]
+  labels = np.concatenate([batch['label'] for batch in batches])
+
+  # weights are arguments: compiled once, for every network
+  forward = jax.jit(model.apply)
+  logits_of = lambda network: np.concatenate([np.asarray(forward(network, x)) for x in images])
+
+  float_logits = logits_of(variables)
+  float_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
+  rows = [
+    {'objective': 'float32', 'correction': 'none', 'bits_asked': 32.0, 'bits_per_weight': 32.0}
+    | {'sparsity': 0.0, 'file_bytes': float_bytes, 'file_rate': 1.0}
+    | scores(float_logits, labels, float_logits)
+  ]
+
+  settings = [(objective, bits) for objective in config.objectives for bits in config.bits]
+  with Progress(console=console) as progress:
+    task = progress.add_task('compressing', total=len(settings))
+    for objective, bits in settings:
+      progress.update(task, description=f'{objective}, {bits:g} bits')
+      allocation = opq_jax.allocate(variables, compression_rate=32 / bits, objective=objective)
+      state = opq_jax.init_state(variables, allocation)
+      compressed = opq_jax.apply_compression(variables, state)
+      corrected = opq_jax.correct_batch_norm(
+        model.apply, variables, compressed, jax.random.key(config.noise_seed), config.noise_shape
+      )
+      for correction, network in zip(CORRECTIONS, (compressed, corrected), strict=True):
+        report = sizes.size_report(network, state)
+        logits = logits_of(network)
+        rows.append(
+          {'objective': objective, 'correction': correction, 'bits_asked': bits}
+          | {'bits_per_weight': report.entropy * 8 / report.weights, 'sparsity': report.sparsity}
+          | {'file_bytes': report.file, 'file_rate': report.file_rate}
+          | scores(logits, labels, float_logits)
+        )
+      path = workdir / f'{objective}_{bits:g}_bits.opq'
+      opq_jax.save(path, corrected, state)
+      if (objective, bits) == settings[0]:
+        # what is quoted is what a reader of the file gets
+        loaded, _ = opq_jax.load(path)
+        assert path.stat().st_size == report.file
+        np.testing.assert_array_equal(logits_of(loaded), logits, f'{path} gives other outputs')
+      progress.advance(task)
+
+  with open(workdir / 'results.csv', 'w', newline='') as file:
+    writer = csv.DictWriter(file, rows[0], lineterminator='\n')
+    writer.writeheader()
+    for row in rows:
+      writer.writerow({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
+  draw(workdir / 'top1_over_file_size.png', rows, len(labels))
+  record = {
+    'command': ' '.join(['python experiments/one_shot.py', '--config=…', '--workdir=…']),
+    'config': config.to_dict(),
+    'photographs': len(labels),
+    'seconds': round(time.perf_counter() - begin),
+    'versions': {'opq_jax': opq_jax.__version__, 'jax': jax.__version__},
+  }
+  # the folders of whoever ran it are nobody else's business
+  record['config'] |= {'weights': pathlib.Path(config.weights).name, 'data_dir': '…'}
+  (workdir / 'run.json').write_text(json.dumps(record, indent=1, ensure_ascii=False) + '\n')
+  console.print(table(rows, len(labels)))
+  return rows
+
+
+def scores(logits: np.ndarray, labels: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+  """Top-1 with its interval, top-5, and how often the answer is that of the float network."""
+  ranking = np.argsort(-logits, axis=-1, kind='stable')
+  is_hit = ranking[:, 0] == labels
+  low, high = interval(int(is_hit.sum()), len(labels))
+  return {
+    'top1': float(is_hit.mean()),
+    'top1_low': low,
+    'top1_high': high,
+    'top5': float((ranking[:, :5] == labels[:, None]).any(axis=-1).mean()),
+    'agreement': float((ranking[:, 0] == reference.argmax(axis=-1)).mean()),
+  }
+
+
+def interval(hits: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+  """Wilson's interval of a binomial share, which holds near 0 and 1 too."""
+  z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
+  share, weight = hits / trials, z * z / trials
+  middle = share + weight / 2
+  radius = z * math.sqrt(share * (1 - share) / trials + weight / trials / 4)
+  return max((middle - radius) / (1 + weight), 0.0), min((middle + radius) / (1 + weight), 1.0)
+
+
+def draw(path: pathlib.Path, rows: list[dict[str, Any]], photographs: int) -> None:
+  curves = []
+  for objective in dict.fromkeys(row['objective'] for row in rows[1:]):
+    for correction in reversed(CORRECTIONS):
+      key = (objective, correction)
+      points = [row for row in rows if (row['objective'], row['correction']) == key]
+      # three bands of this width would hide each other
+      has_band = correction == 'noise' and not curves
+      curves.append(
+        plots.Curve(
+          objective,
+          [row['file_bytes'] for row in points],
+          [row['top1'] for row in points],
+          [(row['top1_low'], row['top1_high']) for row in points] if has_band else (),
+          '' if correction == 'noise' else 'BatchNorm not corrected',
+        )
+      )
+  float_bytes = rows[0]['file_bytes']
+  title = (
+    f'MobileNet-V1 ({float_bytes / 1e6:.1f} MB as float32), one shot, no finetuning\n'
+    f'{photographs} ImageNet photographs; band: 95 % interval of {curves[0].label}'
+  )
+  plots.accuracy_over_size(path, curves, baseline=rows[0]['top1'], title=title)
+
+
+def table(rows: list[dict[str, Any]], photographs: int) -> Table:
+  result = Table(title=f'one shot, {photographs} photographs', title_justify='left')
+  for name in ('objective', 'BatchNorm', 'bits/weight', 'pruned', 'file, MB', 'times smaller'):
+    result.add_column(name, justify='left' if name in ('objective', 'BatchNorm') else 'right')
+  for name in ('top-1, %', '95 %', 'top-5, %', 'same answer, %'):
+    result.add_column(name, justify='right')
+  for row in rows:
+    result.add_row(
+      row['objective'],
+      'corrected' if row['correction'] == 'noise' else '',
+      f'{row["bits_per_weight"]:.3f}',
+      f'{row["sparsity"]:.1%}',
+      f'{row["file_bytes"] / 1e6:.3f}',
+      f'{row["file_rate"]:.2f}',
+      f'{100 * row["top1"]:.1f}',
+      f'{100 * row["top1_low"]:.0f}…{100 * row["top1_high"]:.0f}',
+      f'{100 * row["top5"]:.1f}',
+      f'{100 * row["agreement"]:.1f}',
+      style='bold' if row['correction'] == 'noise' else '',
+    )
+  return result
+
+
+def main(_: list[str]) -> None:
+  run(CONFIG.value, pathlib.Path(WORKDIR.value))
+
+
+if __name__ == '__main__':
+  CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
+  WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the results.')
+  flags.mark_flags_as_required(['config', 'workdir'])
+  app.run(main)

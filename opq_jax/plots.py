@@ -1,0 +1,107 @@
+"""What a person looks at; needs matplotlib (`pip install opq_jax[plots]`)."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+# Okabe and Ito's colours, which the colour-blind tell apart too
+_COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+  """Accuracy over size for one way of compressing.
+
+  Attributes:
+    label: what the legend calls it; curves of equal label share a colour.
+    sizes: bytes of the files, in any order.
+    accuracies: of each, 0 ... 1.
+    bounds: lower and upper end of each accuracy's interval, drawn as a band; none by default.
+    variant: what else the legend should say of it: dashed, and named once for all curves of equal
+      variant.  The empty one is solid.
+  """
+
+  label: str
+  sizes: Sequence[float]
+  accuracies: Sequence[float]
+  bounds: Sequence[tuple[float, float]] = ()
+  variant: str = ''
+
+
+def accuracy_over_size(
+  path: str | os.PathLike[str],
+  curves: Sequence[Curve],
+  *,
+  baseline: float | None = None,
+  title: str = '',
+  ylabel: str = 'top-1 accuracy',
+) -> None:
+  """Draws curves of accuracy over file size.
+
+  Args:
+    path: of the picture; its suffix says the format.
+    curves: what to draw.
+    baseline: accuracy of the uncompressed network: a dotted line.
+    title: above the picture.
+    ylabel: what the accuracy is.
+
+  Raises:
+    ValueError: there is nothing to draw, or a curve's sizes, accuracies and bounds differ in
+      number.
+    ImportError: matplotlib is missing; the message says how to install it.
+  """
+  if not curves:
+    raise ValueError('curves: found none, expected at least one')
+  for curve in curves:
+    counts = len(curve.sizes), len(curve.accuracies), len(curve.bounds) or len(curve.sizes)
+    if len(set(counts)) > 1 or not counts[0]:
+      raise ValueError(
+        f'{curve.label}: found {counts[0]} sizes, {counts[1]} accuracies and {len(curve.bounds)} '
+        'bounds, expected equally many (or no bounds)'
+      )
+  # a Figure of its own: no pyplot, so no backend is chosen and no global state changed
+  figure = _matplotlib_figure()(figsize=(7.2, 4.5), dpi=120, layout='constrained')
+  axes = figure.subplots()
+  colours = dict(zip(dict.fromkeys(c.label for c in curves), _COLOURS * len(curves), strict=False))
+  named: set[str] = set()
+  for curve in curves:
+    order = sorted(range(len(curve.sizes)), key=lambda i, curve=curve: curve.sizes[i])  # type: ignore[misc]
+    megabytes = [curve.sizes[i] / 1e6 for i in order]
+    colour = colours[curve.label]
+    axes.plot(
+      megabytes,
+      [100 * curve.accuracies[i] for i in order],
+      color=colour,
+      linestyle='--' if curve.variant else '-',
+      linewidth=1.2 if curve.variant else 1.8,
+      marker='o',
+      markersize=3 if curve.variant else 5,
+      label=None if curve.variant else curve.label,
+    )
+    if curve.variant and curve.variant not in named:
+      named.add(curve.variant)
+      axes.plot([], [], color='grey', linestyle='--', linewidth=1.2, label=curve.variant)
+    if curve.bounds:
+      lower, upper = ([100 * curve.bounds[i][end] for i in order] for end in (0, 1))
+      axes.fill_between(megabytes, lower, upper, color=colour, alpha=0.12, linewidth=0)
+  if baseline is not None:
+    label = f'float32: {100 * baseline:.1f} %'
+    axes.axhline(100 * baseline, color='black', linestyle=':', linewidth=1.2, label=label)
+  axes.set_xlabel('file size, MB (1 MB = 1,000,000 bytes)')
+  axes.set_ylabel(f'{ylabel}, %')
+  axes.set_title(title, fontsize=10, loc='left')
+  axes.grid(alpha=0.25)
+  axes.spines[['top', 'right']].set_visible(False)
+  axes.legend(frameon=False, fontsize=9)
+  figure.savefig(path)
+
+
+def _matplotlib_figure() -> Any:
+  try:
+    from matplotlib.figure import Figure
+  except ImportError as error:
+    raise ImportError(
+      'plots need matplotlib, which is not installed: pip install opq_jax[plots]'
+    ) from error
+  return Figure

@@ -1,0 +1,159 @@
+"""Targets that are met, whatever the tree, the weights and the objective; and what is refused."""
+
+import functools
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opq_jax import allocate, encode, init_state
+
+RNG = np.random.default_rng
+KINDS = {
+  'laplace': lambda rng, shape: rng.laplace(size=shape),
+  'normal': lambda rng, shape: rng.normal(size=shape),
+  'student': lambda rng, shape: rng.standard_t(4, size=shape),
+  'mixture': lambda rng, shape: rng.laplace(size=shape) * np.exp(0.7 * rng.normal(size=shape[-1])),
+}
+
+
+@functools.cache
+def tree(kind='laplace', dtype=jnp.float32):
+  rng = RNG(0)
+  shapes = {'a': (96, 64), 'b': (3, 3, 24, 32), 'c': (128, 48)}
+  leaves = {k: jnp.asarray(0.1 * KINDS[kind](rng, s), dtype) for k, s in shapes.items()}
+  return {**leaves, 'bias': jnp.ones(64, dtype)}
+
+
+def measured(params, allocation):
+  """Entropy, sparsity and bits per weight or survivor of the actual codes."""
+  codes = encode(params, init_state(params, allocation))
+  n = bits = zeros = width = kept = 0.0
+  for name, leaf in allocation.tree.items():
+    if leaf is None:
+      continue
+    code = np.asarray(codes[name])
+    _, counts = np.unique(code, return_counts=True)
+    n += code.size
+    bits -= np.sum(counts * np.log2(counts / code.size))
+    zeros += np.sum(code == 0)
+    survivors = (code != 0).reshape(-1, code.shape[-1]).sum(0)
+    width += np.sum(survivors * np.asarray(leaf.bits, float))
+    kept += survivors.sum()
+  return bits / n, zeros / n, width / max(kept, 1)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('rate', [6.0, 15.0, 60.0])
+@pytest.mark.filterwarnings('ignore:the Laplace density')  # Student's tails may be reported
+def test_rate_is_met(kind, rate):
+  params = tree(kind)
+  bits, _, _ = measured(params, allocate(params, compression_rate=rate))
+  assert bits == pytest.approx(32 / rate, rel=1e-3)
+
+
+@pytest.mark.parametrize('objective', ['retained_signal', 'relative_error', 'squared_error'])
+@pytest.mark.parametrize(('sparsity', 'bits'), [(0.0, 5.0), (0.74, 3.0), (0.94, 4.0)])
+def test_sparsity_and_bits_are_met(objective, sparsity, bits):
+  params = tree('mixture')
+  allocation = allocate(params, sparsity=sparsity, bits=bits, objective=objective)
+  _, found, width = measured(params, allocation)
+  assert found == pytest.approx(sparsity, abs=5e-3)
+  assert width == pytest.approx(bits, rel=5e-3)
+
+
+def test_omegas_matter_by_their_ratios():
+  params = tree()
+  error = lambda a, c: [
+    float(leaf.error)
+    for leaf in allocate(
+      params, compression_rate=15.0, objective={'a': a, 'b': c, 'c': c, 'bias': None}
+    ).tree.values()
+    if leaf is not None
+  ]
+  np.testing.assert_allclose(error(1.0, 1.0), error(7.0, 7.0), rtol=1e-3)
+  assert error(4.0, 1.0)[0] < error(1.0, 1.0)[0]
+
+
+def test_units_of_length_cancel():
+  params = tree()
+  one = allocate(params, compression_rate=15.0).tree['a']
+  for power in (-12, 9):
+    moved = jax.tree.map(lambda x, k=power: x * 2.0**k, params)
+    other = allocate(moved, compression_rate=15.0).tree['a']
+    np.testing.assert_allclose(other.threshold, one.threshold * 2.0**power, rtol=1e-6)
+    np.testing.assert_allclose(other.step, one.step * 2.0**power, rtol=1e-6)
+
+
+def test_traced():
+  params = tree()
+  rates = jnp.float32([8, 16])
+  call = jax.jit(lambda p, r: allocate(p, compression_rate=r))
+  many = jax.vmap(call, (None, 0))(params, rates)
+  shapes = jax.eval_shape(call, params, rates[0])
+  for k, rate in enumerate(rates):
+    alone = allocate(params, compression_rate=float(rate))
+    for x, y, s in zip(*map(jax.tree.leaves, (many, alone, shapes)), strict=True):
+      np.testing.assert_allclose(x[k], y, rtol=2e-3, atol=1e-5)
+      assert s.shape == y.shape and s.dtype == y.dtype
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+def test_narrow_dtypes(dtype):
+  params = tree(dtype=dtype)
+  bits, _, _ = measured(params, allocate(params, compression_rate=15.0))
+  assert bits == pytest.approx(32 / 15, rel=0.01)
+
+
+def test_containers():
+  params = tree()
+  plain = allocate(params, compression_rate=15.0).tree['a']
+  values = [params[k] for k in ('a', 'b', 'bias', 'c')]
+  for other, get in [
+    (flax.core.freeze(params), lambda t: t['a']),
+    (values, lambda t: t[0]),
+    (tuple(values), lambda t: t[0]),
+  ]:
+    found = allocate(other, compression_rate=15.0)
+    jax.tree.map(np.testing.assert_array_equal, get(found.tree), plain)
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (3, 3, 1, 8), (1, 1, 16, 4), (0, 5), (16, 16)])
+@pytest.mark.parametrize('fill', ['random', 'zeros', 'zero channel'])
+def test_odd_leaves(shape, fill):
+  odd = np.zeros(shape, np.float32) if fill == 'zeros' else RNG(1).laplace(size=shape)
+  if fill == 'zero channel':
+    odd[..., 0] = 0
+  params = {'odd': jnp.asarray(odd, jnp.float32), 'a': tree()['a']}
+  allocation = allocate(params, compression_rate=15.0)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(allocation)))
+  assert (allocation.tree['odd'] is None) == (0 in shape)
+
+
+A = np.ones((8, 8), np.float32) * np.linspace(-1, 1, 8, dtype=np.float32)
+REFUSED = [
+  ({'w': np.where(A > 0.9, np.nan, A)}, {}, 'w: found NaN'),
+  ({'w': np.where(A > 0.9, np.inf, A)}, {}, 'w: found NaN or infinite'),
+  ({}, {}, 'empty tree'),
+  ({'b': A[0]}, {}, 'no leaf to compress'),
+  ({'w': A}, {'compression_rate': 1.0}, 'compression_rate: found 1.0, expected'),
+  ({'w': A}, {'compression_rate': 9.0, 'bits': 3.0}, 'together'),
+  ({'w': A}, {'sparsity': 0.5}, 'sparsity alone'),
+  ({'w': A}, {'bits': 3.0}, 'bits alone'),
+  ({'w': A}, {'sparsity': 1.0, 'bits': 3.0}, 'sparsity: found 1.0, expected'),
+  ({'w': A}, {'sparsity': 0.5, 'bits': 0.5}, 'bits: found 0.5, expected'),
+  ({'w': A}, {'sparsity': 0.5, 'bits': 8.0}, 'bits: found 8.0, expected'),
+  ({'w': A}, {'objective': 'best'}, "objective: found 'best', expected"),
+  ({'w': A}, {'objective': {'v': 1.0}}, 'objective: found'),
+  ({'w': A}, {'objective': {'w': -1.0}}, 'w: found an objective of -1.0, expected'),
+  ({'w': A.astype(np.int32)}, {'compressible': lambda *_: True}, 'w: found int32, expected'),
+  ({'w': A}, {'channel_axis': 2}, 'w: found channel_axis 2, expected'),
+]
+
+
+@pytest.mark.parametrize(('params', 'options', 'message'), REFUSED, ids=[r[2] for r in REFUSED])
+def test_refused(params, options, message):
+  with pytest.raises(ValueError, match=message):
+    allocate(jax.tree.map(jnp.asarray, params), **options)
