@@ -521,8 +521,9 @@ def _check_values(
   low, high = LAPLACE_FIT_BOUNDS
   misfits = [
     f'{name} ({fit:.2f})'
-    for name, fit in zip(names, per_leaf['laplace_fit'], strict=True)
-    if fit < low or fit > high
+    for name, leaf, axis, fit in zip(names, leaves, axes, per_leaf['laplace_fit'], strict=True)
+    # a scale of few weights is no estimate: with one the ratio is .5, whatever the density
+    if (fit < low or fit > high) and leaf.size >= 32 * _channel_count(leaf, axis)
   ]
   if misfits:
     warnings.warn(

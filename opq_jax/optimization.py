@@ -332,7 +332,9 @@ def _rate_sums(channels: Channels, z: Array) -> list[Array]:
   """What `_rate_conditions` needs of the channels, at thresholds and steps exp(z[:, :2])."""
   threshold, step = (jnp.exp(z[:, k])[channels.leaf] for k in range(2))
   tau = jnp.where(channels.scale > 0, channels.scale, 1)
-  b, d = jnp.minimum(threshold / tau, 80.0), jnp.minimum(step / tau, 80.0)
+  # a channel of zeros is pruned entirely, as far beyond its scale as anything counts
+  b = jnp.where(channels.scale > 0, jnp.minimum(threshold / tau, 80.0), 80.0)
+  d = jnp.minimum(step / tau, 80.0)
   s = jnp.where(channels.scale > 0, channels.share * jnp.exp(-b), 0)
   variance = laplace.survivor_error(d, jnp.ones_like(d))
   code_bits = laplace.survivor_entropy(d, jnp.ones_like(d))

@@ -48,8 +48,7 @@ def accuracy_over_size(
 
   Raises:
     ValueError: there is nothing to draw, or a curve's sizes, accuracies and bounds differ in
-      number.
-    ImportError: matplotlib is missing; the message says how to install it.
+      number, or matplotlib is missing.
   """
   if not curves:
     raise ValueError('curves: found none, expected at least one')
@@ -101,7 +100,5 @@ def _matplotlib_figure() -> Any:
   try:
     from matplotlib.figure import Figure
   except ImportError as error:
-    raise ImportError(
-      'plots need matplotlib, which is not installed: pip install opq_jax[plots]'
-    ) from error
+    raise ValueError('found no matplotlib, expected it: pip install opq_jax[plots]') from error
   return Figure

@@ -140,7 +140,9 @@ def magnitudes_at_rank(
   coarse = jnp.sum((cumulative < rank[:, None]).astype(jnp.int32), axis=1)
   before = jnp.take_along_axis(cumulative, jnp.maximum(coarse - 1, 0)[:, None], axis=1)[:, 0]
   before = jnp.where(coarse > 0, before, 0)
-  counts = jnp.stack([fine_histogram(w, m, b) for w, m, b in zip(leaves, largest, coarse, strict=True)])
+  counts = jnp.stack(
+    [fine_histogram(w, m, b) for w, m, b in zip(leaves, largest, coarse, strict=True)]
+  )
   # entry k: how many weights lie below edge k of the bin
   below = jnp.pad(jnp.cumsum(counts, axis=1), ((0, 0), (1, 0)))
   edge = jnp.argmin(jnp.abs(below - (rank - before)[:, None]), axis=1).astype(jnp.float32)

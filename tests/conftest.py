@@ -1,5 +1,12 @@
 """One strict JAX for all tests: four devices, no silent promotion, no warnings (pyproject.toml)."""
 
+import os
+
+# tests compile far more than they compute: without LLVM's slowest passes they take half as long
+os.environ['XLA_FLAGS'] = (
+  os.environ.get('XLA_FLAGS', '') + ' --xla_llvm_disable_expensive_passes=true'
+)
+
 import hypothesis
 import jax
 

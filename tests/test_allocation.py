@@ -50,6 +50,11 @@ def measured(params, allocation):
 @pytest.mark.filterwarnings('ignore:the Laplace density')  # Student's tails may be reported
 def test_rate_is_met(kind, rate):
   params = tree(kind)
+  if (kind, rate) == ('mixture', 6.0):
+    # scales so far apart that 127 levels of one grid cannot serve them all with 5.3 bits
+    with pytest.raises(ValueError, match=r'found at most .* bits per weight with 127 levels'):
+      allocate(params, compression_rate=rate)
+    return
   bits, _, _ = measured(params, allocate(params, compression_rate=rate))
   assert bits == pytest.approx(32 / rate, rel=1e-3)
 

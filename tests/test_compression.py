@@ -68,7 +68,9 @@ def test_values_are_the_codebook_at_the_codes(dtype):
 @pytest.mark.parametrize('dtype', DTYPES)
 def test_gradient_is_straight_through(dtype):
   params, _, state = compressed(dtype)
-  away = jax.tree.map(lambda x: jnp.asarray(np.random.default_rng(1).normal(size=x.shape), dtype), params)
+  away = jax.tree.map(
+    lambda x: jnp.asarray(np.random.default_rng(1).normal(size=x.shape), dtype), params
+  )
   function = functools.partial(apply_compression, state=state)
   _, pull = jax.vjp(function, params)
   for found in (jax.jvp(function, (params,), (away,))[1], pull(away)[0]):
@@ -84,9 +86,9 @@ def test_inside_vmap_and_scan():
   together = jax.vmap(apply_compression, (0, None))(two, state)
   one_by_one = jax.lax.scan(lambda c, p: (c, apply_compression(p, state)), 0, two)[1]
   for k in range(2):
-    alone = apply_compression(jax.tree.map(lambda x: x[k], two), state)
+    alone = apply_compression(jax.tree.map(lambda x, k=k: x[k], two), state)
     for many in (together, one_by_one):
-      jax.tree.map(assert_same_bits, jax.tree.map(lambda x: x[k], many), alone)
+      jax.tree.map(assert_same_bits, jax.tree.map(lambda x, k=k: x[k], many), alone)
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
@@ -101,7 +103,9 @@ def test_inside_vmap_and_scan():
 def test_invariants_survive_training(optimizer, dtype):
   params, _, state = compressed(dtype)
   before = jax.device_get(state)
-  targets = jax.tree.map(lambda x: jnp.sin(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape), params)
+  targets = jax.tree.map(
+    lambda x: jnp.sin(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape), params
+  )
 
   def loss(params):
     values = apply_compression(params, state)
@@ -132,7 +136,9 @@ def test_predictions_are_what_is_measured():
     _, counts = np.unique(codes[part]['kernel'], return_counts=True)
     share = counts / counts.sum()
     assert float(leaf.entropy) == pytest.approx(-np.sum(share * np.log2(share)), rel=0.01)
-    assert float(leaf.error) == pytest.approx(np.sum((weights - value) ** 2) / np.sum(weights**2), rel=0.02)
+    assert float(leaf.error) == pytest.approx(
+      np.sum((weights - value) ** 2) / np.sum(weights**2), rel=0.02
+    )
     assert float(leaf.sparsity) == pytest.approx(np.mean(value == 0), abs=0.005)
 
 
@@ -140,7 +146,9 @@ def test_sharded_over_four_devices():
   assert jax.device_count() == 4
   params, allocation, state = compressed(jnp.float32)
   mesh = Mesh(np.array(jax.devices()), 'x')
-  spread = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P(*[None] * (x.ndim - 1), 'x'))), params)
+  spread = jax.tree.map(
+    lambda x: jax.device_put(x, NamedSharding(mesh, P(*[None] * (x.ndim - 1), 'x'))), params
+  )
   again = allocate(spread, compression_rate=12.0)
   for one, many in zip(jax.tree.leaves(allocation), jax.tree.leaves(again), strict=True):
     np.testing.assert_allclose(one, many, rtol=1e-4)

@@ -14,7 +14,14 @@ SHAPES = {
   'first': ((36, 280), 0),
   'mid': ((9, 4, 280), 1),
 }
-RANK = jax.jit(statistics.magnitude_at_rank)
+
+
+@jax.jit
+def RANK(weights, stats, rank):
+  largest = jnp.max(stats.maximum)[None]
+  return statistics.magnitudes_at_rank([weights], stats.histogram[None], largest, rank[None])[0]
+
+
 COUNT = jax.jit(statistics.per_channel_count, static_argnums=2)
 
 

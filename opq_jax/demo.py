@@ -1,0 +1,229 @@
+"""`opq demo`: a small network is trained, compressed, written, read back, and looked at each time.
+
+The data are scikit-learn's handwritten digits (1,797 images of 8 x 8 pixels, in the package), so
+nothing is downloaded; needs scikit-learn (`pip install opq_jax[demo]`).
+"""
+
+import dataclasses
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+from rich import box
+from rich.console import Console, Group
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from opq_jax import artifact, trees, weight_files
+from opq_jax.allocation import allocate
+from opq_jax.batch_norm import correct_batch_norm
+from opq_jax.compression import apply_compression, init_state
+from opq_jax.trees import PyTree
+
+_TEST = 597  # images that training never sees, a third
+_BATCH = 60
+_PEAK_RATE = 0.003
+_NOISE_SHAPE = (128, 8, 8, 1)
+_WIDTH = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One network of the table.
+
+  Attributes:
+    network: what it is.
+    accuracy: on the test images, 0 ... 1.
+    size: bytes of its file.
+    rate: how many times smaller that is than the float network's file.
+  """
+
+  network: str
+  accuracy: float
+  size: int
+  rate: float
+
+
+class DigitNet(nn.Module):
+  """Three convolutions and two dense layers; 160,000 parameters."""
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, 'batch 8 8 1'], train: bool = False
+  ) -> Float[Array, 'batch 10']:
+    norm = lambda x: nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+    for features in (32, 64, 128):
+      x = norm(nn.Conv(features, (3, 3), use_bias=False)(x))
+      if features > 32:
+        x = nn.max_pool(x, (2, 2), (2, 2))
+    x = norm(nn.Dense(128, use_bias=False)(x.reshape(len(x), -1)))
+    return nn.Dense(10)(x)
+
+
+def run(
+  seed: int = 0,
+  rate: float = 16.0,
+  output: str | os.PathLike[str] | None = None,
+  *,
+  epochs: int = 15,
+) -> list[Row]:
+  """Trains, compresses, writes, reads and evaluates a network, and prints what came out.
+
+  Args:
+    seed: of everything random: which images are held out, the first weights, the batches.
+    rate: what is asked of `opq_jax.allocate`, as its `compression_rate`.
+    output: where the .opq file goes; by default it is deleted in the end.
+    epochs: of training.
+
+  Returns:
+    The rows of the table.
+
+  Raises:
+    ValueError: scikit-learn is missing, or the rate is one that `opq_jax.allocate` refuses.
+    RuntimeError: the file did not give back what was written into it.
+  """
+  console = Console()
+  if not console.is_terminal:
+    console = Console(width=_WIDTH)
+  train, test = _digits(seed)
+  model = DigitNet()
+  variables = _train(model, train, seed, epochs, console)
+
+  # the five lines that this is about
+  allocation = allocate(variables, compression_rate=rate)
+  state = init_state(variables, allocation)
+  compressed = apply_compression(variables, state)
+  key = jax.random.key(seed)
+  corrected = correct_batch_norm(model.apply, variables, compressed, key, _NOISE_SHAPE)
+
+  # weights are arguments: compiled once, for every network
+  logits = jax.jit(model.apply)
+  images, labels = test
+  accuracy = lambda network: float(np.mean(np.argmax(logits(network, images), axis=-1) == labels))
+  with tempfile.TemporaryDirectory() as folder:
+    floats, path = Path(folder) / 'network.safetensors', Path(output or f'{folder}/network.opq')
+    weight_files.write_safetensors(floats, variables)
+    artifact.save(path, corrected, state)
+    loaded, _ = artifact.load(path)
+    sizes = [
+      floats.stat().st_size,
+      len(artifact.serialize(compressed, state)),
+      *[path.stat().st_size] * 2,
+    ]
+  _check_identical(loaded, corrected)
+  networks = {
+    'float32, as trained': variables,
+    'pruned + quantized': compressed,
+    '+ BatchNorm corrected': corrected,
+    'the same, from its file': loaded,
+  }
+  rows = [
+    Row(name, accuracy(network), size, sizes[0] / size)
+    for (name, network), size in zip(networks.items(), sizes, strict=True)
+  ]
+  weights = sum(leaf.size for leaf in jax.tree.leaves(variables['params']))
+  console.print(_report(rows, weights, rate, output))
+  return rows
+
+
+def _digits(seed: int) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+  """Images (standardised, [count, 8, 8, 1]) and labels: those to train with, those to test with."""
+  try:
+    from sklearn.datasets import load_digits
+  except ImportError as error:
+    raise ValueError('found no scikit-learn, expected it: pip install opq_jax[demo]') from error
+  pixels, labels = load_digits(return_X_y=True)
+  order = np.random.default_rng(seed).permutation(len(labels))
+  images = pixels[order].reshape(-1, 8, 8, 1).astype(np.float32)
+  labels = labels[order].astype(np.int32)
+  # by the training images alone; the noise of the BatchNorm correction has this mean and variance
+  seen = images[_TEST:]
+  images = (images - seen.mean()) / seen.std()
+  split = lambda part: (jnp.asarray(images[part]), jnp.asarray(labels[part]))
+  return split(slice(_TEST, None)), split(slice(None, _TEST))
+
+
+def _train(
+  model: nn.Module, train: tuple[Array, Array], seed: int, epochs: int, console: Console
+) -> PyTree:
+  """The variables of a trained network."""
+  images, labels = train
+  steps = len(labels) // _BATCH
+  init_key, key = jax.random.split(jax.random.key(seed))
+  variables = jax.jit(model.init)(init_key, images[:1])
+  optimizer = optax.adamw(optax.cosine_decay_schedule(_PEAK_RATE, epochs * steps))
+  carry = variables, optimizer.init(variables['params'])
+
+  def step(carry: Any, batch: Int[Array, ' batch']) -> tuple[Any, Array]:
+    variables, moments = carry
+
+    def loss(params: PyTree) -> tuple[Array, PyTree]:
+      collections = {**variables, 'params': params}
+      logits, updates = model.apply(collections, images[batch], train=True, mutable=['batch_stats'])
+      losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels[batch])
+      return losses.mean(), updates
+
+    params = variables['params']
+    (value, updates), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    change, moments = optimizer.update(gradient, moments, params)
+    return ({**updates, 'params': optax.apply_updates(params, change)}, moments), value
+
+  @jax.jit
+  def epoch(carry: Any, key: Array) -> tuple[Any, Array]:
+    order = jax.random.permutation(key, len(labels))[: steps * _BATCH]
+    carry, losses = jax.lax.scan(step, carry, order.reshape(steps, _BATCH))
+    return carry, losses.mean()
+
+  columns = TextColumn('{task.description}'), BarColumn(), TimeElapsedColumn()
+  with Progress(*columns, console=console, transient=True) as progress:
+    task = progress.add_task('training on handwritten digits', total=epochs)
+    for epoch_key in jax.random.split(key, epochs):
+      carry, mean_loss = epoch(carry, epoch_key)
+      description = f'training on handwritten digits, loss {float(mean_loss):.3f}'
+      progress.update(task, advance=1, description=description)
+  return carry[0]
+
+
+def _check_identical(loaded: PyTree, written: PyTree) -> None:
+  """Whether what was read is what was written, bit for bit."""
+  expected = trees.named_leaves(written)
+  found = trees.named_leaves(loaded)
+  same = lambda a, b: np.asarray(a).dtype == b.dtype and np.asarray(a).tobytes() == b.tobytes()
+  differing = [
+    name
+    for name in sorted(expected.keys() | found.keys())
+    if name not in expected
+    or name not in found
+    or not same(found[name], np.asarray(expected[name]))
+  ]
+  if differing:
+    raise RuntimeError(f'the file gave back other values of {differing}, expected the same bits')
+
+
+def _report(
+  rows: list[Row], weights: int, rate: float, output: str | os.PathLike[str] | None
+) -> Group:
+  table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+  table.add_column('network')
+  for name in ('test accuracy', 'size, KB', 'times smaller'):
+    table.add_column(name, justify='right')
+  for row in rows:
+    table.add_row(row.network, f'{row.accuracy:.1%}', f'{row.size / 1000:.1f}', f'{row.rate:.1f}')
+  happened = (
+    f'{weights:,} parameters, {32 / rate:g} bits per weight instead of 32: pruned, quantized and '
+    f'corrected without any data or training; the file gives back every bit. Accuracy is over '
+    f'{_TEST} images that training never saw.'
+  )
+  where = output or 'network.opq'
+  then = (
+    f'Next: opq compress your_model.safetensors small.opq; in Python, opq_jax.load({str(where)!r})'
+  )
+  return Group(table, Text(happened), Text(then))
