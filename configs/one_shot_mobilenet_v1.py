@@ -1,12 +1,21 @@
-r"""MobileNet-V1 compressed in one shot: no finetuning, no data; 200 ImageNet photographs to look at.
+r"""MobileNet-V1 compressed in one shot, without data; judged on 200 ImageNet photographs.
 
     python experiments/one_shot.py \
       --config=configs/one_shot_mobilenet_v1.py --workdir=/tmp/one_shot \
       --config.weights=weights/mobilenet_v1.safetensors --config.data_dir=../shared/tfds
 
 needs    TF-slim's weights as safetensors; imagenet2012 in a TFDS folder of array_record files;
-         `pip install opq_jax[plots]`; minutes on two cores.
+         `pip install opq_jax[plots]`; seven minutes on two cores.
 gives    results.csv, top1_over_file_size.png, run.json and an .opq file per objective and size.
+
+Top-1 with the default objective (float32: .905; 95 % intervals of 4 to 7 points either way):
+
+    bits per weight          4      3.25    2.5     2      1.75
+    file, MB (17.02)         2.25   1.86    1.46    1.20   1.07
+    compressed               .705   .380    .065    .005   .010
+    BatchNorm corrected      .900   .885    .845    .730   .605
+
+All of it: experiments/results/one_shot_mobilenet_v1/.
 """
 
 import ml_collections

@@ -40,7 +40,29 @@ def one_shot(name: str) -> str:
 
 def select(rows: list[dict[str, str]]) -> list[dict[str, object]]:
   """One line per number of bits of what `experiments/one_shot.py` wrote."""
-  raise NotImplementedError
+  percent = lambda row, name: f'{100 * float(row[name]):.1f} %'
+  interval = lambda row: f'{percent(row, "top1")} ({percent(row, "top1_low")} to {percent(row, "top1_high")})'
+  chosen = [row for row in rows if row['objective'] in ('float32', 'retained_signal')]
+  by_bits: dict[str, dict[str, dict[str, str]]] = {}
+  for row in chosen:
+    by_bits.setdefault(row['bits_asked'], {})[row['correction']] = row
+  lines: list[dict[str, object]] = []
+  for found in by_bits.values():
+    plain, corrected = found['none'], found.get('noise')
+    best = corrected or plain
+    lines.append(
+      {
+        'bits per weight': f'{float(best["bits_per_weight"]):.2f}',
+        'pruned': percent(best, 'sparsity'),
+        'file, bytes': f'{int(best["file_bytes"]):,}',
+        'file, times smaller': f'{float(best["file_rate"]):.2f}',
+        'top-1, uncorrected': percent(plain, 'top1'),
+        'top-1, corrected (95 %)': interval(corrected) if corrected else '',
+        'top-5, corrected': percent(corrected, 'top5') if corrected else percent(plain, 'top5'),
+        'same answer as float32': percent(best, 'agreement'),
+      }
+    )
+  return lines
 
 
 TABLES = {

@@ -1,4 +1,4 @@
-r"""What one-shot compression costs a pretrained MobileNet-V1, before and after BatchNorm's correction.
+r"""What one shot costs a pretrained MobileNet-V1, before and after correcting BatchNorm.
 
     python experiments/one_shot.py --config=configs/one_shot_mobilenet_v1.py --workdir=DIR
 
@@ -30,6 +30,7 @@ from opq_jax import data, plots, sizes
 from opq_jax.importers import tf_slim
 from opq_jax.models import MobileNetV1
 
+COMMAND = 'python experiments/one_shot.py --config=configs/one_shot_mobilenet_v1.py --workdir=DIR'
 CORRECTIONS = ('none', 'noise')
 
 
@@ -38,6 +39,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[s
   begin = time.perf_counter()
   workdir.mkdir(parents=True, exist_ok=True)
   console = Console()
+  if not console.is_terminal:
+    console = Console(width=132)
 
   model = MobileNetV1(num_classes=config.num_classes, width=config.width)
   tensors = load_file(config.weights)
@@ -102,7 +105,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[s
       writer.writerow({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
   draw(workdir / 'top1_over_file_size.png', rows, len(labels))
   record = {
-    'command': ' '.join(['python experiments/one_shot.py', '--config=…', '--workdir=…']),
+    'command': COMMAND,
     'config': config.to_dict(),
     'photographs': len(labels),
     'seconds': round(time.perf_counter() - begin),

@@ -230,7 +230,7 @@ def _allocate(
     maximum=jnp.concatenate([s.maximum for s in stats]).astype(dtype),
     histogram=jnp.stack([s.histogram for s in stats]) if corrected else None,
     share=jnp.asarray(np.repeat([s.per_channel / n for s in stats], sizes), dtype),
-    leaf=np.repeat(np.arange(len(stats)), sizes),
+    leaf=np.repeat(np.arange(len(stats), dtype=np.int32), sizes),
     leaves=len(leaves),
     rounding=np.asarray([2.0 ** -(jnp.finfo(leaf.dtype).nmant + 1) for leaf in leaves]),
   )

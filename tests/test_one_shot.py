@@ -1,0 +1,114 @@
+"""The one-shot experiment on four images and a small network of random weights."""
+
+import csv
+import importlib.util
+import io
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+from safetensors.numpy import save_file
+from test_tf_slim import random_tensors
+
+import opq_jax
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def load_module(path):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+one_shot = load_module(ROOT / 'experiments/one_shot.py')
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+  folder = tmp_path / 'tfds'
+  folder.mkdir()
+  with tfds.core.registered.skip_registration():
+
+    class Photographs(tfds.core.GeneratorBasedBuilder):
+      VERSION = tfds.core.Version('1.0.0')
+
+      def _info(self):
+        image = tfds.features.Image(shape=(None, None, 3), encoding_format='png')
+        label = tfds.features.ClassLabel(num_classes=5)
+        features = tfds.features.FeaturesDict({'image': image, 'label': label})
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+      def _split_generators(self, _):
+        return {'train': self._generate_examples()}
+
+      def _generate_examples(self):
+        rng = np.random.default_rng(0)
+        for number in range(4):
+          png = io.BytesIO()
+          Image.fromarray(rng.integers(0, 256, (256, 256, 3), np.uint8)).save(png, 'PNG')
+          png.seek(0)
+          yield number, {'image': png, 'label': number}
+
+  Photographs(data_dir=folder, file_format='array_record').download_and_prepare()
+  return folder
+
+
+def test_a_small_run_writes_what_it_says(tmp_path, data_dir, capsys):
+  pytest.importorskip('matplotlib')
+  save_file(random_tensors(), tmp_path / 'net.safetensors')
+  config = load_module(ROOT / 'configs/one_shot_mobilenet_v1.py').get_config()
+  config.update(
+    {
+      'weights': str(tmp_path / 'net.safetensors'),
+      'num_classes': 5,
+      'width': 0.25,
+      'dataset': 'photographs',
+      'split': 'train',
+      'data_dir': str(data_dir),
+      'batch_size': 2,
+      'bits': (2.0,),
+      'objectives': ('retained_signal',),
+      'noise_shape': (2, 32, 32, 3),
+    }
+  )
+  workdir = tmp_path / 'out'
+  rows = one_shot.run(config, workdir)
+
+  assert [(row['correction'], row['bits_asked']) for row in rows] == [
+    ('none', 32.0),
+    ('none', 2.0),
+    ('noise', 2.0),
+  ]
+  for row in rows[1:]:
+    assert row['bits_per_weight'] == pytest.approx(row['bits_asked'], rel=0.01)
+    assert row['top1_low'] <= row['top1'] <= row['top1_high']
+  for row in rows[2::2]:
+    path = workdir / f'retained_signal_{row["bits_asked"]:g}_bits.opq'
+    assert path.stat().st_size == row['file_bytes']
+    opq_jax.load(path)
+  with open(workdir / 'results.csv') as file:
+    written = list(csv.DictReader(file))
+  assert [float(row['top1']) for row in written] == [row['top1'] for row in rows]
+  assert (workdir / 'top1_over_file_size.png').read_bytes().startswith(b'\x89PNG')
+  record = (workdir / 'run.json').read_text()
+  assert json.loads(record)['photographs'] == 4
+  assert str(tmp_path) not in record
+  assert 'retained_signal' in capsys.readouterr().out
+
+
+def test_scores_count_first_and_first_five():
+  reference = np.eye(4, 10, dtype=np.float32)
+  logits = np.tile(np.arange(10, 0, -1, dtype=np.float32), (4, 1))  # every answer is 0, then 1, …
+  found = one_shot.scores(logits, np.array([0, 1, 4, 5]), reference)
+  assert (found['top1'], found['top5'], found['agreement']) == (0.25, 0.75, 0.25)
+
+
+def test_the_interval_is_wilsons():
+  assert one_shot.interval(181, 200) == pytest.approx((0.8565, 0.9383), abs=1e-3)
+  assert one_shot.interval(0, 200)[0] == 0.0
+  assert one_shot.interval(200, 200)[1] == pytest.approx(1.0)
