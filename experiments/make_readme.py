@@ -41,7 +41,9 @@ def one_shot(name: str) -> str:
 def select(rows: list[dict[str, str]]) -> list[dict[str, object]]:
   """One line per number of bits of what `experiments/one_shot.py` wrote."""
   percent = lambda row, name: f'{100 * float(row[name]):.1f} %'
-  interval = lambda row: f'{percent(row, "top1")} ({percent(row, "top1_low")} to {percent(row, "top1_high")})'
+  interval = lambda row: (
+    f'{percent(row, "top1")} ({percent(row, "top1_low")} to {percent(row, "top1_high")})'
+  )
   chosen = [row for row in rows if row['objective'] in ('float32', 'retained_signal')]
   by_bits: dict[str, dict[str, dict[str, str]]] = {}
   for row in chosen:

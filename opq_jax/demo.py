@@ -160,7 +160,7 @@ def _train(
   optimizer = optax.adamw(optax.cosine_decay_schedule(_PEAK_RATE, epochs * steps))
   moments = optimizer.init(variables['params'])
 
-  # one step a call: XLA's CPU backend runs convolutions inside of a scan ten times slower
+  # one step a call: XLA's CPU backend runs convolutions inside of a scan several times slower
   @jax.jit
   def step(
     variables: PyTree, moments: PyTree, images: Array, labels: Array

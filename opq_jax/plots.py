@@ -63,7 +63,6 @@ def accuracy_over_size(
   figure = _matplotlib_figure()(figsize=(7.2, 4.5), dpi=120, layout='constrained')
   axes = figure.subplots()
   colours = dict(zip(dict.fromkeys(c.label for c in curves), _COLOURS * len(curves), strict=False))
-  named: set[str] = set()
   for curve in curves:
     order = sorted(range(len(curve.sizes)), key=lambda i, curve=curve: curve.sizes[i])  # type: ignore[misc]
     megabytes = [curve.sizes[i] / 1e6 for i in order]
@@ -78,12 +77,11 @@ def accuracy_over_size(
       markersize=3 if curve.variant else 5,
       label=None if curve.variant else curve.label,
     )
-    if curve.variant and curve.variant not in named:
-      named.add(curve.variant)
-      axes.plot([], [], color='grey', linestyle='--', linewidth=1.2, label=curve.variant)
     if curve.bounds:
       lower, upper = ([100 * curve.bounds[i][end] for i in order] for end in (0, 1))
       axes.fill_between(megabytes, lower, upper, color=colour, alpha=0.12, linewidth=0)
+  for variant in dict.fromkeys(curve.variant for curve in curves if curve.variant):
+    axes.plot([], [], color='grey', linestyle='--', linewidth=1.2, label=variant)
   if baseline is not None:
     label = f'float32: {100 * baseline:.1f} %'
     axes.axhline(100 * baseline, color='black', linestyle=':', linewidth=1.2, label=label)

@@ -37,7 +37,7 @@ def test_draws_a_picture_of_moderate_size(tmp_path, figures):
   assert path.stat().st_size < 150_000
   [axes] = figures[0].axes
   legend = [text.get_text() for text in axes.get_legend().get_texts()]
-  assert legend == ['ours', 'not corrected', 'other', 'float32: 90.5 %']
+  assert legend == ['ours', 'other', 'not corrected', 'float32: 90.5 %']
 
 
 def test_points_are_joined_in_order_of_size_and_a_label_has_one_colour(tmp_path, figures):
