@@ -69,7 +69,8 @@ def save(
       written then.
 
   >>> import tempfile, opq_jax
-  >>> params = {'kernel': jax.random.laplace(jax.random.key(0), (64, 32)), 'bias': np.zeros(32, np.float32)}
+  >>> kernel = jax.random.laplace(jax.random.key(0), (64, 32))
+  >>> params = {'kernel': kernel, 'bias': np.zeros(32, np.float32)}
   >>> state = opq_jax.init_state(params, opq_jax.allocate(params, compression_rate=16.0))
   >>> with tempfile.TemporaryDirectory() as folder:
   ...   save(f'{folder}/small.opq', params, state)
@@ -152,7 +153,8 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
       memory that it takes to find out are bounded, whatever is in the file; nothing is executed.
 
   >>> import opq_jax
-  >>> params = {'kernel': jax.random.laplace(jax.random.key(0), (64, 32)), 'bias': np.zeros(32, np.float32)}
+  >>> kernel = jax.random.laplace(jax.random.key(0), (64, 32))
+  >>> params = {'kernel': kernel, 'bias': np.zeros(32, np.float32)}
   >>> state = opq_jax.init_state(params, opq_jax.allocate(params, compression_rate=16.0))
   >>> with OpqFile(serialize(params, state, {'source': 'an example'})) as file:
   ...   print(list(file), file['bias'].shape, file.codes('kernel').dtype, file.metadata)
