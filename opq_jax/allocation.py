@@ -155,7 +155,7 @@ def allocate(
       entropy of `compression_rate` is the codes' own (within 1e-4), thresholds prune exactly the
       share that each leaf is given, `bits` counts the true survivors, and a leaf with a few
       outliers clips them rather than waste its 127 levels on reaching them.  Without, the answer
-      is that of the Laplace density: a sixth of the time.
+      is that of the Laplace density, in a fraction of the time (`experiments/benchmarks/speed.py`).
 
   Returns:
     An `Allocation`.  The call is pure and may be traced (`jit`, `vmap` over targets,
@@ -251,8 +251,8 @@ def _allocate(
       pruned = 1 - channels.sum(left) / channels.leaf_share()
       ranks = jnp.round(pruned * np.asarray([leaf.size for leaf in leaves], dtype))
       largest = tree.largest().astype(jnp.float32)
-      histogram = jnp.stack([s.histogram for s in stats])
-      threshold = magnitudes_at_rank(leaves, histogram, largest, ranks.astype(jnp.int32))
+      assert tree.histogram is not None
+      threshold = magnitudes_at_rank(leaves, tree.histogram, largest, ranks.astype(jnp.int32))
       counts = [
         per_channel_count(w, t, axis) for w, t, axis in zip(leaves, threshold, axes, strict=True)
       ]

@@ -35,8 +35,9 @@ import numpy as np
 from jaxtyping import Int8, Shaped
 
 from opq_jax import artifact_index, compression, files, trees
+from opq_jax.allocation import MAX_LEVELS
 from opq_jax.artifact_index import LeafEntry
-from opq_jax.compression import MAX_LEVELS, CompressionState, LeafState
+from opq_jax.compression import CompressionState, LeafState
 from opq_jax.entropy_coding import decode_codes, encode_codes
 from opq_jax.trees import PyTree
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax import tree_util
 
 from opq_jax import trees
-from opq_jax.compression import MAX_LEVELS
+from opq_jax.allocation import MAX_LEVELS
 from opq_jax.trees import PyTree
 
 VERSION = '1'

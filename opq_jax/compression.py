@@ -22,10 +22,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int8, Int32
 
 from opq_jax import trees
-from opq_jax.allocation import Allocation, LeafAllocation
+from opq_jax.allocation import MAX_LEVELS, Allocation, LeafAllocation
 from opq_jax.trees import PyTree
-
-MAX_LEVELS = 127  # a code is one int8
 
 
 @flax.struct.dataclass

@@ -19,8 +19,9 @@ import numpy as np
 from jaxtyping import Int8, Shaped
 
 from opq_jax import artifact, trees
+from opq_jax.allocation import MAX_LEVELS
 from opq_jax.artifact import OpqFile
-from opq_jax.compression import MAX_LEVELS, CompressionState, LeafState
+from opq_jax.compression import CompressionState, LeafState
 from opq_jax.entropy_coding import entropy
 from opq_jax.trees import PyTree
 

@@ -11,10 +11,8 @@ the optimal trade of error for bits.  Computed from the density, without samples
 import math
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
-from experiments.benchmarks import timing
+from experiments.benchmarks import harness
 from opq_jax import optimization
 
 
@@ -58,13 +56,12 @@ def main() -> None:
         'excess, %': round(100 * excess / bits, 2),
       }
     )
-  printed = Table(title='nearest value instead of cell, at equal error')
-  for column in rows[0]:
-    printed.add_column(column)
-  for row in rows:
-    printed.add_row(*map(str, row.values()))
-  Console().print(printed)
-  timing.write('cell_rule', 'python -m experiments.benchmarks.cell_rule', rows)
+  harness.report(
+    'cell_rule',
+    'nearest value instead of cell, at equal error',
+    'python -m experiments.benchmarks.cell_rule',
+    rows,
+  )
 
 
 if __name__ == '__main__':

@@ -13,11 +13,9 @@ import time
 import warnings
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 import opq_jax
-from experiments.benchmarks import timing
+from experiments.benchmarks import harness
 from opq_jax import entropy_coding, weight_files
 
 
@@ -59,14 +57,10 @@ def main(paths: list[str]) -> None:
           'decode, M weights/s': round(weights / 1e6 / np.median(decode_seconds), 1),
         }
       )
-  table = Table(title='entropy coding, one core')
-  for column in rows[0]:
-    table.add_column(column)
-  for row in rows:
-    table.add_row(*map(str, row.values()))
-  Console().print(table)
   names = ' '.join(pathlib.Path(p).name for p in paths)
-  timing.write('payload', f'python -m experiments.benchmarks.payload {names}', rows)
+  harness.report(
+    'payload', 'entropy coding, one core', f'python -m experiments.benchmarks.payload {names}', rows
+  )
 
 
 if __name__ == '__main__':

@@ -13,11 +13,9 @@ import time
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
-from rich.table import Table
 
 import opq_jax
-from experiments.benchmarks import timing
+from experiments.benchmarks import harness
 
 TARGETS = {
   'compression_rate=12.8': {'compression_rate': 12.8},
@@ -45,7 +43,7 @@ def peak_above(function) -> int:
 
 
 def main() -> None:
-  params = timing.random_tree(timing.resnet50_shapes())
+  params = harness.random_tree(harness.resnet50_shapes())
   weights = sum(leaf.size for leaf in params.values())
   sum_abs = jax.jit(lambda tree: sum(jnp.sum(jnp.abs(leaf)) for leaf in tree.values()))
   rows = []
@@ -56,7 +54,7 @@ def main() -> None:
       start = time.perf_counter()
       jax.block_until_ready(allocate())
       first = time.perf_counter() - start
-      seconds = timing.in_turn({'pass': lambda: sum_abs(params), 'allocate': allocate})
+      seconds = harness.in_turn({'pass': lambda: sum_abs(params), 'allocate': allocate})
       rows.append(
         {
           'what': f'allocate({name}), ' + ('corrected' if corrected else 'closed forms'),
@@ -69,7 +67,7 @@ def main() -> None:
   state = opq_jax.init_state(params, opq_jax.allocate(params, compression_rate=12.8))
   masks = {name: leaf.mask for name, leaf in state.tree.items()}
   masked = jax.jit(lambda tree, masks: jax.tree.map(lambda w, m: w * m, tree, masks))
-  seconds = timing.in_turn(
+  seconds = harness.in_turn(
     {
       'masked copy': lambda: masked(params, masks),
       'apply': lambda: opq_jax.apply_compression(params, state),
@@ -100,13 +98,12 @@ def main() -> None:
     }
   )
 
-  table = Table(title=f'ResNet-50 shapes, {weights / 1e6:.1f} M weights')
-  for column in ('what', 'ratio', 'to', 'first call, seconds'):
-    table.add_column(column)
-  for row in rows:
-    table.add_row(*(str(row.get(c, '')) for c in ('what', 'ratio', 'to', 'first call, seconds')))
-  Console().print(table)
-  timing.write('speed', 'python -m experiments.benchmarks.speed', rows)
+  harness.report(
+    'speed',
+    f'ResNet-50 shapes, {weights / 1e6:.1f} M weights',
+    'python -m experiments.benchmarks.speed',
+    rows,
+  )
 
 
 if __name__ == '__main__':

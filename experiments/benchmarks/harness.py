@@ -1,4 +1,4 @@
-"""Timing of functions in turn, and what the benchmarks share."""
+"""What the benchmarks share: timing in turn, trees to measure on, the report of the rows."""
 
 import json
 import pathlib
@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
 RESULTS = pathlib.Path(__file__).parent.parent / 'results' / 'benchmarks'
 
@@ -49,8 +51,13 @@ def random_tree(shapes: list[tuple[int, ...]], seed: int = 0) -> dict[str, jax.A
   }
 
 
-def write(name: str, command: str, rows: list[dict[str, object]]) -> None:
-  """Writes rows beside the command that made them, for the README."""
+def report(name: str, title: str, command: str, rows: list[dict[str, object]]) -> None:
+  """Prints rows as a table, and writes them beside the command that made them, for the README."""
+  columns = list(dict.fromkeys(column for row in rows for column in row))
+  table = Table(*columns, title=title)
+  for row in rows:
+    table.add_row(*(str(row.get(column, '')) for column in columns))
+  Console().print(table)
   RESULTS.mkdir(parents=True, exist_ok=True)
   document = {'command': command, 'rows': rows}
   (RESULTS / f'{name}.json').write_text(json.dumps(document, indent=1) + '\n')
