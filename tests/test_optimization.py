@@ -15,7 +15,6 @@ from opq_jax import laplace
 from opq_jax.optimization import Channels, minimise_at_bits, minimise_at_rate, minimise_at_sparsity
 
 LEAVES = 8
-MIN_STEP = 1e-2
 # a handful of layouts, so that a handful of compilations serve every example
 LAYOUTS = [np.array([3, 1, 5, 2, 4, 1, 2, 3]), np.ones(8, int), np.full(8, 4)]
 PROBLEMS = st.fixed_dictionaries(
@@ -118,7 +117,7 @@ def with_slopes(problem):
 RATE, SPARSITY, BITS = map(with_slopes, (rate_problem, sparsity_problem, bits_problem))
 
 
-def slsqp(problem, channels, target, starts, *args, low=-14.0):
+def slsqp(problem, channels, target, starts, *args):
   """The least cost that SLSQP finds from several starts, or inf where it meets no target."""
   last = {}
 
@@ -134,7 +133,7 @@ def slsqp(problem, channels, target, starts, *args, low=-14.0):
       lambda x: at(x)[0][0],
       start,
       jac=lambda x: at(x)[1][0],
-      bounds=[(low, 6)] * len(start),
+      bounds=[(-14, 6)] * len(start),
       constraints={
         'type': 'eq', 'fun': lambda x: at(x)[0][1] - target, 'jac': lambda x: at(x)[1][1]
       },
@@ -189,14 +188,14 @@ def test_sparsity_is_met_at_the_least_cost(problem, sparsity):
   narrow = np.log(solve(minimise_at_sparsity, narrow, sparsity).astype(float))
   with jax.enable_x64(True):
     (narrow_cost, narrow_found), _ = solve(SPARSITY, channels, narrow)
-  assert narrow_cost == pytest.approx(cost, rel=1e-4)
+  assert narrow_cost == pytest.approx(cost, rel=1e-3)
   assert narrow_found == pytest.approx(sparsity, abs=1e-4)
 
 
 def random_bits_problem(problem, sparsity, number=np.float64):
   channels = random_problem(**problem, number=number)
   rng = np.random.default_rng(problem['seed'] + 1)
-  channels = channels._replace(min_step=jnp.full(LEAVES, MIN_STEP, number))
+  channels = channels._replace(min_step=jnp.full(LEAVES, 1e-2, number))
   scale, share = np.asarray(channels.scale, float), np.asarray(channels.share, float)
   threshold = solve(minimise_at_sparsity, channels, sparsity)
   survivors = share * np.exp(-threshold[channels.leaf] / scale)
@@ -214,7 +213,7 @@ def bits_starts(ours, reach, leaf, bits, seed):
 
 
 @settings(max_examples=3)
-@given(problem=PROBLEMS, sparsity=st.floats(0.05, 0.95), bits=st.floats(1.5, 5.5))
+@given(problem=PROBLEMS, sparsity=st.floats(0.05, 0.95), bits=st.floats(2.5, 5.5))
 def test_bits_are_met_at_the_least_cost(problem, sparsity, bits):
   with jax.enable_x64(True):
     channels, given_ = random_bits_problem(problem, sparsity)
@@ -226,15 +225,12 @@ def test_bits_are_met_at_the_least_cost(problem, sparsity, bits):
     (cost, found), _ = solve(BITS, channels, ours, *args)
     assert found == pytest.approx(bits, rel=1e-9)
     tries = bits_starts(ours, reach, channels.leaf, bits, problem['seed'])
-    # SLSQP may not use steps either that the grid cannot reach
-    low = math.log(MIN_STEP)
-    tries = [np.maximum(start, low) for start in tries]
-    assert_no_worse(cost, slsqp(BITS, channels, bits, tries, *args, low=low))
+    assert_no_worse(cost, slsqp(BITS, channels, bits, tries, *args))
   narrow, given_ = random_bits_problem(problem, sparsity, np.float32)
   narrow = solve(minimise_at_bits, narrow, bits, *given_)
   with jax.enable_x64(True):
     (narrow_cost, narrow_found), _ = solve(BITS, channels, np.log(narrow.astype(float)), *args)
-  assert narrow_cost == pytest.approx(cost, rel=1e-4)
+  assert narrow_cost == pytest.approx(cost, rel=1e-3)
   assert narrow_found == pytest.approx(bits, rel=1e-4)
 
 
