@@ -26,12 +26,8 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
 from opq_jax import laplace, trees
-from opq_jax.optimization import (
-  Channels,
-  minimise_at_bits,
-  minimise_at_rate,
-  minimise_at_sparsity,
-)
+from opq_jax.fixed_width import minimise_at_bits
+from opq_jax.optimization import Channels, minimise_at_rate, minimise_at_sparsity
 from opq_jax.statistics import (
   histogram_entropy,
   histogram_min_step,

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from opq_jax import laplace
-from opq_jax.optimization import Channels, minimise_at_bits, minimise_at_rate, minimise_at_sparsity
+from opq_jax.fixed_width import minimise_at_bits
+from opq_jax.optimization import Channels, minimise_at_rate, minimise_at_sparsity
 
 LEAVES = 8
 # a handful of layouts, so that a handful of compilations serve every example
@@ -117,7 +118,7 @@ def with_slopes(problem):
 RATE, SPARSITY, BITS = map(with_slopes, (rate_problem, sparsity_problem, bits_problem))
 
 
-def slsqp(problem, channels, target, starts, *args):
+def slsqp(problem, channels, target, starts, *args, lowest=-14):
   """The least cost that SLSQP finds from several starts, or inf where it meets no target."""
   last = {}
 
@@ -133,7 +134,7 @@ def slsqp(problem, channels, target, starts, *args):
       lambda x: at(x)[0][0],
       start,
       jac=lambda x: at(x)[1][0],
-      bounds=[(-14, 6)] * len(start),
+      bounds=[(lowest, 6)] * len(start),
       constraints={
         'type': 'eq', 'fun': lambda x: at(x)[0][1] - target, 'jac': lambda x: at(x)[1][1]
       },
@@ -212,9 +213,7 @@ def bits_starts(ours, reach, leaf, bits, seed):
   return [*near, one_grid, one_grid + rng.normal(size=LEAVES)]
 
 
-@settings(max_examples=3)
-@given(problem=PROBLEMS, sparsity=st.floats(0.05, 0.95), bits=st.floats(2.5, 5.5))
-def test_bits_are_met_at_the_least_cost(problem, sparsity, bits):
+def check_bits(problem, sparsity, bits, tolerance):
   with jax.enable_x64(True):
     channels, given_ = random_bits_problem(problem, sparsity)
     ours = np.log(solve(minimise_at_bits, channels, bits, *given_))
@@ -224,14 +223,30 @@ def test_bits_are_met_at_the_least_cost(problem, sparsity, bits):
     args = pruned, survivors, reach
     (cost, found), _ = solve(BITS, channels, ours, *args)
     assert found == pytest.approx(bits, rel=1e-9)
+    lowest = math.log(channels.min_step[0])
     tries = bits_starts(ours, reach, channels.leaf, bits, problem['seed'])
-    assert_no_worse(cost, slsqp(BITS, channels, bits, tries, *args))
+    tries = [np.maximum(start, lowest) for start in tries]
+    reference = slsqp(BITS, channels, bits, tries, *args, lowest=lowest)
+    assert_no_worse(cost, reference, tolerance)
   narrow, given_ = random_bits_problem(problem, sparsity, np.float32)
   narrow = solve(minimise_at_bits, narrow, bits, *given_)
   with jax.enable_x64(True):
     (narrow_cost, narrow_found), _ = solve(BITS, channels, np.log(narrow.astype(float)), *args)
-  assert narrow_cost == pytest.approx(cost, rel=1e-3)
+  assert narrow_cost == pytest.approx(cost, rel=max(1e-3, tolerance))
   assert narrow_found == pytest.approx(bits, rel=1e-4)
+
+
+@settings(max_examples=8)
+@given(problem=PROBLEMS, sparsity=st.floats(0.05, 0.95), bits=st.floats(3, 6))
+def test_bits_are_met_at_the_least_cost(problem, sparsity, bits):
+  check_bits(problem, sparsity, bits, 1e-6)
+
+
+@settings(max_examples=8)
+@given(problem=PROBLEMS, sparsity=st.floats(0.05, 0.95), bits=st.floats(1.05, 3))
+def test_few_bits_are_met_at_nearly_the_least_cost(problem, sparsity, bits):
+  # many local minima: SLSQP, from four starts, finds now a better and now a worse one
+  check_bits(problem, sparsity, bits, 5e-3)
 
 
 TABLE = [  # lambda, beta, Delta, D/2, R, pruned: METHOD.md section 4
