@@ -155,7 +155,7 @@ def _recognised(name: str, tensors: Mapping[str, np.ndarray]) -> Source:
   shared = [len(tensors.keys() & set(keys)) for keys in names]
   if not any(shared):
     expected = '; '.join(
-      f'{source.name}: {", ".join(keys[:3])}, …'
+      f'{source.name}: {", ".join(keys[-3:])}, …'
       for source, keys in zip(candidates, names, strict=True)
     )
     raise ValueError(
