@@ -182,8 +182,8 @@ def to_tensors(
     lines = differences(found, expected)
     raise ValueError('\n'.join([f'the variables are not those of {what}:', *lines]))
   return {
-    # whole and in order, as torch.from_numpy and files like an array to be
-    name: np.ascontiguousarray(layout.to_theirs(np.asarray(leaves[path])))
+    # copied: an array of JAX's memory is read-only, and one of permuted axes is out of order
+    name: np.array(layout.to_theirs(np.asarray(leaves[path])), order='C')
     for path, (name, layout) in source.places(shapes).items()
   }
 

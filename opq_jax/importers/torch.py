@@ -146,10 +146,7 @@ _TIMM_V1 = dataclasses.replace(data.TF_SLIM, resample='bicubic')
 # Hugging Face's MobileNets were converted from TensorFlow
 _TENSORFLOW = {'padding': 'SAME', 'epsilon': 0.001}
 
-_MOBILENET_V1 = (
-  _source('huggingface', _HUGGINGFACE_V1_LAYERS, data.TF_SLIM, **_TENSORFLOW),
-  _source('timm', _TIMM_V1_LAYERS, _TIMM_V1, padding='HALF', epsilon=1e-5),
-)
+_MOBILENET_V1 = (_source('huggingface', _HUGGINGFACE_V1_LAYERS, data.TF_SLIM, **_TENSORFLOW),)
 _SMALL_RESNET = (
   _source('torchvision', _RESNET_LAYERS, data.TORCHVISION),
   _source('huggingface', _HUGGINGFACE_RESNET_LAYERS, _BICUBIC),
@@ -160,7 +157,10 @@ SOURCES: dict[str, tuple[Source, ...]] = {
   'alexnet': (_source('torchvision', _ALEXNET_LAYERS, data.TORCHVISION),),
   'vgg16': (_source('torchvision', _VGG_LAYERS, data.TORCHVISION),),
   'vgg16_bn': (_source('torchvision', _VGG_BN_LAYERS, data.TORCHVISION),),
-  'mobilenet_v1': _MOBILENET_V1,
+  'mobilenet_v1': (
+    *_MOBILENET_V1,
+    _source('timm', _TIMM_V1_LAYERS, _TIMM_V1, padding='HALF', epsilon=1e-5),
+  ),
   'mobilenet_v1_075': _MOBILENET_V1,
   'mobilenet_v1_050': _MOBILENET_V1,
   'mobilenet_v2': (

@@ -38,7 +38,7 @@ _NETWORKS: dict[str, Callable[..., nn.Module]] = {
 
 
 def names() -> tuple[str, ...]:
-  """Every name that `create` knows; `resnet20` to `resnet110` with their tens are CIFAR's."""
+  """Every name that `create` knows; `resnet20`, 32, 44, 56 and 110 are the paper's for CIFAR."""
   return tuple(_NETWORKS)
 
 
