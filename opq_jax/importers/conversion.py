@@ -72,12 +72,12 @@ class Layer(NamedTuple):
   Attributes:
     weights: the module that holds kernel and bias.
     norm: that of the BatchNorm which belongs to it.
-    grid: rows and columns of the map that a dense layer reads flattened, None for any other.
+    pixels: of the map that a dense layer reads flattened, 1 for any other layer.
   """
 
   weights: str
   norm: str = ''
-  grid: tuple[int, int] | None = None
+  pixels: int = 1
 
 
 class Leaf(NamedTuple):

@@ -24,9 +24,9 @@ def place(layer: Layer, leaf: Leaf) -> tuple[str, Layout]:
 
   >>> place(Layer('conv1', 'bn1'), Leaf('var', (64,), is_norm=True))[0]
   'bn1.running_var'
-  >>> name, layout = place(Layer('classifier.1', grid=(6, 6)), Leaf('kernel', (9216, 4096)))
+  >>> name, layout = place(Layer('classifier.1', pixels=36), Leaf('kernel', (9216, 4096)))
   >>> name, layout.view, layout.theirs
-  ('classifier.1.weight', (6, 6, 256, 4096), (4096, 9216))
+  ('classifier.1.weight', (36, 256, 4096), (4096, 9216))
   """
   if leaf.is_norm:
     return f'{layer.norm}.{_NORM[leaf.kind]}', Layout.reshaped(leaf.shape, leaf.shape)
@@ -35,10 +35,8 @@ def place(layer: Layer, leaf: Leaf) -> tuple[str, Layout]:
     axes = _HWIO_TO_OIHW if leaf.kind == 'kernel' else (0,)
     return name, Layout.transposed(leaf.shape, axes)
   inputs, outputs = leaf.shape
-  # a dense layer is a convolution whose window is the whole map
-  rows, columns = layer.grid or (1, 1)
-  view = (rows, columns, inputs // (rows * columns), outputs)
-  return name, Layout(leaf.shape, view, _HWIO_TO_OIHW, (outputs, inputs))
+  view = (layer.pixels, inputs // layer.pixels, outputs)
+  return name, Layout(leaf.shape, view, (2, 1, 0), (outputs, inputs))
 
 
 def _sequential(weights: str) -> Layer:
@@ -53,12 +51,12 @@ def _huggingface(module: str) -> Layer:
 
 _ALEXNET_LAYERS: Layers = {
   'conv_#': lambda n: Layer(f'features.{(0, 3, 6, 8, 10)[n - 1]}'),
-  'dense_#': lambda n: Layer(f'classifier.{(1, 4)[n - 1]}', grid=(6, 6) if n == 1 else None),
+  'dense_#': lambda n: Layer(f'classifier.{(1, 4)[n - 1]}', pixels=36 if n == 1 else 1),
   'head': lambda: Layer('classifier.6'),
 }
 
 _VGG_DENSE_LAYERS: Layers = {
-  'dense_#': lambda n: Layer(f'classifier.{(0, 3)[n - 1]}', grid=(7, 7) if n == 1 else None),
+  'dense_#': lambda n: Layer(f'classifier.{(0, 3)[n - 1]}', pixels=49 if n == 1 else 1),
   'head': lambda: Layer('classifier.6'),
 }
 
