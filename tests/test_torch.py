@@ -1,5 +1,9 @@
 """Imported PyTorch weights give PyTorch's logits, and go home again bit for bit."""
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
 import assets
 import jax
 import numpy as np
@@ -10,67 +14,69 @@ from opq_jax import data, importers, weight_files
 torch = pytest.importorskip('torch')
 networks = pytest.importorskip('torch_networks')
 CLASSES = 7
-SMALL = {'hidden': 24}
-TENSORFLOW = {'epsilon': 0.001, 'same': True}
-RESNET50 = {'blocks': (3, 4, 6, 3), 'bottleneck': True}
 
-# name, source, PyTorch function, its options, our options, how PyTorch pads and normalises, sizes
+
+class Case(NamedTuple):
+  """A network here and in PyTorch.
+
+  Attributes:
+    name: here.
+    network: in `torch_networks.py`, by the names of `source`.
+    theirs: options of that function.
+    ours: options of our model.
+    tensorflow: whether it pads as TensorFlow does, with the epsilon of its MobileNets.
+    size: of the images; odd where a network takes such.
+  """
+
+  name: str
+  source: str
+  network: Callable
+  theirs: Mapping = MappingProxyType({})
+  ours: Mapping = MappingProxyType({})
+  tensorflow: bool = False
+  size: tuple[int, int] = (45, 64)
+
+
+SMALL = {'hidden': 24}
+RESNET50 = {'blocks': (3, 4, 6, 3), 'bottleneck': True}
 CASES = [
-  ('alexnet', 'torchvision', networks.alexnet, SMALL, SMALL, {}, [(224, 224), (99, 131)]),
-  ('vgg16', 'torchvision', networks.vgg16, SMALL, SMALL, {}, [(97, 64)]),
-  ('vgg16_bn', 'torchvision', networks.vgg16, SMALL | {'batch_norm': True}, SMALL, {}, [(97, 64)]),
-  ('mobilenet_v1', 'timm', networks.mobilenet_v1, {}, {}, {}, [(45, 64)]),
-  (
-    'mobilenet_v1_075',
-    'huggingface',
-    networks.mobilenet_v1,
-    {'width': 0.75, 'source': 'huggingface'},
-    {},
-    TENSORFLOW,
-    [(45, 64)],
-  ),
-  (
-    'mobilenet_v1_050',
-    'huggingface',
-    networks.mobilenet_v1,
-    {'width': 0.5, 'source': 'huggingface'},
-    {},
-    TENSORFLOW,
-    [(64, 45)],
-  ),
-  ('mobilenet_v2', 'torchvision', networks.mobilenet_v2, {}, {}, {}, [(45, 64)]),
-  (
+  Case('alexnet', 'torchvision', networks.alexnet, SMALL, SMALL, size=(224, 224)),
+  Case('alexnet', 'torchvision', networks.alexnet, SMALL, SMALL, size=(99, 131)),
+  Case('vgg16', 'torchvision', networks.vgg16, SMALL, SMALL, size=(97, 64)),
+  Case('vgg16_bn', 'torchvision', networks.vgg16_bn, SMALL, SMALL, size=(97, 64)),
+  Case('mobilenet_v1', 'timm', networks.mobilenet_v1),
+  *[
+    Case(
+      name,
+      'huggingface',
+      networks.mobilenet_v1,
+      {'width': width, 'source': 'huggingface'},
+      tensorflow=True,
+    )
+    for name, width in (('mobilenet_v1_075', 0.75), ('mobilenet_v1_050', 0.5))
+  ],
+  Case('mobilenet_v2', 'torchvision', networks.mobilenet_v2),
+  Case(
     'mobilenet_v2',
     'torchvision',
     networks.mobilenet_v2,
     {'width': 0.35},
     {'width': 0.35, 'padding': 'SAME', 'epsilon': 0.001},
-    TENSORFLOW,
-    [(45, 64)],
+    tensorflow=True,
   ),
-  ('resnet18', 'torchvision', networks.resnet, {'blocks': (2, 2, 2, 2)}, {}, {}, [(45, 64)]),
-  ('resnet34', 'torchvision', networks.resnet, {'blocks': (3, 4, 6, 3)}, {}, {}, [(64, 45)]),
-  ('resnet50', 'torchvision', networks.resnet, RESNET50, {}, {}, [(45, 64)]),
-  (
+  Case('resnet18', 'torchvision', networks.resnet, {'blocks': (2, 2, 2, 2)}),
+  Case('resnet34', 'torchvision', networks.resnet, {'blocks': (3, 4, 6, 3)}),
+  Case('resnet50', 'torchvision', networks.resnet, RESNET50),
+  Case(
     'resnet50',
     'torchvision',
     networks.resnet,
     RESNET50 | {'stride_first': True},
     {'stride_first': True},
-    {},
-    [(45, 64)],
   ),
-  (
-    'resnet101',
-    'torchvision',
-    networks.resnet,
-    RESNET50 | {'blocks': (3, 4, 23, 3)},
-    {},
-    {},
-    [(45, 64)],
-  ),
+  Case('resnet101', 'torchvision', networks.resnet, RESNET50 | {'blocks': (3, 4, 23, 3)}),
   *[
-    (f'resnet{depth}', 'akamaster', networks.cifar_resnet, {'depth': depth}, {}, {}, [(32, 27)])
+    Case(f'resnet{depth}', 'akamaster', networks.cifar_resnet, {'depth': depth}, size=(32, 27))
     for depth in (20, 32, 44, 56, 110)
   ],
 ]
@@ -79,21 +85,15 @@ CASES = [
 def images(height, width):
   """Patterns and colours, so that the logits differ."""
   rng = np.random.default_rng(1)
-  return (rng.normal(0, 1, (3, 1, 1, 3)) + rng.normal(0, 0.5, (3, height, width, 3))).astype(
-    np.float32
-  )
+  colours, patterns = rng.normal(0, 1, (3, 1, 1, 3)), rng.normal(0, 0.5, (3, height, width, 3))
+  return (colours + patterns).astype(np.float32)
 
 
-@pytest.mark.parametrize(
-  ('name', 'source', 'network', 'theirs', 'ours', 'form', 'sizes'),
-  CASES,
-  ids=[f'{case[0]}-{case[1]}-{"-".join(case[4])}'.rstrip('-') for case in CASES],
-)
-def test_logits_are_pytorchs_and_tensors_return_unchanged(
-  name, source, network, theirs, ours, form, sizes
-):
-  tensors = networks.Tensors(**form)
-  expected = [networks.logits(network, tensors, images(*size), CLASSES, **theirs) for size in sizes]
+@pytest.mark.parametrize('case', CASES, ids=lambda case: '-'.join([*case[:2], *case.ours]))
+def test_logits_are_pytorchs_and_tensors_return_unchanged(case):
+  name, source, network, theirs, ours, tensorflow, size = case
+  tensors = networks.Tensors(tensorflow=tensorflow)
+  expected = networks.logits(network, tensors, images(*size), CLASSES, **theirs)
   state_dict = tensors.numpy()
   counters = {
     key.replace('running_mean', 'num_batches_tracked'): np.zeros((), np.int64)
@@ -103,10 +103,9 @@ def test_logits_are_pytorchs_and_tensors_return_unchanged(
   model, variables, found = importers.from_tensors(name, state_dict | counters, **ours)
   assert found.name == source
   assert model.num_classes == CLASSES
-  for size, reference in zip(sizes, expected, strict=True):
-    difference = np.abs(jax.jit(model.apply)(variables, images(*size)) - reference).max()
-    assert difference <= 1e-4 * np.abs(reference).max(), size
-    assert np.ptp(reference, axis=0).max() > 0.05 * np.abs(reference).max()
+  difference = np.abs(jax.jit(model.apply)(variables, images(*size)) - expected).max()
+  assert difference <= 1e-4 * np.abs(expected).max()
+  assert np.ptp(expected, axis=0).max() > 0.05 * np.abs(expected).max()
 
   returned = importers.to_tensors(name, variables, source, **ours)
   assert returned.keys() == state_dict.keys()

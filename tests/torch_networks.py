@@ -14,11 +14,11 @@ F = torch.nn.functional
 class Tensors(dict):
   """Tensors by name; one that is missing is drawn, small enough that the image is still felt."""
 
-  def __init__(self, tensors=None, epsilon=1e-5, same=False):
+  def __init__(self, tensors=None, tensorflow=False):
     super().__init__({name: torch.from_numpy(np.array(t)) for name, t in (tensors or {}).items()})
     self.rng = np.random.default_rng(0)
-    self.epsilon = epsilon
-    self.same = same  # TensorFlow's padding
+    self.epsilon = 0.001 if tensorflow else 1e-5
+    self.tensorflow = tensorflow
 
   def get(self, name, shape, low, high):
     if name not in self:
@@ -33,7 +33,7 @@ class Tensors(dict):
   def conv(self, name, x, features, size, stride=1, padding=None, groups=1, bias=False):
     shape = (features, x.shape[1] // groups, size, size)
     weight, bias = self.weights(name, shape, bias)
-    if self.same:
+    if self.tensorflow:
       pads = []
       for side in (x.shape[3], x.shape[2]):
         total = max((-(-side // stride) - 1) * stride + size - side, 0)
@@ -90,6 +90,10 @@ def vgg16(t, x, classes, batch_norm=False, hidden=4096):
   return t.dense('classifier.6', x, classes)
 
 
+def vgg16_bn(t, x, classes, hidden=4096):
+  return vgg16(t, x, classes, True, hidden)
+
+
 def resnet(t, x, classes, blocks, bottleneck=False, stride_first=False):
   """torchvision's names."""
   x = F.relu(t.norm('bn1', t.conv('conv1', x, 64, 7, 2)))
@@ -98,10 +102,8 @@ def resnet(t, x, classes, blocks, bottleneck=False, stride_first=False):
     for number in range(count):
       block = f'layer{stage + 1}.{number}'
       stride = 2 if stage and not number else 1
-      inside, layer = (
-        64 * 2**stage,
-        lambda n, y, *how, b=block: t.norm(f'{b}.bn{n}', t.conv(f'{b}.conv{n}', y, *how)),
-      )
+      inside = 64 * 2**stage
+      layer = lambda n, y, *how, b=block: t.norm(f'{b}.bn{n}', t.conv(f'{b}.conv{n}', y, *how))
       if bottleneck:
         outside = 4 * inside
         y = F.relu(layer(1, x, inside, 1, stride if stride_first else 1))
@@ -137,11 +139,8 @@ def mobilenet_v1(t, x, classes, width=1.0, source='timm'):
   channels = lambda n: max(int(n * width), 8)
 
   def layer(x, timm, huggingface, features, *how):
-    conv, norm = timm
-    if source == 'huggingface':
-      conv, norm = (
-        f'mobilenet_v1.{huggingface}.{kind}' for kind in ('convolution', 'normalization')
-      )
+    module = f'mobilenet_v1.{huggingface}'
+    conv, norm = timm if source == 'timm' else (f'{module}.convolution', f'{module}.normalization')
     return F.relu6(t.norm(norm, t.conv(conv, x, features, *how)))
 
   x = layer(x, ('conv_stem', 'bn1'), 'conv_stem', channels(32), 3, 2)

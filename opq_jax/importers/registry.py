@@ -158,9 +158,8 @@ def _recognised(name: str, tensors: Mapping[str, np.ndarray]) -> Source:
       f'{source.name}: {", ".join(keys[-3:])}, …'
       for source, keys in zip(candidates, names, strict=True)
     )
-    raise ValueError(
-      f'{name}: found tensors {", ".join(sorted(tensors)[:3])}, …, expected those of {expected}'
-    )
+    some = ', '.join(sorted(tensors)[:3])
+    raise ValueError(f'{name}: found tensors {some}, …, expected those of {expected}')
   return candidates[shared.index(max(shared))]
 
 
