@@ -10,6 +10,10 @@ import json
 import pathlib
 import re
 
+import jax
+
+from opq_jax import importers, models
+
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / 'experiments' / 'results'
 
@@ -67,7 +71,27 @@ def select(rows: list[dict[str, str]]) -> list[dict[str, object]]:
   return lines
 
 
+def networks() -> str:
+  """Every network of the registry, with its parameters and where its weights may come from."""
+  return markdown(
+    [
+      {
+        'name': f'`{name}`',
+        'parameters': f'{parameters(name):,}',
+        'weights from': ', '.join(source.name for source in importers.sources(name)),
+      }
+      for name in models.names()
+    ]
+  )
+
+
+def parameters(name: str) -> int:
+  shapes = models.variable_shapes(models.create(name))
+  return sum(leaf.size for leaf in jax.tree.leaves(shapes['params']))
+
+
 TABLES = {
+  'networks': networks,
   'speed': lambda: benchmark('speed'),
   'payload': lambda: benchmark('payload'),
   'cell_rule': lambda: benchmark('cell_rule'),

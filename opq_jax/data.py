@@ -8,7 +8,7 @@ TensorFlow: `tfds build cifar10 --file_format=array_record --data_dir=…`.
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import grain
 import jax
@@ -29,9 +29,9 @@ class Preprocessing:
     mean: of each colour channel, in units where white is 1.
     std: likewise; positive.
     resize: the shorter side in pixels after resizing, None for no resizing.  The longer side
-      keeps its proportion; the filter is PIL's bilinear, which widens when it shrinks an image.
-      An image that has this size already is left untouched.
+      keeps its proportion.  An image that has this size already is left untouched.
     crop: the side in pixels of the square cut out of the middle, None for no cropping.
+    resample: PIL's filter for resizing, which widens when it shrinks an image.
 
   >>> image = np.full((256, 320, 3), 255, np.uint8)
   >>> prepared = TF_SLIM(image)
@@ -43,6 +43,7 @@ class Preprocessing:
   std: tuple[float, float, float]
   resize: int | None = None
   crop: int | None = None
+  resample: Literal['bilinear', 'bicubic'] = 'bilinear'
 
   def __call__(self, image: UInt8[np.ndarray, 'height width 3']) -> Float32[np.ndarray, '...']:
     """The prepared image, [crop, crop, 3] if there is a crop.
@@ -55,7 +56,7 @@ class Preprocessing:
         f'image: found {image.dtype} of shape {image.shape}, expected uint8 [height, width, 3]'
       )
     if self.resize is not None:
-      image = _resize(image, self.resize)
+      image = _resize(image, self.resize, Image.Resampling[self.resample.upper()])
     if self.crop is not None:
       image = _centre(image, self.crop)
     # one subtraction and one division, so that 127.5 and 127.5 give exactly x / 127.5 - 1
@@ -206,13 +207,13 @@ class _Prepare(grain.transforms.Map):
 
 
 def _resize(
-  image: UInt8[np.ndarray, 'height width 3'], shorter: int
+  image: UInt8[np.ndarray, 'height width 3'], shorter: int, resample: Image.Resampling
 ) -> UInt8[np.ndarray, 'rows columns 3']:
   height, width = image.shape[:2]
   if min(height, width) == shorter:
     return image
   rows, columns = (int(shorter * side / min(height, width)) for side in (height, width))
-  resized = Image.fromarray(image).resize((columns, rows), Image.Resampling.BILINEAR)
+  resized = Image.fromarray(image).resize((columns, rows), resample)
   return np.asarray(resized)
 
 

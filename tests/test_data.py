@@ -186,6 +186,14 @@ def test_the_shorter_side_is_resized_with_an_area_that_shrinks_faithfully(shape)
   assert np.abs(small[2:-2, 2:-2] - 127.5).max() < 2
 
 
+@pytest.mark.parametrize('resample', ['bilinear', 'bicubic'])
+def test_resizing_is_pils_with_the_filter_asked_for(resample):
+  image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+  resize = data.Preprocessing(mean=PLAIN.mean, std=PLAIN.std, resize=30, resample=resample)
+  expected = Image.fromarray(image).resize((45, 30), Image.Resampling[resample.upper()])
+  np.testing.assert_allclose(resize(image), np.asarray(expected), atol=1e-4)
+
+
 @pytest.mark.parametrize(
   ('image', 'message'),
   [

@@ -2,7 +2,6 @@
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +10,6 @@ from jax import lax
 
 from opq_jax import trees
 from opq_jax.models import MobileNetV1
-from opq_jax.models.mobilenet import conv_bn, depthwise_conv
 
 SMALL = MobileNetV1(num_classes=7, width=0.25)
 
@@ -109,55 +107,9 @@ def test_a_lone_image_is_refused(variables):
     SMALL.apply(variables, jnp.zeros((32, 32, 3)))
 
 
-@pytest.mark.parametrize(
-  ('size', 'strides', 'padding'),
-  [
-    ((6, 7), (2, 2), 'SAME'),
-    ((7, 10), (1, 1), 'VALID'),
-    ((5, 8), (1, 2), [(2, 0), (0, 1)]),
-  ],
-)
-def test_depthwise_convolution_and_its_gradient_are_xlas(size, strides, padding):
-  rng = np.random.default_rng(0)
-  x, kernel = (rng.normal(size=shape).astype(np.float32) for shape in [(2, *size, 5), (3, 3, 1, 5)])
-
-  def value_and_gradient(convolution):
-    def loss(x, kernel):
-      options = {'dimension_numbers': ('NHWC', 'HWIO', 'NHWC'), 'feature_group_count': 5}
-      y = convolution(x, kernel, strides, padding, **options)
-      return jnp.sum(jnp.sin(y)), y
-
-    return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(x, kernel)
-
-  found, expected = map(value_and_gradient, (depthwise_conv, lax.conv_general_dilated))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
-
-
 @pytest.mark.parametrize(('platform', 'grouped'), [('cuda', True), ('tpu', True), ('cpu', False)])
 def test_only_the_cpu_gets_shifted_products(platform, grouped):
   image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
   traced = jax.jit(SMALL.apply).trace(initial(SMALL), image)
   program = traced.lower(lowering_platforms=(platform,)).as_text()
   assert ('feature_group_count = 64' in program) == grouped
-
-
-def test_depthwise_convolution_refuses_dilation():
-  x, kernel = jnp.ones((1, 8, 8, 2)), jnp.ones((3, 3, 1, 2))
-  with pytest.raises(ValueError, match=r'rhs_dilation: found \(2, 2\), expected no dilation'):
-    depthwise_conv(x, kernel, (1, 1), 'SAME', rhs_dilation=(2, 2))
-
-
-def test_conv_bn_without_activation_is_a_normalised_linear_map():
-  """As the bottlenecks of MobileNet-V2 and ResNet end, with PyTorch's epsilon."""
-
-  class Project(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-      options = {'activation': None, 'epsilon': 1e-5, 'train': False, 'dtype': jnp.float32}
-      return conv_bn(x, 'project', 4, kernel_size=1, **options)
-
-  x = np.random.default_rng(0).normal(size=(1, 3, 3, 2)).astype(np.float32)
-  found, variables = jax.jit(Project().init_with_output)(jax.random.key(0), x)
-  kernel = np.asarray(variables['params']['project']['kernel'])[0, 0]
-  np.testing.assert_allclose(found, x @ kernel / np.sqrt(1 + 1e-5), rtol=1e-5, atol=1e-6)
-  assert float(found.min()) < 0

@@ -1,5 +1,16 @@
-"""Weights of other frameworks as variables of `opq_jax.models`; one module per source."""
+"""Weights of other frameworks as variables of `opq_jax.models`; one module per framework."""
 
-from opq_jax.importers import tf_slim
+from opq_jax.importers import tf_slim, torch
+from opq_jax.importers.conversion import Source
+from opq_jax.importers.registry import Imported, from_tensors, load, sources, to_tensors
 
-__all__ = ['tf_slim']
+__all__ = [
+  'Imported',
+  'Source',
+  'from_tensors',
+  'load',
+  'sources',
+  'tf_slim',
+  'to_tensors',
+  'torch',
+]

@@ -1,21 +1,23 @@
 """MobileNets: depthwise and pointwise convolutions in turn.
 
 MobileNet-V1 is Howard et al., "MobileNets: Efficient Convolutional Neural Networks for Mobile
-Vision Applications", 2017, arXiv 1704.04861, with the details (padding, ReLU6, BatchNorm) of the
-published TF-slim weights, which `opq_jax.importers.tf_slim` reads.
+Vision Applications", 2017, arXiv 1704.04861.  MobileNet-V2 is Sandler et al., "MobileNetV2:
+Inverted Residuals and Linear Bottlenecks", CVPR 2018, arXiv 1801.04381.  Both were published with
+TensorFlow's padding and were trained again with PyTorch's: `padding` and `epsilon` say which.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
-# output channels before the width multiplier, and stride, of the thirteen separable blocks
-_BLOCKS = (
+from opq_jax.models import layers
+
+# output channels before the width multiplier, and stride, of V1's thirteen separable blocks
+_SEPARABLE = (
   (64, 1),
   (128, 2),
   (128, 1),
@@ -28,6 +30,18 @@ _BLOCKS = (
 )
 _MIN_CHANNELS = 8
 
+# V2's bottlenecks, seventeen: expansion, output channels, how many, stride of the first (table 2)
+_INVERTED = (
+  (1, 16, 1, 1),
+  (6, 24, 2, 2),
+  (6, 32, 3, 2),
+  (6, 64, 4, 2),
+  (6, 96, 3, 1),
+  (6, 160, 3, 2),
+  (6, 320, 1, 1),
+)
+_DIVISOR = 8  # of V2's channel counts
+
 
 class MobileNetV1(nn.Module):
   """MobileNet-V1: a 3x3 stem, thirteen separable blocks, a global mean and one dense layer.
@@ -37,6 +51,10 @@ class MobileNetV1(nn.Module):
   Attributes:
     num_classes: logits.
     width: the paper's multiplier of all channel counts, which never fall below 8.
+    padding: 'SAME' as TensorFlow pads, which the published TF-slim weights expect, or 'HALF' as
+      PyTorch does.
+    epsilon: of BatchNorm, added to the variance; the default is TF-slim's.
+    momentum: of BatchNorm, what a training step keeps of the running statistics; likewise.
     dtype: of convolutions and the dense layer, float32 or bfloat16; parameters, BatchNorm and
       logits are float32.
 
@@ -51,154 +69,137 @@ class MobileNetV1(nn.Module):
 
   num_classes: int = 1000
   width: float = 1.0
+  padding: Literal['SAME', 'HALF'] = 'SAME'
+  epsilon: float = 0.001
+  momentum: float = 0.9997
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(
     self, x: Float[Array, 'batch height width 3'], train: bool = False
   ) -> Float[Array, 'batch classes']:
-    """Logits of images.
+    """Logits of images of any size.
 
     Args:
       x: images as `opq_jax.data.TF_SLIM` prepares them for the published weights, in [-1, 1].
       train: BatchNorm normalises by the batch and updates its running statistics, for which
         `apply` needs `mutable=['batch_stats']`.
     """
-    if x.ndim != 4:
-      raise ValueError(f'x: found shape {x.shape}, expected [batch, height, width, channels]')
-    x = conv_bn(x, 'stem', self._channels(32), strides=2, train=train, dtype=self.dtype)
-    for number, (channels, strides) in enumerate(_BLOCKS, start=1):
-      block = SeparableBlock(
-        self._channels(channels), strides, dtype=self.dtype, name=f'block_{number}'
-      )
-      x = block(x, train)
+    layers.check_images(x)
+    layer = _layer(self, train)
+    x = layer(x, 'stem', self._channels(32), strides=2)
+    for number, (channels, strides) in enumerate(_SEPARABLE, start=1):
+      features = self._channels(channels)
+      x = SeparableBlock(features, layer, strides, name=f'block_{number}')(x)
     x = jnp.mean(x, axis=(1, 2))
-    x = nn.Dense(self.num_classes, dtype=self.dtype, name='head')(x)
-    return x.astype(jnp.float32)
+    return nn.Dense(self.num_classes, dtype=self.dtype, name='head')(x).astype(jnp.float32)
 
   def _channels(self, channels: int) -> int:
     return max(int(channels * self.width), _MIN_CHANNELS)
 
 
-class SeparableBlock(nn.Module):
-  """A 3x3 depthwise convolution, then a pointwise one; each with BatchNorm and ReLU6."""
+class MobileNetV2(nn.Module):
+  """MobileNet-V2: a 3x3 stem, seventeen inverted bottlenecks, a pointwise layer, mean and dense.
 
-  features: int
-  strides: int = 1
+  Attributes:
+    num_classes: logits.
+    width: the paper's multiplier of all channel counts, which are rounded to multiples of 8; the
+      last pointwise layer never falls below its 1280.
+    padding: 'HALF' as PyTorch pads, or 'SAME' as TensorFlow does.
+    epsilon: of BatchNorm, added to the variance; the default is torchvision's.
+    momentum: of BatchNorm, what a training step keeps of the running statistics; likewise.
+    dtype: of convolutions and the dense layer, float32 or bfloat16; parameters, BatchNorm and
+      logits are float32.
+
+  >>> import jax
+  >>> model = MobileNetV2(num_classes=10)
+  >>> variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+  >>> sorted(variables['params']['block_1'])  # does not expand
+  ['depthwise', 'depthwise_bn', 'project', 'project_bn']
+  >>> variables['params']['block_17']['project']['kernel'].shape
+  (1, 1, 960, 320)
+  """
+
+  num_classes: int = 1000
+  width: float = 1.0
+  padding: Literal['SAME', 'HALF'] = 'HALF'
+  epsilon: float = 1e-5
+  momentum: float = 0.9
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, 'batch height width channels'], train: bool = False
+    self, x: Float[Array, 'batch height width 3'], train: bool = False
+  ) -> Float[Array, 'batch classes']:
+    """Logits of images of any size.
+
+    Args:
+      x: images as `opq_jax.data.TORCHVISION` prepares them for torchvision's weights.
+      train: BatchNorm normalises by the batch and updates its running statistics, for which
+        `apply` needs `mutable=['batch_stats']`.  There is no dropout.
+    """
+    layers.check_images(x)
+    layer = _layer(self, train)
+    x = layer(x, 'stem', self._channels(32), strides=2)
+    number = 0
+    for expansion, channels, count, first_strides in _INVERTED:
+      for strides in (first_strides, *[1] * (count - 1)):
+        number += 1
+        features = self._channels(channels)
+        x = InvertedBottleneck(features, layer, strides, expansion, name=f'block_{number}')(x)
+    x = layer(x, 'last', max(1280, self._channels(1280)), kernel_size=1)
+    x = jnp.mean(x, axis=(1, 2))
+    return nn.Dense(self.num_classes, dtype=self.dtype, name='head')(x).astype(jnp.float32)
+
+  def _channels(self, channels: int) -> int:
+    """The nearest multiple of 8, but never a tenth less than asked."""
+    asked = channels * self.width
+    rounded = max(int(asked + _DIVISOR / 2) // _DIVISOR, 1) * _DIVISOR
+    return rounded if rounded >= 0.9 * asked else rounded + _DIVISOR
+
+
+class SeparableBlock(nn.Module):
+  """A 3x3 depthwise convolution, then a pointwise one; each as `layer` has it."""
+
+  features: int
+  layer: Callable[..., Array]
+  strides: int = 1
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, 'batch height width channels']
   ) -> Float[Array, 'batch rows columns features']:
-    layer = functools.partial(conv_bn, train=train, dtype=self.dtype)
-    x = layer(x, 'depthwise', x.shape[-1], strides=self.strides, depthwise=True)
-    return layer(x, 'pointwise', self.features, kernel_size=1)
+    x = self.layer(x, 'depthwise', x.shape[-1], strides=self.strides, depthwise=True)
+    return self.layer(x, 'pointwise', self.features, kernel_size=1)
 
 
-def conv_bn(
-  x: Float[Array, 'batch height width channels'],
-  name: str,
-  features: int,
-  *,
-  kernel_size: int = 3,
-  strides: int = 1,
-  depthwise: bool = False,
-  activation: Callable[[Array], Array] | None = nn.relu6,
-  epsilon: float = 0.001,
-  momentum: float = 0.9997,
-  train: bool,
-  dtype: Any,
-) -> Float[Array, 'batch rows columns features']:
-  """`activation(BatchNorm(convolution(x)))`, for the inside of a compact `__call__`.
+class InvertedBottleneck(nn.Module):
+  """Pointwise to more channels, 3x3 depthwise, pointwise to fewer; plus the input where it fits."""
 
-  A function and no module, so that the parameters lie flat in the caller: `<name>/kernel`,
-  `<name>_bn/scale` and `<name>_bn/bias`.
+  features: int
+  layer: Callable[..., Array]
+  strides: int = 1
+  expansion: int = 6
 
-  Args:
-    x: the input.
-    name: of the convolution; its BatchNorm gets the suffix `_bn`.
-    features: output channels; as many as x has if `depthwise`.
-    kernel_size: height and width of the kernel.
-    strides: in both directions; 'SAME' padding, which for strides of 2 is asymmetric.
-    depthwise: each channel is convolved for itself.
-    activation: None leaves BatchNorm's output as it is.
-    epsilon: added to the variance; the default is TF-slim's, as is that of `momentum`.
-    momentum: what a training step keeps of the running statistics.
-    train: normalise by the batch.
-    dtype: of the convolution and of the result; BatchNorm computes in float32.
-  """
-  x = nn.Conv(
-    features,
-    (kernel_size, kernel_size),
-    strides,
-    use_bias=False,
-    dtype=dtype,
-    feature_group_count=features if depthwise else 1,
-    conv_general_dilated=depthwise_conv if depthwise else None,
-    name=name,
-  )(x)
-  x = nn.BatchNorm(
-    use_running_average=not train,
-    momentum=momentum,
-    epsilon=epsilon,
-    dtype=jnp.float32,
-    name=f'{name}_bn',
-  )(x.astype(jnp.float32))
-  return (x if activation is None else activation(x)).astype(dtype)
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, 'batch height width channels']
+  ) -> Float[Array, 'batch rows columns features']:
+    hidden = self.expansion * x.shape[-1]
+    y = x if self.expansion == 1 else self.layer(x, 'expand', hidden, kernel_size=1)
+    y = self.layer(y, 'depthwise', hidden, strides=self.strides, depthwise=True)
+    y = self.layer(y, 'project', self.features, kernel_size=1, activation=None)
+    return x + y if x.shape == y.shape else y
 
 
-def depthwise_conv(
-  x: Float[Array, 'batch height width channels'],
-  kernel: Float[Array, 'rows columns 1 channels'],
-  window_strides: tuple[int, int],
-  padding: Any,
-  **options: Any,
-) -> Float[Array, 'batch rows_out columns_out channels']:
-  """`jax.lax.conv_general_dilated` of one NHWC channel at a time, quick on the CPU too.
-
-  XLA's CPU backend walks grouped convolutions one number after the other.  There, the same sum
-  over the kernel's positions is written as shifted products, which XLA fuses into one loop over
-  vectors of channels.  Other platforms get the convolution itself.
-
-  Args:
-    x: the input.
-    kernel: one filter per channel.
-    window_strides: of the output's rows and columns.
-    padding: 'SAME', 'VALID' or a pair of amounts per direction.
-    **options: of `jax.lax.conv_general_dilated`, as `flax.linen.Conv` passes them.
-
-  Returns:
-    The output, in the dtype of x; on the CPU summed in float32.
-
-  Raises:
-    ValueError: a dilation is not 1.
-  """
-  for name in ('lhs_dilation', 'rhs_dilation'):
-    if set(options.get(name) or [1]) != {1}:
-      raise ValueError(f'{name}: found {options[name]}, expected no dilation')
-
-  def shifted_products(x: Array, kernel: Array) -> Array:
-    window = kernel.shape[:2]
-    pads = padding
-    if isinstance(pads, str):
-      pads = lax.padtype_to_pads(x.shape[1:3], window, window_strides, pads)
-    rows, columns = (
-      (size + sum(pad) - width) // stride
-      for size, pad, width, stride in zip(x.shape[1:3], pads, window, window_strides, strict=True)
-    )
-    # in bfloat16 the sum would be rounded after every position
-    padded = jnp.pad(x, ((0, 0), *pads, (0, 0))).astype(jnp.float32)
-    weights = kernel.astype(jnp.float32)
-    down, right = window_strides
-    total = jnp.float32(0)
-    for i in range(window[0]):
-      for j in range(window[1]):
-        seen = padded[:, i : i + down * rows + 1 : down, j : j + right * columns + 1 : right]
-        total += seen * weights[i : i + 1, j : j + 1]
-    return total.astype(x.dtype)
-
-  def grouped(x: Array, kernel: Array) -> Array:
-    return lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
-
-  return lax.platform_dependent(x, kernel, cpu=shifted_products, default=grouped)
+def _layer(model: MobileNetV1 | MobileNetV2, train: bool) -> Callable[..., Array]:
+  """`layers.conv_bn` with the options of a model."""
+  return functools.partial(
+    layers.conv_bn,
+    padding=model.padding,
+    activation=nn.relu6,
+    epsilon=model.epsilon,
+    momentum=model.momentum,
+    train=train,
+    dtype=model.dtype,
+  )

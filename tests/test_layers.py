@@ -1,0 +1,83 @@
+"""The building blocks by themselves; `test_torch.py` compares whole networks with PyTorch's."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from opq_jax.models.layers import adaptive_average_pool, conv_bn, depthwise_conv, dropout
+
+
+@pytest.mark.parametrize(
+  ('size', 'strides', 'padding'),
+  [
+    ((6, 7), (2, 2), 'SAME'),
+    ((7, 10), (1, 1), 'VALID'),
+    ((5, 8), (1, 2), [(2, 0), (0, 1)]),
+  ],
+)
+def test_depthwise_convolution_and_its_gradient_are_xlas(size, strides, padding):
+  rng = np.random.default_rng(0)
+  x, kernel = (rng.normal(size=shape).astype(np.float32) for shape in [(2, *size, 5), (3, 3, 1, 5)])
+
+  def value_and_gradient(convolution):
+    def loss(x, kernel):
+      options = {'dimension_numbers': ('NHWC', 'HWIO', 'NHWC'), 'feature_group_count': 5}
+      y = convolution(x, kernel, strides, padding, **options)
+      return jnp.sum(jnp.sin(y)), y
+
+    return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(x, kernel)
+
+  found, expected = map(value_and_gradient, (depthwise_conv, lax.conv_general_dilated))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+
+
+def test_depthwise_convolution_refuses_dilation():
+  x, kernel = jnp.ones((1, 8, 8, 2)), jnp.ones((3, 3, 1, 2))
+  with pytest.raises(ValueError, match=r'rhs_dilation: found \(2, 2\), expected no dilation'):
+    depthwise_conv(x, kernel, (1, 1), 'SAME', rhs_dilation=(2, 2))
+
+
+def test_conv_bn_without_activation_is_a_normalised_linear_map():
+  """As the bottlenecks of MobileNet-V2 and ResNet end."""
+
+  class Project(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      options = {'activation': None, 'epsilon': 1e-5, 'momentum': 0.9, 'padding': 'HALF'}
+      options |= {'train': False, 'dtype': jnp.float32}
+      return conv_bn(x, 'project', 4, kernel_size=1, **options)
+
+  x = np.random.default_rng(0).normal(size=(1, 3, 3, 2)).astype(np.float32)
+  found, variables = jax.jit(Project().init_with_output)(jax.random.key(0), x)
+  kernel = np.asarray(variables['params']['project']['kernel'])[0, 0]
+  np.testing.assert_allclose(found, x @ kernel / np.sqrt(1 + 1e-5), rtol=1e-5, atol=1e-6)
+  assert float(found.min()) < 0
+
+
+@pytest.mark.parametrize(
+  ('size', 'windows'), [((13, 7), (6, 7)), ((12, 3), (6, 6)), ((1, 1), (7, 7))]
+)
+def test_adaptive_pooling_is_pytorchs(size, windows):
+  torch = pytest.importorskip('torch')
+  x = np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32)
+  channels_first = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
+  expected = torch.nn.functional.adaptive_avg_pool2d(channels_first, windows)
+  found = adaptive_average_pool(x, *windows)
+  np.testing.assert_allclose(found, expected.numpy().transpose(0, 2, 3, 1), rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_wants_training_and_a_key():
+  class Dropped(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+      return dropout(self, x, 0.5, train)
+
+  x = jnp.ones((4, 100))
+  rngs = {'dropout': jax.random.key(0)}
+  np.testing.assert_array_equal(Dropped().apply({}, x, train=False, rngs=rngs), x)
+  np.testing.assert_array_equal(Dropped().apply({}, x, train=True), x)
+  dropped = Dropped().apply({}, x, train=True, rngs=rngs)
+  assert 0.4 < float((dropped == 0).mean()) < 0.6
