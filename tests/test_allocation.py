@@ -14,6 +14,7 @@ from flax import nnx
 import opq_jax
 from opq_jax import allocate, encode, init_state
 from opq_jax.allocation import Allocation
+from opq_jax.entropy_coding import encode_codes
 
 RNG = np.random.default_rng
 KINDS = {
@@ -33,16 +34,15 @@ def tree(kind='laplace', dtype=jnp.float32):
 
 
 def measured(params, allocation):
-  """Entropy, sparsity and bits per weight or survivor of the actual codes."""
+  """Payload, sparsity and bits per weight or survivor of the actual codes."""
   codes = encode(params, init_state(params, allocation))
   n = bits = zeros = width = kept = 0.0
   for name, leaf in allocation.tree.items():
     if leaf is None:
       continue
     code = np.asarray(codes[name])
-    _, counts = np.unique(code, return_counts=True)
     n += code.size
-    bits -= np.sum(counts * np.log2(counts / code.size))
+    bits += 8 * len(encode_codes(code))
     zeros += np.sum(code == 0)
     survivors = (code != 0).reshape(-1, code.shape[-1]).sum(0)
     width += np.sum(survivors * np.asarray(leaf.bits, float))
@@ -61,7 +61,7 @@ def test_rate_is_met(kind, rate):
       allocate(params, compression_rate=rate)
     return
   bits, _, _ = measured(params, allocate(params, compression_rate=rate))
-  assert bits == pytest.approx(32 / rate, rel=1e-3)
+  assert bits == pytest.approx(32 / rate, rel=6e-3)
 
 
 @pytest.mark.parametrize('objective', ['retained_signal', 'relative_error', 'squared_error'])
@@ -225,7 +225,7 @@ def without_warnings(params, **options) -> Allocation:
 @pytest.mark.parametrize('rate', [6.0, 12.8, 60.0])
 def test_rate_is_met_by_a_real_network(rate):
   bits, _, _ = measured(mobilenet_v1(), without_warnings(mobilenet_v1(), compression_rate=rate))
-  assert bits == pytest.approx(32 / rate, rel=1e-3)
+  assert bits == pytest.approx(32 / rate, rel=6e-3)
 
 
 def test_sparsity_and_bits_are_met_by_a_real_network():

@@ -126,7 +126,7 @@ def test_entropy_and_moments_are_those_of_the_codes(kind):
   stats = leaf_statistics(weights, -1)
   flat = np.asarray(weights, np.float64).ravel()
   largest = np.abs(flat).max()
-  entropies = jax.jit(statistics.histogram_entropy)
+  entropies = jax.jit(lambda *args: statistics.entropy_of_shares(*statistics.code_shares(*args)))
   moments = jax.jit(statistics.histogram_moments)
   for threshold, step in [(0.0, 0.5), (0.7, 0.3), (1.5, 2.5), (0.2, 30.0), (largest / 8, 1.5)]:
     levels = max(1, int(np.ceil((largest - threshold) / step)))
