@@ -175,17 +175,28 @@ def to_tensors(
     ValueError: leaves are missing, not expected, or of other shape; the message lists them all.
   """
   shapes = models.variable_shapes(model)
+  leaves = trees.named_leaves(checked(model, variables, what))
+  return {
+    # copied: an array of JAX's memory is read-only, and one of permuted axes is out of order
+    name: np.array(layout.to_theirs(np.asarray(leaves[path])), order='C')
+    for path, (name, layout) in source.places(shapes).items()
+  }
+
+
+def checked(model: nn.Module, variables: PyTree, what: str) -> dict[str, Any]:
+  """The variables, or a flat dict of them by path, as the tree that `model` has.
+
+  Raises:
+    ValueError: leaves are missing, not expected, or of other shape; the message lists them all.
+  """
+  shapes = models.variable_shapes(model)
   leaves = trees.named_leaves(variables)
   found = {path: np.shape(leaf) for path, leaf in leaves.items()}
   expected = {path: tuple(leaf.shape) for path, leaf in trees.named_leaves(shapes).items()}
   if found != expected:
     lines = differences(found, expected)
     raise ValueError('\n'.join([f'the variables are not those of {what}:', *lines]))
-  return {
-    # copied: an array of JAX's memory is read-only, and one of permuted axes is out of order
-    name: np.array(layout.to_theirs(np.asarray(leaves[path])), order='C')
-    for path, (name, layout) in source.places(shapes).items()
-  }
+  return jax.tree.unflatten(jax.tree.structure(shapes), [leaves[path] for path in expected])
 
 
 def without_background(variables: dict[str, Any]) -> dict[str, Any]:
