@@ -53,8 +53,8 @@ _COMPRESS = """\
 Reads weights, prunes and quantizes every floating leaf of two or more dimensions, and writes an
 .opq file. Other leaves (biases, BatchNorm) go into the file bit for bit.
 
-IN may be .safetensors, .npz, .msgpack (Flax), .pt or .pth (needs torch), .opq, or the folder of
-an Orbax checkpoint. Leaves in float64 are compressed as float32.
+IN may be .safetensors, .npz, .msgpack (Flax), .pt or .pth (needs torch), .h5 or .keras (needs
+h5py), .opq, or the folder of an Orbax checkpoint. Leaves in float64 are compressed as float32.
 
 With --model, the weights of one of the networks below are imported from whatever framework they
 are of, and the file says which network it holds: it can be evaluated, and decompressed by the

@@ -1,6 +1,6 @@
 """Weights of other frameworks as variables of `opq_jax.models`; one module per framework."""
 
-from opq_jax.importers import tf_slim, torch
+from opq_jax.importers import keras, tf_slim, torch
 from opq_jax.importers.conversion import Source
 from opq_jax.importers.registry import (
   Imported,
@@ -16,6 +16,7 @@ __all__ = [
   'Source',
   'from_tensors',
   'from_variables',
+  'keras',
   'load',
   'sources',
   'tf_slim',

@@ -8,11 +8,11 @@ import flax.linen as nn
 import numpy as np
 
 from opq_jax import models, trees, weight_files
-from opq_jax.importers import conversion, tf_slim, torch
+from opq_jax.importers import conversion, keras, tf_slim, torch
 from opq_jax.importers.conversion import Leaf, Source
 from opq_jax.trees import PyTree
 
-_FAMILIES = (tf_slim.SOURCES, torch.SOURCES)
+_FAMILIES = (tf_slim.SOURCES, torch.SOURCES, keras.SOURCES)
 _WRAPPER = 'module.'  # how torch.nn.DataParallel begins every name
 
 
@@ -37,7 +37,7 @@ def sources(name: str) -> tuple[Source, ...]:
     ValueError: the name is not one of `opq_jax.models.names()`.
 
   >>> [source.name for source in sources('mobilenet_v1')]
-  ['tf_slim', 'huggingface', 'timm']
+  ['tf_slim', 'huggingface', 'timm', 'keras']
   """
   models.create(name)  # which knows what names there are
   return tuple(source for family in _FAMILIES for source in family.get(name, ()))
@@ -162,7 +162,8 @@ def to_tensors(name: str, variables: PyTree, source: str, **options: Any) -> dic
 
   Returns:
     The tensors by their names, float32 and bit for bit those of `variables`.  BatchNorm's
-    `num_batches_tracked` is not among them; PyTorch does without.
+    `num_batches_tracked` is not among them; PyTorch does without.  Keras' are `<layer>/<weight>`,
+    for `layer.set_weights([tensors[f'{layer.name}/{weight.name}'] for weight in layer.weights])`.
 
   Raises:
     ValueError: a name is not known, or leaves are missing, not expected or of other shape; the
