@@ -24,20 +24,19 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
 
+  config.model = 'mobilenet_v1'
   config.weights = 'weights/mobilenet_v1.safetensors'
   config.num_classes = 1000
-  config.width = 1.0
 
   config.dataset = 'imagenet2012:5.1.0'
   config.split = 'train+validation'
+  config.unlabelled_split = 'train'  # for the correction on images, instead of from noise
   config.data_dir = '../shared/tfds'
-  config.batch_size = 50  # divides the 200 photographs, so that one compilation serves all
+  config.batch_size = 50  # divides both splits, so that one compilation serves all
 
   # entropy-coded bits per weight: compression_rate = 32 / bits
   config.bits = (4.0, 3.25, 2.5, 2.0, 1.75)
   config.objectives = ('retained_signal', 'relative_error', 'squared_error')
-
   config.noise_seed = 0
-  config.noise_shape = (16, 224, 224, 3)
 
   return config
