@@ -296,7 +296,7 @@ def _compress(arguments: argparse.Namespace) -> None:
       report = sizes.payload_report(data, params, state, channel_axis=axis)
     with stage('write'):
       files.write_bytes(output, data)
-  console.print(tables.summary(params, allocation), tables.four_sizes(report))
+  console.print(tables.summary(params, allocation), sizes.four_sizes(report))
   if imported is not None:
     console.print(Text(_network_line(metadata)))
   console.print(Text(f'{output}: {report.file:,} bytes, {report.file_rate:.2f} times smaller'))
@@ -315,7 +315,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     print(json.dumps(_as_json(arguments.file, metadata, report), indent=2))
     return
   console = _console(sys.stdout)
-  console.print(tables.size_table(report), tables.four_sizes(report))
+  console.print(sizes.size_table(report), sizes.four_sizes(report))
   for key, value in metadata.items():
     console.print(Text(f'{key}: {value}', style='dim'))
   console.print(Text(f'{arguments.file}: all {report.file:,} bytes read, all checksums hold'))
