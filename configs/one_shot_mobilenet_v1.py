@@ -13,7 +13,8 @@ Top-1 with the default objective (float32: .905; 95 % intervals of 4 to 7 points
     bits per weight          4      3.25    2.5     2      1.75
     file, MB (17.02)         2.25   1.86    1.46    1.20   1.07
     compressed               .700   .355    .050    .005   .015
-    BatchNorm corrected      .895   .900    .850    .745   .605
+    corrected from noise     .895   .900    .850    .745   .605
+    corrected on images      .895   .895    .850    .740   .660
 
 All of it: experiments/results/one_shot_mobilenet_v1/.
 """

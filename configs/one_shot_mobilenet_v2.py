@@ -5,10 +5,16 @@ r"""MobileNet-V2 compressed in one shot; judged on 200 ImageNet photographs.
       --config.weights=weights/mobilenet_v2.safetensors --config.data_dir=../shared/tfds
 
 needs    torchvision's first weights as safetensors; imagenet2012 in a TFDS folder, array_record;
-         `pip install opq_jax[plots]`; TIME on two cores.
+         `pip install opq_jax[plots]`; two minutes on two cores.
 gives    results.csv, top1_over_file_size.png, run.json and an .opq file per size.
 
-RESULTS
+Top-1 (float32: .855):
+
+    bits per weight        4      3.25   2.5    2
+    file, MB (14.16)       1.96   1.64   1.31   1.10
+    compressed             .835   .765   .680   .395
+    corrected from noise   .850   .845   .780   .695
+    corrected on images    .860   .840   .800   .725
 
 All of it: experiments/results/one_shot_mobilenet_v2/.
 """
