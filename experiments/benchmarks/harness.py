@@ -14,16 +14,20 @@ from rich.table import Table
 RESULTS = pathlib.Path(__file__).parent.parent / 'results' / 'benchmarks'
 
 
-def in_turn(functions: dict[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
+def in_turn(
+  functions: dict[str, Callable[[], object]],
+  rounds: int = 15,
+  clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
   """Median seconds of each function, all run in turn so that a slow moment meets all of them."""
   for function in functions.values():
     jax.block_until_ready(function())
   seconds: dict[str, list[float]] = {name: [] for name in functions}
   for _ in range(rounds):
     for name, function in functions.items():
-      start = time.perf_counter()
+      start = clock()
       jax.block_until_ready(function())
-      seconds[name].append(time.perf_counter() - start)
+      seconds[name].append(clock() - start)
   return {name: statistics.median(values) for name, values in seconds.items()}
 
 
