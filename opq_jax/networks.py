@@ -166,7 +166,7 @@ def correct_batch_norm(network: Network, compressed: PyTree, seed: int = 0) -> P
   apply = model.apply
   if (std <= _RAW_STD).all():
     # in units of bytes, noise of variance 1 would be so faint that BatchNorm's epsilon weighs
-    scale = (_IMAGE_STD / std).astype(np.float32)
+    scale = (_IMAGE_STD / std).astype(np.float32).reshape(1, 1, 1, 3)
     apply = lambda tree, x, **options: model.apply(tree, x * scale, **options)
   shape = noise_shape(source)
   return batch_norm.correct_batch_norm(apply, variables, compressed, jax.random.key(seed), shape)

@@ -1,12 +1,14 @@
 """Files that say which network they hold, and networks from files that do not."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from test_models import random_variables
 
 import opq_jax
-from opq_jax import importers, models, networks
+from opq_jax import data, importers, models, networks
 
 CLASSES = 6
 
@@ -79,3 +81,23 @@ def test_noise_has_the_size_of_the_images():
   sizes = {name: networks.noise_shape(importers.sources(name)[0]) for name in models.names()}
   assert sizes['mobilenet_v1'] == (16, 224, 224, 3)
   assert sizes['resnet110'] == (128, 32, 32, 3)
+
+
+def test_noise_has_the_units_of_the_images(network):
+  """A network that reads bytes is corrected as the one that reads their standardised values."""
+
+  def corrected(network):
+    shrunk = jax.tree.map(
+      lambda leaf: 0.8 * leaf if leaf.ndim > 1 else leaf, network.variables['params']
+    )
+    return networks.correct_batch_norm(network, network.variables | {'params': shrunk})
+
+  # such that noise times (_IMAGE_STD / std) meets the same products
+  scale = np.float32(0.226 * 255)
+  stem = {'kernel': network.variables['params']['stem']['kernel'] / scale}
+  variables = network.variables | {'params': network.variables['params'] | {'stem': stem}}
+  raw = data.Preprocessing(mean=(0.5,) * 3, std=(1 / 255,) * 3)
+  source = dataclasses.replace(network.source, preprocessing=raw)
+  in_bytes = network._replace(variables=variables, source=source)
+  found, expected = (corrected(n)['batch_stats'] for n in (in_bytes, network))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found, expected)
