@@ -118,6 +118,8 @@ TABLES = {
   'networks': networks,
   'speed': lambda: benchmark('speed'),
   'payload': lambda: benchmark('payload'),
+  'paper_targets': lambda: benchmark('paper_targets'),
+  'inference': lambda: benchmark('inference'),
   'cell_rule': lambda: benchmark('cell_rule'),
   'corrections': corrections,
   'one_shot_mobilenet_v1': lambda: one_shot('one_shot_mobilenet_v1'),

@@ -1,5 +1,6 @@
 """What the benchmarks share: timing in turn, trees to measure on, the report of the rows."""
 
+import ctypes
 import json
 import pathlib
 import statistics
@@ -29,6 +30,16 @@ def in_turn(
       jax.block_until_ready(function())
       seconds[name].append(clock() - start)
   return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def keep_memory() -> None:
+  """Has malloc keep what is freed: else PyTorch, which frees every activation, pays for its pages.
+
+  It would in a fresh process and not in one that has run larger networks before.
+  """
+  trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+  for parameter in (trim_threshold, mmap_threshold):
+    ctypes.CDLL('libc.so.6').mallopt(parameter, 1 << 30)
 
 
 def resnet50_shapes() -> list[tuple[int, ...]]:

@@ -28,7 +28,7 @@ from experiments.benchmarks import harness
 from opq_jax import importers
 
 BATCH, CIFAR_BATCH = 8, 128
-ROUNDS = 7
+ROUNDS = 5
 LIBRARY_OFF = {'xla_cpu_experimental_ynn_fusion_type': ''}
 
 # a network is written once in PyTorch: tests and benchmarks are not packages that could share it
@@ -96,6 +96,7 @@ def main(threads: int, names: list[str]) -> None:
   # XLA has a thread for every core that it sees where it starts
   os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
   torch.set_num_threads(threads)
+  harness.keep_memory()
   rows = []
   for name in names or NETWORKS:
     rows.append(compare(name, threads))

@@ -160,10 +160,10 @@ def max_pool_by_two(
 ) -> Float[Array, 'batch rows columns channels']:
   """The largest of every 2x2 pixels; a last odd row or column is left out.
 
-  XLA's CPU backend fuses all of a VGG into one call of the library YNNPACK, where a dense layer
-  that reads a pooling takes seventy times as long as both do apart
-  (`experiments/benchmarks/inference.py`).  There, the same maximum is written as that of four
-  subsampled images, which is not fused.  Other platforms get the pooling itself.
+  XLA's CPU backend fuses a pooling with the dense layer that reads it into one call of the library
+  YNNPACK, which takes seventy times as long as both do apart
+  (`experiments/benchmarks/inference_layers.py`).  There, the same maximum is written as that of
+  four subsampled images, which is not fused so.  Other platforms get the pooling itself.
 
   >>> max_pool_by_two(jnp.arange(15.0).reshape(1, 3, 5, 1)).ravel().tolist()
   [6.0, 8.0]
