@@ -10,7 +10,7 @@ source (`opq_jax.data.source`), one held in memory (`in_memory`), or random numb
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,7 +18,7 @@ import grain
 import jax
 import numpy as np
 
-from opq_jax.augmentation import UNIFORMS, Augmentation
+from opq_jax.augmentation import UNIFORMS, Augmentation, Pixels
 from opq_jax.data import Preprocessing
 
 Examples = Sequence[dict[str, Any]]
@@ -84,10 +84,7 @@ def stream(
     images = [example['image'] for example in found]
     if augmentation is not None:
       images = [augmentation(image, u) for image, u in zip(images, uniforms, strict=True)]
-    return {
-      'image': np.stack([preprocessing(image) for image in images]),
-      'label': np.array([example['label'] for example in found], np.int32),
-    }
+    return _batch(found, images, preprocessing)
 
   batches = (
     grain.MapDataset.range(len(examples))
@@ -98,6 +95,15 @@ def stream(
   )
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
   return iter(batches.to_iter_dataset(options))
+
+
+def in_order(
+  examples: Examples, *, batch_size: int, preprocessing: Preprocessing
+) -> Iterator[dict[str, np.ndarray]]:
+  """Every example once, as it is: for evaluation.  The last batch may be smaller."""
+  for begin in range(0, len(examples), batch_size):
+    found = _take(examples, range(begin, min(begin + batch_size, len(examples))))
+    yield _batch(found, [example['image'] for example in found], preprocessing)
 
 
 def in_memory(examples: Examples, *, threads: int = 4) -> Examples:
@@ -125,3 +131,12 @@ def _take(examples: Examples, ids: Sequence[int]) -> list[dict[str, Any]]:
   """The examples of these numbers; at once, where the source can."""
   together = getattr(examples, '__getitems__', None)
   return list(together(ids)) if together else [examples[i] for i in ids]
+
+
+def _batch(
+  examples: Examples, views: Sequence[Pixels], preprocessing: Preprocessing
+) -> dict[str, np.ndarray]:
+  return {
+    'image': np.stack([preprocessing(view) for view in views]),
+    'label': np.array([example['label'] for example in examples], np.int32),
+  }

@@ -314,8 +314,13 @@ def pmap_eval_step(
 
 def replicate(tree: PyTree, devices: Sequence[jax.Device] | None = None) -> PyTree:
   """`tree` on every device, by default all: what a step returns, so that it is compiled once."""
-  mesh = Mesh(np.array(devices if devices is not None else jax.devices()), AXIS)
-  return jax.device_put(tree, NamedSharding(mesh, P()))
+  return jax.device_put(tree, replicated(devices))
+
+
+def replicated(devices: Sequence[jax.Device] | None = None) -> NamedSharding:
+  """The sharding of what is whole on every device, by default on all."""
+  mesh = Mesh(np.array(devices if devices is not None else jax.devices()), (AXIS,))
+  return NamedSharding(mesh, P())
 
 
 def split_batch(batch: Batch, count: int) -> dict[str, Any]:
