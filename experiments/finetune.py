@@ -28,7 +28,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import opq_jax
-from opq_jax import augmentation, data, file_rate, importers, losses, models, plots, streams, training
+from opq_jax import (
+  augmentation,
+  data,
+  file_rate,
+  importers,
+  losses,
+  models,
+  plots,
+  streams,
+  training,
+)
 from opq_jax.checkpoints import Checkpoints, StopRequest
 from opq_jax.compression import CompressionState
 
@@ -117,7 +127,10 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
   state = training.replicate(CompressionState(whole_state.tree['params']))
   teacher = training.replicate(variables) if config.distillation else None
   columns = TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn()
-  with StopRequest() as stop, Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+  with (
+    StopRequest() as stop,
+    Progress(*columns, TimeRemainingColumn(), console=console) as progress,
+  ):
     task = progress.add_task('finetuning', total=steps, completed=int(train_state.step))
     last_time, last_step = time.perf_counter(), int(train_state.step)
     for step in range(last_step + 1, steps + 1):

@@ -76,7 +76,7 @@ class RandomResizedCrop:
   flip: bool = True
 
   def __call__(self, image: Pixels, uniforms: Float[np.ndarray, ' numbers']) -> Pixels:
-    left, top, width, height = self.window(*image.shape[:2], uniforms)
+    left, top, width, height = self.window(image.shape[0], image.shape[1], uniforms)
     view = Image.fromarray(image).resize(
       (self.size, self.size),
       Image.Resampling.BILINEAR,

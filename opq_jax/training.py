@@ -10,6 +10,7 @@ optimizer, checkpoint or number of devices can change it (Hu et al., AAAI 2021: 
 searched or re-estimated").
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -165,7 +166,9 @@ def train_step(
     metrics = {'loss': mean, 'top1': jnp.mean(is_hit.astype(jnp.float32))}
     return mean, (updates.get(_STATISTICS, {}), metrics)
 
-  def gradient(batch_stats: PyTree, x: tuple[Batch, Array]) -> tuple[PyTree, tuple[PyTree, Metrics]]:
+  def gradient(
+    batch_stats: PyTree, x: tuple[Batch, Array]
+  ) -> tuple[PyTree, tuple[PyTree, Metrics]]:
     found, (new, metrics) = jax.grad(loss, has_aux=True)(train_state.params, batch_stats, *x)
     return new, (found, metrics)
 
@@ -190,7 +193,8 @@ def train_step(
       raise ValueError('average: found None, expected init_train_state(…, with_average=True)')
     new = {'params': params, _STATISTICS: batch_stats}
     average = jax.tree.map(lambda old, new: old + (1 - ema_decay) * (new - old), average, new)
-  next_state = train_state.replace(
+  next_state = dataclasses.replace(
+    train_state,
     step=train_state.step + 1,
     params=params,
     batch_stats=batch_stats,
@@ -415,7 +419,9 @@ def _split(leaf: Any, count: int, what: str) -> Any:
 
 def _check_divides(leaf: Any, count: int, what: str) -> None:
   if leaf.shape[0] % count:
-    raise ValueError(f'batch: found {leaf.shape[0]} examples, expected a multiple of {count} {what}')
+    raise ValueError(
+      f'batch: found {leaf.shape[0]} examples, expected a multiple of {count} {what}'
+    )
 
 
 def _local_count(devices: Sequence[jax.Device] | None) -> int:
