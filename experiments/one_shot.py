@@ -9,9 +9,7 @@ the sample is small, and the networks were probably trained on it.
 
 import csv
 import json
-import math
 import pathlib
-import statistics
 import time
 from typing import Any
 
@@ -27,6 +25,7 @@ from safetensors.numpy import load_file
 
 import opq_jax
 from opq_jax import data, plots, sizes
+from opq_jax.accuracy import scores
 from opq_jax.importers import tf_slim
 from opq_jax.models import MobileNetV1
 
@@ -116,29 +115,6 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[s
   (workdir / 'run.json').write_text(json.dumps(record, indent=1, ensure_ascii=False) + '\n')
   console.print(table(rows, len(labels)))
   return rows
-
-
-def scores(logits: np.ndarray, labels: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-  """Top-1 with its interval, top-5, and how often the answer is that of the float network."""
-  ranking = np.argsort(-logits, axis=-1, kind='stable')
-  is_hit = ranking[:, 0] == labels
-  low, high = interval(int(is_hit.sum()), len(labels))
-  return {
-    'top1': float(is_hit.mean()),
-    'top1_low': low,
-    'top1_high': high,
-    'top5': float((ranking[:, :5] == labels[:, None]).any(axis=-1).mean()),
-    'agreement': float((ranking[:, 0] == reference.argmax(axis=-1)).mean()),
-  }
-
-
-def interval(hits: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-  """Wilson's interval of a binomial share, which holds near 0 and 1 too."""
-  z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
-  share, weight = hits / trials, z * z / trials
-  middle = share + weight / 2
-  radius = z * math.sqrt(share * (1 - share) / trials + weight / trials / 4)
-  return max((middle - radius) / (1 + weight), 0.0), min((middle + radius) / (1 + weight), 1.0)
 
 
 def draw(path: pathlib.Path, rows: list[dict[str, Any]], photographs: int) -> None:

@@ -12,7 +12,7 @@ data-free correction of BatchNorm and an entropy-coded file of our own.
 
 from opq_jax.allocation import Allocation, LeafAllocation, allocate, is_compressible
 from opq_jax.artifact import OpqFile, load, save
-from opq_jax.batch_norm import correct_batch_norm
+from opq_jax.batch_norm import correct_batch_norm, correct_on_images
 from opq_jax.compression import (
   CompressionState,
   LeafState,
@@ -39,6 +39,7 @@ __all__ = [
   'apply_compression',
   'compressed',
   'correct_batch_norm',
+  'correct_on_images',
   'decode',
   'encode',
   'file_report',

@@ -29,11 +29,13 @@ from opq_jax import laplace, trees
 from opq_jax.fixed_width import minimise_at_bits
 from opq_jax.optimization import Channels, minimise_at_rate, minimise_at_sparsity
 from opq_jax.statistics import (
-  histogram_entropy,
+  code_shares,
+  entropy_of_shares,
   histogram_min_step,
   histogram_moments,
   leaf_statistics,
   magnitudes_at_rank,
+  payload_of_shares,
   per_channel_count,
 )
 from opq_jax.trees import PyTree
@@ -62,6 +64,8 @@ class LeafAllocation:
       needs at a fixed width, sign included.  Bits per surviving weight.
     error: predicted ||w - w^||^2 / ||w||^2.
     entropy: predicted zeroth-order entropy of the codes, bits per weight of the leaf.
+    payload: the same with the frequency table and the checksum that the leaf has in a file; equal
+      to `entropy` where only closed forms were asked for.
     laplace_fit: E[w^2] over 2 mean_j tau_j^2, its value under the Laplace density: 1 where the
       density fits, .79 for Gaussian weights, .67 for uniform ones, far above 1 for heavy tails.
       NaN where only closed forms were asked for.
@@ -81,6 +85,7 @@ class LeafAllocation:
   bits: Float32[Array, 'channels']
   error: Float32[Array, '']
   entropy: Float32[Array, '']
+  payload: Float32[Array, '']
   laplace_fit: Float32[Array, '']
   shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
   channel_axis: int = flax.struct.field(pytree_node=False)
@@ -134,8 +139,9 @@ def allocate(
     params: any pytree of arrays: params, or whole Flax variables.
     sparsity: share of all compressed weights to prune, in [0, 1).  Together with `bits`.
     bits: mean bits of a surviving weight at a fixed width, its sign included; 1 ... 7.98.
-    compression_rate: 32 bits over the entropy of the codes per weight.  Without any target it is
-      10.
+    compression_rate: 32 bits over the entropy-coded bits of the codes per weight, frequency tables
+      included: how many times smaller the compressed leaves are in a file than as float32.
+      Without any target it is 10.
     objective: with S_i the energy of leaf i under the Laplace density,
       * 'retained_signal': F_i = -log(1 - D_i / S_i), the log of the squared correlation of a leaf
         with its original: correlations multiply along a chain of layers (our derivation);
@@ -148,7 +154,7 @@ def allocate(
       Leaves without elements always pass through.
     channel_axis: axis of the output channels, or (path, leaf) -> axis.  A vector is one channel.
     corrected: whether to correct the closed form against one true histogram a leaf.  Then the
-      entropy of `compression_rate` is the codes' own (within 1e-4), thresholds prune exactly the
+      bits of `compression_rate` are the codes' own, thresholds prune exactly the
       share that each leaf is given, `bits` counts the true survivors, and a leaf with a few
       outliers clips them rather than waste its 127 levels on reaching them.  Without, the answer
       is that of the Laplace density, in a fraction of the time (`experiments/benchmarks/speed.py`).
@@ -168,7 +174,7 @@ def allocate(
   >>> import jax
   >>> params = {'kernel': jax.random.laplace(jax.random.key(0), (256, 64)), 'bias': jnp.zeros(64)}
   >>> leaf = allocate(params, compression_rate=16.0).tree['kernel']
-  >>> round(float(leaf.entropy), 2), round(float(leaf.sparsity), 1)
+  >>> round(float(leaf.payload), 2), round(float(leaf.sparsity), 1)
   (2.0, 0.5)
   """
   targets = _check_targets(sparsity, bits, compression_rate)
@@ -228,6 +234,7 @@ def _allocate(
     share=jnp.asarray(np.repeat([s.per_channel / n for s in stats], sizes), dtype),
     leaf=np.repeat(np.arange(len(stats), dtype=np.int32), sizes),
     leaves=len(leaves),
+    sizes=np.asarray([leaf.size for leaf in leaves]),
     rounding=np.asarray([2.0 ** -(jnp.finfo(leaf.dtype).nmant + 1) for leaf in leaves]),
   )
   channels, unit = _channels(tree, omegas, objective)
@@ -245,7 +252,7 @@ def _allocate(
     threshold = threshold * unit
     if corrected:
       pruned = 1 - channels.sum(left) / channels.leaf_share()
-      ranks = jnp.round(pruned * np.asarray([leaf.size for leaf in leaves], dtype))
+      ranks = jnp.round(pruned * tree.sizes.astype(dtype))
       largest = tree.largest().astype(jnp.float32)
       assert tree.histogram is not None
       threshold = magnitudes_at_rank(leaves, tree.histogram, largest, ranks.astype(jnp.int32))
@@ -268,6 +275,7 @@ class _Tree(NamedTuple):
     share: of all weights, of every channel.
     leaf: which leaf a channel belongs to.
     leaves: how many leaves.
+    sizes: weights of every leaf.
     rounding: relative error of rounding a value to each leaf's dtype.
   """
 
@@ -277,6 +285,7 @@ class _Tree(NamedTuple):
   share: Float[Array, 'channels']
   leaf: np.ndarray
   leaves: int
+  sizes: np.ndarray
   rounding: np.ndarray
 
   def largest(self) -> Float[Array, 'leaves']:
@@ -335,10 +344,10 @@ def _measure(
   threshold: Float[Array, 'leaves'],
   step: Float[Array, 'leaves'],
 ) -> Float[Array, '']:
-  """The true entropy of thresholds and steps in units of t_i, bits per weight of the tree."""
+  """The true payload of thresholds and steps in units of t_i, bits per weight of the tree."""
   assert tree.histogram is not None
-  entropy = histogram_entropy(tree.histogram, tree.largest() / unit, threshold, step)
-  return jnp.sum(channels.leaf_share() * entropy)
+  shares = code_shares(tree.histogram, tree.largest() / unit, threshold, step)
+  return jnp.sum(channels.leaf_share() * payload_of_shares(*shares, tree.sizes))
 
 
 def _describe(
@@ -359,7 +368,8 @@ def _describe(
   levels = jnp.minimum(cells, MAX_LEVELS)
   inner = threshold / unit, step / unit
   if tree.histogram is not None:
-    entropy = histogram_entropy(tree.histogram, largest / unit, *inner)
+    shares = code_shares(tree.histogram, largest / unit, *inner)
+    entropy, payload = entropy_of_shares(*shares), payload_of_shares(*shares, tree.sizes)
     moments = jax.vmap(histogram_moments)(tree.histogram, largest / unit, *inner, levels)
     energy, offset, error, sparsity = moments
     error = error / jnp.maximum(energy, jnp.finfo(error.dtype).tiny)
@@ -372,6 +382,7 @@ def _describe(
     kept = channels.share * laplace.retained_energy(at, width, channels.scale)
     error = 1 - channels.sum(kept) / (2 * share)
     entropy = channels.sum(channels.share * laplace.entropy(at, width, channels.scale)) / share
+    payload = entropy
     sparsity = 1 - channels.sum(left) / share
     fit = jnp.full_like(error, jnp.nan)
   # deeper inside its cell than rounding to a narrow dtype moves a value, so that it stays there
@@ -386,6 +397,7 @@ def _describe(
     'levels': levels,
     'error': jnp.where(is_alive, error, 0),
     'entropy': jnp.where(is_alive, entropy, 0),
+    'payload': payload,
     'laplace_fit': jnp.where(is_alive, fit, 1),
   }
   per_leaf = {name: value.astype(jnp.float32) for name, value in per_leaf.items()}
@@ -506,7 +518,7 @@ def _check_values(
   if 'compression_rate' in targets:
     sizes = np.array([leaf.size for leaf in leaves])
     asked = 32 / float(targets['compression_rate'])
-    found = float(np.sum(per_leaf['entropy'] * sizes) / np.sum(sizes))
+    found = float(np.sum(per_leaf['payload'] * sizes) / np.sum(sizes))
     if abs(found / asked - 1) > 0.005:
       side = 'most' if found < asked else 'least'
       raise ValueError(

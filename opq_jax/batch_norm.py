@@ -1,14 +1,17 @@
-"""Correcting BatchNorm after compression, from noise alone: no images, no labels, no bytes.
+"""Correcting a network after compression: BatchNorm's statistics from noise, biases from images.
 
 Pruning and quantization shift and shrink every layer's pre-activations, and the running
 statistics that BatchNorm has stored are then wrong; most of the accuracy that compression costs
-before any finetuning is lost here, and not with the weights.
+before any finetuning is lost here, and not with the weights.  Noise alone mends it: no images, no
+labels, no bytes (`correct_batch_norm`).  A network without BatchNorm has no stored moments, and a
+few unlabelled images serve (`correct_on_images`).
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32
@@ -95,34 +98,160 @@ def correct_batch_norm(
   >>> corrected['batch_stats']['norm']['var'].round(3).tolist()  # of halved inputs
   [0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25]
   """
-  _check_trees(variables, compressed)
-  shape = _check_shape(input_shape)
+  _check_trees(variables, compressed, {'params', _STATISTICS})
+  _check_statistics(variables)
   noise_key, tangent_key = jax.random.split(key)
-  noise = jax.random.normal(noise_key, shape, jnp.float32)
-  # not inside one jit: so both networks share a compilation
-  before, after = (_run(apply_fn, tree, noise) for tree in (variables, compressed))
+  noise = jax.random.normal(noise_key, _check_shape(input_shape), jnp.float32)
+  return _follow(apply_fn, variables, compressed, [noise], tangent_key)
+
+
+def correct_on_images(
+  apply_fn: Callable[..., Any],
+  variables: Mapping[str, PyTree],
+  compressed: Mapping[str, PyTree],
+  batches: Iterable[Float[Array, 'batch ...']],
+) -> PyTree:
+  """The compressed network, corrected by the difference that unlabelled inputs show.
+
+  With BatchNorm this is `correct_batch_norm` with the inputs in the place of the noise, all
+  moments averaged over the batches.  Without, the biases carry the difference, from the first
+  layer to the last: on every batch, a layer with a kernel and a bias has the mean output z0 in
+  the original; in the compressed network, whose layers before it are corrected already, it has
+  z1; and
+
+      bias  <-  bias + z0 - z1                                  averaged over the batches
+
+  so that the mean of every pre-activation is the original's again.  Bias correction as such is
+  Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV
+  2019; here only differences on the same inputs are taken over.
+
+  Args:
+    apply_fn: with BatchNorm, as for `correct_batch_norm`.  Without, `model.apply` of a Flax
+      Linen module, called as `apply_fn(variables, x)`; layers are recognised by their parameters
+      `kernel` and `bias`.
+    variables: of the original network; `params`, and `batch_stats` if it has BatchNorm.
+    compressed: the same tree with compressed weights, as `opq_jax.apply_compression` returns it.
+    batches: of inputs prepared as the network expects them; of one shape, or each is compiled for.
+
+  Returns:
+    `compressed` with other statistics and another last bias, or with other biases.
+
+  Raises:
+    ValueError: a collection is missing, the two trees differ, there is no batch, or nothing that
+      could be corrected.
+
+  >>> class Network(nn.Module):
+  ...   @nn.compact
+  ...   def __call__(self, x):
+  ...     return nn.Dense(3, name='head')(nn.relu(nn.Dense(8, name='hidden')(x)))
+  >>> model = Network()
+  >>> images = jax.random.normal(jax.random.key(2), (64, 4))
+  >>> variables = model.init(jax.random.key(0), images)
+  >>> rough = jax.tree.map(lambda leaf: jnp.round(leaf * 2) / 2, variables)
+  >>> corrected = correct_on_images(model.apply, variables, rough, [images])
+  >>> means = lambda network: model.apply(network, images).mean(0)
+  >>> bool(jnp.allclose(means(corrected), means(variables), atol=1e-5))
+  True
+  """
+  _check_trees(variables, compressed, {'params'})
+  if trees.named_leaves(variables.get(_STATISTICS, {})):
+    _check_statistics(variables)
+    return _follow(apply_fn, variables, compressed, batches, jax.random.key(0))
+  biases = [
+    name
+    for name, leaf in trees.named_leaves(compressed['params']).items()
+    if name.endswith('bias') and jnp.ndim(leaf) == 1
+  ]
+  shifts, count = None, 0
+  for batch in batches:
+    means = _layer_means(apply_fn, variables, batch, None)
+    corrected = _layer_means(apply_fn, compressed, batch, means)
+    shift = {name: means[name] - corrected[name] for name in means if name in biases}
+    shifts = shift if shifts is None else jax.tree.map(jnp.add, shifts, shift)
+    count += 1
+  if not shifts:
+    raise ValueError(
+      f'found {count} batches and biases {biases}, expected a batch at least, and a layer with a '
+      'kernel and a bias'
+    )
+  leaves = trees.named_leaves(compressed['params'])
+  new = {
+    f'params/{name}': leaves[name] + (shift / count).astype(leaves[name].dtype)
+    for name, shift in shifts.items()
+  }
+  return _replace(compressed, new)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _layer_means(
+  apply_fn: Callable[..., Any],
+  variables: Mapping[str, PyTree],
+  inputs: Float[Array, 'batch ...'],
+  targets: dict[str, Float32[Array, ' features']] | None,
+) -> dict[str, Float32[Array, ' features']]:
+  """Mean output of every layer by the path of its bias, moved to `targets` for what follows it."""
+  params = trees.named_leaves(variables['params'])
+  means: dict[str, Array] = {}
+
+  def measure(layer: Callable[..., Any], args: tuple, kwargs: dict, context: Any) -> Any:
+    output = layer(*args, **kwargs)
+    name = '/'.join((*context.module.path, 'bias'))
+    is_layer = name in params and f'{name.removesuffix("bias")}kernel' in params
+    if context.method_name != '__call__' or not is_layer:
+      return output
+    if name in means:
+      raise ValueError(f'{name}: found a layer that is called twice, expected once')
+    means[name] = _feature_means(output)
+    if targets is None:
+      return output
+    shift = (targets[name] - means[name]).astype(output.dtype)
+    return output + jnp.broadcast_to(shift, output.shape)
+
+  with nn.intercept_methods(measure):
+    apply_fn(variables, inputs)
+  return means
+
+
+def _follow(
+  apply_fn: Callable[..., Any],
+  variables: Mapping[str, PyTree],
+  compressed: Mapping[str, PyTree],
+  batches: Iterable[Float[Array, 'batch ...']],
+  key: Array,
+) -> PyTree:
+  """`compressed` with statistics and last bias that follow what both networks make of batches."""
+  runs, inputs = [], None
+  for inputs in batches:
+    # not inside one jit: so both networks share a compilation
+    runs.append([_run(apply_fn, tree, inputs) for tree in (variables, compressed)])
+  if inputs is None:
+    raise ValueError('batches: found none, expected one at least')
+  before, after = (
+    jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *same)
+    for same in zip(*runs, strict=True)
+  )
   _check_updates(before.momentum)
-  return _correct(apply_fn, variables, compressed, before, after, noise, tangent_key)
+  return _correct(apply_fn, variables, compressed, before, after, inputs, key)
 
 
-class _NoiseRun(NamedTuple):
-  """What one network made of the noise.
+class _Run(NamedTuple):
+  """What one network made of the inputs.
 
   Attributes:
     scaled: (1 - momentum) times the moment of the batch, by the path of the running statistic.
     momentum: of the same statistics, per channel.
-    output: of the network.
+    output: the mean of the network's output, or None where that is not one array of features.
   """
 
   scaled: dict[str, Float32[Array, '...']]
   momentum: dict[str, Float32[Array, '...']]
-  output: Any
+  output: Float32[Array, ' outputs'] | None
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(
-  apply_fn: Callable[..., Any], variables: Mapping[str, PyTree], noise: Float32[Array, 'batch ...']
-) -> _NoiseRun:
+  apply_fn: Callable[..., Any], variables: Mapping[str, PyTree], inputs: Float[Array, 'batch ...']
+) -> _Run:
   """One forward pass on batch statistics.
 
   An update is momentum * old + (1 - momentum) * batch.  From old = 0 it is the second term alone,
@@ -133,14 +262,16 @@ def _run(
 
   def update(old: dict[str, Array]) -> tuple[dict[str, Array], Any]:
     collections = {**variables, _STATISTICS: _replace(variables[_STATISTICS], old)}
-    output, updates = apply_fn(collections, noise, train=True, mutable=[_STATISTICS])
+    output, updates = apply_fn(collections, inputs, train=True, mutable=[_STATISTICS])
     new = trees.named_leaves(updates[_STATISTICS])
     return {name: new[name].astype(jnp.float32) for name in names}, output
 
   zeros = {name: jnp.zeros(jnp.shape(statistics[name]), jnp.float32) for name in names}
   ones = jax.tree.map(jnp.ones_like, zeros)
   scaled, momentum, output = jax.jvp(update, (zeros,), (ones,), has_aux=True)
-  return _NoiseRun(scaled, momentum, output)
+  is_array = isinstance(output, jax.Array) and jnp.issubdtype(output.dtype, jnp.floating)
+  has_features = is_array and output.ndim > 1
+  return _Run(scaled, momentum, _feature_means(output) if has_features else None)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -148,26 +279,23 @@ def _correct(
   apply_fn: Callable[..., Any],
   variables: Mapping[str, PyTree],
   compressed: Mapping[str, PyTree],
-  before: _NoiseRun,
-  after: _NoiseRun,
-  noise: Float32[Array, 'batch ...'],
+  before: _Run,
+  after: _Run,
+  inputs: Float[Array, 'batch ...'],
   key: Array,
 ) -> PyTree:
   """`compressed` with its statistics and its last bias moved from what `after` saw to `before`."""
   statistics = _corrected_statistics(variables[_STATISTICS], before, after)
   new = {f'{_STATISTICS}/{name}': leaf for name, leaf in statistics.items()}
-  output = before.output
-  is_array = isinstance(output, jax.Array) and jnp.issubdtype(output.dtype, jnp.floating)
-  if is_array and output.ndim > 1:
-    shift = _output_mean(after.output) - _output_mean(output)
-    candidates = _output_biases(apply_fn, variables, noise, output.shape, key)
-    biases = _corrected_biases(compressed['params'], candidates, shift)
+  if before.output is not None and after.output is not None:
+    candidates = _output_biases(apply_fn, variables, inputs, before.output.shape, key)
+    biases = _corrected_biases(compressed['params'], candidates, after.output - before.output)
     new |= {f'params/{name}': leaf for name, leaf in biases.items()}
   return _replace(compressed, new)
 
 
 def _corrected_statistics(
-  statistics: PyTree, before: _NoiseRun, after: _NoiseRun
+  statistics: PyTree, before: _Run, after: _Run
 ) -> dict[str, Float[Array, '...']]:
   """Running means and variances that follow the batch's."""
   running = trees.named_leaves(statistics)
@@ -202,32 +330,33 @@ def _corrected_biases(
 def _output_biases(
   apply_fn: Callable[..., Any],
   variables: Mapping[str, PyTree],
-  noise: Float32[Array, 'batch ...'],
-  output_shape: tuple[int, ...],
+  inputs: Float[Array, 'batch ...'],
+  shape: tuple[int, ...],
   key: Array,
 ) -> dict[str, Bool[Array, '']]:
-  """For every parameter vector as long as the output: whether the output's derivative is 1 by it.
+  """For every parameter vector of the output's `shape`: whether the output's derivative is 1 by it.
 
   Where it is, XLA finds that the derivative needs no forward pass and drops it.
   """
   # whole numbers: exact in bfloat16 too, so that the identity returns them bit for bit
-  tangent = jax.random.randint(key, output_shape[-1:], 1, 128).astype(jnp.float32)
+  tangent = jax.random.randint(key, shape, 1, 128).astype(jnp.float32)
 
-  def derivative(name: str, leaf: Array) -> Array:
+  def is_bias(name: str, leaf: Array) -> Array:
     def output(value: Array) -> Array:
       collections = {**variables, 'params': _replace(variables['params'], {name: value})}
-      return apply_fn(collections, noise, train=True, mutable=[_STATISTICS])[0]
+      return apply_fn(collections, inputs, train=True, mutable=[_STATISTICS])[0]
 
-    return jax.jvp(output, (leaf,), (tangent.astype(leaf.dtype),))[1].astype(jnp.float32)
+    _, found = jax.jvp(output, (leaf,), (tangent.astype(leaf.dtype),))
+    return jnp.all(found.astype(jnp.float32) == jnp.broadcast_to(tangent, found.shape))
 
   return {
-    name: jnp.all(derivative(name, leaf) == jnp.broadcast_to(tangent, output_shape))
+    name: is_bias(name, leaf)
     for name, leaf in trees.named_leaves(variables['params']).items()
-    if jnp.shape(leaf) == output_shape[-1:] and jnp.issubdtype(leaf.dtype, jnp.floating)
+    if jnp.shape(leaf) == shape and jnp.issubdtype(leaf.dtype, jnp.floating)
   }
 
 
-def _output_mean(output: Float[Array, '... outputs']) -> Float32[Array, ' outputs']:
+def _feature_means(output: Float[Array, '... outputs']) -> Float32[Array, ' outputs']:
   return jnp.mean(output.astype(jnp.float32), axis=range(output.ndim - 1))
 
 
@@ -248,16 +377,14 @@ def _replace(tree: PyTree, new: Mapping[str, Any]) -> PyTree:
   )
 
 
-def _check_trees(variables: Mapping[str, PyTree], compressed: Mapping[str, PyTree]) -> None:
+def _check_trees(
+  variables: Mapping[str, PyTree], compressed: Mapping[str, PyTree], collections: set[str]
+) -> None:
   for label, tree in (('variables', variables), ('compressed', compressed)):
-    if not isinstance(tree, Mapping) or not {'params', _STATISTICS} <= tree.keys():
+    if not isinstance(tree, Mapping) or not collections <= tree.keys():
       names = sorted(tree) if isinstance(tree, Mapping) else type(tree).__name__
-      raise ValueError(f'{label}: found {names}, expected the collections params and {_STATISTICS}')
-  statistics = trees.named_leaves(variables[_STATISTICS])
-  if not _batch_norms(statistics):
-    raise ValueError(
-      f'{_STATISTICS}: found {sorted(statistics)}, expected a mean and a var of some BatchNorm'
-    )
+      wanted = ' and '.join(sorted(collections, reverse=True))
+      raise ValueError(f'{label}: found {names}, expected the collections {wanted}')
   found, expected = (
     {name: _describe(leaf) for name, leaf in trees.named_leaves(tree).items()}
     for tree in (compressed, variables)
@@ -269,6 +396,14 @@ def _check_trees(variables: Mapping[str, PyTree], compressed: Mapping[str, PyTre
   ]
   if lines:
     raise ValueError('\n'.join(['compressed is not the tree of variables:', *lines]))
+
+
+def _check_statistics(variables: Mapping[str, PyTree]) -> None:
+  statistics = trees.named_leaves(variables[_STATISTICS])
+  if not _batch_norms(statistics):
+    raise ValueError(
+      f'{_STATISTICS}: found {sorted(statistics)}, expected a mean and a var of some BatchNorm'
+    )
 
 
 def _describe(leaf: Any) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,17 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 import opq_jax
-from opq_jax import artifact, files, sizes, tables, trees, weight_files
+from opq_jax import (
+  artifact,
+  files,
+  importers,
+  models,
+  networks,
+  sizes,
+  tables,
+  trees,
+  weight_files,
+)
 from opq_jax.allocation import DEFAULT_COMPRESSION_RATE, OBJECTIVES, is_compressible
 from opq_jax.artifact import OpqFile
 from opq_jax.trees import PyTree
@@ -32,6 +43,7 @@ Small files of neural networks: one-shot pruning and quantization, from the weig
 examples:
   opq compress resnet50.safetensors resnet50.opq              10 times fewer bits per weight
   opq compress model.pth model.opq --rate 16                  2 bits per weight
+  opq compress --model resnet50 resnet50.pth resnet50.opq     a network that opq knows
   opq inspect model.opq                                       what is in it, and its four sizes
   opq decompress model.opq model.safetensors                  back to plain arrays
   opq demo                                                    a tour in a minute
@@ -41,9 +53,20 @@ _COMPRESS = """\
 Reads weights, prunes and quantizes every floating leaf of two or more dimensions, and writes an
 .opq file. Other leaves (biases, BatchNorm) go into the file bit for bit.
 
-IN may be .safetensors, .npz, .msgpack (Flax), .pt or .pth (needs torch), .opq, or the folder of
-an Orbax checkpoint. Leaves in float64 are compressed as float32.
+IN may be .safetensors, .npz, .msgpack (Flax), .pt or .pth (needs torch), .h5 or .keras (needs
+h5py), .opq, or the folder of an Orbax checkpoint. Leaves in float64 are compressed as float32.
+
+With --model, the weights of one of the networks below are imported from whatever framework they
+are of, and the file says which network it holds: it can be evaluated, and decompressed by the
+names of its framework. Its BatchNorm is then corrected too, from noise, without any data: pruning
+and quantization shift what BatchNorm sees, and at few bits per weight an uncorrected network is
+not usable before it is finetuned. Paths of leaves are those of Flax (params/conv_1/kernel).
+
+networks:
 """
+_COMPRESS += textwrap.fill(
+  ' '.join(models.names()), 96, initial_indent='  ', subsequent_indent='  '
+)
 
 _COMPRESS_EXAMPLES = """\
 examples:
@@ -57,6 +80,10 @@ examples:
       leaves embedding tables and the last layer as they are
   opq compress checkpoints/ model.opq --include 'params/*'
       the latest step of an Orbax CheckpointManager; compresses nothing but params
+  opq compress --model resnet50 resnet50.pth resnet50.opq
+      whose weights they are is seen by their names; a file that knows what it holds
+  opq compress --model resnet50 --source timm resnet50_a1.pth resnet50.opq
+      timm's have torchvision's names and other preprocessing
 """
 
 _INSPECT_EXAMPLES = """\
@@ -69,6 +96,10 @@ _DECOMPRESS_EXAMPLES = """\
 examples:
   opq decompress model.opq model.safetensors
       plain arrays by name; a nested tree's names are joined by '/'
+  opq decompress resnet50.opq resnet50.safetensors
+      of a file made with --model: by the names that its weights came with, for torch and others
+  opq decompress --to flax resnet50.opq resnet50.safetensors
+      by Flax's names: params/stem/kernel, batch_stats/stem_bn/mean, ...
 """
 
 _DEMO_EXAMPLES = """\
@@ -124,6 +155,21 @@ def _parser() -> argparse.ArgumentParser:
   )
   compress.add_argument('input', metavar='IN', help='weights: a file, or a folder of Orbax')
   compress.add_argument('output', metavar='OUT', help='the .opq file; replaced if it exists')
+  add = compress.add_argument_group('network').add_argument
+  add('--model', metavar='NAME', help='import the weights of this network; see above')
+  add('--source', metavar='NAME', help='whose they are (default: seen by their names)')
+  add(
+    '--num-classes',
+    type=int,
+    metavar='N',
+    help="logits (default: all); one fewer than IN has drops the first, which is TensorFlow's "
+    'for the background',
+  )
+  add(
+    '--no-correction',
+    action='store_true',
+    help='leave BatchNorm as it is, for a network that is finetuned afterwards',
+  )
   add = compress.add_argument_group('targets').add_argument
   add(
     '--rate',
@@ -162,10 +208,19 @@ def _parser() -> argparse.ArgumentParser:
     '--json', action='store_true', help='for programs: totals and leaves as JSON'
   )
 
-  short, about = 'an .opq file to plain arrays', 'Writes the decoded weights as safetensors.'
+  short = 'an .opq file to plain arrays'
+  about = (
+    'Writes the decoded weights as safetensors; those of a file made with --model by the names\n'
+    'that they came with.'
+  )
   decompress = command('decompress', _decompress, short, about, _DECOMPRESS_EXAMPLES)
   decompress.add_argument('file', metavar='FILE', help='an .opq file')
   decompress.add_argument('output', metavar='OUT', help='the .safetensors file; replaced if there')
+  decompress.add_argument(
+    '--to',
+    choices=('source', 'flax'),
+    help="by whose names a known network's weights are written (default: its source's)",
+  )
 
   about = 'Trains, compresses and evaluates a small network.'
   demo = command('demo', _demo, 'a small network, start to end', about, _DEMO_EXAMPLES)
@@ -181,7 +236,12 @@ def _parser() -> argparse.ArgumentParser:
 def _compress(arguments: argparse.Namespace) -> None:
   source, output = Path(arguments.input), Path(arguments.output)
   _check_output(source, output)
-  axis = partial(weight_files.channel_axis, mode=arguments.channel_axis)
+  _check_network(arguments)
+  # the kernels of our own networks are Flax's
+  mode: weight_files.ChannelMode = 'last'
+  if arguments.model is None:
+    mode = arguments.channel_axis
+  axis = partial(weight_files.channel_axis, mode=mode)
   targets = {
     'sparsity': arguments.sparsity,
     'bits': arguments.bits,
@@ -190,18 +250,26 @@ def _compress(arguments: argparse.Namespace) -> None:
   if all(value is None for value in targets.values()):
     targets['compression_rate'] = DEFAULT_COMPRESSION_RATE
   metadata = {
-    'source': source.name,
+    'weights': source.name,
     'targets': ' '.join(
       f'{name}={value:g}' for name, value in targets.items() if value is not None
     ),
     'objective': arguments.objective,
-    'channel_axis': arguments.channel_axis,
+    'channel_axis': mode,
     'opq_jax': opq_jax.__version__,
   }
   console = _console(sys.stdout)
   with _stages(console) as stage:
     with stage('read'):
-      params = weight_files.read_weights(source)
+      imported = None
+      if arguments.model is None:
+        params = weight_files.read_weights(source)
+      else:
+        imported = importers.load(
+          arguments.model, source, source=arguments.source, num_classes=arguments.num_classes
+        )
+        params = imported.variables
+        metadata |= networks.metadata(arguments.model, imported)
       chosen = _chosen(params, arguments.include, arguments.exclude)
       params = _narrowed(params, chosen)
     with stage('allocate'), warnings.catch_warnings():
@@ -214,13 +282,23 @@ def _compress(arguments: argparse.Namespace) -> None:
         channel_axis=axis,
         **targets,
       )
+    state = opq_jax.init_state(params, allocation)
+    stored = params
+    if imported is not None and networks.has_batch_norm(params):
+      metadata['batch_norm'] = 'not corrected'
+      if not arguments.no_correction:
+        metadata['batch_norm'] = 'corrected from noise'
+        with stage('correct BatchNorm'):
+          compressed = opq_jax.apply_compression(params, state)
+          stored = networks.correct_batch_norm(imported, compressed)
     with stage('encode'):
-      state = opq_jax.init_state(params, allocation)
-      data = artifact.serialize(params, state, metadata)
+      data = artifact.serialize(stored, state, metadata)
       report = sizes.payload_report(data, params, state, channel_axis=axis)
     with stage('write'):
       files.write_bytes(output, data)
   console.print(tables.summary(params, allocation), tables.four_sizes(report))
+  if imported is not None:
+    console.print(Text(_network_line(metadata)))
   console.print(Text(f'{output}: {report.file:,} bytes, {report.file_rate:.2f} times smaller'))
 
 
@@ -246,10 +324,22 @@ def _inspect(arguments: argparse.Namespace) -> None:
 def _decompress(arguments: argparse.Namespace) -> None:
   source, output = Path(arguments.file), Path(arguments.output)
   _check_output(source, output)
-  params, _ = artifact.load(source)
+  with OpqFile(source) as file:
+    identity = networks.identity(file.metadata)
+  names = 'the names in the file'
+  if identity is None or arguments.to == 'flax':
+    if arguments.to == 'source':
+      raise ValueError(
+        f'--to: found no name of a network in {source}, expected a file made with --model'
+      )
+    params, _ = artifact.load(source)
+  else:
+    network = networks.load(source)
+    params = importers.to_tensors(network.name, network.variables, identity.source)
+    names = f'the names of {identity.source}'
   weight_files.write_safetensors(output, params)
   size = os.stat(output).st_size
-  _console(sys.stdout).print(Text(f'{output}: {size:,} bytes'))
+  _console(sys.stdout).print(Text(f'{output}: {size:,} bytes, by {names}'))
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -257,6 +347,33 @@ def _demo(arguments: argparse.Namespace) -> None:
 
   given = {name: value for name, value in vars(arguments).items() if name != 'run'}
   demo.run(**given)
+
+
+def _check_network(arguments: argparse.Namespace) -> None:
+  """The options of `--model` belong to it."""
+  given = {
+    '--source': arguments.source is not None,
+    '--num-classes': arguments.num_classes is not None,
+    '--no-correction': arguments.no_correction,
+  }
+  if arguments.model is None:
+    for option, is_given in given.items():
+      if is_given:
+        raise ValueError(f'{option}: found it without --model, expected both')
+  elif arguments.channel_axis == 'first':
+    raise ValueError(
+      '--channel-axis: found first with --model, expected last: a network is compressed as Flax '
+      'has it'
+    )
+
+
+def _network_line(metadata: dict[str, str]) -> str:
+  """Which network a file holds, and what became of its BatchNorm."""
+  batch_norm = metadata.get('batch_norm')
+  return (
+    f'{metadata["model"]}, {metadata["num_classes"]} classes, by the names of '
+    f'{metadata["source"]}; ' + (f'BatchNorm {batch_norm}' if batch_norm else 'no BatchNorm')
+  )
 
 
 def _chosen(params: PyTree, include: list[str], exclude: list[str]) -> set[str]:

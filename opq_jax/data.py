@@ -72,6 +72,11 @@ TORCHVISION = Preprocessing(
 )
 """ImageNet as torchvision's networks want it: standardised by ImageNet's statistics."""
 
+CAFFE = Preprocessing(
+  mean=(123.68 / 255, 116.779 / 255, 103.939 / 255), std=(1 / 255,) * 3, resize=256, crop=224
+)
+"""ImageNet as Keras' ResNet50 and VGG16 want it: less the mean, in units of bytes; red first."""
+
 CIFAR = Preprocessing(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 """CIFAR at its 32 pixels, standardised by ImageNet's statistics as many published ResNets are."""
 

@@ -219,7 +219,7 @@ def _report(
     f'corrected without any data or training; the file gives back every bit. Accuracy is over '
     f'{_TEST} images that training never saw.'
   )
-  where = output or 'network.opq'
+  where = output or 'small.opq'
   then = (
     f'Next: opq compress your_model.safetensors small.opq; in Python, opq_jax.load({str(where)!r})'
   )

@@ -227,7 +227,7 @@ def size_report(
   >>> state = opq_jax.init_state(params, opq_jax.allocate(params, compression_rate=16.0))
   >>> report = size_report(params, state)
   >>> round(report.entropy_rate, 1), report.nominal < report.entropy < report.packed
-  (16.0, True)
+  (16.1, True)
   >>> report.original, report.file < report.original / 12
   (65792, True)
   """

@@ -54,7 +54,7 @@ def summary(params: PyTree, allocation: Allocation) -> Printable:
   """What an allocation asks of every leaf, and what it predicts.
 
   Columns: the share of weights pruned; levels a sign; bits of a survivor at a fixed width, mean
-  over channels; entropy of the codes in bits per weight; predicted relative squared error in
+  over channels; entropy-coded bits per weight, tables included; predicted relative squared error in
   per cent; and the Laplace fit, red and marked `!` outside the bounds within which the
   allocation's density describes a leaf.
 
@@ -104,7 +104,7 @@ def shorten(path: str, width: int) -> str:
 
 
 def _summary_table(rows: list[tuple[str, LeafAllocation]], others: list[int]) -> Table:
-  columns = 'path', 'shape', 'weights', 'pruned', 'levels', 'bits', 'entropy', 'error', 'fit'
+  columns = 'path', 'shape', 'weights', 'pruned', 'levels', 'bits', 'payload', 'error', 'fit'
   sizes = np.array([math.prod(leaf.shape) for _, leaf in rows])
   low, high = LAPLACE_FIT_BOUNDS
   lines, styles = [], []
@@ -120,7 +120,7 @@ def _summary_table(rows: list[tuple[str, LeafAllocation]], others: list[int]) ->
         f'{float(leaf.sparsity):.1%}',
         f'{int(leaf.levels)}',
         f'{float(np.mean(np.asarray(leaf.bits))):.2f}',
-        f'{float(leaf.entropy):.3f}',
+        f'{float(leaf.payload):.3f}',
         f'{float(leaf.error):.2%}',
         '-' if math.isnan(fit) else f'{fit:.2f}{"!" if is_misfit else " "}',
       )
@@ -128,14 +128,16 @@ def _summary_table(rows: list[tuple[str, LeafAllocation]], others: list[int]) ->
   mean = lambda field: float(
     np.sum(sizes * [float(getattr(leaf, field)) for _, leaf in rows]) / max(sizes.sum(), 1)
   )
-  pruned, entropy = f'{mean("sparsity"):.1%}', mean('entropy')
+  pruned, payload = f'{mean("sparsity"):.1%}', mean('payload')
   totals = [
-    (f'{len(rows)} compressed', '', f'{sizes.sum():,}', pruned, '', '', f'{entropy:.3f}'),
+    (f'{len(rows)} compressed', '', f'{sizes.sum():,}', pruned, '', '', f'{payload:.3f}'),
     (f'{len(others)} uncompressed', '', f'{sum(others):,}'),
   ]
   table = _table('', columns, lines, styles, totals)
-  rate = f'{32 / entropy:.2f}' if entropy else 'inf'
-  table.caption = f'predicted: {entropy:.3f} bits per weight, an entropy rate of {rate}'
+  rate = f'{32 / payload:.2f}' if payload else 'inf'
+  table.caption = (
+    f'predicted: {payload:.3f} bits per weight with tables, {rate} times fewer than 32'
+  )
   if misfits := sum(style == 'red' for style in styles):
     table.caption += (
       f'\n! far from the Laplace density (fit outside {low} ... {high}): '

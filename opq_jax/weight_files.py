@@ -6,6 +6,7 @@
     a folder       an Orbax checkpoint, or a CheckpointManager's folder: its latest step
     .opq           the decoded network
     .pt, .pth      a PyTorch state dict; needs torch (`pip install opq_jax[torch]`)
+    .h5, .keras    of Keras, by `<layer>/<weight>`; needs h5py (`pip install opq_jax[keras]`)
 
 Nothing in a file is ever executed: NumPy's pickles are refused, and PyTorch's are read by its
 `weights_only` unpickler.
@@ -25,7 +26,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from opq_jax import artifact, files, trees
+from opq_jax import artifact, files, keras_files, trees
 from opq_jax.trees import PyTree
 
 ChannelMode = Literal['auto', 'first', 'last']
@@ -289,4 +290,6 @@ _READERS: dict[str, tuple[Callable[[Path], PyTree], str]] = {
   '.opq': (_read_opq, 'an .opq file'),
   '.pt': (_read_torch, 'a PyTorch state dict that loads with weights_only=True'),
   '.pth': (_read_torch, 'a PyTorch state dict that loads with weights_only=True'),
+  '.h5': (keras_files.read, 'an HDF5 file of Keras'),
+  '.keras': (keras_files.read, 'a Keras file'),
 }

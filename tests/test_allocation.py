@@ -1,14 +1,20 @@
 """Targets that are met, whatever the tree, the weights and the objective; and what is refused."""
 
 import functools
+import warnings
 
+import assets
 import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+import opq_jax
 from opq_jax import allocate, encode, init_state
+from opq_jax.allocation import Allocation
+from opq_jax.entropy_coding import encode_codes
 
 RNG = np.random.default_rng
 KINDS = {
@@ -28,16 +34,15 @@ def tree(kind='laplace', dtype=jnp.float32):
 
 
 def measured(params, allocation):
-  """Entropy, sparsity and bits per weight or survivor of the actual codes."""
+  """Payload, sparsity and bits per weight or survivor of the actual codes."""
   codes = encode(params, init_state(params, allocation))
   n = bits = zeros = width = kept = 0.0
   for name, leaf in allocation.tree.items():
     if leaf is None:
       continue
     code = np.asarray(codes[name])
-    _, counts = np.unique(code, return_counts=True)
     n += code.size
-    bits -= np.sum(counts * np.log2(counts / code.size))
+    bits += 8 * len(encode_codes(code))
     zeros += np.sum(code == 0)
     survivors = (code != 0).reshape(-1, code.shape[-1]).sum(0)
     width += np.sum(survivors * np.asarray(leaf.bits, float))
@@ -56,7 +61,7 @@ def test_rate_is_met(kind, rate):
       allocate(params, compression_rate=rate)
     return
   bits, _, _ = measured(params, allocate(params, compression_rate=rate))
-  assert bits == pytest.approx(32 / rate, rel=1e-3)
+  assert bits == pytest.approx(32 / rate, rel=6e-3)
 
 
 @pytest.mark.parametrize('objective', ['retained_signal', 'relative_error', 'squared_error'])
@@ -123,6 +128,111 @@ def test_containers():
   ]:
     found = allocate(other, compression_rate=15.0)
     jax.tree.map(np.testing.assert_array_equal, get(found.tree), plain)
+
+
+@flax.struct.dataclass
+class Layer:
+  kernel: jax.Array
+  bias: jax.Array
+  name: str = flax.struct.field(pytree_node=False, default='layer')
+
+
+def through_a_file(params):
+  """What comes back of the compressed parameters, and what they were."""
+  state = init_state(params, allocate(params, compression_rate=15.0))
+  loaded, _ = opq_jax.load(opq_jax.artifact.serialize(params, state), like=params)
+  return loaded, opq_jax.apply_compression(params, state)
+
+
+@pytest.mark.parametrize('kind', ['flax.struct', 'nnx'])
+def test_a_whole_network_of_other_containers(kind):
+  if kind == 'flax.struct':
+    params = [Layer(tree()['a'], tree()['bias']), Layer(tree()['c'], jnp.ones(48))]
+  else:
+
+    class Network(nnx.Module):
+      def __init__(self, rngs):
+        self.convolution = nnx.Conv(3, 16, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(16, rngs=rngs)
+        self.dense = nnx.Linear(16, 40, rngs=rngs)
+
+    params = nnx.state(Network(nnx.Rngs(0)), nnx.Param, nnx.BatchStat)
+  loaded, compressed = through_a_file(params)
+  assert jax.tree.structure(loaded) == jax.tree.structure(params)
+  jax.tree.map(np.testing.assert_array_equal, loaded, compressed)
+  for before, after in zip(*map(jax.tree.leaves, (params, compressed)), strict=True):
+    assert (before.ndim > 1) == bool((before != after).any())
+
+
+def test_channels_first_are_channels_last_transposed():
+  params = {'a': tree('mixture')['a'], 'b': tree('mixture')['b'], 'vector': jnp.arange(1.0, 65.0)}
+  choose = lambda path, leaf: True
+  first = allocate(
+    jax.tree.map(jnp.transpose, params),
+    compression_rate=15.0,
+    channel_axis=0,
+    compressible=choose,
+  )
+  last = allocate(params, compression_rate=15.0, channel_axis=-1, compressible=choose)
+  by_name = lambda path, leaf: -1 if path == 'b' else 0
+  mixed = allocate(
+    {**params, 'a': params['a'].T}, compression_rate=15.0, channel_axis=by_name, compressible=choose
+  )
+  for other in (first, mixed):
+    for name, leaf in last.tree.items():
+      found = other.tree[name]
+      np.testing.assert_allclose(found.scale, leaf.scale, rtol=1e-6)
+      np.testing.assert_allclose(found.threshold, leaf.threshold, rtol=1e-5)
+      np.testing.assert_allclose(found.bits, leaf.bits, rtol=1e-5)
+  assert last.tree['vector'].scale.shape == (1,)
+
+
+def test_weights_far_from_the_density_are_named():
+  params = tree()
+  odd = np.full((64, 64), 0.01, np.float32)
+  odd[::16, ::16] = 1.0  # a few weights hold nearly all of the energy
+  with pytest.warns(UserWarning, match=r'the Laplace density.*odd \(\d+\.\d+\): found E\[w\^2\]'):
+    allocation = allocate({**params, 'odd': jnp.asarray(odd)}, compression_rate=15.0)
+  assert float(allocation.tree['odd'].laplace_fit) > 3
+  assert float(allocation.tree['a'].laplace_fit) == pytest.approx(1, abs=0.1)
+  with warnings.catch_warnings():
+    warnings.simplefilter('error')
+    allocate(params, compression_rate=15.0)
+
+
+@pytest.mark.parametrize('targets', [{'compression_rate': 15.0}, {'sparsity': 0.5, 'bits': 3.0}])
+def test_constant_leaves(targets):
+  params = {**tree(), 'constant': jnp.full((16, 16), -0.3), 'zeros': jnp.zeros((16, 16))}
+  allocation = allocate(params, **targets)
+  values = opq_jax.apply_compression(params, init_state(params, allocation))
+  constant = np.asarray(values['constant'])
+  # the offset is known to a bin of the histogram
+  np.testing.assert_allclose(constant, -0.3, rtol=1 / 4096)
+  np.testing.assert_array_equal(values['zeros'], 0)
+
+
+@functools.cache
+def mobilenet_v1() -> dict[str, np.ndarray]:
+  return opq_jax.read_weights(assets.real_weights('mobilenet_v1'))
+
+
+def without_warnings(params, **options) -> Allocation:
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore', UserWarning)  # a depthwise layer is far from any density
+    return allocate(params, **options)
+
+
+@pytest.mark.parametrize('rate', [6.0, 12.8, 60.0])
+def test_rate_is_met_by_a_real_network(rate):
+  bits, _, _ = measured(mobilenet_v1(), without_warnings(mobilenet_v1(), compression_rate=rate))
+  assert bits == pytest.approx(32 / rate, rel=6e-3)
+
+
+def test_sparsity_and_bits_are_met_by_a_real_network():
+  allocation = without_warnings(mobilenet_v1(), sparsity=0.6, bits=3.5)
+  _, sparsity, width = measured(mobilenet_v1(), allocation)
+  assert sparsity == pytest.approx(0.6, rel=5e-3)
+  assert width == pytest.approx(3.5, rel=5e-3)
 
 
 @pytest.mark.parametrize('shape', [(1, 1), (3, 3, 1, 8), (1, 1, 16, 4), (0, 5), (16, 16)])

@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from test_models import random_variables
 
 import opq_jax
-from opq_jax import cli, trees, weight_files
+from opq_jax import cli, importers, models, networks, trees, weight_files
 
 
 def tree():
@@ -43,17 +44,20 @@ def test_compress_inspect_decompress(net, capsys):
   size = (net / 'net.opq').stat().st_size
   assert 'fc1.weight' in out
   assert f'{size:,}' in out
-  assert '2.500 bits per weight' in out
+  assert '2.500 bits per weight with tables, 12.80 times fewer' in ' '.join(out.split())
   assert all(name in out for name in ('nominal', 'packed', 'entropy', 'file', 'bytes on disk'))
 
   assert run('inspect', 'net.opq', '--json') == 0
   found = json.loads(capsys.readouterr().out)
   assert found['totals']['file'] == size
-  assert found['totals']['entropy_rate'] == pytest.approx(12.8, rel=1e-3)
+  payload = sum(leaf['file'] for leaf in found['compressed']) - 12 * len(found['compressed'])
+  weights = found['totals']['weights']
+  assert 4 * weights / payload == pytest.approx(12.8, rel=0.01)
+  assert 12.8 < found['totals']['entropy_rate'] < 1.1 * 12.8
   assert [leaf['path'] for leaf in found['compressed']] == ['fc1.weight', 'fc2.weight']
   assert [leaf['path'] for leaf in found['uncompressed']] == ['fc1.bias', 'steps']
   assert found['metadata'] == {
-    'source': 'net.safetensors',
+    'weights': 'net.safetensors',
     'targets': 'compression_rate=12.8',
     'objective': 'retained_signal',
     'channel_axis': 'auto',
@@ -74,6 +78,57 @@ def test_compress_inspect_decompress(net, capsys):
   for name in ('fc1.weight', 'fc2.weight'):
     assert np.mean((decoded[name] - expected[name]) ** 2) < 0.1 * np.mean(expected[name] ** 2)
   assert files(net) == ['net.opq', 'net.safetensors', 'out.safetensors']
+
+
+@pytest.fixture
+def resnet(net):
+  variables = random_variables(models.create('resnet20', num_classes=5))
+  tensors = importers.to_tensors('resnet20', variables, 'akamaster')
+  safetensors.numpy.save_file(tensors, 'resnet.safetensors')
+  return variables
+
+
+def test_a_known_network_goes_home_from_a_file_that_knows_it(resnet, capsys):
+  command = 'compress', '--model', 'resnet20', 'resnet.safetensors', 'net.opq', '--rate', 8
+  assert run(*command) == 0
+  out = capsys.readouterr().out
+  assert 'resnet20, 5 classes, by the names of akamaster; BatchNorm corrected from noise' in out
+  assert run('inspect', 'net.opq', '--json') == 0
+  metadata = json.loads(capsys.readouterr().out)['metadata']
+  assert metadata['channel_axis'] == 'last'
+  network = {key: metadata[key] for key in networks.KEYS}
+  assert network == {'model': 'resnet20', 'source': 'akamaster', 'num_classes': '5'}
+  assert run('inspect', 'net.opq') == 0
+  assert 'source: akamaster' in capsys.readouterr().out
+
+  allocation = opq_jax.allocate(resnet, compression_rate=8.0)
+  state = opq_jax.init_state(resnet, allocation)
+  compressed = opq_jax.apply_compression(resnet, state)
+  imported = importers.load('resnet20', 'resnet.safetensors')
+  expected = networks.correct_batch_norm(imported, compressed)
+  jax.tree.map(np.testing.assert_array_equal, networks.load('net.opq').variables, expected)
+
+  # home, by the names that it came with; and by ours
+  assert run('decompress', 'net.opq', 'home.safetensors') == 0
+  home = importers.load('resnet20', 'home.safetensors', source='akamaster')
+  jax.tree.map(np.testing.assert_array_equal, home.variables, expected)
+  assert run('decompress', 'net.opq', 'flax.safetensors', '--to', 'flax') == 0
+  flax = safetensors.numpy.load_file('flax.safetensors')
+  assert flax.keys() == trees.named_leaves(resnet).keys()
+
+
+def test_batch_norm_stays_as_it_is_where_that_is_asked_for(resnet, capsys):
+  command = 'compress', '--model', 'resnet20', 'resnet.safetensors', 'net.opq', '--no-correction'
+  assert run(*command) == 0
+  assert 'BatchNorm not corrected' in capsys.readouterr().out
+  found = networks.load('net.opq').variables['batch_stats']
+  jax.tree.map(np.testing.assert_array_equal, found, resnet['batch_stats'])
+
+
+def test_only_a_known_network_has_a_source(net, capsys):
+  assert run('compress', 'net.safetensors', 'net.opq') == 0
+  assert run('decompress', 'net.opq', 'out.safetensors', '--to', 'source') == 2
+  assert '--to: found no name of a network in net.opq' in capsys.readouterr().err
 
 
 def test_the_file_is_what_the_library_makes(net):
@@ -126,6 +181,14 @@ def test_float64_weights_are_compressed_as_float32(net):
     (['compress', 'net.safetensors', 'no/out.opq'], 'found no folder no'),
     (['compress', 'net.safetensors', '.'], 'found a folder'),
     (['compress', 'net.safetensors', 'net.safetensors'], 'the input itself'),
+    (['compress', 'net.safetensors', 'out.opq', '--source', 'timm'], 'without --model'),
+    (['compress', 'net.safetensors', 'out.opq', '--no-correction'], 'without --model'),
+    (['compress', 'net.safetensors', 'out.opq', '--model', 'vgg'], "name: found 'vgg'"),
+    (['compress', 'net.safetensors', 'out.opq', '--model', 'resnet20'], 'found tensors fc1.bias'),
+    (
+      ['compress', 'net.safetensors', 'out.opq', '--model', 'vgg16', '--channel-axis', 'first'],
+      '--channel-axis: found first',
+    ),
     (['inspect', 'notes.txt'], 'no .opq file'),
     (['inspect', 'no.opq'], 'no.opq: No such file'),
     (['decompress', 'notes.txt', 'out.safetensors'], 'no .opq file'),

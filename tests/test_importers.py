@@ -95,8 +95,8 @@ def test_who_names_the_source_gets_its_preprocessing():
   assert resize() == 256
   assert resize(source='torchvision_v2') == 232
   assert resize(source='timm') == 235
-  with pytest.raises(ValueError, match="source: found 'keras', expected one of torchvision, "):
-    resize(source='keras')
+  with pytest.raises(ValueError, match="source: found 'caffe2', expected one of torchvision, "):
+    resize(source='caffe2')
 
 
 def test_a_checkpoint_of_a_parallel_training_run_is_read(tmp_path):

@@ -99,16 +99,3 @@ def test_a_small_run_writes_what_it_says(tmp_path, data_dir, capsys):
   assert json.loads(record)['photographs'] == 4
   assert str(tmp_path) not in record
   assert 'retained_signal' in capsys.readouterr().out
-
-
-def test_scores_count_first_and_first_five():
-  reference = np.eye(4, 10, dtype=np.float32)
-  logits = np.tile(np.arange(10, 0, -1, dtype=np.float32), (4, 1))  # every answer is 0, then 1, …
-  found = one_shot.scores(logits, np.array([0, 1, 4, 5]), reference)
-  assert (found['top1'], found['top5'], found['agreement']) == (0.25, 0.75, 0.25)
-
-
-def test_the_interval_is_wilsons():
-  assert one_shot.interval(181, 200) == pytest.approx((0.8565, 0.9383), abs=1e-3)
-  assert one_shot.interval(0, 200)[0] == 0.0
-  assert one_shot.interval(200, 200)[1] == pytest.approx(1.0)

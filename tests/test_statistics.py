@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from opq_jax import statistics
+from opq_jax.entropy_coding import encode_codes
 from opq_jax.statistics import BINS, leaf_statistics
 
 SHAPES = {
@@ -120,13 +121,32 @@ def test_survivors_per_channel(shape, axis):
   np.testing.assert_array_equal(found, (np.abs(by_channel(weights, axis)) > np.float32(0.8)).sum(0))
 
 
+@pytest.mark.parametrize('shape', [(3, 3, 16, 16), (40, 7, 36), (300, 500)], ids=str)
+def test_payload_is_that_of_the_coder(shape):
+  weights = sample(shape)
+  stats = leaf_statistics(weights, -1)
+  flat = np.asarray(weights, np.float64).ravel()
+  payloads = jax.jit(
+    lambda *args: statistics.payload_of_shares(
+      *statistics.code_shares(*args), np.array([weights.size])
+    )
+  )
+  for threshold, step in [(0.0, 0.1), (0.2, 0.5), (0.7, 1.3), (2.5, 3.5)]:
+    largest = jnp.max(stats.maximum)
+    found = payloads(stats.histogram[None], *[jnp.float32([x]) for x in (largest, threshold, step)])
+    cell = 1 + np.floor((np.abs(flat) - threshold) / step)
+    codes = np.where(np.abs(flat) > threshold, np.sign(flat) * np.minimum(cell, 127), 0)
+    expected = 8 * len(encode_codes(codes.astype(np.int8))) / flat.size
+    assert float(found[0]) == pytest.approx(expected, rel=0.01)
+
+
 @pytest.mark.parametrize('kind', ['laplace', 'normal', 'student'])
 def test_entropy_and_moments_are_those_of_the_codes(kind):
   weights = sample((40, 7, 36), kind)
   stats = leaf_statistics(weights, -1)
   flat = np.asarray(weights, np.float64).ravel()
   largest = np.abs(flat).max()
-  entropies = jax.jit(statistics.histogram_entropy)
+  entropies = jax.jit(lambda *args: statistics.entropy_of_shares(*statistics.code_shares(*args)))
   moments = jax.jit(statistics.histogram_moments)
   for threshold, step in [(0.0, 0.5), (0.7, 0.3), (1.5, 2.5), (0.2, 30.0), (largest / 8, 1.5)]:
     levels = max(1, int(np.ceil((largest - threshold) / step)))

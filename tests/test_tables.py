@@ -19,6 +19,7 @@ def leaf_allocation(shape=(4, 8), **fields):
     'bits': jnp.linspace(2.0, 4.0, shape[-1]),
     'error': jnp.float32(0.0123),
     'entropy': jnp.float32(2.0),
+    'payload': jnp.float32(2.0),
     'laplace_fit': jnp.float32(1.0),
   }
   return LeafAllocation(**(values | fields), shape=shape, channel_axis=-1)
@@ -32,7 +33,7 @@ def test_summary_has_a_row_a_compressed_leaf_and_totals():
   params = {'a': {'kernel': np.zeros((4, 8)), 'bias': np.zeros(8)}, 'b': np.zeros((16, 6))}
   tree = {
     'a': {'kernel': leaf_allocation(), 'bias': None},
-    'b': leaf_allocation((16, 6), entropy=jnp.float32(4.0), sparsity=jnp.float32(0.75)),
+    'b': leaf_allocation((16, 6), payload=jnp.float32(4.0), sparsity=jnp.float32(0.75)),
   }
   text = str(tables.summary(params, Allocation(tree)))
   (row,) = (line.split() for line in text.splitlines() if 'a/kernel' in line)
@@ -41,7 +42,7 @@ def test_summary_has_a_row_a_compressed_leaf_and_totals():
   (row,) = (line.split() for line in text.splitlines() if '2 compressed' in line)
   assert row == ['2', 'compressed', '128', '62.5%', '3.500']
   assert '1 uncompressed' in text
-  assert 'entropy rate of 9.14' in text
+  assert '9.14 times fewer' in text
 
 
 def test_summary_flags_leaves_far_from_the_laplace_density():

@@ -181,9 +181,9 @@ def test_leaves_that_are_no_numbers_are_named(tmp_path):
 
 
 def test_other_suffixes_and_folders_are_refused(tmp_path):
-  (tmp_path / 'net.h5').write_bytes(b'')
-  with pytest.raises(ValueError, match=r"net\.h5: found suffix '\.h5', expected \.safetensors"):
-    read_weights(tmp_path / 'net.h5')
+  (tmp_path / 'net.ckpt').write_bytes(b'')
+  with pytest.raises(ValueError, match=r"net\.ckpt: found suffix '\.ckpt', expected \.safetensors"):
+    read_weights(tmp_path / 'net.ckpt')
   (tmp_path / 'folder').mkdir()
   with pytest.raises(ValueError, match=r'folder: found items .* expected an Orbax checkpoint'):
     read_weights(tmp_path / 'folder')

@@ -108,6 +108,9 @@ class Source:
     preprocessing: what prepares an image for these weights.
     options: attributes that the model must have to compute what the source's network does.
     ignored: ends of names of tensors that say nothing about the network.
+    prepare: from the tensors as they are in a file to those that `place` names, which are as many
+      as our leaves: what is no matter of names and layouts.
+    restore: the way back.
   """
 
   name: str
@@ -116,6 +119,8 @@ class Source:
   preprocessing: Preprocessing
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   ignored: tuple[str, ...] = ()
+  prepare: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = dict
+  restore: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = dict
 
   def places(self, shapes: PyTree) -> dict[str, tuple[str, Layout]]:
     """The name and the layout of every leaf of a model's variables, by its path."""
@@ -152,6 +157,7 @@ def to_variables(
   """
   shapes = models.variable_shapes(model)
   places = source.places(shapes)
+  tensors = source.prepare(tensors)
   found = {name: np.shape(tensor) for name, tensor in tensors.items()}
   found = {name: shape for name, shape in found.items() if not name.endswith(source.ignored)}
   expected = {name: layout.theirs for name, layout in places.values()}
@@ -171,6 +177,26 @@ def to_tensors(
 ) -> dict[str, np.ndarray]:
   """The tensors that `source` has for `variables`: the inverse of `to_variables`, bit for bit.
 
+  But for what `prepare` took out for good: Keras' biases in front of a BatchNorm.
+
+  Raises:
+    ValueError: leaves are missing, not expected, or of other shape; the message lists them all.
+  """
+  shapes = models.variable_shapes(model)
+  leaves = trees.named_leaves(checked(model, variables, what))
+  tensors = source.restore(
+    {
+      name: layout.to_theirs(np.asarray(leaves[path]))
+      for path, (name, layout) in source.places(shapes).items()
+    }
+  )
+  # copied: an array of JAX's memory is read-only, and one of permuted axes is out of order
+  return {name: np.array(tensor, order='C') for name, tensor in tensors.items()}
+
+
+def checked(model: nn.Module, variables: PyTree, what: str) -> dict[str, Any]:
+  """The variables, or a flat dict of them by path, as the tree that `model` has.
+
   Raises:
     ValueError: leaves are missing, not expected, or of other shape; the message lists them all.
   """
@@ -181,11 +207,7 @@ def to_tensors(
   if found != expected:
     lines = differences(found, expected)
     raise ValueError('\n'.join([f'the variables are not those of {what}:', *lines]))
-  return {
-    # copied: an array of JAX's memory is read-only, and one of permuted axes is out of order
-    name: np.array(layout.to_theirs(np.asarray(leaves[path])), order='C')
-    for path, (name, layout) in source.places(shapes).items()
-  }
+  return jax.tree.unflatten(jax.tree.structure(shapes), [leaves[path] for path in expected])
 
 
 def without_background(variables: dict[str, Any]) -> dict[str, Any]:

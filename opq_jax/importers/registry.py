@@ -8,11 +8,11 @@ import flax.linen as nn
 import numpy as np
 
 from opq_jax import models, trees, weight_files
-from opq_jax.importers import conversion, tf_slim, torch
+from opq_jax.importers import conversion, keras, tf_slim, torch
 from opq_jax.importers.conversion import Leaf, Source
 from opq_jax.trees import PyTree
 
-_FAMILIES = (tf_slim.SOURCES, torch.SOURCES)
+_FAMILIES = (tf_slim.SOURCES, torch.SOURCES, keras.SOURCES)
 _WRAPPER = 'module.'  # how torch.nn.DataParallel begins every name
 
 
@@ -37,7 +37,7 @@ def sources(name: str) -> tuple[Source, ...]:
     ValueError: the name is not one of `opq_jax.models.names()`.
 
   >>> [source.name for source in sources('mobilenet_v1')]
-  ['tf_slim', 'huggingface', 'timm']
+  ['tf_slim', 'huggingface', 'timm', 'keras']
   """
   models.create(name)  # which knows what names there are
   return tuple(source for family in _FAMILIES for source in family.get(name, ()))
@@ -112,6 +112,42 @@ def from_tensors(
   return Imported(model, variables, chosen)
 
 
+def from_variables(
+  name: str,
+  variables: PyTree,
+  *,
+  source: str,
+  num_classes: int | None = None,
+  **options: Any,
+) -> Imported:
+  """As `load`, from variables of this library, which a file of its own holds.
+
+  Args:
+    name: one of `opq_jax.models.names()`.
+    variables: of that network; or a flat dict of them by path, `params/head/kernel`.
+    source: the name of one of `sources(name)`, where they once came from.
+    num_classes: as in `load`.
+    **options: further attributes of the model; see `opq_jax.models.create`.
+
+  Raises:
+    ValueError: a name is not known, or leaves are missing, not expected or of other shape; the
+      message lists them all.
+  """
+  chosen = _named(name, source)
+  options |= _own_classes(variables)
+  model = models.create(name, **{**chosen.options, **options})
+  tree = conversion.checked(model, variables, _what(name, chosen, model))
+  if num_classes is not None and num_classes == model.num_classes - 1:
+    model = model.clone(num_classes=num_classes)
+    tree = conversion.without_background(tree)
+  elif num_classes not in (None, model.num_classes):
+    raise ValueError(
+      f'num_classes: found {num_classes}, expected the {model.num_classes} of the variables, or '
+      'one fewer'
+    )
+  return Imported(model, tree, chosen)
+
+
 def to_tensors(name: str, variables: PyTree, source: str, **options: Any) -> dict[str, np.ndarray]:
   """The way back: variables, compressed ones too, as a source's named tensors.
 
@@ -126,16 +162,15 @@ def to_tensors(name: str, variables: PyTree, source: str, **options: Any) -> dic
 
   Returns:
     The tensors by their names, float32 and bit for bit those of `variables`.  BatchNorm's
-    `num_batches_tracked` is not among them; PyTorch does without.
+    `num_batches_tracked` is not among them; PyTorch does without.  Keras' are `<layer>/<weight>`,
+    for `layer.set_weights([tensors[f'{layer.name}/{weight.name}'] for weight in layer.weights])`.
 
   Raises:
     ValueError: a name is not known, or leaves are missing, not expected or of other shape; the
       message lists them all.
   """
   chosen = _named(name, source)
-  bias = trees.named_leaves(variables).get(conversion.HEAD_BIAS)
-  if bias is not None:
-    options |= {'num_classes': int(np.shape(bias)[0])}
+  options |= _own_classes(variables)
   model = models.create(name, **{**chosen.options, **options})
   return conversion.to_tensors(model, chosen, variables, _what(name, chosen, model))
 
@@ -168,6 +203,12 @@ def _classes(source: Source, tensors: Mapping[str, np.ndarray]) -> int | None:
   name, _ = source.place(source.layers['head'](), Leaf('bias', (1,)))
   shape = np.shape(tensors[name]) if name in tensors else ()
   return shape[0] if len(shape) == 1 else None
+
+
+def _own_classes(variables: PyTree) -> dict[str, int]:
+  """How many logits variables have, as an option of their model."""
+  shape = np.shape(trees.named_leaves(variables).get(conversion.HEAD_BIAS, 0))
+  return {'num_classes': shape[0]} if len(shape) == 1 else {}
 
 
 def _what(name: str, source: Source, model: nn.Module) -> str:

@@ -1,0 +1,57 @@
+"""How often a classifier is right, and how sure a sample makes of it."""
+
+import math
+import statistics
+
+import numpy as np
+from jaxtyping import Bool, Float, Integer
+
+
+def hits(
+  logits: Float[np.ndarray, 'images classes'], labels: Integer[np.ndarray, ' images'], k: int = 1
+) -> Bool[np.ndarray, ' images']:
+  """Whether the label of each image is among its k largest logits; of equal ones, the first.
+
+  >>> logits = np.array([[0.1, 0.7, 0.2], [0.5, 0.5, 0.0]])
+  >>> hits(logits, np.array([2, 1])).tolist(), hits(logits, np.array([2, 1]), k=2).tolist()
+  ([False, False], [True, True])
+  """
+  ranking = np.argsort(-logits, axis=-1, kind='stable')
+  return (ranking[:, :k] == labels[:, None]).any(axis=-1)
+
+
+def scores(
+  logits: Float[np.ndarray, 'images classes'],
+  labels: Integer[np.ndarray, ' images'],
+  reference: Float[np.ndarray, 'images classes'],
+) -> dict[str, float]:
+  """Top-1 with its interval, top-5, and how often the answer is that of the float network.
+
+  Args:
+    logits: of the network that is judged.
+    labels: what is right.
+    reference: the float network's logits of the same images.
+  """
+  right = hits(logits, labels)
+  low, high = interval(int(right.sum()), len(labels))
+  return {
+    'top1': float(right.mean()),
+    'top1_low': low,
+    'top1_high': high,
+    'top5': float(hits(logits, labels, k=5).mean()),
+    'agreement': float(hits(logits, reference.argmax(axis=-1)).mean()),
+  }
+
+
+def interval(hits: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+  """Wilson's interval of a binomial share, which holds near 0 and 1 too.
+
+  >>> low, high = interval(181, 200)
+  >>> round(low, 3), round(high, 3)
+  (0.856, 0.938)
+  """
+  z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
+  share, weight = hits / trials, z * z / trials
+  middle = share + weight / 2
+  radius = z * math.sqrt(share * (1 - share) / trials + weight / trials / 4)
+  return max((middle - radius) / (1 + weight), 0.0), min((middle + radius) / (1 + weight), 1.0)

@@ -1,0 +1,171 @@
+"""A network of `opq_jax.models` with weights in any file, and `.opq` files that say which it is.
+
+An `.opq` file that `opq compress --model` wrote has the network's name, the source of its weights
+and the number of its classes among its metadata: whoever has the file needs nothing else to run
+it, to prepare images for it, or to hand it back to the framework that it came from.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from opq_jax import batch_norm, importers, trees, weight_files
+from opq_jax.artifact import OpqFile
+from opq_jax.importers import Imported, Source
+from opq_jax.trees import PyTree
+
+KEYS = _NAME, _SOURCE, _CLASSES = 'model', 'source', 'num_classes'
+"""What the metadata of a file call the three."""
+
+_CIFAR_SIDE = 32  # pixels of images that no preprocessing resizes or crops
+_RAW_STD = 1 / 255  # of a preprocessing that leaves an image in units of its bytes
+_IMAGE_STD = 0.226  # of photographs, in units where white is 1: the mean of ImageNet's three
+
+
+class Network(NamedTuple):
+  """A network that can be run: `model.apply(variables, images)`.
+
+  Attributes:
+    name: one of `opq_jax.models.names()`.
+    model: with the padding, epsilon and stride placement that the weights were trained with.
+    variables: `{'params': …, 'batch_stats': …}`.
+    source: where the weights are from; its `preprocessing` belongs to them.
+  """
+
+  name: str
+  model: nn.Module
+  variables: Any
+  source: Source
+
+
+class Identity(NamedTuple):
+  """What a file says about the network in it."""
+
+  name: str
+  source: str
+  num_classes: int
+
+
+def metadata(name: str, imported: Imported) -> dict[str, str]:
+  """What a file must say for `identity` to find the network again."""
+  return {
+    _NAME: name,
+    _SOURCE: imported.source.name,
+    _CLASSES: str(imported.model.num_classes),
+  }
+
+
+def identity(found: Mapping[str, str]) -> Identity | None:
+  """The network that the metadata of a file name, None where they name none.
+
+  Raises:
+    ValueError: they name one by halves, or its classes are no number.
+
+  >>> identity({'model': 'resnet50', 'source': 'timm', 'num_classes': '1000'})
+  Identity(name='resnet50', source='timm', num_classes=1000)
+  >>> identity({'weights': 'net.npz'}) is None
+  True
+  """
+  if _NAME not in found:
+    return None
+  missing = [key for key in KEYS if key not in found]
+  classes = found.get(_CLASSES, '')
+  if missing or not classes.isdecimal():
+    shown = {key: found[key] for key in KEYS if key in found}
+    raise ValueError(f'metadata: found {shown}, expected a name for each of {", ".join(KEYS)}')
+  return Identity(found[_NAME], found[_SOURCE], int(classes))
+
+
+def load(
+  path: str | os.PathLike[str],
+  *,
+  name: str | None = None,
+  source: str | None = None,
+  num_classes: int | None = None,
+) -> Network:
+  """A network with the weights of any file: an `.opq` file, or what `importers.load` reads.
+
+      network = networks.load('resnet50.opq')
+      network = networks.load('resnet50.pth', name='resnet50')
+
+  Args:
+    path: anything that `opq_jax.read_weights` reads, by the names of a source or by Flax's.
+    name: of the network; an `.opq` file may know it.
+    source: of its weights; by default what the `.opq` file says, or the one whose names the file
+      has.  Flax's names belong to no source: then it is the first of `importers.sources(name)`.
+    num_classes: logits, by default as many as the file has; one fewer drops logit 0, as in
+      `importers.load`.
+
+  Returns:
+    The network, float32 where its weights were another framework's and bit for bit otherwise.
+
+  Raises:
+    ValueError: nobody says which network it is; a name is not known; or weights are missing, not
+      expected or of other shape, all of which the message lists.
+    OSError: the file cannot be read.
+  """
+  said = _said(path)
+  if name is None and said is None:
+    raise ValueError(
+      f'{os.fspath(path)}: found no name of a network in it, expected one to be given (--model)'
+    )
+  if said is not None and name in (None, said.name):
+    name, source = said.name, source or said.source
+  assert name is not None
+  leaves = trees.named_leaves(weight_files.read_weights(path))
+  if not any(leaf.startswith('params/') for leaf in leaves):
+    imported = importers.from_tensors(name, leaves, source=source, num_classes=num_classes)
+    return Network(name, *imported)
+  source = source or importers.sources(name)[0].name
+  return Network(
+    name, *importers.from_variables(name, leaves, source=source, num_classes=num_classes)
+  )
+
+
+def noise_shape(source: Source) -> tuple[int, int, int, int]:
+  """The noise that `opq_jax.correct_batch_norm` wants: 16 images at 224 pixels, 128 at CIFAR's 32.
+
+  >>> noise_shape(importers.sources('resnet50')[0])
+  (16, 224, 224, 3)
+  """
+  side = source.preprocessing.crop or _CIFAR_SIDE
+  # as many pixels cost about as much; below 128 the variances of the last maps are noisy at 32
+  return (128 if side <= 2 * _CIFAR_SIDE else 16, side, side, 3)
+
+
+def correct_batch_norm(imported: Imported, compressed: PyTree, seed: int = 0) -> PyTree:
+  """`opq_jax.correct_batch_norm` of an imported network, with noise of its own size and units.
+
+  Args:
+    imported: the network before compression, with BatchNorm.
+    compressed: its variables after.
+    seed: of the noise.
+  """
+  model, variables, source = imported
+  std = np.asarray(source.preprocessing.std)
+  apply = model.apply
+  if (std <= _RAW_STD).all():
+    # in units of bytes, noise of variance 1 would be so faint that BatchNorm's epsilon weighs
+    scale = (_IMAGE_STD / std).astype(np.float32)
+    apply = lambda tree, x, **options: model.apply(tree, x * scale, **options)
+  shape = noise_shape(source)
+  return batch_norm.correct_batch_norm(apply, variables, compressed, jax.random.key(seed), shape)
+
+
+def has_batch_norm(variables: Mapping[str, PyTree]) -> bool:
+  """Whether there is a BatchNorm to correct."""
+  return bool(jax.tree.leaves(variables.get('batch_stats', {})))
+
+
+def _said(path: str | os.PathLike[str]) -> Identity | None:
+  if not os.fspath(path).lower().endswith('.opq'):
+    return None
+  with OpqFile(path) as file:
+    try:
+      return identity(file.metadata)
+    except ValueError as error:
+      raise ValueError(f'{os.fspath(path)}: {error}') from error
