@@ -104,7 +104,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
     augmentation=AUGMENTATIONS[config.augmentation],
     seed=config.seed,
   )
-  restored = checkpoints.restore(train_state, training.replicated())
+  restored = checkpoints.restore(train_state)
   if restored is not None:
     train_state, position = restored
     batches.set_state(position)

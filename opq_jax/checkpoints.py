@@ -11,6 +11,7 @@ Train states are written in the background while training goes on.
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple, Self
@@ -18,10 +19,9 @@ from typing import Any, NamedTuple, Self
 import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from jax.sharding import Sharding
 
 from opq_jax.compression import CompressionState
-from opq_jax.training import TrainState
+from opq_jax.training import TrainState, replicate, replicated
 from opq_jax.trees import PyTree
 
 _COMPRESSION = 'compression'
@@ -69,23 +69,23 @@ class Checkpoints:
     if path.exists():
       raise ValueError(f'{path}: found a compression state, expected none: it never changes')
     with ocp.StandardCheckpointer() as checkpointer:
-      checkpointer.save(path, state)
+      checkpointer.save(path, replicate(state, jax.devices()))
 
   def restore_compression(
-    self, like: CompressionState, sharding: Sharding | None = None
+    self, like: CompressionState, devices: Sequence[jax.Device] | None = None
   ) -> CompressionState | None:
     """The compression state of this run, bit for bit; None if it has not been written.
 
     Args:
       like: a state of the same shapes and dtypes, as `jax.eval_shape` makes it of
         `opq_jax.init_state`.
-      sharding: where the arrays are to be.
+      devices: where the arrays are to be, as for `opq_jax.training.replicate`.
     """
     path = self._directory / _COMPRESSION
     if not path.exists():
       return None
     with ocp.StandardCheckpointer() as checkpointer:
-      return checkpointer.restore(path, _abstract(like, sharding))
+      return replicate(checkpointer.restore(path, _abstract(like)), devices)
 
   def save(self, train_state: TrainState, position: dict[str, Any], *, wait: bool = False) -> None:
     """Writes the state after `train_state.step` steps; nothing if it is there already.
@@ -96,6 +96,8 @@ class Checkpoints:
       wait: until it is on disk.
     """
     step = int(train_state.step)
+    # of many processes, Orbax writes what is on the devices of all
+    train_state = replicate(train_state, jax.devices())
     if step not in self._manager.all_steps():
       self._manager.save(
         step,
@@ -106,13 +108,15 @@ class Checkpoints:
     if wait:
       self._manager.wait_until_finished()
 
-  def restore(self, like: TrainState, sharding: Sharding | None = None) -> Restored | None:
+  def restore(
+    self, like: TrainState, devices: Sequence[jax.Device] | None = None
+  ) -> Restored | None:
     """The latest train state, bit for bit, and the position; None if there is none.
 
     Args:
       like: a state of the same shapes and dtypes, such as the one before the first step.
-      sharding: where the arrays are to be, on however many devices there are now:
-        `opq_jax.training.replicated(devices)`.
+      devices: where the arrays are to be, however many wrote them; as for
+        `opq_jax.training.replicate`.
     """
     step = self._manager.latest_step()
     if step is None:
@@ -120,10 +124,10 @@ class Checkpoints:
     found = self._manager.restore(
       step,
       args=ocp.args.Composite(
-        train=ocp.args.StandardRestore(_abstract(like, sharding)), data=ocp.args.JsonRestore()
+        train=ocp.args.StandardRestore(_abstract(like)), data=ocp.args.JsonRestore()
       ),
     )
-    return Restored(found['train'], found['data'])
+    return Restored(replicate(found['train'], devices), found['data'])
 
 
 class StopRequest:
@@ -158,7 +162,8 @@ class StopRequest:
     return self._event.is_set()
 
 
-def _abstract(tree: PyTree, sharding: Sharding | None) -> PyTree:
+def _abstract(tree: PyTree) -> PyTree:
+  sharding = replicated(jax.devices())
   return jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
   )

@@ -317,13 +317,33 @@ def pmap_eval_step(
 
 
 def replicate(tree: PyTree, devices: Sequence[jax.Device] | None = None) -> PyTree:
-  """`tree` on every device, by default all: what a step returns, so that it is compiled once."""
-  return jax.device_put(tree, replicated(devices))
+  """`tree` whole on every device: as a step returns it, so that it is compiled once.
+
+  Args:
+    tree: arrays, keys of random numbers included.
+    devices: by default those of this process, as `pmap_train_step` returns its states;
+      `shard_map_train_step` wants all of its mesh, `mesh.devices.flat`.  Where some are another
+      process's, every process must call this with the same tree; that is not checked.
+  """
+  sharding = replicated(devices)
+  if sharding.is_fully_addressable and all(
+    leaf.is_fully_addressable for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)
+  ):
+    return jax.device_put(tree, sharding)
+
+  def put(leaf: Any) -> Array:
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      data = put(jax.random.key_data(leaf))
+      return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+  return jax.tree.map(put, tree)
 
 
 def replicated(devices: Sequence[jax.Device] | None = None) -> NamedSharding:
-  """The sharding of what is whole on every device, by default on all."""
-  mesh = Mesh(np.array(devices if devices is not None else jax.devices()), (AXIS,))
+  """The sharding of what is whole on every device, by default on those of this process."""
+  mesh = Mesh(np.array(list(jax.local_devices() if devices is None else devices)), (AXIS,))
   return NamedSharding(mesh, P())
 
 

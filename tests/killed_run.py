@@ -37,7 +37,7 @@ def main(folder, pause):
     batches = streams.stream(
       streams.fake((2, 4, 3), classes=5, count=50), batch_size=8, preprocessing=PLAIN
     )
-    restored = manager.restore(train_state, training.replicated())
+    restored = manager.restore(train_state)
     if restored is not None:
       train_state, position = restored
       batches.set_state(position)

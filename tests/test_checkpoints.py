@@ -65,7 +65,7 @@ def test_a_train_state_comes_back_on_another_number_of_devices(tmp_path, count):
     checkpoints.save(train_state, position)
   with Checkpoints(tmp_path) as checkpoints:
     like = small_networks.start(OPTIMIZER, with_average=True)
-    found = checkpoints.restore(like, training.replicated(devices))
+    found = checkpoints.restore(like, devices)
   assert found.position == position
   assert_same_bits(found.train_state, expected)
   assert len(found.train_state.params['head']['kernel'].sharding.device_set) == count

@@ -87,9 +87,8 @@ def test_nothing_breaks_the_compression_in_200_steps(name, count, tmp_path):
       checkpoints.save_compression(state)
       checkpoints.save(train_state, {'next_index': 100})
     with Checkpoints(tmp_path) as checkpoints:
-      sharding = training.replicated(devices)
-      state = checkpoints.restore_compression(state, sharding)
-      train_state, _ = checkpoints.restore(train_state, sharding)
+      state = checkpoints.restore_compression(state, devices)
+      train_state, _ = checkpoints.restore(train_state, devices)
     train_state, last = train(step, train_state, state, 100, devices, seed=1)
     history = first + last
   else:

@@ -1,0 +1,47 @@
+"""Two processes of one device each are one process of two, bit for bit."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+SCRIPT = pathlib.Path(__file__).parent / 'many_processes.py'
+
+
+def start(kind, folder, index, count, port):
+  environment = {
+    **os.environ,
+    'JAX_NUM_CPU_DEVICES': str(2 // count),
+    'PYTHONPATH': os.pathsep.join([str(SCRIPT.parent.parent), os.environ.get('PYTHONPATH', '')]),
+  }
+  return subprocess.Popen(
+    [sys.executable, str(SCRIPT), kind, str(folder), str(index), str(count), str(port)],
+    env=environment,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def free_port():
+  with socket.socket() as server:
+    server.bind(('localhost', 0))
+    return server.getsockname()[1]
+
+
+@pytest.mark.parametrize('kind', ['pmap', 'shard_map'])
+def test_two_processes_are_one_with_two_devices(kind, tmp_path):
+  for count in (1, 2):
+    port = free_port()
+    processes = [start(kind, tmp_path, index, count, port) for index in range(count)]
+    for process in processes:
+      _, complaint = process.communicate(timeout=300)
+      assert process.returncode == 0, complaint
+  one, two = (np.load(tmp_path / f'{kind}_{count}.npz') for count in (1, 2))
+  with one, two:
+    assert len(one.files) == len(two.files) > 10
+    for name in one.files:
+      np.testing.assert_array_equal(one[name], two[name])
