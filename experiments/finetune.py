@@ -10,6 +10,9 @@ and ends as if nothing had happened; after SIGTERM it saves and exits with 0.  D
     metrics.jsonl    one line of training, or of evaluation, a line
     accuracy.png     test accuracy over the epochs
     checkpoints/     see opq_jax/checkpoints.py
+
+On many hosts, start it on each with --distributed and one DIR that all share: Slurm, Kubernetes,
+MPI and TPU pods say who is who; elsewhere add --coordinator=HOST:PORT --processes=N --process=I.
 """
 
 import json
@@ -22,6 +25,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 from absl import app, flags, logging
+from jax.experimental import multihost_utils
 from ml_collections import config_flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -35,6 +39,7 @@ from opq_jax import (
   importers,
   losses,
   models,
+  networks,
   plots,
   streams,
   training,
@@ -53,12 +58,14 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
   """The whole experiment: what is written to results.json, or None if it was asked to stop."""
   begin = time.perf_counter()
   workdir.mkdir(parents=True, exist_ok=True)
-  console = Console()
+  is_first = jax.process_index() == 0
+  console = Console(quiet=not is_first)
   if not console.is_terminal:
-    console = Console(width=132)
+    console = Console(width=132, quiet=not is_first)
 
-  model, variables, preprocessing = float_network(config)
-  train_examples, test_batches = examples_and_test_batches(config, preprocessing)
+  imported = float_network(config)
+  model, variables, source = imported
+  train_examples, test_batches = examples_and_test_batches(config, source.preprocessing)
   steps_per_epoch = len(train_examples) // config.batch_size
   steps = config.steps or round(config.epochs * steps_per_epoch)
 
@@ -88,9 +95,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
     whole_state = compress(config, variables)
     checkpoints.save_compression(whole_state)
   compressed = opq_jax.apply_compression(variables, whole_state)
-  corrected = opq_jax.correct_batch_norm(
-    model.apply, variables, compressed, jax.random.key(config.seed), config.noise_shape
-  )
+  corrected = correct(config, imported, compressed, train_examples)
 
   # the latent weights are the float network's, with what the correction moved
   start = {**corrected, 'params': latent(variables, corrected, whole_state)}
@@ -100,7 +105,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
   batches = streams.stream(
     train_examples,
     batch_size=config.batch_size,
-    preprocessing=preprocessing,
+    preprocessing=source.preprocessing,
     augmentation=AUGMENTATIONS[config.augmentation],
     seed=config.seed,
   )
@@ -115,7 +120,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
     for name, network in (
       ('float32', variables),
       ('one shot', compressed),
-      ('one shot, BatchNorm corrected', corrected),
+      ('one shot, corrected', corrected),
     ):
       size = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
       if name != 'float32':
@@ -162,20 +167,24 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
     train_state, state, averaged=config.ema_decay is not None
   )
   path = workdir / 'network.opq'
-  if jax.process_index() == 0:
-    opq_jax.save(path, network, network_state)
+  if is_first:
+    about = networks.metadata(config.model, imported)
+    opq_jax.save(path, network, network_state, about)
+  multihost_utils.sync_global_devices('the file is written')
   loaded, _ = opq_jax.load(path)
   size = path.stat().st_size
   scores = evaluate(eval_fn, loaded, test_batches)
   log.write(steps, kind='test', file_bytes=size, **scores)
   log.write(steps, kind='network', network='finetuned, its file', file_bytes=size, **scores)
+  if not is_first:
+    return {}
   records = log.records()
-  networks = [record for record in records if record['kind'] == 'network']
-  float_bytes = networks[0]['file_bytes']
+  judged = [record for record in records if record['kind'] == 'network']
+  float_bytes = judged[0]['file_bytes']
   rows = [
     {name: row[name] for name in ('network', 'step', 'top1', 'top5', 'file_bytes')}
     | {'file_rate': round(float_bytes / row['file_bytes'], 3)}
-    for row in networks
+    for row in judged
   ]
   result = {
     'command': command(config),
@@ -188,7 +197,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
   }
   (workdir / 'results.json').write_text(json.dumps(result, indent=1, ensure_ascii=False) + '\n')
   # from what finetuning started with: the last of the networks before it
-  tests = [networks[-2], *(record for record in records if record['kind'] == 'test')]
+  tests = [judged[-2], *(record for record in records if record['kind'] == 'test')]
   plots.accuracy_over_epochs(
     workdir / 'accuracy.png',
     [record['step'] / steps_per_epoch for record in tests],
@@ -200,26 +209,27 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
   return result
 
 
-def float_network(config: ml_collections.ConfigDict) -> tuple[Any, Any, data.Preprocessing]:
-  """The model, its variables and the preprocessing; random weights where no file is named."""
+def float_network(config: ml_collections.ConfigDict) -> importers.Imported:
+  """The model, its variables and their source; random weights where no file is named."""
   dtype = jnp.dtype(config.dtype)
   if config.weights:
-    model, variables, source = importers.load(config.model, config.weights, dtype=dtype)
-    return model, variables, source.preprocessing
+    return importers.load(config.model, config.weights, dtype=dtype)
   model = models.create(config.model, dtype=dtype)
   image = jnp.zeros((1, *config.fake_shape))
-  return model, jax.jit(model.init)(jax.random.key(config.seed), image), data.CIFAR
+  variables = jax.jit(model.init)(jax.random.key(config.seed), image)
+  return importers.Imported(model, variables, importers.sources(config.model)[0])
 
 
 def examples_and_test_batches(
   config: ml_collections.ConfigDict, preprocessing: data.Preprocessing
 ) -> tuple[streams.Examples, list[dict[str, Any]]]:
-  """What is trained with, and batches of one size of what is judged with."""
+  """What is trained with, and this process's rows of batches of one size to judge with."""
+  size, count, index = config.eval_batch_size, jax.process_count(), jax.process_index()
   if config.dataset == 'fake':
     shape = config.fake_shape
     train = streams.fake(shape, classes=10, count=4 * config.batch_size, seed=0)
     test = streams.fake(shape, classes=10, count=config.batch_size + 1, seed=1)
-    loader = streams.in_order(test, batch_size=config.batch_size, preprocessing=preprocessing)
+    loader = streams.in_order(test, batch_size=size, preprocessing=preprocessing)
   else:
     train = data.source(config.dataset, config.train_split, config.data_dir)
     if config.in_memory:
@@ -228,11 +238,13 @@ def examples_and_test_batches(
       config.dataset,
       config.test_split,
       data_dir=config.data_dir,
-      batch_size=config.eval_batch_size,
+      batch_size=size,
       preprocessing=preprocessing,
+      shard=(0, 1),
     )
-  batches = list(loader)
-  return train, [training.pad_batch(batch, len(batches[0]['label'])) for batch in batches]
+  rows = slice(index * size // count, (index + 1) * size // count)
+  padded = [training.pad_batch(batch, size) for batch in loader]
+  return train, [{name: leaf[rows] for name, leaf in batch.items()} for batch in padded]
 
 
 def make_optimizer(
@@ -252,11 +264,30 @@ def compress(config: ml_collections.ConfigDict, variables: Any) -> CompressionSt
   """Masks and codebooks of the whole network, by whichever target the config has."""
   options = {'objective': config.objective}
   if config.file_rate:
-    return file_rate.at_file_rate(variables, config.file_rate, **options).state
+    # finetuning moves weights between cells, and with them the file's size by a few tenths of a
+    # per cent either way
+    return file_rate.at_file_rate(variables, 1.003 * config.file_rate, **options).state
   targets = {'sparsity': config.sparsity, 'bits': config.bits}
   if config.compression_rate:
     targets = {'compression_rate': config.compression_rate}
   return opq_jax.init_state(variables, opq_jax.allocate(variables, **targets, **options))
+
+
+def correct(
+  config: ml_collections.ConfigDict,
+  imported: importers.Imported,
+  compressed: Any,
+  examples: streams.Examples,
+) -> Any:
+  """The network to start from: BatchNorm from noise; without BatchNorm, biases from images."""
+  model, variables, source = imported
+  if networks.has_batch_norm(variables):
+    key = jax.random.key(config.seed)
+    return opq_jax.correct_batch_norm(model.apply, variables, compressed, key, config.noise_shape)
+  few = streams.in_order(
+    examples, batch_size=config.noise_shape[0], preprocessing=source.preprocessing
+  )
+  return opq_jax.correct_on_images(model.apply, variables, compressed, [next(few)['image']])
 
 
 def latent(variables: Any, corrected: Any, state: CompressionState) -> Any:
@@ -284,6 +315,8 @@ class MetricLog:
     self._path = path
 
   def write(self, step: int, **values: Any) -> None:
+    if jax.process_index() != 0:
+      return
     rounded = {k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()}
     with open(self._path, 'a') as file:
       file.write(json.dumps({'step': step, **rounded}) + '\n')
@@ -294,6 +327,8 @@ class MetricLog:
     return [json.loads(line) for line in lines if line.endswith('}')]
 
   def keep_until(self, step: int) -> None:
+    if jax.process_index() != 0:
+      return
     kept = [record for record in self.records() if record['step'] <= step]
     self._path.write_text(''.join(json.dumps(record) + '\n' for record in kept))
 
@@ -324,6 +359,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(_: list[str]) -> None:
+  if DISTRIBUTED.value or COORDINATOR.value:
+    jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
   logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
   run(CONFIG.value, pathlib.Path(WORKDIR.value))
 
@@ -331,5 +368,9 @@ def main(_: list[str]) -> None:
 if __name__ == '__main__':
   CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
   WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the results.')
+  DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'One of many processes.')
+  COORDINATOR = flags.DEFINE_string('coordinator', None, 'HOST:PORT of the first process.')
+  PROCESSES = flags.DEFINE_integer('processes', None, 'How many.')
+  PROCESS = flags.DEFINE_integer('process', None, 'Which of them this is, from 0.')
   flags.mark_flags_as_required(['config', 'workdir'])
   app.run(main)
