@@ -93,6 +93,7 @@ def parameters(name: str) -> int:
 TABLES = {
   'networks': networks,
   'speed': lambda: benchmark('speed'),
+  'finetuning': lambda: benchmark('finetuning'),
   'payload': lambda: benchmark('payload'),
   'cell_rule': lambda: benchmark('cell_rule'),
   'one_shot_mobilenet_v1': lambda: one_shot('one_shot_mobilenet_v1'),
