@@ -27,6 +27,7 @@ def get_config(argument: str = '15') -> ml_collections.ConfigDict:
   config.name = f'finetune_resnet20_cifar10.py:{argument}'
 
   config.model = networks[0] if networks else 'resnet20'
+  config.num_classes = 10
   config.weights = f'weights/{config.model}_cifar10.safetensors'
   config.dtype = 'float32'  # of the computation
 
@@ -36,6 +37,7 @@ def get_config(argument: str = '15') -> ml_collections.ConfigDict:
   config.data_dir = '../shared/tfds'
   config.in_memory = True
   config.augmentation = 'cifar'
+  config.loader_threads = 2
   config.fake_shape = (32, 32, 3)
   config.batch_size = 128
   config.eval_batch_size = 500

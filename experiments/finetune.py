@@ -108,6 +108,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
     preprocessing=source.preprocessing,
     augmentation=AUGMENTATIONS[config.augmentation],
     seed=config.seed,
+    threads=config.loader_threads,
   )
   restored = checkpoints.restore(train_state)
   if restored is not None:
@@ -211,10 +212,10 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
 
 def float_network(config: ml_collections.ConfigDict) -> importers.Imported:
   """The model, its variables and their source; random weights where no file is named."""
-  dtype = jnp.dtype(config.dtype)
+  options = {'num_classes': config.num_classes, 'dtype': jnp.dtype(config.dtype)}
   if config.weights:
-    return importers.load(config.model, config.weights, dtype=dtype)
-  model = models.create(config.model, dtype=dtype)
+    return importers.load(config.model, config.weights, **options)
+  model = models.create(config.model, **options)
   image = jnp.zeros((1, *config.fake_shape))
   variables = jax.jit(model.init)(jax.random.key(config.seed), image)
   return importers.Imported(model, variables, importers.sources(config.model)[0])

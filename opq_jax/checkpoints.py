@@ -13,7 +13,7 @@ import signal
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -144,13 +144,15 @@ class StopRequest:
     self._event = threading.Event()
 
   def __enter__(self) -> Self:
-    self._previous = signal.signal(signal.SIGTERM, self._request)
+    # with many processes, JAX itself listens, and a handler of ours would take its place
+    self._listens = jax.process_count() == 1
+    if self._listens:
+      self._previous = signal.signal(signal.SIGTERM, self._request)
     return self
 
-  def __exit__(
-    self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
-  ) -> None:
-    signal.signal(signal.SIGTERM, self._previous)
+  def __exit__(self, *_: object) -> None:
+    if self._listens:
+      signal.signal(signal.SIGTERM, self._previous)
 
   def _request(self, number: int, frame: FrameType | None) -> None:
     self._event.set()

@@ -1,6 +1,7 @@
 """A few steps as one of many processes: `python many_processes.py KIND DIR INDEX COUNT PORT`.
 
-Saves, restores and goes on; the process of index 0 writes what became of it to DIR/KIND_COUNT.npz.
+KIND is pmap, shard_map, or sigterm, which steps until it gets one and then saves.  The others save,
+restore and go on; the process of index 0 writes what became of it to DIR/KIND_COUNT.npz.
 COUNT 1 is one process that has all the devices.
 """
 
@@ -23,7 +24,7 @@ def main(kind, folder, index, count, port):
   if count > 1:
     jax.distributed.initialize(f'localhost:{port}', num_processes=count, process_id=index)
   assert jax.device_count() == 2
-  if kind == 'pmap':
+  if kind != 'shard_map':
     devices = jax.local_devices()
     step_fn = training.pmap_train_step(apply_fn, OPTIMIZER)
   else:
@@ -40,6 +41,13 @@ def main(kind, folder, index, count, port):
     for step in range(1, 4):
       train_state, metrics = step_fn(train_state, state, next(batches))
       assert not stop.is_requested(step)
+    while kind == 'sigterm':
+      step += 1
+      train_state, _ = step_fn(train_state, state, next(batches))
+      print(step, flush=True)
+      if stop.is_requested(step):
+        checkpoints.save(train_state, batches.get_state(), wait=True)
+        return
     checkpoints.save(train_state, batches.get_state())
   with Checkpoints(f'{folder}/{kind}_{count}') as checkpoints:
     state = checkpoints.restore_compression(state, devices)

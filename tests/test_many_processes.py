@@ -1,4 +1,4 @@
-"""Two processes of one device each are one process of two, bit for bit."""
+"""Two processes of one device each are one process of two, bit for bit, and stop together."""
 
 import os
 import pathlib
@@ -21,6 +21,7 @@ def start(kind, folder, index, count, port):
   return subprocess.Popen(
     [sys.executable, str(SCRIPT), kind, str(folder), str(index), str(count), str(port)],
     env=environment,
+    stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
   )
@@ -45,3 +46,18 @@ def test_two_processes_are_one_with_two_devices(kind, tmp_path):
     assert len(one.files) == len(two.files) > 10
     for name in one.files:
       np.testing.assert_array_equal(one[name], two[name])
+
+
+def test_after_sigterm_of_one_all_save_the_same_step_and_exit_with_0(tmp_path):
+  port = free_port()
+  processes = [start('sigterm', tmp_path, index, 2, port) for index in range(2)]
+  # Gloo has something to say first
+  assert any(line.strip().isdigit() for line in processes[1].stdout)
+  processes[1].terminate()
+  last = []
+  for process in processes:
+    output, complaint = process.communicate(timeout=300)
+    assert process.returncode == 0, complaint
+    last.append(output.split()[-1])
+  assert last[0] == last[1]
+  assert (tmp_path / 'sigterm_2' / last[0] / 'train').exists()
