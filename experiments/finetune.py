@@ -17,7 +17,9 @@ MPI and TPU pods say who is who; elsewhere add --coordinator=HOST:PORT --process
 
 import json
 import pathlib
+import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -54,7 +56,9 @@ AUGMENTATIONS = {
 }
 
 
-def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any] | None:
+def run(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path, overrides: Sequence[str] = ()
+) -> dict[str, Any] | None:
   """The whole experiment: what is written to results.json, or None if it was asked to stop."""
   begin = time.perf_counter()
   workdir.mkdir(parents=True, exist_ok=True)
@@ -188,7 +192,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, A
     for row in judged
   ]
   result = {
-    'command': command(config),
+    'command': ' '.join([command(config), *overrides]),
     'config': public(config),
     'steps': steps,
     'rows': rows,
@@ -363,7 +367,9 @@ def main(_: list[str]) -> None:
   if DISTRIBUTED.value or COORDINATOR.value:
     jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
   logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
-  run(CONFIG.value, pathlib.Path(WORKDIR.value))
+  folders = '--config.weights', '--config.data_dir'
+  overrides = [w for w in sys.argv[1:] if w.startswith('--config.') and not w.startswith(folders)]
+  run(CONFIG.value, pathlib.Path(WORKDIR.value), overrides)
 
 
 if __name__ == '__main__':

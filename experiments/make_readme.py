@@ -71,6 +71,29 @@ def select(rows: list[dict[str, str]]) -> list[dict[str, object]]:
   return lines
 
 
+def finetune(name: str) -> str:
+  """Every network on the way, of every run of a config."""
+  lines: list[dict[str, object]] = []
+  for path in sorted((RESULTS / name).glob('*/results.json')):
+    document = json.loads(path.read_text())
+    for row in document['rows'][1 if lines else 0 :]:
+      recipe = ''
+      if row['step']:
+        epochs, share = document['config']['epochs'], document['config']['distillation']
+        recipe = f'{epochs:g} epochs' + (f', distillation {share:g}' if share else '')
+      lines.append(
+        {
+          'network': row['network'],
+          'recipe': recipe,
+          'file, bytes': f'{row["file_bytes"]:,}',
+          'file, times smaller': f'{row["file_rate"]:.2f}',
+          'top-1': f'{100 * row["top1"]:.2f} %',
+          'top-5': f'{100 * row["top5"]:.2f} %',
+        }
+      )
+  return markdown(lines)
+
+
 def networks() -> str:
   """Every network of the registry, with its parameters and where its weights may come from."""
   return markdown(
@@ -97,6 +120,7 @@ TABLES = {
   'payload': lambda: benchmark('payload'),
   'cell_rule': lambda: benchmark('cell_rule'),
   'one_shot_mobilenet_v1': lambda: one_shot('one_shot_mobilenet_v1'),
+  'finetune_resnet20_cifar10': lambda: finetune('finetune_resnet20_cifar10'),
 }
 
 
