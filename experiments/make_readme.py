@@ -95,6 +95,29 @@ def corrections() -> str:
   return markdown(lines)
 
 
+def finetune(name: str) -> str:
+  """Every network on the way, of every run of a config."""
+  lines: list[dict[str, object]] = []
+  for path in sorted((RESULTS / name).glob('*/results.json')):
+    document = json.loads(path.read_text())
+    for row in document['rows'][1 if lines else 0 :]:
+      recipe = ''
+      if row['step']:
+        epochs, share = document['config']['epochs'], document['config']['distillation']
+        recipe = f'{epochs:g} epochs' + (f', distillation {share:g}' if share else '')
+      lines.append(
+        {
+          'network': row['network'],
+          'recipe': recipe,
+          'file, bytes': f'{row["file_bytes"]:,}',
+          'file, times smaller': f'{row["file_rate"]:.2f}',
+          'top-1': f'{100 * row["top1"]:.2f} %',
+          'top-5': f'{100 * row["top5"]:.2f} %',
+        }
+      )
+  return markdown(lines)
+
+
 def networks() -> str:
   """Every network of the registry, with its parameters and where its weights may come from."""
   return markdown(
@@ -117,12 +140,14 @@ def parameters(name: str) -> int:
 TABLES = {
   'networks': networks,
   'speed': lambda: benchmark('speed'),
+  'finetuning': lambda: benchmark('finetuning'),
   'payload': lambda: benchmark('payload'),
   'paper_targets': lambda: benchmark('paper_targets'),
   'inference': lambda: benchmark('inference'),
   'cell_rule': lambda: benchmark('cell_rule'),
   'corrections': corrections,
   'one_shot_mobilenet_v1': lambda: one_shot('one_shot_mobilenet_v1'),
+  'finetune_resnet20_cifar10': lambda: finetune('finetune_resnet20_cifar10'),
 }
 
 

@@ -23,6 +23,7 @@ from opq_jax.compression import (
 )
 from opq_jax.sizes import SizeReport, file_report, size_report
 from opq_jax.tables import summary
+from opq_jax.transforms import compressed, keep_compressed
 from opq_jax.weight_files import read_weights, write_safetensors
 
 __version__ = '0.1.0'
@@ -36,6 +37,7 @@ __all__ = [
   'SizeReport',
   'allocate',
   'apply_compression',
+  'compressed',
   'correct_batch_norm',
   'correct_on_images',
   'decode',
@@ -43,6 +45,7 @@ __all__ = [
   'file_report',
   'init_state',
   'is_compressible',
+  'keep_compressed',
   'load',
   'read_weights',
   'save',

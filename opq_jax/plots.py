@@ -94,6 +94,44 @@ def accuracy_over_size(
   figure.savefig(path)
 
 
+def accuracy_over_epochs(
+  path: str | os.PathLike[str],
+  epochs: Sequence[float],
+  accuracies: Sequence[float],
+  *,
+  baseline: float | None = None,
+  title: str = '',
+) -> None:
+  """Draws test accuracy over the epochs of finetuning; epoch 0 is one shot.
+
+  Args:
+    path: of the picture; its suffix says the format.
+    epochs, accuracies: equally many points.
+    baseline: accuracy of the uncompressed network: a dotted line.
+    title: above the picture.
+
+  Raises:
+    ValueError: there is nothing to draw, the numbers differ, or matplotlib is missing.
+  """
+  if not epochs or len(epochs) != len(accuracies):
+    raise ValueError(
+      f'epochs: found {len(epochs)} and {len(accuracies)} accuracies, expected equally many'
+    )
+  figure = _matplotlib_figure()(figsize=(7.2, 4.5), dpi=120, layout='constrained')
+  axes = figure.subplots()
+  axes.plot(epochs, [100 * a for a in accuracies], color=_COLOURS[0], marker='o', linewidth=1.8)
+  if baseline is not None:
+    label = f'float32: {100 * baseline:.2f} %'
+    axes.axhline(100 * baseline, color='black', linestyle=':', linewidth=1.2, label=label)
+    axes.legend(frameon=False, fontsize=9)
+  axes.set_xlabel('epochs of finetuning')
+  axes.set_ylabel('top-1 accuracy, %')
+  axes.set_title(title, fontsize=10, loc='left')
+  axes.grid(alpha=0.25)
+  axes.spines[['top', 'right']].set_visible(False)
+  figure.savefig(path)
+
+
 def _matplotlib_figure() -> Any:
   try:
     from matplotlib.figure import Figure

@@ -1,0 +1,147 @@
+"""The finetuning experiment on noise: what it writes, and that it goes on where it was stopped."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+import opq_jax
+from opq_jax import training
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def load_module(path):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+finetune = load_module(ROOT / 'experiments/finetune.py')
+get_config = load_module(ROOT / 'configs/finetune_resnet20_cifar10.py').get_config
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compilations(tmp_path_factory):
+  """Every run compiles the same network: once is enough."""
+  before = jax.config.jax_compilation_cache_dir
+  jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('compilations')))
+  yield
+  jax.config.update('jax_compilation_cache_dir', before)
+
+
+def smoke(**changes):
+  config = get_config('15,smoke')
+  config.fake_shape = (8, 8, 3)
+  config.update(changes)
+  return config
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  pytest.importorskip('matplotlib')
+  workdir = tmp_path_factory.mktemp('finished')
+  return finetune.run(smoke(steps=4), workdir), workdir
+
+
+def test_a_smoke_run_writes_what_it_says(finished):
+  result, workdir = finished
+  assert [row['network'] for row in result['rows']] == [
+    'float32',
+    'one shot',
+    'one shot, corrected',
+    'finetuned, its file',
+  ]
+  rows = result['rows']
+  assert rows[1]['file_rate'] == pytest.approx(15.05, rel=0.003)
+  path = workdir / 'network.opq'
+  assert path.stat().st_size == rows[-1]['file_bytes']
+  written = json.loads((workdir / 'results.json').read_text())
+  assert written == json.loads(json.dumps(result))
+  assert str(workdir) not in json.dumps(result)
+  assert (workdir / 'accuracy.png').read_bytes().startswith(b'\x89PNG')
+  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  losses = [line['loss'] for line in lines if line['kind'] == 'train']
+  assert len(losses) == 4 and np.isfinite(losses).all()
+
+
+def test_the_file_holds_the_masks_and_codebooks_of_the_beginning(finished):
+  _, workdir = finished
+  network, found = opq_jax.load(workdir / 'network.opq')
+  with finetune.Checkpoints(workdir / 'checkpoints') as checkpoints:
+    state = checkpoints.restore_compression(
+      jax.eval_shape(lambda tree: opq_jax.init_state(tree, opq_jax.allocate(tree)), network)
+    )
+  found, expected = (jax.tree.leaves(tree) for tree in (found, state))
+  assert len(found) == len(expected) > 20
+  for one, other in zip(found, expected, strict=True):
+    np.testing.assert_array_equal(one, other)
+
+
+def test_a_run_that_is_stopped_by_sigterm_goes_on_and_ends_the_same(
+  finished, tmp_path, monkeypatch
+):
+  _, workdir = finished
+  pmap_train_step = training.pmap_train_step
+
+  def stopped_after_two(*arguments, **options):
+    step = pmap_train_step(*arguments, **options)
+
+    def with_signal(train_state, *rest):
+      if int(train_state.step) == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+      return step(train_state, *rest)
+
+    return with_signal
+
+  config = smoke(steps=4, checkpoint_every=100)
+  with monkeypatch.context() as patch:
+    patch.setattr(training, 'pmap_train_step', stopped_after_two)
+    assert finetune.run(config, tmp_path) is None
+  assert not (tmp_path / 'network.opq').exists()
+  assert (tmp_path / 'checkpoints' / '2').exists()
+  # a line that the killed run would not have been able to vouch for
+  finetune.MetricLog(tmp_path / 'metrics.jsonl').write(3, kind='train', loss=0.0)
+  assert finetune.run(config, tmp_path) is not None
+  assert (tmp_path / 'network.opq').read_bytes() == (workdir / 'network.opq').read_bytes()
+  lines = lambda folder: [
+    {name: value for name, value in json.loads(line).items() if name != 'images_per_second'}
+    for line in (folder / 'metrics.jsonl').read_text().splitlines()
+  ]
+  assert lines(tmp_path) == lines(workdir)
+
+
+def test_the_metric_log_drops_a_torn_line(tmp_path):
+  log = finetune.MetricLog(tmp_path / 'metrics.jsonl')
+  assert log.records() == []
+  for step in (1, 2, 3):
+    log.write(step, loss=1 / 3)
+  with open(tmp_path / 'metrics.jsonl', 'a') as file:
+    file.write('{"step": 4, "lo')
+  assert [record['step'] for record in log.records()] == [1, 2, 3]
+  log.keep_until(2)
+  assert log.records() == [{'step': 1, 'loss': 0.33333}, {'step': 2, 'loss': 0.33333}]
+
+
+@pytest.mark.parametrize('argument', ['10', '12.5', '30,resnet32', '15,smoke'])
+def test_arguments_of_the_config(argument):
+  config = get_config(argument)
+  assert config.file_rate == float(argument.split(',')[0])
+  assert config.model == ('resnet32' if 'resnet32' in argument else 'resnet20')
+
+
+@pytest.mark.parametrize('argument', ['15,20', 'smok', ''])
+def test_an_unknown_argument_of_the_config_is_an_error(argument):
+  with pytest.raises(ValueError, match='argument: found'):
+    get_config(argument)
+
+
+def test_an_unknown_optimizer_is_an_error():
+  with pytest.raises(ValueError, match="optimizer: found 'adagrad', expected sgd or adamw"):
+    finetune.make_optimizer(smoke(optimizer='adagrad'), lambda step: 0.1)
