@@ -146,18 +146,30 @@ def minimise_at_rate(
   z, multiplier = _single_scale_start(channels, bits)
 
   def is_off(carry: tuple) -> Array:
-    i, _, _, _, measured = carry
-    return (i == 0) | ((i < 12) & (jnp.abs(measured / bits - 1) > 1e-4))
+    i, _, _, _, off, _, _ = carry
+    return (i == 0) | ((i < 24) & (jnp.abs(off) > 1e-4))
 
   def solve(carry: tuple) -> tuple:
-    i, z, multiplier, asked, measured = carry
-    asked = asked * jnp.clip(bits / measured, 0.5, 2.0)
-    z, multiplier = _newton(sums, conditions, z, multiplier, asked)
-    measured = bits if measure is None else measure(jnp.exp(z[:, 0]), jnp.exp(z[:, 1]))
-    return i + 1, z, multiplier, asked, measured
+    i, z, multiplier, log_asked, off, under, over = carry
+    # the true rate moves with the one asked for, but faster or slower: a secant between the last
+    # that was too little and the last that was too much, kept inside of the two
+    secant = under[0] - under[1] * (over[0] - under[0]) / (over[1] - under[1])
+    margin = (over[0] - under[0]) / 10
+    secant = jnp.clip(secant, under[0] + margin, over[0] - margin)
+    is_between = jnp.isfinite(over[0] - under[0])
+    log_asked = jnp.where(is_between, secant, log_asked - jnp.clip(off, -_LOG2, _LOG2))
+    z, multiplier = _newton(sums, conditions, z, multiplier, jnp.exp(log_asked))
+    off = jnp.zeros_like(bits)
+    if measure is not None:
+      off = jnp.log(measure(jnp.exp(z[:, 0]), jnp.exp(z[:, 1])) / bits)
+    now = jnp.stack([log_asked, off])
+    under, over = jnp.where(off < 0, now, under), jnp.where(off < 0, over, now)
+    return i + 1, z, multiplier, log_asked, off, under, over
 
-  carry = jax.lax.while_loop(is_off, solve, (0, z, multiplier, bits, bits))
-  return jnp.exp(carry[1][:, 0]), jnp.exp(carry[1][:, 1])
+  unknown = jnp.full(2, jnp.inf, bits.dtype)
+  start = (0, z, multiplier, jnp.log(bits), jnp.zeros_like(bits), -unknown, unknown)
+  _, z, *_ = jax.lax.while_loop(is_off, solve, start)
+  return jnp.exp(z[:, 0]), jnp.exp(z[:, 1])
 
 
 def _rate_sums(channels: Channels, z: Array) -> list[Array]:

@@ -211,6 +211,15 @@ def test_constant_leaves(targets):
   np.testing.assert_array_equal(values['zeros'], 0)
 
 
+@pytest.mark.filterwarnings('ignore:the Laplace density')
+@pytest.mark.parametrize('rate', [20.0, 60.0, 100.0])
+def test_rate_is_met_where_the_density_is_far_off(rate):
+  # nearly all weights near zero: the true rate moves with another power of the predicted one
+  params = jax.tree.map(lambda x: x**3, tree())
+  bits, _, _ = measured(params, allocate(params, compression_rate=rate))
+  assert bits == pytest.approx(32 / rate, rel=0.02)
+
+
 @functools.cache
 def mobilenet_v1() -> dict[str, np.ndarray]:
   return opq_jax.read_weights(assets.real_weights('mobilenet_v1'))
