@@ -144,6 +144,7 @@ TABLES = {
   'payload': lambda: benchmark('payload'),
   'paper_targets': lambda: benchmark('paper_targets'),
   'inference': lambda: benchmark('inference'),
+  'inference_layers': lambda: benchmark('inference_layers'),
   'cell_rule': lambda: benchmark('cell_rule'),
   'corrections': corrections,
   'one_shot_mobilenet_v1': lambda: one_shot('one_shot_mobilenet_v1'),
