@@ -71,6 +71,30 @@ def select(rows: list[dict[str, str]]) -> list[dict[str, object]]:
   return lines
 
 
+def corrections() -> str:
+  """Top-1 of every network that has real weights, by what BatchNorm was corrected with."""
+  lines: list[dict[str, object]] = []
+  for folder in sorted(RESULTS.glob('one_shot_*')):
+    with open(folder / 'results.csv', newline='') as file:
+      rows = list(csv.DictReader(file))
+    top_1 = lambda row: f'{100 * float(row["top1"]):.1f} %'
+    chosen = [row for row in rows if row['objective'] == 'retained_signal']
+    for bits in dict.fromkeys(row['bits_asked'] for row in chosen):
+      found = {row['correction']: row for row in chosen if row['bits_asked'] == bits}
+      lines.append(
+        {
+          'network': folder.name.removeprefix('one_shot_'),
+          'float32': top_1(rows[0]),
+          'bits per weight': f'{float(bits):g}',
+          'file, times smaller': f'{float(found["noise"]["file_rate"]):.1f}',
+          'not corrected': top_1(found['none']),
+          'from noise': top_1(found['noise']),
+          'from unlabelled images': top_1(found['images']),
+        }
+      )
+  return markdown(lines)
+
+
 def finetune(name: str) -> str:
   """Every network on the way, of every run of a config."""
   lines: list[dict[str, object]] = []
@@ -118,7 +142,10 @@ TABLES = {
   'speed': lambda: benchmark('speed'),
   'finetuning': lambda: benchmark('finetuning'),
   'payload': lambda: benchmark('payload'),
+  'paper_targets': lambda: benchmark('paper_targets'),
+  'inference': lambda: benchmark('inference'),
   'cell_rule': lambda: benchmark('cell_rule'),
+  'corrections': corrections,
   'one_shot_mobilenet_v1': lambda: one_shot('one_shot_mobilenet_v1'),
   'finetune_resnet20_cifar10': lambda: finetune('finetune_resnet20_cifar10'),
 }

@@ -1,10 +1,10 @@
-r"""What one shot costs a pretrained MobileNet-V1, before and after correcting BatchNorm.
+r"""What one shot costs a pretrained network, before and after correcting BatchNorm.
 
-    python experiments/one_shot.py --config=configs/one_shot_mobilenet_v1.py --workdir=DIR
+    python experiments/one_shot.py --config=configs/one_shot_NETWORK.py --workdir=DIR
 
-For every objective and every number of bits per weight: allocate, compress, correct from noise;
-accuracy on a sample of photographs, with each file's true size.  Compare rows, not other papers:
-the sample is small, and the networks were probably trained on it.
+For every objective and every number of bits per weight: allocate, compress, and correct BatchNorm,
+from noise and from unlabelled images; accuracy, with each file's true size.  Compare rows, not
+other papers: samples are small, and photographs may be those that the networks were trained on.
 """
 
 import csv
@@ -21,16 +21,11 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from safetensors.numpy import load_file
 
 import opq_jax
-from opq_jax import data, plots, sizes
+from opq_jax import data, networks, plots, sizes
 from opq_jax.accuracy import scores
-from opq_jax.importers import tf_slim
-from opq_jax.models import MobileNetV1
-
-COMMAND = 'python experiments/one_shot.py --config=configs/one_shot_mobilenet_v1.py --workdir=DIR'
-CORRECTIONS = ('none', 'noise')
+from opq_jax.importers import Imported
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[str, Any]]:
@@ -41,20 +36,25 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[s
   if not console.is_terminal:
     console = Console(width=132)
 
-  model = MobileNetV1(num_classes=config.num_classes, width=config.width)
-  tensors = load_file(config.weights)
-  variables = tf_slim.mobilenet_v1(tensors, num_classes=config.num_classes, width=config.width)
-
-  loader = data.batches(
-    config.dataset,
-    config.split,
-    data_dir=config.data_dir,
-    batch_size=config.batch_size,
-    preprocessing=data.TF_SLIM,
+  name, model, variables, source = networks.load(
+    config.weights, name=config.model, num_classes=config.num_classes
   )
-  batches = list(loader)
+
+  def batches_of(split: str) -> list[dict[str, np.ndarray]]:
+    return list(
+      data.batches(
+        config.dataset,
+        split,
+        data_dir=config.data_dir,
+        batch_size=config.batch_size,
+        preprocessing=source.preprocessing,
+      )
+    )
+
+  batches = batches_of(config.split)
   images = [jax.device_put(batch['image']) for batch in batches]
   labels = np.concatenate([batch['label'] for batch in batches])
+  unlabelled = [jax.device_put(batch['image']) for batch in batches_of(config.unlabelled_split)]
 
   # weights are arguments: compiled once, for every network
   forward = jax.jit(model.apply)
@@ -72,15 +72,19 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[s
   with Progress(console=console) as progress:
     task = progress.add_task('compressing', total=len(settings))
     for objective, bits in settings:
-      progress.update(task, description=f'{objective}, {bits:g} bits')
+      progress.update(task, description=f'{name}, {objective}, {bits:g} bits')
       allocation = opq_jax.allocate(variables, compression_rate=32 / bits, objective=objective)
       state = opq_jax.init_state(variables, allocation)
       compressed = opq_jax.apply_compression(variables, state)
-      corrected = opq_jax.correct_batch_norm(
-        model.apply, variables, compressed, jax.random.key(config.noise_seed), config.noise_shape
-      )
-      for correction, network in zip(CORRECTIONS, (compressed, corrected), strict=True):
-        report = sizes.size_report(network, state)
+      imported = Imported(model, variables, source)
+      corrected = {
+        'none': compressed,
+        'noise': networks.correct_batch_norm(imported, compressed, config.noise_seed),
+        'images': opq_jax.correct_on_images(model.apply, variables, compressed, unlabelled),
+      }
+      metadata = networks.metadata(name, imported)
+      for correction, network in corrected.items():
+        report = sizes.size_report(network, state, metadata=metadata)
         logits = logits_of(network)
         rows.append(
           {'objective': objective, 'correction': correction, 'bits_asked': bits}
@@ -89,12 +93,11 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[s
           | scores(logits, labels, float_logits)
         )
       path = workdir / f'{objective}_{bits:g}_bits.opq'
-      opq_jax.save(path, corrected, state)
+      opq_jax.save(path, corrected['noise'], state, metadata)
       if (objective, bits) == settings[0]:
         # what is quoted is what a reader of the file gets
-        loaded, _ = opq_jax.load(path)
-        assert path.stat().st_size == report.file
-        np.testing.assert_array_equal(logits_of(loaded), logits, f'{path} gives other outputs')
+        found, expected = networks.load(path).variables, corrected['noise']
+        np.testing.assert_array_equal(logits_of(found), logits_of(expected), f'{path} differs')
       progress.advance(task)
 
   with open(workdir / 'results.csv', 'w', newline='') as file:
@@ -102,48 +105,53 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[s
     writer.writeheader()
     for row in rows:
       writer.writerow({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
-  draw(workdir / 'top1_over_file_size.png', rows, len(labels))
+  title = (
+    f'{name} ({float_bytes / 1e6:.1f} MB as float32), one shot, no finetuning\n'
+    f'{len(labels):,} images of {config.dataset}, {config.split}'
+  )
+  draw(workdir / 'top1_over_file_size.png', rows, title)
   record = {
-    'command': COMMAND,
+    'command': f'python experiments/one_shot.py --config=configs/one_shot_{name}.py --workdir=DIR',
     'config': config.to_dict(),
-    'photographs': len(labels),
+    'images': len(labels),
     'seconds': round(time.perf_counter() - begin),
     'versions': {'opq_jax': opq_jax.__version__, 'jax': jax.__version__},
   }
   # the folders of whoever ran it are nobody else's business
   record['config'] |= {'weights': pathlib.Path(config.weights).name, 'data_dir': '…'}
   (workdir / 'run.json').write_text(json.dumps(record, indent=1, ensure_ascii=False) + '\n')
-  console.print(table(rows, len(labels)))
+  console.print(table(rows, title))
   return rows
 
 
-def draw(path: pathlib.Path, rows: list[dict[str, Any]], photographs: int) -> None:
+def draw(path: pathlib.Path, rows: list[dict[str, Any]], title: str) -> None:
+  """Top-1 over file size: a colour an objective, and one for images with the first of them."""
+  objectives = list(dict.fromkeys(row['objective'] for row in rows[1:]))
+  settings = [
+    (objective, correction) for objective in objectives for correction in ('noise', 'none')
+  ]
   curves = []
-  for objective in dict.fromkeys(row['objective'] for row in rows[1:]):
-    for correction in reversed(CORRECTIONS):
-      key = (objective, correction)
-      points = [row for row in rows if (row['objective'], row['correction']) == key]
-      # three bands of this width would hide each other
-      has_band = correction == 'noise' and not curves
-      curves.append(
-        plots.Curve(
-          objective,
-          [row['file_bytes'] for row in points],
-          [row['top1'] for row in points],
-          [(row['top1_low'], row['top1_high']) for row in points] if has_band else (),
-          '' if correction == 'noise' else 'BatchNorm not corrected',
-        )
+  for objective, correction in [*settings, (objectives[0], 'images')]:
+    points = [
+      row for row in rows if (row['objective'], row['correction']) == (objective, correction)
+    ]
+    # three bands of this width would hide each other
+    has_band = correction == 'noise' and not curves
+    curves.append(
+      plots.Curve(
+        f'{objective}, on images' if correction == 'images' else objective,
+        [row['file_bytes'] for row in points],
+        [row['top1'] for row in points],
+        [(row['top1_low'], row['top1_high']) for row in points] if has_band else (),
+        'BatchNorm not corrected' if correction == 'none' else '',
       )
-  float_bytes = rows[0]['file_bytes']
-  title = (
-    f'MobileNet-V1 ({float_bytes / 1e6:.1f} MB as float32), one shot, no finetuning\n'
-    f'{photographs} ImageNet photographs; band: 95 % interval of {curves[0].label}'
-  )
+    )
+  title += f'; band: 95 % interval of {objectives[0]}'
   plots.accuracy_over_size(path, curves, baseline=rows[0]['top1'], title=title)
 
 
-def table(rows: list[dict[str, Any]], photographs: int) -> Table:
-  result = Table(title=f'one shot, {photographs} photographs', title_justify='left')
+def table(rows: list[dict[str, Any]], title: str) -> Table:
+  result = Table(title=title, title_justify='left')
   for name in ('objective', 'BatchNorm', 'bits/weight', 'pruned', 'file, MB', 'times smaller'):
     result.add_column(name, justify='left' if name in ('objective', 'BatchNorm') else 'right')
   for name in ('top-1, %', '95 %', 'top-5, %', 'same answer, %'):
@@ -151,7 +159,7 @@ def table(rows: list[dict[str, Any]], photographs: int) -> Table:
   for row in rows:
     result.add_row(
       row['objective'],
-      'corrected' if row['correction'] == 'noise' else '',
+      {'none': '', 'noise': 'from noise', 'images': 'on images'}[row['correction']],
       f'{row["bits_per_weight"]:.3f}',
       f'{row["sparsity"]:.1%}',
       f'{row["file_bytes"] / 1e6:.3f}',

@@ -237,10 +237,9 @@ def _compress(arguments: argparse.Namespace) -> None:
   source, output = Path(arguments.input), Path(arguments.output)
   _check_output(source, output)
   _check_network(arguments)
+  is_known = arguments.model is not None or networks.identity_of(source) is not None
   # the kernels of our own networks are Flax's
-  mode: weight_files.ChannelMode = 'last'
-  if arguments.model is None:
-    mode = arguments.channel_axis
+  mode: weight_files.ChannelMode = 'last' if is_known else arguments.channel_axis
   axis = partial(weight_files.channel_axis, mode=mode)
   targets = {
     'sparsity': arguments.sparsity,
@@ -261,15 +260,16 @@ def _compress(arguments: argparse.Namespace) -> None:
   console = _console(sys.stdout)
   with _stages(console) as stage:
     with stage('read'):
-      imported = None
-      if arguments.model is None:
-        params = weight_files.read_weights(source)
-      else:
-        imported = importers.load(
-          arguments.model, source, source=arguments.source, num_classes=arguments.num_classes
+      network = None
+      if is_known:
+        network = networks.load(
+          source,
+          name=arguments.model,
+          source=arguments.source,
+          num_classes=arguments.num_classes,
         )
-        params = imported.variables
-        metadata |= networks.metadata(arguments.model, imported)
+        metadata |= networks.metadata(network)
+      params = weight_files.read_weights(source) if network is None else network.variables
       chosen = _chosen(params, arguments.include, arguments.exclude)
       params = _narrowed(params, chosen)
     with stage('allocate'), warnings.catch_warnings():
@@ -284,20 +284,20 @@ def _compress(arguments: argparse.Namespace) -> None:
       )
     state = opq_jax.init_state(params, allocation)
     stored = params
-    if imported is not None and networks.has_batch_norm(params):
+    if network is not None and networks.has_batch_norm(params):
       metadata['batch_norm'] = 'not corrected'
       if not arguments.no_correction:
         metadata['batch_norm'] = 'corrected from noise'
         with stage('correct BatchNorm'):
           compressed = opq_jax.apply_compression(params, state)
-          stored = networks.correct_batch_norm(imported, compressed)
+          stored = networks.correct_batch_norm(network, compressed)
     with stage('encode'):
       data = artifact.serialize(stored, state, metadata)
       report = sizes.payload_report(data, params, state, channel_axis=axis)
     with stage('write'):
       files.write_bytes(output, data)
-  console.print(tables.summary(params, allocation), tables.four_sizes(report))
-  if imported is not None:
+  console.print(tables.summary(params, allocation), sizes.four_sizes(report))
+  if network is not None:
     console.print(Text(_network_line(metadata)))
   console.print(Text(f'{output}: {report.file:,} bytes, {report.file_rate:.2f} times smaller'))
 
@@ -315,7 +315,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     print(json.dumps(_as_json(arguments.file, metadata, report), indent=2))
     return
   console = _console(sys.stdout)
-  console.print(tables.size_table(report), tables.four_sizes(report))
+  console.print(sizes.size_table(report), sizes.four_sizes(report))
   for key, value in metadata.items():
     console.print(Text(f'{key}: {value}', style='dim'))
   console.print(Text(f'{arguments.file}: all {report.file:,} bytes read, all checksums hold'))
@@ -326,16 +326,15 @@ def _decompress(arguments: argparse.Namespace) -> None:
   _check_output(source, output)
   with OpqFile(source) as file:
     identity = networks.identity(file.metadata)
+    params, _ = file.load()
   names = 'the names in the file'
   if identity is None or arguments.to == 'flax':
     if arguments.to == 'source':
       raise ValueError(
         f'--to: found no name of a network in {source}, expected a file made with --model'
       )
-    params, _ = artifact.load(source)
   else:
-    network = networks.load(source)
-    params = importers.to_tensors(network.name, network.variables, identity.source)
+    params = importers.to_tensors(identity.name, params, identity.source)
     names = f'the names of {identity.source}'
   weight_files.write_safetensors(output, params)
   size = os.stat(output).st_size

@@ -15,7 +15,7 @@ import numpy as np
 
 from opq_jax import batch_norm, importers, trees, weight_files
 from opq_jax.artifact import OpqFile
-from opq_jax.importers import Imported, Source
+from opq_jax.importers import Source
 from opq_jax.trees import PyTree
 
 KEYS = _NAME, _SOURCE, _CLASSES = 'model', 'source', 'num_classes'
@@ -50,12 +50,12 @@ class Identity(NamedTuple):
   num_classes: int
 
 
-def metadata(name: str, imported: Imported) -> dict[str, str]:
+def metadata(network: Network) -> dict[str, str]:
   """What a file must say for `identity` to find the network again."""
   return {
-    _NAME: name,
-    _SOURCE: imported.source.name,
-    _CLASSES: str(imported.model.num_classes),
+    _NAME: network.name,
+    _SOURCE: network.source.name,
+    _CLASSES: str(network.model.num_classes),
   }
 
 
@@ -78,6 +78,22 @@ def identity(found: Mapping[str, str]) -> Identity | None:
     shown = {key: found[key] for key in KEYS if key in found}
     raise ValueError(f'metadata: found {shown}, expected a name for each of {", ".join(KEYS)}')
   return Identity(found[_NAME], found[_SOURCE], int(classes))
+
+
+def identity_of(path: str | os.PathLike[str]) -> Identity | None:
+  """The network that a file names, None where it names none or is no `.opq` file.
+
+  Raises:
+    ValueError: as `identity`, or the file is damaged.
+    OSError: it cannot be read.
+  """
+  if not os.fspath(path).lower().endswith('.opq'):
+    return None
+  with OpqFile(path) as file:
+    try:
+      return identity(file.metadata)
+    except ValueError as error:
+      raise ValueError(f'{os.fspath(path)}: {error}') from error
 
 
 def load(
@@ -108,7 +124,7 @@ def load(
       expected or of other shape, all of which the message lists.
     OSError: the file cannot be read.
   """
-  said = _said(path)
+  said = identity_of(path)
   if name is None and said is None:
     raise ValueError(
       f'{os.fspath(path)}: found no name of a network in it, expected one to be given (--model)'
@@ -137,20 +153,20 @@ def noise_shape(source: Source) -> tuple[int, int, int, int]:
   return (128 if side <= 2 * _CIFAR_SIDE else 16, side, side, 3)
 
 
-def correct_batch_norm(imported: Imported, compressed: PyTree, seed: int = 0) -> PyTree:
-  """`opq_jax.correct_batch_norm` of an imported network, with noise of its own size and units.
+def correct_batch_norm(network: Network, compressed: PyTree, seed: int = 0) -> PyTree:
+  """`opq_jax.correct_batch_norm` of a network, with noise of its own size and units.
 
   Args:
-    imported: the network before compression, with BatchNorm.
+    network: before compression, with BatchNorm.
     compressed: its variables after.
     seed: of the noise.
   """
-  model, variables, source = imported
+  _, model, variables, source = network
   std = np.asarray(source.preprocessing.std)
   apply = model.apply
   if (std <= _RAW_STD).all():
     # in units of bytes, noise of variance 1 would be so faint that BatchNorm's epsilon weighs
-    scale = (_IMAGE_STD / std).astype(np.float32)
+    scale = (_IMAGE_STD / std).astype(np.float32).reshape(1, 1, 1, 3)
     apply = lambda tree, x, **options: model.apply(tree, x * scale, **options)
   shape = noise_shape(source)
   return batch_norm.correct_batch_norm(apply, variables, compressed, jax.random.key(seed), shape)
@@ -159,13 +175,3 @@ def correct_batch_norm(imported: Imported, compressed: PyTree, seed: int = 0) ->
 def has_batch_norm(variables: Mapping[str, PyTree]) -> bool:
   """Whether there is a BatchNorm to correct."""
   return bool(jax.tree.leaves(variables.get('batch_stats', {})))
-
-
-def _said(path: str | os.PathLike[str]) -> Identity | None:
-  if not os.fspath(path).lower().endswith('.opq'):
-    return None
-  with OpqFile(path) as file:
-    try:
-      return identity(file.metadata)
-    except ValueError as error:
-      raise ValueError(f'{os.fspath(path)}: {error}') from error

@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int8, Shaped
+from rich import box
+from rich.table import Table
 
-from opq_jax import artifact, trees
+from opq_jax import artifact, tables, trees
 from opq_jax.allocation import MAX_LEVELS
 from opq_jax.artifact import OpqFile
 from opq_jax.compression import CompressionState, LeafState
@@ -26,6 +28,13 @@ from opq_jax.entropy_coding import entropy
 from opq_jax.trees import PyTree
 
 ChannelAxis = int | Callable[[str, Any], int]
+
+_WHAT = {
+  'nominal': "compressed leaves: survivors at the paper's widths, no positions",
+  'packed': 'compressed leaves: fixed-width codes, 1 mask bit a weight, levels',
+  'entropy': 'compressed leaves: zeroth-order entropy of the codes',
+  'file': 'bytes on disk: headers and uncompressed leaves included',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +194,7 @@ class SizeReport:
 
   @property
   def entropy_rate(self) -> float:
-    """4 n / entropy: the rate that `allocate(compression_rate=...)` aims at."""
+    """4 n / entropy: a little above `allocate`'s compression_rate, which counts tables too."""
     return _rate(4 * self.weights, self.entropy)
 
   @property
@@ -194,10 +203,7 @@ class SizeReport:
     return _rate(self.original, self.file)
 
   def __str__(self) -> str:
-    # tables is for people, and imports this module
-    from opq_jax import tables
-
-    return f'{tables.size_table(self)}\n{tables.four_sizes(self)}'
+    return f'{size_table(self)}\n{four_sizes(self)}'
 
 
 def size_report(
@@ -262,6 +268,68 @@ def file_report(
   with OpqFile(path) as file:
     params, state = file.load()
     return _report(file, size, params, state, channel_axis)
+
+
+def size_table(report: SizeReport) -> tables.Printable:
+  """A row a compressed leaf: its four sizes in bits per weight, and its bytes in the file."""
+  return tables.Printable(lambda: _size_table(report))
+
+
+def four_sizes(report: SizeReport) -> tables.Printable:
+  """The totals: bytes, bits per weight and rate of each of the four sizes, and what each is."""
+  return tables.Printable(lambda: _four_sizes(report))
+
+
+def _size_table(report: SizeReport) -> Table:
+  columns = 'path', 'weights', 'pruned', 'levels', 'nominal', 'packed', 'entropy', 'file', 'bytes'
+  lines = [
+    (
+      leaf.path,
+      f'{leaf.weights:,}',
+      f'{leaf.sparsity:.1%}',
+      f'{leaf.levels}',
+      f'{leaf.nominal_bits:.3f}',
+      f'{leaf.packed_bits:.3f}',
+      f'{leaf.entropy_bits:.3f}',
+      f'{leaf.file_bits:.3f}',
+      f'{leaf.file:,}',
+    )
+    for leaf in report.compressed
+  ]
+  others = sum(leaf.file for leaf in report.uncompressed)
+  sizes = report.nominal, report.packed, report.entropy, report.file - others - report.headers
+  means = [f'{8 * size / max(report.weights, 1):.3f}' for size in sizes]
+  blank = [''] * 7
+  totals = [
+    (
+      f'{len(report.compressed)} compressed',
+      f'{report.weights:,}',
+      f'{report.sparsity:.1%}',
+      '',
+      *means,
+      f'{sizes[3]:,}',
+    ),
+    (f'{len(report.uncompressed)} uncompressed', *blank, f'{others:,}'),
+    ('header, index', *blank, f'{report.headers:,}'),
+    ('the file', *blank, f'{report.file:,}'),
+  ]
+  return tables.leaf_table('sizes in bits per weight', columns, lines, [''] * len(lines), totals)
+
+
+def _four_sizes(report: SizeReport) -> Table:
+  table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify='left')
+  for name in ('size', 'bytes', 'rate'):
+    table.add_column(name, justify='left' if name == 'size' else 'right', no_wrap=True)
+  table.add_column('what it is')
+  for name, what in _WHAT.items():
+    size, rate = getattr(report, name), getattr(report, f'{name}_rate')
+    style = 'bold green' if name == 'file' else ''
+    table.add_row(name, f'{size:,.0f}', f'{rate:.2f}x', what, style=style)
+  table.caption = (
+    f'rate of nominal, packed, entropy: against {4 * report.weights:,} bytes of float32\n'
+    f'rate of file: against all {report.original:,} bytes'
+  )
+  return table
 
 
 def _report(

@@ -1,4 +1,4 @@
-"""What a person reads: tables of an allocation and of the four sizes.
+"""What a person reads: tables with a row a leaf, and the one of an allocation.
 
 A table prints as plain text with `print`, 100 columns wide, and in colour on a `rich` console.
 """
@@ -15,18 +15,10 @@ from rich.text import Text
 
 from opq_jax import trees
 from opq_jax.allocation import LAPLACE_FIT_BOUNDS, Allocation, LeafAllocation
-from opq_jax.sizes import SizeReport
 from opq_jax.trees import PyTree
 
 WIDTH = 100
 _LEAST_PATH = 16
-
-_WHAT = {
-  'nominal': "compressed leaves: survivors at the paper's widths, no positions",
-  'packed': 'compressed leaves: fixed-width codes, 1 mask bit a weight, levels',
-  'entropy': 'compressed leaves: zeroth-order entropy of the codes',
-  'file': 'bytes on disk: headers and uncompressed leaves included',
-}
 
 
 class Printable:
@@ -81,16 +73,6 @@ def summary(params: PyTree, allocation: Allocation) -> Printable:
   return Printable(lambda: _summary_table(rows, others))
 
 
-def size_table(report: SizeReport) -> Printable:
-  """A row a compressed leaf: its four sizes in bits per weight, and its bytes in the file."""
-  return Printable(lambda: _size_table(report))
-
-
-def four_sizes(report: SizeReport) -> Printable:
-  """The totals: bytes, bits per weight and rate of each of the four sizes, and what each is."""
-  return Printable(lambda: _four_sizes(report))
-
-
 def shorten(path: str, width: int) -> str:
   """`path` in at most `width` characters, cut in its middle.
 
@@ -133,7 +115,7 @@ def _summary_table(rows: list[tuple[str, LeafAllocation]], others: list[int]) ->
     (f'{len(rows)} compressed', '', f'{sizes.sum():,}', pruned, '', '', f'{payload:.3f}'),
     (f'{len(others)} uncompressed', '', f'{sum(others):,}'),
   ]
-  table = _table('', columns, lines, styles, totals)
+  table = leaf_table('', columns, lines, styles, totals)
   rate = f'{32 / payload:.2f}' if payload else 'inf'
   table.caption = (
     f'predicted: {payload:.3f} bits per weight with tables, {rate} times fewer than 32'
@@ -146,66 +128,22 @@ def _summary_table(rows: list[tuple[str, LeafAllocation]], others: list[int]) ->
   return table
 
 
-def _size_table(report: SizeReport) -> Table:
-  columns = 'path', 'weights', 'pruned', 'levels', 'nominal', 'packed', 'entropy', 'file', 'bytes'
-  lines = [
-    (
-      leaf.path,
-      f'{leaf.weights:,}',
-      f'{leaf.sparsity:.1%}',
-      f'{leaf.levels}',
-      f'{leaf.nominal_bits:.3f}',
-      f'{leaf.packed_bits:.3f}',
-      f'{leaf.entropy_bits:.3f}',
-      f'{leaf.file_bits:.3f}',
-      f'{leaf.file:,}',
-    )
-    for leaf in report.compressed
-  ]
-  others = sum(leaf.file for leaf in report.uncompressed)
-  sizes = report.nominal, report.packed, report.entropy, report.file - others - report.headers
-  means = [f'{8 * size / max(report.weights, 1):.3f}' for size in sizes]
-  blank = [''] * 7
-  totals = [
-    (
-      f'{len(report.compressed)} compressed',
-      f'{report.weights:,}',
-      f'{report.sparsity:.1%}',
-      '',
-      *means,
-      f'{sizes[3]:,}',
-    ),
-    (f'{len(report.uncompressed)} uncompressed', *blank, f'{others:,}'),
-    ('header, index', *blank, f'{report.headers:,}'),
-    ('the file', *blank, f'{report.file:,}'),
-  ]
-  return _table('sizes in bits per weight', columns, lines, [''] * len(lines), totals)
-
-
-def _four_sizes(report: SizeReport) -> Table:
-  table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify='left')
-  for name in ('size', 'bytes', 'rate'):
-    table.add_column(name, justify='left' if name == 'size' else 'right', no_wrap=True)
-  table.add_column('what it is')
-  for name, what in _WHAT.items():
-    size, rate = getattr(report, name), getattr(report, f'{name}_rate')
-    style = 'bold green' if name == 'file' else ''
-    table.add_row(name, f'{size:,.0f}', f'{rate:.2f}x', what, style=style)
-  table.caption = (
-    f'rate of nominal, packed, entropy: against {4 * report.weights:,} bytes of float32\n'
-    f'rate of file: against all {report.original:,} bytes'
-  )
-  return table
-
-
-def _table(
+def leaf_table(
   title: str,
   columns: Sequence[str],
   rows: Sequence[Sequence[str]],
   styles: Sequence[str],
   totals: Sequence[Sequence[str]],
 ) -> Table:
-  """A table in which only paths give way where `WIDTH` is too narrow."""
+  """A table in which only paths give way where `WIDTH` is too narrow.
+
+  Args:
+    title: above it, or ''.
+    columns: their names; the first is 'path'.
+    rows: of texts, as many as columns.
+    styles: of each row, in rich's words, or ''.
+    totals: rows below, which may be shorter.
+  """
   lines = [columns, *rows, *totals]
   widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(len(columns))]
   left = WIDTH - 1 - sum(widths[1:]) - len(columns)

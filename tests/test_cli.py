@@ -104,8 +104,8 @@ def test_a_known_network_goes_home_from_a_file_that_knows_it(resnet, capsys):
   allocation = opq_jax.allocate(resnet, compression_rate=8.0)
   state = opq_jax.init_state(resnet, allocation)
   compressed = opq_jax.apply_compression(resnet, state)
-  imported = importers.load('resnet20', 'resnet.safetensors')
-  expected = networks.correct_batch_norm(imported, compressed)
+  network = networks.load('resnet.safetensors', name='resnet20')
+  expected = networks.correct_batch_norm(network, compressed)
   jax.tree.map(np.testing.assert_array_equal, networks.load('net.opq').variables, expected)
 
   # home, by the names that it came with; and by ours
@@ -115,6 +115,13 @@ def test_a_known_network_goes_home_from_a_file_that_knows_it(resnet, capsys):
   assert run('decompress', 'net.opq', 'flax.safetensors', '--to', 'flax') == 0
   flax = safetensors.numpy.load_file('flax.safetensors')
   assert flax.keys() == trees.named_leaves(resnet).keys()
+
+
+def test_a_network_is_compressed_again_as_what_it_is(resnet, capsys):
+  assert run('compress', '--model', 'resnet20', 'resnet.safetensors', 'net.opq', '--rate', 6) == 0
+  assert run('compress', 'net.opq', 'small.opq', '--rate', 7) == 0
+  assert 'resnet20, 5 classes, by the names of akamaster' in capsys.readouterr().out
+  assert networks.load('small.opq').model == networks.load('net.opq').model
 
 
 def test_batch_norm_stays_as_it_is_where_that_is_asked_for(resnet, capsys):

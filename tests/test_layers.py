@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 from jax import lax
 
-from opq_jax.models.layers import adaptive_average_pool, conv_bn, depthwise_conv, dropout
+from opq_jax.models.layers import (
+  adaptive_average_pool,
+  conv_bn,
+  depthwise_conv,
+  dropout,
+  max_pool_by_two,
+)
 
 
 @pytest.mark.parametrize(
@@ -81,3 +87,14 @@ def test_dropout_wants_training_and_a_key():
   np.testing.assert_array_equal(Dropped().apply({}, x, train=True), x)
   dropped = Dropped().apply({}, x, train=True, rngs=rngs)
   assert 0.4 < float((dropped == 0).mean()) < 0.6
+
+
+@pytest.mark.parametrize('size', [(8, 8), (7, 10), (2, 3)])
+def test_pooling_by_two_is_flaxs(size):
+  x = jax.random.normal(jax.random.key(0), (2, *size, 5))
+  expected = nn.max_pool(x, (2, 2), (2, 2))
+  np.testing.assert_array_equal(jax.jit(max_pool_by_two)(x), expected)
+  gradient = lambda pool: jax.grad(lambda x: jnp.sum(pool(x) ** 2))(x)
+  np.testing.assert_array_equal(
+    gradient(max_pool_by_two), gradient(lambda x: nn.max_pool(x, (2, 2), (2, 2)))
+  )

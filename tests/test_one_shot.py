@@ -1,4 +1,4 @@
-"""The one-shot experiment on four images and a small network of random weights."""
+"""The one-shot experiment on four images and a network of random weights."""
 
 import csv
 import importlib.util
@@ -6,14 +6,14 @@ import io
 import json
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 from safetensors.numpy import save_file
-from test_tf_slim import random_tensors
 
-import opq_jax
+from opq_jax import importers, models, networks
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -39,7 +39,7 @@ def data_dir(tmp_path):
 
       def _info(self):
         image = tfds.features.Image(shape=(None, None, 3), encoding_format='png')
-        label = tfds.features.ClassLabel(num_classes=5)
+        label = tfds.features.ClassLabel(num_classes=10)
         features = tfds.features.FeaturesDict({'image': image, 'label': label})
         return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
@@ -50,7 +50,7 @@ def data_dir(tmp_path):
         rng = np.random.default_rng(0)
         for number in range(4):
           png = io.BytesIO()
-          Image.fromarray(rng.integers(0, 256, (256, 256, 3), np.uint8)).save(png, 'PNG')
+          Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(png, 'PNG')
           png.seek(0)
           yield number, {'image': png, 'label': number}
 
@@ -58,22 +58,35 @@ def data_dir(tmp_path):
   return folder
 
 
+def random_tensors():
+  """A ResNet-20 of random weights and sane statistics, by the names of its source."""
+  rng = np.random.default_rng(0)
+
+  def draw(path, leaf):
+    if leaf.ndim > 1:
+      values = rng.laplace(0, np.sqrt(1 / np.prod(leaf.shape[:-1])), leaf.shape)
+    else:
+      values = np.full(leaf.shape, path[-1].key in ('scale', 'var'))
+    return values.astype(np.float32)
+
+  shapes = models.variable_shapes(models.create('resnet20'))
+  variables = jax.tree.map_with_path(draw, shapes)
+  return importers.to_tensors('resnet20', variables, 'akamaster')
+
+
 def test_a_small_run_writes_what_it_says(tmp_path, data_dir, capsys):
   pytest.importorskip('matplotlib')
   save_file(random_tensors(), tmp_path / 'net.safetensors')
-  config = load_module(ROOT / 'configs/one_shot_mobilenet_v1.py').get_config()
+  config = load_module(ROOT / 'configs/one_shot_resnet20.py').get_config()
   config.update(
     {
       'weights': str(tmp_path / 'net.safetensors'),
-      'num_classes': 5,
-      'width': 0.25,
       'dataset': 'photographs',
       'split': 'train',
+      'unlabelled_split': 'train',
       'data_dir': str(data_dir),
       'batch_size': 2,
       'bits': (2.0,),
-      'objectives': ('retained_signal',),
-      'noise_shape': (2, 32, 32, 3),
     }
   )
   workdir = tmp_path / 'out'
@@ -83,19 +96,19 @@ def test_a_small_run_writes_what_it_says(tmp_path, data_dir, capsys):
     ('none', 32.0),
     ('none', 2.0),
     ('noise', 2.0),
+    ('images', 2.0),
   ]
   for row in rows[1:]:
     assert row['bits_per_weight'] == pytest.approx(row['bits_asked'], rel=0.01)
     assert row['top1_low'] <= row['top1'] <= row['top1_high']
-  for row in rows[2::2]:
-    path = workdir / f'retained_signal_{row["bits_asked"]:g}_bits.opq'
-    assert path.stat().st_size == row['file_bytes']
-    opq_jax.load(path)
+  path = workdir / 'retained_signal_2_bits.opq'
+  assert path.stat().st_size == rows[2]['file_bytes']
+  assert networks.load(path).name == 'resnet20'
   with open(workdir / 'results.csv') as file:
     written = list(csv.DictReader(file))
   assert [float(row['top1']) for row in written] == [row['top1'] for row in rows]
   assert (workdir / 'top1_over_file_size.png').read_bytes().startswith(b'\x89PNG')
   record = (workdir / 'run.json').read_text()
-  assert json.loads(record)['photographs'] == 4
+  assert json.loads(record)['images'] == 4
   assert str(tmp_path) not in record
   assert 'retained_signal' in capsys.readouterr().out

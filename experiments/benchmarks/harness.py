@@ -1,5 +1,6 @@
 """What the benchmarks share: timing in turn, trees to measure on, the report of the rows."""
 
+import ctypes
 import json
 import pathlib
 import statistics
@@ -14,17 +15,31 @@ from rich.table import Table
 RESULTS = pathlib.Path(__file__).parent.parent / 'results' / 'benchmarks'
 
 
-def in_turn(functions: dict[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
+def in_turn(
+  functions: dict[str, Callable[[], object]],
+  rounds: int = 15,
+  clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
   """Median seconds of each function, all run in turn so that a slow moment meets all of them."""
   for function in functions.values():
     jax.block_until_ready(function())
   seconds: dict[str, list[float]] = {name: [] for name in functions}
   for _ in range(rounds):
     for name, function in functions.items():
-      start = time.perf_counter()
+      start = clock()
       jax.block_until_ready(function())
-      seconds[name].append(time.perf_counter() - start)
+      seconds[name].append(clock() - start)
   return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def keep_memory() -> None:
+  """Has malloc keep what is freed: else PyTorch, which frees every activation, pays for its pages.
+
+  It would in a fresh process and not in one that has run larger networks before.
+  """
+  trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+  for parameter in (trim_threshold, mmap_threshold):
+    ctypes.CDLL('libc.so.6').mallopt(parameter, 1 << 30)
 
 
 def resnet50_shapes() -> list[tuple[int, ...]]:

@@ -5,6 +5,7 @@ in the caller: `<name>/kernel`, `<name>_bn/scale`.  The output channel is the la
 kernel.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -152,6 +153,31 @@ def depthwise_conv(
     return lax.conv_general_dilated(x, kernel, window_strides, padding, **options)
 
   return lax.platform_dependent(x, kernel, cpu=shifted_products, default=grouped)
+
+
+def max_pool_by_two(
+  x: Float[Array, 'batch height width channels'],
+) -> Float[Array, 'batch rows columns channels']:
+  """The largest of every 2x2 pixels; a last odd row or column is left out.
+
+  XLA's CPU backend fuses a pooling with the dense layer that reads it into one call of the library
+  YNNPACK, which takes seventy times as long as both do apart
+  (`experiments/benchmarks/inference_layers.py`).  There, the same maximum is written as that of
+  four subsampled images, which is not fused so.  Other platforms get the pooling itself.
+
+  >>> max_pool_by_two(jnp.arange(15.0).reshape(1, 3, 5, 1)).ravel().tolist()
+  [6.0, 8.0]
+  """
+
+  def subsampled(x: Array) -> Array:
+    rows, columns = (size // 2 * 2 for size in x.shape[1:3])
+    corners = (x[:, i:rows:2, j:columns:2] for i in (0, 1) for j in (0, 1))
+    return functools.reduce(jnp.maximum, corners)
+
+  def pooled(x: Array) -> Array:
+    return nn.max_pool(x, (2, 2), (2, 2))
+
+  return lax.platform_dependent(x, cpu=subsampled, default=pooled)
 
 
 def adaptive_average_pool(

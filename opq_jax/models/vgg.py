@@ -68,7 +68,7 @@ class VGG16(nn.Module):
     for stack, (count, features) in enumerate(_VGG16, start=1):
       for number in range(1, count + 1):
         x = nn.relu(layer(x, f'conv_{stack}_{number}', features))
-      x = nn.max_pool(x, (2, 2), (2, 2))
+      x = layers.max_pool_by_two(x)
     x = layers.adaptive_average_pool(x, 7, 7)
     x = x.reshape(x.shape[0], -1)
     for name in ('dense_1', 'dense_2'):
