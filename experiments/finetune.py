@@ -173,7 +173,7 @@ def run(
   )
   path = workdir / 'network.opq'
   if is_first:
-    about = networks.metadata(config.model, imported)
+    about = networks.metadata(networks.Network(config.model, *imported))
     opq_jax.save(path, network, network_state, about)
   multihost_utils.sync_global_devices('the file is written')
   loaded, _ = opq_jax.load(path)

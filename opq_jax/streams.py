@@ -48,7 +48,7 @@ def stream(
     seed: of the order and of the views.
     shard: (index, count) of this share of every batch; by default this JAX process among all.
     threads: that prepare whole batches ahead, while the caller trains.
-    prefetch: batches that are prepared ahead.
+    prefetch: batches that are prepared ahead; at least one a thread.
 
   Returns:
     An iterator of {'image': float32 [rows, height, width, 3], 'label': int32 [rows]}.  Its
@@ -93,7 +93,7 @@ def stream(
     .batch(batch_size)
     .map_with_index(batch)
   )
-  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(prefetch, threads))
   return iter(batches.to_iter_dataset(options))
 
 

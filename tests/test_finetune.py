@@ -6,12 +6,13 @@ import os
 import pathlib
 import signal
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
 import opq_jax
-from opq_jax import training
+from opq_jax import importers, training
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -25,6 +26,7 @@ def load_module(path):
 
 finetune = load_module(ROOT / 'experiments/finetune.py')
 get_config = load_module(ROOT / 'configs/finetune_resnet20_cifar10.py').get_config
+get_imagenet_config = load_module(ROOT / 'configs/finetune_imagenet.py').get_config
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -117,6 +119,50 @@ def test_a_run_that_is_stopped_by_sigterm_goes_on_and_ends_the_same(
   assert lines(tmp_path) == lines(workdir)
 
 
+class Plain(nn.Module):
+  """No BatchNorm."""
+
+  num_classes: int = 10
+
+  @nn.compact
+  def __call__(self, x, train: bool = False):
+    x = nn.relu(nn.Conv(16, (3, 3), name='conv')(x))
+    return nn.Dense(self.num_classes, name='head')(x.reshape(len(x), -1))
+
+
+@pytest.mark.parametrize('optimizer', ['sgd', 'adamw'])
+def test_a_network_without_batch_norm_and_every_option_of_the_recipe(
+  tmp_path, monkeypatch, optimizer
+):
+  pytest.importorskip('matplotlib')
+  model = Plain()
+  variables = model.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))
+  imported = importers.Imported(model, variables, importers.sources('resnet20')[0])
+  monkeypatch.setattr(finetune, 'float_network', lambda config: imported)
+  config = smoke(
+    optimizer=optimizer,
+    steps=3,
+    distillation=0.5,
+    label_smoothing=0.1,
+    accumulation=2,
+    ema_decay=0.9,
+    eval_every=1,
+    file_rate=0.0,
+    sparsity=0.6,
+    bits=3.0,
+  )
+  result = finetune.run(config, tmp_path, ['--config.steps=3'])
+  assert result['command'].endswith('--config.steps=3')
+  network, state = opq_jax.load(tmp_path / 'network.opq')
+  assert set(network) == {'params'}
+  kernel = state.tree['params']['head']['kernel']
+  np.testing.assert_array_equal(network['params']['head']['kernel'] != 0, kernel.mask)
+  with opq_jax.OpqFile(tmp_path / 'network.opq') as file:
+    assert file.metadata['model'] == 'resnet20'
+  lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+  assert [line['step'] for line in lines if line['kind'] == 'test'] == [1, 2, 3]
+
+
 def test_the_metric_log_drops_a_torn_line(tmp_path):
   log = finetune.MetricLog(tmp_path / 'metrics.jsonl')
   assert log.records() == []
@@ -140,6 +186,16 @@ def test_arguments_of_the_config(argument):
 def test_an_unknown_argument_of_the_config_is_an_error(argument):
   with pytest.raises(ValueError, match='argument: found'):
     get_config(argument)
+
+
+def test_the_configs_have_the_same_fields():
+  config = get_imagenet_config('vgg16,paper')
+  assert set(config) == set(get_config())
+  assert (config.model, config.sparsity, config.file_rate) == ('vgg16', 0.94, 0.0)
+  assert get_imagenet_config('resnet50,18').file_rate == 18.0
+  for argument in ('resnet50', 'paper', 'resnet50,paper,18', 'resnet51,paper'):
+    with pytest.raises(ValueError, match='argument: found'):
+      get_imagenet_config(argument)
 
 
 def test_an_unknown_optimizer_is_an_error():
