@@ -25,7 +25,6 @@ from rich.table import Table
 import opq_jax
 from opq_jax import data, networks, plots, sizes
 from opq_jax.accuracy import scores
-from opq_jax.importers import Imported
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[str, Any]]:
@@ -36,9 +35,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[s
   if not console.is_terminal:
     console = Console(width=132)
 
-  name, model, variables, source = networks.load(
-    config.weights, name=config.model, num_classes=config.num_classes
-  )
+  pretrained = networks.load(config.weights, name=config.model, num_classes=config.num_classes)
+  name, model, variables, source = pretrained
 
   def batches_of(split: str) -> list[dict[str, np.ndarray]]:
     return list(
@@ -76,13 +74,12 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[s
       allocation = opq_jax.allocate(variables, compression_rate=32 / bits, objective=objective)
       state = opq_jax.init_state(variables, allocation)
       compressed = opq_jax.apply_compression(variables, state)
-      imported = Imported(model, variables, source)
       corrected = {
         'none': compressed,
-        'noise': networks.correct_batch_norm(imported, compressed, config.noise_seed),
+        'noise': networks.correct_batch_norm(pretrained, compressed, config.noise_seed),
         'images': opq_jax.correct_on_images(model.apply, variables, compressed, unlabelled),
       }
-      metadata = networks.metadata(name, imported)
+      metadata = networks.metadata(pretrained)
       for correction, network in corrected.items():
         report = sizes.size_report(network, state, metadata=metadata)
         logits = logits_of(network)
