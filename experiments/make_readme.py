@@ -142,6 +142,7 @@ TABLES = {
   'speed': lambda: benchmark('speed'),
   'finetuning': lambda: benchmark('finetuning'),
   'payload': lambda: benchmark('payload'),
+  'rate_control': lambda: benchmark('rate_control'),
   'paper_targets': lambda: benchmark('paper_targets'),
   'inference': lambda: benchmark('inference'),
   'inference_layers': lambda: benchmark('inference_layers'),

@@ -198,7 +198,7 @@ def payload_of_shares(
   """Bits per weight of each leaf's payload in a file: the entropy, and what the coder adds to it.
 
   `opq_jax.entropy_coding` writes a frequency f of P bits in about 2 + log2 f bits, the bounds of
-  the alphabet, and a checksum.  In a small leaf this is 1 % of the payload.
+  the alphabet, and a checksum.  In a small leaf this is not little.
   """
   precision = np.minimum(1 + 3 * np.frexp(sizes)[1] // 4, 16)
   frequency = cells * np.ldexp(1.0, precision).astype(cells.dtype)[:, None, None]

@@ -161,7 +161,7 @@ def max_pool_by_two(
   """The largest of every 2x2 pixels; a last odd row or column is left out.
 
   XLA's CPU backend fuses a pooling with the dense layer that reads it into one call of the library
-  YNNPACK, which takes seventy times as long as both do apart
+  YNNPACK, which takes many times as long as both do apart
   (`experiments/benchmarks/inference_layers.py`).  There, the same maximum is written as that of
   four subsampled images, which is not fused so.  Other platforms get the pooling itself.
 
