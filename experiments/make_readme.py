@@ -146,6 +146,7 @@ TABLES = {
   'paper_targets': lambda: benchmark('paper_targets'),
   'inference': lambda: benchmark('inference'),
   'inference_layers': lambda: benchmark('inference_layers'),
+  'inference_profile': lambda: benchmark('inference_profile'),
   'cell_rule': lambda: benchmark('cell_rule'),
   'corrections': corrections,
   'one_shot_mobilenet_v1': lambda: one_shot('one_shot_mobilenet_v1'),
