@@ -8,6 +8,7 @@ and ends as if nothing had happened; after SIGTERM it saves and exits with 0.  D
     network.opq      the finetuned network; the accuracy that is quoted is that of this file
     results.json     command, config, and accuracy and size of every network on the way
     metrics.jsonl    one line of training, or of evaluation, a line
+    events.out.…     the same for TensorBoard: tensorboard --logdir DIR
     accuracy.png     test accuracy over the epochs
     checkpoints/     see opq_jax/checkpoints.py
 
@@ -32,6 +33,7 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from tensorboardX import SummaryWriter
 
 import opq_jax
 from opq_jax import (
@@ -92,7 +94,7 @@ def run(
 
   # masks and codebooks: made once, or read again
   checkpoints = Checkpoints(workdir / 'checkpoints')
-  log = MetricLog(workdir / 'metrics.jsonl')
+  log = MetricLog(workdir)
   like = jax.eval_shape(lambda tree: opq_jax.init_state(tree, opq_jax.allocate(tree)), variables)
   whole_state = checkpoints.restore_compression(like)
   if whole_state is None:
@@ -163,6 +165,7 @@ def run(
       if step % config.checkpoint_every == 0 or step == steps or is_stopping:
         checkpoints.save(train_state, batches.get_state(), wait=is_stopping)
       if is_stopping and step < steps:
+        log.close()
         console.print(f'SIGTERM: saved after step {step:,}; the same command goes on from there')
         return None
   checkpoints.close()
@@ -181,6 +184,7 @@ def run(
   scores = evaluate(eval_fn, loaded, test_batches)
   log.write(steps, kind='test', file_bytes=size, **scores)
   log.write(steps, kind='network', network='finetuned, its file', file_bytes=size, **scores)
+  log.close()
   if not is_first:
     return {}
   records = log.records()
@@ -313,17 +317,25 @@ def evaluate(eval_fn: Any, network: Any, batches: list[dict[str, Any]]) -> dict[
 
 
 class MetricLog:
-  """A file of JSON lines that never tells of steps that a killed run had not saved."""
+  """metrics.jsonl and TensorBoard's events; neither tells of steps a killed run had not saved."""
 
-  def __init__(self, path: pathlib.Path):
-    self._path = path
+  def __init__(self, folder: pathlib.Path):
+    self._folder = folder
+    self._path = folder / 'metrics.jsonl'
+    self._events: SummaryWriter | None = None
 
   def write(self, step: int, **values: Any) -> None:
+    """A line; of training and of tests ('kind') the numbers are curves too: kind/name."""
     if jax.process_index() != 0:
       return
     rounded = {k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()}
     with open(self._path, 'a') as file:
       file.write(json.dumps({'step': step, **rounded}) + '\n')
+    if self._events is not None and values['kind'] in ('train', 'test'):
+      for name, value in values.items():
+        if name != 'kind':
+          self._events.add_scalar(f'{values["kind"]}/{name}', value, step)
+      self._events.flush()
 
   def records(self) -> list[dict[str, Any]]:
     lines = self._path.read_text().splitlines() if self._path.exists() else []
@@ -331,10 +343,17 @@ class MetricLog:
     return [json.loads(line) for line in lines if line.endswith('}')]
 
   def keep_until(self, step: int) -> None:
+    """Forgets what comes after `step`; what is written from here on are curves too."""
     if jax.process_index() != 0:
       return
     kept = [record for record in self.records() if record['step'] <= step]
     self._path.write_text(''.join(json.dumps(record) + '\n' for record in kept))
+    # TensorBoard drops what earlier files of the folder have from the purged step on
+    self._events = SummaryWriter(str(self._folder), purge_step=step + 1)
+
+  def close(self) -> None:
+    if self._events is not None:
+      self._events.close()
 
 
 def command(config: ml_collections.ConfigDict) -> str:

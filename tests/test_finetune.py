@@ -5,6 +5,10 @@ import json
 import os
 import pathlib
 import signal
+import struct
+import subprocess
+import sys
+import time
 
 import flax.linen as nn
 import jax
@@ -13,6 +17,8 @@ import pytest
 
 import opq_jax
 from opq_jax import importers, training
+
+event_pb2 = pytest.importorskip('tensorboardX.proto.event_pb2')
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -109,7 +115,7 @@ def test_a_run_that_is_stopped_by_sigterm_goes_on_and_ends_the_same(
   assert not (tmp_path / 'network.opq').exists()
   assert (tmp_path / 'checkpoints' / '2').exists()
   # a line that the killed run would not have been able to vouch for
-  finetune.MetricLog(tmp_path / 'metrics.jsonl').write(3, kind='train', loss=0.0)
+  finetune.MetricLog(tmp_path).write(3, kind='train', loss=0.0)
   assert finetune.run(config, tmp_path) is not None
   assert (tmp_path / 'network.opq').read_bytes() == (workdir / 'network.opq').read_bytes()
   lines = lambda folder: [
@@ -117,6 +123,64 @@ def test_a_run_that_is_stopped_by_sigterm_goes_on_and_ends_the_same(
     for line in (folder / 'metrics.jsonl').read_text().splitlines()
   ]
   assert lines(tmp_path) == lines(workdir)
+
+
+def test_a_run_that_is_killed_ends_with_the_same_file(finished, tmp_path):
+  _, workdir = finished
+  command = [
+    sys.executable,
+    str(ROOT / 'experiments/finetune.py'),
+    f'--config={ROOT}/configs/finetune_resnet20_cifar10.py:15,smoke',
+    f'--workdir={tmp_path}',
+    '--config.steps=4',
+    '--config.fake_shape=(8, 8, 3)',
+  ]
+  environment = {
+    **os.environ,
+    'JAX_NUM_CPU_DEVICES': str(jax.device_count()),
+    'JAX_COMPILATION_CACHE_DIR': str(jax.config.jax_compilation_cache_dir),
+    'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
+  }
+  with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
+    while len(list((tmp_path / 'checkpoints').glob('[1-3]'))) == 0:
+      assert process.poll() is None
+      time.sleep(0.005)
+    process.kill()
+  assert process.returncode == -signal.SIGKILL
+  assert not (tmp_path / 'network.opq').exists()
+  subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+  assert (tmp_path / 'network.opq').read_bytes() == (workdir / 'network.opq').read_bytes()
+  lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  steps = [record['step'] for record in map(json.loads, lines) if record['kind'] == 'train']
+  assert steps == [1, 2, 3, 4]
+
+
+def events(folder):
+  """Of TensorBoard's files: (step, name, value), or the step from which older ones are dropped."""
+  found = []
+  for path in sorted(folder.glob('events.out.tfevents.*'), key=os.path.getmtime):
+    rest = path.read_bytes()
+    while rest:
+      (size,) = struct.unpack('<Q', rest[:8])
+      event = event_pb2.Event.FromString(rest[12 : 12 + size])
+      rest = rest[16 + size :]
+      if event.HasField('session_log'):
+        found.append((event.step, 'start', None))
+      found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+  return found
+
+
+def test_tensorboard_sees_what_the_metric_log_has(finished):
+  _, workdir = finished
+  lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
+  expected = [
+    (line['step'], f'{line["kind"]}/{name}', pytest.approx(value, rel=1e-3, abs=1e-5))
+    for line in lines
+    for name, value in line.items()
+    if line['kind'] in ('train', 'test') and name not in ('step', 'kind')
+  ]
+  assert len(expected) > 12
+  assert events(workdir) == [(0, 'start', None), *expected]
 
 
 class Plain(nn.Module):
@@ -164,15 +228,17 @@ def test_a_network_without_batch_norm_and_every_option_of_the_recipe(
 
 
 def test_the_metric_log_drops_a_torn_line(tmp_path):
-  log = finetune.MetricLog(tmp_path / 'metrics.jsonl')
+  log = finetune.MetricLog(tmp_path)
   assert log.records() == []
   for step in (1, 2, 3):
-    log.write(step, loss=1 / 3)
+    log.write(step, kind='train', loss=1 / 3)
   with open(tmp_path / 'metrics.jsonl', 'a') as file:
     file.write('{"step": 4, "lo')
   assert [record['step'] for record in log.records()] == [1, 2, 3]
   log.keep_until(2)
-  assert log.records() == [{'step': 1, 'loss': 0.33333}, {'step': 2, 'loss': 0.33333}]
+  log.close()
+  record = {'kind': 'train', 'loss': 0.33333}
+  assert log.records() == [{'step': 1, **record}, {'step': 2, **record}]
 
 
 @pytest.mark.parametrize('argument', ['10', '12.5', '30,resnet32', '15,smoke'])
