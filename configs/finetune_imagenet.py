@@ -65,6 +65,7 @@ def get_config(argument: str = 'resnet50,paper') -> ml_collections.ConfigDict:
   config.sparsity = sparsity
   config.bits = bits
   config.objective = 'retained_signal'
+  config.inference_only = True  # the file: BatchNorm in two vectors, bfloat16 where not compressed
   config.noise_shape = (16, 224, 224, 3)
 
   config.epochs = 10.0

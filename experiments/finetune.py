@@ -98,7 +98,7 @@ def run(
   like = jax.eval_shape(lambda tree: opq_jax.init_state(tree, opq_jax.allocate(tree)), variables)
   whole_state = checkpoints.restore_compression(like)
   if whole_state is None:
-    whole_state = compress(config, variables)
+    whole_state = compress(config, to_save(config, model, variables))
     checkpoints.save_compression(whole_state)
   compressed = opq_jax.apply_compression(variables, whole_state)
   corrected = correct(config, imported, compressed, train_examples)
@@ -131,6 +131,7 @@ def run(
     ):
       size = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
       if name != 'float32':
+        network = to_save(config, model, network)
         size = opq_jax.size_report(network, whole_state).file
       scores = evaluate(eval_fn, network, test_batches)
       log.write(0, kind='network', network=name, file_bytes=size, **scores)
@@ -156,9 +157,11 @@ def run(
         description = f'finetuning, loss {values["loss"]:.3f}, {speed:.0f} images/s'
         progress.update(task, completed=step, description=description)
       if step % (config.eval_every or steps_per_epoch) == 0 and step < steps:
-        pair = training.network(train_state, state, averaged=config.ema_decay is not None)
-        scores = evaluate(eval_fn, pair[0], test_batches)
-        log.write(step, kind='test', file_bytes=opq_jax.size_report(*pair).file, **scores)
+        network, _ = training.network(train_state, state, averaged=config.ema_decay is not None)
+        network = to_save(config, model, network)
+        scores = evaluate(eval_fn, network, test_batches)
+        size = opq_jax.size_report(network, whole_state).file
+        log.write(step, kind='test', file_bytes=size, **scores)
         console.print(f'step {step:,}: top-1 {scores["top1"]:.2%}')
         last_time = time.perf_counter()
       is_stopping = stop.is_requested(step)
@@ -174,6 +177,7 @@ def run(
   network, network_state = training.network(
     train_state, state, averaged=config.ema_decay is not None
   )
+  network = to_save(config, model, network)
   path = workdir / 'network.opq'
   if is_first:
     about = networks.metadata(networks.Network(config.model, *imported))
@@ -279,6 +283,15 @@ def compress(config: ml_collections.ConfigDict, variables: Any) -> CompressionSt
   if config.compression_rate:
     targets = {'compression_rate': config.compression_rate}
   return opq_jax.init_state(variables, opq_jax.allocate(variables, **targets, **options))
+
+
+def to_save(config: ml_collections.ConfigDict, model: Any, variables: Any) -> Any:
+  """What the file is to hold: all as it was trained, or what inference needs of it."""
+  if not config.inference_only:
+    return variables
+  if networks.has_batch_norm(variables):
+    variables = opq_jax.fold_batch_norm(variables, epsilon=model.epsilon)
+  return opq_jax.round_uncompressed(variables)
 
 
 def correct(

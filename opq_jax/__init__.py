@@ -21,6 +21,7 @@ from opq_jax.compression import (
   encode,
   init_state,
 )
+from opq_jax.inference import fold_batch_norm, round_uncompressed
 from opq_jax.sizes import SizeReport, file_report, size_report
 from opq_jax.tables import summary
 from opq_jax.transforms import compressed, keep_compressed
@@ -43,11 +44,13 @@ __all__ = [
   'decode',
   'encode',
   'file_report',
+  'fold_batch_norm',
   'init_state',
   'is_compressible',
   'keep_compressed',
   'load',
   'read_weights',
+  'round_uncompressed',
   'save',
   'size_report',
   'summary',

@@ -23,7 +23,7 @@ from opq_jax import augmentation, data, models, streams, training
 OPTIMIZER = optax.sgd(0.01, momentum=0.9)
 
 
-def step_rows(name: str, side: int, batch_size: int) -> list[dict[str, object]]:
+def step_rows(name: str, side: int, batch_size: int, rounds: int) -> list[dict[str, object]]:
   model = models.create(name)
   image = jnp.zeros((1, side, side, 3))
   variables = jax.jit(model.init)(jax.random.key(0), image)
@@ -45,7 +45,7 @@ def step_rows(name: str, side: int, batch_size: int) -> list[dict[str, object]]:
       'with': lambda: compiled['with'](train_state, state, batch),
       'without': lambda: compiled['without'](train_state, None, batch),
     },
-    rounds=11,
+    rounds=rounds,
   )
   planned = {kind: _planned_bytes(executable) for kind, executable in compiled.items()}
   masks = sum(leaf.nbytes for leaf in jax.tree.leaves(state) if leaf.dtype == bool)
@@ -95,7 +95,8 @@ def main() -> None:
   rows = []
   networks = [word.split(':') for word in sys.argv[1:] if word.count(':') == 2]
   for name, side, batch_size in networks or [('resnet20', '32', '128')]:
-    rows += step_rows(name, int(side), int(batch_size))
+    # a step of a large network is long enough to be timed fewer times
+    rows += step_rows(name, int(side), int(batch_size), rounds=5 if int(side) > 32 else 11)
   for folder in [word for word in sys.argv[1:] if word.count(':') != 2]:
     rows += loader_rows(folder)
   words = [word if word.count(':') == 2 else 'TFDS_FOLDER' for word in sys.argv[1:]]

@@ -33,9 +33,7 @@ def kinds_of(text: str) -> dict[str, str]:
   """Instruction of the compiled program -> its kind."""
   bodies = re.split(r'\n(?=\S)', text)
   convolving = {
-    found[1]
-    for body in bodies
-    if (found := re.match(r'%(\S+) ', body)) and ' convolution(' in body
+    found[1] for body in bodies if (found := re.match(r'%(\S+) ', body)) and ' convolution(' in body
   }
   kinds = {}
   entry = next(body for body in bodies if body.startswith('ENTRY'))
