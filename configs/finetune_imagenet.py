@@ -61,6 +61,7 @@ def get_config(argument: str = 'resnet50,paper') -> ml_collections.ConfigDict:
 
   # file_rate, or else compression_rate, or else the paper's two
   config.file_rate = float(rates[0]) if rates else 0.0
+  config.growth = 0.03  # of the file while finetuning, for which room is left
   config.compression_rate = 0.0
   config.sparsity = sparsity
   config.bits = bits

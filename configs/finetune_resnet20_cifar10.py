@@ -57,6 +57,7 @@ def get_config(argument: str = '15') -> ml_collections.ConfigDict:
 
   # file_rate, or else compression_rate, or else the paper's two
   config.file_rate = float(rates[0]) if rates else 15.0
+  config.growth = 0.03  # of the file while finetuning, for which room is left
   config.compression_rate = 0.0
   config.sparsity = 0.0
   config.bits = 0.0
