@@ -96,26 +96,28 @@ def corrections() -> str:
 
 
 def finetune(name: str) -> str:
-  """Every network on the way, of every run of a config."""
+  """A row for every run of a config: what it began with, and what its file gives."""
   lines: list[dict[str, object]] = []
-  for path in sorted((RESULTS / name).glob('*/results.json')):
+  for path in (RESULTS / name).glob('*/results.json'):
     document = json.loads(path.read_text())
-    for row in document['rows'][1 if lines else 0 :]:
-      recipe = ''
-      if row['step']:
-        epochs, share = document['config']['epochs'], document['config']['distillation']
-        recipe = f'{epochs:g} epochs' + (f', distillation {share:g}' if share else '')
-      lines.append(
-        {
-          'network': row['network'],
-          'recipe': recipe,
-          'file, bytes': f'{row["file_bytes"]:,}',
-          'file, times smaller': f'{row["file_rate"]:.2f}',
-          'top-1': f'{100 * row["top1"]:.2f} %',
-          'top-5': f'{100 * row["top5"]:.2f} %',
-        }
-      )
-  return markdown(lines)
+    config, (before, *one_shot, after) = document['config'], document['rows']
+    recipe = f'{config["epochs"]:g} epochs'
+    if config['distillation']:
+      recipe += f', distillation {config["distillation"]:g}'
+    lines.append(
+      {
+        'file, times smaller': f'{after["file_rate"]:.2f}',
+        'file, bytes': f'{after["file_bytes"]:,}',
+        'of inference only': 'yes' if config.get('inference_only') else '',
+        'recipe': recipe,
+        'float32': f'{100 * before["top1"]:.2f} %',
+        'one shot': f'{100 * one_shot[0]["top1"]:.2f} %',
+        'BatchNorm corrected': f'{100 * one_shot[1]["top1"]:.2f} %',
+        'finetuned': f'{100 * after["top1"]:.2f} %',
+        'results': f'`{path.parent.name}`',
+      }
+    )
+  return markdown(sorted(lines, key=lambda line: float(line['file, times smaller'])))
 
 
 def networks() -> str:
@@ -147,6 +149,8 @@ TABLES = {
   'inference': lambda: benchmark('inference'),
   'inference_layers': lambda: benchmark('inference_layers'),
   'inference_profile': lambda: benchmark('inference_profile'),
+  'joint_target': lambda: benchmark('joint_target'),
+  'uncompressed_leaves': lambda: benchmark('uncompressed_leaves'),
   'cell_rule': lambda: benchmark('cell_rule'),
   'corrections': corrections,
   'one_shot_mobilenet_v1': lambda: one_shot('one_shot_mobilenet_v1'),
