@@ -26,7 +26,7 @@ STEPS = 12  # of a bisection between pruning rates of 0.1 and 0.98: to 0.02 poin
 
 
 def of_two_targets(variables, bits: float, most_bytes: int):
-  """The state of the smallest pruning rate whose file is not larger; None if there is none."""
+  """The state of the smallest pruning rate whose file is not larger; None if it is 1 % smaller."""
   low, high, found = 0.1, 0.98, None
   for _ in range(STEPS):
     sparsity = (low + high) / 2
@@ -36,8 +36,9 @@ def of_two_targets(variables, bits: float, most_bytes: int):
       high = sparsity
       continue
     state = opq_jax.init_state(variables, allocation)
-    if len(artifact.serialize(variables, state)) <= most_bytes:
-      high, found = sparsity, state
+    size = len(artifact.serialize(variables, state))
+    if size <= most_bytes:
+      high, found = sparsity, state if size >= 0.99 * most_bytes else None
     else:
       low = sparsity
   return found
