@@ -372,7 +372,8 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
       )
     for name, leaf in self._leaves.items():
       if leaf.levels is not None:
-        _check_grid(f'{self._label}: {name}', *self._grids[leaf.row], leaf.levels)
+        threshold, first, step = self._grids[leaf.row]
+        _check_grid(f'{self._label}: {name}', threshold, first, step, leaf.levels)
 
   def _read_header(self) -> tuple[tuple[int, ...], int, int]:
     """The sizes of the tensors (for `grids`, rows), the checksum, and where the data begin."""
@@ -461,7 +462,7 @@ def _check_grid(
   with np.errstate(over='ignore', invalid='ignore'):
     rounded = exact.astype(np.float32)
   is_finite = bool(np.isfinite([threshold, step, rounded[-1]]).all())
-  if not (is_finite and 0 <= threshold and 0 < step and (rounded == exact).all()):
+  if not (is_finite and threshold >= 0 and step > 0 and (rounded == exact).all()):
     raise ValueError(
       f'{name}: found a grid of threshold {threshold}, first value {first}, step {step} and '
       f'{levels} levels, expected finite numbers, threshold >= 0, step > 0 and values that float32 '

@@ -38,14 +38,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.serialization
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
 import opq_jax
 from opq_jax import artifact, artifact_index, entropy_coding, trees, weight_files
+from opq_jax.compression import CompressionState, LeafState, affine_codebook
 
 LIMIT = 10.0  # seconds of one read
+_START = 300.0  # seconds of a process up to its first
 KINDS = (
   *('opq', 'opq, bytes', 'opq, resealed', 'codes'),
   *('safetensors', 'npz', 'msgpack', 'h5', 'keras'),
@@ -69,18 +73,20 @@ def main(count: int) -> None:
 def watched(kind: str, count: int) -> dict[str, Any]:
   """Outcomes of all mutations of a kind; a process that crashes or hangs goes on with the next."""
   total: collections.Counter[str] = collections.Counter(dict.fromkeys(OUTCOMES, 0))
-  slowest, peak, begin, failures = 0.0, 0, 0, collections.Counter(crashes=0, hangs=0)
+  failures = collections.Counter(crashes=0, hangs=0)
+  slowest, peak = 0.0, 0.0
+  begin: int | None = 0
   while begin is not None:
     with tempfile.TemporaryFile('w+') as output:
       arguments = [sys.executable, '-m', __spec__.name, kind, str(begin), str(count)]
       process = subprocess.Popen(arguments, stdout=output)
-      size, since = -1, time.monotonic()
+      size, since, is_hung = 0, time.monotonic(), False
       while process.poll() is None:
         time.sleep(0.05)
         if (now := os.fstat(output.fileno()).st_size) != size:
           size, since = now, time.monotonic()
-        elif time.monotonic() - since > 3 * LIMIT:
-          failures['hangs'] += 1
+        elif time.monotonic() - since > (3 * LIMIT if size else _START):
+          is_hung = True
           process.kill()
           process.wait()
       output.seek(0)
@@ -94,9 +100,9 @@ def watched(kind: str, count: int) -> dict[str, Any]:
       if line['outcome'] == 'wrong':
         print(kind, line, file=sys.stderr)
     begin = None if ends else begin + len(done) + 1
-    if not ends and process.returncode != -9:
+    if not ends:
       print(kind, begin - 1, f'exit {process.returncode}', file=sys.stderr)
-      failures['crashes'] += 1
+      failures['hangs' if is_hung else 'crashes'] += 1
   tried = sum(total.values()) + sum(failures.values())
   return {
     'tried': tried,
@@ -224,7 +230,16 @@ def opq_file() -> bytes:
   """The tree as an .opq file, with a leaf of bfloat16, a list and metadata."""
   params = tree()
   params['brain'] = [params['conv/kernel'].astype(ml_dtypes.bfloat16), None]
-  state = opq_jax.init_state(params, opq_jax.allocate(params, compression_rate=8.0))
+  book = affine_codebook(jnp.float32(0.625), jnp.float32(0.25), jnp.int32(5))
+  grid = {'threshold': np.float32(0.5), 'step': np.float32(0.25), 'levels': np.int32(5)}
+
+  def leaf_state(path: Any, leaf: np.ndarray) -> LeafState | None:
+    if 'kernel' not in str(path) and leaf.dtype != ml_dtypes.bfloat16:
+      return None
+    mask = np.abs(leaf.astype(np.float32)) > 0.5
+    return LeafState(mask=mask, codebook=book, dtype=leaf.dtype, **grid)
+
+  state = CompressionState(jax.tree_util.tree_map_with_path(leaf_state, params))
   return artifact.serialize(params, state, {'from': 'experiments', 'é': '[{"'})
 
 
@@ -266,7 +281,9 @@ def _write(path: pathlib.Path, params: dict[str, np.ndarray]) -> None:
       with h5py.File(buffer, 'w') as file:
         for number, (name, leaf) in enumerate(params.items()):
           layer, weight = name.split('/')
-          options = {'compression': 'gzip', 'chunks': leaf.shape} if leaf.ndim > 1 < leaf.size else {}
+          options = (
+            {'compression': 'gzip', 'chunks': leaf.shape} if leaf.ndim > 1 < leaf.size else {}
+          )
           if path.suffix == '.h5':
             file.create_dataset(f'{layer}/{layer}/{weight}:0', data=leaf, **options)
           else:
