@@ -458,11 +458,12 @@ def _check_grid(
   name: str, threshold: np.float32, first: np.float32, step: np.float32, levels: int
 ) -> None:
   """A grid that cells and values can have; files of any origin are held to it."""
-  exact = np.float64(first) + np.float64(step) * np.arange(max(levels, 1))
   with np.errstate(over='ignore', invalid='ignore'):
+    exact = np.float64(first) + np.float64(step) * np.arange(max(levels, 1))
     rounded = exact.astype(np.float32)
   is_finite = bool(np.isfinite([threshold, step, rounded[-1]]).all())
-  if not (is_finite and threshold >= 0 and step > 0 and (rounded == exact).all()):
+  is_exact = bool((rounded == exact).all() and (rounded[1:] > rounded[:-1]).all())
+  if not (is_finite and is_exact and threshold >= 0 and step > 0):
     raise ValueError(
       f'{name}: found a grid of threshold {threshold}, first value {first}, step {step} and '
       f'{levels} levels, expected finite numbers, threshold >= 0, step > 0 and values that float32 '

@@ -227,7 +227,7 @@ def _verified(
   return VerifiedLeaf(
     path=name,
     weights=original.size,
-    sparsity=1 - np.count_nonzero(codes) / original.size,
+    sparsity=1 - int(np.count_nonzero(codes)) / original.size,
     levels=levels,
     error=errors / squares if squares else math.inf if errors else 0.0,
     worst=worst,
@@ -289,6 +289,6 @@ def _table(found: Verification) -> Table:
     totals.append((f'{found.corrected} corrected',))
   table = tables.leaf_table('', columns, lines, styles, totals)
   table.caption = (
-    'error: squared, relative to the weights; worst: the largest error of a survivor, in steps'
+    'error: squared, relative to the weights\nworst: the largest error of a survivor, in steps'
   )
   return table

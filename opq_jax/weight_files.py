@@ -243,7 +243,7 @@ def _check_array(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) 
     except ValueError as error:
       raise ValueError(f'{path}: {member.filename}: {error}') from error
     expected = math.prod(shape) * dtype.itemsize
-    # objects are a pickle, which np.load refuses in words of its own
+    # of objects the size says nothing; np.load refuses them in words of its own
     if (found := member.file_size - file.tell()) != expected and not dtype.hasobject:
       raise ValueError(
         f'{path}: {member.filename}: found {found} bytes, expected {expected} of shape {shape}'
