@@ -31,6 +31,7 @@ from opq_jax.sizes import SizeReport, payload_report
 from opq_jax.trees import PyTree
 
 _CHUNK = 1 << 18  # weights at a time, in float64
+_TINY = float(np.finfo(np.float32).tiny)
 _ROUNDING = 1e-4  # of a step: (|w| - threshold) / step is computed in float32, and is 127 at most
 _CORRECTED = 1e-3  # of the largest value of a corrected leaf: platforms sum in other orders
 
@@ -197,8 +198,10 @@ def _verified(
     weight, code, value = (array[part].astype(np.float64) for array in flat)
     is_kept = code != 0
     magnitude = np.abs(weight)
-    pruned += int(np.count_nonzero(~is_kept & ~(magnitude <= threshold)))
-    kept += int(np.count_nonzero(is_kept & ~(magnitude > threshold)))
+    # XLA takes a denormal number for 0 on some platforms and for itself on others
+    is_normal = ~((magnitude > 0) & (magnitude < _TINY))
+    pruned += int(np.count_nonzero(is_normal & ~is_kept & ~(magnitude <= threshold)))
+    kept += int(np.count_nonzero(is_normal & is_kept & ~(magnitude > threshold)))
     signs += int(np.count_nonzero(is_kept & ((weight < 0) != (code < 0))))
     # where in its own cell a survivor lies, in steps
     place = (magnitude - threshold) / step - (np.abs(code) - 1)

@@ -78,7 +78,7 @@ def watched(kind: str, count: int) -> dict[str, Any]:
   begin: int | None = 0
   while begin is not None:
     with tempfile.TemporaryFile('w+') as output:
-      arguments = [sys.executable, '-m', __spec__.name, kind, str(begin), str(count)]
+      arguments = [sys.executable, __file__, kind, str(begin), str(count)]
       process = subprocess.Popen(arguments, stdout=output)
       size, since, is_hung = 0, time.monotonic(), False
       while process.poll() is None:

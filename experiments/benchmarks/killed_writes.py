@@ -1,6 +1,6 @@
 """kill -9 at random moments of `opq compress` and of `opq_jax.save`: what lies there afterwards.
 
-    python -m experiments.benchmarks.killed_writes [kills of each, by default 50]
+    python -m experiments.benchmarks.killed_writes [kills of each, by default 25]
 
 A process writes one of two networks over the other, again and again, and is killed within its
 first seconds of doing so.  Afterwards the place must hold one of the two, whole.  Parts that were
@@ -45,9 +45,15 @@ def killed(command: str, folder: pathlib.Path, count: int, seconds: float = 0.5)
   found = dict.fromkeys(('kills', 'first', 'second', 'damaged', 'missing', 'parts left'), 0)
   path = folder / 'net.opq'
   rng = random.Random(command)
+  # what one process has compiled the next need not
+  environment = {
+    **os.environ,
+    'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  }
   for _ in range(count):
-    arguments = [sys.executable, '-m', __spec__.name, command, str(folder)]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE) as process:
+    arguments = [sys.executable, __file__, command, str(folder)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, env=environment) as process:
       assert process.stdout is not None
       process.stdout.readline()  # both were written once
       time.sleep(rng.uniform(0, seconds))
@@ -57,6 +63,7 @@ def killed(command: str, folder: pathlib.Path, count: int, seconds: float = 0.5)
     found['kills'] += 1
     outcome = whole.get(path.read_bytes(), 'damaged') if path.exists() else 'missing'
     found[outcome] += 1
+    print(command, found['kills'], outcome, file=sys.stderr, flush=True)
     parts = list(folder.glob('.opq-*'))
     found['parts left'] += sum(part.stat().st_mtime > 1 for part in parts)
     for part in parts:
@@ -103,4 +110,4 @@ if __name__ == '__main__':
   if len(sys.argv) == 3:
     write_for_ever(sys.argv[1], pathlib.Path(sys.argv[2]))
   else:
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 50)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 25)
