@@ -22,6 +22,7 @@ repeat; at 2 bits per weight they are a fifth of the file of a MobileNet-V2.
 """
 
 import io
+import itertools
 import json
 import math
 import os
@@ -38,10 +39,11 @@ from opq_jax import artifact_index, compression, files, trees
 from opq_jax.allocation import MAX_LEVELS
 from opq_jax.artifact_index import LeafEntry
 from opq_jax.compression import CompressionState, LeafState
-from opq_jax.entropy_coding import decode_codes, encode_codes
+from opq_jax.entropy_coding import decode_codes, encode_codes, histogram
 from opq_jax.trees import PyTree
 
 _CHUNK = 1 << 16  # weights at a time: NumPy widens the indices of a look-up to 8 bytes each
+_MOST_BYTES, _MOST_TIMES = 1 << 30, 1000  # that are decoded unless more is asked for; see OpqFile
 
 _affine_codebook = jax.jit(compression.affine_codebook)
 
@@ -84,10 +86,13 @@ def save(
 
 
 def load(
-  path: str | os.PathLike[str] | bytes, like: PyTree | None = None
+  path: str | os.PathLike[str] | bytes,
+  like: PyTree | None = None,
+  *,
+  most_bytes: int | None = None,
 ) -> tuple[PyTree, CompressionState]:
-  """The compressed network of a file, on the host: `OpqFile(path).load(like)`."""
-  with OpqFile(path) as file:
+  """The compressed network of a file, on the host: `OpqFile(path, most_bytes).load(like)`."""
+  with OpqFile(path, most_bytes) as file:
     return file.load(like)
 
 
@@ -105,6 +110,7 @@ def serialize(
   found = trees.records(params, state.tree, LeafState)
   records = dict(zip(trees.named_leaves(params), found, strict=True))
   tree = artifact_index.plain_tree(params)
+  artifact_index.check_names(tree)
   specs, grids, payloads, raw = [], [], [], bytearray()
   for name, leaf in trees.named_leaves(tree).items():
     array, record = _array(name, leaf), records[name]
@@ -148,6 +154,9 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
 
   Args:
     path: of the file; or its bytes.
+    most_bytes: that its leaves may have, decoded.  A run of zeros takes next to nothing, so 3 MB
+      may well hold 2**40 of them; by default a file is refused that claims more than 1 GiB and
+      more than 1000 times its own size.
 
   Raises:
     ValueError: this is no whole and undamaged `.opq` file of this version.  The time and the
@@ -164,12 +173,12 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
 
   metadata: dict[str, str]
 
-  def __init__(self, path: str | os.PathLike[str] | bytes):
+  def __init__(self, path: str | os.PathLike[str] | bytes, most_bytes: int | None = None):
     self._label = 'the file' if isinstance(path, bytes) else os.fspath(path)
     self._file = io.BytesIO(path) if isinstance(path, bytes) else open(path, 'rb')  # noqa: SIM115
     self._unpacked = -1, b''  # number and bytes of the block that was read last
     try:
-      self._read_front()
+      self._read_front(most_bytes)
     except BaseException:
       self._file.close()
       raise
@@ -226,7 +235,7 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     A compressed leaf takes its payload and 12 bytes of `grids`.  The packed bytes of all
     uncompressed leaves are shared out in proportion to their own.
     """
-    packed, begin, sizes = sum(stored for stored, _ in self._blocks), 0, {}
+    packed, begin, sizes = self._block_begins[-1], 0, {}
     for name, leaf in self._leaves.items():
       if leaf.levels is None:
         end = packed * (leaf.begin + leaf.stored) // max(self._raw_size, 1)
@@ -296,6 +305,7 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
       'levels': levels,
     }
     record = LeafState(**arrays, dtype=leaf.dtype)
+    _check_cells(name, codes, record)
     return _values(codes, record), record
 
   def _uncompressed(self, leaf: LeafEntry) -> bytearray:
@@ -309,7 +319,7 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     """One block of uncompressed leaves; kept, because the next leaf is likely to lie in it."""
     if self._unpacked[0] != number:
       stored, checksum = self._blocks[number]
-      data = self._read(self._blocks_at + sum(size for size, _ in self._blocks[:number]), stored)
+      data = self._read(self._blocks_at + self._block_begins[number], stored)
       if (found := zlib.crc32(data)) != checksum:
         raise ValueError(f'found CRC-32 {found:08x}, expected {checksum:08x}')
       size = min(artifact_index.BLOCK, self._raw_size - number * artifact_index.BLOCK)
@@ -325,7 +335,7 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
       raise ValueError(f'{self._label}: found {len(data)} bytes at {begin}, expected {size}')
     return data
 
-  def _read_front(self) -> None:
+  def _read_front(self, most_bytes: int | None) -> None:
     """Reads and checks all that comes before the codes."""
     (rows, *sizes), checksum, begin = self._read_header()
     table, index = self._read(begin, 12 * rows), self._read(begin + 12 * rows, sizes[0])
@@ -342,15 +352,28 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     except (ValueError, RecursionError) as error:
       raise ValueError(f'{self._label}: found an index that cannot be: {error}') from error
     self._structure = jax.tree.structure(tree)
+    self._block_begins = [0, *itertools.accumulate(size for size, _ in self._blocks)]
     self._leaves, found_rows, codes_size, self._raw_size = artifact_index.placed(leaves)
     for what, found, expected in (
       ('compressed leaves', found_rows, rows),
       ('bytes of codes', codes_size, sizes[1]),
       ('blocks', len(self._blocks), -(-self._raw_size // artifact_index.BLOCK)),
-      ('bytes of blocks', sum(size for size, _ in self._blocks), sizes[2]),
+      ('bytes of blocks', self._block_begins[-1], sizes[2]),
     ):
       if found != expected:
         raise ValueError(f'{self._label}: found an index of {found} {what}, expected {expected}')
+    if most_bytes is None:
+      most_bytes = max(_MOST_BYTES, _MOST_TIMES * (self._blocks_at + sizes[2]))
+    claimed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in self._leaves.values())
+    if claimed > most_bytes:
+      raise ValueError(
+        f'{self._label}: found leaves of {claimed} bytes in {self._blocks_at + sizes[2]}, expected '
+        f'at most {most_bytes}; a greater most_bytes admits them'
+      )
+    for name, leaf in self._leaves.items():
+      if leaf.levels is not None:
+        threshold, first, step = self._grids[leaf.row]
+        _check_grid(f'{self._label}: {name}', threshold, first, step, leaf.levels)
 
   def _read_header(self) -> tuple[tuple[int, ...], int, int]:
     """The sizes of the tensors (for `grids`, rows), the checksum, and where the data begin."""
@@ -405,6 +428,7 @@ def _grid(name: str, record: LeafState) -> list[np.float32]:
   threshold, first, step = np.float32(record.threshold), codebook[1], np.float32(record.step)
   if not 0 <= levels <= MAX_LEVELS:
     raise ValueError(f'{name}: found {levels} levels, expected 0 to {MAX_LEVELS}')
+  _check_grid(name, threshold, first, step, levels)
   implied = np.asarray(_affine_codebook(first, step, np.int32(levels)))
   if codebook.tobytes() != implied.tobytes():
     raise ValueError(
@@ -420,20 +444,47 @@ def _checked_codes(
   """The codes of a leaf, made sure to be those of their own values as well."""
   if bad := array.size - int(np.count_nonzero(np.isfinite(array))):
     raise ValueError(f'{name}: found {bad} weights that are NaN or infinite, expected none')
-  state = CompressionState(record)
   try:
-    codes = np.asarray(compression.encode(array, state))
+    codes = np.asarray(compression.encode(array, CompressionState(record)))
     _check_levels(codes, int(record.levels))
   except ValueError as error:
     # `encode` was given a tree that is one leaf, whose path name is empty
     raise ValueError(f'{name}: {str(error).removeprefix(": ")}') from error
-  again = np.asarray(compression.encode(_values(codes, record), state))
-  if moved := int(np.count_nonzero(again != codes)):
-    raise ValueError(
-      f'{name}: found {moved} values that lie in another cell once they are {array.dtype}, '
-      f'expected none: step {float(record.step)} is too fine for this dtype'
-    )
+  _check_cells(name, codes, record)
   return codes
+
+
+def _check_grid(
+  name: str, threshold: np.float32, first: np.float32, step: np.float32, levels: int
+) -> None:
+  """A grid that cells and values can have; files of any origin are held to it."""
+  with np.errstate(over='ignore', invalid='ignore'):
+    exact = np.float64(first) + np.float64(step) * np.arange(max(levels, 1))
+    rounded = exact.astype(np.float32)
+  is_finite = bool(np.isfinite([threshold, step, rounded[-1]]).all())
+  is_exact = bool((rounded == exact).all() and (rounded[1:] > rounded[:-1]).all())
+  if not (is_finite and is_exact and threshold >= 0 and step > 0):
+    raise ValueError(
+      f'{name}: found a grid of threshold {threshold}, first value {first}, step {step} and '
+      f'{levels} levels, expected finite numbers, threshold >= 0, step > 0 and values that float32 '
+      'holds exactly'
+    )
+
+
+def _check_cells(name: str, codes: Int8[np.ndarray, '...'], record: LeafState) -> None:
+  """The value of every code that occurs has that code: compressing it again changes nothing."""
+  every = np.arange(-128, 128).astype(np.int8)
+  counts = histogram(codes)[every.view(np.uint8)]
+  values = _values(every, record).astype(np.float32)
+  with np.errstate(over='ignore', invalid='ignore'):
+    cell = np.floor((np.abs(values) - np.float32(record.threshold)) * (1 / np.float32(record.step)))
+  again = np.where(values < 0, -1, 1) * (1 + np.clip(cell, 0, max(int(record.levels) - 1, 0)))
+  if moved := int(counts[(again != every) & (every != 0)].sum()):
+    raise ValueError(
+      f'{name}: found {moved} values that lie in another cell once they are '
+      f'{np.dtype(record.dtype)}, expected none: step {float(record.step)} is too fine for this '
+      'dtype, or the grid is damaged'
+    )
 
 
 def _check_levels(codes: Int8[np.ndarray, '...'], levels: int) -> None:

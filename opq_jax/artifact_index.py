@@ -25,6 +25,8 @@ TENSORS = ('grids', 'index', 'codes', 'uncompressed')
 BLOCK = 1 << 20  # bytes of uncompressed leaves that are packed, checked and read together
 MAX_HEADER = 1 << 12  # bytes; a header has some 350
 MAX_INDEX = 1 << 22  # bytes of JSON, enough for 80,000 leaves
+MAX_NAMES = 1 << 24  # characters of all path names, which a key above many leaves multiplies
+MAX_DEPTH = 100  # containers in containers, well within Python's own bound
 
 _SCALARS: tuple[type[np.generic], ...] = (
   *(np.bool_, np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64),
@@ -115,6 +117,30 @@ def plain_tree(node: PyTree, path: tree_util.KeyPath = ()) -> PyTree:
   return type(node)(plain.values()) if type(node) in (list, tuple) else plain
 
 
+def check_names(tree: PyTree) -> None:
+  """Finds out what the path names of all leaves would take before anybody makes them.
+
+  Raises:
+    ValueError: the names have more than `MAX_NAMES` characters together, or containers lie deeper
+      than `MAX_DEPTH`.
+
+  >>> check_names({'a': [1, {'b': None}]})
+  """
+
+  def characters(node: Any, length: int, depth: int) -> int:
+    if depth > MAX_DEPTH:
+      raise ValueError(f'found a tree deeper than {MAX_DEPTH} containers, expected at most these')
+    items: Any = node.items() if isinstance(node, dict) else ()
+    if isinstance(node, list | tuple):
+      items = enumerate(node)
+    elif not isinstance(node, dict):
+      return 0 if node is None else length
+    return sum(characters(child, length + 1 + len(str(key)), depth + 1) for key, child in items)
+
+  if (found := characters(tree, 0, 0)) > MAX_NAMES:
+    raise ValueError(f'found path names of {found} characters, expected at most {MAX_NAMES}')
+
+
 def to_json(node: PyTree) -> Any:
   """A plain tree of strings in the notation of the index."""
   if isinstance(node, list | tuple):
@@ -149,7 +175,9 @@ def parsed_index(text: bytes) -> tuple[PyTree, list[tuple[int, int]], dict[str, 
         type(text) is str for text in metadata.values()
       ):
         blocks = list(zip(numbers[::2], numbers[1::2], strict=True))
-        return from_json(node), blocks, metadata
+        tree = from_json(node)
+        check_names(tree)
+        return tree, blocks, metadata
   raise ValueError(f'found {text[:80]!r}, expected blocks, metadata and tree')
 
 

@@ -31,11 +31,15 @@ from opq_jax import (
   sizes,
   tables,
   trees,
+  verification,
   weight_files,
 )
 from opq_jax.allocation import DEFAULT_COMPRESSION_RATE, OBJECTIVES, is_compressible
 from opq_jax.artifact import OpqFile
 from opq_jax.trees import PyTree
+
+_FROM_NOISE = 'corrected from noise'  # what the metadata say of such a BatchNorm
+_MOST_PROBLEMS = 20  # that `verify` puts into words
 
 _ABOUT = """\
 Small files of neural networks: one-shot pruning and quantization, from the weights alone.
@@ -45,6 +49,7 @@ examples:
   opq compress model.pth model.opq --rate 16                  2 bits per weight
   opq compress --model resnet50 resnet50.pth resnet50.opq     a network that opq knows
   opq inspect model.opq                                       what is in it, and its four sizes
+  opq verify model.opq --against model.safetensors            every claim of it, recomputed
   opq decompress model.opq model.safetensors                  back to plain arrays
   opq demo                                                    a tour in a minute
 """
@@ -92,6 +97,13 @@ examples:
   opq inspect model.opq --json | jq .totals.file_rate
 """
 
+_VERIFY_EXAMPLES = """\
+examples:
+  opq verify model.opq --against model.safetensors
+  opq verify resnet50.opq --against resnet50.pth
+      of a file made with --model: imports the weights again, and corrects BatchNorm again
+"""
+
 _DECOMPRESS_EXAMPLES = """\
 examples:
   opq decompress model.opq model.safetensors
@@ -117,29 +129,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   Returns:
     The exit code: 0; 2 where the arguments, an input or an output are at fault, which one line on
-    stderr names, and nothing was written; 1 where nobody reads stdout to its end.
+    stderr names, and nothing was written; 1 where a file does not hold what it claims, or nobody
+    reads stdout to its end.
   """
   try:
     arguments = _parser().parse_args(argv)
   except SystemExit as exit_:
     return int(exit_.code or 0)
   try:
-    arguments.run(arguments)
+    code = arguments.run(arguments)
     sys.stdout.flush()
   except BrokenPipeError:
     # `opq inspect net.opq | head`: nobody reads on, and Python would say so once more at its exit
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
   except (ValueError, OSError) as error:
-    line = ' '.join(_message(error).split())
-    _console(sys.stderr).print(Text(f'opq: {line}', style='red'), soft_wrap=True)
+    _complain(_message(error))
     return 2
-  return 0
+  return code or 0
 
 
 def _parser() -> argparse.ArgumentParser:
   def command(
-    name: str, run: Callable[[argparse.Namespace], None], short: str, about: str, epilog: str
+    name: str, run: Callable[[argparse.Namespace], int | None], short: str, about: str, epilog: str
   ) -> Any:
     new = commands.add_parser(name, help=short, description=about, epilog=epilog, **raw)
     new.set_defaults(run=run)
@@ -206,6 +218,18 @@ def _parser() -> argparse.ArgumentParser:
   inspect.add_argument('file', metavar='FILE', help='an .opq file')
   inspect.add_argument(
     '--json', action='store_true', help='for programs: totals and leaves as JSON'
+  )
+
+  short = 'an .opq file against the weights that it was made of'
+  about = (
+    'Recomputes every claim of an .opq file from the original weights: names, shapes, dtypes,\n'
+    'the code of every weight, errors, sizes, and that all other leaves are there bit for bit.\n'
+    'The exit code is 1 where something does not hold.'
+  )
+  verify = command('verify', _verify, short, about, _VERIFY_EXAMPLES)
+  verify.add_argument('file', metavar='FILE', help='an .opq file')
+  verify.add_argument(
+    '--against', metavar='WEIGHTS', required=True, help='weights: a file, or a folder of Orbax'
   )
 
   short = 'an .opq file to plain arrays'
@@ -287,7 +311,7 @@ def _compress(arguments: argparse.Namespace) -> None:
     if network is not None and networks.has_batch_norm(params):
       metadata['batch_norm'] = 'not corrected'
       if not arguments.no_correction:
-        metadata['batch_norm'] = 'corrected from noise'
+        metadata['batch_norm'] = _FROM_NOISE
         with stage('correct BatchNorm'):
           compressed = opq_jax.apply_compression(params, state)
           stored = networks.correct_batch_norm(network, compressed)
@@ -305,20 +329,65 @@ def _compress(arguments: argparse.Namespace) -> None:
 def _inspect(arguments: argparse.Namespace) -> None:
   with OpqFile(arguments.file) as file:
     metadata = file.metadata
-  mode = metadata.get('channel_axis')
-  axis = partial(
-    weight_files.channel_axis,
-    mode='first' if mode == 'first' else 'last' if mode == 'last' else 'auto',
-  )
-  report = sizes.file_report(arguments.file, channel_axis=axis)
+  report = sizes.file_report(arguments.file, channel_axis=_axis(metadata))
   if arguments.json:
     print(json.dumps(_as_json(arguments.file, metadata, report), indent=2))
     return
   console = _console(sys.stdout)
   console.print(sizes.size_table(report), sizes.four_sizes(report))
   for key, value in metadata.items():
-    console.print(Text(f'{key}: {value}', style='dim'))
+    console.print(Text(tables.visible(f'{key}: {value}'), style='dim'))
   console.print(Text(f'{arguments.file}: all {report.file:,} bytes read, all checksums hold'))
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+  with OpqFile(arguments.file) as file:
+    metadata = file.metadata
+  identity = networks.identity(metadata)
+  corrected = None
+  if identity is None:
+    params = weight_files.read_weights(arguments.against)
+  else:
+    network = networks.load(
+      arguments.against,
+      name=identity.name,
+      source=identity.source,
+      num_classes=identity.num_classes,
+    )
+    params = network.variables
+    if metadata.get('batch_norm') == _FROM_NOISE:
+      corrected = networks.correct_batch_norm(network, _compressed_in(arguments.file, params))
+  found = verification.verify(
+    arguments.file, params, corrected=corrected, channel_axis=_axis(metadata)
+  )
+  console = _console(sys.stdout)
+  console.print(found)
+  if found.report is not None:
+    console.print(sizes.four_sizes(found.report))
+  if not found.holds:
+    for problem in found.problems[:_MOST_PROBLEMS]:
+      _complain(problem)
+    more = len(found.problems) - _MOST_PROBLEMS
+    _complain(
+      f'{arguments.file} does not hold what it claims'
+      + (f'; {more} more problems like these' if more > 0 else '')
+    )
+    return 1
+  console.print(Text(f'{arguments.file}: every claim holds against {arguments.against}'))
+  return 0
+
+
+def _compressed_in(path: str, params: PyTree) -> PyTree:
+  """The original weights with those that a file has compressed in their places."""
+  with OpqFile(path) as file:
+
+    def chosen(name: str, leaf: Any) -> Any:
+      if name not in file or file.leaf_state(name) is None or file[name].shape != leaf.shape:
+        return leaf
+      return file[name]
+
+    leaves = [chosen(name, leaf) for name, leaf in trees.named_leaves(params).items()]
+  return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
 def _decompress(arguments: argparse.Namespace) -> None:
@@ -364,6 +433,15 @@ def _check_network(arguments: argparse.Namespace) -> None:
       '--channel-axis: found first with --model, expected last: a network is compressed as Flax '
       'has it'
     )
+
+
+def _axis(metadata: dict[str, str]) -> Callable[[str, Any], int]:
+  """The output channels of a file's leaves."""
+  mode = metadata.get('channel_axis')
+  return partial(
+    weight_files.channel_axis,
+    mode='first' if mode == 'first' else 'last' if mode == 'last' else 'auto',
+  )
 
 
 def _network_line(metadata: dict[str, str]) -> str:
@@ -439,6 +517,12 @@ def _as_json(path: str, metadata: dict[str, str], report: sizes.SizeReport) -> d
     'compressed': [dataclasses.asdict(leaf) for leaf in report.compressed],
     'uncompressed': [dataclasses.asdict(leaf) for leaf in report.uncompressed],
   }
+
+
+def _complain(text: str) -> None:
+  """One line on stderr."""
+  line = tables.visible(' '.join(text.split()))
+  _console(sys.stderr).print(Text(f'opq: {line}', style='red'), soft_wrap=True)
 
 
 def _message(error: ValueError | OSError) -> str:

@@ -37,9 +37,18 @@ def entropy(codes: Int8[np.ndarray, '...']) -> float:
   >>> entropy(np.array([0, 0, 1, -1], np.int8))
   1.5
   """
-  counts = _histogram(codes)
+  counts = histogram(codes)
   counts = counts[counts > 0]
   return float(np.sum(counts * np.log2(codes.size / counts))) / max(codes.size, 1)
+
+
+def histogram(codes: Int8[np.ndarray, '...']) -> Int64[np.ndarray, '256']:
+  """How often each code occurs; a negative code is counted at its value as a byte."""
+  counts = np.zeros(256, np.int64)
+  as_bytes = np.ascontiguousarray(codes).reshape(-1).view(np.uint8)
+  for start in range(0, as_bytes.size, _CHUNK):
+    counts += np.bincount(as_bytes[start : start + _CHUNK], minlength=256)
+  return counts
 
 
 def encode_codes(codes: Int8[np.ndarray, '...']) -> bytes:
@@ -63,7 +72,7 @@ def encode_codes(codes: Int8[np.ndarray, '...']) -> bytes:
   if codes.size == 0:
     return b''
   flat = np.ascontiguousarray(codes).reshape(-1)
-  symbols, counts = _alphabet(_histogram(flat))
+  symbols, counts = _alphabet(histogram(flat))
   precision = _precision(symbols.size, flat.size)
   frequencies = _quantized(counts, precision)
   coded, model = _model(symbols, frequencies)
@@ -110,7 +119,10 @@ def decode_codes(data: bytes | memoryview, size: int) -> Int8[np.ndarray, ' size
     raise ValueError(f'found codes for at most {most_codes} weights, expected {size}')
   coded, model = _model(symbols, frequencies)
   coder = constriction.stream.stack.AnsCoder(np.frombuffer(words, '<u4').astype(np.uint32))
-  codes = np.empty(size, np.int8)
+  try:
+    codes = np.empty(size, np.int8)
+  except MemoryError as error:
+    raise ValueError(f'found {size} codes, expected as many as memory holds') from error
   for start in range(0, size, _CHUNK):
     part = codes[start : start + _CHUNK]
     np.take(coded, coder.decode(model, part.size), out=part, mode='clip')
@@ -128,15 +140,6 @@ def _first_word(flat: Int8[np.ndarray, ' size']) -> int:
   probabilities, each symbol lengthens the message by nearly -log2 of its probability.
   """
   return zlib.crc32(flat.data) | 1 << 31
-
-
-def _histogram(codes: Int8[np.ndarray, '...']) -> Int64[np.ndarray, '256']:
-  """How often each code occurs; a negative code is counted at its value as a byte."""
-  counts = np.zeros(256, np.int64)
-  as_bytes = np.ascontiguousarray(codes).reshape(-1).view(np.uint8)
-  for start in range(0, as_bytes.size, _CHUNK):
-    counts += np.bincount(as_bytes[start : start + _CHUNK], minlength=256)
-  return counts
 
 
 def _symbols(least: int, largest: int) -> Int8[np.ndarray, ' k']:

@@ -1,22 +1,70 @@
 """Files that appear whole or not at all."""
 
+import contextlib
 import os
 import secrets
+import time
+import zlib
 from pathlib import Path
+from typing import BinaryIO
+
+try:
+  import fcntl
+except ImportError:  # Windows, where what a killed process left is left
+  fcntl = None  # type: ignore[assignment]
+
+_YOUNG = 60.0  # seconds in which a file may be somebody's who has not locked it yet
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
   """Writes beside the place and moves there; a file that was there before stays until then.
 
+  A process that is killed leaves the old file or the new one, whole, and perhaps a hidden
+  `.opq-…` beside it, which the next write to the same place removes.
+
   Raises:
-    OSError: the folder is missing or read-only, or the disk is full.  Nothing is left behind.
+    OSError: the folder is missing or read-only, or the disk is full.  The message names `path`,
+      and nothing is left behind.
   """
-  temporary = Path(path).parent / f'.opq-{secrets.token_hex(8)}'
+  path = Path(path)
+  # of one length, however long the name is
+  prefix = f'.opq-{zlib.crc32(os.fsencode(path.name)):08x}-'
+  temporary = path.parent / f'{prefix}{secrets.token_hex(8)}'
   try:
+    _remove_litter(path.parent, prefix)
     with open(temporary, 'xb') as file:
+      _is_locked(file)
       file.write(data)
       file.flush()
       os.fsync(file.fileno())
-    os.replace(temporary, path)
+      os.replace(temporary, path)
+  except OSError as error:
+    if error.errno is None:
+      raise
+    raise OSError(error.errno, os.strerror(error.errno), os.fspath(path)) from error
   finally:
-    temporary.unlink(missing_ok=True)
+    # on a full or read-only disk even this may fail, and the first error is the one to know of
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
+
+
+def _remove_litter(folder: Path, prefix: str) -> None:
+  """What killed processes left: old files that nobody holds locked."""
+  for left in folder.glob(f'{prefix}*') if fcntl is not None else ():
+    try:
+      with open(left, 'rb') as file:
+        if time.time() - left.stat().st_mtime > _YOUNG and _is_locked(file):
+          left.unlink()
+    except OSError:
+      continue  # somebody else's, or gone
+
+
+def _is_locked(file: BinaryIO) -> bool:
+  """Whether the file is locked for this process from now on; the lock ends with the process."""
+  if fcntl is None:
+    return False
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError:  # another's, or a file system without locks
+    return False
+  return True

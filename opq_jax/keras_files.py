@@ -37,7 +37,7 @@ _CLASSES = {
   'BatchNormalization': 'batch_normalization',
 }
 _NOT_WEIGHTS = ('optimizer', 'optimizer_weights')
-_MOST = 1032  # bytes that deflate can make of one: what claims more has nothing stored
+MOST = 1032  # bytes that deflate can make of one: what claims more has nothing stored
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
@@ -60,6 +60,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(path) as archive:
       if _WEIGHTS not in archive.namelist():
         raise ValueError(f'{path}: found {archive.namelist()[:5]}, expected {_WEIGHTS} among them')
+      check_members(path, archive)
       opened = io.BytesIO(archive.read(_WEIGHTS))
       named = layer_names(json.loads(archive.read('config.json')))
   tensors: dict[str, np.ndarray] = {}
@@ -77,6 +78,29 @@ def read(path: Path) -> dict[str, np.ndarray]:
       raise ValueError(str(error)) from error
     raise
   return tensors
+
+
+def check_members(path: Path, archive: zipfile.ZipFile) -> None:
+  """Nothing in an archive is there twice, or makes more of its bytes than deflate can.
+
+  bzip2, which a zip may use as well, makes a gigabyte of one thousand bytes.
+
+  Raises:
+    ValueError: something is, or does.
+  """
+  names: set[str] = set()
+  for member in archive.infolist():
+    if member.filename in names:
+      raise ValueError(f'{path}: {member.filename}: found two members of this name, expected one')
+    names.add(member.filename)
+    if member.file_size > MOST * member.compress_size:
+      raise ValueError(
+        f'{path}: {member.filename}: found {member.compress_size} bytes that claim to be '
+        f'{member.file_size}, expected at most {MOST} times as many'
+      )
+  stored = sum(member.compress_size for member in archive.infolist())
+  if stored > (size := path.stat().st_size):
+    raise ValueError(f'{path}: found members of {stored} bytes in a file of {size}')
 
 
 def layer_names(config: dict[str, Any]) -> dict[str, str]:
@@ -138,7 +162,7 @@ def _datasets(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[st
       continue
     if child.external or child.is_virtual:
       raise ValueError(f'{child.name}: found data in another file, expected them in this one')
-    if child.nbytes > _MOST * child.id.get_storage_size():
+    if child.nbytes > MOST * child.id.get_storage_size():
       raise ValueError(
         f'{child.name}: found {child.id.get_storage_size()} bytes, expected those of {child.shape}'
       )

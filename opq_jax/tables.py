@@ -85,6 +85,16 @@ def shorten(path: str, width: int) -> str:
   return f'{path[:head]}…{path[len(path) - (width - 1 - head) :]}'
 
 
+def visible(text: str) -> str:
+  """`text` with escapes in place of what a terminal would obey: files bring names of any kind.
+
+  >>> visible('conv' + chr(27) + '[2J')
+  'conv\\x1b[2J'
+  """
+  escaped = lambda c: c.encode('unicode_escape').decode('ascii')
+  return ''.join(c if c.isprintable() else escaped(c) for c in text)
+
+
 def _summary_table(rows: list[tuple[str, LeafAllocation]], others: list[int]) -> Table:
   columns = 'path', 'shape', 'weights', 'pruned', 'levels', 'bits', 'payload', 'error', 'fit'
   sizes = np.array([math.prod(leaf.shape) for _, leaf in rows])
@@ -144,6 +154,7 @@ def leaf_table(
     styles: of each row, in rich's words, or ''.
     totals: rows below, which may be shorter.
   """
+  rows = [(visible(row[0]), *row[1:]) for row in rows]
   lines = [columns, *rows, *totals]
   widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(len(columns))]
   left = WIDTH - 1 - sum(widths[1:]) - len(columns)

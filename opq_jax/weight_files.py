@@ -9,12 +9,17 @@
     .h5, .keras    of Keras, by `<layer>/<weight>`; needs h5py (`pip install opq_jax[keras]`)
 
 Nothing in a file is ever executed: NumPy's pickles are refused, and PyTorch's are read by its
-`weights_only` unpickler.
+`weights_only` unpickler.  A name that occurs twice is an error, and so are arrays that claim more
+than their bytes can hold: what a file takes in memory is bounded by its own size.
 """
 
+import errno
+import json
 import logging
+import math
 import os
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +27,7 @@ from typing import Any, Literal
 import flax.serialization
 import jax
 import ml_dtypes
+import msgpack
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -81,10 +87,12 @@ def write_safetensors(path: str | os.PathLike[str], tree: PyTree) -> None:
     tree: any pytree of arrays.
 
   Raises:
-    ValueError: two leaves have one name, or a leaf has a dtype that safetensors has not.
+    ValueError: two leaves have one name, or a leaf has a name or a dtype that safetensors has not.
   """
   arrays = {}
   for name, leaf in trees.named_leaves(tree).items():
+    if name == '__metadata__':
+      raise ValueError(f'{path}: {name}: found a name that safetensors keeps for itself')
     array = np.asarray(leaf)
     try:
       safetensors.numpy.save({'probe': np.zeros(0, array.dtype)})
@@ -139,13 +147,34 @@ def channel_axis(path: str, leaf: Any, mode: ChannelMode = 'auto') -> int:
   return -1
 
 
+def unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+  """The dict of pairs, for parsers that would keep one of two values of a name in silence.
+
+  Raises:
+    ValueError: a name occurs twice, or is no string.
+
+  >>> unique([('a', 1), ('b', 2)])
+  {'a': 1, 'b': 2}
+  """
+  found: dict[Any, Any] = {}
+  for key, value in pairs:
+    if type(key) is not str:
+      raise ValueError(f'found {key!r}, expected a string for a name')
+    if key in found:
+      raise ValueError(f'{key}: found two of this name, expected one')
+    found[key] = value
+  return found
+
+
 def _guarded(read: Callable[[Path], PyTree], path: Path, what: str) -> PyTree:
   try:
     return read(path)
-  except OSError:
-    raise
   # what five libraries raise at damaged bytes is no closed list (BadZipFile, OutOfData, TypeError)
   except Exception as error:
+    # a damaged offset leads to a place that no file has, which the system calls an invalid argument
+    is_damage = type(error) is OSError and error.errno in (None, errno.EINVAL)
+    if isinstance(error, OSError) and not is_damage:
+      raise
     if isinstance(error, ValueError) and str(error).startswith(str(path)):
       raise
     # PyTorch goes on for a page, with advice on how to execute what is in the file
@@ -177,6 +206,10 @@ def _is_extended(dtype: np.dtype) -> bool:
 
 def _read_safetensors(path: Path) -> PyTree:
   with safetensors.safe_open(path, 'np') as file:
+    # of a name that occurs twice it would keep one
+    with open(path, 'rb') as raw:
+      text = raw.read(int.from_bytes(raw.read(8), 'little'))
+    json.loads(text, object_pairs_hook=unique)
     if (file.metadata() or {}).get('format') == 'opq':
       return _read_opq(path)
   return safetensors.numpy.load_file(path)
@@ -189,11 +222,39 @@ def _read_npz(path: Path) -> PyTree:
     if not isinstance(loaded, np.lib.npyio.NpzFile):
       raise ValueError(f'{path}: found a single array, expected an archive of named arrays (.npz)')
     with loaded:
+      archive = loaded.zip
+      assert archive is not None
+      keras_files.check_members(path, archive)
+      unique([(name, None) for name in loaded.files])
+      for member in archive.infolist():
+        _check_array(path, archive, member)
       return dict(loaded)
 
 
+def _check_array(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+  """The header of an array speaks of the bytes that are there, before NumPy allocates for it."""
+  with archive.open(member) as file:
+    try:
+      major, _ = np.lib.format.read_magic(file)
+      read = (
+        np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+      )
+      shape, _, dtype = read(file)
+    except ValueError as error:
+      raise ValueError(f'{path}: {member.filename}: {error}') from error
+    expected = math.prod(shape) * dtype.itemsize
+    # of objects the size says nothing; np.load refuses them in words of its own
+    if (found := member.file_size - file.tell()) != expected and not dtype.hasobject:
+      raise ValueError(
+        f'{path}: {member.filename}: found {found} bytes, expected {expected} of shape {shape}'
+      )
+
+
 def _read_msgpack(path: Path) -> PyTree:
-  tree = flax.serialization.msgpack_restore(path.read_bytes())
+  data = path.read_bytes()
+  # of a name that occurs twice Flax would keep one
+  msgpack.unpackb(data, object_pairs_hook=unique, ext_hook=lambda *_: None, raw=False)
+  tree = flax.serialization.msgpack_restore(data)
   if not isinstance(tree, dict):
     raise ValueError(f'{path}: found {type(tree).__name__}, expected a tree of arrays')
   return tree
@@ -271,6 +332,10 @@ def _from_torch(node: Any) -> Any:
     return [_from_torch(child) for child in node]
   if not hasattr(node, 'detach'):
     return node
+  # a stride of 0 makes any size of one stored number
+  stored = node.untyped_storage().nbytes()
+  if node.nbytes > keras_files.MOST * stored:
+    raise ValueError(f'found {stored} bytes, expected those of shape {tuple(node.shape)}')
   tensor = node.detach().contiguous()
   name = str(tensor.dtype).removeprefix('torch.')
   if not hasattr(ml_dtypes, name):

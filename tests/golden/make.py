@@ -1,0 +1,68 @@
+"""Makes the golden files of the present version of the format: `python tests/golden/make.py`.
+
+    version_N.opq           a network of every kind of leaf and container, small
+    version_N.safetensors   what `opq_jax.load` must make of it, for ever: the leaves by name, and
+                            <name>:mask, :codebook, :threshold, :step, :levels, :codes
+
+Run once for each version of the format, when it is made; the files are never made again.
+"""
+
+import pathlib
+
+import flax.core
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+
+import opq_jax
+from opq_jax import artifact_index
+
+FOLDER = pathlib.Path(__file__).parent
+METADATA = {'weights': 'golden', 'é': '[{"'}
+
+
+def network() -> dict[str, object]:
+  """Laplace kernels in three dtypes, a leaf of zeros, one without elements, and all containers."""
+  draw = np.random.default_rng(0).laplace
+  return {
+    'params': {
+      'conv': {
+        'kernel': draw(size=(3, 3, 8, 16)).astype(np.float32),
+        'bias': draw(size=16).astype(np.float32),
+      },
+      'dense': flax.core.freeze({'kernel': draw(size=(16, 24)).astype(ml_dtypes.bfloat16)}),
+      'half': [draw(size=(24, 10)).astype(np.float16), None, (np.float32(-0.0),)],
+      'zeros': np.zeros((6, 4), np.float32),
+      'empty': np.zeros((0, 3), np.float32),
+      'numbers': {7: np.array([np.nan, np.inf, 1e-42], np.float64), -1: {':': np.int8(3)}},
+    },
+    'batch_stats': {'mean': draw(size=16).astype(np.float32), 'var': np.full(16, 0.5, np.float32)},
+    'steps': np.int64(1 << 40),
+    'is_trained': np.array([True, False]),
+  }
+
+
+def arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """All that a file holds, by name."""
+  found = {}
+  with opq_jax.OpqFile(path) as file:
+    for name, leaf in file.items():
+      found[name] = leaf
+      if (record := file.leaf_state(name)) is not None:
+        fields = ('mask', 'codebook', 'threshold', 'step', 'levels')
+        found |= {f'{name}:{field}': np.asarray(getattr(record, field)) for field in fields}
+        found[f'{name}:codes'] = file.codes(name)
+  return found
+
+
+def main() -> None:
+  params = network()
+  state = opq_jax.init_state(params, opq_jax.allocate(params, compression_rate=10.0))
+  stem = FOLDER / f'version_{artifact_index.VERSION}'
+  opq_jax.save(stem.with_suffix('.opq'), params, state, METADATA)
+  data = safetensors.numpy.save(arrays(stem.with_suffix('.opq')))
+  stem.with_suffix('.safetensors').write_bytes(data)
+
+
+if __name__ == '__main__':
+  main()
