@@ -22,6 +22,7 @@ from opq_jax.compression import (
   init_state,
 )
 from opq_jax.sizes import SizeReport, file_report, size_report
+from opq_jax.statistics import LeafStatistics, leaf_statistics, merge_statistics
 from opq_jax.tables import summary
 from opq_jax.transforms import compressed, keep_compressed
 from opq_jax.weight_files import read_weights, write_safetensors
@@ -33,6 +34,7 @@ __all__ = [
   'CompressionState',
   'LeafAllocation',
   'LeafState',
+  'LeafStatistics',
   'OpqFile',
   'SizeReport',
   'allocate',
@@ -46,7 +48,9 @@ __all__ = [
   'init_state',
   'is_compressible',
   'keep_compressed',
+  'leaf_statistics',
   'load',
+  'merge_statistics',
   'read_weights',
   'save',
   'size_report',

@@ -115,6 +115,11 @@ def plain_tree(node: PyTree, path: tree_util.KeyPath = ()) -> PyTree:
   return type(node)(plain.values()) if type(node) in (list, tuple) else plain
 
 
+def spec(dtype: np.dtype, shape: tuple[int, ...]) -> str:
+  """The notation of an uncompressed leaf, with which that of every leaf begins."""
+  return f'{dtype.name}[{",".join(map(str, shape))}]'
+
+
 def to_json(node: PyTree) -> Any:
   """A plain tree of strings in the notation of the index."""
   if isinstance(node, list | tuple):

@@ -17,13 +17,13 @@ SHAPES = {
 }
 
 
-@jax.jit
 def RANK(weights, stats, rank):
-  largest = jnp.max(stats.maximum)[None]
-  return statistics.magnitudes_at_rank([weights], stats.histogram[None], largest, rank[None])[0]
+  coarse, left = statistics.bins_at_rank(stats.histogram[None], rank[None])
+  fine = statistics.fine_histogram(weights, stats.largest, coarse[0])[None]
+  return statistics.magnitudes_at_rank(fine, stats.largest[None], coarse, left, rank[None])[0]
 
 
-COUNT = jax.jit(statistics.per_channel_count, static_argnums=2)
+COUNT = statistics.per_channel_count
 
 
 def sample(shape, kind='laplace', dtype=np.float32, seed=0):
