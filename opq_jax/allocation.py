@@ -129,7 +129,7 @@ def allocate(
   compressible: Callable[[str, Any], bool] = is_compressible,
   channel_axis: int | Callable[[str, Any], int] = -1,
   corrected: bool = True,
-  read: Callable[[str], Array] | None = None,
+  read: Callable[[str], Array | np.ndarray] | None = None,
 ) -> Allocation:
   """How much of every leaf to prune, and the one grid that all its channels share.
 
@@ -209,7 +209,7 @@ def allocate(
     raise ValueError(f'objective: found {objective!r}, expected one of {OBJECTIVES} or a pytree')
   kind = objective if omegas is None else 'omegas'
   stats: list[LeafStatistics] = []
-  looks: list[Callable[[], Array] | None] = []
+  looks: list[Callable[[], Array | np.ndarray] | None] = []
   for name in chosen:
     leaf = named[name]
     if isinstance(leaf, LeafStatistics):
@@ -285,7 +285,7 @@ def _at_home(tree: PyTree) -> PyTree:
 
 def _second_look(
   stats: list[LeafStatistics],
-  looks: list[Callable[[], Array]],
+  looks: list[Callable[[], Array | np.ndarray]],
   targets: dict[str, Array],
   omegas: list[Array] | None,
   objective: str,
@@ -372,7 +372,7 @@ def _solve(
   else:
     if seen is not None:
       threshold = seen[0].astype(dtype)
-      left = jnp.concatenate(seen[1]).astype(dtype) / int(tree.sizes.sum())
+      left = jnp.concatenate(seen[1]).astype(dtype) / float(tree.sizes.sum())
     else:
       threshold, left = _predicted(channels, targets['sparsity'].astype(dtype))
       threshold = threshold * unit

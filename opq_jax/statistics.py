@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 BINS = 4096  # a sign, so that even the finest grid (127 levels) has 32 bins a cell
+_MOST_WEIGHTS = 2**31 - 1
 _HERE = 'here'  # the layout of a leaf on one device
 _UNKNOWN = 'unknown'  # and of one inside of a trace, which may lie anywhere
 
@@ -73,7 +74,7 @@ class LeafStatistics:
 
 
 def leaf_statistics(
-  weights: Float[Array, '...'],
+  weights: Float[Array | np.ndarray, '...'],
   channel_axis: int = -1,
   *,
   histogram: bool = True,
@@ -101,10 +102,18 @@ def leaf_statistics(
     depend on how the leaf lies; a scale is a float32 sum in another order, and so differs in
     rounding.
 
+  Raises:
+    ValueError: the leaf has 2^31 weights or more, which counts in int32 cannot hold.
+
   >>> stats = leaf_statistics(jnp.array([[1.0, -2.0], [3.0, 4.0]]), channel_axis=-1)
   >>> stats.scale.tolist(), stats.maximum.tolist(), stats.per_channel
   ([2.0, 3.0], [3.0, 4.0], 2)
   """
+  if np.size(weights) > _MOST_WEIGHTS:
+    raise ValueError(
+      f'found a leaf of {np.size(weights)} weights, expected at most {_MOST_WEIGHTS}: its counts '
+      'are int32'
+    )
   if largest is not None:
     largest = jnp.asarray(largest, jnp.float32)
   return _leaf_statistics(weights, largest, channel_axis, histogram, _layout(weights))
@@ -223,7 +232,7 @@ def _widened(
 
 
 def per_channel_count(
-  weights: Float[Array, '...'], threshold: Float32[Array, ''], channel_axis: int
+  weights: Float[Array | np.ndarray, '...'], threshold: Float32[Array, ''], channel_axis: int
 ) -> Float32[Array, 'channels']:
   """How many weights of every channel survive |w| > threshold, as float32."""
   return _per_channel_count(weights, threshold, channel_axis, _layout(weights))
@@ -261,7 +270,7 @@ def _per_channel_count(
 
 
 def fine_histogram(
-  weights: Float[Array, '...'], largest: Float32[Array, ''], bin_: Int32[Array, '']
+  weights: Float[Array | np.ndarray, '...'], largest: Float32[Array, ''], bin_: Int32[Array, '']
 ) -> Int32[Array, 'bins']:
   """Counts of one bin of a leaf's histogram, both signs together, in BINS finer bins."""
   return _fine_histogram(weights, (largest, bin_), _layout(weights))

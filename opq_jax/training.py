@@ -336,8 +336,8 @@ def sharded_train_step(
   whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P(data_axes))
 
   def placed(leaf: Array) -> NamedSharding:
-    is_on_mesh = isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == mesh
-    return leaf.sharding if is_on_mesh else whole
+    sharding = leaf.sharding
+    return sharding if isinstance(sharding, NamedSharding) and sharding.mesh == mesh else whole
 
   @functools.lru_cache(maxsize=1)
   def compiled(structure: Any, leaves: tuple[NamedSharding, ...]) -> Callable[..., Any]:
