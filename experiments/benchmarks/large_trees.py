@@ -5,8 +5,9 @@
 
 Every size is a process of its own, since what is measured is the peak of the resident set (VmHWM)
 that the kernel keeps for it: once a small tree was compressed, which is what the libraries take;
-once a tree of the largest leaf alone was, compilers and all; and after the whole tree.  A limit on the address space would say nothing: JAX maps much
-more than it ever touches.  The files are made, and removed again, in a folder of the disk.
+once a tree of the largest leaf alone was, compilers and all; and after the whole tree.  A limit
+on the address space would say nothing: JAX maps much more than it ever touches.  The files are
+made, and removed again, in a folder of the disk.
 """
 
 import argparse
