@@ -23,6 +23,7 @@ from opq_jax.compression import (
 )
 from opq_jax.inference import fold_batch_norm, round_uncompressed
 from opq_jax.sizes import SizeReport, file_report, size_report
+from opq_jax.statistics import LeafStatistics, leaf_statistics, merge_statistics
 from opq_jax.tables import summary
 from opq_jax.transforms import compressed, keep_compressed
 from opq_jax.weight_files import read_weights, write_safetensors
@@ -34,6 +35,7 @@ __all__ = [
   'CompressionState',
   'LeafAllocation',
   'LeafState',
+  'LeafStatistics',
   'OpqFile',
   'SizeReport',
   'allocate',
@@ -48,7 +50,9 @@ __all__ = [
   'init_state',
   'is_compressible',
   'keep_compressed',
+  'leaf_statistics',
   'load',
+  'merge_statistics',
   'read_weights',
   'round_uncompressed',
   'save',

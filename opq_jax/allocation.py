@@ -13,6 +13,7 @@ Both are least-cost problems sum_i F_i(d_i) in the relative squared errors d_i o
 one Lagrange multiplier for all; see `opq_jax.optimization`.
 """
 
+import dataclasses
 import functools
 import math
 import warnings
@@ -29,10 +30,14 @@ from opq_jax import laplace, trees
 from opq_jax.fixed_width import minimise_at_bits
 from opq_jax.optimization import Channels, minimise_at_rate, minimise_at_sparsity
 from opq_jax.statistics import (
+  LeafStatistics,
+  bins_at_rank,
   code_shares,
   entropy_of_shares,
+  fine_histogram,
   histogram_min_step,
   histogram_moments,
+  interpolated_at_rank,
   leaf_statistics,
   magnitudes_at_rank,
   payload_of_shares,
@@ -110,7 +115,8 @@ def is_compressible(path: str, leaf: Any) -> bool:
   (True, False)
   """
   del path
-  return jnp.ndim(leaf) >= 2 and _is_floating(leaf)
+  # numpy asks the leaf itself, which may be statistics, or weights that are still on disk
+  return np.ndim(leaf) >= 2 and _is_floating(leaf)
 
 
 def allocate(
@@ -123,6 +129,7 @@ def allocate(
   compressible: Callable[[str, Any], bool] = is_compressible,
   channel_axis: int | Callable[[str, Any], int] = -1,
   corrected: bool = True,
+  read: Callable[[str], Array | np.ndarray] | None = None,
 ) -> Allocation:
   """How much of every leaf to prune, and the one grid that all its channels share.
 
@@ -136,7 +143,12 @@ def allocate(
   All rates are against float32, whatever the dtype of a leaf.
 
   Args:
-    params: any pytree of arrays: params, or whole Flax variables.
+    params: any pytree of arrays: params, or whole Flax variables.  Leaves over a mesh
+      (`NamedSharding`) are never gathered.  Their histograms and maxima are those of one device,
+      their scales sums in another order (`opq_jax.leaf_statistics`), and so every field of the
+      answer is the same up to 1e-3, since the search for a rate ends within 1e-4 of it.  In the
+      place of a leaf may be its `LeafStatistics`, computed before or elsewhere: allocate(params)
+      is allocate(jax.tree.map(opq_jax.leaf_statistics, params)).
     sparsity: share of all compressed weights to prune, in [0, 1).  Together with `bits`.
     bits: mean bits of a surviving weight at a fixed width, its sign included; 1 ... 7.98.
     compression_rate: 32 bits over the entropy-coded bits of the codes per weight, frequency tables
@@ -158,6 +170,10 @@ def allocate(
       share that each leaf is given, `bits` counts the true survivors, and a leaf with a few
       outliers clips them rather than waste its 127 levels on reaching them.  Without, the answer
       is that of the Laplace density, in a fraction of the time (`experiments/benchmarks/speed.py`).
+    read: path -> the weights of a leaf of which `params` holds statistics.  `sparsity` and `bits`
+      look at the weights twice more, for the exact thresholds and for the survivors of every
+      channel.  Without it thresholds are interpolated in the histograms, off by the weights in a
+      bin, and survivors are shared out among the channels by the Laplace density.
 
   Returns:
     An `Allocation`.  The call is pure and may be traced (`jit`, `vmap` over targets,
@@ -177,93 +193,213 @@ def allocate(
   >>> round(float(leaf.payload), 2), round(float(leaf.sparsity), 1)
   (2.0, 0.5)
   """
-  targets = _check_targets(sparsity, bits, compression_rate)
-  named = trees.named_leaves(params)
-  chosen = _choose(named, compressible)
-  leaves = [named[name] for name in chosen]
-  axes = tuple(
-    channel_axis(name, named[name]) if callable(channel_axis) else channel_axis for name in chosen
+  targets = check_targets(sparsity, bits, compression_rate)
+  is_statistics = lambda node: isinstance(node, LeafStatistics)
+  # statistics are trees themselves: wrapped, each is the leaf that it stands for
+  params = jax.tree.map(
+    lambda leaf: _Leaf(leaf) if is_statistics(leaf) else leaf, params, is_leaf=is_statistics
   )
-  for name, leaf, axis in zip(chosen, leaves, axes, strict=True):
-    if not -leaf.ndim <= axis < leaf.ndim:
-      raise ValueError(f'{name}: found channel_axis {axis}, expected an axis of shape {leaf.shape}')
+  named = {
+    name: leaf.statistics if isinstance(leaf, _Leaf) else leaf
+    for name, leaf in trees.named_leaves(params).items()
+  }
+  chosen = choose(named, compressible)
   omegas = None if isinstance(objective, str) else _check_omegas(params, objective, chosen)
   if isinstance(objective, str) and objective not in OBJECTIVES:
     raise ValueError(f'objective: found {objective!r}, expected one of {OBJECTIVES} or a pytree')
   kind = objective if omegas is None else 'omegas'
-  per_leaf, per_channel = _allocate(leaves, targets, omegas, kind, axes, corrected)
+  stats: list[LeafStatistics] = []
+  looks: list[Callable[[], Array | np.ndarray] | None] = []
+  for name in chosen:
+    leaf = named[name]
+    if isinstance(leaf, LeafStatistics):
+      stats.append(_given_statistics(name, leaf, corrected))
+      looks.append(read and functools.partial(read, name))
+      continue
+    axis = axis_of(name, leaf, channel_axis)
+    stats.append(leaf_statistics(leaf, axis, histogram=corrected))
+    looks.append(functools.partial(_itself, leaf))
+  stats = _at_home(stats)
+  seen, again = None, [look for look in looks if look is not None]
+  if 'bits' in targets and corrected and len(again) == len(stats):
+    seen = _second_look(stats, again, targets, omegas, kind)
+  per_leaf, per_channel = _solve(stats, targets, omegas, seen, kind)
   if not _is_traced((per_leaf, per_channel)):
     # on the host from here: XLA would take seconds to compile hundreds of slices
     per_leaf, per_channel = jax.device_get((per_leaf, per_channel))
-    _check_values(chosen, leaves, axes, per_leaf, per_channel, targets)
-  ends = np.cumsum([_channel_count(leaf, axis) for leaf, axis in zip(leaves, axes, strict=True)])
+    _check_values(chosen, stats, per_leaf, per_channel, targets)
+  ends = np.cumsum([s.channels for s in stats])
   solved = {}
-  for i, (name, leaf, axis) in enumerate(zip(chosen, leaves, axes, strict=True)):
-    at = slice(ends[i] - _channel_count(leaf, axis), ends[i])
+  for i, (name, s) in enumerate(zip(chosen, stats, strict=True)):
+    at = slice(ends[i] - s.channels, ends[i])
     solved[name] = LeafAllocation(
       **{field: values[i] for field, values in per_leaf.items()},
       **{field: values[at] for field, values in per_channel.items()},
-      shape=tuple(leaf.shape),
-      channel_axis=axis,
+      shape=s.shape,
+      channel_axis=s.channel_axis,
     )
   structure = jax.tree.structure(params)
   return Allocation(jax.tree.unflatten(structure, [solved.get(name) for name in named]))
 
 
-@functools.partial(jax.jit, static_argnames=('objective', 'axes', 'corrected'))
-def _allocate(
-  leaves: list[Array],
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+  """Statistics as a leaf of a tree."""
+
+  statistics: LeafStatistics
+
+
+def _itself(leaf: Array) -> Array:
+  return leaf
+
+
+def axis_of(name: str, leaf: Any, channel_axis: int | Callable[[str, Any], int]) -> int:
+  """The axis of a leaf's output channels, made sure to be one.
+
+  Raises:
+    ValueError: the leaf has no such axis.
+  """
+  axis = channel_axis(name, leaf) if callable(channel_axis) else channel_axis
+  if not -leaf.ndim <= axis < leaf.ndim:
+    raise ValueError(f'{name}: found channel_axis {axis}, expected an axis of shape {leaf.shape}')
+  return axis
+
+
+def _given_statistics(name: str, stats: LeafStatistics, corrected: bool) -> LeafStatistics:
+  if not corrected:
+    return dataclasses.replace(stats, histogram=None)
+  if stats.histogram is None:
+    raise ValueError(
+      f'{name}: found statistics without a histogram, expected one (or corrected=False)'
+    )
+  return stats
+
+
+def _at_home(tree: PyTree) -> PyTree:
+  """What is replicated over a mesh, on the host: different leaves may have different meshes."""
+  is_spread = lambda x: (
+    isinstance(x, jax.Array) and not _is_traced(x) and len(x.sharding.device_set) > 1
+  )
+  return jax.tree.map(lambda x: np.asarray(x) if is_spread(x) else x, tree)
+
+
+def _second_look(
+  stats: list[LeafStatistics],
+  looks: list[Callable[[], Array | np.ndarray]],
   targets: dict[str, Array],
   omegas: list[Array] | None,
   objective: str,
-  axes: tuple[int, ...],
-  corrected: bool,
-) -> tuple[dict[str, Array], dict[str, Array]]:
-  """The fields of all leaves' `LeafAllocation`: those per leaf, and those per channel, joined."""
-  stats = [
-    leaf_statistics(leaf, axis, histogram=corrected)
-    for leaf, axis in zip(leaves, axes, strict=True)
+) -> tuple[Float32[Array, 'leaves'], list[Float32[Array, 'channels']]]:
+  """The thresholds that prune just what each leaf is given, and every channel's survivors."""
+
+  def on_host(tree: PyTree) -> PyTree:
+    return tree if _is_traced(tree) else jax.device_get(tree)
+
+  rank, coarse, left = on_host(_ranks(stats, targets['sparsity'], omegas, objective))
+  fine = [
+    fine_histogram(look(), s.largest, number)
+    for look, s, number in zip(looks, stats, coarse, strict=True)
   ]
-  dtype = jnp.result_type(float)
-  sizes = [len(s.scale) for s in stats]
-  n = sum(leaf.size for leaf in leaves)
-  tree = _Tree(
-    scale=jnp.concatenate([s.scale for s in stats]).astype(dtype),
-    maximum=jnp.concatenate([s.maximum for s in stats]).astype(dtype),
-    histogram=jnp.stack([s.histogram for s in stats]) if corrected else None,
-    share=jnp.asarray(np.repeat([s.per_channel / n for s in stats], sizes), dtype),
-    leaf=np.repeat(np.arange(len(stats), dtype=np.int32), sizes),
-    leaves=len(leaves),
-    sizes=np.asarray([leaf.size for leaf in leaves]),
-    rounding=np.asarray([2.0 ** -(jnp.finfo(leaf.dtype).nmant + 1) for leaf in leaves]),
-  )
+  largest = [s.largest for s in stats]
+  threshold = on_host(_thresholds(_at_home(fine), largest, coarse, left, rank))
+  counts = [
+    per_channel_count(look(), t, s.channel_axis)
+    for look, s, t in zip(looks, stats, threshold, strict=True)
+  ]
+  return threshold, _at_home(counts)
+
+
+@functools.partial(jax.jit, static_argnames='objective')
+def _ranks(
+  stats: list[LeafStatistics], sparsity: Array, omegas: list[Array] | None, objective: str
+) -> tuple[Array, Array, Array]:
+  """How many weights every leaf prunes; in which bin the last of them is, and which it is there."""
+  tree = _joined(stats)
+  channels, _ = _channels(tree, omegas, objective)
+  assert tree.histogram is not None
+  _, left = _predicted(channels, sparsity.astype(tree.scale.dtype))
+  rank = _rank(tree, channels, left)
+  return rank, *bins_at_rank(tree.histogram, rank)
+
+
+@jax.jit
+def _thresholds(
+  fine: list[Array], largest: list[Array], coarse: Array, left: Array, rank: Array
+) -> Float32[Array, 'leaves']:
+  ends = jnp.stack([jnp.asarray(end, jnp.float32) for end in largest])
+  return magnitudes_at_rank(jnp.stack(fine), ends, coarse, left, rank)
+
+
+def _predicted(
+  channels: Channels, sparsity: Float[Array, '']
+) -> tuple[Float[Array, 'leaves'], Float[Array, 'channels']]:
+  """Thresholds in units of t_i and survivors, as a share of all weights, by the closed form."""
+  threshold = minimise_at_sparsity(channels, sparsity)
+  left = 1 - laplace.pruned_fraction(threshold[channels.leaf], channels.scale)
+  return threshold, channels.share * left
+
+
+def _rank(tree: '_Tree', channels: Channels, left: Float[Array, 'channels']) -> Array:
+  """The number of weights that every leaf prunes."""
+  pruned = 1 - channels.sum(left) / channels.leaf_share()
+  return jnp.round(pruned * tree.sizes.astype(left.dtype)).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames='objective')
+def _solve(
+  stats: list[LeafStatistics],
+  targets: dict[str, Array],
+  omegas: list[Array] | None,
+  seen: tuple[Array, list[Array]] | None,
+  objective: str,
+) -> tuple[dict[str, Array], dict[str, Array]]:
+  """The fields of all leaves' `LeafAllocation`: those per leaf, and those per channel, joined.
+
+  Args:
+    stats: of every leaf; with histograms the answer is corrected by them.
+    seen: what `_second_look` has found, where there was one.
+  """
+  tree = _joined(stats)
+  dtype = tree.scale.dtype
   channels, unit = _channels(tree, omegas, objective)
   if 'compression_rate' in targets:
     threshold, step = minimise_at_rate(
       channels,
       32 / targets['compression_rate'].astype(dtype),
-      functools.partial(_measure, tree, channels, unit) if corrected else None,
+      None if tree.histogram is None else functools.partial(_measure, tree, channels, unit),
     )
     threshold = threshold * unit
   else:
-    threshold = minimise_at_sparsity(channels, targets['sparsity'].astype(dtype))
-    left = 1 - laplace.pruned_fraction(threshold[tree.leaf], channels.scale)
-    left = channels.share * left
-    threshold = threshold * unit
-    if corrected:
-      pruned = 1 - channels.sum(left) / channels.leaf_share()
-      ranks = jnp.round(pruned * tree.sizes.astype(dtype))
-      largest = tree.largest().astype(jnp.float32)
-      assert tree.histogram is not None
-      threshold = magnitudes_at_rank(leaves, tree.histogram, largest, ranks.astype(jnp.int32))
-      counts = [
-        per_channel_count(w, t, axis) for w, t, axis in zip(leaves, threshold, axes, strict=True)
-      ]
-      threshold = threshold.astype(dtype)
-      left = jnp.concatenate(counts).astype(dtype) / n
+    if seen is not None:
+      threshold = seen[0].astype(dtype)
+      left = jnp.concatenate(seen[1]).astype(dtype) / float(tree.sizes.sum())
+    else:
+      threshold, left = _predicted(channels, targets['sparsity'].astype(dtype))
+      threshold = threshold * unit
+      if tree.histogram is not None:
+        rank = _rank(tree, channels, left)
+        ends = tree.ends.astype(jnp.float32)
+        threshold = interpolated_at_rank(tree.histogram, ends, rank).astype(dtype)
     reach = jnp.maximum(tree.maximum - threshold[tree.leaf], 0) / unit[tree.leaf]
     step = minimise_at_bits(channels, targets['bits'].astype(dtype), threshold / unit, left, reach)
   return _describe(tree, channels, unit, threshold, step * unit)
+
+
+def _joined(stats: list[LeafStatistics]) -> '_Tree':
+  dtype = jnp.result_type(float)
+  channels, sizes = [s.channels for s in stats], np.asarray([s.size for s in stats])
+  histograms = [s.histogram for s in stats if s.histogram is not None]
+  return _Tree(
+    scale=jnp.concatenate([s.scale for s in stats]).astype(dtype),
+    maximum=jnp.concatenate([s.maximum for s in stats]).astype(dtype),
+    histogram=jnp.stack(histograms) if histograms else None,
+    ends=jnp.stack([s.largest for s in stats]).astype(dtype),
+    share=jnp.asarray(np.repeat([s.per_channel / sizes.sum() for s in stats], channels), dtype),
+    leaf=np.repeat(np.arange(len(stats), dtype=np.int32), channels),
+    leaves=len(stats),
+    sizes=sizes,
+    rounding=np.asarray([2.0 ** -(jnp.finfo(s.dtype).nmant + 1) for s in stats]),
+  )
 
 
 class _Tree(NamedTuple):
@@ -272,6 +408,7 @@ class _Tree(NamedTuple):
   Attributes:
     scale, maximum: see `LeafStatistics`, all channels one after the other.
     histogram: of every leaf, or None.
+    ends: where the bins of every leaf's histogram end.
     share: of all weights, of every channel.
     leaf: which leaf a channel belongs to.
     leaves: how many leaves.
@@ -282,6 +419,7 @@ class _Tree(NamedTuple):
   scale: Float[Array, 'channels']
   maximum: Float[Array, 'channels']
   histogram: Int32[Array, 'leaves 2 bins'] | None
+  ends: Float[Array, 'leaves']
   share: Float[Array, 'channels']
   leaf: np.ndarray
   leaves: int
@@ -314,7 +452,8 @@ def _channels(
   unit = safe * spread
   min_step = safe / MAX_LEVELS
   if tree.histogram is not None:
-    min_step = jax.vmap(histogram_min_step, in_axes=(0, 0, None))(tree.histogram, safe, MAX_LEVELS)
+    ends = jnp.where(is_alive, tree.ends, 1)
+    min_step = jax.vmap(histogram_min_step, in_axes=(0, 0, None))(tree.histogram, ends, MAX_LEVELS)
   # rounding to a narrow dtype moves a value by at most an eighth of a step: it stays in its cell
   min_step = jnp.maximum(min_step, safe * jnp.asarray(8 * tree.rounding, dtype))
   price = None
@@ -346,7 +485,7 @@ def _measure(
 ) -> Float[Array, '']:
   """The true payload of thresholds and steps in units of t_i, bits per weight of the tree."""
   assert tree.histogram is not None
-  shares = code_shares(tree.histogram, tree.largest() / unit, threshold, step)
+  shares = code_shares(tree.histogram, tree.ends / unit, threshold, step)
   return jnp.sum(channels.leaf_share() * payload_of_shares(*shares, tree.sizes))
 
 
@@ -368,9 +507,9 @@ def _describe(
   levels = jnp.minimum(cells, MAX_LEVELS)
   inner = threshold / unit, step / unit
   if tree.histogram is not None:
-    shares = code_shares(tree.histogram, largest / unit, *inner)
+    shares = code_shares(tree.histogram, tree.ends / unit, *inner)
     entropy, payload = entropy_of_shares(*shares), payload_of_shares(*shares, tree.sizes)
-    moments = jax.vmap(histogram_moments)(tree.histogram, largest / unit, *inner, levels)
+    moments = jax.vmap(histogram_moments)(tree.histogram, tree.ends / unit, *inner, levels)
     energy, offset, error, sparsity = moments
     error = error / jnp.maximum(energy, jnp.finfo(error.dtype).tiny)
     fit = energy / 2
@@ -409,10 +548,6 @@ def _describe(
   return per_leaf, per_channel
 
 
-def _channel_count(leaf: Array, axis: int) -> int:
-  return leaf.shape[axis] if leaf.ndim > 1 else 1
-
-
 def _is_traced(tree: PyTree) -> bool:
   return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
@@ -421,18 +556,22 @@ def _is_floating(leaf: Any) -> bool:
   return hasattr(leaf, 'dtype') and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def _choose(named: dict[str, Any], compressible: Callable[[str, Any], bool]) -> list[str]:
-  """The paths of the leaves to compress."""
+def choose(named: dict[str, Any], compressible: Callable[[str, Any], bool]) -> list[str]:
+  """The paths of the leaves to compress.
+
+  Raises:
+    ValueError: there are none, or one is not floating.
+  """
   if not named:
     raise ValueError('params: found an empty tree, expected at least one array')
   chosen = []
   for name, leaf in named.items():
-    if not compressible(name, leaf) or jnp.size(leaf) == 0:
+    if not compressible(name, leaf) or np.size(leaf) == 0:
       continue
     if not _is_floating(leaf):
       kind = getattr(leaf, 'dtype', type(leaf).__name__)
       raise ValueError(f'{name}: found {kind}, expected a floating dtype to compress')
-    if jnp.ndim(leaf) == 0:
+    if np.ndim(leaf) == 0:
       raise ValueError(f'{name}: found a scalar, expected at least one dimension to compress')
     chosen.append(name)
   if not chosen:
@@ -443,10 +582,14 @@ def _choose(named: dict[str, Any], compressible: Callable[[str, Any], bool]) -> 
   return chosen
 
 
-def _check_targets(
+def check_targets(
   sparsity: float | Array | None, bits: float | Array | None, compression_rate: float | Array | None
 ) -> dict[str, Array]:
-  """The targets that were asked for, as float32 arrays."""
+  """The targets that were asked for, as float32 arrays.
+
+  Raises:
+    ValueError: targets are missing, contradictory or out of range.
+  """
   if compression_rate is not None and (sparsity is not None or bits is not None):
     raise ValueError(
       'found compression_rate together with sparsity or bits, expected either the one or the others'
@@ -498,25 +641,25 @@ def _check_omegas(params: PyTree, objective: PyTree, chosen: list[str]) -> list[
 
 def _check_values(
   names: list[str],
-  leaves: list[Array],
-  axes: tuple[int, ...],
+  stats: list[LeafStatistics],
   per_leaf: dict[str, np.ndarray],
   per_channel: dict[str, np.ndarray],
   targets: dict[str, Array],
 ) -> None:
   """Checks of what came out: finite weights, a rate that is met, a density that fits."""
-  ends = np.cumsum([_channel_count(leaf, axis) for leaf, axis in zip(leaves, axes, strict=True)])
+  ends = np.cumsum([s.channels for s in stats])
   is_finite = np.isfinite(per_channel['scale'])
   if not is_finite.all():
     first = int(np.argmin(is_finite))
     i = int(np.searchsorted(ends, first, side='right'))
     channel = first - (ends[i - 1] if i else 0)
     raise ValueError(
-      f'{names[i]}: found NaN or infinite weights (channel {channel} of axis {axes[i]}), '
+      f'{names[i]}: found NaN or infinite weights (channel {channel} of axis '
+      f'{stats[i].channel_axis}), '
       'expected finite ones'
     )
   if 'compression_rate' in targets:
-    sizes = np.array([leaf.size for leaf in leaves])
+    sizes = np.array([s.size for s in stats])
     asked = 32 / float(targets['compression_rate'])
     found = float(np.sum(per_leaf['payload'] * sizes) / np.sum(sizes))
     if abs(found / asked - 1) > 0.005:
@@ -529,9 +672,9 @@ def _check_values(
   low, high = LAPLACE_FIT_BOUNDS
   misfits = [
     f'{name} ({fit:.2f})'
-    for name, leaf, axis, fit in zip(names, leaves, axes, per_leaf['laplace_fit'], strict=True)
+    for name, s, fit in zip(names, stats, per_leaf['laplace_fit'], strict=True)
     # a scale of few weights is no estimate: with one the ratio is .5, whatever the density
-    if (fit < low or fit > high) and leaf.size >= 32 * _channel_count(leaf, axis)
+    if (fit < low or fit > high) and s.size >= 32 * s.channels
   ]
   if misfits:
     warnings.warn(

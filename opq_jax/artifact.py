@@ -113,13 +113,13 @@ def serialize(
   artifact_index.check_names(tree)
   specs, grids, payloads, raw = [], [], [], bytearray()
   for name, leaf in trees.named_leaves(tree).items():
-    array, record = _array(name, leaf), records[name]
-    spec = f'{array.dtype.name}[{",".join(map(str, array.shape))}]'
+    array, record = host_array(name, leaf), records[name]
+    spec = artifact_index.spec(array.dtype, array.shape)
     if record is None:
       raw += bytes(-len(raw) % array.dtype.itemsize) + array.tobytes()
     else:
-      grids.append(_grid(name, record))
-      payloads.append(encode_codes(_checked_codes(name, array, record)))
+      grids.append(grid(name, record))
+      payloads.append(encode_codes(checked_codes(name, array, record)))
       spec += f' {int(record.levels)} {len(payloads[-1])}'
     specs.append(spec)
 
@@ -128,10 +128,36 @@ def serialize(
   ]
   with ThreadPoolExecutor() as pool:
     blocks = list(pool.map(lambda piece: artifact_index.pack(piece, period=4), pieces))
+  noted = jax.tree.unflatten(jax.tree.structure(tree), specs)
+  checked = [(len(block), zlib.crc32(block)) for block in blocks]
+  return b''.join(
+    [front(noted, grids, sum(map(len, payloads)), checked, metadata), *payloads, *blocks]
+  )
+
+
+def front(
+  tree: PyTree,
+  grids: list[list[np.float32]],
+  codes_size: int,
+  blocks: list[tuple[int, int]],
+  metadata: dict[str, str],
+) -> bytes:
+  """All that comes before the payloads: header, grids and index.
+
+  Args:
+    tree: what the index notes of every leaf.
+    grids: of the compressed leaves.
+    codes_size: bytes of all payloads.
+    blocks: bytes and checksum of every block.
+    metadata: of the user.
+
+  Raises:
+    ValueError: the index is larger than a reader would take.
+  """
   content = {
-    'blocks': [n for block in blocks for n in (len(block), zlib.crc32(block))],
+    'blocks': [n for block in blocks for n in block],
     'metadata': metadata,
-    'tree': artifact_index.to_json(jax.tree.unflatten(jax.tree.structure(tree), specs)),
+    'tree': artifact_index.to_json(tree),
   }
   text = json.dumps(content, separators=(',', ':')).encode('ascii')
   if len(text) > artifact_index.MAX_INDEX:
@@ -140,9 +166,8 @@ def serialize(
     )
   index = artifact_index.pack(text)
   table = np.array(grids, '<f4').tobytes()
-  sizes = (len(grids), len(index), sum(map(len, payloads)), sum(map(len, blocks)))
-  header = artifact_index.header(sizes, zlib.crc32(index, zlib.crc32(table)))
-  return b''.join([header, table, index, *payloads, *blocks])
+  sizes = (len(grids), len(index), codes_size, sum(size for size, _ in blocks))
+  return artifact_index.header(sizes, zlib.crc32(index, zlib.crc32(table))) + table + index
 
 
 class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
@@ -408,7 +433,7 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     return sizes, checksum, len(expected)
 
 
-def _array(name: str, leaf: Any) -> Shaped[np.ndarray, '...']:
+def host_array(name: str, leaf: Any) -> Shaped[np.ndarray, '...']:
   """A leaf on the host, in the byte order of this machine."""
   try:
     array = np.asarray(leaf)
@@ -422,7 +447,7 @@ def _array(name: str, leaf: Any) -> Shaped[np.ndarray, '...']:
   return array.astype(dtype, copy=False)
 
 
-def _grid(name: str, record: LeafState) -> list[np.float32]:
+def grid(name: str, record: LeafState) -> list[np.float32]:
   """What says, with the levels, all of a state but its mask."""
   codebook, levels = np.asarray(record.codebook), int(record.levels)
   threshold, first, step = np.float32(record.threshold), codebook[1], np.float32(record.step)
@@ -438,7 +463,7 @@ def _grid(name: str, record: LeafState) -> list[np.float32]:
   return [threshold, first, step]
 
 
-def _checked_codes(
+def checked_codes(
   name: str, array: Shaped[np.ndarray, '...'], record: LeafState
 ) -> Int8[np.ndarray, '...']:
   """The codes of a leaf, made sure to be those of their own values as well."""

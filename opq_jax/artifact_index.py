@@ -141,6 +141,11 @@ def check_names(tree: PyTree) -> None:
     raise ValueError(f'found path names of {found} characters, expected at most {MAX_NAMES}')
 
 
+def spec(dtype: np.dtype, shape: tuple[int, ...]) -> str:
+  """The notation of an uncompressed leaf, with which that of every leaf begins."""
+  return f'{dtype.name}[{",".join(map(str, shape))}]'
+
+
 def to_json(node: PyTree) -> Any:
   """A plain tree of strings in the notation of the index."""
   if isinstance(node, list | tuple):

@@ -29,6 +29,7 @@ from opq_jax import (
   models,
   networks,
   sizes,
+  streaming,
   tables,
   trees,
   verification,
@@ -282,6 +283,9 @@ def _compress(arguments: argparse.Namespace) -> None:
     'opq_jax': opq_jax.__version__,
   }
   console = _console(sys.stdout)
+  if not is_known and streaming.is_streamable(source):
+    _compress_leaf_by_leaf(arguments, source, output, targets, axis, metadata)
+    return
   with _stages(console) as stage:
     with stage('read'):
       network = None
@@ -323,6 +327,37 @@ def _compress(arguments: argparse.Namespace) -> None:
   console.print(tables.summary(params, allocation), sizes.four_sizes(report))
   if network is not None:
     console.print(Text(_network_line(metadata)))
+  console.print(Text(f'{output}: {report.file:,} bytes, {report.file_rate:.2f} times smaller'))
+
+
+def _compress_leaf_by_leaf(
+  arguments: argparse.Namespace,
+  source: Path,
+  output: Path,
+  targets: dict[str, float | None],
+  axis: Callable[[str, Any], int],
+  metadata: dict[str, str],
+) -> None:
+  """The same file of a tree that need not fit into memory."""
+  console = _console(sys.stdout)
+  leaves = streaming.open_safetensors(source)
+  chosen = _chosen(leaves, arguments.include, arguments.exclude)
+  leaves |= {name: leaves[name].narrowed() for name in chosen}
+  with _stages(console) as stage, warnings.catch_warnings():
+    # the table marks the leaves that this warning would list
+    warnings.filterwarnings('ignore', 'the Laplace density')
+    done = streaming.compress(
+      leaves,
+      output,
+      compressible=lambda path, _: path in chosen,
+      channel_axis=axis,
+      metadata=metadata,
+      objective=arguments.objective,
+      stage=stage,
+      **targets,
+    )
+  report = done.report
+  console.print(tables.summary(leaves, done.allocation), sizes.four_sizes(report))
   console.print(Text(f'{output}: {report.file:,} bytes, {report.file_rate:.2f} times smaller'))
 
 

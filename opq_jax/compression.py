@@ -19,6 +19,8 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int8, Int32
 
 from opq_jax import trees
@@ -96,7 +98,8 @@ def init_state(params: PyTree, allocation: Allocation) -> CompressionState:
   bits), so that every value `first + step * k` is exact in float32.
 
   Args:
-    params: the tree that was allocated.
+    params: the tree that was allocated.  Masks lie over devices as their weights do, and what is
+      one for a leaf is replicated over its mesh.
     allocation: what `opq_jax.allocate` returned for it.
 
   Returns:
@@ -124,7 +127,8 @@ def apply_compression(params: PyTree, state: CompressionState) -> PyTree:
   """The parameters as the compressed network holds them: pruned, and on the codebook.
 
   Args:
-    params: the tree, with any values; while finetuning, the latent weights.
+    params: the tree, with any values; while finetuning, the latent weights.  Every shard of a leaf
+      is compressed where it is, and the values lie as the weights do.
     state: its masks and codebooks.
 
   Returns:
@@ -169,7 +173,12 @@ def decode(codes: PyTree, state: CompressionState) -> PyTree:
 
   def look_up(name: str, code: Int8[Array, '...'], leaf: LeafState) -> Float[Array, '...']:
     _check_shape(name, code, leaf.mask.shape)
-    return leaf.codebook[code.astype(jnp.int32)].astype(leaf.dtype)
+    cell = jnp.abs(code.astype(jnp.float32)) - 1
+    last = jnp.maximum(leaf.levels.astype(jnp.float32) - 1, 0)
+    # exact, as in `_quantize`; and no look-up, before which XLA might gather the codes
+    value = leaf.codebook[1] + leaf.step * jnp.clip(cell, 0, last)
+    value = jnp.where(code < 0, -value, value)
+    return jnp.where(code == 0, 0, value).astype(leaf.dtype)
 
   return trees.map_records(look_up, codes, state.tree, LeafState)
 
@@ -177,14 +186,25 @@ def decode(codes: PyTree, state: CompressionState) -> PyTree:
 def _init_leaf(name: str, weights: Array, leaf: LeafAllocation) -> LeafState:
   _check_shape(name, weights, leaf.shape)
   step, first = _exact_grid(leaf.step, leaf.threshold + leaf.offset, leaf.levels)
+  grid = affine_codebook(first, step, leaf.levels), leaf.threshold, step, leaf.levels
+  sharding = None if isinstance(weights, jax.core.Tracer) else getattr(weights, 'sharding', None)
+  if isinstance(sharding, NamedSharding):
+    # where the weights are, so that every process has it and a checkpoint knows of one mesh
+    grid = jax.device_put(grid, NamedSharding(sharding.mesh, P()))
+  codebook, threshold, step, levels = grid
   return LeafState(
-    mask=jnp.abs(weights.astype(jnp.float32)) > leaf.threshold,
-    codebook=affine_codebook(first, step, leaf.levels),
-    threshold=leaf.threshold,
+    mask=survives(weights, leaf.threshold),
+    codebook=codebook,
+    threshold=threshold,
     step=step,
-    levels=leaf.levels,
+    levels=levels,
     dtype=weights.dtype,
   )
+
+
+def survives(weights: Array, threshold: Float32[Array, '']) -> Bool[Array, '...']:
+  """Whether |w| > threshold, as float32."""
+  return jnp.abs(weights.astype(jnp.float32)) > threshold
 
 
 def _exact_grid(

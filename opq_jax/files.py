@@ -5,6 +5,7 @@ import os
 import secrets
 import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +19,17 @@ _YOUNG = 60.0  # seconds in which a file may be somebody's who has not locked it
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
   """Writes beside the place and moves there; a file that was there before stays until then.
+
+  Raises:
+    OSError: as `replacing`.
+  """
+  with replacing(path) as file:
+    file.write(data)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+  """A file to write piece by piece, which takes its place when the context ends without an error.
 
   A process that is killed leaves the old file or the new one, whole, and perhaps a hidden
   `.opq-…` beside it, which the next write to the same place removes.
@@ -34,12 +46,13 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     _remove_litter(path.parent, prefix)
     with open(temporary, 'xb') as file:
       _is_locked(file)
-      file.write(data)
+      yield file
       file.flush()
       os.fsync(file.fileno())
       os.replace(temporary, path)
   except OSError as error:
-    if error.errno is None:
+    # one that names another file is not of this one: of what was read meanwhile, say
+    if error.errno is None or error.filename not in (None, os.fspath(temporary)):
       raise
     raise OSError(error.errno, os.strerror(error.errno), os.fspath(path)) from error
   finally:

@@ -346,11 +346,11 @@ def _report(
     else:
       axis = channel_axis(path, leaf) if callable(channel_axis) else channel_axis
       codes = file.codes(path)
-      compressed.append(_compressed_leaf(path, array, record, codes, axis, stored[path]))
+      compressed.append(_measured_leaf(path, array, record, codes, axis, stored[path]))
   return SizeReport(tuple(compressed), tuple(uncompressed), size)
 
 
-def _compressed_leaf(
+def _measured_leaf(
   path: str,
   weights: Shaped[np.ndarray, '...'],
   record: LeafState,
@@ -360,27 +360,54 @@ def _compressed_leaf(
 ) -> CompressedLeaf:
   if not -weights.ndim <= axis < weights.ndim:
     raise ValueError(f'{path}: found channel_axis {axis}, expected an axis of shape {codes.shape}')
-  levels, is_kept = int(record.levels), codes != 0
-  others = tuple(i for i in range(weights.ndim) if i != axis % weights.ndim)
-  if weights.ndim == 1:
-    others = (0,)
-  survivors = np.count_nonzero(is_kept, axis=others)
+  others = _all_but(axis, weights.ndim)
   magnitude = np.abs(weights.astype(np.float32))
-  reach = np.max(magnitude, axis=others, where=is_kept, initial=0) - float(record.threshold)
+  largest = np.max(magnitude, axis=others, where=codes != 0, initial=0)
+  return compressed_leaf(path, weights.dtype, record, codes, largest, axis, stored)
+
+
+def _all_but(axis: int, ndim: int) -> tuple[int, ...]:
+  """The axes that are not the channels'; a vector is one channel."""
+  return tuple(i for i in range(ndim) if i != axis % ndim) if ndim > 1 else (0,)
+
+
+def compressed_leaf(
+  path: str,
+  dtype: np.dtype,
+  record: LeafState,
+  codes: Int8[np.ndarray, '...'],
+  largest: Shaped[np.ndarray, ' channels'],
+  axis: int,
+  stored: int,
+) -> CompressedLeaf:
+  """The four sizes of one leaf.
+
+  Args:
+    path: its name.
+    dtype: its own.
+    record: its levels, threshold and step.
+    codes: in its shape.
+    largest: the largest surviving |w| of every channel; of no matter where none survives.
+    axis: of the output channels.
+    stored: the bytes that it takes in the file.
+  """
+  levels, size = int(record.levels), codes.size
+  survivors = np.count_nonzero(codes, axis=_all_but(axis, codes.ndim))
+  reach = largest - float(record.threshold)
   bits = 1 + np.log2(np.clip(reach / float(record.step), 1, MAX_LEVELS))
   kept = int(survivors.sum())
   width = 1 + math.ceil(math.log2(levels)) if levels else 0
   return CompressedLeaf(
     path=path,
-    shape=weights.shape,
-    dtype=weights.dtype.name,
-    weights=weights.size,
+    shape=codes.shape,
+    dtype=dtype.name,
+    weights=size,
     survivors=kept,
     levels=levels,
-    original=weights.nbytes,
+    original=size * dtype.itemsize,
     nominal=float(np.sum(survivors * bits)) / 8,
-    packed=-(-(kept * width) // 8) + -(-weights.size // 8) + 4 * levels,
-    entropy=weights.size * entropy(codes) / 8,
+    packed=-(-(kept * width) // 8) + -(-size // 8) + 4 * levels,
+    entropy=size * entropy(codes) / 8,
     file=stored,
   )
 

@@ -306,6 +306,61 @@ def shard_map_train_step(
   return step
 
 
+def sharded_train_step(
+  mesh: Mesh,
+  apply_fn: Callable[..., Any],
+  optimizer: optax.GradientTransformation,
+  *,
+  data_axes: str | tuple[str, ...] = 'data',
+  **options: Any,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+  """`train_step` on weights that are themselves laid over a mesh, data x model.
+
+  XLA cuts up the one step for the whole batch, so BatchNorm normalises by the whole batch.  The
+  masks lie as the weights do (`opq_jax.init_state`), compressing is local to every shard, and the
+  next state lies as the one that was given: no kernel is gathered but where the network's own
+  products ask for it.  Results are those of one device up to the order of the sums.
+
+  Args:
+    mesh: over which `train_state.params` is laid, by `NamedSharding`s.
+    apply_fn, optimizer: as for `train_step`.
+    data_axes: the axes of the mesh that cut the batch.
+    **options: of `train_step`.
+
+  Returns:
+    A function (train_state, compression_state, batch, teacher=None) -> (train_state, metrics).
+    Leaves of the state that lie elsewhere (counters, keys) are replicated.  The batch is this
+    process's share, host arrays.  The train state that is passed in is donated.
+  """
+  function = functools.partial(train_step, apply_fn=apply_fn, optimizer=optimizer, **options)
+  whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P(data_axes))
+
+  def placed(leaf: Array) -> NamedSharding:
+    sharding = leaf.sharding
+    return sharding if isinstance(sharding, NamedSharding) and sharding.mesh == mesh else whole
+
+  @functools.lru_cache(maxsize=1)
+  def compiled(structure: Any, leaves: tuple[NamedSharding, ...]) -> Callable[..., Any]:
+    shardings = jax.tree.unflatten(structure, leaves)
+    return jax.jit(function, donate_argnums=0, out_shardings=(shardings, whole))
+
+  def step(
+    train_state: TrainState,
+    compression_state: CompressionState | None,
+    batch: Batch,
+    teacher: Mapping[str, PyTree] | None = None,
+  ) -> tuple[TrainState, Metrics]:
+    leaves, structure = jax.tree.flatten(jax.tree.map(placed, train_state))
+    train_state = jax.device_put(train_state, jax.tree.unflatten(structure, leaves))
+    batch = {
+      name: jax.make_array_from_process_local_data(rows, np.asarray(leaf))
+      for name, leaf in batch.items()
+    }
+    return compiled(structure, tuple(leaves))(train_state, compression_state, batch, teacher)
+
+  return step
+
+
 def pmap_eval_step(
   apply_fn: Callable[..., Any], *, devices: Sequence[jax.Device] | None = None
 ) -> Callable[[Mapping[str, PyTree], Batch], dict[str, Int32[Array, '']]]:

@@ -97,6 +97,33 @@ def test_units_of_length_cancel():
     np.testing.assert_allclose(other.step, one.step * 2.0**power, rtol=1e-6)
 
 
+@pytest.mark.parametrize('targets', [{'compression_rate': 15.0}, {'sparsity': 0.7, 'bits': 3.0}])
+def test_statistics_stand_for_their_leaves(targets):
+  params = tree('mixture')
+  stats = jax.tree.map(opq_jax.leaf_statistics, params)
+  expected = allocate(params, **targets)
+  found = allocate(stats, read=params.__getitem__, **targets)
+  assert jax.tree.structure(found) == jax.tree.structure(expected)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  # without another look at the weights, by the histograms alone
+  without = allocate(stats, **targets)
+  bits, sparsity, width = measured(params, without)
+  if 'bits' in targets:
+    assert sparsity == pytest.approx(0.7, abs=2e-3)
+    assert width == pytest.approx(3.0, rel=0.03)
+  else:
+    assert bits == pytest.approx(32 / 15, rel=6e-3)
+
+
+def test_statistics_without_a_histogram_are_refused():
+  stats = {'w': opq_jax.leaf_statistics(tree()['a'], histogram=False)}
+  with pytest.raises(ValueError, match='w: found statistics without a histogram'):
+    allocate(stats, compression_rate=15.0)
+  found = allocate(stats, compression_rate=15.0, corrected=False)
+  expected = allocate({'w': tree()['a']}, compression_rate=15.0, corrected=False)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def test_traced():
   params = tree()
   rates = jnp.float32([8, 16])

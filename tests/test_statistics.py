@@ -7,7 +7,7 @@ import pytest
 
 from opq_jax import statistics
 from opq_jax.entropy_coding import encode_codes
-from opq_jax.statistics import BINS, leaf_statistics
+from opq_jax.statistics import BINS, leaf_statistics, merge_statistics
 
 SHAPES = {
   'vector': ((1000,), 0),
@@ -17,13 +17,13 @@ SHAPES = {
 }
 
 
-@jax.jit
 def RANK(weights, stats, rank):
-  largest = jnp.max(stats.maximum)[None]
-  return statistics.magnitudes_at_rank([weights], stats.histogram[None], largest, rank[None])[0]
+  coarse, left = statistics.bins_at_rank(stats.histogram[None], rank[None])
+  fine = statistics.fine_histogram(weights, stats.largest, coarse[0])[None]
+  return statistics.magnitudes_at_rank(fine, stats.largest[None], coarse, left, rank[None])[0]
 
 
-COUNT = jax.jit(statistics.per_channel_count, static_argnums=2)
+COUNT = statistics.per_channel_count
 
 
 def sample(shape, kind='laplace', dtype=np.float32, seed=0):
@@ -194,3 +194,40 @@ def test_least_step_is_the_best_of_all():
   beyond = np.maximum(np.abs(weights).ravel() - 127 * steps[:, None], 0)
   cost = np.sum(beyond**2, 1) + weights.size * steps**2 / 12
   assert found == pytest.approx(steps[np.argmin(cost)], rel=0.01)
+
+
+@pytest.mark.parametrize('axis', [0, 1, 2])
+@pytest.mark.parametrize('channel_axis', [0, -1])
+def test_parts_merge_to_the_whole(axis, channel_axis):
+  weights = sample((12, 10, 36), 'student')
+  largest = jnp.max(jnp.abs(weights))
+  parts = jnp.split(weights, [4, 9], axis)
+  whole = leaf_statistics(weights, channel_axis)
+  exact = [leaf_statistics(part, channel_axis, largest=largest) for part in parts]
+  alone = [leaf_statistics(part, channel_axis) for part in parts]
+  for found in (merge_statistics(exact, axis), merge_statistics(alone, axis)):
+    np.testing.assert_allclose(found.scale, whole.scale, rtol=1e-6)
+    np.testing.assert_array_equal(found.maximum, whole.maximum)
+    assert (found.shape, found.dtype, found.channel_axis) == (
+      whole.shape,
+      whole.dtype,
+      whole.channel_axis,
+    )
+    np.testing.assert_array_equal(found.histogram.sum(1), whole.histogram.sum(1))
+    # no weight is more than a bin away
+    ahead = np.cumsum(found.histogram, 1)
+    exactly = np.cumsum(whole.histogram, 1)
+    assert (ahead[:, 1:] >= exactly[:, :-1]).all() and (ahead[:, :-1] <= exactly[:, 1:]).all()
+  np.testing.assert_array_equal(merge_statistics(exact, axis).histogram, whole.histogram)
+
+
+def test_parts_of_different_leaves_are_refused():
+  one = leaf_statistics(jnp.ones((4, 3)))
+  for other in (
+    leaf_statistics(jnp.ones((4, 5))),
+    leaf_statistics(jnp.ones((4, 3), jnp.bfloat16)),
+    leaf_statistics(jnp.ones((4, 3)), 0),
+    leaf_statistics(jnp.ones((4, 3)), histogram=False),
+  ):
+    with pytest.raises(ValueError, match='expected pieces of one leaf'):
+      merge_statistics([one, other], axis=0)

@@ -1,0 +1,326 @@
+"""From a .safetensors file to an `.opq` file, leaf by leaf: trees that are larger than memory.
+
+    1  every compressed leaf is read, and its `LeafStatistics` are kept: 32 KiB and its scales
+    2  `opq_jax.allocate` solves from the statistics
+    3  every leaf is read once more, coded in pieces, and its payload written
+
+With `sparsity` and `bits` the second step reads every compressed leaf twice more.  No more than
+one leaf is in memory at a time: twice while its statistics are computed (the second is JAX's), and
+while it is coded once, beside its codes of a byte a weight.  The file is, byte for byte, the one
+that `opq_jax.save` writes of the same weights.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import math
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax
+import numpy as np
+import safetensors
+from jaxtyping import Int8, Shaped
+
+from opq_jax import allocation as allocations
+from opq_jax import artifact, artifact_index, compression, files, sizes
+from opq_jax.allocation import Allocation, LeafAllocation, is_compressible
+from opq_jax.compression import LeafState
+from opq_jax.entropy_coding import encode_codes
+from opq_jax.sizes import ChannelAxis, SizeReport, UncompressedLeaf
+from opq_jax.statistics import LeafStatistics, leaf_statistics
+
+_PIECE = 1 << 20  # weights that are coded at a time
+_AHEAD = 8  # blocks of uncompressed leaves that are packed while others are written
+
+_survives = jax.jit(compression.survives)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredLeaf:
+  """A tensor of a .safetensors file that is read when it is asked for.
+
+  Attributes:
+    path: of the file.
+    name: of the tensor.
+    shape: its own.
+    dtype: in which it is read; float64 may be asked for as float32.
+  """
+
+  path: str
+  name: str
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+  @property
+  def ndim(self) -> int:
+    """Dimensions."""
+    return len(self.shape)
+
+  @property
+  def size(self) -> int:
+    """Weights."""
+    return math.prod(self.shape)
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes once read."""
+    return self.size * self.dtype.itemsize
+
+  def narrowed(self) -> 'StoredLeaf':
+    """Itself, read as float32 where it is float64: JAX has no wider ones by default."""
+    is_wide = self.dtype == np.float64
+    return dataclasses.replace(self, dtype=np.dtype(np.float32)) if is_wide else self
+
+  def read(self) -> Shaped[np.ndarray, '...']:
+    """The tensor, and no other byte of the file.
+
+    Raises:
+      ValueError: the file is not what it was when it was opened.
+    """
+    with _opened(self.path) as file:
+      array = file.get_tensor(self.name)
+    if array.shape != self.shape:
+      raise ValueError(f'{self.path}: {self.name}: found {array.shape}, expected {self.shape}')
+    return array.astype(self.dtype, copy=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+  """What `compress` did.
+
+  Attributes:
+    allocation: of the leaves, by name.
+    report: the sizes of the file that was written.
+  """
+
+  allocation: Allocation
+  report: SizeReport
+
+
+def open_safetensors(path: str | os.PathLike[str]) -> dict[str, StoredLeaf]:
+  """The tensors of a file by name, without reading them.
+
+  Raises:
+    ValueError: this is no whole .safetensors file, or has no tensors.
+    OSError: it cannot be read.
+
+  >>> import tempfile, safetensors.numpy
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   safetensors.numpy.save_file({'w': np.eye(3)}, f'{folder}/net.safetensors')
+  ...   leaf = open_safetensors(f'{folder}/net.safetensors')['w']
+  ...   print(leaf.shape, leaf.dtype, leaf.read().sum())
+  (3, 3) float64 3.0
+  """
+  leaves = {}
+  with _opened(path) as file:
+    for name in file.keys():  # noqa: SIM118, it is no mapping
+      piece = file.get_slice(name)
+      shape = tuple(piece.get_shape())
+      # a slice tells NumPy's dtype without reading, where there is anything to slice
+      probe = piece[:1] if shape and math.prod(shape) else file.get_tensor(name)
+      leaves[name] = StoredLeaf(os.fspath(path), name, shape, probe.dtype)
+  if not leaves:
+    raise ValueError(f'{path}: found no weights, expected at least one')
+  return leaves
+
+
+def is_streamable(path: str | os.PathLike[str]) -> bool:
+  """Whether a file is .safetensors of plain arrays: no folder, no other format, no `.opq`."""
+  path = Path(path)
+  if path.suffix.lower() != '.safetensors' or not path.is_file():
+    return False
+  with _opened(path) as file:
+    return (file.metadata() or {}).get('format') != 'opq'
+
+
+def compress(
+  leaves: Mapping[str, StoredLeaf],
+  output: str | os.PathLike[str],
+  *,
+  compressible: Callable[[str, Any], bool] = is_compressible,
+  channel_axis: ChannelAxis = -1,
+  metadata: Mapping[str, str] | None = None,
+  stage: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
+  **targets: Any,
+) -> Streamed:
+  """Prunes, quantizes and writes a tree that need not fit into memory.
+
+  Args:
+    leaves: of the flat tree, by name.
+    output: where the `.opq` file goes.  It appears whole or not at all.
+    compressible, channel_axis: as for `opq_jax.allocate`.
+    metadata: as for `opq_jax.save`.
+    stage: what its stages run in, by name.
+    **targets: `sparsity`, `bits`, `compression_rate` and `objective` of `opq_jax.allocate`.
+
+  Returns:
+    The allocation and the sizes; the file is `opq_jax.save(output, params, state, metadata)` with
+    the state of `opq_jax.allocate(params, ...)`, byte for byte.
+
+  Raises:
+    ValueError: what `opq_jax.allocate` and `opq_jax.save` refuse; the file that was there stays.
+    OSError: something cannot be read or written; likewise.
+
+  >>> import tempfile, safetensors.numpy
+  >>> kernel = np.random.default_rng(0).laplace(size=(256, 64)).astype(np.float32)
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   safetensors.numpy.save_file({'w': kernel}, f'{folder}/net.safetensors')
+  ...   leaves = open_safetensors(f'{folder}/net.safetensors')
+  ...   report = compress(leaves, f'{folder}/net.opq', compression_rate=16.0).report
+  ...   print(report.file == os.stat(f'{folder}/net.opq').st_size, round(report.entropy_rate))
+  True 16
+  """
+  solved = {name: targets.get(name) for name in ('sparsity', 'bits', 'compression_rate')}
+  allocations.check_targets(**solved)
+  leaves = dict(sorted(leaves.items()))  # as JAX orders a dict
+  chosen = allocations.choose(leaves, compressible)
+  axes = {name: allocations.axis_of(name, leaves[name], channel_axis) for name in chosen}
+  with stage('statistics'):
+    stats = {name: _statistics(leaves[name], axes[name]) for name in chosen}
+  with stage('allocate'):
+    allocation = allocations.allocate(
+      {name: stats.get(name, leaf) for name, leaf in leaves.items()},
+      compressible=lambda name, _: name in stats,
+      read=lambda name: leaves[name].read(),
+      **targets,
+    )
+  with stage('encode and write'), _Writer(Path(output).parent) as writer:
+    compressed, uncompressed = [], []
+    for name, leaf in leaves.items():
+      asked = allocation.tree[name]
+      if asked is None:
+        writer.add(name, leaf.read())
+        uncompressed.append(UncompressedLeaf(name, leaf.shape, leaf.dtype.name, leaf.nbytes, 0))
+        continue
+      record, codes = _coded(name, leaf.read(), asked)
+      writer.add_codes(name, leaf, record, codes)
+      largest = np.asarray(stats[name].maximum)
+      compressed.append(
+        sizes.compressed_leaf(name, leaf.dtype, record, codes, largest, axes[name], 0)
+      )
+    writer.finish(output, dict(metadata or {}))
+  with artifact.OpqFile(output) as file:
+    stored = file.sizes()
+  located = lambda leaf: dataclasses.replace(leaf, file=stored[leaf.path])
+  report = SizeReport(
+    tuple(map(located, compressed)), tuple(map(located, uncompressed)), os.stat(output).st_size
+  )
+  return Streamed(allocation, report)
+
+
+def _statistics(leaf: StoredLeaf, axis: int) -> LeafStatistics:
+  # fetched before the next leaf is read, since JAX computes in the background
+  return jax.device_get(leaf_statistics(leaf.read(), axis))
+
+
+def _coded(
+  name: str, array: Shaped[np.ndarray, '...'], asked: LeafAllocation
+) -> tuple[LeafState, Int8[np.ndarray, '...']]:
+  """A leaf's state without its mask, and its codes; made in pieces of one size, compiled once."""
+  array = artifact.host_array(name, array)
+  none = dataclasses.replace(asked, shape=(0,), channel_axis=0)
+  tree = {name: np.zeros(0, array.dtype)}
+  record = compression.init_state(tree, Allocation({name: none})).tree[name]
+  flat, codes = array.reshape(-1), np.empty(array.size, np.int8)
+  size = min(_PIECE, 1 << max(flat.size - 1, 0).bit_length())
+  for start in range(0, flat.size, size):
+    piece = flat[start : start + size]
+    # a zero is pruned at every threshold
+    padded = np.pad(piece, (0, size - piece.size))
+    whole = dataclasses.replace(record, mask=np.asarray(_survives(padded, record.threshold)))
+    codes[start : start + size] = artifact.checked_codes(name, padded, whole)[: piece.size]
+  return record, codes.reshape(array.shape)
+
+
+class _Writer:
+  """The parts of a file as they come, kept on disk beside its place until the index is known.
+
+  Args:
+    folder: on whose disk.
+  """
+
+  def __init__(self, folder: Path):
+    self._specs: dict[str, str] = {}
+    self._grids: list[list[np.float32]] = []
+    self._blocks: list[tuple[int, int]] = []
+    self._raw, self._raw_size = bytearray(), 0
+    self._packing: collections.deque[Future[bytes]] = collections.deque()
+    self._open = contextlib.ExitStack()
+    # without a name, so that nothing stays behind even of a process that is killed
+    spool = lambda: self._open.enter_context(tempfile.TemporaryFile(dir=folder))  # noqa: SIM115
+    self._codes_file: BinaryIO = spool()
+    self._blocks_file: BinaryIO = spool()
+    self._pool = self._open.enter_context(ThreadPoolExecutor())
+
+  def __enter__(self) -> '_Writer':
+    return self
+
+  def __exit__(self, *error: Any) -> None:
+    self._open.__exit__(*error)
+
+  def add_codes(
+    self, name: str, leaf: StoredLeaf, record: LeafState, codes: Int8[np.ndarray, '...']
+  ) -> None:
+    """Writes a compressed leaf."""
+    payload = encode_codes(codes)
+    self._codes_file.write(payload)
+    self._grids.append(artifact.grid(name, record))
+    self._specs[name] = (
+      f'{artifact_index.spec(leaf.dtype, leaf.shape)} {int(record.levels)} {len(payload)}'
+    )
+
+  def add(self, name: str, array: Shaped[np.ndarray, '...']) -> None:
+    """Writes an uncompressed leaf."""
+    array = artifact.host_array(name, array)
+    self._specs[name] = artifact_index.spec(array.dtype, array.shape)
+    padding = -self._raw_size % array.dtype.itemsize
+    as_bytes = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    self._raw_size += padding + as_bytes.size
+    self._raw += bytes(padding)
+    for start in range(0, as_bytes.size, artifact_index.BLOCK):
+      self._raw += as_bytes[start : start + artifact_index.BLOCK].data
+      while len(self._raw) >= artifact_index.BLOCK:
+        self._pack(artifact_index.BLOCK)
+
+  def finish(self, output: str | os.PathLike[str], metadata: dict[str, str]) -> None:
+    """Puts the file together in its place."""
+    if self._raw:
+      self._pack(len(self._raw))
+    while self._packing:
+      self._write_block()
+    codes_size = self._codes_file.tell()
+    front = artifact.front(self._specs, self._grids, codes_size, self._blocks, metadata)
+    with files.replacing(output) as file:
+      file.write(front)
+      for spool in (self._codes_file, self._blocks_file):
+        spool.seek(0)
+        shutil.copyfileobj(spool, file, 1 << 20)
+
+  def _pack(self, size: int) -> None:
+    block = bytes(self._raw[:size])
+    del self._raw[:size]
+    self._packing.append(self._pool.submit(artifact_index.pack, block, period=4))
+    if len(self._packing) > _AHEAD:
+      self._write_block()
+
+  def _write_block(self) -> None:
+    packed = self._packing.popleft().result()
+    self._blocks.append((len(packed), zlib.crc32(packed)))
+    self._blocks_file.write(packed)
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Any:
+  """A file of safetensors, read and not mapped: what was read of it need not stay in memory."""
+  try:
+    with safetensors.safe_open(path, 'np', backend='pread') as file:
+      yield file
+  except safetensors.SafetensorError as error:
+    raise ValueError(f'{path}: expected a safetensors file, found this: {error}') from error
