@@ -21,6 +21,8 @@ from opq_jax.compression import (
   encode,
   init_state,
 )
+from opq_jax.feedback import allocate_with_feedback, encode_with_feedback
+from opq_jax.moments import natural_noise, second_moments
 from opq_jax.sizes import SizeReport, file_report, size_report
 from opq_jax.tables import summary
 from opq_jax.transforms import compressed, keep_compressed
@@ -36,19 +38,23 @@ __all__ = [
   'OpqFile',
   'SizeReport',
   'allocate',
+  'allocate_with_feedback',
   'apply_compression',
   'compressed',
   'correct_batch_norm',
   'correct_on_images',
   'decode',
   'encode',
+  'encode_with_feedback',
   'file_report',
   'init_state',
   'is_compressible',
   'keep_compressed',
   'load',
+  'natural_noise',
   'read_weights',
   'save',
+  'second_moments',
   'size_report',
   'summary',
   'write_safetensors',
