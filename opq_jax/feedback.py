@@ -4,6 +4,7 @@ r"""Codes chosen with error feedback: a better encoder for the same codebooks an
 error of one weight can be made good by the weights that are still to be rounded.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ DAMPING = 0.05
 _BLOCK = 64  # inputs whose feedback is pushed on within a block that stays in the cache
 _TOLERANCE = 2e-3  # of the bits, either way
 _MAX_STEPS = 4
+_MOST_BITS = 8.0  # of a code, the most that `allocate` may be asked for
 
 
 def encode_with_feedback(
@@ -99,7 +101,7 @@ def encode_with_feedback(
       _check_moments(name, leaf, matrix)
       codes = _codes(leaf, matrix, record, damping)
     values.append(compression.decode(codes, CompressionState(record)))
-    masks.append(record.replace(mask=codes != 0))  # type: ignore[attr-defined]
+    masks.append(dataclasses.replace(record, mask=codes != 0))
   structure = jax.tree.structure(params)
   return (
     jax.tree.unflatten(structure, values),
@@ -145,7 +147,7 @@ def allocate_with_feedback(
   True
   """
   wanted = None
-  bits = asked = 32 / compression_rate
+  bits = 32 / compression_rate
   for _ in range(_MAX_STEPS):
     allocation = allocate(params, compression_rate=32 / bits, **options)
     state = compression.init_state(params, allocation)
@@ -155,8 +157,7 @@ def allocate_with_feedback(
     found = _entropy(coded, coded_state)
     if abs(found / wanted - 1) <= _TOLERANCE:
       break
-    # 32 / 4 is the least rate that there is
-    bits = min(bits * wanted / found, 1.02 * asked)
+    bits = min(bits * wanted / found, _MOST_BITS)
   return allocation, coded, coded_state
 
 

@@ -114,7 +114,7 @@ def natural_noise(
   frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
   # the mean of an image counts as its lowest frequency
   scale = np.maximum(frequency, 1 / max(height, width)) ** -power
-  spectrum = jnp.fft.fft2(mixed, axes=(1, 2)) * scale.astype(np.float32)[None, :, :, None]
+  spectrum = jnp.fft.fft2(mixed, axes=(1, 2)) * scale.astype(np.complex64)[None, :, :, None]
   noise = jnp.real(jnp.fft.ifft2(spectrum, axes=(1, 2)))
   return noise / jnp.std(noise)
 
