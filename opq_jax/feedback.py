@@ -89,7 +89,8 @@ def encode_with_feedback(
       f'moments: found {jax.tree.structure(moments)}, expected the tree of the parameters with a '
       'matrix or None at every leaf'
     ) from error
-  values, masks = [], []
+  values: list[Array] = []
+  masks: list[LeafState | None] = []
   for (name, leaf), record, matrix in zip(leaves.items(), records, matrices, strict=True):
     if record is None:
       values.append(leaf)

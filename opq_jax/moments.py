@@ -123,8 +123,8 @@ def _moments(module: Any, inputs: Array) -> Float32[Array, 'groups K K'] | None:
   if isinstance(module, nn.Dense):
     if inputs.shape[-1] > MAX_INPUTS:
       return None
-    rows = inputs.reshape(-1, inputs.shape[-1]).astype(jnp.float32)
-    return _gram(rows[:, None]) / rows.shape[0]
+    examples = inputs.reshape(-1, 1, inputs.shape[-1]).astype(jnp.float32)
+    return _gram(examples) / len(examples)
 
   window = _sequence(module.kernel_size, 1)
   rank = len(window)
