@@ -31,13 +31,14 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.dataset = 'imagenet2012:5.1.0'
   config.split = 'train+validation'
-  config.unlabelled_split = 'train'  # for the correction on images, instead of from noise
+  config.unlabelled_split = 'train'  # for correction and feedback on images, not from noise
   config.data_dir = '../shared/tfds'
   config.batch_size = 50  # divides both splits, so that one compilation serves all
 
   # entropy-coded bits per weight: compression_rate = 32 / bits
   config.bits = (4.0, 3.25, 2.5, 2.0)
   config.objectives = ('retained_signal',)
+  config.moments = ('noise', 'images')  # for error feedback, with the first of the objectives
   config.noise_seed = 0
 
   return config

@@ -48,7 +48,11 @@ def select(rows: list[dict[str, str]]) -> list[dict[str, object]]:
   interval = lambda row: (
     f'{percent(row, "top1")} ({percent(row, "top1_low")} to {percent(row, "top1_high")})'
   )
-  chosen = [row for row in rows if row['objective'] in ('float32', 'retained_signal')]
+  chosen = [
+    row
+    for row in rows
+    if row['objective'] in ('float32', 'retained_signal') and row.get('moments', 'none') == 'none'
+  ]
   by_bits: dict[str, dict[str, dict[str, str]]] = {}
   for row in chosen:
     by_bits.setdefault(row['bits_asked'], {})[row['correction']] = row
@@ -80,7 +84,14 @@ def corrections() -> str:
     top_1 = lambda row: f'{100 * float(row["top1"]):.1f} %'
     chosen = [row for row in rows if row['objective'] == 'retained_signal']
     for bits in dict.fromkeys(row['bits_asked'] for row in chosen):
-      found = {row['correction']: row for row in chosen if row['bits_asked'] == bits}
+      same = [row for row in chosen if row['bits_asked'] == bits]
+      found = {row['correction']: row for row in same if row.get('moments', 'none') == 'none'}
+      feedback = {
+        f'feedback, {where}': top_1(row)
+        for where, kind in (('from noise', 'noise'), ('from unlabelled images', 'images'))
+        for row in same
+        if (row.get('moments', 'none'), row['correction']) == (kind, kind)
+      }
       lines.append(
         {
           'network': folder.name.removeprefix('one_shot_'),
@@ -91,6 +102,7 @@ def corrections() -> str:
           'from noise': top_1(found['noise']),
           'from unlabelled images': top_1(found['images']),
         }
+        | feedback
       )
   return markdown(lines)
 

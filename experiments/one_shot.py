@@ -3,8 +3,10 @@ r"""What one shot costs a pretrained network, before and after correcting BatchN
     python experiments/one_shot.py --config=configs/one_shot_NETWORK.py --workdir=DIR
 
 For every objective and every number of bits per weight: allocate, compress, and correct BatchNorm,
-from noise and from unlabelled images; accuracy, with each file's true size.  Compare rows, not
-other papers: samples are small, and photographs may be those that the networks were trained on.
+from noise and from unlabelled images; accuracy, with each file's true size.  For the first of the
+objectives a second time with error feedback, in files of the same size, with the moments of noise
+and of the same unlabelled images.  Compare rows, not other papers: samples are small, and
+photographs may be those that the networks were trained on.
 """
 
 import csv
@@ -61,40 +63,67 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[s
   float_logits = logits_of(variables)
   float_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
   rows = [
-    {'objective': 'float32', 'correction': 'none', 'bits_asked': 32.0, 'bits_per_weight': 32.0}
+    {'objective': 'float32', 'moments': 'none', 'correction': 'none'}
+    | {'bits_asked': 32.0, 'bits_per_weight': 32.0}
     | {'sparsity': 0.0, 'file_bytes': float_bytes, 'file_rate': 1.0}
     | scores(float_logits, labels, float_logits)
   ]
+
+  metadata = networks.metadata(pretrained)
+
+  def add(
+    setting: dict[str, Any], corrected: dict[str, Any], state: opq_jax.CompressionState
+  ) -> None:
+    for correction, network in corrected.items():
+      report = sizes.size_report(network, state, metadata=metadata)
+      logits = logits_of(network)
+      rows.append(
+        {**setting, 'correction': correction}
+        | {'bits_per_weight': report.entropy * 8 / report.weights, 'sparsity': report.sparsity}
+        | {'file_bytes': report.file, 'file_rate': report.file_rate}
+        | scores(logits, labels, float_logits)
+      )
+
+  from_noise = lambda network: networks.correct_batch_norm(pretrained, network, config.noise_seed)
+  on_images = lambda network: opq_jax.correct_on_images(model.apply, variables, network, unlabelled)
+  moments = {}
+  if 'noise' in config.moments:
+    moments['noise'] = networks.noise_moments(pretrained, config.noise_seed)
+  if 'images' in config.moments:
+    measured = [opq_jax.second_moments(model.apply, variables, batch) for batch in unlabelled]
+    moments['images'] = jax.tree.map(lambda *same: sum(same) / len(same), *measured)
 
   settings = [(objective, bits) for objective in config.objectives for bits in config.bits]
   with Progress(console=console) as progress:
     task = progress.add_task('compressing', total=len(settings))
     for objective, bits in settings:
       progress.update(task, description=f'{name}, {objective}, {bits:g} bits')
-      allocation = opq_jax.allocate(variables, compression_rate=32 / bits, objective=objective)
-      state = opq_jax.init_state(variables, allocation)
+      options = {'compression_rate': 32 / bits, 'objective': objective}
+      state = opq_jax.init_state(variables, opq_jax.allocate(variables, **options))
       compressed = opq_jax.apply_compression(variables, state)
       corrected = {
         'none': compressed,
-        'noise': networks.correct_batch_norm(pretrained, compressed, config.noise_seed),
-        'images': opq_jax.correct_on_images(model.apply, variables, compressed, unlabelled),
+        'noise': from_noise(compressed),
+        'images': on_images(compressed),
       }
-      metadata = networks.metadata(pretrained)
-      for correction, network in corrected.items():
-        report = sizes.size_report(network, state, metadata=metadata)
-        logits = logits_of(network)
-        rows.append(
-          {'objective': objective, 'correction': correction, 'bits_asked': bits}
-          | {'bits_per_weight': report.entropy * 8 / report.weights, 'sparsity': report.sparsity}
-          | {'file_bytes': report.file, 'file_rate': report.file_rate}
-          | scores(logits, labels, float_logits)
-        )
+      setting = {'objective': objective, 'moments': 'none', 'bits_asked': bits}
+      add(setting, corrected, state)
       path = workdir / f'{objective}_{bits:g}_bits.opq'
       opq_jax.save(path, corrected['noise'], state, metadata)
       if (objective, bits) == settings[0]:
         # what is quoted is what a reader of the file gets
         found, expected = networks.load(path).variables, corrected['noise']
         np.testing.assert_array_equal(logits_of(found), logits_of(expected), f'{path} differs')
+
+      for kind, matrices in moments.items() if objective == config.objectives[0] else ():
+        _, coded, coded_state = opq_jax.allocate_with_feedback(variables, matrices, **options)
+        # who has no images has none for the correction either
+        corrected = {'none': coded} | (
+          {'noise': from_noise(coded)} if kind == 'noise' else {'images': on_images(coded)}
+        )
+        add({**setting, 'moments': kind}, corrected, coded_state)
+        path = workdir / f'{objective}_{bits:g}_bits_feedback_{kind}.opq'
+        opq_jax.save(path, corrected[kind], coded_state, metadata)
       progress.advance(task)
 
   with open(workdir / 'results.csv', 'w', newline='') as file:
@@ -122,21 +151,28 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[s
 
 
 def draw(path: pathlib.Path, rows: list[dict[str, Any]], title: str) -> None:
-  """Top-1 over file size: a colour an objective, and one for images with the first of them."""
+  """Top-1 over file size: a colour an objective, and more for the first: images, and feedback."""
   objectives = list(dict.fromkeys(row['objective'] for row in rows[1:]))
   settings = [
-    (objective, correction) for objective in objectives for correction in ('noise', 'none')
+    (objective, 'none', correction) for objective in objectives for correction in ('noise', 'none')
   ]
+  settings += [(objectives[0], 'none', 'images')]
+  settings += [(objectives[0], kind, kind) for kind in ('noise', 'images')]
   curves = []
-  for objective, correction in [*settings, (objectives[0], 'images')]:
+  for objective, moments, correction in settings:
     points = [
-      row for row in rows if (row['objective'], row['correction']) == (objective, correction)
+      row
+      for row in rows
+      if (row['objective'], row['moments'], row['correction']) == (objective, moments, correction)
     ]
+    if not points:
+      continue
     # three bands of this width would hide each other
     has_band = correction == 'noise' and not curves
+    label = objective if moments == 'none' else f'{objective}, feedback'
     curves.append(
       plots.Curve(
-        f'{objective}, on images' if correction == 'images' else objective,
+        f'{label}, on images' if correction == 'images' else label,
         [row['file_bytes'] for row in points],
         [row['top1'] for row in points],
         [(row['top1_low'], row['top1_high']) for row in points] if has_band else (),
@@ -149,14 +185,18 @@ def draw(path: pathlib.Path, rows: list[dict[str, Any]], title: str) -> None:
 
 def table(rows: list[dict[str, Any]], title: str) -> Table:
   result = Table(title=title, title_justify='left')
-  for name in ('objective', 'BatchNorm', 'bits/weight', 'pruned', 'file, MB', 'times smaller'):
-    result.add_column(name, justify='left' if name in ('objective', 'BatchNorm') else 'right')
+  for name in ('objective', 'feedback', 'BatchNorm'):
+    result.add_column(name, justify='left')
+  for name in ('bits/weight', 'pruned', 'file, MB', 'times smaller'):
+    result.add_column(name, justify='right')
   for name in ('top-1, %', '95 %', 'top-5, %', 'same answer, %'):
     result.add_column(name, justify='right')
+  how = {'none': '', 'noise': 'from noise', 'images': 'on images'}
   for row in rows:
     result.add_row(
       row['objective'],
-      {'none': '', 'noise': 'from noise', 'images': 'on images'}[row['correction']],
+      how[row['moments']],
+      how[row['correction']],
       f'{row["bits_per_weight"]:.3f}',
       f'{row["sparsity"]:.1%}',
       f'{row["file_bytes"] / 1e6:.3f}',

@@ -21,7 +21,9 @@ from opq_jax.compression import (
   encode,
   init_state,
 )
+from opq_jax.feedback import allocate_with_feedback, encode_with_feedback
 from opq_jax.inference import fold_batch_norm, round_uncompressed
+from opq_jax.moments import natural_noise, second_moments
 from opq_jax.sizes import SizeReport, file_report, size_report
 from opq_jax.statistics import LeafStatistics, leaf_statistics, merge_statistics
 from opq_jax.tables import summary
@@ -39,12 +41,14 @@ __all__ = [
   'OpqFile',
   'SizeReport',
   'allocate',
+  'allocate_with_feedback',
   'apply_compression',
   'compressed',
   'correct_batch_norm',
   'correct_on_images',
   'decode',
   'encode',
+  'encode_with_feedback',
   'file_report',
   'fold_batch_norm',
   'init_state',
@@ -53,9 +57,11 @@ __all__ = [
   'leaf_statistics',
   'load',
   'merge_statistics',
+  'natural_noise',
   'read_weights',
   'round_uncompressed',
   'save',
+  'second_moments',
   'size_report',
   'summary',
   'write_safetensors',

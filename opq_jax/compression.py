@@ -222,7 +222,7 @@ def _exact_grid(
   return jnp.maximum(jnp.round(step / unit), 1) * unit, jnp.round(first / unit) * unit
 
 
-def _cell(magnitude: Float32[Array, '...'], leaf: LeafState) -> Float32[Array, '...']:
+def cell(magnitude: Float32[Array, '...'], leaf: LeafState) -> Float32[Array, '...']:
   """The cell of |w|, counted from 0, as a whole float32 number; meaningless where pruned."""
   last = jnp.maximum(leaf.levels.astype(jnp.float32) - 1, 0)
   # times the reciprocal, since XLA divides by a scalar in either way, and the two differ at edges
@@ -232,7 +232,7 @@ def _cell(magnitude: Float32[Array, '...'], leaf: LeafState) -> Float32[Array, '
 def _encode_leaf(name: str, weights: Array, leaf: LeafState) -> Int8[Array, '...']:
   _check_leaf(name, weights, leaf)
   weights = weights.astype(jnp.float32)
-  code = 1 + _cell(jnp.abs(weights), leaf)
+  code = 1 + cell(jnp.abs(weights), leaf)
   return jnp.where(leaf.mask, jnp.where(weights < 0, -code, code), 0).astype(jnp.int8)
 
 
@@ -245,7 +245,7 @@ def _compress_leaf(name: str, weights: Array, leaf: LeafState) -> Array:
 def _quantize(weights: Array, leaf: LeafState) -> Array:
   as_float = weights.astype(jnp.float32)
   # exact (see LeafState), so this equals codebook[code] without reading the codebook per weight
-  value = leaf.codebook[1] + leaf.step * _cell(jnp.abs(as_float), leaf)
+  value = leaf.codebook[1] + leaf.step * cell(jnp.abs(as_float), leaf)
   value = jnp.where(as_float < 0, -value, value)
   return jnp.where(leaf.mask, value, 0).astype(weights.dtype)
 

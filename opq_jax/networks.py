@@ -6,14 +6,14 @@ it, to prepare images for it, or to hand it back to the framework that it came f
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import numpy as np
 
-from opq_jax import batch_norm, importers, trees, weight_files
+from opq_jax import batch_norm, importers, moments, trees, weight_files
 from opq_jax.artifact import OpqFile
 from opq_jax.importers import Source
 from opq_jax.trees import PyTree
@@ -161,15 +161,33 @@ def correct_batch_norm(network: Network, compressed: PyTree, seed: int = 0) -> P
     compressed: its variables after.
     seed: of the noise.
   """
-  _, model, variables, source = network
-  std = np.asarray(source.preprocessing.std)
-  apply = model.apply
-  if (std <= _RAW_STD).all():
-    # in units of bytes, noise of variance 1 would be so faint that BatchNorm's epsilon weighs
-    scale = (_IMAGE_STD / std).astype(np.float32).reshape(1, 1, 1, 3)
-    apply = lambda tree, x, **options: model.apply(tree, x * scale, **options)
-  shape = noise_shape(source)
-  return batch_norm.correct_batch_norm(apply, variables, compressed, jax.random.key(seed), shape)
+  noise_key = jax.random.key(seed)
+  shape = noise_shape(network.source)
+  return batch_norm.correct_batch_norm(
+    _apply_to_noise(network), network.variables, compressed, noise_key, shape
+  )
+
+
+def noise_moments(network: Network, seed: int = 0) -> PyTree:
+  """`opq_jax.second_moments` of a network, from `natural_noise` of its own size and units.
+
+  Args:
+    network: before compression.
+    seed: of the noise.
+  """
+  noise = moments.natural_noise(jax.random.key(seed), noise_shape(network.source))
+  return moments.second_moments(_apply_to_noise(network), network.variables, noise)
+
+
+def _apply_to_noise(network: Network) -> Callable[..., Any]:
+  """The network's `apply` for inputs of variance 1."""
+  model = network.model
+  std = np.asarray(network.source.preprocessing.std)
+  if not (std <= _RAW_STD).all():
+    return model.apply
+  # in units of bytes, noise of variance 1 would be so faint that BatchNorm's epsilon weighs
+  scale = (_IMAGE_STD / std).astype(np.float32).reshape(1, 1, 1, 3)
+  return lambda tree, x, **options: model.apply(tree, x * scale, **options)
 
 
 def has_batch_norm(variables: Mapping[str, PyTree]) -> bool:

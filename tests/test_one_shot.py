@@ -92,12 +92,19 @@ def test_a_small_run_writes_what_it_says(tmp_path, data_dir, capsys):
   workdir = tmp_path / 'out'
   rows = one_shot.run(config, workdir)
 
-  assert [(row['correction'], row['bits_asked']) for row in rows] == [
-    ('none', 32.0),
-    ('none', 2.0),
-    ('noise', 2.0),
-    ('images', 2.0),
+  assert [(row['moments'], row['correction'], row['bits_asked']) for row in rows] == [
+    ('none', 'none', 32.0),
+    ('none', 'none', 2.0),
+    ('none', 'noise', 2.0),
+    ('none', 'images', 2.0),
+    ('noise', 'none', 2.0),
+    ('noise', 'noise', 2.0),
+    ('images', 'none', 2.0),
+    ('images', 'images', 2.0),
   ]
+  # feedback changes what the files hold, and not their sizes
+  assert rows[5]['file_bytes'] == pytest.approx(rows[2]['file_bytes'], rel=0.01)
+  assert rows[7]['file_bytes'] == pytest.approx(rows[3]['file_bytes'], rel=0.01)
   for row in rows[1:]:
     assert row['bits_per_weight'] == pytest.approx(row['bits_asked'], rel=0.01)
     assert row['top1_low'] <= row['top1'] <= row['top1_high']

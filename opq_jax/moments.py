@@ -1,0 +1,182 @@
+"""The second moments of what every layer of a network reads, from images or from noise alone.
+
+A layer's output is y = x W, row by row of x: a pixel's window of a convolution, an example of a
+dense layer.  Of the inputs, its squared error under other weights Q depends on one matrix alone,
+
+    E |x W - x Q|^2 = tr((W - Q)^T H (W - Q))          H = E[x^T x]
+
+and that matrix is all that `opq_jax.encode_with_feedback` needs to know.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Float32
+
+from opq_jax import trees
+from opq_jax.trees import PyTree
+
+MAX_INPUTS = 4608  # of one output: 3 x 3 x 512, whose matrix has 85 MB
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def second_moments(
+  apply_fn: Callable[..., Any], variables: Mapping[str, PyTree], inputs: Float[Array, 'batch ...']
+) -> PyTree:
+  """The second moments H = E[x^T x] of the inputs of every convolution and every dense layer.
+
+  A row x holds the K numbers that one output is a weighted sum of, in the order of the kernel:
+  rows, columns and input channels of the window.  The expectation is over the examples and, of a
+  convolution, over all places of the window, with the zeros that it sees beyond the border.
+
+  A network with BatchNorm runs on batch statistics, as in `opq_jax.correct_batch_norm`, and for
+  the same reason: then every layer sees, per channel, the first two moments that it had in
+  training, even if the inputs are noise.  What noise does not know is how channels and neighbours
+  go together; `natural_noise` knows it of the neighbours.
+
+  Args:
+    apply_fn: `model.apply` of a Flax Linen module; called as `apply_fn(variables, x)` or, if there
+      are `batch_stats`, as `apply_fn(variables, x, train=True, mutable=['batch_stats'])`.
+      Compiled once for each such function.
+    variables: of the network.
+    inputs: a batch, prepared as the network expects it, or noise.
+
+  Returns:
+    The tree of the variables with a matrix [groups, K, K] in float32 at the kernel of every
+    `nn.Dense` and `nn.Conv`, and None elsewhere.  A depthwise convolution has as many groups as
+    channels, all others one.  None too where one output has more than `MAX_INPUTS` inputs
+    (4608), or where a convolution pads otherwise than with zeros or dilates its input.
+    The moments of several batches are their mean, `jax.tree.map`.
+
+  Raises:
+    ValueError: a layer is called twice.
+
+  >>> class Network(nn.Module):
+  ...   @nn.compact
+  ...   def __call__(self, x):
+  ...     return nn.Dense(3, name='head')(x)
+  >>> x = jnp.array([[1.0, 2.0], [3.0, 0.0]])
+  >>> variables = Network().init(jax.random.key(0), x)
+  >>> second_moments(Network().apply, variables, x)['params']['head']['kernel'].tolist()
+  [[[5.0, 1.0], [1.0, 2.0]]]
+  """
+  leaves = trees.named_leaves(variables)
+  found: dict[str, Array | None] = {}
+
+  def measure(layer: Callable[..., Any], args: tuple, kwargs: dict, context: Any) -> Any:
+    module = context.module
+    name = '/'.join(('params', *module.path, 'kernel'))
+    is_layer = isinstance(module, nn.Conv | nn.Dense) and name in leaves
+    if context.method_name == '__call__' and is_layer:
+      if name in found:
+        raise ValueError(f'{name}: found a layer that is called twice, expected once')
+      found[name] = _moments(module, args[0] if args else kwargs['inputs'])
+    return layer(*args, **kwargs)
+
+  with nn.intercept_methods(measure):
+    if trees.named_leaves(variables.get('batch_stats', {})):
+      apply_fn(variables, inputs, train=True, mutable=['batch_stats'])
+    else:
+      apply_fn(variables, inputs)
+  return jax.tree.unflatten(jax.tree.structure(variables), [found.get(name) for name in leaves])
+
+
+def natural_noise(
+  key: Array, shape: Sequence[int], power: float = 1.0, colour: float = 0.3
+) -> Float32[Array, 'batch height width channels']:
+  """Gaussian noise of mean 0 and variance 1 with the spectrum of photographs, and nothing else.
+
+  White noise, each frequency f of which is scaled by f^-power: in photographs the amplitude falls
+  as 1/f (Field, "Relations between the statistics of natural images and the response properties
+  of cortical cells", JOSA A 1987), so neighbours resemble each other.  So do colours.
+
+  Args:
+    key: of the noise.
+    shape: (examples, height, width, channels).
+    power: of the spectrum; 0 is white.
+    colour: share of the variance that is each channel's own; the rest they have in common.
+
+  >>> noise = natural_noise(jax.random.key(0), (4, 32, 32, 3))
+  >>> round(float(noise.var()), 2), bool((noise[:, 1:] * noise[:, :-1]).mean() > 0.7)
+  (1.0, True)
+  """
+  height, width, channels = shape[1:]
+  white = jax.random.normal(key, tuple(shape), jnp.float32)
+  common = jnp.mean(white, axis=-1, keepdims=True) * math.sqrt(channels)
+  mixed = math.sqrt(1 - colour) * common + math.sqrt(colour) * white
+  frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
+  # the mean of an image counts as its lowest frequency
+  scale = np.maximum(frequency, 1 / max(height, width)) ** -power
+  spectrum = jnp.fft.fft2(mixed, axes=(1, 2)) * scale.astype(np.complex64)[None, :, :, None]
+  noise = jnp.real(jnp.fft.ifft2(spectrum, axes=(1, 2)))
+  return noise / jnp.std(noise)
+
+
+def _moments(module: Any, inputs: Array) -> Float32[Array, 'groups K K'] | None:
+  if isinstance(module, nn.Dense):
+    if inputs.shape[-1] > MAX_INPUTS:
+      return None
+    examples = inputs.reshape(-1, 1, inputs.shape[-1]).astype(jnp.float32)
+    return _gram(examples) / len(examples)
+
+  window = _sequence(module.kernel_size, 1)
+  rank = len(window)
+  groups = module.feature_group_count
+  padding = module.padding
+  is_plain = not isinstance(padding, str) or padding in ('SAME', 'VALID')
+  is_dilated = set(_sequence(module.input_dilation, rank)) != {1}
+  if not is_plain or is_dilated or math.prod(window) * inputs.shape[-1] // groups > MAX_INPUTS:
+    return None
+  strides = _sequence(module.strides, rank)
+  dilation = _sequence(module.kernel_dilation, rank)
+  images = inputs.reshape(-1, *inputs.shape[-rank - 1 :]).astype(jnp.float32)
+  reach = tuple((size - 1) * step + 1 for size, step in zip(window, dilation, strict=True))
+  if isinstance(padding, str):
+    pads = lax.padtype_to_pads(images.shape[1:-1], reach, strides, padding)
+  else:
+    sides = (padding,) * rank if isinstance(padding, int) else padding
+    pads = [(side, side) if isinstance(side, int) else tuple(side) for side in sides]
+
+  def rows(image: Float32[Array, '... channels']) -> Float32[Array, 'places groups K']:
+    padded = jnp.pad(image, (*pads, (0, 0)))
+    places = [
+      (size - width) // stride + 1
+      for size, width, stride in zip(padded.shape[:-1], reach, strides, strict=True)
+    ]
+    seen = []
+    for tap in np.ndindex(*window):
+      start = [i * step for i, step in zip(tap, dilation, strict=True)]
+      limit = [
+        begin + (count - 1) * stride + 1
+        for begin, count, stride in zip(start, places, strides, strict=True)
+      ]
+      channels = padded.shape[-1]
+      part = lax.slice(padded, (*start, 0), (*limit, channels), (*strides, 1))
+      seen.append(part.reshape(-1, groups, channels // groups))
+    return jnp.stack(seen, axis=2).reshape(len(seen[0]), groups, -1)
+
+  # image after image, so that only one is ever written out as its windows
+  def add(total: Array, image: Array) -> tuple[Array, None]:
+    return total + _gram(rows(image)), None
+
+  places, _, width = jax.eval_shape(rows, images[0]).shape
+  total, _ = lax.scan(add, jnp.zeros((groups, width, width), jnp.float32), images)
+  return total / (places * len(images))
+
+
+def _gram(rows: Float32[Array, 'rows groups K']) -> Float32[Array, 'groups K K']:
+  return jnp.einsum('ngk,ngl->gkl', rows, rows, precision=lax.Precision.HIGHEST)
+
+
+def _sequence(value: Any, rank: int) -> tuple[int, ...]:
+  """One number per spatial axis of what Flax takes for one: None, a number, or several."""
+  if value is None or isinstance(value, int):
+    return (value or 1,) * rank
+  return tuple(value)
