@@ -77,7 +77,7 @@ def encode_with_feedback(
   >>> state = opq_jax.init_state(kernel, opq_jax.allocate(kernel, compression_rate=16.0))
   >>> coded, coded_state = encode_with_feedback(kernel, state, (x.T @ x / 512)[None])
   >>> error = lambda values: float(np.square(x @ (kernel - np.asarray(values))).sum())
-  >>> error(coded) < 0.5 * error(opq_jax.apply_compression(kernel, state))
+  >>> error(coded) < 0.8 * error(opq_jax.apply_compression(kernel, state))
   True
   """
   leaves = trees.named_leaves(params)
