@@ -465,9 +465,10 @@ def _channels(
   elif objective == 'relative_error':
     price = jnp.ones_like(unit)
   channels = Channels(
-    # a leaf of zeros is solved as if its scales were 1, and overruled in the end
+    # a leaf of zeros takes no bits: it is solved as if its scales were 1 and its weights next to
+    # none, and overruled in the end
     scale=jnp.where(is_alive[tree.leaf], scale / spread[tree.leaf], 1),
-    share=tree.share,
+    share=jnp.where(is_alive[tree.leaf], tree.share, 1e-6 * tree.share),
     leaf=tree.leaf,
     leaves=tree.leaves,
     price=price,
@@ -521,7 +522,7 @@ def _describe(
     kept = channels.share * laplace.retained_energy(at, width, channels.scale)
     error = 1 - channels.sum(kept) / (2 * share)
     entropy = channels.sum(channels.share * laplace.entropy(at, width, channels.scale)) / share
-    payload = entropy
+    payload = jnp.where(is_alive, entropy, 0)
     sparsity = 1 - channels.sum(left) / share
     fit = jnp.full_like(error, jnp.nan)
   # deeper inside its cell than rounding to a narrow dtype moves a value, so that it stays there

@@ -1,6 +1,7 @@
 """Targets that are met, whatever the tree, the weights and the objective; and what is refused."""
 
 import functools
+import math
 import warnings
 
 import assets
@@ -236,6 +237,21 @@ def test_constant_leaves(targets):
   # the offset is known to a bin of the histogram
   np.testing.assert_allclose(constant, -0.3, rtol=1 / 4096)
   np.testing.assert_array_equal(values['zeros'], 0)
+
+
+@pytest.mark.parametrize('corrected', [False, True])
+def test_a_leaf_of_zeros_counts_as_pruned_and_takes_no_bits(corrected):
+  params = {**tree(), 'zeros': np.zeros((100, 100), np.float32)}
+
+  def mean(allocation, field):
+    leaves = [leaf for leaf in allocation.tree.values() if leaf is not None]
+    weights = [math.prod(leaf.shape) for leaf in leaves]
+    return np.average([getattr(leaf, field) for leaf in leaves], weights=weights)
+
+  at_rate = allocate(params, compression_rate=20.0, corrected=corrected)
+  assert mean(at_rate, 'payload') == pytest.approx(32 / 20, rel=6e-3)
+  at_sparsity = allocate(params, sparsity=0.7, bits=3.0, corrected=corrected)
+  assert mean(at_sparsity, 'sparsity') == pytest.approx(0.7, abs=2e-3)
 
 
 @pytest.mark.filterwarnings('ignore:the Laplace density')
