@@ -16,6 +16,7 @@ On many hosts, start it on each with --distributed and one DIR that all share: S
 MPI and TPU pods say who is who; elsewhere add --coordinator=HOST:PORT --processes=N --process=I.
 """
 
+import itertools
 import json
 import pathlib
 import sys
@@ -97,14 +98,20 @@ def run(
   log = MetricLog(workdir)
   like = jax.eval_shape(lambda tree: opq_jax.init_state(tree, opq_jax.allocate(tree)), variables)
   whole_state = checkpoints.restore_compression(like)
+  moments = input_moments(config, imported, train_examples) if config.feedback else None
   if whole_state is None:
-    whole_state = compress(config, to_save(config, model, variables))
+    whole_state = compress(config, to_save(config, model, variables), moments)
     checkpoints.save_compression(whole_state)
-  compressed = opq_jax.apply_compression(variables, whole_state)
+  if moments is None:
+    compressed = opq_jax.apply_compression(variables, whole_state)
+  else:
+    compressed, _ = opq_jax.encode_with_feedback(variables, whole_state, moments)
   corrected = correct(config, imported, compressed, train_examples)
 
-  # the latent weights are the float network's, with what the correction moved
-  start = {**corrected, 'params': latent(variables, corrected, whole_state)}
+  # the latent weights are those of the codes that feedback chose, or else the float network's,
+  # with what the correction moved
+  codes_of = variables if moments is None else compressed
+  start = {**corrected, 'params': latent(codes_of, corrected, whole_state)}
   train_state = training.init_train_state(
     start, optimizer, jax.random.key(config.seed), with_average=config.ema_decay is not None
   )
@@ -273,17 +280,43 @@ def make_optimizer(
   raise ValueError(f'optimizer: found {config.optimizer!r}, expected sgd or adamw')
 
 
-def compress(config: ml_collections.ConfigDict, variables: Any) -> CompressionState:
+def input_moments(
+  config: ml_collections.ConfigDict, imported: importers.Imported, examples: streams.Examples
+) -> Any:
+  """`opq_jax.second_moments` of the first training images, without their labels."""
+  model, variables, source = imported
+  batches = streams.in_order(
+    examples, batch_size=config.noise_shape[0], preprocessing=source.preprocessing
+  )
+  images = [batch['image'] for batch in itertools.islice(batches, config.feedback_batches)]
+  found = [opq_jax.second_moments(model.apply, variables, batch) for batch in images]
+  return jax.tree.map(lambda *same: sum(same) / len(same), *found)
+
+
+def compress(
+  config: ml_collections.ConfigDict, variables: Any, moments: Any | None
+) -> CompressionState:
   """Masks and codebooks of the whole network, by whichever target the config has."""
   options = {'objective': config.objective}
   if config.file_rate:
     # finetuning moves weights to other levels, and the file grows
     rate = (1 + config.growth) * config.file_rate
-    return file_rate.at_file_rate(variables, rate, **options).state
-  targets = {'sparsity': config.sparsity, 'bits': config.bits}
-  if config.compression_rate:
+    found = file_rate.at_file_rate(variables, rate, **options)
+    if moments is None:
+      return found.state
+    targets = {'compression_rate': found.compression_rate}
+  elif config.compression_rate:
     targets = {'compression_rate': config.compression_rate}
-  return opq_jax.init_state(variables, opq_jax.allocate(variables, **targets, **options))
+  else:
+    targets = {'sparsity': config.sparsity, 'bits': config.bits}
+  if moments is None:
+    return opq_jax.init_state(variables, opq_jax.allocate(variables, **targets, **options))
+  if 'bits' in targets:
+    raise ValueError(
+      'config.feedback: found sparsity and bits, expected file_rate or compression_rate'
+    )
+  _, _, state = opq_jax.allocate_with_feedback(variables, moments, **targets, **options)
+  return state
 
 
 def to_save(config: ml_collections.ConfigDict, model: Any, variables: Any) -> Any:
@@ -313,7 +346,7 @@ def correct(
 
 
 def latent(variables: Any, corrected: Any, state: CompressionState) -> Any:
-  """Float weights where compressed, the corrected ones (the last bias) elsewhere."""
+  """The variables' weights where compressed, the corrected ones (the last bias) elsewhere."""
   return jax.tree.map(
     lambda record, float_leaf, leaf: leaf if record is None else float_leaf,
     state.tree['params'],

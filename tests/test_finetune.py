@@ -92,6 +92,17 @@ def test_the_file_holds_the_masks_and_codebooks_of_the_beginning(finished):
     np.testing.assert_array_equal(one, other)
 
 
+def test_a_run_may_start_from_codes_of_feedback_in_a_file_of_the_same_size(finished, tmp_path):
+  plain = finished[0]['rows'][1]
+  result = finetune.run(smoke(steps=1, feedback=True), tmp_path)
+  _, with_feedback, _, last = result['rows']
+  assert with_feedback['file_bytes'] == pytest.approx(plain['file_bytes'], rel=0.01)
+  assert last['file_bytes'] == (tmp_path / 'network.opq').stat().st_size
+  targets = {'file_rate': 0.0, 'sparsity': 0.5, 'bits': 3.0}
+  with pytest.raises(ValueError, match='feedback: found sparsity and bits'):
+    finetune.run(smoke(feedback=True, **targets), tmp_path / 'other')
+
+
 def test_a_run_that_is_stopped_by_sigterm_goes_on_and_ends_the_same(
   finished, tmp_path, monkeypatch
 ):
