@@ -72,6 +72,7 @@ def run(
 
   imported = float_network(config)
   model, variables, source = imported
+  original = networks.Network(config.model, *imported)
   train_examples, test_batches = examples_and_test_batches(config, source.preprocessing)
   steps_per_epoch = len(train_examples) // config.batch_size
   steps = config.steps or round(config.epochs * steps_per_epoch)
@@ -100,7 +101,7 @@ def run(
   whole_state = checkpoints.restore_compression(like)
   moments = input_moments(config, imported, train_examples) if config.feedback else None
   if whole_state is None:
-    whole_state = compress(config, to_save(config, model, variables), moments)
+    whole_state = compress(config, to_save(config, original, variables), moments)
     checkpoints.save_compression(whole_state)
   if moments is None:
     compressed = opq_jax.apply_compression(variables, whole_state)
@@ -138,7 +139,7 @@ def run(
     ):
       size = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
       if name != 'float32':
-        network = to_save(config, model, network)
+        network = to_save(config, original, network)
         size = opq_jax.size_report(network, whole_state).file
       scores = evaluate(eval_fn, network, test_batches)
       log.write(0, kind='network', network=name, file_bytes=size, **scores)
@@ -165,7 +166,7 @@ def run(
         progress.update(task, completed=step, description=description)
       if step % (config.eval_every or steps_per_epoch) == 0 and step < steps:
         network, _ = training.network(train_state, state, averaged=config.ema_decay is not None)
-        network = to_save(config, model, network)
+        network = to_save(config, original, network)
         scores = evaluate(eval_fn, network, test_batches)
         size = opq_jax.size_report(network, whole_state).file
         log.write(step, kind='test', file_bytes=size, **scores)
@@ -184,11 +185,10 @@ def run(
   network, network_state = training.network(
     train_state, state, averaged=config.ema_decay is not None
   )
-  network = to_save(config, model, network)
+  network = to_save(config, original, network)
   path = workdir / 'network.opq'
   if is_first:
-    about = networks.metadata(networks.Network(config.model, *imported))
-    opq_jax.save(path, network, network_state, about)
+    opq_jax.save(path, network, network_state, networks.metadata(original))
   multihost_utils.sync_global_devices('the file is written')
   loaded, _ = opq_jax.load(path)
   size = path.stat().st_size
@@ -319,13 +319,9 @@ def compress(
   return state
 
 
-def to_save(config: ml_collections.ConfigDict, model: Any, variables: Any) -> Any:
+def to_save(config: ml_collections.ConfigDict, network: networks.Network, variables: Any) -> Any:
   """What the file is to hold: all as it was trained, or what inference needs of it."""
-  if not config.inference_only:
-    return variables
-  if networks.has_batch_norm(variables):
-    variables = opq_jax.fold_batch_norm(variables, epsilon=model.epsilon)
-  return opq_jax.round_uncompressed(variables)
+  return networks.for_inference(network, variables) if config.inference_only else variables
 
 
 def correct(

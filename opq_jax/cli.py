@@ -40,6 +40,7 @@ from opq_jax.artifact import OpqFile
 from opq_jax.trees import PyTree
 
 _FROM_NOISE = 'corrected from noise'  # what the metadata say of such a BatchNorm
+_INFERENCE_ONLY = 'BatchNorm in two vectors, vectors rounded to bfloat16'
 _MOST_PROBLEMS = 20  # that `verify` puts into words
 
 _ABOUT = """\
@@ -88,6 +89,8 @@ examples:
       the latest step of an Orbax CheckpointManager; compresses nothing but params
   opq compress --model resnet50 resnet50.pth resnet50.opq
       whose weights they are is seen by their names; a file that knows what it holds
+  opq compress --model resnet20 --inference-only resnet20.safetensors resnet20.opq
+      a tenth smaller where the network is small
   opq compress --model resnet50 --source timm resnet50_a1.pth resnet50.opq
       timm's have torchvision's names and other preprocessing
 """
@@ -182,6 +185,12 @@ def _parser() -> argparse.ArgumentParser:
     '--no-correction',
     action='store_true',
     help='leave BatchNorm as it is, for a network that is finetuned afterwards',
+  )
+  add(
+    '--inference-only',
+    action='store_true',
+    help='a file for use and not for training: BatchNorm in two vectors instead of four, vectors '
+    'rounded to bfloat16',
   )
   add = compress.add_argument_group('targets').add_argument
   add(
@@ -319,6 +328,9 @@ def _compress(arguments: argparse.Namespace) -> None:
         with stage('correct BatchNorm'):
           compressed = opq_jax.apply_compression(params, state)
           stored = networks.correct_batch_norm(network, compressed)
+    if network is not None and arguments.inference_only:
+      metadata['inference_only'] = _INFERENCE_ONLY
+      stored = networks.for_inference(network, stored)
     with stage('encode'):
       data = artifact.serialize(stored, state, metadata)
       report = sizes.payload_report(data, params, state, channel_axis=axis)
@@ -392,6 +404,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     params = network.variables
     if metadata.get('batch_norm') == _FROM_NOISE:
       corrected = networks.correct_batch_norm(network, _compressed_in(arguments.file, params))
+    if metadata.get('inference_only') == _INFERENCE_ONLY:
+      corrected = networks.for_inference(network, params if corrected is None else corrected)
   found = verification.verify(
     arguments.file, params, corrected=corrected, channel_axis=_axis(metadata)
   )
@@ -458,6 +472,7 @@ def _check_network(arguments: argparse.Namespace) -> None:
     '--source': arguments.source is not None,
     '--num-classes': arguments.num_classes is not None,
     '--no-correction': arguments.no_correction,
+    '--inference-only': arguments.inference_only,
   }
   if arguments.model is None:
     for option, is_given in given.items():

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 import types
@@ -132,6 +133,18 @@ def test_batch_norm_stays_as_it_is_where_that_is_asked_for(resnet, capsys):
   jax.tree.map(np.testing.assert_array_equal, found, resnet['batch_stats'])
 
 
+def test_a_file_for_inference_is_smaller_and_gives_the_same_answers(resnet):
+  command = 'compress', '--model', 'resnet20', 'resnet.safetensors', '--rate', 12
+  assert run(*command, 'net.opq') == 0
+  assert run(*command, 'small.opq', '--inference-only') == 0
+  sizes = [os.stat(name).st_size for name in ('net.opq', 'small.opq')]
+  assert sizes[1] < 0.95 * sizes[0]
+  whole, small = networks.load('net.opq'), networks.load('small.opq')
+  images = jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
+  expected, found = (n.model.apply(n.variables, images) for n in (whole, small))
+  np.testing.assert_allclose(found, expected, atol=0.05 * np.std(expected))
+
+
 def test_only_a_known_network_has_a_source(net, capsys):
   assert run('compress', 'net.safetensors', 'net.opq') == 0
   assert run('decompress', 'net.opq', 'out.safetensors', '--to', 'source') == 2
@@ -190,6 +203,7 @@ def test_float64_weights_are_compressed_as_float32(net):
     (['compress', 'net.safetensors', 'net.safetensors'], 'the input itself'),
     (['compress', 'net.safetensors', 'out.opq', '--source', 'timm'], 'without --model'),
     (['compress', 'net.safetensors', 'out.opq', '--no-correction'], 'without --model'),
+    (['compress', 'net.safetensors', 'out.opq', '--inference-only'], 'without --model'),
     (['compress', 'net.safetensors', 'out.opq', '--model', 'vgg'], "name: found 'vgg'"),
     (['compress', 'net.safetensors', 'out.opq', '--model', 'resnet20'], 'found tensors fc1.bias'),
     (
