@@ -68,7 +68,7 @@ def get_config(argument: str = 'resnet50,paper') -> ml_collections.ConfigDict:
   config.objective = 'retained_signal'
   config.inference_only = True  # the file: BatchNorm in two vectors, bfloat16 where not compressed
   config.feedback = False  # codes to start from by opq_jax.encode_with_feedback
-  config.feedback_batches = 8  # of noise_shape[0] training images, whose labels it does not see
+  config.unlabelled_batches = 8  # of noise_shape[0] training images, for feedback and biases
   config.noise_shape = (16, 224, 224, 3)
 
   config.epochs = 10.0

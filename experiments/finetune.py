@@ -99,7 +99,10 @@ def run(
   log = MetricLog(workdir)
   like = jax.eval_shape(lambda tree: opq_jax.init_state(tree, opq_jax.allocate(tree)), variables)
   whole_state = checkpoints.restore_compression(like)
-  moments = input_moments(config, imported, train_examples) if config.feedback else None
+  images = []  # without BatchNorm, noise has nothing to correct
+  if config.feedback or not networks.has_batch_norm(variables):
+    images = few_images(config, source.preprocessing, train_examples)
+  moments = input_moments(imported, images) if config.feedback else None
   if whole_state is None:
     whole_state = compress(config, to_save(config, original, variables), moments)
     checkpoints.save_compression(whole_state)
@@ -107,7 +110,13 @@ def run(
     compressed = opq_jax.apply_compression(variables, whole_state)
   else:
     compressed, _ = opq_jax.encode_with_feedback(variables, whole_state, moments)
-  corrected = correct(config, imported, compressed, train_examples)
+  if images:
+    corrected = opq_jax.correct_on_images(model.apply, variables, compressed, images)
+  else:
+    key = jax.random.key(config.seed)
+    corrected = opq_jax.correct_batch_norm(
+      model.apply, variables, compressed, key, config.noise_shape
+    )
 
   # the latent weights are those of the codes that feedback chose, or else the float network's,
   # with what the correction moved
@@ -280,15 +289,19 @@ def make_optimizer(
   raise ValueError(f'optimizer: found {config.optimizer!r}, expected sgd or adamw')
 
 
-def input_moments(
-  config: ml_collections.ConfigDict, imported: importers.Imported, examples: streams.Examples
-) -> Any:
-  """`opq_jax.second_moments` of the first training images, without their labels."""
-  model, variables, source = imported
+def few_images(
+  config: ml_collections.ConfigDict, preprocessing: data.Preprocessing, examples: streams.Examples
+) -> list[Any]:
+  """Batches of the first training images, without their labels."""
   batches = streams.in_order(
-    examples, batch_size=config.noise_shape[0], preprocessing=source.preprocessing
+    examples, batch_size=config.noise_shape[0], preprocessing=preprocessing
   )
-  images = [batch['image'] for batch in itertools.islice(batches, config.feedback_batches)]
+  return [batch['image'] for batch in itertools.islice(batches, config.unlabelled_batches)]
+
+
+def input_moments(imported: importers.Imported, images: list[Any]) -> Any:
+  """`opq_jax.second_moments` of all images."""
+  model, variables, _ = imported
   found = [opq_jax.second_moments(model.apply, variables, batch) for batch in images]
   return jax.tree.map(lambda *same: sum(same) / len(same), *found)
 
@@ -322,23 +335,6 @@ def compress(
 def to_save(config: ml_collections.ConfigDict, network: networks.Network, variables: Any) -> Any:
   """What the file is to hold: all as it was trained, or what inference needs of it."""
   return networks.for_inference(network, variables) if config.inference_only else variables
-
-
-def correct(
-  config: ml_collections.ConfigDict,
-  imported: importers.Imported,
-  compressed: Any,
-  examples: streams.Examples,
-) -> Any:
-  """The network to start from: BatchNorm from noise; without BatchNorm, biases from images."""
-  model, variables, source = imported
-  if networks.has_batch_norm(variables):
-    key = jax.random.key(config.seed)
-    return opq_jax.correct_batch_norm(model.apply, variables, compressed, key, config.noise_shape)
-  few = streams.in_order(
-    examples, batch_size=config.noise_shape[0], preprocessing=source.preprocessing
-  )
-  return opq_jax.correct_on_images(model.apply, variables, compressed, [next(few)['image']])
 
 
 def latent(variables: Any, corrected: Any, state: CompressionState) -> Any:

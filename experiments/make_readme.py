@@ -9,6 +9,7 @@ import csv
 import json
 import pathlib
 import re
+from typing import Any
 
 import jax
 
@@ -113,15 +114,13 @@ def finetune(name: str) -> str:
   for path in (RESULTS / name).glob('*/results.json'):
     document = json.loads(path.read_text())
     config, (before, *one_shot, after) = document['config'], document['rows']
-    recipe = f'{config["epochs"]:g} epochs'
-    if config['distillation']:
-      recipe += f', distillation {config["distillation"]:g}'
     lines.append(
       {
+        'network': config['model'],
         'file, times smaller': f'{after["file_rate"]:.2f}',
         'file, bytes': f'{after["file_bytes"]:,}',
         'of inference only': 'yes' if config.get('inference_only') else '',
-        'recipe': recipe,
+        'recipe': recipe(config),
         'float32': f'{100 * before["top1"]:.2f} %',
         'one shot': f'{100 * one_shot[0]["top1"]:.2f} %',
         'BatchNorm corrected': f'{100 * one_shot[1]["top1"]:.2f} %',
@@ -129,7 +128,24 @@ def finetune(name: str) -> str:
         'results': f'`{path.parent.name}`',
       }
     )
-  return markdown(sorted(lines, key=lambda line: float(line['file, times smaller'])))
+  place = lambda line: (line['network'], float(str(line['file, times smaller'])))
+  return markdown(sorted(lines, key=place))
+
+
+def recipe(config: dict[str, Any]) -> str:
+  """The epochs of a run, and what is not as its config has it."""
+  words = [f'{config["epochs"]:g} epochs']
+  usual = {'distillation': 0.0, 'learning_rate': 0.01, 'weight_decay': 1e-4, 'seed': 0}
+  words += [
+    f'{name.replace("_", " ")} {config[name]:g}'
+    for name, value in usual.items()
+    if config[name] != value
+  ]
+  if config.get('feedback'):
+    words.append('from codes of feedback')
+  if not (config['file_rate'] or config['compression_rate']):
+    words.append(f'targets: sparsity {config["sparsity"]:g}, {config["bits"]:g} bits')
+  return ', '.join(words)
 
 
 def networks() -> str:

@@ -40,6 +40,7 @@ from opq_jax.artifact import OpqFile
 from opq_jax.trees import PyTree
 
 _FROM_NOISE = 'corrected from noise'  # what the metadata say of such a BatchNorm
+_FEEDBACK = 'by error feedback, moments from noise'  # of the codes
 _INFERENCE_ONLY = 'BatchNorm in two vectors, vectors rounded to bfloat16'
 _MOST_PROBLEMS = 20  # that `verify` puts into words
 
@@ -89,6 +90,8 @@ examples:
       the latest step of an Orbax CheckpointManager; compresses nothing but params
   opq compress --model resnet50 resnet50.pth resnet50.opq
       whose weights they are is seen by their names; a file that knows what it holds
+  opq compress --model resnet20 --feedback --rate 16 resnet20.safetensors resnet20.opq
+      codes that err less where it counts, in a file of the same size
   opq compress --model resnet20 --inference-only resnet20.safetensors resnet20.opq
       a tenth smaller where the network is small
   opq compress --model resnet50 --source timm resnet50_a1.pth resnet50.opq
@@ -105,7 +108,8 @@ _VERIFY_EXAMPLES = """\
 examples:
   opq verify model.opq --against model.safetensors
   opq verify resnet50.opq --against resnet50.pth
-      of a file made with --model: imports the weights again, and corrects BatchNorm again
+      of a file made with --model: imports the weights again, and corrects BatchNorm again;
+      with --feedback, chooses the codes again, on a platform that rounds like the first
 """
 
 _DECOMPRESS_EXAMPLES = """\
@@ -185,6 +189,12 @@ def _parser() -> argparse.ArgumentParser:
     '--no-correction',
     action='store_true',
     help='leave BatchNorm as it is, for a network that is finetuned afterwards',
+  )
+  add(
+    '--feedback',
+    action='store_true',
+    help='choose codes by the error of what layers give, from noise, not by that of each weight; '
+    'takes longer, and is not for --sparsity and --bits',
   )
   add(
     '--inference-only',
@@ -309,24 +319,33 @@ def _compress(arguments: argparse.Namespace) -> None:
       params = weight_files.read_weights(source) if network is None else network.variables
       chosen = _chosen(params, arguments.include, arguments.exclude)
       params = _narrowed(params, chosen)
+    moments = None
+    if network is not None and arguments.feedback:
+      metadata['codes'] = _FEEDBACK
+      with stage('moments'):
+        moments = jax.block_until_ready(networks.noise_moments(network))
     with stage('allocate'), warnings.catch_warnings():
       # the table marks the leaves that this warning would list
       warnings.filterwarnings('ignore', 'the Laplace density')
-      allocation = opq_jax.allocate(
-        params,
-        objective=arguments.objective,
-        compressible=lambda path, _: path in chosen,
-        channel_axis=axis,
-        **targets,
-      )
-    state = opq_jax.init_state(params, allocation)
-    stored = params
+      options: dict[str, Any] = {
+        'objective': arguments.objective,
+        'compressible': lambda path, _: path in chosen,
+        'channel_axis': axis,
+      }
+      if moments is None:
+        allocation = opq_jax.allocate(params, **targets, **options)
+        state = opq_jax.init_state(params, allocation)
+        compressed = opq_jax.apply_compression(params, state)
+      else:
+        allocation, compressed, state = opq_jax.allocate_with_feedback(
+          params, moments, compression_rate=targets['compression_rate'], **options
+        )
+    stored = params if moments is None else compressed
     if network is not None and networks.has_batch_norm(params):
       metadata['batch_norm'] = 'not corrected'
       if not arguments.no_correction:
         metadata['batch_norm'] = _FROM_NOISE
         with stage('correct BatchNorm'):
-          compressed = opq_jax.apply_compression(params, state)
           stored = networks.correct_batch_norm(network, compressed)
     if network is not None and arguments.inference_only:
       metadata['inference_only'] = _INFERENCE_ONLY
@@ -391,7 +410,7 @@ def _verify(arguments: argparse.Namespace) -> int:
   with OpqFile(arguments.file) as file:
     metadata = file.metadata
   identity = networks.identity(metadata)
-  corrected = None
+  coded = corrected = None
   if identity is None:
     params = weight_files.read_weights(arguments.against)
   else:
@@ -402,12 +421,16 @@ def _verify(arguments: argparse.Namespace) -> int:
       num_classes=identity.num_classes,
     )
     params = network.variables
+    if metadata.get('codes') == _FEEDBACK:
+      with OpqFile(arguments.file) as file:
+        state = file.load(like=params)[1]
+      coded, _ = opq_jax.encode_with_feedback(params, state, networks.noise_moments(network))
     if metadata.get('batch_norm') == _FROM_NOISE:
       corrected = networks.correct_batch_norm(network, _compressed_in(arguments.file, params))
     if metadata.get('inference_only') == _INFERENCE_ONLY:
       corrected = networks.for_inference(network, params if corrected is None else corrected)
   found = verification.verify(
-    arguments.file, params, corrected=corrected, channel_axis=_axis(metadata)
+    arguments.file, params, coded=coded, corrected=corrected, channel_axis=_axis(metadata)
   )
   console = _console(sys.stdout)
   console.print(found)
@@ -472,13 +495,16 @@ def _check_network(arguments: argparse.Namespace) -> None:
     '--source': arguments.source is not None,
     '--num-classes': arguments.num_classes is not None,
     '--no-correction': arguments.no_correction,
+    '--feedback': arguments.feedback,
     '--inference-only': arguments.inference_only,
   }
   if arguments.model is None:
     for option, is_given in given.items():
       if is_given:
         raise ValueError(f'{option}: found it without --model, expected both')
-  elif arguments.channel_axis == 'first':
+  if arguments.feedback and arguments.bits is not None:
+    raise ValueError('--feedback: found it together with --bits, expected --rate')
+  if arguments.model is not None and arguments.channel_axis == 'first':
     raise ValueError(
       '--channel-axis: found first with --model, expected last: a network is compressed as Flax '
       'has it'

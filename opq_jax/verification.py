@@ -101,6 +101,7 @@ def verify(
   path: str | os.PathLike[str] | bytes,
   params: PyTree,
   *,
+  coded: PyTree | None = None,
   corrected: PyTree | None = None,
   channel_axis: int | Callable[[str, Any], int] = -1,
 ) -> Verification:
@@ -118,6 +119,8 @@ def verify(
     path: of the file; or its bytes.
     params: the original weights, before compression; for a network that was finetuned, the latent
       weights no longer know which of them were pruned, and its file does not hold against them.
+    coded: `params` as `opq_jax.encode_with_feedback` returned them with the file's own grids, for a
+      file of those codes: it is their cells that the codes must name.
     corrected: `params` with BatchNorm as it was corrected, for a file that holds it so.
     channel_axis: as in `opq_jax.size_report`, for the nominal size.
 
@@ -139,6 +142,7 @@ def verify(
   """
   originals = {name: np.asarray(leaf) for name, leaf in trees.named_leaves(params).items()}
   expected = {} if corrected is None else trees.named_leaves(corrected)
+  chosen_for = originals if coded is None else trees.named_leaves(coded)
   rows: list[VerifiedLeaf] = []
   problems: list[str] = []
   counts = {'exact': 0, 'corrected': 0}
@@ -162,7 +166,9 @@ def verify(
         )
         is_same_tree = False
       elif record is not None:
-        rows.append(_verified(name, original, file.codes(name), value, record, stored[name] - 12))
+        target = original if coded is None else np.asarray(chosen_for[name])
+        payload = stored[name] - 12
+        rows.append(_verified(name, original, target, file.codes(name), value, record, payload))
         problems += rows[-1].problems
       elif value.tobytes() == original.tobytes():
         counts['exact'] += 1
@@ -185,26 +191,27 @@ def verify(
 def _verified(
   name: str,
   original: Shaped[np.ndarray, '...'],
+  target: Shaped[np.ndarray, '...'],
   codes: Int8[np.ndarray, '...'],
   values: Shaped[np.ndarray, '...'],
   record: LeafState,
   stored: int,
 ) -> VerifiedLeaf:
-  """One compressed leaf."""
+  """One compressed leaf; its codes are those of `target`, its errors those against `original`."""
   threshold, step, levels = float(record.threshold), float(record.step), int(record.levels)
-  flat = [array.reshape(-1) for array in (original, codes, values)]
+  flat = [array.reshape(-1) for array in (original, target, codes, values)]
   pruned = kept = signs = outside = clipped = 0
   worst = squares = errors = 0.0
   for start in range(0, original.size, _CHUNK):
     part = slice(start, start + _CHUNK)
-    weight, code, value = (array[part].astype(np.float64) for array in flat)
+    weight, aim, code, value = (array[part].astype(np.float64) for array in flat)
     is_kept = code != 0
-    magnitude = np.abs(weight)
+    magnitude = np.abs(aim)
     # XLA takes a denormal number for 0 on some platforms and for itself on others
     is_normal = ~((magnitude > 0) & (magnitude < _TINY))
     pruned += int(np.count_nonzero(is_normal & ~is_kept & ~(magnitude <= threshold)))
     kept += int(np.count_nonzero(is_normal & is_kept & ~(magnitude > threshold)))
-    signs += int(np.count_nonzero(is_kept & ((weight < 0) != (code < 0))))
+    signs += int(np.count_nonzero(is_kept & ((aim < 0) != (code < 0))))
     # where in its own cell a survivor lies, in steps
     place = (magnitude - threshold) / step - (np.abs(code) - 1)
     is_last = np.abs(code) >= levels

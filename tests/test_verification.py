@@ -121,6 +121,23 @@ def test_corrected_leaves_are_near_the_corrected():
   assert not verify(data, params, corrected=changed(params, 'b/0', 2, 7.1)).holds
 
 
+def test_codes_of_feedback_hold_against_the_weights_that_they_were_chosen_for():
+  rng = np.random.default_rng(0)
+  inputs = (rng.normal(size=(256, 48)) @ rng.normal(size=(48, 48))).astype(np.float32)
+  params = {'w': rng.laplace(size=(48, 32)).astype(np.float32), 'bias': np.ones(3, np.float32)}
+  moments = {'w': (inputs.T @ inputs / 256)[None], 'bias': None}
+  _, coded, state = opq_jax.allocate_with_feedback(params, moments, compression_rate=12.0)
+  data = artifact.serialize(coded, state)
+  assert not verify(data, params).holds
+  found = verify(data, params, coded=coded)
+  assert found.holds, found.problems
+  # errors are against the weights all the same
+  error = np.sum((params['w'] - np.asarray(coded['w'])) ** 2) / np.sum(params['w'] ** 2)
+  assert found.compressed[0].error == pytest.approx(error, rel=1e-4)
+  flipped = {**coded, 'w': -np.asarray(coded['w'])}
+  assert any('of the other sign' in text for text in verify(data, params, coded=flipped).problems)
+
+
 def test_a_payload_that_is_longer_than_its_codes_need_is_found(monkeypatch):
   from opq_jax import verification
 
@@ -177,7 +194,12 @@ def test_the_command_lists_no_more_than_a_page(net, capsys):
 
 @pytest.mark.parametrize(
   'options',
-  [[], ['--no-correction'], ['--inference-only'], ['--inference-only', '--no-correction']],
+  [
+    [],
+    ['--no-correction'],
+    ['--inference-only', '--no-correction'],
+    ['--inference-only', '--feedback'],
+  ],
 )
 def test_the_command_corrects_batch_norm_again(tmp_path, monkeypatch, capsys, options):
   monkeypatch.chdir(tmp_path)
