@@ -67,7 +67,7 @@ def get_config(argument: str = 'resnet50,paper') -> ml_collections.ConfigDict:
   config.bits = bits
   config.objective = 'retained_signal'
   config.inference_only = True  # the file: BatchNorm in two vectors, bfloat16 where not compressed
-  config.feedback = False  # codes to start from by opq_jax.encode_with_feedback
+  config.feedback = False  # codes to start from by opq_jax.encode_layer_by_layer
   config.unlabelled_batches = 8  # of noise_shape[0] training images, for feedback and biases
   config.noise_shape = (16, 224, 224, 3)
 

@@ -27,6 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from absl import app, flags, logging
 from jax.experimental import multihost_utils
@@ -105,11 +106,13 @@ def run(
   moments = input_moments(imported, images) if config.feedback else None
   if whole_state is None:
     whole_state = compress(config, to_save(config, original, variables), moments)
+    if moments is not None:
+      _, whole_state = with_feedback(original, whole_state, images)
     checkpoints.save_compression(whole_state)
   if moments is None:
     compressed = opq_jax.apply_compression(variables, whole_state)
   else:
-    compressed, _ = opq_jax.encode_with_feedback(variables, whole_state, moments)
+    compressed, _ = with_feedback(original, whole_state, images)
   if images:
     corrected = opq_jax.correct_on_images(model.apply, variables, compressed, images)
   else:
@@ -304,6 +307,15 @@ def input_moments(imported: importers.Imported, images: list[Any]) -> Any:
   model, variables, _ = imported
   found = [opq_jax.second_moments(model.apply, variables, batch) for batch in images]
   return jax.tree.map(lambda *same: sum(same) / len(same), *found)
+
+
+def with_feedback(
+  network: networks.Network, state: CompressionState, images: list[Any]
+) -> tuple[Any, CompressionState]:
+  """The codes to start from, on the grids of a state."""
+  return opq_jax.encode_layer_by_layer(
+    network.model.apply, network.variables, state, np.concatenate(images)
+  )
 
 
 def compress(

@@ -100,7 +100,7 @@ def encode_with_feedback(
       codes = compression.encode(leaf, CompressionState(record))
     else:
       _check_moments(name, leaf, matrix)
-      codes = _codes(leaf, matrix, record, damping)
+      codes = codes_of_leaf(leaf, matrix, record, damping)
     values.append(compression.decode(codes, CompressionState(record)))
     masks.append(dataclasses.replace(record, mask=codes != 0))
   structure = jax.tree.structure(params)
@@ -163,13 +163,13 @@ def allocate_with_feedback(
 
 
 @jax.jit
-def _codes(
+def codes_of_leaf(
   kernel: Float[Array, '... channels'],
   moments: Float32[Array, 'groups K K'],
   leaf: LeafState,
   damping: Float[Array, ''],
 ) -> Array:
-  """The int8 codes of one kernel."""
+  """The int8 codes of one kernel, as `encode_with_feedback` chooses them."""
   groups, width, _ = moments.shape
   weights = kernel.astype(jnp.float32).reshape(width, groups, -1).swapaxes(0, 1)
   # so few inputs at a time, and inputs of nothing for the last block to be a whole one

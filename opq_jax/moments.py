@@ -77,7 +77,8 @@ def second_moments(
     if context.method_name == '__call__' and is_layer:
       if name in found:
         raise ValueError(f'{name}: found a layer that is called twice, expected once')
-      found[name] = _moments(module, args[0] if args else kwargs['inputs'])
+      x = args[0] if args else kwargs['inputs']
+      found[name] = layer_moments(module, x, x)
     return layer(*args, **kwargs)
 
   with nn.intercept_methods(measure):
@@ -119,12 +120,23 @@ def natural_noise(
   return noise / jnp.std(noise)
 
 
-def _moments(module: Any, inputs: Array) -> Float32[Array, 'groups K K'] | None:
+def layer_moments(
+  module: Any, first: Float[Array, '*batch channels'], second: Float[Array, '*batch channels']
+) -> Float32[Array, 'groups K K'] | None:
+  """E[x^T y] of a layer's inputs x and others y of the same shape, such as x itself.
+
+  Args:
+    module: an `nn.Dense` or `nn.Conv`.
+    first, second: what it is given, and what else it might have been given.
+
+  Returns:
+    A matrix a group, or None: see `second_moments`.
+  """
   if isinstance(module, nn.Dense):
-    if inputs.shape[-1] > MAX_INPUTS:
+    if first.shape[-1] > MAX_INPUTS:
       return None
-    examples = inputs.reshape(-1, 1, inputs.shape[-1]).astype(jnp.float32)
-    return _gram(examples) / len(examples)
+    examples = [x.reshape(-1, 1, x.shape[-1]).astype(jnp.float32) for x in (first, second)]
+    return _gram(*examples) / len(examples[0])
 
   window = _sequence(module.kernel_size, 1)
   rank = len(window)
@@ -132,11 +144,13 @@ def _moments(module: Any, inputs: Array) -> Float32[Array, 'groups K K'] | None:
   padding = module.padding
   is_plain = not isinstance(padding, str) or padding in ('SAME', 'VALID')
   is_dilated = set(_sequence(module.input_dilation, rank)) != {1}
-  if not is_plain or is_dilated or math.prod(window) * inputs.shape[-1] // groups > MAX_INPUTS:
+  if not is_plain or is_dilated or math.prod(window) * first.shape[-1] // groups > MAX_INPUTS:
     return None
   strides = _sequence(module.strides, rank)
   dilation = _sequence(module.kernel_dilation, rank)
-  images = inputs.reshape(-1, *inputs.shape[-rank - 1 :]).astype(jnp.float32)
+  images, others = (
+    x.reshape(-1, *x.shape[-rank - 1 :]).astype(jnp.float32) for x in (first, second)
+  )
   reach = tuple((size - 1) * step + 1 for size, step in zip(window, dilation, strict=True))
   if isinstance(padding, str):
     pads = lax.padtype_to_pads(images.shape[1:-1], reach, strides, padding)
@@ -163,16 +177,18 @@ def _moments(module: Any, inputs: Array) -> Float32[Array, 'groups K K'] | None:
     return jnp.stack(seen, axis=2).reshape(len(seen[0]), groups, -1)
 
   # image after image, so that only one is ever written out as its windows
-  def add(total: Array, image: Array) -> tuple[Array, None]:
-    return total + _gram(rows(image)), None
+  def add(total: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
+    return total + _gram(*map(rows, pair)), None
 
   places, _, width = jax.eval_shape(rows, images[0]).shape
-  total, _ = lax.scan(add, jnp.zeros((groups, width, width), jnp.float32), images)
+  total, _ = lax.scan(add, jnp.zeros((groups, width, width), jnp.float32), (images, others))
   return total / (places * len(images))
 
 
-def _gram(rows: Float32[Array, 'rows groups K']) -> Float32[Array, 'groups K K']:
-  return jnp.einsum('ngk,ngl->gkl', rows, rows, precision=lax.Precision.HIGHEST)
+def _gram(
+  first: Float32[Array, 'rows groups K'], second: Float32[Array, 'rows groups K']
+) -> Float32[Array, 'groups K K']:
+  return jnp.einsum('ngk,ngl->gkl', first, second, precision=lax.Precision.HIGHEST)
 
 
 def _sequence(value: Any, rank: int) -> tuple[int, ...]:
