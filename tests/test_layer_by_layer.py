@@ -74,13 +74,14 @@ class Convolutions(nn.Module):
     norm = lambda y: nn.relu(nn.BatchNorm(use_running_average=not train)(y))
     x = norm(nn.Conv(32, (3, 3), use_bias=False)(x))
     x = x + norm(nn.Conv(32, (3, 3), feature_group_count=32, use_bias=False)(x))
+    x = x + norm(nn.Conv(32, (3, 3), use_bias=False)(x))
     x = norm(nn.Conv(64, (3, 3), strides=2, use_bias=False)(x))
     return nn.Dense(10)(x.mean(axis=(1, 2)))
 
 
 def test_a_network_errs_less_on_inputs_that_it_has_not_seen():
   model = Convolutions()
-  images, others = jax.random.normal(jax.random.key(1), (2, 64, 8, 8, 3))
+  images, others = jnp.split(opq_jax.natural_noise(jax.random.key(1), (512, 8, 8, 3)), 2)
   variables, coded, state = compressed(model, images, rate=20.0)
   found, found_state = encode_layer_by_layer(model.apply, variables, state, images)
   # values and state belong together, and to the grids that were given
