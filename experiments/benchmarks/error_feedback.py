@@ -1,0 +1,105 @@
+"""What the choice of codes is worth at the same bytes: each for itself, by feedback, in turn.
+
+    python -m experiments.benchmarks.error_feedback TFDS_FOLDER WEIGHTS.safetensors ...
+
+`feedback` is `opq_jax.allocate_with_feedback`, every layer for the inputs of the float network's;
+`layer by layer` is `opq_jax.encode_layer_by_layer` on the grids that it found.  Moments, and the
+correction of BatchNorm after it, are from noise (of photographs' spectrum, and white) or from the
+unlabelled images of `configs/one_shot_NETWORK.py`; each file is named as a network
+(`mobilenet_v1.safetensors`).
+"""
+
+import pathlib
+import sys
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+import opq_jax
+from experiments.benchmarks import harness
+from experiments.benchmarks.uncompressed_leaves import get_config
+from opq_jax import accuracy, data, networks, sizes
+
+BITS = {'resnet20': (2.0, 1.5, 1.0), 'resnet32': (2.0, 1.5, 1.0)}
+PHOTOGRAPHS = (2.5, 2.0)
+
+
+def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, object]]:
+  config = get_config(name)
+  network = networks.load(path, name=name, num_classes=config.num_classes)
+  model, variables, source = network[1:]
+
+  def batches_of(split: str) -> list[dict[str, np.ndarray]]:
+    options = {'data_dir': data_dir, 'batch_size': config.batch_size}
+    return list(data.batches(config.dataset, split, preprocessing=source.preprocessing, **options))
+
+  batches = batches_of(config.split)
+  unlabelled = [batch['image'] for batch in batches_of(config.unlabelled_split)]
+  labels = np.concatenate([batch['label'] for batch in batches])
+  forward = jax.jit(model.apply)
+  logits_of = lambda tree: np.concatenate(
+    [np.asarray(forward(tree, batch['image'])) for batch in batches]
+  )
+  before = logits_of(variables)
+  noise = opq_jax.natural_noise(jax.random.key(0), networks.noise_shape(source))
+  on_images = [opq_jax.second_moments(model.apply, variables, batch) for batch in unlabelled]
+  moments = {
+    'noise': networks.noise_moments(network),
+    'images': jax.tree.map(lambda *same: sum(same) / len(same), *on_images),
+  }
+  inputs = {'noise': noise, 'images': np.concatenate(unlabelled)}
+  correct = {
+    'noise': lambda tree: networks.correct_batch_norm(network, tree),
+    'images': lambda tree: opq_jax.correct_on_images(model.apply, variables, tree, unlabelled),
+  }
+
+  for bits in BITS.get(name, PHOTOGRAPHS):
+    state = opq_jax.init_state(variables, opq_jax.allocate(variables, compression_rate=32 / bits))
+    for kind in ('noise', 'images'):
+      _, coded, coded_state = opq_jax.allocate_with_feedback(
+        variables, moments[kind], compression_rate=32 / bits
+      )
+      for codes, tree, its in (
+        ('each weight', opq_jax.apply_compression(variables, state), state),
+        ('feedback', coded, coded_state),
+        (
+          'layer by layer',
+          *opq_jax.encode_layer_by_layer(model.apply, variables, coded_state, inputs[kind]),
+        ),
+      ):
+        corrected = correct[kind](tree)
+        scores = accuracy.scores(logits_of(corrected), labels, before)
+        report = sizes.size_report(corrected, its)
+        yield {
+          'network': name,
+          'bits per weight': bits,
+          'moments and BatchNorm': kind,
+          'codes': codes,
+          'file, bytes': f'{report.file:,}',
+          'top-1, % (95 %)': f'{100 * scores["top1"]:.2f} ({100 * scores["top1_low"]:.1f} to '
+          f'{100 * scores["top1_high"]:.1f})',
+          'same answer as float32, %': round(100 * scores['agreement'], 2),
+        }
+
+
+def main() -> None:
+  data_dir, *paths = sys.argv[1:]
+  rows: list[dict[str, object]] = []
+  words = ' '.join(pathlib.Path(path).name for path in paths)
+  for path in map(pathlib.Path, paths):
+    for row in compare(path.stem.removesuffix('_cifar10'), path, data_dir):
+      rows.append(row)
+      print(*row.values(), sep='  ', flush=True)
+  harness.report(
+    'error_feedback',
+    'the choice of codes',
+    f'python -m experiments.benchmarks.error_feedback TFDS_FOLDER {words}',
+    rows,
+  )
+
+
+if __name__ == '__main__':
+  if len(sys.argv) < 3:
+    sys.exit(__doc__)
+  main()
