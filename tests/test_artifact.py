@@ -320,6 +320,12 @@ def test_the_sizes_of_the_leaves_and_of_the_rest_make_the_file():
   assert sizes['params/conv/kernel'] == len(encode_codes(np.asarray(codes))) + 12
   header, index = parts(data)
   assert sum(sizes.values()) == len(data) - len(header) - index['index'][1] + index['index'][0]
+  # of one byte, and of none
+  data = serialize({'a': np.int8(1)}, CompressionState({'a': None}))
+  with OpqFile(data) as file:
+    assert file.sizes() == {'a': int(np.diff(parts(data)[1]['uncompressed'])[0])}
+  with OpqFile(serialize({'a': np.ones(0)}, CompressionState({'a': None}))) as file:
+    assert file.sizes() == {'a': 0}
 
 
 def test_damage_to_a_leaf_is_damage_to_it_alone():
@@ -470,8 +476,11 @@ def test_metadata_that_are_no_strings_are_refused(metadata):
 def test_what_no_reader_would_take_is_not_written(tmp_path):
   path = tmp_path / 'net.opq'
   params, state = small()
+  longest = artifact_index.MAX_INDEX - index_size(serialize(params, state, {'notes': ''}))
+  with OpqFile(serialize(params, state, {'notes': 'x' * longest})) as file:
+    assert len(file.metadata['notes']) == longest
   with pytest.raises(ValueError, match=r'found an index of \d+ bytes, expected at most'):
-    save(path, params, state, {'notes': 'x' * artifact_index.MAX_INDEX})
+    save(path, params, state, {'notes': 'x' * (longest + 1)})
   many = {'k' * 100_000: {str(i): np.zeros(0, bool) for i in range(1000)}}
   with pytest.raises(ValueError, match=r'found path names of \d+ characters, expected at most'):
     save(path, many, state_of(many))
@@ -522,6 +531,13 @@ def rebuilt(data, edit):
   return header + table + index + codes + blocks
 
 
+def index_size(data):
+  """Bytes of the index once it is unpacked."""
+  header, offsets = parts(data)
+  index = data[len(header) :][slice(*offsets['index'])]
+  return len(artifact_index.unpack(index, artifact_index.MAX_INDEX))
+
+
 def edited(**changes):
   return lambda text: json.dumps({**json.loads(text), **changes})
 
@@ -559,12 +575,13 @@ def test_every_truncation_and_every_tail_is_found(tmp_path):
 
 def test_a_file_that_is_cut_while_it_is_open_is_named(tmp_path):
   path = tmp_path / 'net.opq'
-  save(path, *small())
+  params = {'a': laplace(12, 5), 'b': laplace(20_000)}  # more than what is read ahead
+  save(path, params, state_of(params))
   with OpqFile(path) as file:
     os.truncate(path, path.stat().st_size - 1)
     assert file['a'].shape == (12, 5)
     with pytest.raises(ValueError, match=r'net.opq: found \d+ bytes at \d+, expected'):
-      file['b/0']
+      file['b']
 
 
 @pytest.mark.parametrize('shape', ['[-1]', '[1.0]', '[true]', '[]', '"1"', 'null'])

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from opq_jax import allocate, apply_compression, decode, encode, init_state
+from opq_jax import Allocation, allocate, apply_compression, decode, encode, init_state
 from opq_jax.compression import LeafState
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
@@ -63,6 +63,20 @@ def test_values_are_the_codebook_at_the_codes(dtype):
   jax.tree.map(assert_same_bits, decode(encode(params, state), state), values)
   jax.tree.map(assert_same_bits, apply_compression(values, state), values)
   jax.tree.map(assert_same_bits, params, tree(dtype))
+
+
+def test_a_weight_at_the_threshold_is_pruned_and_one_beyond_the_last_cell_is_clipped():
+  params = {'w': jnp.array([[0.5, -0.5, 0.501, -0.501], [0.99, -1.01, 9.0, -9.0]])}
+  leaf = allocate(params, sparsity=0.25, bits=2.0).tree['w']
+  leaf = leaf.replace(
+    threshold=jnp.float32(0.5), step=jnp.float32(0.5), offset=jnp.float32(0.25), levels=jnp.int32(3)
+  )
+  state = init_state(params, Allocation({'w': leaf}))
+  codes = np.asarray(encode(params, state)['w'])
+  np.testing.assert_array_equal(codes, [[0, 0, 1, -1], [1, -2, 3, -3]])
+  expected = [[0, 0, 0.75, -0.75], [0.75, -1.25, 1.75, -1.75]]
+  np.testing.assert_array_equal(apply_compression(params, state)['w'], expected)
+  np.testing.assert_array_equal(decode({'w': codes}, state)['w'], expected)
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
