@@ -9,10 +9,12 @@ once a tree of the largest leaf alone was, compilers and all; and after the whol
 on the address space would say nothing: JAX maps much more than it ever touches.  The files are
 made, and removed again, in a folder of the disk.
 
+What a weight takes of it is also told in the seconds of all cores together, of which a machine that
+does other things takes none.
+
 In memory every step is called twice, and the second call is measured: compilers take seconds
 whatever the size.  Its peak is that of the whole process, the tree and what the step returns
-included.  What a weight takes is told in the seconds of all cores together, of which a machine that
-does other things takes none.
+included.
 """
 
 import argparse
@@ -108,13 +110,9 @@ def measured_in_memory(folder: str) -> dict[str, dict[str, float]]:
     ctypes.CDLL('libc.so.6').malloc_trim(0)
     # the peak from now on
     pathlib.Path('/proc/self/clear_refs').write_text('5')
-    start, cpu = time.perf_counter(), time.process_time()
+    start = time.perf_counter()
     result = jax.block_until_ready(function())
-    found[step] = {
-      'seconds': time.perf_counter() - start,
-      'cpu': time.process_time() - cpu,
-      'peak': status('VmHWM'),
-    }
+    found[step] = {'seconds': time.perf_counter() - start, 'peak': status('VmHWM')}
     return result
 
   stored = safetensors.numpy.load_file(path / 'net.safetensors')
@@ -184,7 +182,7 @@ def main() -> None:
         'weights': f'{weights / 1e6:g} M',
         'step': f'`{step}`',
         'seconds': round(found['seconds'], 3),
-        'of all cores, ns a weight': round(found['cpu'] / weights * 1e9, 1),
+        'ns a weight': round(found['seconds'] / weights * 1e9, 1),
         'peak, MiB': round(found['peak'] / 2**20),
         'tree, MiB': round(4 * weights / 2**20),
       }
