@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from opq_jax import Allocation, allocate, apply_compression, decode, encode, init_state
-from opq_jax.compression import LeafState
+from opq_jax.compression import CompressionState, LeafState, affine_codebook
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 
@@ -77,6 +77,21 @@ def test_a_weight_at_the_threshold_is_pruned_and_one_beyond_the_last_cell_is_cli
   expected = [[0, 0, 0.75, -0.75], [0.75, -1.25, 1.75, -1.75]]
   np.testing.assert_array_equal(apply_compression(params, state)['w'], expected)
   np.testing.assert_array_equal(decode({'w': codes}, state)['w'], expected)
+
+
+@pytest.mark.parametrize('levels', [0, 1, 2, 127])
+def test_every_code_has_the_value_that_the_codebook_gives_it(levels):
+  codes = jnp.arange(-127, 128, dtype=jnp.int8)
+  leaf = LeafState(
+    mask=codes != 0,
+    codebook=affine_codebook(jnp.float32(0.75), jnp.float32(0.5), jnp.int32(levels)),
+    threshold=jnp.float32(0.5),
+    step=jnp.float32(0.5),
+    levels=jnp.int32(levels),
+    dtype=jnp.dtype(jnp.float32),
+  )
+  # beyond the last level too, where no weight has a code
+  assert_same_bits(decode(codes, CompressionState(leaf)), leaf.codebook[codes.astype(jnp.int32)])
 
 
 @pytest.mark.parametrize('dtype', DTYPES)

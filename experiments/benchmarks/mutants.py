@@ -355,7 +355,8 @@ def main() -> None:
       mutants = [mutant for mutant in mutants if mutant['module'] != module]
       mutants += tried(module, arguments.count, arguments.seconds, folder)
       mutants.sort(key=lambda mutant: list(TESTS).index(mutant['module']))
-      write(mutants, f'python -m experiments.benchmarks.mutants --count {arguments.count}')
+      options = f'--count {arguments.count} --seconds {arguments.seconds:g}'
+      write(mutants, f'python -m experiments.benchmarks.mutants {options}')
 
 
 if __name__ == '__main__':
