@@ -467,6 +467,17 @@ def test_steps_that_the_dtype_does_not_resolve_are_named():
     serialize({'w': weights}, CompressionState({'w': fine}))
 
 
+def test_the_last_cell_has_no_end():
+  # its value is rounded to 8.0625, beyond threshold + step
+  weights = np.array([[8, -9]], np.float32).astype(ml_dtypes.bfloat16)
+  state = CompressionState(
+    {'w': leaf_state(weights, threshold=7.99, step=1 / 16, levels=1, offset=0.9)}
+  )
+  loaded, loaded_state = load(serialize({'w': weights}, state))
+  assert loaded['w'].astype(np.float32).tolist() == [[8.0625, -8.0625]]
+  assert_contract({'w': weights}, state, loaded, loaded_state)
+
+
 @pytest.mark.parametrize('metadata', [{'a': 1}, {1: 'a'}, {'a': None}])
 def test_metadata_that_are_no_strings_are_refused(metadata):
   with pytest.raises(ValueError, match='metadata: found'):

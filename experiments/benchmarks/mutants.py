@@ -290,8 +290,10 @@ def tried_again(mutants: list[dict[str, str]], folder: str) -> None:
       == (mutant['function'], mutant['line'], mutant['change'])
     ]
     if mutant['outcome'] == 'survived' and not _why(mutant) and same:
-      mutant['outcome'], _ = outcome(mutant['module'], same[0].source, folder, 600)
-      print(mutant, file=sys.stderr)
+      # a line may hold the same change twice
+      said = [outcome(mutant['module'], found.source, folder, 600)[0] for found in same]
+      mutant['outcome'] = 'survived' if 'survived' in said else said[0]
+      print(mutant, said, file=sys.stderr)
 
 
 def _source(module: str) -> str:
