@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import sys
 import textwrap
@@ -107,6 +108,7 @@ examples:
 _VERIFY_EXAMPLES = """\
 examples:
   opq verify model.opq --against model.safetensors
+  opq verify model.opq --against model.safetensors --json | jq '.problems[]'
   opq verify resnet50.opq --against resnet50.pth
       of a file made with --model: imports the weights again, and corrects BatchNorm again;
       with --feedback, chooses the codes again, on a platform that rounds like the first
@@ -250,6 +252,9 @@ def _parser() -> argparse.ArgumentParser:
   verify.add_argument('file', metavar='FILE', help='an .opq file')
   verify.add_argument(
     '--against', metavar='WEIGHTS', required=True, help='weights: a file, or a folder of Orbax'
+  )
+  verify.add_argument(
+    '--json', action='store_true', help='for programs: what holds, problems and leaves as JSON'
   )
 
   short = 'an .opq file to plain arrays'
@@ -432,6 +437,9 @@ def _verify(arguments: argparse.Namespace) -> int:
   found = verification.verify(
     arguments.file, params, coded=coded, corrected=corrected, channel_axis=_axis(metadata)
   )
+  if arguments.json:
+    print(json.dumps(_verified_as_json(arguments, metadata, found), indent=2, allow_nan=False))
+    return 0 if found.holds else 1
   console = _console(sys.stdout)
   console.print(found)
   if found.report is not None:
@@ -592,6 +600,28 @@ def _as_json(path: str, metadata: dict[str, str], report: sizes.SizeReport) -> d
     'totals': {name: getattr(report, name) for name in (*names, 'headers', *rates)},
     'compressed': [dataclasses.asdict(leaf) for leaf in report.compressed],
     'uncompressed': [dataclasses.asdict(leaf) for leaf in report.uncompressed],
+  }
+
+
+def _verified_as_json(
+  arguments: argparse.Namespace, metadata: dict[str, str], found: verification.Verification
+) -> dict[str, Any]:
+  report = found.report and _as_json(arguments.file, metadata, found.report)
+  # JSON knows no infinity: the error of weights that are all 0 and should not be anything else
+  finite = lambda leaf: {
+    name: value if not isinstance(value, float) or math.isfinite(value) else None
+    for name, value in dataclasses.asdict(leaf).items()
+  }
+  return {
+    'path': arguments.file,
+    'against': arguments.against,
+    'metadata': metadata,
+    'holds': found.holds,
+    'problems': found.problems,
+    'exact': found.exact,
+    'corrected': found.corrected,
+    'compressed': [finite(leaf) for leaf in found.compressed],
+    'totals': report and report['totals'],
   }
 
 

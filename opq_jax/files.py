@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+import tempfile
 import time
 import zlib
 from collections.abc import Iterator
@@ -44,21 +45,50 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
   temporary = path.parent / f'{prefix}{secrets.token_hex(8)}'
   try:
     _remove_litter(path.parent, prefix)
-    with open(temporary, 'xb') as file:
+    with errors_of(path, temporary), open(temporary, 'xb') as file:
       _is_locked(file)
       yield file
       file.flush()
       os.fsync(file.fileno())
       os.replace(temporary, path)
-  except OSError as error:
-    # one that names another file is not of this one: of what was read meanwhile, say
-    if error.errno is None or error.filename not in (None, os.fspath(temporary)):
-      raise
-    raise OSError(error.errno, os.strerror(error.errno), os.fspath(path)) from error
   finally:
     # on a full or read-only disk even this may fail, and the first error is the one to know of
     with contextlib.suppress(OSError):
       temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def errors_of(path: str | os.PathLike[str], temporary: Path | None = None) -> Iterator[None]:
+  """Errors that name no file, or the temporary one, as those of the file that it is to become.
+
+  One that names another file is not of this one: of what was read meanwhile, say.
+  """
+  try:
+    yield
+  except OSError as error:
+    ours = None, temporary and os.fspath(temporary)
+    if error.errno is None or error.filename not in ours:
+      raise
+    raise OSError(error.errno, os.strerror(error.errno), os.fspath(path)) from error
+
+
+def spool(path: str | os.PathLike[str]) -> BinaryIO:
+  """A file on the disk of `path` that has no name, so that nothing stays behind of it ever.
+
+  Raises:
+    OSError: the folder is missing or read-only; the message names `path`.
+  """
+  try:
+    return tempfile.TemporaryFile(dir=Path(path).parent)
+  except OSError as error:
+    # it names a file that nobody has heard of
+    raise OSError(error.errno, os.strerror(error.errno or 0), os.fspath(path)) from error
+
+
+def close(file: BinaryIO) -> None:
+  """Closes a file that nobody needs any more: what it could not write is of no interest."""
+  with contextlib.suppress(OSError):
+    file.close()
 
 
 def _remove_litter(folder: Path, prefix: str) -> None:

@@ -18,7 +18,6 @@ import math
 import os
 import platform
 import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -195,7 +194,7 @@ def compress(
       read=lambda name: leaves[name].read(),
       **targets,
     )
-  with stage('encode and write'), _Writer(Path(output).parent) as writer:
+  with stage('encode and write'), _Writer(output) as writer:
     compressed, uncompressed = [], []
     for name, leaf in leaves.items():
       asked = allocation.tree[name]
@@ -209,7 +208,7 @@ def compress(
       compressed.append(
         sizes.compressed_leaf(name, leaf.dtype, record, codes, largest, axes[name], 0)
       )
-    writer.finish(output, dict(metadata or {}))
+    writer.finish(dict(metadata or {}))
   with artifact.OpqFile(output) as file:
     stored = file.sizes()
   located = lambda leaf: dataclasses.replace(leaf, file=stored[leaf.path])
@@ -257,20 +256,18 @@ class _Writer:
   """The parts of a file as they come, kept on disk beside its place until the index is known.
 
   Args:
-    folder: on whose disk.
+    output: the place.
   """
 
-  def __init__(self, folder: Path):
+  def __init__(self, output: str | os.PathLike[str]):
+    self._output = output
     self._specs: dict[str, str] = {}
     self._grids: list[list[np.float32]] = []
     self._blocks: list[tuple[int, int]] = []
     self._raw, self._raw_size = bytearray(), 0
     self._packing: collections.deque[Future[bytes]] = collections.deque()
     self._open = contextlib.ExitStack()
-    # without a name, so that nothing stays behind even of a process that is killed
-    spool = lambda: self._open.enter_context(tempfile.TemporaryFile(dir=folder))  # noqa: SIM115
-    self._codes_file: BinaryIO = spool()
-    self._blocks_file: BinaryIO = spool()
+    self._codes_file, self._blocks_file = self._spool(), self._spool()
     self._pool = self._open.enter_context(ThreadPoolExecutor())
 
   def __enter__(self) -> '_Writer':
@@ -284,7 +281,8 @@ class _Writer:
   ) -> None:
     """Writes a compressed leaf."""
     payload = encode_codes(codes)
-    self._codes_file.write(payload)
+    with files.errors_of(self._output):
+      self._codes_file.write(payload)
     self._grids.append(artifact.grid(name, record))
     self._specs[name] = (
       f'{artifact_index.spec(leaf.dtype, leaf.shape)} {int(record.levels)} {len(payload)}'
@@ -303,7 +301,7 @@ class _Writer:
       while len(self._raw) >= artifact_index.BLOCK:
         self._pack(artifact_index.BLOCK)
 
-  def finish(self, output: str | os.PathLike[str], metadata: dict[str, str]) -> None:
+  def finish(self, metadata: dict[str, str]) -> None:
     """Puts the file together in its place."""
     if self._raw:
       self._pack(len(self._raw))
@@ -311,7 +309,7 @@ class _Writer:
       self._write_block()
     codes_size = self._codes_file.tell()
     front = artifact.front(self._specs, self._grids, codes_size, self._blocks, metadata)
-    with files.replacing(output) as file:
+    with files.replacing(self._output) as file:
       file.write(front)
       for spool in (self._codes_file, self._blocks_file):
         spool.seek(0)
@@ -327,12 +325,20 @@ class _Writer:
   def _write_block(self) -> None:
     packed = self._packing.popleft().result()
     self._blocks.append((len(packed), zlib.crc32(packed)))
-    self._blocks_file.write(packed)
+    with files.errors_of(self._output):
+      self._blocks_file.write(packed)
+
+  def _spool(self) -> BinaryIO:
+    file = files.spool(self._output)
+    self._open.callback(files.close, file)
+    return file
 
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str]) -> Any:
   """A file of safetensors, read and not mapped: what was read of it need not stay in memory."""
+  # safetensors would say of a file that may not be read that there is none
+  open(path, 'rb').close()
   try:
     with safetensors.safe_open(path, 'np', backend='pread') as file:
       yield file

@@ -205,10 +205,10 @@ def _is_extended(dtype: np.dtype) -> bool:
 
 
 def _read_safetensors(path: Path) -> PyTree:
-  with safetensors.safe_open(path, 'np') as file:
+  # opened first, since safetensors would say of a file that may not be read that there is none
+  with open(path, 'rb') as raw, safetensors.safe_open(path, 'np') as file:
     # of a name that occurs twice it would keep one
-    with open(path, 'rb') as raw:
-      text = raw.read(int.from_bytes(raw.read(8), 'little'))
+    text = raw.read(int.from_bytes(raw.read(8), 'little'))
     json.loads(text, object_pairs_hook=unique)
     if (file.metadata() or {}).get('format') == 'opq':
       return _read_opq(path)

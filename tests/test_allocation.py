@@ -316,6 +316,10 @@ REFUSED = [
   ({'w': A}, {'objective': {'v': 1.0}}, 'objective: found'),
   ({'w': A}, {'objective': {'w': -1.0}}, 'w: found an objective of -1.0, expected'),
   ({'w': A.astype(np.int32)}, {'compressible': lambda *_: True}, 'w: found int32, expected'),
+  ({'w': A}, {'objective': {'w': A[0]}}, r'w: found an objective of shape \(8,\), expected one'),
+  ({'w': A, 'v': A}, {'objective': {'w': 1.0, 'v': None}}, 'v: found an objective of shape None'),
+  ({'w': A}, {'compression_rate': A[0]}, r'compression_rate: found shape \(8,\).*use jax.vmap'),
+  ({'w': A, 's': A[0, 0]}, {'compressible': lambda *_: True}, 's: found a scalar, expected'),
   ({'w': A}, {'channel_axis': 2}, 'w: found channel_axis 2, expected'),
 ]
 

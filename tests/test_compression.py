@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from opq_jax import allocate, apply_compression, decode, encode, init_state
-from opq_jax.compression import LeafState
+from opq_jax import Allocation, allocate, apply_compression, decode, encode, init_state
+from opq_jax.compression import CompressionState, LeafState, affine_codebook
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 
@@ -63,6 +63,35 @@ def test_values_are_the_codebook_at_the_codes(dtype):
   jax.tree.map(assert_same_bits, decode(encode(params, state), state), values)
   jax.tree.map(assert_same_bits, apply_compression(values, state), values)
   jax.tree.map(assert_same_bits, params, tree(dtype))
+
+
+def test_a_weight_at_the_threshold_is_pruned_and_one_beyond_the_last_cell_is_clipped():
+  params = {'w': jnp.array([[0.5, -0.5, 0.501, -0.501], [0.99, -1.01, 9.0, -9.0]])}
+  leaf = allocate(params, sparsity=0.25, bits=2.0).tree['w']
+  leaf = leaf.replace(
+    threshold=jnp.float32(0.5), step=jnp.float32(0.5), offset=jnp.float32(0.25), levels=jnp.int32(3)
+  )
+  state = init_state(params, Allocation({'w': leaf}))
+  codes = np.asarray(encode(params, state)['w'])
+  np.testing.assert_array_equal(codes, [[0, 0, 1, -1], [1, -2, 3, -3]])
+  expected = [[0, 0, 0.75, -0.75], [0.75, -1.25, 1.75, -1.75]]
+  np.testing.assert_array_equal(apply_compression(params, state)['w'], expected)
+  np.testing.assert_array_equal(decode({'w': codes}, state)['w'], expected)
+
+
+@pytest.mark.parametrize('levels', [0, 1, 2, 127])
+def test_every_code_has_the_value_that_the_codebook_gives_it(levels):
+  codes = jnp.arange(-127, 128, dtype=jnp.int8)
+  leaf = LeafState(
+    mask=codes != 0,
+    codebook=affine_codebook(jnp.float32(0.75), jnp.float32(0.5), jnp.int32(levels)),
+    threshold=jnp.float32(0.5),
+    step=jnp.float32(0.5),
+    levels=jnp.int32(levels),
+    dtype=jnp.dtype(jnp.float32),
+  )
+  # beyond the last level too, where no weight has a code
+  assert_same_bits(decode(codes, CompressionState(leaf)), leaf.codebook[codes.astype(jnp.int32)])
 
 
 @pytest.mark.parametrize('dtype', DTYPES)

@@ -2,7 +2,9 @@
 
 import contextlib
 import errno
+import io
 import os
+import pathlib
 import resource
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import tempfile
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import opq_jax
 from experiments.benchmarks import killed_writes
@@ -91,6 +94,124 @@ def test_the_command_says_in_one_line_what_is_full_or_not_allowed(tmp_path, capf
   assert path.read_bytes() == OLD and len(os.listdir(tmp_path)) == 2
 
 
+class FullDisk(io.FileIO):
+  """A file of a disk that has room for `LEFT` bytes of it."""
+
+  LEFT = 10_000
+
+  def write(self, data):
+    room = max(self.LEFT - self.tell(), 0)
+    if len(data) <= room:
+      return super().write(data)
+    super().write(memoryview(data)[:room])
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+WRITES = 'save', 'in memory', 'leaf by leaf'
+
+
+def write(kind, source, output):
+  """Writes a network of 20 kB of codes and 26 kB of biases."""
+  if kind == 'save':
+    state = opq_jax.init_state(weights(), opq_jax.allocate(weights()))
+    opq_jax.save(output, weights(), state)
+  else:
+    arguments = ['compress', str(source), str(output)]
+    assert cli.main(arguments) == 0
+
+
+def weights():
+  draw = np.random.default_rng(0).laplace
+  return {
+    'bias': draw(size=8000).astype(np.float32),
+    'kernel': draw(size=(512, 100)).astype(np.float32),
+  }
+
+
+def stored(folder, kind):
+  """The network's weights as a file of the format that is read so."""
+  path = folder / ('net.safetensors' if kind == 'leaf by leaf' else 'net.npz')
+  if kind == 'leaf by leaf':
+    safetensors.numpy.save_file(weights(), path)
+  else:
+    np.savez(path, **weights())
+  os.chmod(path, 0o644)
+  return path
+
+
+@contextlib.contextmanager
+def says_what_failed(kind, output, capfd, message):
+  """`save` raises it and the command says it in one line, either with the name of the file."""
+  if kind == 'save':
+    with pytest.raises(OSError, match=f'{message}: .*{output.name}') as caught:
+      yield
+    assert caught.value.filename == str(output)
+  else:
+    with pytest.raises(AssertionError):
+      yield
+    assert capfd.readouterr().err == f'opq: {output}: {message}\n'
+
+
+# of the streamed parts; of those, and then of the file that they make
+@pytest.mark.parametrize('room', [10_000, 30_000])
+@pytest.mark.parametrize('kind', WRITES)
+@pytest.mark.parametrize('error', ['ENOSPC', 'EFBIG'])
+def test_a_full_disk_is_named_whoever_writes(tmp_path, monkeypatch, capfd, kind, room, error):
+  source, output = stored(tmp_path, kind), tmp_path / 'net.opq'
+  write(kind, source, output)
+  assert output.stat().st_size > 40_000
+  capfd.readouterr()
+  output.write_bytes(OLD)
+  before = sorted(os.listdir(tmp_path))
+  message = 'No space left on device' if error == 'ENOSPC' else 'File too large'
+  with monkeypatch.context() as patch, contextlib.ExitStack() as stack:
+    stack.enter_context(says_what_failed(kind, output, capfd, message))
+    if error == 'ENOSPC':
+      patch.setattr(FullDisk, 'LEFT', room)
+      # what reads is as ever
+      full = lambda path, mode: (FullDisk if mode == 'xb' else open)(path, mode)
+      patch.setattr(files, 'open', full, raising=False)
+      unnamed = tempfile.TemporaryFile
+
+      def full_unnamed(dir):
+        with unnamed(dir=dir) as file:
+          return FullDisk(os.dup(file.fileno()), 'w+')
+
+      patch.setattr(tempfile, 'TemporaryFile', full_unnamed)
+    else:
+      stack.enter_context(small_disk(room))
+    write(kind, source, output)
+  assert output.read_bytes() == OLD and sorted(os.listdir(tmp_path)) == before
+  write(kind, source, output)
+  assert sorted(os.listdir(tmp_path)) == before and opq_jax.load(output)
+
+
+@pytest.mark.parametrize('kind', WRITES)
+def test_a_read_only_folder_is_named_whoever_writes(capfd, kind):
+  with tempfile.TemporaryDirectory(dir='/tmp') as readable:
+    os.chmod(readable, 0o755)
+    source = stored(pathlib.Path(readable), kind)
+    # what is imported late may be root's own
+    write(kind, source, pathlib.Path(readable) / 'net.opq')
+    capfd.readouterr()
+    with read_only_folder() as folder:
+      output = pathlib.Path(folder) / 'net.opq'
+      with says_what_failed(kind, output, capfd, 'Permission denied'):
+        write(kind, source, output)
+
+
+def test_weights_that_may_not_be_read_are_not_said_to_be_missing(capfd):
+  with tempfile.TemporaryDirectory(dir='/tmp') as readable:
+    os.chmod(readable, 0o755)
+    source = stored(pathlib.Path(readable), 'leaf by leaf')
+    write('leaf by leaf', source, pathlib.Path(readable) / 'net.opq')
+    capfd.readouterr()
+    os.chmod(source, 0)
+    with read_only_folder() as folder:
+      assert cli.main(['compress', str(source), f'{folder}/net.opq']) == 2
+      assert capfd.readouterr().err == f'opq: {source}: Permission denied\n'
+
+
 def test_names_of_every_length_are_written(tmp_path):
   path = tmp_path / ('n' * 251 + '.opq')
   files.write_bytes(path, NEW)
@@ -122,9 +243,9 @@ def test_what_killed_writes_left_is_removed_and_what_others_write_is_not(tmp_pat
 
 
 def test_kills_leave_the_old_file_or_the_new_one(tmp_path):
-  found = killed_writes.killed('save', tmp_path, 2)
-  assert found['first'] + found['second'] == found['kills'] == 2
-  assert found['damaged'] == found['missing'] == found['parts left at last'] == 0
+  found = killed_writes.killed('opq_jax.save', tmp_path, 3, unkilled=1)
+  assert found['old file'] + found['new file'] == found['kills'] == 3
+  assert found['neither'] == found['left after the next write'] == 0
 
 
 def test_an_old_file_is_not_opened_for_writing(tmp_path):

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import jax
 import ml_dtypes
@@ -183,6 +184,33 @@ def test_the_command_verifies(net, capsys):
   assert run('verify', 'net.opq', '--against', 'net.opq') == 0
   assert run('verify', 'net.safetensors', '--against', 'net.opq') == 2
   assert run('verify', 'net.opq') == 2
+
+
+def test_the_command_says_it_to_programs(net, capsys):
+  capsys.readouterr()
+  command = 'verify', 'net.opq', '--against', 'net.safetensors', '--json'
+  assert run(*command) == 0
+  found = json.loads(capsys.readouterr().out)
+  assert run('inspect', 'net.opq', '--json') == 0
+  inspected = json.loads(capsys.readouterr().out)
+  assert (found['path'], found['against']) == ('net.opq', 'net.safetensors')
+  assert (found['holds'], found['problems'], found['exact'], found['corrected']) == (True, [], 1, 0)
+  assert found['metadata'] == inspected['metadata']
+  for size in ('original', 'packed', 'entropy', 'file', 'file_rate'):
+    assert found['totals'][size] == inspected['totals'][size]
+  (leaf,) = found['compressed']
+  assert leaf['path'] == 'fc.weight' and leaf['problems'] == [] and 0 < leaf['error'] < 0.3
+  assert leaf['stored'] + 12 == inspected['compressed'][0]['file']
+
+  weights = net['fc.weight'] * np.float32(0)
+  weights[0, 0] = np.nan
+  safetensors.numpy.save_file({'fc.weight': weights}, 'net.safetensors')
+  assert run(*command) == 1
+  captured = capsys.readouterr()
+  found = json.loads(captured.out, parse_constant=pytest.fail)  # JSON has no NaN
+  assert captured.err == '' and found['holds'] is False and found['totals'] is None
+  assert 'fc.bias: found in the file, not in the weights' in found['problems']
+  assert found['compressed'][0]['error'] is None
 
 
 def test_the_command_lists_no_more_than_a_page(net, capsys):

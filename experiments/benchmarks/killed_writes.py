@@ -1,113 +1,153 @@
-"""kill -9 at random moments of `opq compress` and of `opq_jax.save`: what lies there afterwards.
+"""kill -9 at random moments of a write: what lies there afterwards.
 
-    python -m experiments.benchmarks.killed_writes [kills of each, by default 25]
+    python -m experiments.benchmarks.killed_writes [kills of each, by default 50]
 
-A process writes one of two networks over the other, again and again, and is killed within its
-first seconds of doing so.  Afterwards the place must hold one of the two, whole.  Parts that were
-left beside it must be gone after the next write.
+A process writes a new network over an old one and is killed at a moment drawn uniformly from the
+seconds that an unhindered process takes for the whole of it, which is measured before: reading,
+solving and coding included, where they are part of the call.  Afterwards the place must hold the
+old file or the new one, whole.  Parts that were left beside it must be gone after the next write.
+
+    opq compress, in memory      of an .npz file
+    opq compress, leaf by leaf   of a .safetensors file
+    opq_jax.save                 of a tree and its state
+    the bytes alone              what every one of them ends in, with a file that takes long
 """
 
+import multiprocessing
+import multiprocessing.connection
 import os
 import pathlib
 import random
-import signal
-import subprocess
+import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 import safetensors.numpy
 
 import opq_jax
-from opq_jax import cli
+from opq_jax import cli, files
 
-RATES = 8, 12
-COMMANDS = 'save', 'compress'
+WRITES = (
+  'opq compress, in memory',
+  'opq compress, leaf by leaf',
+  'opq_jax.save',
+  'the bytes alone',
+)
+LARGE = 64 << 20  # bytes
 
 
 def main(count: int) -> None:
   from experiments.benchmarks import harness
 
   rows: list[dict[str, object]] = []
-  for command in COMMANDS:
+  for write in WRITES:
     with tempfile.TemporaryDirectory() as folder:
-      rows.append({'command': command, **killed(command, pathlib.Path(folder), count)})
+      rows.append({'write': write, **killed(write, pathlib.Path(folder), count)})
+    print(rows[-1], file=sys.stderr, flush=True)
   command = f'python -m experiments.benchmarks.killed_writes {count}'
   harness.report('killed_writes', 'kills, and what the file was afterwards', command, rows)
-  if any(row['damaged'] or row['missing'] or row['parts left at last'] for row in rows):
+  if any(row['neither'] or row['left after the next write'] for row in rows):
     sys.exit('found a file that is neither the old nor the new one, or what was left beside it')
 
 
-def killed(command: str, folder: pathlib.Path, count: int, seconds: float = 0.5) -> dict[str, Any]:
-  """What `count` kills leave."""
-  found = dict.fromkeys(('kills', 'first', 'second', 'damaged', 'missing', 'parts left'), 0)
+def killed(write: str, folder: pathlib.Path, count: int, unkilled: int = 5) -> dict[str, Any]:
+  """What `count` kills leave, each at a moment within the seconds of `unkilled` whole writes."""
   path = folder / 'net.opq'
-  rng = random.Random(command)
-  # what one process has compiled the next need not
-  environment = {
-    **os.environ,
-    'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-  }
+  _make_sources(folder)
+  opq_jax.save(path, {'a': np.ones(3)}, opq_jax.CompressionState({'a': None}))
+  old = path.read_bytes()
+  _seconds(write, folder, None)  # compiles
+  expected = set(os.listdir(folder))
+  length = statistics.median(_seconds(write, folder, None) for _ in range(unkilled))
+  new = path.read_bytes()
+  assert new != old
+  found = dict.fromkeys(('kills', 'old file', 'new file', 'neither', 'parts left'), 0)
+  rng = random.Random(write)
   for _ in range(count):
-    arguments = [sys.executable, __file__, command, str(folder)]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, env=environment) as process:
-      assert process.stdout is not None
-      process.stdout.readline()  # both were written once
-      time.sleep(rng.uniform(0, seconds))
-      process.send_signal(signal.SIGKILL)
-    # writes follow each other at once: the old file is the other of the two
-    whole = {(folder / f'{name}.whole').read_bytes(): name for name in ('first', 'second')}
+    path.write_bytes(old)
+    _seconds(write, folder, rng.uniform(0, length))
+    now = path.read_bytes() if path.exists() else None
     found['kills'] += 1
-    outcome = whole.get(path.read_bytes(), 'damaged') if path.exists() else 'missing'
-    found[outcome] += 1
-    print(command, found['kills'], outcome, file=sys.stderr, flush=True)
-    parts = list(folder.glob('.opq-*'))
+    found['old file' if now == old else 'new file' if now == new else 'neither'] += 1
+    parts = [folder / name for name in set(os.listdir(folder)) - expected]
     found['parts left'] += sum(part.stat().st_mtime > 1 for part in parts)
     for part in parts:
       os.utime(part, (1, 1))  # as if it were long ago
-  opq_jax.save(path, {'a': np.ones(3)}, opq_jax.CompressionState({'a': None}))
-  found['parts left at last'] = len(list(folder.glob('.opq-*')))
-  return found
+  files.write_bytes(path, old)
+  left_at_last = len(set(os.listdir(folder)) - expected)
+  return {'seconds, unkilled': round(length, 3), **found, 'left after the next write': left_at_last}
 
 
-def write_for_ever(command: str, folder: pathlib.Path) -> None:
-  """Writes one network over the other until somebody ends it."""
+def _seconds(write: str, folder: pathlib.Path, kill_after: float | None) -> float:
+  """Of one write; or of one that is killed."""
+  # forked of a process that has imported everything and started nothing
+  context = multiprocessing.get_context('forkserver')
+  context.set_forkserver_preload(['opq_jax.cli', 'safetensors.numpy'])
+  here, there = context.Pipe()
+  process = context.Process(target=_write_once, args=(write, folder, there))
+  process.start()
+  here.recv()
+  begin = time.perf_counter()
+  here.poll(kill_after)  # or until it is done
+  seconds = time.perf_counter() - begin
+  if kill_after is not None:
+    process.kill()
+  process.join()
+  return seconds
+
+
+def _weights() -> dict[str, np.ndarray]:
   draw = np.random.default_rng(0).laplace
-  weights = {
-    'kernel': draw(size=(64, 64)).astype(np.float32),
-    'bias': draw(size=500_000).astype(np.float32),
+  return {
+    'kernel': draw(size=(512, 256)).astype(np.float32),
+    'bias': draw(size=50_000).astype(np.float32),
   }
-  path, source = folder / 'net.opq', folder / 'net.safetensors'
-  if command == 'compress':
-    safetensors.numpy.save_file(weights, source)
-    steps = [lambda rate=rate: _compress(source, path, rate) for rate in RATES]
-  else:
-    none = opq_jax.CompressionState(dict.fromkeys(weights))
-    other = {**weights, 'bias': weights['bias'][::-1]}
-    steps = [lambda tree=tree: opq_jax.save(path, tree, none) for tree in (weights, other)]
-  for name, step in zip(('first', 'second'), steps, strict=True):
-    step()
-    (folder / f'{name}.whole').write_bytes(path.read_bytes())
-  print('ready', flush=True)
-  while True:
-    for step in steps:
-      step()
 
 
-def _compress(source: pathlib.Path, path: pathlib.Path, rate: float) -> None:
+def _make_sources(folder: pathlib.Path) -> None:
+  safetensors.numpy.save_file(_weights(), folder / 'net.safetensors')
+  np.savez(folder / 'net.npz', **_weights())
+  state = opq_jax.init_state(_weights(), opq_jax.allocate(_weights()))
+  opq_jax.save(folder / 'source.opq', _weights(), state)
+
+
+def _write_once(
+  write: str, folder: pathlib.Path, there: multiprocessing.connection.Connection
+) -> None:
+  # what one process has compiled the next need not
+  jax.config.update('jax_compilation_cache_dir', str(folder / 'cache'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+  step = _step(write, folder)
+  there.send('ready')
+  step(folder / 'net.opq')
+  there.send('done')
+
+
+def _step(write: str, folder: pathlib.Path) -> Callable[[pathlib.Path], None]:
+  """What writes a file."""
+  if write == 'the bytes alone':
+    data = np.random.default_rng(0).bytes(LARGE)
+    return lambda path: files.write_bytes(path, data)
+  if write == 'opq_jax.save':
+    params, state = opq_jax.load(folder / 'source.opq')
+    return lambda path: opq_jax.save(path, params, state)
+  source = folder / ('net.npz' if write == 'opq compress, in memory' else 'net.safetensors')
+  return lambda path: _compress(source, path)
+
+
+def _compress(source: pathlib.Path, path: pathlib.Path) -> None:
   with open(os.devnull, 'w') as nowhere:
     out, sys.stdout = sys.stdout, nowhere
     try:
-      assert cli.main(['compress', str(source), str(path), '--rate', str(rate)]) == 0
+      assert cli.main(['compress', str(source), str(path), '--rate', '12']) == 0
     finally:
       sys.stdout = out
 
 
 if __name__ == '__main__':
-  if len(sys.argv) == 3:
-    write_for_ever(sys.argv[1], pathlib.Path(sys.argv[2]))
-  else:
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 25)
+  main(int(sys.argv[1]) if len(sys.argv) > 1 else 50)

@@ -1,6 +1,6 @@
-"""Trees larger than memory: seconds and peak memory of `opq compress`'s path, by size.
+"""Large trees: seconds and peak memory by size, leaf by leaf from a file, and in memory.
 
-    python -m experiments.benchmarks.large_trees --weights 1e6 1e7 1e8
+    python -m experiments.benchmarks.large_trees --weights 1e6 2.5e7 1e8 1e9
     python -m experiments.benchmarks.large_trees --weights 1e9 --leaf 3.2e7 --folder /a/large/disk
 
 Every size is a process of its own, since what is measured is the peak of the resident set (VmHWM)
@@ -8,21 +8,33 @@ that the kernel keeps for it: once a small tree was compressed, which is what th
 once a tree of the largest leaf alone was, compilers and all; and after the whole tree.  A limit
 on the address space would say nothing: JAX maps much more than it ever touches.  The files are
 made, and removed again, in a folder of the disk.
+
+What a weight takes of it is also told in the seconds of all cores together, of which a machine that
+does other things takes none.
+
+In memory every step is called twice, and the second call is measured: compilers take seconds
+whatever the size.  Its peak is that of the whole process, the tree and what the step returns
+included.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import pathlib
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from experiments.benchmarks import harness
 
 CHANNELS = 1000
+IN_MEMORY = 200_000_000  # weights at most
 
 
 def write_tree(path: pathlib.Path, weights: int, leaf: int, seed: int = 0) -> None:
@@ -68,10 +80,11 @@ def measured(folder: str) -> dict[str, float]:
   streaming.compress(leaves, path / 'one.opq', compression_rate=12.8)
   one = status('VmHWM')
   leaves = streaming.open_safetensors(path / 'net.safetensors')
-  start = time.perf_counter()
+  start, cpu = time.perf_counter(), time.process_time()
   report = streaming.compress(leaves, path / 'net.opq', compression_rate=12.8).report
   return {
     'seconds': time.perf_counter() - start,
+    'cpu': time.process_time() - cpu,
     'constant': constant,
     'one': one,
     'peak': status('VmHWM'),
@@ -81,13 +94,44 @@ def measured(folder: str) -> dict[str, float]:
   }
 
 
-def run(weights: int, leaf: int, folder: str | None) -> dict[str, float]:
+def measured_in_memory(folder: str) -> dict[str, dict[str, float]]:
+  """Seconds and peak of every step over the tree of `net.safetensors`, read whole."""
+  import jax
+  import safetensors.numpy
+
+  import opq_jax
+
+  path = pathlib.Path(folder)
+  found: dict[str, dict[str, float]] = {}
+
+  def measure(step: str, function: Callable[[], Any]) -> Any:
+    jax.block_until_ready(function())
+    gc.collect()
+    ctypes.CDLL('libc.so.6').malloc_trim(0)
+    # the peak from now on
+    pathlib.Path('/proc/self/clear_refs').write_text('5')
+    start = time.perf_counter()
+    result = jax.block_until_ready(function())
+    found[step] = {'seconds': time.perf_counter() - start, 'peak': status('VmHWM')}
+    return result
+
+  stored = safetensors.numpy.load_file(path / 'net.safetensors')
+  params = {name: jax.numpy.asarray(stored.pop(name)) for name in list(stored)}
+  allocation = measure('allocate', lambda: opq_jax.allocate(params, compression_rate=12.8))
+  state = measure('init_state', lambda: opq_jax.init_state(params, allocation))
+  measure('apply_compression', lambda: opq_jax.apply_compression(params, state))
+  measure('save', lambda: opq_jax.save(path / 'net.opq', params, state))
+  measure('load', lambda: opq_jax.load(path / 'net.opq', most_bytes=1 << 40))
+  return found
+
+
+def run(weights: int, leaf: int, folder: str | None, mode: str = '--measure') -> dict[str, Any]:
   """Makes a tree, and measures in a fresh process what compressing it takes."""
   with tempfile.TemporaryDirectory(dir=folder) as place:
     write_tree(pathlib.Path(place) / 'small.safetensors', 100_000, 100_000)
     write_tree(pathlib.Path(place) / 'one.safetensors', min(leaf, weights), leaf, seed=1)
     write_tree(pathlib.Path(place) / 'net.safetensors', weights, leaf)
-    command = [sys.executable, '-m', 'experiments.benchmarks.large_trees', '--measure', place]
+    command = [sys.executable, '-m', 'experiments.benchmarks.large_trees', mode, place]
     root = pathlib.Path(__file__).parents[2]
     output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root).stdout
   return json.loads(output.splitlines()[-1])
@@ -95,13 +139,17 @@ def run(weights: int, leaf: int, folder: str | None) -> dict[str, float]:
 
 def main() -> None:
   parser = argparse.ArgumentParser()
-  parser.add_argument('--weights', type=float, nargs='+', default=[1e6, 1e7, 1e8])
-  parser.add_argument('--leaf', type=float, default=1.6e7, help='weights of the largest leaf')
+  parser.add_argument('--weights', type=float, nargs='+', default=[1e6, 2.5e7, 1e8])
+  parser.add_argument('--leaf', type=float, default=1.25e7, help='weights of the largest leaf')
   parser.add_argument('--folder', help='where the trees are made')
   parser.add_argument('--measure', help=argparse.SUPPRESS)
+  parser.add_argument('--measure-in-memory', help=argparse.SUPPRESS)
   arguments = parser.parse_args()
   if arguments.measure:
     print(json.dumps(measured(arguments.measure)))
+    return
+  if arguments.measure_in_memory:
+    print(json.dumps(measured_in_memory(arguments.measure_in_memory)))
     return
   rows: list[dict[str, object]] = []
   for weights in arguments.weights:
@@ -109,24 +157,38 @@ def main() -> None:
     mega = lambda name, found=found: round(found[name] / 2**20)
     rows.append(
       {
-        'weights': f'{weights:.0e}',
+        'weights': f'{weights / 1e6:g} M',
         'tree, MiB': mega('original'),
         'largest leaf, MiB': mega('largest'),
         'peak, MiB': mega('peak'),
         'of the largest leaf alone, MiB': mega('one'),
         'of the libraries, MiB': mega('constant'),
         'seconds': round(found['seconds'], 1),
-        'ns a weight': round(found['seconds'] / weights * 1e9, 1),
+        'of all cores, ns a weight': round(found['cpu'] / weights * 1e9, 1),
         'file rate': round(found['file_rate'], 2),
       }
     )
   sizes = ' '.join(f'{weights:g}' for weights in arguments.weights)
-  harness.report(
-    'large_trees',
-    'opq compress, leaf by leaf',
-    f'python -m experiments.benchmarks.large_trees --weights {sizes} --leaf {arguments.leaf:g}',
-    rows,
-  )
+  options = f'--weights {sizes} --leaf {arguments.leaf:g}'
+  command = f'python -m experiments.benchmarks.large_trees {options}'
+  harness.report('large_trees', 'opq compress, leaf by leaf', command, rows)
+  rows = []
+  for weights in arguments.weights:
+    if weights > IN_MEMORY:
+      continue
+    steps = run(int(weights), int(arguments.leaf), arguments.folder, '--measure-in-memory')
+    rows += [
+      {
+        'weights': f'{weights / 1e6:g} M',
+        'step': f'`{step}`',
+        'seconds': round(found['seconds'], 3),
+        'ns a weight': round(found['seconds'] / weights * 1e9, 1),
+        'peak, MiB': round(found['peak'] / 2**20),
+        'tree, MiB': round(4 * weights / 2**20),
+      }
+      for step, found in steps.items()
+    ]
+  harness.report('large_trees_in_memory', 'every step, in memory', command, rows)
 
 
 if __name__ == '__main__':
