@@ -178,6 +178,7 @@ TABLES = {
   'inference_layers': lambda: benchmark('inference_layers'),
   'inference_profile': lambda: benchmark('inference_profile'),
   'joint_target': lambda: benchmark('joint_target'),
+  'error_feedback': lambda: benchmark('error_feedback'),
   'uncompressed_leaves': lambda: benchmark('uncompressed_leaves'),
   'cell_rule': lambda: benchmark('cell_rule'),
   'large_trees': lambda: benchmark('large_trees'),
