@@ -623,25 +623,31 @@ def summary(rows: Sequence[Mapping[str, str]]) -> list[dict[str, object]]:
     sizes = [float(whole['file_bytes']) / rate for rate in (8, 10, 12, 14, 16)]
 
     loss = float(whole['top1']) - 0.1
-    theirs = size_at(points(found, SHIPPED, 'none'), loss)  # type: ignore[arg-type]
     for method in (OURS, FEEDBACK):
-      ours = size_at(points(found, method, 'noise'), loss)
-      ratio = ours / theirs if ours and theirs else None
-      names = name, 'a: loss of 10 points', f'{method}, noise', 'as it ships'
-      lines.append(answer(*names, {'ratio': ratio}, 0.55))
+      ours, theirs = points(found, method, 'noise'), points(found, SHIPPED, 'none')
+      if ours and theirs:
+        pair = size_at(ours, loss), size_at(theirs, loss)
+        ratio = pair[0] / pair[1] if pair[0] and pair[1] else None
+        names = name, 'a: loss of 10 points', f'{method}, noise', 'as it ships'
+        lines.append(answer(*names, {'ratio': ratio}, 0.55))
     for question, goal, cases in (
       ('b: both corrected from noise', 0.95, ((OURS, 'noise'), (FEEDBACK, 'noise'))),
       ('c: unlabelled images', 0.8, ((IMAGES, 'images'),)),
     ):
       for method, correction in cases:
         for rival in (SHIPPED, TUNED):
-          values: dict[str, Any] = {}
-          for key, by in (('ratio', 'top1'), ('at equal divergence', 'divergence')):
-            pair = (points(found, m, c, by) for m, c in ((method, correction), (rival, 'noise')))
-            several = ratios(*pair, sizes)  # type: ignore[arg-type]
+          values: dict[str, float | None] = {}
+          for key, by in (
+            ('ratio', 'top1'),
+            ('at equal divergence', 'divergence'),
+            ('of images that c has not seen', 'top1_unseen'),
+          ):
+            ours, theirs = points(found, method, correction, by), points(found, rival, 'noise', by)
+            several = ratios(ours, theirs, sizes)
             values[key] = geometric_mean(several) if several else None
-          names = name, question, f'{method}, {correction}', f'{rival}, noise'
-          lines.append(answer(*names, values, goal))
+          if ours and theirs:
+            names = name, question, f'{method}, {correction}', f'{rival}, noise'
+            lines.append(answer(*names, values, goal))
     lines += errors(name, found)
     lines += seconds(name, found)
   return lines
