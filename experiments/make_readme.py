@@ -108,6 +108,21 @@ def corrections() -> str:
   return markdown(lines)
 
 
+def against_nncodec() -> str:
+  """A line a question, a column a network: ours over NNCodec's."""
+  document = json.loads((RESULTS / 'benchmarks' / 'against_nncodec.json').read_text())
+  lines: dict[tuple[object, ...], dict[str, object]] = {}
+  for row in document['rows']:
+    key = tuple(row[name] for name in ('question', 'ours', 'NNCodec', 'goal'))
+    line = lines.setdefault(key, dict(zip(('', 'ours', 'NNCodec', 'goal'), key, strict=True)))
+    cell = row['ratio'] if row['ratio'] != '' else 'not reached'
+    if 'ours, s' in row:
+      cell = f'{cell} ({row["ours, s"]} s, {row["NNCodec, s"]} s)'
+    line[row['network']] = cell
+  ordered = sorted(lines.values(), key=lambda line: str(line[''])[0])
+  return f'`{document["command"]}`\n\n{markdown(ordered)}'
+
+
 def finetune(name: str) -> str:
   """A row for every run of a config: what it began with, and what its file gives."""
   lines: list[dict[str, object]] = []
@@ -186,6 +201,7 @@ TABLES = {
   'hostile_files': lambda: benchmark('hostile_files'),
   'killed_writes': lambda: benchmark('killed_writes'),
   'mutants': lambda: benchmark('mutants'),
+  'against_nncodec': against_nncodec,
   'corrections': corrections,
   'one_shot_mobilenet_v1': lambda: one_shot('one_shot_mobilenet_v1'),
   'finetune_resnet20_cifar10': lambda: finetune('finetune_resnet20_cifar10'),
