@@ -86,7 +86,7 @@ def shorten(path: str, width: int) -> str:
 
 
 def visible(text: str) -> str:
-  """`text` with escapes in place of what a terminal would obey: files bring names of any kind.
+  r"""`text` with escapes in place of what a terminal would obey: files bring names of any kind.
 
   >>> visible('conv' + chr(27) + '[2J')
   'conv\\x1b[2J'
