@@ -146,7 +146,10 @@ def _leaf_statistics(
       again, total = lax.optimization_barrier((weights, total))
       maximum = jnp.max(jnp.abs(again.astype(jnp.float32)), others)
     total, maximum = shards.channel_sum(total), shards.channel_max(maximum)
-    largest = jnp.max(maximum) if largest is None else largest
+    if largest is None:
+      # XLA would make one maximum over all weights of the two, and read them once more for it
+      maximum = lax.optimization_barrier(maximum)
+      largest = jnp.max(maximum)
     if not histogram:
       return total, maximum, None, largest
     per_unit = _bins_per_unit(largest)
