@@ -90,7 +90,7 @@ def test_an_opq_file_is_not_taken_for_weights(tmp_path):
 
 
 def test_peak_memory_is_that_of_a_leaf():
-  found = large_trees.run(weights=40_000_000, leaf=4_000_000, folder=None)
+  found = large_trees.run(weights=80_000_000, leaf=8_000_000, folder=None)
   assert found['original'] >= 10 * found['largest']
   # three times the largest leaf, and a constant: libraries, what is compiled, and the pieces
   assert found['peak'] - found['constant'] <= 3 * found['largest'] + 140e6
