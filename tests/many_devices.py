@@ -89,8 +89,8 @@ def lies_alike(tree, other):
 
 def statistics_are_those_of_one_device():
   for name, leaf in laid().items():
-    for axis in range(leaf.ndim):
-      for histogram in (True, False):
+    for axis in (0, leaf.ndim - 1):
+      for histogram in (True, False) if axis else (True,):
         found = opq_jax.leaf_statistics(leaf, axis, histogram=histogram)
         expected = opq_jax.leaf_statistics(plain()[name], axis, histogram=histogram)
         np.testing.assert_allclose(found.scale, expected.scale, rtol=2e-6)

@@ -94,7 +94,7 @@ def test_the_file_holds_the_masks_and_codebooks_of_the_beginning(finished):
 
 def test_a_run_may_start_from_codes_of_feedback_in_a_file_of_the_same_size(finished, tmp_path):
   plain = finished[0]['rows'][1]
-  result = finetune.run(smoke(steps=1, feedback=True), tmp_path)
+  result = finetune.run(smoke(steps=1, feedback=True, unlabelled_batches=1), tmp_path)
   _, with_feedback, _, last = result['rows']
   assert with_feedback['file_bytes'] == pytest.approx(plain['file_bytes'], rel=0.01)
   assert last['file_bytes'] == (tmp_path / 'network.opq').stat().st_size

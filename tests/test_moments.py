@@ -65,7 +65,7 @@ def test_convolutions(options, size, strides, pads, dilation, groups):
 def test_a_network_runs_on_batch_statistics():
   model = models.create('mobilenet_v1', num_classes=5, width=0.25)
   x = jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
-  variables = model.init(jax.random.key(1), x)
+  variables = jax.jit(model.init)(jax.random.key(1), x)
   shifted = jax.tree.map(lambda leaf: leaf + 3, variables['batch_stats'])
   found = opq_jax.second_moments(model.apply, {**variables, 'batch_stats': shifted}, x)
   depthwise = found['params']['block_2']['depthwise']['kernel']
