@@ -357,7 +357,9 @@ def main() -> None:
       mutants = [mutant for mutant in mutants if mutant['module'] != module]
       mutants += tried(module, arguments.count, arguments.seconds, folder)
       mutants.sort(key=lambda mutant: list(TESTS).index(mutant['module']))
-      options = f'--count {arguments.count} --seconds {arguments.seconds:g}'
+      # the seconds only say how many of them there was time for, which is in the table
+      modules = ' '.join(dict.fromkeys(mutant['module'] for mutant in mutants))
+      options = f'--count {arguments.count} --modules {modules}'
       write(mutants, f'python -m experiments.benchmarks.mutants {options}')
 
 
