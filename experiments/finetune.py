@@ -45,6 +45,7 @@ from opq_jax import (
   importers,
   losses,
   models,
+  moments,
   networks,
   plots,
   streams,
@@ -103,16 +104,18 @@ def run(
   images = []  # without BatchNorm, noise has nothing to correct
   if config.feedback or not networks.has_batch_norm(variables):
     images = few_images(config, source.preprocessing, train_examples)
-  moments = input_moments(imported, images) if config.feedback else None
-  if whole_state is None:
-    whole_state = compress(config, to_save(config, original, variables), moments)
-    if moments is not None:
-      _, whole_state = with_feedback(original, whole_state, images)
+  is_new = whole_state is None
+  if is_new:
+    whole_state = compress(config, original, images)
+  compressed, chosen = opq_jax.apply_compression(variables, whole_state), whole_state
+  if config.feedback:
+    compressed, chosen = opq_jax.encode_layer_by_layer(
+      model.apply, variables, whole_state, np.concatenate(images)
+    )
+  if is_new:
+    # feedback chooses masks too
+    whole_state = chosen
     checkpoints.save_compression(whole_state)
-  if moments is None:
-    compressed = opq_jax.apply_compression(variables, whole_state)
-  else:
-    compressed, _ = with_feedback(original, whole_state, images)
   if images:
     corrected = opq_jax.correct_on_images(model.apply, variables, compressed, images)
   else:
@@ -123,7 +126,7 @@ def run(
 
   # the latent weights are those of the codes that feedback chose, or else the float network's,
   # with what the correction moved
-  codes_of = variables if moments is None else compressed
+  codes_of = compressed if config.feedback else variables
   start = {**corrected, 'params': latent(codes_of, corrected, whole_state)}
   train_state = training.init_train_state(
     start, optimizer, jax.random.key(config.seed), with_average=config.ema_decay is not None
@@ -302,45 +305,31 @@ def few_images(
   return [batch['image'] for batch in itertools.islice(batches, config.unlabelled_batches)]
 
 
-def input_moments(imported: importers.Imported, images: list[Any]) -> Any:
-  """`opq_jax.second_moments` of all images."""
-  model, variables, _ = imported
-  found = [opq_jax.second_moments(model.apply, variables, batch) for batch in images]
-  return jax.tree.map(lambda *same: sum(same) / len(same), *found)
-
-
-def with_feedback(
-  network: networks.Network, state: CompressionState, images: list[Any]
-) -> tuple[Any, CompressionState]:
-  """The codes to start from, on the grids of a state."""
-  return opq_jax.encode_layer_by_layer(
-    network.model.apply, network.variables, state, np.concatenate(images)
-  )
-
-
 def compress(
-  config: ml_collections.ConfigDict, variables: Any, moments: Any | None
+  config: ml_collections.ConfigDict, network: networks.Network, images: list[Any]
 ) -> CompressionState:
   """Masks and codebooks of the whole network, by whichever target the config has."""
+  variables = to_save(config, network, network.variables)
   options = {'objective': config.objective}
   if config.file_rate:
     # finetuning moves weights to other levels, and the file grows
     rate = (1 + config.growth) * config.file_rate
     found = file_rate.at_file_rate(variables, rate, **options)
-    if moments is None:
+    if not config.feedback:
       return found.state
     targets = {'compression_rate': found.compression_rate}
   elif config.compression_rate:
     targets = {'compression_rate': config.compression_rate}
   else:
     targets = {'sparsity': config.sparsity, 'bits': config.bits}
-  if moments is None:
+  if not config.feedback:
     return opq_jax.init_state(variables, opq_jax.allocate(variables, **targets, **options))
   if 'bits' in targets:
     raise ValueError(
       'config.feedback: found sparsity and bits, expected file_rate or compression_rate'
     )
-  _, _, state = opq_jax.allocate_with_feedback(variables, moments, **targets, **options)
+  matrices = moments.mean_moments(network.model.apply, network.variables, images)
+  _, _, state = opq_jax.allocate_with_feedback(variables, matrices, **targets, **options)
   return state
 
 

@@ -25,7 +25,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import opq_jax
-from opq_jax import data, networks, plots, sizes
+from opq_jax import data, moments, networks, plots, sizes
 from opq_jax.accuracy import scores
 
 
@@ -86,12 +86,11 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[s
 
   from_noise = lambda network: networks.correct_batch_norm(pretrained, network, config.noise_seed)
   on_images = lambda network: opq_jax.correct_on_images(model.apply, variables, network, unlabelled)
-  moments = {}
+  matrices_of = {}
   if 'noise' in config.moments:
-    moments['noise'] = networks.noise_moments(pretrained, config.noise_seed)
+    matrices_of['noise'] = networks.noise_moments(pretrained, config.noise_seed)
   if 'images' in config.moments:
-    measured = [opq_jax.second_moments(model.apply, variables, batch) for batch in unlabelled]
-    moments['images'] = jax.tree.map(lambda *same: sum(same) / len(same), *measured)
+    matrices_of['images'] = moments.mean_moments(model.apply, variables, unlabelled)
 
   settings = [(objective, bits) for objective in config.objectives for bits in config.bits]
   with Progress(console=console) as progress:
@@ -115,7 +114,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[s
         found, expected = networks.load(path).variables, corrected['noise']
         np.testing.assert_array_equal(logits_of(found), logits_of(expected), f'{path} differs')
 
-      for kind, matrices in moments.items() if objective == config.objectives[0] else ():
+      for kind, matrices in matrices_of.items() if objective == config.objectives[0] else ():
         _, coded, coded_state = opq_jax.allocate_with_feedback(variables, matrices, **options)
         # who has no images has none for the correction either
         corrected = {'none': coded} | (
@@ -159,17 +158,17 @@ def draw(path: pathlib.Path, rows: list[dict[str, Any]], title: str) -> None:
   settings += [(objectives[0], 'none', 'images')]
   settings += [(objectives[0], kind, kind) for kind in ('noise', 'images')]
   curves = []
-  for objective, moments, correction in settings:
+  for objective, kind, correction in settings:
     points = [
       row
       for row in rows
-      if (row['objective'], row['moments'], row['correction']) == (objective, moments, correction)
+      if (row['objective'], row['moments'], row['correction']) == (objective, kind, correction)
     ]
     if not points:
       continue
     # three bands of this width would hide each other
     has_band = correction == 'noise' and not curves
-    label = objective if moments == 'none' else f'{objective}, feedback'
+    label = objective if kind == 'none' else f'{objective}, feedback'
     curves.append(
       plots.Curve(
         f'{label}, on images' if correction == 'images' else label,

@@ -591,13 +591,17 @@ def _stages(console: Console) -> Iterator[Callable[[str], contextlib.AbstractCon
   console.print(Text(', '.join(times), style='dim'))
 
 
-def _as_json(path: str, metadata: dict[str, str], report: sizes.SizeReport) -> dict[str, Any]:
+def _totals(report: sizes.SizeReport) -> dict[str, float]:
   names = ('weights', 'survivors', 'sparsity', 'original', 'nominal', 'packed', 'entropy', 'file')
   rates = ('nominal_rate', 'packed_rate', 'entropy_rate', 'file_rate')
+  return {name: getattr(report, name) for name in (*names, 'headers', *rates)}
+
+
+def _as_json(path: str, metadata: dict[str, str], report: sizes.SizeReport) -> dict[str, Any]:
   return {
     'path': path,
     'metadata': metadata,
-    'totals': {name: getattr(report, name) for name in (*names, 'headers', *rates)},
+    'totals': _totals(report),
     'compressed': [dataclasses.asdict(leaf) for leaf in report.compressed],
     'uncompressed': [dataclasses.asdict(leaf) for leaf in report.uncompressed],
   }
@@ -606,7 +610,6 @@ def _as_json(path: str, metadata: dict[str, str], report: sizes.SizeReport) -> d
 def _verified_as_json(
   arguments: argparse.Namespace, metadata: dict[str, str], found: verification.Verification
 ) -> dict[str, Any]:
-  report = found.report and _as_json(arguments.file, metadata, found.report)
   # JSON knows no infinity: the error of weights that are all 0 and should not be anything else
   finite = lambda leaf: {
     name: value if not isinstance(value, float) or math.isfinite(value) else None
@@ -621,7 +624,7 @@ def _verified_as_json(
     'exact': found.exact,
     'corrected': found.corrected,
     'compressed': [finite(leaf) for leaf in found.compressed],
-    'totals': report and report['totals'],
+    'totals': found.report and _totals(found.report),
   }
 
 

@@ -92,7 +92,6 @@ def encode_layer_by_layer(
   leaves = trees.named_leaves(variables)
   records = dict(zip(leaves, trees.records(variables, state.tree, LeafState), strict=True))
   values, masks = dict(leaves), dict(records)
-  pending = {name for name, record in records.items() if record is not None}
   seen: set[str] = set()
   is_nested = False
 
@@ -136,7 +135,7 @@ def encode_layer_by_layer(
       apply_fn(variables, doubled, train=True, mutable=['batch_stats'])
     else:
       apply_fn(variables, doubled)
-  missing = sorted(pending - seen)
+  missing = [name for name, record in records.items() if record is not None and name not in seen]
   if missing:
     raise ValueError(
       f'{missing[0]}: found a compressed leaf of no layer that was called, expected the kernel of '
@@ -161,7 +160,7 @@ def _chosen(
   """One layer's decoded weights, and its grid with their mask."""
   # a layer that belongs to no network is the same for all that are alike: compiled once
   alone = module.clone(parent=None, name=None)
-  moments = _layer_moments(alone, compressed, compressed)
+  moments = _layer_moments(alone, compressed)
   if moments is None:
     codes = compression.encode(kernel, CompressionState(record))
   else:

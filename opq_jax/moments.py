@@ -10,7 +10,7 @@ and that matrix is all that `opq_jax.encode_with_feedback` needs to know.
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -53,7 +53,7 @@ def second_moments(
     `nn.Dense` and `nn.Conv`, and None elsewhere.  A depthwise convolution has as many groups as
     channels, all others one.  None too where one output has more than `MAX_INPUTS` inputs
     (4608), or where a convolution pads otherwise than with zeros or dilates its input.
-    The moments of several batches are their mean, `jax.tree.map`.
+    The moments of several batches are their mean, `mean_moments`.
 
   Raises:
     ValueError: a layer is called twice.
@@ -78,7 +78,7 @@ def second_moments(
       if name in found:
         raise ValueError(f'{name}: found a layer that is called twice, expected once')
       x = args[0] if args else kwargs['inputs']
-      found[name] = layer_moments(module, x, x)
+      found[name] = layer_moments(module, x)
     return layer(*args, **kwargs)
 
   with nn.intercept_methods(measure):
@@ -87,6 +87,26 @@ def second_moments(
     else:
       apply_fn(variables, inputs)
   return jax.tree.unflatten(jax.tree.structure(variables), [found.get(name) for name in leaves])
+
+
+def mean_moments(
+  apply_fn: Callable[..., Any],
+  variables: Mapping[str, PyTree],
+  batches: Iterable[Float[Array, 'batch ...']],
+) -> PyTree:
+  """`second_moments` of several batches of one size: the mean of theirs.
+
+  Raises:
+    ValueError: as `second_moments`, or there is no batch.
+  """
+  total, count = None, 0
+  for batch in batches:
+    found = second_moments(apply_fn, variables, batch)
+    total = found if total is None else jax.tree.map(jnp.add, total, found)
+    count += 1
+  if total is None:
+    raise ValueError('batches: found none, expected at least one')
+  return jax.tree.map(lambda matrix: matrix / count, total)
 
 
 def natural_noise(
@@ -121,22 +141,26 @@ def natural_noise(
 
 
 def layer_moments(
-  module: Any, first: Float[Array, '*batch channels'], second: Float[Array, '*batch channels']
+  module: Any,
+  inputs: Float[Array, '*batch channels'],
+  others: Float[Array, '*batch channels'] | None = None,
 ) -> Float32[Array, 'groups K K'] | None:
-  """E[x^T y] of a layer's inputs x and others y of the same shape, such as x itself.
+  """E[x^T x] of a layer's inputs x, or E[x^T y] with others y of the same shape.
 
   Args:
     module: an `nn.Dense` or `nn.Conv`.
-    first, second: what it is given, and what else it might have been given.
+    inputs: what it is given.
+    others: what else it might have been given; by default the same.
 
   Returns:
     A matrix a group, or None: see `second_moments`.
   """
+  given = [x.astype(jnp.float32) for x in (inputs, others) if x is not None]
   if isinstance(module, nn.Dense):
-    if first.shape[-1] > MAX_INPUTS:
+    if inputs.shape[-1] > MAX_INPUTS:
       return None
-    examples = [x.reshape(-1, 1, x.shape[-1]).astype(jnp.float32) for x in (first, second)]
-    return _gram(*examples) / len(examples[0])
+    examples = [x.reshape(-1, 1, x.shape[-1]) for x in given]
+    return _gram(examples[0], examples[-1]) / len(examples[0])
 
   window = _sequence(module.kernel_size, 1)
   rank = len(window)
@@ -144,13 +168,12 @@ def layer_moments(
   padding = module.padding
   is_plain = not isinstance(padding, str) or padding in ('SAME', 'VALID')
   is_dilated = set(_sequence(module.input_dilation, rank)) != {1}
-  if not is_plain or is_dilated or math.prod(window) * first.shape[-1] // groups > MAX_INPUTS:
+  if not is_plain or is_dilated or math.prod(window) * inputs.shape[-1] // groups > MAX_INPUTS:
     return None
   strides = _sequence(module.strides, rank)
   dilation = _sequence(module.kernel_dilation, rank)
-  images, others = (
-    x.reshape(-1, *x.shape[-rank - 1 :]).astype(jnp.float32) for x in (first, second)
-  )
+  stacks = [x.reshape(-1, *x.shape[-rank - 1 :]) for x in given]
+  images = stacks[0]
   reach = tuple((size - 1) * step + 1 for size, step in zip(window, dilation, strict=True))
   if isinstance(padding, str):
     pads = lax.padtype_to_pads(images.shape[1:-1], reach, strides, padding)
@@ -177,11 +200,12 @@ def layer_moments(
     return jnp.stack(seen, axis=2).reshape(len(seen[0]), groups, -1)
 
   # image after image, so that only one is ever written out as its windows
-  def add(total: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
-    return total + _gram(*map(rows, pair)), None
+  def add(total: Array, same: list[Array]) -> tuple[Array, None]:
+    seen = [rows(image) for image in same]
+    return total + _gram(seen[0], seen[-1]), None
 
   places, _, width = jax.eval_shape(rows, images[0]).shape
-  total, _ = lax.scan(add, jnp.zeros((groups, width, width), jnp.float32), (images, others))
+  total, _ = lax.scan(add, jnp.zeros((groups, width, width), jnp.float32), stacks)
   return total / (places * len(images))
 
 

@@ -5,8 +5,8 @@ import doctest
 import numpy as np
 import pytest
 
-from experiments.benchmarks import against_nncodec
-from experiments.benchmarks.against_nncodec import Point
+from experiments.benchmarks import against_nncodec, nncodec_jobs, nncodec_summary
+from experiments.benchmarks.nncodec_summary import Point
 
 
 def rows(method, correction, sizes, tops, **more):
@@ -24,28 +24,29 @@ def rows(method, correction, sizes, tops, **more):
 
 
 def test_doctests():
-  assert doctest.testmod(against_nncodec).failed == 0
+  for module in (against_nncodec, nncodec_jobs, nncodec_summary):
+    assert doctest.testmod(module).failed == 0
 
 
 def test_a_rising_curve_passes_through_its_points():
   curve = [Point(100, 0.2), Point(200, 0.5), Point(400, 0.9)]
-  np.testing.assert_allclose(against_nncodec.monotone(curve[::-1]), curve)
+  np.testing.assert_allclose(nncodec_summary.monotone(curve[::-1]), curve)
   for size, score in curve:
-    assert against_nncodec.size_at(curve, score) == pytest.approx(size)
-    assert against_nncodec.score_at(curve, size) == pytest.approx(score)
+    assert nncodec_summary.size_at(curve, score) == pytest.approx(size)
+    assert nncodec_summary.score_at(curve, size) == pytest.approx(score)
 
 
 def test_beyond_the_points_nothing_is_claimed():
   curve = [Point(100, 0.2), Point(200, 0.5)]
-  assert against_nncodec.size_at(curve, 0.6) is None
-  assert against_nncodec.size_at([], 0.6) is None
-  assert against_nncodec.score_at(curve, 300) is None
+  assert nncodec_summary.size_at(curve, 0.6) is None
+  assert nncodec_summary.size_at([], 0.6) is None
+  assert nncodec_summary.score_at(curve, 300) is None
 
 
 def test_half_the_size_at_every_score_is_a_ratio_of_a_half():
   theirs = [Point(100, 0.2), Point(200, 0.5), Point(400, 0.9)]
   ours = [Point(size / 2, score) for size, score in theirs]
-  found = against_nncodec.ratios(ours, theirs, (110, 150, 300, 500))
+  found = nncodec_summary.ratios(ours, theirs, (110, 150, 300, 500))
   assert found == pytest.approx([0.5] * 3)
 
 
@@ -53,21 +54,21 @@ def test_kernels_come_back_as_they_went():
   rng = np.random.default_rng(0)
   for shape in ((3, 3, 4, 8), (4, 8), (8,)):
     kernel = rng.normal(size=shape).astype(np.float32)
-    there = against_nncodec.rows_first(kernel)
+    there = nncodec_jobs.rows_first(kernel)
     assert there.shape[0] == 8
-    np.testing.assert_array_equal(against_nncodec.rows_last(there), kernel)
+    np.testing.assert_array_equal(nncodec_jobs.rows_last(there), kernel)
 
 
 def test_the_summary_answers_from_rows():
   both = {f'{what}_{how}': 1.0 for what in ('encode', 'decode') for how in ('seconds', 'processor')}
   table = [
     *rows('float32', 'none', [16_000], [0.95]),
-    *rows(against_nncodec.OURS, 'none', [500, 1000, 2000], [0.2, 0.5, 0.9], **both),
-    *rows(against_nncodec.OURS, 'noise', [500, 1000, 2000], [0.7, 0.8, 0.9], **both),
-    *rows(against_nncodec.SHIPPED, 'none', [1000, 2000, 4000], [0.1, 0.8, 0.9], **both),
-    *rows(against_nncodec.SHIPPED, 'noise', [1000, 2000, 4000], [0.7, 0.8, 0.9]),
+    *rows(nncodec_jobs.OURS, 'none', [500, 1000, 2000], [0.2, 0.5, 0.9], **both),
+    *rows(nncodec_jobs.OURS, 'noise', [500, 1000, 2000], [0.7, 0.8, 0.9], **both),
+    *rows(nncodec_jobs.SHIPPED, 'none', [1000, 2000, 4000], [0.1, 0.8, 0.9], **both),
+    *rows(nncodec_jobs.SHIPPED, 'noise', [1000, 2000, 4000], [0.7, 0.8, 0.9]),
   ]
-  lines = against_nncodec.summary(table)
+  lines = nncodec_summary.summary(table)
   found = {(line['question'][0], line['ours']): line for line in lines}
   # at .85 ours has sqrt(1000 * 2000) bytes, theirs sqrt(2000 * 4000)
   assert found['a', 'opq_jax, noise']['ratio'] == pytest.approx(0.5)

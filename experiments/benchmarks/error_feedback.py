@@ -9,6 +9,7 @@ unlabelled images of `configs/one_shot_NETWORK.py`; each file is named as a netw
 (`mobilenet_v1.safetensors`).
 """
 
+import functools
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -17,23 +18,19 @@ import jax
 import numpy as np
 
 import opq_jax
-from experiments.benchmarks import harness
-from experiments.benchmarks.uncompressed_leaves import get_config
-from opq_jax import accuracy, data, networks, sizes
+from experiments.benchmarks import harness, one_shot_images
+from opq_jax import accuracy, moments, networks, sizes
 
 BITS = {'resnet20': (2.0, 1.5, 1.0), 'resnet32': (2.0, 1.5, 1.0)}
 PHOTOGRAPHS = (2.5, 2.0)
 
 
 def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, object]]:
-  config = get_config(name)
+  config = one_shot_images.config_of(name)
   network = networks.load(path, name=name, num_classes=config.num_classes)
   model, variables, source = network[1:]
 
-  def batches_of(split: str) -> list[dict[str, np.ndarray]]:
-    options = {'data_dir': data_dir, 'batch_size': config.batch_size}
-    return list(data.batches(config.dataset, split, preprocessing=source.preprocessing, **options))
-
+  batches_of = functools.partial(one_shot_images.batches_of, config, network, data_dir)
   batches = batches_of(config.split)
   unlabelled = [batch['image'] for batch in batches_of(config.unlabelled_split)]
   labels = np.concatenate([batch['label'] for batch in batches])
@@ -43,10 +40,9 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, 
   )
   before = logits_of(variables)
   noise = opq_jax.natural_noise(jax.random.key(0), networks.noise_shape(source))
-  on_images = [opq_jax.second_moments(model.apply, variables, batch) for batch in unlabelled]
-  moments = {
+  matrices = {
     'noise': networks.noise_moments(network),
-    'images': jax.tree.map(lambda *same: sum(same) / len(same), *on_images),
+    'images': moments.mean_moments(model.apply, variables, unlabelled),
   }
   inputs = {'noise': noise, 'images': np.concatenate(unlabelled)}
   correct = {
@@ -58,7 +54,7 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, 
     state = opq_jax.init_state(variables, opq_jax.allocate(variables, compression_rate=32 / bits))
     for kind in ('noise', 'images'):
       _, coded, coded_state = opq_jax.allocate_with_feedback(
-        variables, moments[kind], compression_rate=32 / bits
+        variables, matrices[kind], compression_rate=32 / bits
       )
       for codes, tree, its in (
         ('each weight', opq_jax.apply_compression(variables, state), state),

@@ -8,7 +8,6 @@ Networks at 2 bits a weight, BatchNorm corrected from noise; each file named as 
 how often the network as it is says the same.
 """
 
-import importlib.util
 import pathlib
 import sys
 
@@ -16,33 +15,17 @@ import jax
 import numpy as np
 
 import opq_jax
-from experiments.benchmarks import harness
-from opq_jax import accuracy, data, networks, sizes
+from experiments.benchmarks import harness, one_shot_images
+from opq_jax import accuracy, networks, sizes
 
 BITS = 2.0
-CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
-
-
-def get_config(name: str):
-  spec = importlib.util.spec_from_file_location(name, CONFIGS / f'one_shot_{name}.py')
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config()
 
 
 def compare(name: str, path: pathlib.Path, data_dir: str) -> list[dict[str, object]]:
-  config = get_config(name)
+  config = one_shot_images.config_of(name)
   network = networks.load(path, name=name, num_classes=config.num_classes)
-  model, variables, source = network[1:]
-  batches = list(
-    data.batches(
-      config.dataset,
-      config.split,
-      data_dir=data_dir,
-      batch_size=config.batch_size,
-      preprocessing=source.preprocessing,
-    )
-  )
+  model, variables = network.model, network.variables
+  batches = one_shot_images.batches_of(config, network, data_dir, config.split)
   labels = np.concatenate([batch['label'] for batch in batches])
   forward = jax.jit(model.apply)
   logits_of = lambda tree: np.concatenate(
