@@ -53,6 +53,8 @@ def save(
   params: PyTree,
   state: CompressionState,
   metadata: Mapping[str, str] | None = None,
+  *,
+  contexts: bool = True,
 ) -> None:
   """Writes the compressed network that `params` and `state` are.
 
@@ -64,6 +66,7 @@ def save(
     params: the tree, latent weights included; what is stored is `apply_compression(params, state)`.
     state: its masks and codebooks.
     metadata: a few strings to find again as `OpqFile(path).metadata`.
+    contexts: as for `opq_jax.entropy_coding.encode_codes`: False writes sooner and takes more.
 
   Raises:
     ValueError: `state` was made for another tree; a leaf is no numeric array; a compressed leaf
@@ -82,7 +85,7 @@ def save(
   >>> bool((loaded['kernel'] == compressed['kernel']).all())
   True
   """
-  files.write_bytes(path, serialize(params, state, metadata))
+  files.write_bytes(path, serialize(params, state, metadata, contexts=contexts))
 
 
 def load(
@@ -97,7 +100,11 @@ def load(
 
 
 def serialize(
-  params: PyTree, state: CompressionState, metadata: Mapping[str, str] | None = None
+  params: PyTree,
+  state: CompressionState,
+  metadata: Mapping[str, str] | None = None,
+  *,
+  contexts: bool = True,
 ) -> bytes:
   """The bytes of the file that `save` would write; `load` and `OpqFile` take them as well.
 
@@ -119,7 +126,7 @@ def serialize(
       raw += bytes(-len(raw) % array.dtype.itemsize) + array.tobytes()
     else:
       grids.append(grid(name, record))
-      payloads.append(encode_codes(checked_codes(name, array, record)))
+      payloads.append(encode_codes(checked_codes(name, array, record), contexts=contexts))
       spec += f' {int(record.levels)} {len(payloads[-1])}'
     specs.append(spec)
 
@@ -239,11 +246,11 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
       raise ValueError(f'{name}: found a leaf that is not compressed, expected one that has codes')
     try:
       data = self._read(self._codes_at + leaf.begin, leaf.stored)
-      codes = decode_codes(data, math.prod(leaf.shape))
+      codes = decode_codes(data, leaf.shape)
       _check_levels(codes, leaf.levels)
     except ValueError as error:
       raise ValueError(f'{name}: {error}') from error
-    return codes.reshape(leaf.shape)
+    return codes
 
   def leaf_state(self, name: str) -> LeafState | None:
     """Mask and codebook of a leaf, None where it is not compressed.

@@ -177,6 +177,11 @@ def _parser() -> argparse.ArgumentParser:
   )
   compress.add_argument('input', metavar='IN', help='weights: a file, or a folder of Orbax')
   compress.add_argument('output', metavar='OUT', help='the .opq file; replaced if it exists')
+  compress.add_argument(
+    '--fast',
+    action='store_true',
+    help='code weights without looking at their neighbours: sooner done, and a larger file',
+  )
   add = compress.add_argument_group('network').add_argument
   add('--model', metavar='NAME', help='import the weights of this network; see above')
   add('--source', metavar='NAME', help='whose they are (default: seen by their names)')
@@ -356,7 +361,7 @@ def _compress(arguments: argparse.Namespace) -> None:
       metadata['inference_only'] = _INFERENCE_ONLY
       stored = networks.for_inference(network, stored)
     with stage('encode'):
-      data = artifact.serialize(stored, state, metadata)
+      data = artifact.serialize(stored, state, metadata, contexts=not arguments.fast)
       report = sizes.payload_report(data, params, state, channel_axis=axis)
     with stage('write'):
       files.write_bytes(output, data)
@@ -388,6 +393,7 @@ def _compress_leaf_by_leaf(
       compressible=lambda path, _: path in chosen,
       channel_axis=axis,
       metadata=metadata,
+      contexts=not arguments.fast,
       objective=arguments.objective,
       stage=stage,
       **targets,

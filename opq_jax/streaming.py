@@ -149,6 +149,7 @@ def compress(
   compressible: Callable[[str, Any], bool] = is_compressible,
   channel_axis: ChannelAxis = -1,
   metadata: Mapping[str, str] | None = None,
+  contexts: bool = True,
   stage: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
   **targets: Any,
 ) -> Streamed:
@@ -158,7 +159,7 @@ def compress(
     leaves: of the flat tree, by name.
     output: where the `.opq` file goes.  It appears whole or not at all.
     compressible, channel_axis: as for `opq_jax.allocate`.
-    metadata: as for `opq_jax.save`.
+    metadata, contexts: as for `opq_jax.save`.
     stage: what its stages run in, by name.
     **targets: `sparsity`, `bits`, `compression_rate` and `objective` of `opq_jax.allocate`.
 
@@ -194,7 +195,7 @@ def compress(
       read=lambda name: leaves[name].read(),
       **targets,
     )
-  with stage('encode and write'), _Writer(output) as writer:
+  with stage('encode and write'), _Writer(output, contexts) as writer:
     compressed, uncompressed = [], []
     for name, leaf in leaves.items():
       asked = allocation.tree[name]
@@ -257,10 +258,11 @@ class _Writer:
 
   Args:
     output: the place.
+    contexts: of the codes.
   """
 
-  def __init__(self, output: str | os.PathLike[str]):
-    self._output = output
+  def __init__(self, output: str | os.PathLike[str], contexts: bool):
+    self._output, self._contexts = output, contexts
     self._specs: dict[str, str] = {}
     self._grids: list[list[np.float32]] = []
     self._blocks: list[tuple[int, int]] = []
@@ -280,7 +282,7 @@ class _Writer:
     self, name: str, leaf: StoredLeaf, record: LeafState, codes: Int8[np.ndarray, '...']
   ) -> None:
     """Writes a compressed leaf."""
-    payload = encode_codes(codes)
+    payload = encode_codes(codes, contexts=self._contexts)
     with files.errors_of(self._output):
       self._codes_file.write(payload)
     self._grids.append(artifact.grid(name, record))
