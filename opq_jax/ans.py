@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 import zlib
+from typing import Any, TypeAlias
 
 import constriction
 import numpy as np
@@ -18,7 +19,7 @@ from jaxtyping import Int8, Int64
 _MAX_PRECISION = 16  # bits of a frequency; the models of constriction have 24
 _CHUNK = 1 << 16  # symbols at a time: the int32 copy that the coder needs stays in the cache
 
-Coder = constriction.stream.stack.AnsCoder
+Coder: TypeAlias = Any  # constriction.stream.stack.AnsCoder, which has no types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +154,7 @@ def begin(codes: Int8[np.ndarray, '...'], head: bytes = b'') -> Coder:
   least 2**24, the denominator of constriction's probabilities, each symbol lengthens the message by
   nearly -log2 of its probability.
   """
-  return Coder(np.array([_first_word(codes, head)], np.uint32))
+  return constriction.stream.stack.AnsCoder(np.array([_first_word(codes, head)], np.uint32))
 
 
 def end(coder: Coder) -> bytes:
@@ -174,7 +175,7 @@ def resume(words: bytes, size: int, least_bits: float) -> Coder:
   most_codes = int((8 * len(words) * 1.01 + 64) / least_bits)
   if size > most_codes:
     raise ValueError(f'found codes for at most {most_codes} weights, expected {size}')
-  return Coder(np.frombuffer(words, '<u4').astype(np.uint32))
+  return constriction.stream.stack.AnsCoder(np.frombuffer(words, '<u4').astype(np.uint32))
 
 
 def check_end(coder: Coder, codes: Int8[np.ndarray, '...'], head: bytes = b'') -> None:

@@ -1,33 +1,42 @@
-"""Codes <-> bytes, each code with the frequencies of weights like it: below the entropy.
+"""Codes <-> bytes, each code with the frequencies of weights like it: fewer than the entropy.
 
-The weights of one kernel are not alike.  Some inputs and some outputs have larger ones, and in a
-window those that lie side by side have like size and like sign.  So codes come tap by tap, and what
-has come says what to expect:
+The weights of one kernel are not alike.  Some inputs and some outputs have larger ones, and those
+that lie side by side in a window have like size and like sign.  So codes come tap by tap, and what
+has come says what to expect of a weight:
 
-    score  =  score of the input  +  score of the output  +  score of the neighbours' level
+    score  =  score of its input  +  score of its output  +  score of its neighbours' level
 
-in thirds of an octave of the expected |code|.  Ranges of the score have their own frequencies, from
-the leaf alone; nothing adapts, so that thousands of codes of one range are decoded at once.  Where
-the neighbours are mostly negative the code is coded with its sign turned.
+in thirds of an octave of the expected |code|.  Ranges of the score have frequencies of their own.
+All are stored, nothing adapts, so that thousands of codes of one range are decoded at once.
 
-A payload:
+The neighbours of a weight are those of the same input and output at the taps before its own, in C
+order, that are one step away along one axis of the window (their weight w is 6) or along two (1).
+Where sum w c < 0 the sign of the code is turned.  With m = sum w |c| / sum w in twelfths of a level
+of the codebook, rounded down, neighbours have the level
+
+    0 where there are none,  else  1 + 2 #{edges <= m} + [2 |sum w c| >= sum w |c|]
+
+Levels of the second kind, whose signs agree, have ranges of their own: 768 is added to the score,
+and 384 to all, so that none is negative.
+
+A payload is
 
     [bits, padded with zeros to whole bytes][words of an ANS, little-endian uint32]
 
-    bits     the marker 0000100100 (no table of `opq_jax.ans` begins so); is the window last; then
-             for the inputs, the outputs and the levels: are they scored, and the table of their
-             scores; one less than the number of ranges, where each but the first begins, and their
-             tables
-    words    the scores, then the codes of `_BLOCK` weights at a time of one tap, range by range
+    bits     the marker 0000100100 (no table of `opq_jax.ans` begins so); the arrangement, two bits;
+             for inputs, outputs and levels: whether they are scored, and the table of their scores;
+             one less than the number of ranges, the score that each but the first begins with, and
+             their tables
+    words    the scores, then the codes, a block of at most 2**18 weights of a tap at a time (or all
+             of one input), range by range
 
-A neighbour is the weight of the same input and output at a tap that came before and is next to this
-one: along one axis of the window it counts six times, along two once.  Of the codes c and the
-counts w of the neighbours, with m = sum w |c| over sum w in twelfths, rounded down, the level is
+The arrangement says which axes are taps, inputs and outputs: 0 all but the last two are taps, as in
+Flax; 1 all but the first two, as in PyTorch; 2 all but the last are inputs; 3 all but the first are
+outputs.
 
-    0 without neighbours,  1 + 2 #{edges <= m} + (2 |sum w c| >= sum w |c|)  otherwise.
-
-Contexts of neighbours are what image coders live by; that signs of neighbouring taps predict each
-other, and that scores in place of adapting contexts leave a coder that fast, is ours.
+Contexts of neighbours are an old tool of image coders, and the coder of NNCodec (ISO/IEC 15938-17)
+has some that adapt.  That the signs of neighbouring taps predict each other, which is most of the
+gain, we found in the weights; scores that add up and are stored instead of adapting are ours.
 """
 
 import dataclasses
@@ -86,101 +95,15 @@ class _Block:
 
 
 def encode(codes: Int8[np.ndarray, '...']) -> bytes | None:
-  """The payload of codes from -127 to 127; None where there is nothing to know about them."""
+  """The payload of codes from -127 to 127; None where they have no two axes."""
   if codes.ndim < 2 or codes.size < 2 or codes.min() < -127:
     return None
-  window_last = _is_window_last(codes.shape)
-  kernel, window = _arranged(codes, window_last)
-  _, scores, starts = _best_scores(kernel, window)
-  return _payload(codes, kernel, window, window_last, scores, starts)
-
-
-def decode(data: bytes | memoryview, shape: tuple[int, ...]) -> Int8[np.ndarray, '...']:
-  """The codes of a payload that begins with `MARKER`.
-
-  Raises:
-    ValueError: `data` is no payload of codes of this shape.
-  """
-  size = math.prod(shape)
-  head = bytes(data[:_MAX_BITS_BYTES])
-  bits = f'{int.from_bytes(head, "big"):0{8 * len(head)}b}'
-  window_last, position = bits[len(MARKER)] == '1', len(MARKER) + 1
-  if not len(shape) >= 2 or window_last != _is_window_last(shape):
-    raise ValueError(f'found contexts of another shape than {shape}')
-  score_models: list[ans.Frequencies | None] = []
-  for _ in range(3):
-    is_scored, position = bits[position : position + 1] == '1', position + 1
-    model = None
-    if is_scored:
-      model, position = ans.read_table(bits, position)
-    score_models.append(model)
-  more, position = ans.read_golomb(bits, position, 2)
-  if more >= _MAX_RANGES:
-    raise ValueError(f'found {more + 1} ranges of scores, expected at most {_MAX_RANGES}')
-  starts = []
-  for i in range(more):
-    step, position = ans.read_golomb(bits, position, 8 if i == 0 else 2)
-    starts.append(step if i == 0 else starts[-1] + 1 + step)
-  models = []
-  for _ in range(more + 1):
-    model, position = ans.read_table(bits, position)
-    models.append(model)
-  end = -(-position // 8)
-  if '1' in bits[position : 8 * end]:
-    raise ValueError('found tables that are not padded with zeros')
-  least_bits = min(model.least_bits for model in models)
-  coder = ans.resume(bytes(data[end:]), size, least_bits)
-
-  # a view of the same memory, whose axes may be in another order
-  codes = ans.room(shape)
-  kernel, window = _arranged(codes, window_last)
-  parts = []
-  for model, count in zip(score_models, (*kernel.shape[1:], _LEVELS), strict=True):
-    part = np.zeros(count, np.int8)
-    if model is not None:
-      model.decode(coder, part)
-    parts.append(part)
-  scores = _Scores(*parts)
-  has_window = score_models[2] is not None
-  range_of = _range_of(starts)
-  for tap, rows in _blocks(kernel.shape):
-    levels, is_turned = _neighbourhood(kernel, window, tap, rows, has_window)
-    ranges = range_of[_index(scores, rows, levels)]
-    order, ends = _grouped(ranges, len(models))
-    sorted_codes = np.empty(order.size, np.int8)
-    for model, start, stop in zip(models, [0, *ends], ends, strict=False):
-      if stop > start:
-        model.decode(coder, sorted_codes[start:stop])
-    block = np.empty(order.size, np.int8)
-    block[order] = sorted_codes
-    block = block.reshape(ranges.shape)
-    if is_turned is not None:
-      np.negative(block, out=block, where=is_turned)
-    kernel[tap, rows] = block
-  ans.check_end(coder, codes, bytes(data[:end]))
-  return codes
-
-
-def _payload(
-  codes: Int8[np.ndarray, '...'],
-  kernel: Kernel,
-  window: tuple[int, ...],
-  window_last: bool,
-  scores: _Scores,
-  starts: list[int],
-) -> bytes:
-  range_of = _range_of(starts)
-  has_window = bool(scores.levels.any())
-  counts = np.zeros((len(starts) + 1, 256), np.int64)
-  for tap, rows in _blocks(kernel.shape):
-    levels, is_turned = _neighbourhood(kernel, window, tap, rows, has_window)
-    ranges = range_of[_index(scores, rows, levels)]
-    symbols = _turned(kernel[tap, rows], is_turned).view(np.uint8)
-    joint = ranges.astype(np.int64) * 256 + symbols
-    counts += np.bincount(joint.ravel(), minlength=counts.size).reshape(counts.shape)
-  models = [ans.fit(row if row.any() else counts.sum(0)) for row in counts]
-
-  bits = MARKER + str(int(window_last))
+  arrangement, (_, scores, starts, models) = min(
+    ((choice, _best(*_arranged(codes, choice))) for choice in _choices(codes.shape)),
+    key=lambda plan: plan[1][0],
+  )
+  kernel, window = _arranged(codes, arrangement)
+  bits = f'{MARKER}{arrangement:02b}'
   score_models = []
   for part in scores.parts():
     model = ans.fit(ans.histogram(part)) if part.any() else None
@@ -194,31 +117,101 @@ def _payload(
   head = int(bits, 2).to_bytes(len(bits) // 8, 'big')
 
   coder = ans.begin(codes, head)
+  range_of, has_window = _range_of(starts), bool(scores.levels.any())
   for tap, rows in reversed(list(_blocks(kernel.shape))):
     levels, is_turned = _neighbourhood(kernel, window, tap, rows, has_window)
     order, ends = _grouped(range_of[_index(scores, rows, levels)], len(models))
-    sorted_codes = _turned(kernel[tap, rows], is_turned).reshape(-1)[order]
-    for model, start, stop in reversed(list(zip(models, [0, *ends], ends, strict=False))):
-      model.encode(coder, sorted_codes[start:stop])
+    block = _turned(kernel[tap, rows], is_turned).reshape(-1)[order]
+    for model, start, stop in reversed(list(zip(models, [0, *ends[:-1]], ends, strict=True))):
+      model.encode(coder, block[start:stop])
   for model, part in reversed(list(zip(score_models, scores.parts(), strict=True))):
     if model is not None:
       model.encode(coder, part)
   return head + ans.end(coder)
 
 
-def _is_window_last(shape: tuple[int, ...]) -> bool:
-  """Whether the last axes are the window, as in PyTorch, or the first, as in Flax."""
-  return 1 < math.prod(shape[2:]) < math.prod(shape[:-2])
+def decode(data: bytes | memoryview, shape: tuple[int, ...]) -> Int8[np.ndarray, '...']:
+  """The codes of a payload that begins with `MARKER`.
+
+  Raises:
+    ValueError: `data` is no payload of codes of this shape.
+  """
+  if len(shape) < 2:
+    raise ValueError(f'found codes of a kernel, expected those of shape {shape}')
+  head = bytes(data[:_MAX_BITS_BYTES])
+  bits, position = f'{int.from_bytes(head, "big"):0{8 * len(head)}b}', len(MARKER) + 2
+  arrangement = int(bits[position - 2 : position], 2)
+  score_models: list[ans.Frequencies | None] = []
+  for _ in range(3):
+    is_scored, position = bits[position : position + 1] == '1', position + 1
+    model = None
+    if is_scored:
+      model, position = ans.read_table(bits, position)
+    score_models.append(model)
+  more, position = ans.read_golomb(bits, position, 2)
+  if more >= _MAX_RANGES:
+    raise ValueError(f'found {more + 1} ranges of scores, expected at most {_MAX_RANGES}')
+  starts: list[int] = []
+  for i in range(more):
+    step, position = ans.read_golomb(bits, position, 2 if i else 8)
+    starts.append(starts[-1] + 1 + step if i else step)
+  models = []
+  for _ in range(more + 1):
+    model, position = ans.read_table(bits, position)
+    models.append(model)
+  end = -(-position // 8)
+  if '1' in bits[position : 8 * end]:
+    raise ValueError('found tables that are not padded with zeros')
+  least_bits = min(model.least_bits for model in models)
+  coder = ans.resume(bytes(data[end:]), math.prod(shape), least_bits)
+
+  codes = ans.room(shape)
+  kernel, window = _arranged(codes, arrangement)  # of the same memory
+  parts = []
+  for model, count in zip(score_models, (*kernel.shape[1:], _LEVELS), strict=True):
+    part = np.zeros(count, np.int8)
+    if model is not None:
+      model.decode(coder, part)
+    parts.append(part)
+  scores = _Scores(*parts)
+  range_of, has_window = _range_of(starts), score_models[2] is not None
+  for tap, rows in _blocks(kernel.shape):
+    levels, is_turned = _neighbourhood(kernel, window, tap, rows, has_window)
+    ranges = range_of[_index(scores, rows, levels)]
+    order, ends = _grouped(ranges, len(models))
+    in_order, block = np.empty((2, order.size), np.int8)
+    for model, start, stop in zip(models, [0, *ends[:-1]], ends, strict=True):
+      model.decode(coder, in_order[start:stop])
+    block[order] = in_order
+    kernel[tap, rows] = _turned(block.reshape(ranges.shape), is_turned)
+  ans.check_end(coder, codes, bytes(data[:end]))
+  return codes
 
 
-def _arranged(codes: Int8[np.ndarray, '...'], window_last: bool) -> tuple[Kernel, tuple[int, ...]]:
+def _choices(shape: tuple[int, ...]) -> list[int]:
+  """The arrangements that are worth trying: a projection onto heads has three axes as well."""
+  first, last = math.prod(shape[:-2]), math.prod(shape[2:])
+  window = 1 if 1 < last < first else 0
+  choices = {2: [2], 3: [window, 2, 3]}.get(len(shape), [window])
+  return [choice for choice in choices if choice > 1 or _is_window(_window(shape, choice))] or [2]
+
+
+def _window(shape: tuple[int, ...], arrangement: int) -> tuple[int, ...]:
+  return {0: shape[:-2], 1: shape[2:]}.get(arrangement, ())
+
+
+def _arranged(codes: Int8[np.ndarray, '...'], arrangement: int) -> tuple[Kernel, tuple[int, ...]]:
   """A view as taps, inputs and outputs, and the shape of the window."""
-  first, last = codes.shape[:-2], codes.shape[2:]
-  if window_last and _is_window(last):
-    return np.moveaxis(codes.reshape(*codes.shape[:2], -1), -1, 0), last
-  if not window_last and _is_window(first):
-    return codes.reshape(-1, *codes.shape[-2:]), first
-  return codes.reshape(1, -1, codes.shape[-1]), ()
+  window = _window(codes.shape, arrangement)
+  if not _is_window(window):
+    raise ValueError(f'found codes with a window, expected those of shape {codes.shape}')
+  if arrangement == 0:
+    return codes.reshape(-1, *codes.shape[-2:]), window
+  if arrangement == 1:
+    return np.moveaxis(codes.reshape(*codes.shape[:2], -1), -1, 0), window
+  if arrangement == 2:
+    return codes.reshape(1, -1, codes.shape[-1]), window
+  return codes.reshape(1, codes.shape[0], -1), window
 
 
 def _is_window(axes: tuple[int, ...]) -> bool:
@@ -242,9 +235,9 @@ def _neighbours(window: tuple[int, ...], tap: int) -> list[tuple[int, int]]:
   for offset in itertools.product((-1, 0, 1), repeat=len(window)):
     distance = sum(map(abs, offset))
     other = [int(a) + b for a, b in zip(place, offset, strict=True)]
-    if offset < (0,) * len(window) and distance <= 2:
-      if all(0 <= a < n for a, n in zip(other, window, strict=True)):
-        found.append((int(np.ravel_multi_index(other, window)), 6 if distance == 1 else 1))
+    is_inside = all(0 <= a < n for a, n in zip(other, window, strict=True))
+    if offset < (0,) * len(window) and distance <= 2 and is_inside:
+      found.append((int(np.ravel_multi_index(other, window)), 6 if distance == 1 else 1))
   return found
 
 
@@ -262,17 +255,17 @@ def _neighbourhood(
   neighbours = _neighbours(window, tap) if has_window else []
   if not neighbours:
     return None, None
-  signed = magnitude = np.int16(0)
+  # 128 times the weight of the neighbours in three dimensions, 24, is far below 2**15
+  signed, magnitude = np.zeros((2, *kernel[tap, rows].shape), np.int16)
   for other, count in neighbours:
     codes = kernel[other, rows].astype(np.int16)
     codes *= np.int16(count)
-    signed = signed + codes
-    magnitude = magnitude + np.abs(codes)
+    signed += codes
+    magnitude += np.abs(codes)
   level = _bucket_of(sum(count for _, count in neighbours))[magnitude]
   level *= _KINDS
   level += 1
-  agreement = np.abs(signed).astype(np.int32) * 2
-  level += agreement >= magnitude.astype(np.int32)
+  level += 2 * np.abs(signed) >= magnitude
   return level, signed < 0
 
 
@@ -308,9 +301,11 @@ def _turned(
   return codes if is_turned is None else np.where(is_turned, -codes, codes)
 
 
-def _best_scores(kernel: Kernel, window: tuple[int, ...]) -> tuple[float, _Scores, list[int]]:
-  """Bits, about; the scores that take fewest; and where the ranges begin."""
-  best: tuple[float, _Scores, list[int]] | None = None
+def _best(
+  kernel: Kernel, window: tuple[int, ...]
+) -> tuple[float, _Scores, list[int], list[ans.Frequencies]]:
+  """The fewest bits, about; the scores that take so few, where ranges begin, and their models."""
+  found = []
   is_small = kernel.size <= _FEW
   for has_window in (True, False) if kernel.shape[0] > 1 else (False,):
     blocks, used = _examined(kernel, window, has_window)
@@ -318,15 +313,15 @@ def _best_scores(kernel: Kernel, window: tuple[int, ...]) -> tuple[float, _Score
       if has_window and not is_small and has_inputs != has_outputs:
         continue
       scores = _fitted(blocks, used, kernel.shape, has_inputs, has_outputs, has_window)
-      bits, starts = _partition(*_histograms(blocks, used.size, scores))
+      at, counts = _histograms(blocks, used, scores)
+      bits, first = _partition(counts)
       for part in scores.parts():
         if part.any():
-          counts = ans.histogram(part)
-          bits += _ideal_bits(counts[None])[0] + len(ans.write_table(ans.fit(counts)))
-      if best is None or bits < best[0]:
-        best = bits, scores, starts
-  assert best is not None
-  return best
+          histogram = ans.histogram(part)
+          bits += _ideal_bits(histogram[None])[0] + len(ans.write_table(ans.fit(histogram)))
+      found.append((bits, scores, at[first[1:]].tolist(), np.add.reduceat(counts, first)))
+  bits, scores, starts, counts = min(found, key=lambda plan: plan[0])
+  return bits, scores, starts, [ans.fit(row) for row in counts]
 
 
 def _examined(
@@ -373,14 +368,14 @@ def _fitted(
     if has_inputs:
       found = np.full((2, inputs), _PRIOR)
       for b in blocks:
-        level = np.float32(1) if b.levels is None else of_level[b.levels]
+        level = of_level[np.zeros((1, 1), int) if b.levels is None else b.levels]
         found[0, b.rows] += size_of[b.symbols].sum(1)
         found[1, b.rows] += (mean * of_input[b.rows]) * (of_output * level).sum(-1)
       of_input *= (found[0] / found[1]).astype(np.float32)
     if has_outputs:
       found = np.full((2, outputs), _PRIOR)
       for b in blocks:
-        level = np.float32(1) if b.levels is None else of_level[b.levels]
+        level = of_level[np.zeros((1, 1), int) if b.levels is None else b.levels]
         found[0] += size_of[b.symbols].sum(0)
         found[1] += (mean * of_output) * (of_input[b.rows, None] * level).sum(0)
       of_output *= (found[0] / found[1]).astype(np.float32)
@@ -393,18 +388,20 @@ def _rounded(factor: Float[np.ndarray, ' k']) -> Int8[np.ndarray, ' k']:
 
 
 def _histograms(
-  blocks: list[_Block], symbols: int, scores: _Scores
-) -> tuple[Int64[np.ndarray, ' k'], Int64[np.ndarray, 'k symbols']]:
-  """Scores from the least to the largest, and how often each symbol occurs with them."""
+  blocks: list[_Block], used: Int8[np.ndarray, ' symbols'], scores: _Scores
+) -> tuple[Int64[np.ndarray, ' k'], Int64[np.ndarray, 'k 256']]:
+  """The scores that occur, in order, and how often each symbol has each of them."""
   least = sum(int(part.min()) for part in scores.parts()) + int(_BASE[0])
   largest = sum(int(part.max()) for part in scores.parts()) + int(_BASE.max())
-  counts = np.zeros((largest - least + 1, symbols), np.int64)
+  counts = np.zeros((largest - least + 1, used.size), np.int64)
   for b in blocks:
-    joint = (_index(scores, b.rows, b.levels).astype(np.int64) - least) * symbols
+    joint = (_index(scores, b.rows, b.levels).astype(np.int64) - least) * used.size
     joint += b.symbols
-    counts += np.bincount(joint.ravel(), minlength=counts.size).reshape(counts.shape)
+    counts += np.bincount(joint.reshape(-1), minlength=counts.size).reshape(counts.shape)
   at = np.flatnonzero(counts.any(1))
-  return at + least, counts[at]
+  histograms = np.zeros((at.size, 256), np.int64)
+  histograms[:, used.view(np.uint8)] = counts[at]
+  return at + least, histograms
 
 
 def _ideal_bits(counts: Float[np.ndarray, 'k symbols']) -> Float[np.ndarray, ' k']:
@@ -412,27 +409,28 @@ def _ideal_bits(counts: Float[np.ndarray, 'k symbols']) -> Float[np.ndarray, ' k
   return (counts * np.log2(np.maximum(total, 1) / np.maximum(counts, 1))).sum(-1)
 
 
-def _partition(
-  at: Int64[np.ndarray, ' k'], counts: Int64[np.ndarray, 'k symbols']
-) -> tuple[float, list[int]]:
-  """Cuts the scores into the ranges that take the fewest bits, tables included."""
-  sums = np.concatenate([np.zeros((1, counts.shape[1])), np.cumsum(counts, 0)])
-  n = at.size
-  # a higher price of tables makes fewer ranges
-  for price in (1.0, 2.0, 4.0, 16.0, 1e9):
+def _partition(counts: Int64[np.ndarray, 'k 256']) -> tuple[float, list[int]]:
+  """Cuts scores into ranges that take the fewest bits, tables included: bits, and where they begin.
+
+  The shortest path over all cuts, in k**2 steps.
+  """
+  occurring = counts[:, counts.any(0)]
+  sums = np.concatenate([np.zeros((1, occurring.shape[1])), np.cumsum(occurring, 0)])
+  n = len(counts)
+  for price in (1, 2, 4, 8, 16, 32, math.inf):  # of a table: a higher one makes fewer ranges
     best, cut = np.zeros(n + 1), np.zeros(n + 1, int)
     for stop in range(1, n + 1):
-      parts = sums[stop] - sums[:stop]
-      cost = best[:stop] + _ideal_bits(parts) + price * _table_bits(parts)
-      cut[stop] = np.argmin(cost)
-      best[stop] = cost[cut[stop]]
-    starts, stop = [], n
+      start = np.arange(stop) if price < math.inf else np.zeros(1, int)
+      parts = sums[stop] - sums[start]
+      bits = best[start] + _ideal_bits(parts) + min(price, 64) * _table_bits(parts)
+      cut[stop], best[stop] = start[np.argmin(bits)], bits.min()
+    first, stop = [], n
     while stop:
       stop = int(cut[stop])
-      starts.append(int(at[stop]))
-    if len(starts) <= _MAX_RANGES:
+      first.append(stop)
+    if len(first) <= _MAX_RANGES:
       break
-  return float(best[n]), starts[::-1][1:]
+  return float(best[n]), first[::-1]
 
 
 def _table_bits(counts: Float[np.ndarray, 'k symbols']) -> Float[np.ndarray, ' k']:

@@ -236,7 +236,8 @@ def _verified(
   ]
   if stored not in again:
     problems.append(
-      f'{name}: found a payload of {stored} bytes, expected {again[0]}, or {again[1]} without contexts'
+      f'{name}: found a payload of {stored} bytes, expected {again[0]}, or {again[1]} without '
+      'contexts'
     )
   return VerifiedLeaf(
     path=name,

@@ -23,7 +23,8 @@ def assert_round_trip(codes):
   decoded = decode_codes(payload, codes.shape)
   assert decoded.dtype == np.int8 and decoded.shape == codes.shape
   np.testing.assert_array_equal(decoded, codes)
-  assert len(payload) <= len(plain := encode_codes(codes, contexts=False))
+  plain = encode_codes(codes, contexts=False)
+  assert len(payload) <= len(plain)
   np.testing.assert_array_equal(decode_codes(plain, codes.shape), codes)
   return payload
 
