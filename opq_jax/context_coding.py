@@ -27,12 +27,12 @@ A payload is
              for inputs, outputs and levels: whether they are scored, and the table of their scores;
              one less than the number of ranges, the score that each but the first begins with, and
              their tables
-    words    the scores, then the codes, a block of at most 2**18 weights of a tap at a time (or all
-             of one input), range by range
+    words    the scores, then the codes, of as many inputs of a tap at a time as have at most 2**18
+             weights, range by range
 
 The arrangement says which axes are taps, inputs and outputs: 0 all but the last two are taps, as in
 Flax; 1 all but the first two, as in PyTorch; 2 all but the last are inputs; 3 all but the first are
-outputs.
+outputs.  A window has at most three axes and 1024 taps, and there are at most 2**18 outputs.
 
 Contexts of neighbours are an old tool of image coders, and the coder of NNCodec (ISO/IEC 15938-17)
 has some that adapt.  That the signs of neighbouring taps predict each other, which is most of the
@@ -95,13 +95,12 @@ class _Block:
 
 
 def encode(codes: Int8[np.ndarray, '...']) -> bytes | None:
-  """The payload of codes from -127 to 127; None where they have no two axes."""
-  if codes.ndim < 2 or codes.size < 2 or codes.min() < -127:
+  """The payload of codes from -127 to 127; None where no arrangement is for their shape."""
+  choices = _choices(codes.shape)
+  if not choices or codes.min() < -127:
     return None
-  arrangement, (_, scores, starts, models) = min(
-    ((choice, _best(*_arranged(codes, choice))) for choice in _choices(codes.shape)),
-    key=lambda plan: plan[1][0],
-  )
+  plans = [(choice, _best(*_arranged(codes, choice))) for choice in choices]
+  arrangement, (_, scores, starts, models) = min(plans, key=lambda plan: plan[1][0])
   kernel, window = _arranged(codes, arrangement)
   bits = f'{MARKER}{arrangement:02b}'
   score_models = []
@@ -136,11 +135,11 @@ def decode(data: bytes | memoryview, shape: tuple[int, ...]) -> Int8[np.ndarray,
   Raises:
     ValueError: `data` is no payload of codes of this shape.
   """
-  if len(shape) < 2:
-    raise ValueError(f'found codes of a kernel, expected those of shape {shape}')
   head = bytes(data[:_MAX_BITS_BYTES])
   bits, position = f'{int.from_bytes(head, "big"):0{8 * len(head)}b}', len(MARKER) + 2
   arrangement = int(bits[position - 2 : position], 2)
+  if not _is_possible(shape, arrangement):
+    raise ValueError(f'found codes in arrangement {arrangement}, expected those of shape {shape}')
   score_models: list[ans.Frequencies | None] = []
   for _ in range(3):
     is_scored, position = bits[position : position + 1] == '1', position + 1
@@ -192,8 +191,16 @@ def _choices(shape: tuple[int, ...]) -> list[int]:
   """The arrangements that are worth trying: a projection onto heads has three axes as well."""
   first, last = math.prod(shape[:-2]), math.prod(shape[2:])
   window = 1 if 1 < last < first else 0
-  choices = {2: [2], 3: [window, 2, 3]}.get(len(shape), [window])
-  return [choice for choice in choices if choice > 1 or _is_window(_window(shape, choice))] or [2]
+  choices = {0: [], 1: [], 2: [2], 3: [window, 2, 3]}.get(len(shape), [window])
+  return [choice for choice in choices if _is_possible(shape, choice)]
+
+
+def _is_possible(shape: tuple[int, ...], arrangement: int) -> bool:
+  if len(shape) < 2:
+    return False
+  window = _window(shape, arrangement)
+  outputs = (shape[-1], shape[1], shape[-1], math.prod(shape[1:]))[arrangement]
+  return len(window) <= 3 and math.prod(window) <= _MAX_TAPS and outputs <= _BLOCK
 
 
 def _window(shape: tuple[int, ...], arrangement: int) -> tuple[int, ...]:
@@ -203,8 +210,6 @@ def _window(shape: tuple[int, ...], arrangement: int) -> tuple[int, ...]:
 def _arranged(codes: Int8[np.ndarray, '...'], arrangement: int) -> tuple[Kernel, tuple[int, ...]]:
   """A view as taps, inputs and outputs, and the shape of the window."""
   window = _window(codes.shape, arrangement)
-  if not _is_window(window):
-    raise ValueError(f'found codes with a window, expected those of shape {codes.shape}')
   if arrangement == 0:
     return codes.reshape(-1, *codes.shape[-2:]), window
   if arrangement == 1:
@@ -214,14 +219,10 @@ def _arranged(codes: Int8[np.ndarray, '...'], arrangement: int) -> tuple[Kernel,
   return codes.reshape(1, codes.shape[0], -1), window
 
 
-def _is_window(axes: tuple[int, ...]) -> bool:
-  return len(axes) <= 3 and math.prod(axes) <= _MAX_TAPS
-
-
 def _blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, slice]]:
   """Taps in order, and of each as many inputs at a time as make a block."""
   taps, inputs, outputs = shape
-  count = max(1, _BLOCK // max(outputs, 1))
+  count = _BLOCK // outputs
   for tap in range(taps):
     for start in range(0, inputs, count):
       yield tap, slice(start, min(start + count, inputs))
