@@ -522,7 +522,7 @@ def _describe(
     kept = channels.share * laplace.retained_energy(at, width, channels.scale)
     error = 1 - channels.sum(kept) / (2 * share)
     entropy = channels.sum(channels.share * laplace.entropy(at, width, channels.scale)) / share
-    payload = jnp.where(is_alive, entropy, 0)
+    payload = entropy
     sparsity = 1 - channels.sum(left) / share
     fit = jnp.full_like(error, jnp.nan)
   # deeper inside its cell than rounding to a narrow dtype moves a value, so that it stays there
@@ -537,7 +537,7 @@ def _describe(
     'levels': levels,
     'error': jnp.where(is_alive, error, 0),
     'entropy': jnp.where(is_alive, entropy, 0),
-    'payload': payload,
+    'payload': jnp.where(is_alive, payload, 0),
     'laplace_fit': jnp.where(is_alive, fit, 1),
   }
   per_leaf = {name: value.astype(jnp.float32) for name, value in per_leaf.items()}

@@ -43,7 +43,7 @@ def measured(params, allocation):
       continue
     code = np.asarray(codes[name])
     n += code.size
-    bits += 8 * len(encode_codes(code))
+    bits += 8 * len(encode_codes(code, contexts=False))
     zeros += np.sum(code == 0)
     survivors = (code != 0).reshape(-1, code.shape[-1]).sum(0)
     width += np.sum(survivors * np.asarray(leaf.bits, float))
@@ -240,18 +240,21 @@ def test_constant_leaves(targets):
 
 
 @pytest.mark.parametrize('corrected', [False, True])
-def test_a_leaf_of_zeros_counts_as_pruned_and_takes_no_bits(corrected):
-  params = {**tree(), 'zeros': np.zeros((100, 100), np.float32)}
+@pytest.mark.parametrize('size', [100, 2])
+def test_a_leaf_of_zeros_counts_as_pruned_and_takes_no_bits(size, corrected):
+  # a small one beside small ones: its table must count neither in the target nor in what is found
+  others = {'a': tree()['b'][..., :2, :24]} if size == 2 else tree()
+  params = {**others, 'zeros': np.zeros((size, size), np.float32)}
 
   def mean(allocation, field):
     leaves = [leaf for leaf in allocation.tree.values() if leaf is not None]
     weights = [math.prod(leaf.shape) for leaf in leaves]
     return np.average([getattr(leaf, field) for leaf in leaves], weights=weights)
 
-  at_rate = allocate(params, compression_rate=20.0, corrected=corrected)
-  assert mean(at_rate, 'payload') == pytest.approx(32 / 20, rel=6e-3)
+  at_rate = allocate(params, compression_rate=16.0, corrected=corrected)
+  assert mean(at_rate, 'payload') == pytest.approx(32 / 16, rel=6e-3)
   at_sparsity = allocate(params, sparsity=0.7, bits=3.0, corrected=corrected)
-  assert mean(at_sparsity, 'sparsity') == pytest.approx(0.7, abs=2e-3)
+  assert mean(at_sparsity, 'sparsity') == pytest.approx(0.7, abs=2e-3 if size == 100 else 5e-3)
 
 
 @pytest.mark.filterwarnings('ignore:the Laplace density')

@@ -9,7 +9,8 @@ seconds, is counted and not survived.  The kinds:
     opq, bytes     every byte of it with every other value
     opq, resealed  mutations under checksums made right again, so that they reach the parsers and
                    the coder; in the index, of its text
-    codes          mutations of payloads, random tables and random words for the ANS decoder
+    codes          mutations of payloads, random tables and random words for the ANS decoder; with
+                   and without contexts
     others         mutations of the same tree in a format that `opq_jax.read_weights` reads
 
 An outcome is one of
@@ -51,7 +52,7 @@ from opq_jax.compression import CompressionState, LeafState, affine_codebook
 LIMIT = 10.0  # seconds of one read
 _START = 300.0  # seconds of a process up to its first
 KINDS = (
-  *('opq', 'opq, bytes', 'opq, resealed', 'codes'),
+  *('opq', 'opq, bytes', 'opq, resealed', 'codes', 'codes, contexts'),
   *('safetensors', 'npz', 'msgpack', 'h5', 'keras'),
 )
 OUTCOMES = 'refused', 'original', 'other', 'wrong'
@@ -210,7 +211,11 @@ def _noise_or_mutation(data: bytes, rng: random.Random) -> bytes:
   return table + rng.randbytes(rng.choice((4, 40, 400)))
 
 
-_MUTATE = {'opq, resealed': resealed, 'codes': _noise_or_mutation}
+_MUTATE = {
+  'opq, resealed': resealed,
+  'codes': _noise_or_mutation,
+  'codes, contexts': _noise_or_mutation,
+}
 
 
 def tree() -> dict[str, np.ndarray]:
@@ -247,10 +252,13 @@ def _kind(
   kind: str, folder: pathlib.Path
 ) -> tuple[bytes, Callable[[bytes], Any], Callable[[bytes, Any], str]]:
   """The original bytes of a kind, how they are read, and what an accepted other tree is."""
-  if kind == 'codes':
-    codes = np.rint(2 * np.random.default_rng(0).laplace(size=500)).astype(np.int8)
-    read = lambda data: entropy_coding.decode_codes(data, codes.size)
-    return entropy_coding.encode_codes(codes), read, lambda *_: 'wrong'
+  if kind.startswith('codes'):
+    weights = np.random.default_rng(0).laplace(size=(3, 3, 8, 16))
+    if 'contexts' in kind:  # worth having where neighbours are alike
+      weights = np.cumsum(np.cumsum(weights, 0), 1) / 4
+    codes = np.rint(2 * weights).astype(np.int8)
+    read = lambda data: entropy_coding.decode_codes(data, codes.shape)
+    return entropy_coding.encode_codes(codes, contexts='contexts' in kind), read, lambda *_: 'wrong'
   if kind.startswith('opq'):
     check = _saved_again if kind == 'opq, resealed' else lambda *_: 'wrong'
     return opq_file(), opq_jax.load, check

@@ -1,10 +1,10 @@
-"""Entropy-coded bytes against the entropy, and the coder's speed on one core.
+"""Bytes of the codes against their entropy, with and without contexts, and the coder's speed.
 
     python -m experiments.benchmarks.payload WEIGHTS.safetensors ...
 
-For every file: the payload of all leaves, frequency tables included, over the sum of the leaves'
-zeroth-order entropies, at 4, 2.5 and 1.5 bits per weight; millions of weights a second of the
-core's own time, which other work on the machine hardly touches.
+For every file: the payload of all leaves, tables included, over the sum of the leaves' zeroth-order
+entropies, at 4, 2.5 and 1.5 bits per weight; millions of weights a second of the process's own time
+on one core, which other work on the machine hardly touches.
 """
 
 import os
@@ -12,12 +12,15 @@ import pathlib
 import sys
 import time
 import warnings
+from typing import Any
 
 import numpy as np
 
 import opq_jax
 from experiments.benchmarks import harness
 from opq_jax import entropy_coding, weight_files
+
+_REPEATS = 3
 
 
 def main(paths: list[str]) -> None:
@@ -32,32 +35,34 @@ def main(paths: list[str]) -> None:
         )
       state = opq_jax.init_state(params, allocation)
       codes = opq_jax.encode(params, state)
-      leaves = [np.asarray(codes[k]).ravel() for k, s in state.tree.items() if s is not None]
+      leaves = [np.asarray(codes[k]) for k, s in state.tree.items() if s is not None]
       entropy = sum(entropy_coding.entropy(leaf) * leaf.size for leaf in leaves) / 8
       weights = sum(leaf.size for leaf in leaves)
-      encode_seconds, decode_seconds = [], []
-      for _ in range(5):
-        start = time.process_time()
-        payloads = [entropy_coding.encode_codes(leaf) for leaf in leaves]
-        encode_seconds.append(time.process_time() - start)
-        start = time.process_time()
-        decoded = [
-          entropy_coding.decode_codes(p, leaf.size)
-          for p, leaf in zip(payloads, leaves, strict=True)
-        ]
-        decode_seconds.append(time.process_time() - start)
-      for leaf, found in zip(leaves, decoded, strict=True):
-        np.testing.assert_array_equal(leaf, found)
-      rows.append(
-        {
-          'network': pathlib.Path(path).stem,
-          'weights, M': round(weights / 1e6, 2),
-          'bits per weight': round(8 * entropy / weights, 3),
-          'payload / entropy': round(sum(map(len, payloads)) / entropy, 5),
-          'encode, M weights/s': round(weights / 1e6 / np.median(encode_seconds), 1),
-          'decode, M weights/s': round(weights / 1e6 / np.median(decode_seconds), 1),
+      row: dict[str, Any] = {
+        'network': pathlib.Path(path).stem,
+        'weights, M': round(weights / 1e6, 2),
+        'bits per weight': round(8 * entropy / weights, 3),
+      }
+      for kind, contexts in (('plain', False), ('contexts', True)):
+        encode_seconds, decode_seconds = [], []
+        for _ in range(_REPEATS):
+          start = time.process_time()
+          payloads = [entropy_coding.encode_codes(leaf, contexts=contexts) for leaf in leaves]
+          encode_seconds.append(time.process_time() - start)
+          start = time.process_time()
+          decoded = [
+            entropy_coding.decode_codes(payload, leaf.shape)
+            for payload, leaf in zip(payloads, leaves, strict=True)
+          ]
+          decode_seconds.append(time.process_time() - start)
+        for leaf, found in zip(leaves, decoded, strict=True):
+          np.testing.assert_array_equal(leaf, found)
+        row |= {
+          f'{kind} / entropy': round(sum(map(len, payloads)) / entropy, 4),
+          f'{kind}: encode, M/s': round(weights / 1e6 / np.median(encode_seconds), 1),
+          f'{kind}: decode, M/s': round(weights / 1e6 / np.median(decode_seconds), 1),
         }
-      )
+      rows.append(row)
   names = ' '.join(pathlib.Path(p).name for p in paths)
   harness.report(
     'payload', 'entropy coding, one core', f'python -m experiments.benchmarks.payload {names}', rows

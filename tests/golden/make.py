@@ -1,10 +1,11 @@
 """Makes the golden files of the present version of the format: `python tests/golden/make.py`.
 
-    version_N.opq           a network of every kind of leaf and container, small
-    version_N.safetensors   what `opq_jax.load` must make of it, for ever: the leaves by name, and
-                            <name>:mask, :codebook, :threshold, :step, :levels, :codes
+    NAME.opq           a network of every kind of leaf and container, small
+    NAME.safetensors   what `opq_jax.load` must make of it, for ever: the leaves by name, and
+                       <name>:mask, :codebook, :threshold, :step, :levels, :codes
 
-Run once for each version of the format, when it is made; the files are never made again.
+NAME is `version_N`, and `version_N_contexts` where codes are those of `context_coding`.  Run once
+for each version of the format, when it is made; files that are there are never made again.
 """
 
 import pathlib
@@ -21,13 +22,16 @@ FOLDER = pathlib.Path(__file__).parent
 METADATA = {'weights': 'golden', 'é': '[{"'}
 
 
-def network() -> dict[str, object]:
+def network(smooth: bool) -> dict[str, object]:
   """Laplace kernels in three dtypes, a leaf of zeros, one without elements, and all containers."""
   draw = np.random.default_rng(0).laplace
+  kernel = draw(size=(3, 3, 8, 16))
+  if smooth:
+    kernel = np.cumsum(np.cumsum(kernel, 0), 1)
   return {
     'params': {
       'conv': {
-        'kernel': draw(size=(3, 3, 8, 16)).astype(np.float32),
+        'kernel': kernel.astype(np.float32),
         'bias': draw(size=16).astype(np.float32),
       },
       'dense': flax.core.freeze({'kernel': draw(size=(16, 24)).astype(ml_dtypes.bfloat16)}),
@@ -56,12 +60,15 @@ def arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-  params = network()
-  state = opq_jax.init_state(params, opq_jax.allocate(params, compression_rate=10.0))
-  stem = FOLDER / f'version_{artifact_index.VERSION}'
-  opq_jax.save(stem.with_suffix('.opq'), params, state, METADATA)
-  data = safetensors.numpy.save(arrays(stem.with_suffix('.opq')))
-  stem.with_suffix('.safetensors').write_bytes(data)
+  for contexts, name in ((False, 'version_{}'), (True, 'version_{}_contexts')):
+    stem = FOLDER / name.format(artifact_index.VERSION)
+    if stem.with_suffix('.opq').exists():
+      continue
+    params = network(smooth=contexts)
+    state = opq_jax.init_state(params, opq_jax.allocate(params, compression_rate=9.0))
+    opq_jax.save(stem.with_suffix('.opq'), params, state, METADATA, contexts=contexts)
+    data = safetensors.numpy.save(arrays(stem.with_suffix('.opq')))
+    stem.with_suffix('.safetensors').write_bytes(data)
 
 
 if __name__ == '__main__':

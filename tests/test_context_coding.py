@@ -1,0 +1,205 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from opq_jax import ans, context_coding
+from opq_jax.entropy_coding import decode_codes, encode_codes, entropy
+
+RNG = np.random.default_rng
+CODE = st.integers(-127, 127)
+# in every arrangement, and with one, two and three axes of a window
+SHAPES = [(3, 3, 24, 32), (32, 24, 3, 3), (7, 16, 40), (40, 16, 7), (60, 5, 12), (2, 3, 2, 24, 16)]
+SHAPES += [(96, 64), (3, 3, 1, 300), (1, 1, 50, 40)]
+
+
+def smooth_codes(shape, seed=0):
+  """Laplace weights whose windows are smooth and whose inputs and outputs differ in scale."""
+  rng = RNG(seed)
+  weights = rng.laplace(size=shape)
+  small = [axis for axis, n in enumerate(shape) if 1 < n <= 7]
+  for axis in small:
+    weights = np.cumsum(weights, axis)
+  for axis, n in enumerate(shape):
+    if n > 7:
+      factors = np.exp(0.5 * rng.normal(size=n))
+      weights *= np.expand_dims(factors, [a for a in range(len(shape)) if a != axis])
+  step = np.abs(weights).mean()
+  return np.clip(np.trunc(weights / step), -127, 127).astype(np.int8)
+
+
+def spec_decode(payload, shape):
+  """The decoder that the module's docstring describes, weight after weight."""
+  bits = ''.join(f'{byte:08b}' for byte in payload)
+  assert bits.startswith('0000100100')
+  arrangement, position = int(bits[10:12], 2), 12
+  score_tables = []
+  for _ in range(3):
+    position += 1
+    table = None
+    if bits[position - 1] == '1':
+      table, position = ans.read_table(bits, position)
+    score_tables.append(table)
+  more, position = ans.read_golomb(bits, position, 2)
+  begins = [-(10**9)]
+  for i in range(more):
+    step, position = ans.read_golomb(bits, position, 2 if i else 8)
+    begins.append(begins[-1] + 1 + step if i else step)
+  tables = []
+  for _ in begins:
+    table, position = ans.read_table(bits, position)
+    tables.append(table)
+  coder = ans.resume(payload[-(-position // 8) :], 1, 1.0)
+
+  codes = np.zeros(shape, np.int8)
+  axes, window = list(range(len(shape))), {0: shape[:-2], 1: shape[2:]}.get(arrangement, ())
+  if arrangement == 1:
+    axes = axes[2:] + axes[:2]
+  view = codes.transpose(axes)
+  if arrangement == 2:
+    view = codes.reshape(-1, shape[-1])
+  if arrangement == 3:
+    view = codes.reshape(shape[0], -1)
+  inputs, outputs = view.shape[-2:]
+  scores = []
+  for table, count in zip(score_tables, (inputs, outputs, 21), strict=True):
+    part = np.zeros(count, np.int8)
+    if table is not None:
+      table.decode(coder, part)
+    scores.append(part.astype(int))
+  edges = 1, 3, 6, 10, 16, 28, 48, 90, 160
+  before = [d for d in itertools.product((-1, 0, 1), repeat=len(window)) if d < (0,) * len(window)]
+  at_once = 2**18 // outputs
+  for tap in itertools.product(*map(range, window)):
+    for start in range(0, inputs, at_once):
+      places = itertools.product(range(start, min(start + at_once, inputs)), range(outputs))
+      waiting = [[] for _ in tables]
+      for i, o in places:
+        weight = signed = magnitude = 0
+        for d in before if score_tables[2] is not None else ():
+          other = tuple(a + b for a, b in zip(tap, d, strict=True))
+          w = {1: 6, 2: 1}.get(sum(map(abs, d)), 0)
+          if w and all(0 <= a < n for a, n in zip(other, window, strict=True)):
+            c = int(view[(*other, i, o)])
+            weight, signed, magnitude = weight + w, signed + w * c, magnitude + w * abs(c)
+        level = 0
+        if weight:
+          mean = 12 * magnitude // weight
+          level = 1 + 2 * sum(edge <= mean for edge in edges) + (2 * abs(signed) >= magnitude)
+        agrees = level > 0 and level % 2 == 0
+        score = scores[0][i] + scores[1][o] + scores[2][level] + 384 + 768 * agrees
+        which = max(k for k, begin in enumerate(begins) if begin <= score)
+        waiting[which].append(((*tap, i, o), -1 if signed < 0 else 1))
+      for table, those in zip(tables, waiting, strict=True):
+        found = np.zeros(len(those), np.int8)
+        table.decode(coder, found)
+        for (place, sign), code in zip(those, found, strict=True):
+          view[place] = sign * code
+  return codes
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_the_decoder_is_the_one_that_is_described(shape):
+  codes = smooth_codes(shape)
+  payload = context_coding.encode(codes)
+  np.testing.assert_array_equal(spec_decode(payload, shape), codes)
+  np.testing.assert_array_equal(context_coding.decode(payload, shape), codes)
+
+
+@given(
+  hnp.arrays(
+    np.int8, hnp.array_shapes(min_dims=2, max_dims=6, max_side=7), elements=st.integers(-127, 127)
+  )
+)
+@settings(deadline=None)
+def test_any_codes_come_back(codes):
+  payload = context_coding.encode(codes)
+  if payload is None:
+    assert codes.ndim == 6  # four axes of a window
+  else:
+    np.testing.assert_array_equal(context_coding.decode(payload, codes.shape), codes)
+
+
+def test_scales_of_channels_are_worth_what_they_tell():
+  # what a coder pays that knows the scale of every input and output beforehand
+  rng = RNG(1)
+  inputs, outputs = np.exp2(rng.integers(-2, 3, 400)), np.exp2(rng.integers(-2, 3, 500))
+  scales = inputs[:, None] * outputs
+  codes = np.clip(np.trunc(rng.laplace(size=scales.shape) * scales), -127, 127).astype(np.int8)
+  ideal = sum(entropy(c) * c.size for c in (codes[scales == s] for s in np.unique(scales))) / 8
+  assert ideal < 0.9 * entropy(codes) * codes.size / 8
+  assert ideal < len(encode_codes(codes)) < 1.02 * ideal
+
+
+def test_smooth_windows_take_less_in_either_layout():
+  codes = smooth_codes((5, 5, 48, 64))
+  first = len(encode_codes(codes))
+  last = len(encode_codes(np.ascontiguousarray(codes.transpose(3, 2, 0, 1))))
+  assert first < 0.8 * len(encode_codes(codes, contexts=False))
+  assert last == pytest.approx(first, rel=0.005)
+
+
+def test_turned_signs_take_less():
+  # sizes alone, with signs at random: then only those of the neighbours are lost
+  codes = smooth_codes((3, 3, 64, 64))
+  signs = RNG(2).choice(np.array([-1, 1], np.int8), codes.shape)
+  assert len(encode_codes(codes)) < 0.92 * len(encode_codes(np.abs(codes) * signs))
+
+
+def test_codes_that_are_all_alike_take_their_entropy():
+  codes = np.trunc(RNG(3).laplace(size=(3, 3, 64, 128))).astype(np.int8)
+  assert len(encode_codes(codes)) <= 1.002 * entropy(codes) * codes.size / 8
+
+
+@pytest.mark.parametrize('mask', [0x01, 0x80, 0xFF])
+def test_every_flipped_byte_is_found(mask):
+  codes = smooth_codes((3, 3, 12, 16))
+  payload = context_coding.encode(codes)
+  assert decode_codes(payload, codes.shape) is not None
+  for i in range(len(payload)):
+    damaged = bytearray(payload)
+    damaged[i] ^= mask
+    with pytest.raises(ValueError):
+      decode_codes(bytes(damaged), codes.shape)
+  for length in range(len(payload)):
+    with pytest.raises(ValueError):
+      decode_codes(payload[:length], codes.shape)
+
+
+def test_other_shapes_are_found():
+  payload = context_coding.encode(smooth_codes((3, 3, 24, 32)))
+  for shape in [(9, 24, 32), (24, 32, 3, 3), (216, 32), (6912,), (3, 3, 24, 33)]:
+    with pytest.raises(ValueError):
+      decode_codes(payload, shape)
+  # a window of two axes that would cost a million steps, and one of more axes than are looked at
+  for shape in [(1000, 1000, 1, 1), (2,) * 20, (1, 1 << 30), (1 << 20, 1 << 20, 1 << 20)]:
+    with pytest.raises(ValueError, match='found codes'):
+      decode_codes(payload, shape)
+
+
+@given(st.binary(max_size=200), st.lists(st.integers(1, 30), min_size=2, max_size=5))
+@settings(deadline=None, max_examples=300)
+def test_noise_is_refused(data, shape):
+  number = int(context_coding.MARKER, 2) << 6
+  with pytest.raises(ValueError):
+    decode_codes(number.to_bytes(2, 'big') + data, tuple(shape))
+
+
+@pytest.mark.parametrize('shape', [(40, 40, 2, 3), (2, 2, 2, 2, 5, 6), (1, 1 << 19)])
+def test_shapes_without_a_window_come_back(shape):
+  codes = smooth_codes(shape)
+  np.testing.assert_array_equal(decode_codes(encode_codes(codes), shape), codes)
+  assert math.prod(shape) == codes.size
+
+
+def test_the_format_does_not_move():
+  # one payload as it was written once: every later version must read it
+  codes = np.array(
+    [[[0, 1], [2, 0], [-1, 0]], [[0, 2], [3, 0], [-1, 1]], [[0, 1], [2, 0], [0, 0]]], np.int8
+  )
+  payload = bytes.fromhex('09110fd232207e47a0f21df008b207')
+  np.testing.assert_array_equal(decode_codes(payload, codes.shape), codes)
