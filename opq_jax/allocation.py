@@ -151,9 +151,10 @@ def allocate(
       is allocate(jax.tree.map(opq_jax.leaf_statistics, params)).
     sparsity: share of all compressed weights to prune, in [0, 1).  Together with `bits`.
     bits: mean bits of a surviving weight at a fixed width, its sign included; 1 ... 7.98.
-    compression_rate: 32 bits over the entropy-coded bits of the codes per weight, frequency tables
-      included: how many times smaller the compressed leaves are in a file than as float32.
-      Without any target it is 10.
+    compression_rate: 32 bits over the bits of the codes per weight at their zeroth-order entropy,
+      frequency tables included: how many times smaller the compressed leaves are in a file than as
+      float32, before contexts (`opq_jax.context_coding`) make them smaller still.  Without any
+      target it is 10.
     objective: with S_i the energy of leaf i under the Laplace density,
       * 'retained_signal': F_i = -log(1 - D_i / S_i), the log of the squared correlation of a leaf
         with its original: correlations multiply along a chain of layers (our derivation);

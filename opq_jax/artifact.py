@@ -4,7 +4,7 @@ The file is a valid safetensors file of four tensors, few because each costs 70 
 
     grids         F32 [compressed leaves, 3]: threshold, first value and step of each
     index         U8, LZMA of JSON: the tree, below
-    codes         U8: a payload of `opq_jax.entropy_coding` for every compressed leaf
+    codes         U8: a payload of `opq_jax.entropy_coding` for every compressed leaf, of two kinds
     uncompressed  U8: the bytes of the other leaves, end to end, each at a multiple of its item
                   size; cut into blocks of 1 MiB, each block LZMA
 
