@@ -1,12 +1,12 @@
 """Arrays of integer codes <-> bytes: at the cost of their entropy, or of less.
 
-One payload codes one array, in the shorter of two ways.  Plain, as if all codes were alike and in no
-order, which takes their zeroth-order entropy:
+One payload codes one array, in the shorter of two ways.  Plain, as if all codes were alike and in
+no order, which takes their zeroth-order entropy:
 
     [table of frequencies][words of an ANS, little-endian uint32]
 
-with the table padded with zeros to whole bytes (`opq_jax.ans`); or as `opq_jax.context_coding` says,
-which begins with what no table begins with, knows the axes of the kernel and takes less.
+with the table padded with zeros to whole bytes (`opq_jax.ans`); or as `opq_jax.context_coding`
+says, which begins with what no table begins with, knows the axes of the kernel and takes less.
 
 The coder does not begin empty but with the checksum of the codes, which costs one byte more than
 beginning empty and which the decoder must find at the end.
