@@ -107,14 +107,15 @@ def run(
   is_new = whole_state is None
   if is_new:
     whole_state = compress(config, original, images)
-  compressed, chosen = opq_jax.apply_compression(variables, whole_state), whole_state
   if config.feedback:
+    # it chooses masks too, which are kept from the start
     compressed, chosen = opq_jax.encode_layer_by_layer(
       model.apply, variables, whole_state, np.concatenate(images)
     )
+    whole_state = chosen if is_new else whole_state
+  else:
+    compressed = opq_jax.apply_compression(variables, whole_state)
   if is_new:
-    # feedback chooses masks too
-    whole_state = chosen
     checkpoints.save_compression(whole_state)
   if images:
     corrected = opq_jax.correct_on_images(model.apply, variables, compressed, images)

@@ -51,8 +51,8 @@ class Frequencies:
     return constriction.stream.model.Categorical(frequencies / float(1 << self.precision), False)
 
   def encode(self, coder: Coder, symbols: Int8[np.ndarray, ' size']) -> None:
-    """Puts symbols onto the coder, the last one first."""
-    index_of = np.zeros(256, np.int32)
+    """Puts symbols, which must all occur, onto the coder, the last one first."""
+    index_of = np.full(256, self._occurring.size, np.int32)  # which constriction refuses
     index_of[self._occurring.view(np.uint8)] = np.arange(self._occurring.size)
     as_bytes = symbols.view(np.uint8)
     for start in reversed(range(0, symbols.size, _CHUNK)):
@@ -129,6 +129,30 @@ def read_table(bits: str, position: int) -> tuple[Frequencies, int]:
       f'{1 << precision}'
     )
   return Frequencies(symbols, frequencies, precision), position
+
+
+def to_bytes(bits: str) -> bytes:
+  """A string of 0 and 1, padded with zeros to whole bytes."""
+  bits += '0' * (-len(bits) % 8)
+  return int(bits, 2).to_bytes(len(bits) // 8, 'big')
+
+
+def to_bits(data: bytes | memoryview, most_bytes: int) -> str:
+  """The string of 0 and 1 with which `data` begins."""
+  head = bytes(data[:most_bytes])
+  return f'{int.from_bytes(head, "big"):0{8 * len(head)}b}'
+
+
+def end_of_bits(bits: str, position: int) -> int:
+  """The first byte after the bits before `position` and their padding.
+
+  Raises:
+    ValueError: the padding is not zeros.
+  """
+  end = -(-position // 8)
+  if '1' in bits[position : 8 * end]:
+    raise ValueError('found a table of frequencies that is not padded with zeros')
+  return end
 
 
 def golomb(value: int, k: int) -> str:

@@ -37,9 +37,10 @@ from jaxtyping import Int8, Shaped
 
 from opq_jax import artifact_index, compression, files, trees
 from opq_jax.allocation import MAX_LEVELS
+from opq_jax.ans import histogram
 from opq_jax.artifact_index import LeafEntry
 from opq_jax.compression import CompressionState, LeafState
-from opq_jax.entropy_coding import decode_codes, encode_codes, histogram
+from opq_jax.entropy_coding import decode_codes, encode_codes
 from opq_jax.trees import PyTree
 
 _CHUNK = 1 << 16  # weights at a time: NumPy widens the indices of a look-up to 8 bytes each

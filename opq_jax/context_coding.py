@@ -35,8 +35,8 @@ Flax; 1 all but the first two, as in PyTorch; 2 all but the last are inputs; 3 a
 outputs.  A window has at most three axes and 1024 taps, and there are at most 2**18 outputs.
 
 Contexts of neighbours are an old tool of image coders, and the coder of NNCodec (ISO/IEC 15938-17)
-has some that adapt.  That the signs of neighbouring taps predict each other, which is most of the
-gain, we found in the weights; scores that add up and are stored instead of adapting are ours.
+has some that adapt.  Turning signs by those of neighbouring taps, and scores that add up and are
+stored instead of adapting, are ours.
 """
 
 import dataclasses
@@ -44,6 +44,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int8, Int16, Int64, UInt8
@@ -53,7 +54,7 @@ from opq_jax import ans
 MARKER = '0000' + ans.golomb(0, 2) + ans.golomb(0, 2)
 
 _BLOCK = 1 << 18
-_MAX_TAPS = 1024  # of a window: each costs some microseconds, and no window has as many
+_MAX_TAPS = 1024  # of a window: each is a step of Python's, and no window has as many
 _MAX_RANGES = 16
 _MAX_BITS_BYTES = 1 << 15
 _UNIT = 3  # scores an octave
@@ -85,8 +86,7 @@ class _Scores:
     return [self.inputs, self.outputs, self.levels]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Block:
+class _Block(NamedTuple):
   """What the encoder knows of some inputs of a tap."""
 
   rows: slice
@@ -94,38 +94,63 @@ class _Block:
   symbols: UInt8[np.ndarray, 'rows outputs']  # the place of each among those that occur
 
 
+class _Plan(NamedTuple):
+  """One way to code a kernel.
+
+  Attributes:
+    bits: that it takes, about.
+    arrangement, has_window: of the kernel, and whether neighbours are looked at.
+    blocks, used: the codes, signs turned, as places among the symbols that occur.
+    scores: of inputs, outputs and levels.
+    starts, models: where each range but the first begins, and the frequencies of each.
+  """
+
+  bits: float
+  arrangement: int
+  has_window: bool
+  blocks: list[_Block]
+  used: Int8[np.ndarray, ' symbols']
+  scores: _Scores
+  starts: list[int]
+  models: list[ans.Frequencies]
+
+  def score_models(self) -> list[ans.Frequencies | None]:
+    """Of inputs, outputs and levels, None where they are not scored."""
+    *others, levels = self.scores.parts()
+    is_scored = [part.any() for part in others] + [self.has_window]
+    fitted = [ans.fit(ans.histogram(part)) for part in (*others, levels)]
+    return [model if said else None for model, said in zip(fitted, is_scored, strict=True)]
+
+
 def encode(codes: Int8[np.ndarray, '...']) -> bytes | None:
   """The payload of codes from -127 to 127; None where no arrangement is for their shape."""
   choices = _choices(codes.shape)
   if not choices or codes.min() < -127:
     return None
-  plans = [(choice, _best(*_arranged(codes, choice))) for choice in choices]
-  arrangement, (_, scores, starts, models) = min(plans, key=lambda plan: plan[1][0])
-  kernel, window = _arranged(codes, arrangement)
-  bits = f'{MARKER}{arrangement:02b}'
-  score_models = []
-  for part in scores.parts():
-    model = ans.fit(ans.histogram(part)) if part.any() else None
-    score_models.append(model)
+  plans = [plan for choice in choices for plan in _plans(codes, choice)]
+  plan = min(plans, key=lambda plan: plan.bits)
+  models = plan.score_models()
+  bits = f'{MARKER}{plan.arrangement:02b}'
+  for model in models:
     bits += '0' if model is None else '1' + ans.write_table(model)
-  bits += ans.golomb(len(starts), 2)
-  for i, start in enumerate(starts):
-    bits += ans.golomb(start - starts[i - 1] - 1, 2) if i else ans.golomb(start, 8)
-  bits += ''.join(map(ans.write_table, models))
-  bits += '0' * (-len(bits) % 8)
-  head = int(bits, 2).to_bytes(len(bits) // 8, 'big')
+  bits += ans.golomb(len(plan.starts), 2)
+  for i, start in enumerate(plan.starts):
+    bits += ans.golomb(start - plan.starts[i - 1] - 1, 2) if i else ans.golomb(start, 8)
+  bits += ''.join(map(ans.write_table, plan.models))
+  head = ans.to_bytes(bits)
 
   coder = ans.begin(codes, head)
-  range_of, has_window = _range_of(starts), bool(scores.levels.any())
-  for tap, rows in reversed(list(_blocks(kernel.shape))):
-    levels, is_turned = _neighbourhood(kernel, window, tap, rows, has_window)
-    order, ends = _grouped(range_of[_index(scores, rows, levels)], len(models))
-    block = _turned(kernel[tap, rows], is_turned).reshape(-1)[order]
-    for model, start, stop in reversed(list(zip(models, [0, *ends[:-1]], ends, strict=True))):
-      model.encode(coder, block[start:stop])
-  for model, part in reversed(list(zip(score_models, scores.parts(), strict=True))):
-    if model is not None:
-      model.encode(coder, part)
+  range_of = _range_of(plan.starts)
+  for block in reversed(plan.blocks):
+    ranges = range_of[_index(plan.scores, block.rows, block.levels)]
+    order, ends = _grouped(ranges, len(plan.models))
+    in_order = plan.used[block.symbols.reshape(-1)[order]]
+    ranged = zip(plan.models, [0, *ends[:-1]], ends, strict=True)
+    for model, start, stop in reversed(list(ranged)):
+      model.encode(coder, in_order[start:stop])
+  for scores_model, part in reversed(list(zip(models, plan.scores.parts(), strict=True))):
+    if scores_model is not None:
+      scores_model.encode(coder, part)
   return head + ans.end(coder)
 
 
@@ -135,8 +160,7 @@ def decode(data: bytes | memoryview, shape: tuple[int, ...]) -> Int8[np.ndarray,
   Raises:
     ValueError: `data` is no payload of codes of this shape.
   """
-  head = bytes(data[:_MAX_BITS_BYTES])
-  bits, position = f'{int.from_bytes(head, "big"):0{8 * len(head)}b}', len(MARKER) + 2
+  bits, position = ans.to_bits(data, _MAX_BITS_BYTES), len(MARKER) + 2
   arrangement = int(bits[position - 2 : position], 2)
   if not _is_possible(shape, arrangement):
     raise ValueError(f'found codes in arrangement {arrangement}, expected those of shape {shape}')
@@ -158,9 +182,7 @@ def decode(data: bytes | memoryview, shape: tuple[int, ...]) -> Int8[np.ndarray,
   for _ in range(more + 1):
     model, position = ans.read_table(bits, position)
     models.append(model)
-  end = -(-position // 8)
-  if '1' in bits[position : 8 * end]:
-    raise ValueError('found tables that are not padded with zeros')
+  end = ans.end_of_bits(bits, position)
   least_bits = min(model.least_bits for model in models)
   coder = ans.resume(bytes(data[end:]), math.prod(shape), least_bits)
 
@@ -302,11 +324,9 @@ def _turned(
   return codes if is_turned is None else np.where(is_turned, -codes, codes)
 
 
-def _best(
-  kernel: Kernel, window: tuple[int, ...]
-) -> tuple[float, _Scores, list[int], list[ans.Frequencies]]:
-  """The fewest bits, about; the scores that take so few, where ranges begin, and their models."""
-  found = []
+def _plans(codes: Int8[np.ndarray, '...'], arrangement: int) -> Iterator[_Plan]:
+  """With and without neighbours, with and without scores of inputs and outputs."""
+  kernel, window = _arranged(codes, arrangement)
   is_small = kernel.size <= _FEW
   for has_window in (True, False) if kernel.shape[0] > 1 else (False,):
     blocks, used = _examined(kernel, window, has_window)
@@ -320,9 +340,9 @@ def _best(
         if part.any():
           histogram = ans.histogram(part)
           bits += _ideal_bits(histogram[None])[0] + len(ans.write_table(ans.fit(histogram)))
-      found.append((bits, scores, at[first[1:]].tolist(), np.add.reduceat(counts, first)))
-  bits, scores, starts, counts = min(found, key=lambda plan: plan[0])
-  return bits, scores, starts, [ans.fit(row) for row in counts]
+      models = [ans.fit(row) for row in np.add.reduceat(counts, first)]
+      starts = at[first[1:]].tolist()
+      yield _Plan(bits, arrangement, has_window, blocks, used, scores, starts, models)
 
 
 def _examined(

@@ -146,7 +146,7 @@ def test_a_file_for_inference_is_smaller_and_gives_the_same_answers(resnet):
 
 
 @pytest.mark.parametrize('options', [(), ('--model', 'resnet20')], ids=['streamed', 'network'])
-def test_a_file_that_was_written_fast_is_the_same_network(resnet, options):
+def test_a_file_that_was_written_fast_is_the_same_network_and_larger(resnet, options):
   tensors = safetensors.numpy.load_file('resnet.safetensors')
   for name, tensor in tensors.items():
     if tensor.ndim == 4:  # neighbours in the window are alike, as in a network that was trained
@@ -154,10 +154,10 @@ def test_a_file_that_was_written_fast_is_the_same_network(resnet, options):
   safetensors.numpy.save_file(tensors, 'smooth.safetensors')
   assert run('compress', *options, 'smooth.safetensors', 'net.opq', '--rate', 12) == 0
   assert run('compress', *options, 'smooth.safetensors', 'fast.opq', '--rate', 12, '--fast') == 0
-  assert os.stat('net.opq').st_size <= os.stat('fast.opq').st_size
-  leaves, fast = opq_jax.OpqFile('net.opq'), opq_jax.OpqFile('fast.opq')
-  for name, leaf in leaves.items():
-    np.testing.assert_array_equal(fast[name], leaf)
+  assert os.stat('net.opq').st_size < 0.97 * os.stat('fast.opq').st_size
+  with opq_jax.OpqFile('net.opq') as leaves, opq_jax.OpqFile('fast.opq') as fast:
+    for name, leaf in leaves.items():
+      np.testing.assert_array_equal(fast[name], leaf)
 
 
 def test_only_a_known_network_has_a_source(net, capsys):

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from opq_jax import ans
 from opq_jax.entropy_coding import decode_codes, encode_codes, entropy
 
 INT8 = st.integers(-128, 127)
@@ -99,6 +100,12 @@ def test_the_format_does_not_move():
   codes = np.array([0, 0, 1, -1, 0, 2, 0, 0, -3, 1, 0, 0, 0, 0, -1, 0], np.int8)
   np.testing.assert_array_equal(decode_codes(payload, (16,)), codes)
   assert encode_codes(codes) == payload
+
+
+def test_a_symbol_that_does_not_occur_is_never_coded_as_another():
+  model = ans.fit(ans.histogram(np.array([0, 0, 1, 2], np.int8)))
+  with pytest.raises(KeyError):
+    model.encode(ans.begin(np.zeros(1, np.int8)), np.array([-1], np.int8))
 
 
 @pytest.mark.parametrize('codes, bits', [([0, 0, 1, -1], 1.5), ([7] * 9, 0.0), ([], 0.0)])

@@ -144,7 +144,7 @@ def test_a_payload_that_is_longer_than_its_codes_need_is_found(monkeypatch):
 
   params, state = small()
   data = artifact.serialize(params, state)
-  monkeypatch.setattr(verification, 'encode_codes', lambda codes, contexts: b'short')
+  monkeypatch.setattr(verification, 'encode_codes', lambda codes, contexts=True: b'short')
   problems = verify(data, params).problems
   assert len(problems) == 2 and problems[0].startswith('a: found a payload of ')
 
