@@ -134,7 +134,7 @@ def finetune(name: str) -> str:
         'network': config['model'],
         'file, times smaller': f'{after["file_rate"]:.2f}',
         'file, bytes': f'{after["file_bytes"]:,}',
-        'contexts': 'yes' if after.get('contexts', True) else '',
+        'contexts': after.get('contexts', 'yes'),
         'of inference only': 'yes' if config.get('inference_only') else '',
         'recipe': recipe(config),
         'float32': f'{100 * before["top1"]:.2f} %',

@@ -339,7 +339,7 @@ def _plans(codes: Int8[np.ndarray, '...'], arrangement: int) -> Iterator[_Plan]:
       for part in scores.parts():
         if part.any():
           histogram = ans.histogram(part)
-          bits += _ideal_bits(histogram[None])[0] + len(ans.write_table(ans.fit(histogram)))
+          bits += float(ans.ideal_bits(histogram)) + len(ans.write_table(ans.fit(histogram)))
       models = [ans.fit(row) for row in np.add.reduceat(counts, first)]
       starts = at[first[1:]].tolist()
       yield _Plan(bits, arrangement, has_window, blocks, used, scores, starts, models)
@@ -425,11 +425,6 @@ def _histograms(
   return at + least, histograms
 
 
-def _ideal_bits(counts: Float[np.ndarray, 'k symbols']) -> Float[np.ndarray, ' k']:
-  total = counts.sum(-1, keepdims=True)
-  return (counts * np.log2(np.maximum(total, 1) / np.maximum(counts, 1))).sum(-1)
-
-
 def _partition(counts: Int64[np.ndarray, 'k 256']) -> tuple[float, list[int]]:
   """Cuts scores into ranges that take the fewest bits, tables included: bits, and where they begin.
 
@@ -443,7 +438,7 @@ def _partition(counts: Int64[np.ndarray, 'k 256']) -> tuple[float, list[int]]:
     for stop in range(1, n + 1):
       start = np.arange(stop) if price < math.inf else np.zeros(1, int)
       parts = sums[stop] - sums[start]
-      bits = best[start] + _ideal_bits(parts) + min(price, 64) * _table_bits(parts)
+      bits = best[start] + ans.ideal_bits(parts) + min(price, 64) * _table_bits(parts)
       cut[stop], best[stop] = start[np.argmin(bits)], bits.min()
     first, stop = [], n
     while stop:

@@ -21,7 +21,6 @@ import numpy as np
 from jaxtyping import Int8
 
 from opq_jax import ans, context_coding
-from opq_jax.ans import histogram
 
 _MAX_TABLE_BYTES = 1200  # 255 frequencies of at most 33 bits, the bounds of the alphabet, and P
 
@@ -32,9 +31,7 @@ def entropy(codes: Int8[np.ndarray, '...']) -> float:
   >>> entropy(np.array([0, 0, 1, -1], np.int8))
   1.5
   """
-  counts = histogram(codes)
-  counts = counts[counts > 0]
-  return float(np.sum(counts * np.log2(codes.size / counts))) / max(codes.size, 1)
+  return float(ans.ideal_bits(ans.histogram(codes))) / max(codes.size, 1)
 
 
 def encode_codes(codes: Int8[np.ndarray, '...'], *, contexts: bool = True) -> bytes:
@@ -60,7 +57,7 @@ def encode_codes(codes: Int8[np.ndarray, '...'], *, contexts: bool = True) -> by
   if codes.size == 0:
     return b''
   codes = np.ascontiguousarray(codes)
-  model = ans.fit(histogram(codes))
+  model = ans.fit(ans.histogram(codes))
   coder = ans.begin(codes)
   model.encode(coder, codes.reshape(-1))
   plain = ans.to_bytes(ans.write_table(model)) + ans.end(coder)
