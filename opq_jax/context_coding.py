@@ -39,7 +39,6 @@ has some that adapt.  Turning signs by those of neighbouring taps, and scores th
 stored instead of adapting, are ours.
 """
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -74,16 +73,12 @@ _BASE = (_SPAN // 2 + _SPAN * _KIND_OF_LEVEL).astype(np.int16)
 Kernel = Int8[np.ndarray, 'taps inputs outputs']
 
 
-@dataclasses.dataclass(frozen=True)
-class _Scores:
+class _Scores(NamedTuple):
   """Of each input, output and level; zeros where they are not scored."""
 
   inputs: Int8[np.ndarray, ' inputs']
   outputs: Int8[np.ndarray, ' outputs']
   levels: Int8[np.ndarray, ' levels']
-
-  def parts(self) -> list[Int8[np.ndarray, ' k']]:
-    return [self.inputs, self.outputs, self.levels]
 
 
 class _Block(NamedTuple):
@@ -116,10 +111,12 @@ class _Plan(NamedTuple):
 
   def score_models(self) -> list[ans.Frequencies | None]:
     """Of inputs, outputs and levels, None where they are not scored."""
-    *others, levels = self.scores.parts()
-    is_scored = [part.any() for part in others] + [self.has_window]
-    fitted = [ans.fit(ans.histogram(part)) for part in (*others, levels)]
-    return [model if said else None for model, said in zip(fitted, is_scored, strict=True)]
+    inputs, outputs, _ = self.scores
+    is_scored = inputs.any(), outputs.any(), self.has_window
+    return [
+      ans.fit(ans.histogram(part)) if said else None
+      for part, said in zip(self.scores, is_scored, strict=True)
+    ]
 
 
 def encode(codes: Int8[np.ndarray, '...']) -> bytes | None:
@@ -127,11 +124,11 @@ def encode(codes: Int8[np.ndarray, '...']) -> bytes | None:
   choices = _choices(codes.shape)
   if not choices or codes.min() < -127:
     return None
-  plans = [plan for choice in choices for plan in _plans(codes, choice)]
+  plans = (plan for choice in choices for plan in _plans(codes, choice))
   plan = min(plans, key=lambda plan: plan.bits)
-  models = plan.score_models()
+  score_models = plan.score_models()
   bits = f'{MARKER}{plan.arrangement:02b}'
-  for model in models:
+  for model in score_models:
     bits += '0' if model is None else '1' + ans.write_table(model)
   bits += ans.golomb(len(plan.starts), 2)
   for i, start in enumerate(plan.starts):
@@ -148,9 +145,9 @@ def encode(codes: Int8[np.ndarray, '...']) -> bytes | None:
     ranged = zip(plan.models, [0, *ends[:-1]], ends, strict=True)
     for model, start, stop in reversed(list(ranged)):
       model.encode(coder, in_order[start:stop])
-  for scores_model, part in reversed(list(zip(models, plan.scores.parts(), strict=True))):
-    if scores_model is not None:
-      scores_model.encode(coder, part)
+  for score_model, part in reversed(list(zip(score_models, plan.scores, strict=True))):
+    if score_model is not None:
+      score_model.encode(coder, part)
   return head + ans.end(coder)
 
 
@@ -336,7 +333,7 @@ def _plans(codes: Int8[np.ndarray, '...'], arrangement: int) -> Iterator[_Plan]:
       scores = _fitted(blocks, used, kernel.shape, has_inputs, has_outputs, has_window)
       at, counts = _histograms(blocks, used, scores)
       bits, first = _partition(counts)
-      for part in scores.parts():
+      for part in scores:
         if part.any():
           histogram = ans.histogram(part)
           bits += float(ans.ideal_bits(histogram)) + len(ans.write_table(ans.fit(histogram)))
@@ -412,8 +409,8 @@ def _histograms(
   blocks: list[_Block], used: Int8[np.ndarray, ' symbols'], scores: _Scores
 ) -> tuple[Int64[np.ndarray, ' k'], Int64[np.ndarray, 'k 256']]:
   """The scores that occur, in order, and how often each symbol has each of them."""
-  least = sum(int(part.min()) for part in scores.parts()) + int(_BASE[0])
-  largest = sum(int(part.max()) for part in scores.parts()) + int(_BASE.max())
+  least = sum(int(part.min()) for part in scores) + int(_BASE[0])
+  largest = sum(int(part.max()) for part in scores) + int(_BASE.max())
   counts = np.zeros((largest - least + 1, used.size), np.int64)
   for b in blocks:
     joint = (_index(scores, b.rows, b.levels).astype(np.int64) - least) * used.size
