@@ -10,11 +10,13 @@ gives    results.csv, top1_over_file_size.png, run.json and an .opq file per obj
 
 Top-1 with the default objective (float32: .905; 95 % intervals of 4 to 7 points either way):
 
-    bits per weight          4      3.25    2.5     2      1.75
-    file, MB (17.02)         2.25   1.86    1.46    1.20   1.07
-    compressed               .700   .355    .050    .005   .015
-    corrected from noise     .895   .900    .850    .745   .605
-    corrected on images      .895   .895    .850    .740   .660
+    bits per weight          4      3.25   2.5    2      1.75
+    file, MB (17.02)         2.23   1.84   1.45   1.18   1.05
+    compressed               .700   .355   .050   .005   .015
+    corrected from noise     .895   .900   .850   .745   .600
+    corrected on images      .895   .895   .850   .740   .660
+    feedback from noise      .895   .910   .825   .765   .635
+    feedback on images       .890   .910   .875   .820   .785
 
 All of it: experiments/results/one_shot_mobilenet_v1/.
 """

@@ -10,11 +10,13 @@ gives    results.csv, top1_over_file_size.png, run.json and an .opq file per siz
 
 Top-1 (float32: .855):
 
-    bits per weight        4      3.25   2.5    2
-    file, MB (14.16)       1.96   1.64   1.31   1.10
-    compressed             .835   .765   .680   .395
-    corrected from noise   .850   .845   .780   .695
-    corrected on images    .860   .840   .800   .725
+    bits per weight          4      3.25   2.5    2
+    file, MB (14.16)         1.96   1.63   1.31   1.09
+    compressed               .840   .760   .680   .395
+    corrected from noise     .850   .845   .780   .695
+    corrected on images      .860   .840   .800   .725
+    feedback from noise      .855   .845   .835   .680
+    feedback on images       .860   .830   .835   .750
 
 All of it: experiments/results/one_shot_mobilenet_v2/.
 """
