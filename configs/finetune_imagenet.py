@@ -84,6 +84,7 @@ def get_config(argument: str = 'resnet50,paper') -> ml_collections.ConfigDict:
   config.temperature = 4.0
   config.accumulation = 1
   config.ema_decay = ml_collections.config_dict.placeholder(float)
+  config.clip_to_grid = False  # no gradient that moves a weight further beyond the last cell
 
   config.seed = 0
   config.log_every = 50

@@ -93,6 +93,7 @@ def run(
     ),
     accumulation=config.accumulation,
     ema_decay=config.ema_decay,
+    clip_to_grid=config.clip_to_grid,
   )
   eval_fn = training.pmap_eval_step(model.apply)
 
