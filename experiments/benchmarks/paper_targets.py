@@ -2,9 +2,10 @@
 
     python -m experiments.benchmarks.paper_targets [NETWORK=WEIGHTS ...]
 
-`allocate` with the targets of `opq_jax/paper.py`, and the four sizes of what comes out; and the one
-`compression_rate` that fills a file of the same size.  A network of which no file of weights is given has random ones: Laplace kernels with the scale of a trained
-network's, and random biases and BatchNorm statistics, which no packing makes smaller.
+`allocate` with the targets of `opq_jax/paper.py`, the four sizes of what comes out, and the one
+`compression_rate` that fills a file of the same size.  A network of which no file of weights is
+given has random ones: Laplace kernels with the scale of a trained network's, and random biases and
+BatchNorm statistics, which no packing makes smaller.
 """
 
 import gc
