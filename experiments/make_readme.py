@@ -99,9 +99,10 @@ def corrections() -> str:
           'network': folder.name.removeprefix('one_shot_'),
           'float32': top_1(rows[0]),
           'bits per weight': f'{float(bits):g}',
-          'file, times smaller': f'{float(found["noise"]["file_rate"]):.1f}',
+          'file, times smaller': f'{float(found["images"]["file_rate"]):.1f}',
           'not corrected': top_1(found['none']),
-          'from noise': top_1(found['noise']),
+          # without BatchNorm there is nothing for noise to correct
+          'from noise': top_1(found['noise']) if 'noise' in found else '',
           'from unlabelled images': top_1(found['images']),
         }
         | feedback
