@@ -9,7 +9,7 @@ needs    weights that `opq_jax.importers` knows; imagenet2012 in a TFDS folder o
 gives    network.opq, results.json, metrics.jsonl, accuracy.png and checkpoints.
 
 After the colon a network and a target, `resnet50,paper`; `resnet50,paper,smoke` is two steps of
-random weights on noise, which needs nothing.  Targets:
+a smaller one with random weights on noise, which needs nothing.  Targets:
 
     paper        the paper's two, its pruning rate and bits (`opq_jax/paper.py`)
     same_size    one compression rate, found such that the file has the size that `paper` gives
@@ -106,8 +106,11 @@ def get_config(argument: str = 'resnet50,paper') -> ml_collections.ConfigDict:
   if 'smoke' in words:
     config.weights = ''
     config.num_classes = 10
+    # less to compile: a block a stage, and dense layers that are not nearly all of the weights
+    if config.model == 'resnet50':
+      config.model_options.blocks = (1, 1, 1, 1)
     if config.model in ('alexnet', 'vgg16'):
-      config.model_options.hidden = 64  # not 4,096, which are nearly all of their weights
+      config.model_options.hidden = 64
     config.dataset = 'fake'
     config.fake_shape = (64, 64, 3)
     config.noise_shape = (8, 64, 64, 3)

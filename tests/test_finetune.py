@@ -389,11 +389,21 @@ def test_one_target_fills_a_file_of_the_size_of_two():
   assert abs(reports[1].sparsity - 0.6) > 0.02
 
 
-@pytest.mark.parametrize('rate', [10, 20, 30])
-def test_rates_of_resnet_32_are_those_of_its_file_with_room_to_grow(rate):
-  config = get_config(f'{rate},resnet32,smoke')
+def test_resnet_32_runs_on_noise(tmp_path):
+  pytest.importorskip('matplotlib')
+  config = get_config('20,resnet32,smoke')
+  config.fake_shape = (8, 8, 3)
+  result = finetune.run(config, tmp_path)
+  assert result['steps'] == 2
+  room = 1 + config.growth
+  assert result['rows'][1]['file_rate'] == pytest.approx(20 * room, rel=0.003)
+
+
+@pytest.mark.parametrize('rate', [10, 30])
+def test_other_rates_are_those_of_the_file_with_room_to_grow(rate):
+  config = get_config(f'{rate},smoke')
   imported = finetune.float_network(config)
-  network = networks.Network('resnet32', *imported)
+  network = networks.Network('resnet20', *imported)
   state = finetune.compress(config, network, [])
   variables = finetune.to_save(config, network, network.variables)
   found = opq_jax.size_report(variables, state).file_rate
