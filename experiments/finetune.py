@@ -93,6 +93,7 @@ def run(
     ),
     accumulation=config.accumulation,
     ema_decay=config.ema_decay,
+    clip_to_grid=config.clip_to_grid,
   )
   eval_fn = training.pmap_eval_step(model.apply)
 
@@ -248,6 +249,7 @@ def run(
 def float_network(config: ml_collections.ConfigDict) -> importers.Imported:
   """The model, its variables and their source; random weights where no file is named."""
   options = {'num_classes': config.num_classes, 'dtype': jnp.dtype(config.dtype)}
+  options |= config.model_options.to_dict()
   if config.weights:
     return importers.load(config.model, config.weights, **options)
   model = models.create(config.model, **options)
@@ -312,17 +314,21 @@ def compress(
   """Masks and codebooks of the whole network, by whichever target the config has."""
   variables = to_save(config, network, network.variables)
   options = {'objective': config.objective}
-  if config.file_rate:
+  targets = {'sparsity': config.sparsity, 'bits': config.bits}
+  rate = 0.0
+  if config.same_size:
+    two = opq_jax.init_state(variables, opq_jax.allocate(variables, **targets, **options))
+    rate = opq_jax.size_report(variables, two).file_rate
+  elif config.file_rate:
     # finetuning moves weights to other levels, and the file grows
     rate = (1 + config.growth) * config.file_rate
+  if rate:
     found = file_rate.at_file_rate(variables, rate, **options)
     if not config.feedback:
       return found.state
     targets = {'compression_rate': found.compression_rate}
   elif config.compression_rate:
     targets = {'compression_rate': config.compression_rate}
-  else:
-    targets = {'sparsity': config.sparsity, 'bits': config.bits}
   if not config.feedback:
     return opq_jax.init_state(variables, opq_jax.allocate(variables, **targets, **options))
   if 'bits' in targets:

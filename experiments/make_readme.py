@@ -9,6 +9,7 @@ import csv
 import json
 import pathlib
 import re
+import statistics
 from typing import Any
 
 import jax
@@ -98,9 +99,10 @@ def corrections() -> str:
           'network': folder.name.removeprefix('one_shot_'),
           'float32': top_1(rows[0]),
           'bits per weight': f'{float(bits):g}',
-          'file, times smaller': f'{float(found["noise"]["file_rate"]):.1f}',
+          'file, times smaller': f'{float(found["images"]["file_rate"]):.1f}',
           'not corrected': top_1(found['none']),
-          'from noise': top_1(found['noise']),
+          # without BatchNorm there is nothing for noise to correct
+          'from noise': top_1(found['noise']) if 'noise' in found else '',
           'from unlabelled images': top_1(found['images']),
         }
         | feedback
@@ -123,45 +125,73 @@ def against_nncodec() -> str:
   return f'`{document["command"]}`\n\n{markdown(ordered)}'
 
 
-def finetune(name: str) -> str:
-  """A row for every run of a config: what it began with, and what its file gives."""
-  lines: list[dict[str, object]] = []
-  for path in (RESULTS / name).glob('*/results.json'):
+def finetune(folder: pathlib.Path) -> list[dict[str, object]]:
+  """A row for every command, over all seeds it was run with: the beginning, and what files give."""
+  groups: dict[tuple[object, ...], list[pathlib.Path]] = {}
+  for path in sorted(folder.glob('*/results.json')):
     document = json.loads(path.read_text())
-    config, (before, *one_shot, after) = document['config'], document['rows']
+    config, after = document['config'], document['rows'][-1]
+    # the same command meant something else before there were contexts and files for inference
+    groups.setdefault(
+      (
+        config['model'],
+        after.get('contexts', 'yes'),
+        'yes' if config.get('inference_only') else '',
+        arguments(document['command']),
+      ),
+      [],
+    ).append(path)
+  lines: list[dict[str, object]] = []
+  for (model, contexts, inference_only, command), paths in groups.items():
+    runs = [json.loads(path.read_text())['rows'] for path in paths]
+    before, one_shot, corrected, after = ([rows[index] for rows in runs] for index in (0, 1, 2, -1))
     lines.append(
       {
-        'network': config['model'],
-        'file, times smaller': f'{after["file_rate"]:.2f}',
-        'file, bytes': f'{after["file_bytes"]:,}',
-        'contexts': after.get('contexts', 'yes'),
-        'of inference only': 'yes' if config.get('inference_only') else '',
-        'recipe': recipe(config),
-        'float32': f'{100 * before["top1"]:.2f} %',
-        'one shot': f'{100 * one_shot[0]["top1"]:.2f} %',
-        'BatchNorm corrected': f'{100 * one_shot[1]["top1"]:.2f} %',
-        'finetuned': f'{100 * after["top1"]:.2f} %',
-        'results': f'`{path.parent.name}`',
+        'network': model,
+        'file, times smaller': f'{mean(after, "file_rate"):.2f}',
+        'file, bytes': f'{mean(after, "file_bytes"):,.0f}',
+        'float32': f'{100 * mean(before, "top1"):.2f} %',
+        'one shot': f'{100 * mean(one_shot, "top1"):.2f} %',
+        'BatchNorm corrected': f'{100 * mean(corrected, "top1"):.2f} %',
+        'finetuned (lowest to highest)': spread([row['top1'] for row in after]),
+        'seeds': len(runs),
+        'to float32, points': f'{100 * (mean(after, "top1") - mean(before, "top1")):+.2f}',
+        'contexts': contexts,
+        'of inference only': inference_only,
+        'command': f'`{command}`',
+        'results': ', '.join(f'`{path.parent.name}`' for path in paths),
       }
     )
   place = lambda line: (line['network'], float(str(line['file, times smaller'])))
-  return markdown(sorted(lines, key=place))
+  return sorted(lines, key=place)
 
 
-def recipe(config: dict[str, Any]) -> str:
-  """The epochs of a run, and what is not as its config has it."""
-  words = [f'{config["epochs"]:g} epochs']
-  usual = {'distillation': 0.0, 'learning_rate': 0.01, 'weight_decay': 1e-4, 'seed': 0}
-  words += [
-    f'{name.replace("_", " ")} {config[name]:g}'
-    for name, value in usual.items()
-    if config[name] != value
-  ]
-  if config.get('feedback'):
-    words.append('from codes of feedback')
-  if not (config['file_rate'] or config['compression_rate']):
-    words.append(f'targets: sparsity {config["sparsity"]:g}, {config["bits"]:g} bits')
-  return ', '.join(words)
+def mean(rows: list[dict[str, Any]], name: str) -> float:
+  return statistics.fmean(row[name] for row in rows)
+
+
+def spread(shares: list[float]) -> str:
+  """The mean in percent, and the range of more than one.
+
+  >>> spread([0.9129, 0.9131, 0.9134])
+  '91.31 % (91.29 to 91.34)'
+  """
+  text = f'{100 * statistics.fmean(shares):.2f} %'
+  if len(shares) == 1:
+    return text
+  return f'{text} ({100 * min(shares):.2f} to {100 * max(shares):.2f})'
+
+
+def arguments(command: str) -> str:
+  """Of a command of `experiments/finetune.py`: what is its own, but for the seed.
+
+  >>> start = 'python experiments/finetune.py --config=configs/finetune_resnet20_cifar10.py:15'
+  >>> arguments(f'{start} --workdir=DIR --config.epochs=2 --config.seed=1')
+  ':15 epochs=2'
+  """
+  target = re.findall(r'--config=\S+\.py(\S*)', command)
+  changes = sorted(re.findall(r'--config\.(\S+)', command))
+  return ' '.join(target + [word for word in changes if not word.startswith('seed=')])
 
 
 def networks() -> str:
@@ -205,7 +235,7 @@ TABLES = {
   'against_nncodec': against_nncodec,
   'corrections': corrections,
   'one_shot_mobilenet_v1': lambda: one_shot('one_shot_mobilenet_v1'),
-  'finetune_resnet20_cifar10': lambda: finetune('finetune_resnet20_cifar10'),
+  'finetune_resnet20_cifar10': lambda: markdown(finetune(RESULTS / 'finetune_resnet20_cifar10')),
 }
 
 

@@ -3,10 +3,11 @@ r"""What one shot costs a pretrained network, before and after correcting BatchN
     python experiments/one_shot.py --config=configs/one_shot_NETWORK.py --workdir=DIR
 
 For every objective and every number of bits per weight: allocate, compress, and correct BatchNorm,
-from noise and from unlabelled images; accuracy, with each file's true size.  For the first of the
-objectives a second time with error feedback, in files of the same size, with the moments of noise
-and of the same unlabelled images.  Compare rows, not other papers: samples are small, and
-photographs may be those that the networks were trained on.
+from noise and from unlabelled images; accuracy, with each file's true size.  In a network without
+BatchNorm (AlexNet, VGG-16), images correct the biases, and noise has nothing to correct.  For the
+first of the objectives a second time with error feedback, in files of the same size, with the
+moments of noise and of the same unlabelled images.  Compare rows, not other papers: samples are
+small, and photographs may be those that the networks were trained on.
 """
 
 import csv
@@ -84,8 +85,15 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[s
         | scores(logits, labels, float_logits)
       )
 
-  from_noise = lambda network: networks.correct_batch_norm(pretrained, network, config.noise_seed)
-  on_images = lambda network: opq_jax.correct_on_images(model.apply, variables, network, unlabelled)
+  corrections = {
+    'none': lambda network: network,
+    'noise': lambda network: networks.correct_batch_norm(pretrained, network, config.noise_seed),
+    'images': lambda network: opq_jax.correct_on_images(
+      model.apply, variables, network, unlabelled
+    ),
+  }
+  if not networks.has_batch_norm(variables):
+    del corrections['noise']
   matrices_of = {}
   if 'noise' in config.moments:
     matrices_of['noise'] = networks.noise_moments(pretrained, config.noise_seed)
@@ -100,29 +108,26 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[s
       options = {'compression_rate': 32 / bits, 'objective': objective}
       state = opq_jax.init_state(variables, opq_jax.allocate(variables, **options))
       compressed = opq_jax.apply_compression(variables, state)
-      corrected = {
-        'none': compressed,
-        'noise': from_noise(compressed),
-        'images': on_images(compressed),
-      }
+      corrected = {kind: correct(compressed) for kind, correct in corrections.items()}
       setting = {'objective': objective, 'moments': 'none', 'bits_asked': bits}
       add(setting, corrected, state)
       path = workdir / f'{objective}_{bits:g}_bits.opq'
-      opq_jax.save(path, corrected['noise'], state, metadata)
+      # without any data, where that can be
+      saved = corrected.get('noise', corrected['images'])
+      opq_jax.save(path, saved, state, metadata)
       if (objective, bits) == settings[0]:
         # what is quoted is what a reader of the file gets
-        found, expected = networks.load(path).variables, corrected['noise']
+        found, expected = networks.load(path).variables, saved
         np.testing.assert_array_equal(logits_of(found), logits_of(expected), f'{path} differs')
 
       for kind, matrices in matrices_of.items() if objective == config.objectives[0] else ():
         _, coded, coded_state = opq_jax.allocate_with_feedback(variables, matrices, **options)
         # who has no images has none for the correction either
-        corrected = {'none': coded} | (
-          {'noise': from_noise(coded)} if kind == 'noise' else {'images': on_images(coded)}
-        )
+        kinds = [name for name in ('none', kind) if name in corrections]
+        corrected = {name: corrections[name](coded) for name in kinds}
         add({**setting, 'moments': kind}, corrected, coded_state)
         path = workdir / f'{objective}_{bits:g}_bits_feedback_{kind}.opq'
-        opq_jax.save(path, corrected[kind], coded_state, metadata)
+        opq_jax.save(path, corrected[kinds[-1]], coded_state, metadata)
       progress.advance(task)
 
   with open(workdir / 'results.csv', 'w', newline='') as file:
@@ -167,7 +172,7 @@ def draw(path: pathlib.Path, rows: list[dict[str, Any]], title: str) -> None:
     if not points:
       continue
     # three bands of this width would hide each other
-    has_band = correction == 'noise' and not curves
+    has_band = not curves
     label = objective if kind == 'none' else f'{objective}, feedback'
     curves.append(
       plots.Curve(

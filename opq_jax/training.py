@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from opq_jax.compression import CompressionState, apply_compression
 from opq_jax.losses import Loss, classification_loss
+from opq_jax.transforms import clip_to_grid as clip_gradient
 from opq_jax.trees import PyTree
 
 AXIS = 'devices'
@@ -107,6 +108,7 @@ def train_step(
   loss_fn: Loss | None = None,
   accumulation: int = 1,
   ema_decay: float | None = None,
+  clip_to_grid: bool = False,
   axis_name: str | tuple[str, ...] | None = None,
 ) -> tuple[TrainState, Metrics]:
   """One step of any optimizer, pure.
@@ -134,6 +136,8 @@ def train_step(
       and a part is all that must fit into memory at once.  BatchNorm sees one part at a time.
     ema_decay: of `train_state.average`, whose new value is decay * old + (1 - decay) * params;
       None leaves it alone.
+    clip_to_grid: drop the gradient that moves a weight beyond the last cell further out; see
+      `opq_jax.transforms.clip_to_grid`.
     axis_name: of the `pmap` or `shard_map` around.
 
   Returns:
@@ -182,6 +186,9 @@ def train_step(
   if axis_name is not None:
     batch_stats, results = lax.pmean((batch_stats, results), axis_name)
   gradients, metrics = results
+  if clip_to_grid and compression_state is not None:
+    clip = clip_gradient(compression_state)
+    gradients, _ = clip.update(gradients, optax.EmptyState(), train_state.params)
 
   # Adam multiplies floats by whole counts, which a strict JAX refuses
   with jax.numpy_dtype_promotion('standard'):

@@ -2,7 +2,8 @@
 
 `compressed` makes any apply function read compressed parameters, and `keep_compressed` makes any
 optimizer keep pruned weights at zero.  Each is enough by itself for the forward pass to stay
-compressed; with both, the latent weights are pruned too.
+compressed; with both, the latent weights are pruned too.  `clip_to_grid` is an option for the
+gradient.
 
 Flax Linen:
 
@@ -126,16 +127,79 @@ def keep_compressed(state: CompressionState) -> optax.GradientTransformation:
   def update(
     updates: PyTree, memory: optax.EmptyState, params: PyTree | None = None
   ) -> tuple[PyTree, optax.EmptyState]:
-    if params is None:
-      raise ValueError('params: found None, expected optimizer.update(updates, memory, params)')
-
-    weights = dict(zip(trees.named_leaves(updates), trees.beside(updates, params), strict=True))
+    weights = _beside(updates, params)
 
     def keep(name: str, change: Array, leaf: LeafState) -> Array:
-      if change.shape != leaf.mask.shape:
-        raise ValueError(f'{name}: found shape {change.shape}, expected {leaf.mask.shape}')
+      _check_shape(name, change, leaf)
       return jnp.where(leaf.mask, change, -weights[name].astype(change.dtype))
 
     return trees.map_records(keep, updates, state.tree, LeafState), memory
 
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def clip_to_grid(state: CompressionState) -> optax.GradientTransformation:
+  """Drops the gradient that would move a weight which is beyond the last cell further out.
+
+  The last cell of a leaf ends at e = threshold + levels * step, and beyond it a weight has the
+  value of that cell however large it becomes.  The straight-through gradient does not know that.
+  Here the gradient g of a weight w is
+
+      0    where |w| >= e and w g < 0,     for a descent would make |w| larger
+      g    elsewhere, so that a weight may always come back
+
+  which is how learned quantizers clip (Choi et al., "PACT", arXiv 1805.06085; Esser et al.,
+  "Learned Step Size Quantization", ICLR 2020), with their gradient of 0 on one side alone.  It has
+  no state of its own.
+
+      optimizer = optax.chain(
+        clip_to_grid(state), optax.sgd(0.01, momentum=0.9), opq_jax.keep_compressed(state)
+      )
+
+  Args:
+    state: masks and codebooks of the tree that the optimizer works on.
+
+  Returns:
+    An `optax.GradientTransformation`, to be the first of a chain: it takes gradients, not updates.
+
+  Raises:
+    ValueError: when it updates, the parameters are not given, or are another tree than the state's.
+
+  >>> import jax, opq_jax
+  >>> params = {'w': jax.random.laplace(jax.random.key(0), (64, 32))}
+  >>> state = opq_jax.init_state(params, opq_jax.allocate(params, compression_rate=16.0))
+  >>> clip = clip_to_grid(state)
+  >>> far = {'w': jnp.full((64, 32), 100.0)}
+  >>> outwards, inwards = {'w': -jnp.ones((64, 32))}, {'w': jnp.ones((64, 32))}
+  >>> [float(clip.update(g, clip.init(far), far)[0]['w'].sum()) for g in (outwards, inwards)]
+  [0.0, 2048.0]
+  """
+
+  def update(
+    gradients: PyTree, memory: optax.EmptyState, params: PyTree | None = None
+  ) -> tuple[PyTree, optax.EmptyState]:
+    weights = _beside(gradients, params)
+
+    def clip(name: str, gradient: Array, leaf: LeafState) -> Array:
+      _check_shape(name, gradient, leaf)
+      weight = weights[name]
+      end = leaf.threshold + leaf.step * leaf.levels.astype(jnp.float32)
+      is_beyond = jnp.abs(weight.astype(jnp.float32)) >= end
+      is_outwards = jnp.sign(weight).astype(gradient.dtype) * gradient < 0
+      return jnp.where(is_beyond & is_outwards, jnp.zeros_like(gradient), gradient)
+
+    return trees.map_records(clip, gradients, state.tree, LeafState), memory
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _beside(updates: PyTree, params: PyTree | None) -> dict[str, Array]:
+  """The weights of updates, by their path."""
+  if params is None:
+    raise ValueError('params: found None, expected optimizer.update(updates, memory, params)')
+  return dict(zip(trees.named_leaves(updates), trees.beside(updates, params), strict=True))
+
+
+def _check_shape(name: str, update: Array, leaf: LeafState) -> None:
+  if update.shape != leaf.mask.shape:
+    raise ValueError(f'{name}: found shape {update.shape}, expected {leaf.mask.shape}')

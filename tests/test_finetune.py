@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 import opq_jax
-from opq_jax import importers, training
+from opq_jax import importers, networks, paper, training, trees
 
 event_pb2 = pytest.importorskip('tensorboardX.proto.event_pb2')
 
@@ -103,6 +104,43 @@ def test_a_run_may_start_from_codes_of_feedback_in_a_file_of_the_same_size(finis
     finetune.run(smoke(feedback=True, **targets), tmp_path / 'other')
 
 
+def test_finetuning_starts_from_corrected_statistics_and_the_float_weights(tmp_path, monkeypatch):
+  begun = []
+
+  class Stopped(Exception):
+    """Before the first step."""
+
+  def stop(variables, *_, **__):
+    begun.append(variables)
+    raise Stopped
+
+  monkeypatch.setattr(training, 'init_train_state', stop)
+  config = smoke()
+  with pytest.raises(Stopped):
+    finetune.run(config, tmp_path)
+  [found] = begun
+  model, variables, _ = finetune.float_network(config)
+  with finetune.Checkpoints(tmp_path / 'checkpoints') as checkpoints:
+    state = checkpoints.restore_compression(
+      jax.eval_shape(lambda tree: opq_jax.init_state(tree, opq_jax.allocate(tree)), variables)
+    )
+  expected = opq_jax.correct_batch_norm(
+    model.apply,
+    variables,
+    opq_jax.apply_compression(variables, state),
+    jax.random.key(config.seed),
+    config.noise_shape,
+  )
+  for name, leaf in trees.named_leaves(found).items():
+    is_latent = trees.named_leaves(state.tree).get(f'{name}/mask') is not None
+    source = variables if is_latent else expected
+    np.testing.assert_array_equal(leaf, trees.named_leaves(source)[name], name)
+  moved = jax.tree.map(
+    lambda new, old: bool((new != old).any()), found['batch_stats'], variables['batch_stats']
+  )
+  assert all(jax.tree.leaves(moved))
+
+
 def test_a_run_that_is_stopped_by_sigterm_goes_on_and_ends_the_same(
   finished, tmp_path, monkeypatch
 ):
@@ -164,6 +202,51 @@ def test_a_run_that_is_killed_ends_with_the_same_file(finished, tmp_path):
   lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
   steps = [record['step'] for record in map(json.loads, lines) if record['kind'] == 'train']
   assert steps == [1, 2, 3, 4]
+
+
+def test_two_processes_end_with_the_file_of_one_with_two_devices(tmp_path):
+  address = f'localhost:{free_port()}'
+  apart = ['--distributed', f'--coordinator={address}', '--processes=2']
+  commands = {'one': [[]], 'two': [[*apart, '--process=0'], [*apart, '--process=1']]}
+  for name, starts in commands.items():
+    environment = {
+      **os.environ,
+      'JAX_NUM_CPU_DEVICES': str(2 // len(starts)),
+      'JAX_COMPILATION_CACHE_DIR': str(jax.config.jax_compilation_cache_dir),
+      'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
+    }
+    processes = [
+      subprocess.Popen(
+        [
+          sys.executable,
+          str(ROOT / 'experiments/finetune.py'),
+          f'--config={ROOT}/configs/finetune_resnet20_cifar10.py:15,smoke',
+          f'--workdir={tmp_path / name}',
+          '--config.fake_shape=(8, 8, 3)',
+          *options,
+        ],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+      )
+      for options in starts
+    ]
+    for process in processes:
+      _, complaint = process.communicate(timeout=500)
+      assert process.returncode == 0, complaint
+  one, two = tmp_path / 'one', tmp_path / 'two'
+  assert (one / 'network.opq').read_bytes() == (two / 'network.opq').read_bytes()
+  rows, others = (
+    json.loads((folder / 'results.json').read_text())['rows'] for folder in (one, two)
+  )
+  assert rows == others
+
+
+def free_port():
+  with socket.socket() as server:
+    server.bind(('localhost', 0))
+    return server.getsockname()[1]
 
 
 def events(folder):
@@ -268,11 +351,63 @@ def test_an_unknown_argument_of_the_config_is_an_error(argument):
 def test_the_configs_have_the_same_fields():
   config = get_imagenet_config('vgg16,paper')
   assert set(config) == set(get_config())
-  assert (config.model, config.sparsity, config.file_rate) == ('vgg16', 0.94, 0.0)
+  assert (config.model, config.same_size, config.file_rate) == ('vgg16', False, 0.0)
+  assert (config.sparsity, config.bits) == paper.TARGETS['vgg16'][:2]
+  assert get_imagenet_config('vgg16,same_size').same_size
   assert get_imagenet_config('resnet50,18').file_rate == 18.0
   for argument in ('resnet50', 'paper', 'resnet50,paper,18', 'resnet51,paper'):
     with pytest.raises(ValueError, match='argument: found'):
       get_imagenet_config(argument)
+
+
+@pytest.mark.parametrize('name', paper.TARGETS)
+def test_the_paper_s_networks_run_on_noise_at_its_targets(name, tmp_path):
+  pytest.importorskip('matplotlib')
+  config = get_imagenet_config(f'{name},paper,smoke')
+  result = finetune.run(config, tmp_path)
+  assert result['steps'] == 2
+  _, state = opq_jax.load(tmp_path / 'network.opq')
+  masks = [leaf.mask for leaf in jax.tree.leaves(state.tree, is_leaf=is_record) if leaf is not None]
+  pruned = 1 - sum(mask.sum() for mask in masks) / sum(mask.size for mask in masks)
+  assert pruned == pytest.approx(paper.TARGETS[name].sparsity, abs=1e-3)
+
+
+def is_record(node):
+  return node is None or isinstance(node, opq_jax.LeafState)
+
+
+def test_one_target_fills_a_file_of_the_size_of_two():
+  two = smoke(file_rate=0.0, sparsity=0.6, bits=3.0)
+  one = smoke(same_size=True, sparsity=0.6, bits=3.0)
+  imported = finetune.float_network(two)
+  network = networks.Network('resnet20', *imported)
+  states = [finetune.compress(config, network, []) for config in (two, one)]
+  variables = finetune.to_save(two, network, network.variables)
+  reports = [opq_jax.size_report(variables, state) for state in states]
+  assert reports[1].file == pytest.approx(reports[0].file, rel=0.003)
+  assert reports[0].sparsity == pytest.approx(0.6, abs=1e-3)
+  assert abs(reports[1].sparsity - 0.6) > 0.02
+
+
+def test_resnet_32_runs_on_noise(tmp_path):
+  pytest.importorskip('matplotlib')
+  config = get_config('20,resnet32,smoke')
+  config.fake_shape = (8, 8, 3)
+  result = finetune.run(config, tmp_path)
+  assert result['steps'] == 2
+  room = 1 + config.growth
+  assert result['rows'][1]['file_rate'] == pytest.approx(20 * room, rel=0.003)
+
+
+@pytest.mark.parametrize('rate', [10, 30])
+def test_other_rates_are_those_of_the_file_with_room_to_grow(rate):
+  config = get_config(f'{rate},smoke')
+  imported = finetune.float_network(config)
+  network = networks.Network('resnet20', *imported)
+  state = finetune.compress(config, network, [])
+  variables = finetune.to_save(config, network, network.variables)
+  found = opq_jax.size_report(variables, state).file_rate
+  assert found == pytest.approx(rate * (1 + config.growth), rel=0.003)
 
 
 def test_an_unknown_optimizer_is_an_error():

@@ -6,6 +6,7 @@ import io
 import json
 import pathlib
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from safetensors.numpy import save_file
 
+import opq_jax
 from opq_jax import importers, models, networks
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -119,3 +121,42 @@ def test_a_small_run_writes_what_it_says(tmp_path, data_dir, capsys):
   assert json.loads(record)['images'] == 4
   assert str(tmp_path) not in record
   assert 'retained_signal' in capsys.readouterr().out
+
+
+class Plain(nn.Module):
+  """No BatchNorm."""
+
+  num_classes: int = 10
+
+  @nn.compact
+  def __call__(self, x, train: bool = False):
+    x = nn.relu(nn.Conv(16, (3, 3), (4, 4), name='conv')(x))
+    return nn.Dense(self.num_classes, name='head')(x.reshape(len(x), -1))
+
+
+def test_without_batch_norm_images_correct_the_biases(tmp_path, data_dir, monkeypatch):
+  pytest.importorskip('matplotlib')
+  variables = Plain().init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+  source = importers.sources('resnet20')[0]
+
+  def load(path, **options):
+    found = opq_jax.load(path)[0] if str(path).endswith('.opq') else variables
+    return networks.Network('resnet20', Plain(), found, source)
+
+  monkeypatch.setattr(networks, 'load', load)
+  config = load_module(ROOT / 'configs/one_shot_resnet20.py').get_config()
+  config.update({'dataset': 'photographs', 'split': 'train', 'unlabelled_split': 'train'})
+  config.update({'data_dir': str(data_dir), 'batch_size': 2, 'bits': (2.0,)})
+  rows = one_shot.run(config, tmp_path / 'out')
+  assert [(row['moments'], row['correction']) for row in rows[1:]] == [
+    ('none', 'none'),
+    ('none', 'images'),
+    ('noise', 'none'),
+    ('images', 'none'),
+    ('images', 'images'),
+  ]
+  network, state = opq_jax.load(tmp_path / 'out/retained_signal_2_bits.opq')
+  plain = opq_jax.apply_compression(variables, state)
+  for layer, leaves in network['params'].items():
+    np.testing.assert_array_equal(leaves['kernel'], plain['params'][layer]['kernel'])
+    assert (leaves['bias'] != plain['params'][layer]['bias']).any()

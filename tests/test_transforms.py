@@ -1,5 +1,7 @@
 """Compression in a training loop of one's own; the docstring has Linen, NNX and plain JAX."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import small_networks
 
 import opq_jax
 from opq_jax import training
+from opq_jax.transforms import clip_to_grid
 
 
 def loss_of(function):
@@ -117,3 +120,50 @@ def test_errors():
   turned = jax.tree.map(jnp.transpose, updates)
   with pytest.raises(ValueError, match=r'head/kernel: found shape \(5, 64\), expected \(64, 5\)'):
     keep.update(turned, keep.init(updates), jax.tree.map(jnp.transpose, variables['params']))
+
+
+def test_beyond_the_last_cell_the_gradient_that_leads_further_out_is_dropped():
+  variables, state = small_networks.compressed_network()
+  leaf = state.tree['head']['kernel']
+  end = float(leaf.threshold) + int(leaf.levels) * float(leaf.step)
+  # beyond, inside and at the very end; on either side
+  weight = np.zeros((64, 5), np.float32)
+  weight[:6, 0] = [2 * end, -2 * end, 0.99 * end, -0.99 * end, end, 2 * end]
+  gradient = np.ones((64, 5), np.float32)
+  gradient[:6, 0] = [-1, 1, -1, 1, -1, 1]
+  params = variables['params'] | {'head': {'kernel': jnp.asarray(weight), 'bias': jnp.zeros(5)}}
+  gradients = jax.tree.map(lambda leaf: -jnp.ones_like(leaf), params)
+  gradients['head'] = {'kernel': jnp.asarray(gradient), 'bias': -jnp.ones(5)}
+  clip = clip_to_grid(state)
+  found, _ = clip.update(gradients, clip.init(params), params)
+  assert found['head']['kernel'][:6, 0].tolist() == [0, 0, -1, 1, 0, 1]
+  assert (found['head']['kernel'][6:] == 1).all()
+  assert (found['head']['bias'] == -1).all()
+
+
+def test_in_the_step_weights_beyond_the_grid_go_no_further_if_asked():
+  variables, state = small_networks.compressed_network()
+  [batch] = small_networks.batches(1)
+  optimizer = optax.sgd(0.1)
+  # at first the grid reaches the largest weight
+  tripled = jax.tree.map(lambda leaf: 3 * leaf, variables['params'])
+  start = training.init_train_state({**variables, 'params': tripled}, optimizer, jax.random.key(0))
+  apply_fn = small_networks.Network().apply
+  step = functools.partial(training.train_step, apply_fn=apply_fn, optimizer=optimizer)
+  plain, clipped = (step(start, state, batch, clip_to_grid=on)[0] for on in (False, True))
+  for layer in ('hidden', 'head'):
+    leaf = state.tree[layer]['kernel']
+    end = float(leaf.threshold) + int(leaf.levels) * float(leaf.step)
+    before, free, kept = (
+      np.abs(params[layer]['kernel']) for params in (tripled, plain.params, clipped.params)
+    )
+    dropped = (before >= end) & (free > before)
+    assert dropped.any()
+    np.testing.assert_array_equal(kept, np.where(dropped, before, free))
+
+
+def test_clipping_needs_the_parameters():
+  variables, state = small_networks.compressed_network()
+  clip = clip_to_grid(state)
+  with pytest.raises(ValueError, match='params: found None'):
+    clip.update(variables['params'], clip.init(variables['params']))

@@ -2,9 +2,10 @@
 
     python -m experiments.benchmarks.paper_targets [NETWORK=WEIGHTS ...]
 
-`allocate` with the targets of `opq_jax/paper.py`, and the four sizes of what comes out.  A network
-of which no file of weights is given has random ones: Laplace kernels with the scale of a trained
-network's, and random biases and BatchNorm statistics, which no packing makes smaller.
+`allocate` with the targets of `opq_jax/paper.py`, the four sizes of what comes out, and the one
+`compression_rate` that fills a file of the same size.  A network of which no file of weights is
+given has random ones: Laplace kernels with the scale of a trained network's, and random biases and
+BatchNorm statistics, which no packing makes smaller.
 """
 
 import gc
@@ -18,7 +19,7 @@ import numpy as np
 
 import opq_jax
 from experiments.benchmarks import harness
-from opq_jax import models, networks, paper, trees
+from opq_jax import file_rate, models, networks, paper, trees
 
 
 def random_variables(name: str) -> dict[str, np.ndarray]:
@@ -44,7 +45,8 @@ def compare(name: str, weights: str | None) -> dict[str, object]:
   with warnings.catch_warnings():
     warnings.filterwarnings('ignore', 'the Laplace density')
     allocation = opq_jax.allocate(params, sparsity=target.sparsity, bits=target.bits)
-  report = opq_jax.size_report(params, opq_jax.init_state(params, allocation))
+    report = opq_jax.size_report(params, opq_jax.init_state(params, allocation))
+    one_target = file_rate.at_file_rate(params, report.file_rate)
   assert abs(report.nominal_rate / target.nominal_rate - 1) < 0.01, report.nominal_rate
   return {
     'network': name,
@@ -57,6 +59,8 @@ def compare(name: str, weights: str | None) -> dict[str, object]:
     'entropy': f'{report.entropy_rate:.2f}',
     'file': f'{report.file_rate:.2f}',
     'file, bytes': f'{report.file:,}',
+    'compression_rate of the same size': f'{one_target.compression_rate:.2f}',
+    'its file, bytes': f'{one_target.file_bytes:,}',
   }
 
 

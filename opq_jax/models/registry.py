@@ -18,7 +18,7 @@ from opq_jax.trees import PyTree
 def _cifar_resnet(depth: int) -> Callable[..., nn.Module]:
   """Of 6 n + 2 layers: three stages of n blocks of two, the stem and the head."""
   blocks = ((depth - 2) // 6,) * 3
-  return functools.partial(ResNet, blocks, cifar=True, width=16, num_classes=10)
+  return functools.partial(ResNet, blocks=blocks, cifar=True, width=16, num_classes=10)
 
 
 _NETWORKS: dict[str, Callable[..., nn.Module]] = {
@@ -29,10 +29,10 @@ _NETWORKS: dict[str, Callable[..., nn.Module]] = {
   'mobilenet_v1_075': functools.partial(MobileNetV1, width=0.75),
   'mobilenet_v1_050': functools.partial(MobileNetV1, width=0.5),
   'mobilenet_v2': MobileNetV2,
-  'resnet18': functools.partial(ResNet, (2, 2, 2, 2)),
-  'resnet34': functools.partial(ResNet, (3, 4, 6, 3)),
-  'resnet50': functools.partial(ResNet, (3, 4, 6, 3), bottleneck=True),
-  'resnet101': functools.partial(ResNet, (3, 4, 23, 3), bottleneck=True),
+  'resnet18': functools.partial(ResNet, blocks=(2, 2, 2, 2)),
+  'resnet34': functools.partial(ResNet, blocks=(3, 4, 6, 3)),
+  'resnet50': functools.partial(ResNet, blocks=(3, 4, 6, 3), bottleneck=True),
+  'resnet101': functools.partial(ResNet, blocks=(3, 4, 23, 3), bottleneck=True),
   **{f'resnet{depth}': _cifar_resnet(depth) for depth in (20, 32, 44, 56, 110)},
 }
 
