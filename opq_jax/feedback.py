@@ -18,6 +18,7 @@ from opq_jax.compression import CompressionState, LeafState
 from opq_jax.trees import PyTree
 
 DAMPING = 0.05
+_MOST_GROWTH = 3.0  # of the squared error of a leaf's weights, by feedback
 _BLOCK = 64  # inputs whose feedback is pushed on within a block that stays in the cache
 _TOLERANCE = 2e-3  # of the bits, either way
 _MAX_STEPS = 4
@@ -48,6 +49,12 @@ def encode_with_feedback(
   `allocate_with_feedback` asks for so much coarser grids that they are not.
 
   Where H says that inputs are independent and alike, this is `opq_jax.encode`.
+
+  Feedback makes outputs err less and weights more, usually up to twice as much in their squared
+  error.  Where that would be three times or more, a few rows of x outweigh all others in H, as the
+  massive activations of single tokens do in transformers, and what is gained on them is lost on
+  the rest: such a leaf keeps the codes of `opq_jax.encode`
+  (`experiments/benchmarks/sentence_encoder.py`).
 
   The feedback is that of Hassibi and Stork, "Second Order Derivatives for Network Pruning:
   Optimal Brain Surgeon", NIPS 1992, in the form of Frantar et al., "GPTQ: Accurate Post-Training
@@ -190,8 +197,15 @@ def codes_of_leaf(
     codes = _feedback(rows, _factor(matrix), leaf, block)[:width]
     return jnp.zeros_like(codes).at[order].set(codes)
 
-  codes = jax.vmap(group)(weights, moments)
-  return codes.swapaxes(0, 1).reshape(kernel.shape).astype(jnp.int8)
+  codes = jax.vmap(group)(weights, moments).swapaxes(0, 1).reshape(kernel.shape)
+  alone, value_alone = _nearest(kernel.astype(jnp.float32), leaf)
+  value = compression.decode(codes, CompressionState(leaf))
+  growth = _squared_error(kernel, value) / _squared_error(kernel, value_alone)
+  return jnp.where(growth < _MOST_GROWTH, codes, alone).astype(jnp.int8)
+
+
+def _squared_error(kernel: Array, values: Array) -> Float32[Array, '']:
+  return jnp.sum(jnp.square(kernel.astype(jnp.float32) - values.astype(jnp.float32)))
 
 
 def _factor(matrix: Float32[Array, 'K K']) -> Float32[Array, 'K K']:
@@ -236,8 +250,8 @@ def _feedback(
 
 
 def _nearest(
-  weights: Float32[Array, 'channels'], leaf: LeafState
-) -> tuple[Float32[Array, 'channels'], Float32[Array, 'channels']]:
+  weights: Float32[Array, '...'], leaf: LeafState
+) -> tuple[Float32[Array, '...'], Float32[Array, '...']]:
   """The code of each weight, by the rule of `opq_jax.encode` but with no mask given; its value."""
   magnitude = jnp.abs(weights)
   cell = compression.cell(magnitude, leaf)

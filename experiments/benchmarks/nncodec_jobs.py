@@ -41,11 +41,12 @@ TUNED_QPS = {
 }
 LAMBDA = 1.0  # of rate-distortion optimised quantization, in NNCodec's unit; it ships with 0
 ERROR_BITS = 0.75, 1.0, 2.0, 3.0
-ERROR_QPS = -12, -14, -18, -22, -26
+ERROR_QPS = -12, -13, -14, -15, -16, -17, -18, -20, -22, -24, -26
 RECIPES = (50, 8), (50, 4), (0, 4)  # percent pruned, bits of a weight
 OURS, FEEDBACK, IMAGES = 'opq_jax', 'opq_jax, feedback', 'opq_jax, feedback, images'
-INFERENCE = 'opq_jax, feedback, for inference only'
+LAYERS = 'opq_jax, layer by layer, images'
 SHIPPED, TUNED = 'NNCodec', 'NNCodec, tuned'
+INFERENCE = ', for inference only'
 RECIPE, QWIX = 'magnitude, rounding, LZMA', 'qwix, LZMA'
 KERNELS = ', kernels alone'
 
@@ -168,9 +169,14 @@ def jobs_of_nncodec(network: networks.Network, nncodec: NNCodec) -> Iterator[Job
     seconds = Seconds(*answer['encode']), Seconds(*answer['decode'])
     return Coded(like(variables, decoded), answer['bytes'], rest['bytes'], *seconds)
 
-  def corrected(settings: tuple[tuple[str, Any], ...]) -> Coded:
+  def corrected(settings: tuple[tuple[str, Any], ...], inference: bool = False) -> Coded:
     found = plain(settings)
-    tree, seconds = timed(lambda: networks.correct_batch_norm(network, found.variables))
+
+    def run() -> Any:
+      tree = networks.correct_batch_norm(network, found.variables)
+      return networks.for_inference(network, tree) if inference else tree
+
+    tree, seconds = timed(run)
     # tensors are units of their own in a stream: the kernels' stay as they are
     vectors, answer = nncodec(vectors_of(trees.named_leaves(tree)), dict(settings))
     return Coded(
@@ -191,6 +197,9 @@ def jobs_of_nncodec(network: networks.Network, nncodec: NNCodec) -> Iterator[Job
       if method == SHIPPED or qp == qps[network.name][1]:
         yield Job(method, name, 'none', functools.partial(plain, settings))
       yield Job(method, name, 'noise', functools.partial(corrected, settings))
+      if method == SHIPPED:
+        run = functools.partial(corrected, settings, inference=True)
+        yield Job(method + INFERENCE, name, 'noise', run)
 
 
 def jobs_of_ours(
@@ -230,14 +239,24 @@ def jobs_of_ours(
     )
     return tree, state, before.plus(seconds)
 
+  @functools.lru_cache(maxsize=1)
+  def layer_by_layer(bits: float, kind: str) -> Any:
+    _, state, before = feedback(bits, kind)
+    images = np.concatenate(unlabelled)
+    (tree, state), seconds = timed(
+      lambda: opq_jax.encode_layer_by_layer(network.model.apply, variables, state, images)
+    )
+    return tree, state, before.plus(seconds)
+
   def corrected(encoder: Callable[..., Any], *args: Any, inference: bool = False) -> Coded:
     tree, state, seconds = encoder(*args)
 
     def run() -> Any:
       if 'images' in args:
         apply_fn = network.model.apply
-        return opq_jax.correct_on_images(apply_fn, variables, tree, unlabelled)
-      found = networks.correct_batch_norm(network, tree)
+        found = opq_jax.correct_on_images(apply_fn, variables, tree, unlabelled)
+      else:
+        found = networks.correct_batch_norm(network, tree)
       return networks.for_inference(network, found) if inference else found
 
     result, more = timed(run)
@@ -252,11 +271,13 @@ def jobs_of_ours(
     name = f'bits={bits:g}'
     run = functools.partial(corrected, feedback, bits, 'noise')
     yield Job(FEEDBACK, name, 'noise', run)
-    if bits in FEW_BITS:
-      yield Job(INFERENCE, name, 'noise', functools.partial(run, inference=True))
+    yield Job(FEEDBACK + INFERENCE, name, 'noise', functools.partial(run, inference=True))
   for bits in FEEDBACK_BITS[network.name]:
-    run = functools.partial(corrected, feedback, bits, 'images')
-    yield Job(IMAGES, f'bits={bits:g}', 'images', run)
+    for method, encoder in ((IMAGES, feedback), (LAYERS, layer_by_layer)):
+      run = functools.partial(corrected, encoder, bits, 'images')
+      yield Job(method, f'bits={bits:g}', 'images', run)
+    run = functools.partial(run, inference=True)
+    yield Job(LAYERS + INFERENCE, f'bits={bits:g}', 'images', run)
 
 
 def rounded(kernel: np.ndarray, percent: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
