@@ -51,9 +51,9 @@ def encode_with_feedback(
   Where H says that inputs are independent and alike, this is `opq_jax.encode`.
 
   Feedback makes outputs err less and weights more, usually up to twice as much in their squared
-  error.  Where that would be three times or more, a few rows of x outweigh all others in H, as the
-  massive activations of single tokens do in transformers, and what is gained on them is lost on
-  the rest: such a leaf keeps the codes of `opq_jax.encode`
+  error.  Where that would be three times or more, H is ruled by few rows of x: a token of massive
+  activation meets a weight beyond the reach of the grid, and all other weights are bent to make
+  that one error good, for that one token.  Such a leaf keeps the codes of `opq_jax.encode`
   (`experiments/benchmarks/sentence_encoder.py`).
 
   The feedback is that of Hassibi and Stork, "Second Order Derivatives for Network Pruning:

@@ -1,5 +1,7 @@
 """Error feedback against plain encoding, and against the same thing in plain NumPy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import scipy.linalg
 import small_networks
 
 import opq_jax
-from opq_jax import feedback
+from opq_jax import compression, feedback
 
 
 def problem(seed=0, inputs=96, outputs=80, rate=16.0):
@@ -157,3 +159,23 @@ def test_errors_name_the_leaf():
     opq_jax.encode_with_feedback(params, tree, {'kernel': matrix * np.nan})
   with pytest.raises(ValueError, match='moments: found'):
     opq_jax.encode_with_feedback(params, tree, [matrix])
+
+
+def test_a_few_massive_rows_do_not_bend_a_leaf_for_the_rest():
+  kernel, _, _, _ = problem(inputs=256, outputs=64)
+  kernel[0, 0] = 100.0  # beyond the grid
+  leaf = opq_jax.init_state(kernel, opq_jax.allocate(kernel, compression_rate=20.0)).tree
+  levels = jnp.int32(12)
+  codebook = compression.affine_codebook(leaf.codebook[1], leaf.step, levels)
+  state = opq_jax.CompressionState(dataclasses.replace(leaf, levels=levels, codebook=codebook))
+  rng = np.random.default_rng(1)
+  x = rng.normal(size=(2048, 256)).astype(np.float32)
+  massive = 30 * np.abs(rng.normal(size=256)).astype(np.float32)
+  massive[0] = 900
+  rows = np.concatenate([x, np.tile(massive, (8, 1))])
+  coded, coded_state = opq_jax.encode_with_feedback(
+    kernel, state, (rows.T @ rows / len(rows))[None]
+  )
+  error = lambda values: float(np.square(x @ (kernel - np.asarray(values))).sum())
+  assert error(coded) <= error(opq_jax.apply_compression(kernel, state))
+  np.testing.assert_array_equal(coded_state.tree.mask, state.tree.mask)
