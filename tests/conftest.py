@@ -4,7 +4,8 @@ import os
 
 # tests compile far more than they compute: without LLVM's slowest passes they take half as long
 os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '') + ' --xla_llvm_disable_expensive_passes=true'
+  os.environ.get('XLA_FLAGS', '')
+  + ' --xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0'
 )
 
 import hypothesis

@@ -1,0 +1,82 @@
+"""Which objective shares the bits out best among the layers, once codes have feedback.
+
+    python -m experiments.benchmarks.objectives TFDS_FOLDER WEIGHTS.safetensors ...
+
+Each file is named as a network (`mobilenet_v1.safetensors`) and judged on the images of
+`configs/one_shot_NETWORK.py`, of CIFAR-10 the first 5,000.  Nothing but noise is used: codes by
+`opq_jax.allocate_with_feedback`, and each weight for itself, then `opq_jax.correct_batch_norm`.
+`divergence` is the mean Kullback-Leibler divergence, in nats, from the float network's answers:
+with few images it tells more than top-1.
+"""
+
+import pathlib
+import sys
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+import opq_jax
+from experiments.benchmarks import harness, one_shot_images
+from experiments.benchmarks.against_nncodec import divergence
+from opq_jax import accuracy, artifact, networks
+from opq_jax.allocation import OBJECTIVES
+
+BITS = 2.0, 1.25  # per weight
+IMAGES = 5000
+
+
+def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, object]]:
+  config = one_shot_images.config_of(name)
+  network = networks.load(path, name=name, num_classes=config.num_classes)
+  model, variables = network.model, network.variables
+  batches = one_shot_images.batches_of(config, network, data_dir, config.split)
+  batches = batches[: IMAGES // config.batch_size]
+  labels = np.concatenate([batch['label'] for batch in batches])
+  forward = jax.jit(model.apply)
+  logits_of = lambda tree: np.concatenate(
+    [np.asarray(forward(tree, batch['image'])) for batch in batches]
+  )
+  before = logits_of(variables)
+  moments = networks.noise_moments(network)
+  for bits in BITS:
+    for objective in OBJECTIVES:
+      options = {'compression_rate': 32 / bits, 'objective': objective}
+      state = opq_jax.init_state(variables, opq_jax.allocate(variables, **options))
+      _, coded, coded_state = opq_jax.allocate_with_feedback(variables, moments, **options)
+      for codes, tree, its in (
+        ('each weight', opq_jax.apply_compression(variables, state), state),
+        ('feedback', coded, coded_state),
+      ):
+        corrected = networks.correct_batch_norm(network, tree)
+        logits = logits_of(corrected)
+        found = accuracy.scores(logits, labels, before)
+        yield {
+          'network': name,
+          'bits per weight': bits,
+          'codes': codes,
+          'objective': objective,
+          'file, bytes': f'{len(artifact.serialize(corrected, its)):,}',
+          'top-1, % (95 %)': f'{100 * found["top1"]:.2f} ({100 * found["top1_low"]:.1f} to '
+          f'{100 * found["top1_high"]:.1f})',
+          'same answer as float32, %': round(100 * found['agreement'], 2),
+          'divergence': round(divergence(logits, before), 4),
+        }
+
+
+def main() -> None:
+  data_dir, *paths = sys.argv[1:]
+  rows: list[dict[str, object]] = []
+  words = ' '.join(pathlib.Path(path).name for path in paths)
+  for path in map(pathlib.Path, paths):
+    for row in compare(path.stem.removesuffix('_cifar10'), path, data_dir):
+      rows.append(row)
+      print(*row.values(), sep='  ', flush=True)
+  command = f'python -m experiments.benchmarks.objectives TFDS_FOLDER {words}'
+  harness.report('objectives', 'the objective, with and without feedback', command, rows)
+
+
+if __name__ == '__main__':
+  if len(sys.argv) < 3:
+    sys.exit(__doc__)
+  main()
