@@ -15,8 +15,10 @@ imported in a fork of a process that has imported JAX, and what XLA has compiled
 
 XLA compiles a mutant of what is traced again for every test.  So tests come in the order of the
 seconds that they took without any mutation over the mutants that they have killed so far, from the
-one that tells most a second: all of them run for those mutants alone that survive.  A test that
-takes far longer than it did is taken for one that never ends.
+one that tells most a second: all of them run for those mutants alone that survive.  Where that is
+too long, `--most` seconds of the quickest tests are all that run, and a mutant that only a slower
+one would notice has survived.  A test that takes far longer than it did is taken for one that never
+ends.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import ast
 import dataclasses
 import importlib.machinery
 import importlib.util
+import itertools
 import json
 import math
 import multiprocessing
@@ -228,17 +231,21 @@ class _Order:
   Args:
     seconds: that each test took without any mutation.
     kills: mutants that each has killed.
+    most: seconds of the quickest tests, which are all that run.
     path: where the answer goes.
   """
 
-  def __init__(self, seconds: dict[str, float], kills: dict[str, int], path: str):
-    self.seconds, self.kills, self.path = seconds, kills, path
+  def __init__(self, seconds: dict[str, float], kills: dict[str, int], most: float, path: str):
+    self.seconds, self.kills, self.most, self.path = seconds, kills, most, path
     self.took: dict[str, float] = {}
     self.failed: list[str] = []
 
   def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-    price = lambda item: self.seconds.get(item.nodeid, 0.0) / (1 + self.kills.get(item.nodeid, 0))
-    items.sort(key=price)
+    seconds = lambda item: self.seconds.get(item.nodeid, 0.0)
+    items.sort(key=seconds)
+    ends = itertools.accumulate(map(seconds, items))
+    items[:] = [item for item, end in zip(items, ends, strict=True) if end <= self.most]
+    items.sort(key=lambda item: seconds(item) / (1 + self.kills.get(item.nodeid, 0)))
 
   def pytest_runtest_setup(self, item: Any) -> None:
     if self.seconds:
@@ -262,6 +269,7 @@ class Tests:
 
   module: str
   folder: str
+  most: float = math.inf
   seconds: dict[str, float] = dataclasses.field(default_factory=dict)
   kills: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -288,7 +296,7 @@ class Tests:
     with tempfile.TemporaryDirectory(dir=self.folder) as place:
       log, path = (pathlib.Path(place) / name for name in ('log', 'answer'))
       begin = time.monotonic()
-      order = _Order(self.seconds, self.kills, str(path))
+      order = _Order(self.seconds, self.kills, self.most, str(path))
       arguments = self.module, source, str(log), os.path.join(self.folder, 'cache'), order
       process = context.Process(target=_run_tests, args=arguments)
       process.start()
@@ -326,9 +334,11 @@ def _run_tests(module: str, source: str, log: str, cache: str, order: _Order) ->
   sys.exit(int(pytest.main([*options, *tests], plugins=[order])))
 
 
-def tried(module: str, count: int, seconds: float, folder: str) -> list[dict[str, str]]:
+def tried(
+  module: str, count: int, seconds: float, most: float, folder: str
+) -> list[dict[str, str]]:
   """What became of the first `count` mutants of a module, or of those that there was time for."""
-  tests = Tests(module, folder)
+  tests = Tests(module, folder, most)
   baseline = tests.measure()
   print(f'{module}: {len(tests.seconds)} tests in {baseline:.0f} s', file=sys.stderr)
   possible, end = mutations(_source(module)), time.monotonic() + seconds
@@ -424,6 +434,7 @@ def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument('--count', type=int, default=50, help='mutants of each module')
   parser.add_argument('--seconds', type=float, default=3600, help='for each module, at most')
+  parser.add_argument('--most', type=float, default=math.inf, help='seconds of quickest tests')
   parser.add_argument('--modules', nargs='+', default=list(TESTS), choices=list(TESTS))
   parser.add_argument('--again', action='store_true', help='only those that have survived so far')
   arguments = parser.parse_args()
@@ -440,9 +451,11 @@ def main() -> None:
     for module in arguments.modules:
       # what was found of the others before stays
       mutants = [mutant for mutant in mutants if mutant['module'] != module]
-      mutants += tried(module, arguments.count, arguments.seconds, folder)
+      mutants += tried(module, arguments.count, arguments.seconds, arguments.most, folder)
       mutants.sort(key=lambda mutant: list(TESTS).index(mutant['module']))
       options[module] = f'--count {arguments.count} --seconds {arguments.seconds:g}'
+      if arguments.most < math.inf:
+        options[module] += f' --most {arguments.most:g}'
       write(mutants, options)
 
 
