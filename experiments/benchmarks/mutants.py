@@ -2,6 +2,7 @@
 
     python -m experiments.benchmarks.mutants --count 50
     python -m experiments.benchmarks.mutants --again      # what survived, by the tests of now
+    python -m experiments.benchmarks.mutants --again --only new   # by those that have it in a name
 
 A mutant is a module with one expression or statement changed, drawn with a fixed seed from all
 that `mutations` makes of it; its fast tests run until the first one fails.  Those that all tests
@@ -265,11 +266,12 @@ class _Order:
 
 @dataclasses.dataclass
 class Tests:
-  """The tests of a module, and what is known of them; see `_Order`."""
+  """The tests of a module, `only` those of some names, and what is known of them; see `_Order`."""
 
   module: str
   folder: str
   most: float = math.inf
+  only: str = ''
   seconds: dict[str, float] = dataclasses.field(default_factory=dict)
   kills: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -297,7 +299,8 @@ class Tests:
       log, path = (pathlib.Path(place) / name for name in ('log', 'answer'))
       begin = time.monotonic()
       order = _Order(self.seconds, self.kills, self.most, str(path))
-      arguments = self.module, source, str(log), os.path.join(self.folder, 'cache'), order
+      cache = os.path.join(self.folder, 'cache')
+      arguments = self.module, source, str(log), cache, self.only, order
       process = context.Process(target=_run_tests, args=arguments)
       process.start()
       process.join(limit)
@@ -316,7 +319,7 @@ class Tests:
       return 'killed', answer, seconds
 
 
-def _run_tests(module: str, source: str, log: str, cache: str, order: _Order) -> None:
+def _run_tests(module: str, source: str, log: str, cache: str, only: str, order: _Order) -> None:
   """In a process of its own: the tests of a module with another source; the exit code tells."""
   assert not any(name.startswith('opq_jax') for name in sys.modules)
   os.chdir(ROOT)
@@ -330,6 +333,7 @@ def _run_tests(module: str, source: str, log: str, cache: str, order: _Order) ->
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
   # Hypothesis is there already
   options = ['-x', '-p', 'no:cacheprovider', '-W', 'ignore::pytest.PytestAssertRewriteWarning']
+  options += ['-k', only]
   tests = [f'tests/{name}' for name in TESTS[module]]
   sys.exit(int(pytest.main([*options, *tests], plugins=[order])))
 
@@ -361,7 +365,7 @@ def tried(
     return [mutant for mutant in found if mutant is not None]
 
 
-def tried_again(mutants: list[dict[str, str]], folder: str) -> None:
+def tried_again(mutants: list[dict[str, str]], only: str, folder: str) -> None:
   """Tries those that have survived against the tests of now."""
   tests: dict[str, Tests] = {}
   for mutant in mutants:
@@ -374,7 +378,7 @@ def tried_again(mutants: list[dict[str, str]], folder: str) -> None:
     if mutant['outcome'] == 'survived' and not _why(mutant) and same:
       module = mutant['module']
       if module not in tests:
-        tests[module] = Tests(module, folder)
+        tests[module] = Tests(module, folder, only=only)
         tests[module].measure()
       # a line may hold the same change twice
       said = [tests[module].outcome(found.source, 3600)[0] for found in same]
@@ -437,6 +441,7 @@ def main() -> None:
   parser.add_argument('--most', type=float, default=math.inf, help='seconds of quickest tests')
   parser.add_argument('--modules', nargs='+', default=list(TESTS), choices=list(TESTS))
   parser.add_argument('--again', action='store_true', help='only those that have survived so far')
+  parser.add_argument('--only', default='', help='with --again: tests of these names, as for -k')
   arguments = parser.parse_args()
   from experiments.benchmarks import harness
 
@@ -445,7 +450,7 @@ def main() -> None:
   mutants, options = document['mutants'], document['options']
   with tempfile.TemporaryDirectory() as folder:
     if arguments.again:
-      tried_again(mutants, folder)
+      tried_again(mutants, arguments.only, folder)
       write(mutants, options)
       return
     for module in arguments.modules:
