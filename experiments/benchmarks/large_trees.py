@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from experiments.benchmarks import harness
+from opq_jax import plots
 
 CHANNELS = 1000
 SOURCES = '.safetensors', 'Orbax'
@@ -188,8 +189,10 @@ def main() -> None:
     print(json.dumps(measured_in_memory(arguments.measure_in_memory)))
     return
   rows: list[dict[str, object]] = []
+  curves: dict[str, list[tuple[float, float]]] = {source: [] for source in SOURCES}
   for source, weights in itertools.product(SOURCES, arguments.weights):
     found = run(int(weights), int(arguments.leaf), arguments.folder, source)
+    curves[source].append((weights, found['cpu']))
     mega = lambda name, found=found: round(found[name] / 2**20)
     rows.append(
       {
@@ -209,6 +212,7 @@ def main() -> None:
   options = f'--weights {sizes} --leaf {arguments.leaf:g}'
   command = f'python -m experiments.benchmarks.large_trees {options}'
   harness.report('large_trees', 'opq compress, leaf by leaf', command, rows)
+  plots.seconds_over_weights(harness.RESULTS / 'large_trees.png', curves)
   rows = []
   for weights in arguments.weights:
     steps = run(int(weights), int(arguments.leaf), arguments.folder, mode='--measure-in-memory')
