@@ -2,6 +2,7 @@
 
     python -m experiments.benchmarks.large_trees --weights 1e6 2.5e7 1e8 1e9
     python -m experiments.benchmarks.large_trees --weights 1e9 --leaf 3.2e7 --folder /a/large/disk
+    python -m experiments.benchmarks.large_trees --what memory
 
 Every size is a process of its own, since what is measured is the peak of the resident set (VmHWM)
 that the kernel keeps for it: once a small tree was compressed, which is what the libraries take;
@@ -20,7 +21,6 @@ included; of loading, without the tree that was saved.
 import argparse
 import ctypes
 import gc
-import itertools
 import json
 import pathlib
 import subprocess
@@ -36,7 +36,8 @@ from experiments.benchmarks import harness
 from opq_jax import plots
 
 CHANNELS = 1000
-SOURCES = '.safetensors', 'Orbax'
+SOURCES = {'.safetensors': 'large_trees', 'Orbax': 'large_trees_orbax'}  # and their tables
+WHAT = (*SOURCES, 'memory')
 
 
 def write_tree(path: pathlib.Path, weights: int, leaf: int, seed: int = 0) -> None:
@@ -127,9 +128,13 @@ def measured_in_memory(folder: str) -> dict[str, dict[str, float]]:
     ctypes.CDLL('libc.so.6').malloc_trim(0)
     # the peak from now on
     pathlib.Path('/proc/self/clear_refs').write_text('5')
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     result = jax.block_until_ready(function())
-    found[step] = {'seconds': time.perf_counter() - start, 'peak': status('VmHWM')}
+    found[step] = {
+      'seconds': time.perf_counter() - start,
+      'cpu': time.process_time() - cpu,
+      'peak': status('VmHWM'),
+    }
     return result
 
   stored = safetensors.numpy.load_file(path / 'net.safetensors')
@@ -178,6 +183,7 @@ def main() -> None:
   parser.add_argument('--weights', type=float, nargs='+', default=[1e6, 2.5e7, 1e8])
   parser.add_argument('--leaf', type=float, default=1.25e7, help='weights of the largest leaf')
   parser.add_argument('--folder', help='where the trees are made')
+  parser.add_argument('--what', nargs='+', choices=WHAT, default=WHAT, help='tables to make')
   parser.add_argument('--measure', help=argparse.SUPPRESS)
   parser.add_argument('--suffix', help=argparse.SUPPRESS)
   parser.add_argument('--measure-in-memory', help=argparse.SUPPRESS)
@@ -188,15 +194,24 @@ def main() -> None:
   if arguments.measure_in_memory:
     print(json.dumps(measured_in_memory(arguments.measure_in_memory)))
     return
+  sizes = ' '.join(f'{weights:g}' for weights in arguments.weights)
+  options = f'--weights {sizes} --leaf {arguments.leaf:g}'
+  for what in arguments.what:
+    made = in_memory(arguments) if what == 'memory' else leaf_by_leaf(arguments, what)
+    name = SOURCES.get(what, 'large_trees_in_memory')
+    command = f'python -m experiments.benchmarks.large_trees {options} --what {what}'
+    harness.report(name, f'{what}: seconds and peaks', command, made)
+  draw()
+
+
+def leaf_by_leaf(arguments: argparse.Namespace, source: str) -> list[dict[str, object]]:
+  """Rows of `opq compress`, a size each."""
   rows: list[dict[str, object]] = []
-  curves: dict[str, list[tuple[float, float]]] = {source: [] for source in SOURCES}
-  for source, weights in itertools.product(SOURCES, arguments.weights):
+  for weights in arguments.weights:
     found = run(int(weights), int(arguments.leaf), arguments.folder, source)
-    curves[source].append((weights, found['cpu']))
     mega = lambda name, found=found: round(found[name] / 2**20)
     rows.append(
       {
-        'from': source,
         'weights': f'{weights / 1e6:g} M',
         'tree, MiB': mega('original'),
         'largest leaf, MiB': mega('largest'),
@@ -208,12 +223,12 @@ def main() -> None:
         'file rate': round(found['file_rate'], 2),
       }
     )
-  sizes = ' '.join(f'{weights:g}' for weights in arguments.weights)
-  options = f'--weights {sizes} --leaf {arguments.leaf:g}'
-  command = f'python -m experiments.benchmarks.large_trees {options}'
-  harness.report('large_trees', 'opq compress, leaf by leaf', command, rows)
-  plots.seconds_over_weights(harness.RESULTS / 'large_trees.png', curves)
-  rows = []
+  return rows
+
+
+def in_memory(arguments: argparse.Namespace) -> list[dict[str, object]]:
+  """Rows of every step, of every size."""
+  rows: list[dict[str, object]] = []
   for weights in arguments.weights:
     steps = run(int(weights), int(arguments.leaf), arguments.folder, mode='--measure-in-memory')
     rows += [
@@ -222,12 +237,28 @@ def main() -> None:
         'step': f'`{step}`',
         'seconds': round(found['seconds'], 3),
         'ns a weight': round(found['seconds'] / weights * 1e9, 1),
+        'of all cores, ns a weight': round(found['cpu'] / weights * 1e9, 1),
         'peak, MiB': round(found['peak'] / 2**20),
         'tree, MiB': round(4 * weights / 2**20),
       }
       for step, found in steps.items()
     ]
-  harness.report('large_trees_in_memory', 'every step, in memory', command, rows)
+  return rows
+
+
+def draw() -> None:
+  """The seconds of all cores over the weights, of the tables that there are."""
+  curves = {}
+  for source, name in SOURCES.items():
+    path = harness.RESULTS / f'{name}.json'
+    rows = json.loads(path.read_text())['rows'] if path.exists() else []
+    weights = [1e6 * float(row['weights'].split()[0]) for row in rows]
+    curves[source] = [
+      (count, 1e-9 * count * row['of all cores, ns a weight'])
+      for count, row in zip(weights, rows, strict=True)
+    ]
+  found = {source: points for source, points in curves.items() if points}
+  plots.seconds_over_weights(harness.RESULTS / 'large_trees.png', found)
 
 
 if __name__ == '__main__':
