@@ -375,9 +375,10 @@ def test_the_closed_form_holds_where_the_density_does(rate):
   for allocation in (at_rate, at_sparsity):
     values = opq_jax.apply_compression(params, init_state(params, allocation))
     for name, leaf in allocation.tree.items():
-      error = np.sum((values[name] - params[name]) ** 2) / np.sum(params[name] ** 2)
+      value, weights = np.asarray(values[name]), params[name]
+      error = float(np.sum((value - weights) ** 2) / np.sum(weights**2))
       assert float(leaf.error) == pytest.approx(error, rel=0.05)
-      assert float(leaf.sparsity) == pytest.approx(np.mean(values[name] == 0), abs=0.01)
+      assert float(leaf.sparsity) == pytest.approx(float(np.mean(value == 0)), abs=0.01)
 
 
 @pytest.mark.parametrize('corrected', [False, True])
