@@ -163,6 +163,25 @@ def test_a_large_window_takes_about_what_its_halves_do():
   assert len(encode_codes(codes)) < 1.02 * apart
 
 
+def test_scores_of_channels_count_beside_neighbours():
+  # these tell the sign and little of the size, which is that of the input and the output
+  rng, shape = RNG(5), (3, 3, 48, 128)
+  inputs, outputs = (np.exp2(rng.integers(-2, 4, n)) for n in shape[-2:])
+  scales = np.broadcast_to(inputs[:, None] * outputs, shape)
+  sizes = np.minimum(np.trunc(rng.exponential(size=shape) * scales), 127)
+  codes = (sizes * rng.choice([-1, 1], shape[-2:])).astype(np.int8)
+  ideal = sum(entropy(c) * c.size for c in (np.abs(codes)[scales == s] for s in np.unique(scales)))
+  ideal += (codes != 0).any((0, 1)).sum()  # a sign of each window
+  assert 8 * len(encode_codes(codes)) < 1.12 * ideal
+
+
+def test_a_vector_has_no_arrangement():
+  payload = context_coding.encode(scaled_codes((1, 5000))[0])
+  assert payload is not None
+  with pytest.raises(ValueError, match=r'arrangement 2, expected those of shape \(5000,\)'):
+    context_coding.decode(payload, (5000,))
+
+
 def test_more_ranges_than_there_may_be_are_refused():
   bits = f'{context_coding.MARKER}00' + '000' + ans.golomb(16, 2)
   with pytest.raises(ValueError, match='found 17 ranges of scores, expected at most 16'):
