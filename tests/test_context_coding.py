@@ -175,6 +175,11 @@ def test_scores_of_channels_count_beside_neighbours():
   assert 8 * len(encode_codes(codes)) < 1.12 * ideal
 
 
+def test_a_small_kernel_is_not_cut_into_ranges_whose_tables_cost_more_than_they_tell():
+  codes, _ = scaled_codes((60, 5, 12))
+  assert len(encode_codes(codes)) < 0.905 * len(encode_codes(codes, contexts=False))
+
+
 def test_a_vector_has_no_arrangement():
   payload = context_coding.encode(scaled_codes((1, 5000))[0])
   assert payload is not None
