@@ -1,6 +1,6 @@
 """kill -9 at random moments of a write, and of finetuning: what lies there afterwards.
 
-    python -m experiments.benchmarks.killed_writes [kills of each, by default 50]
+    python -m experiments.benchmarks.killed_writes [kills of each, by default 50 [only these writes]]
 
 A process writes a new network over an old one and is killed at a moment drawn uniformly from the
 seconds that an unhindered process takes for the whole of it, which is measured before: reading,
@@ -18,6 +18,7 @@ old file or the new one, whole.  Parts that were left beside it must be gone aft
                                  killed.  Then another begins
 """
 
+import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -28,7 +29,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -51,15 +52,20 @@ LARGE = 64 << 20  # bytes
 STEPS, EVERY = 24, 3  # of finetuning, and after how many of them there is a checkpoint
 
 
-def main(count: int) -> None:
+def main(count: int, writes: Sequence[str] = WRITES) -> None:
   from experiments.benchmarks import harness
 
-  rows: list[dict[str, object]] = []
-  for write in WRITES:
-    with tempfile.TemporaryDirectory() as folder:
-      rows.append({'write': write, **killed(write, pathlib.Path(folder), count)})
-    print(rows[-1], file=sys.stderr, flush=True)
   command = f'python -m experiments.benchmarks.killed_writes {count}'
+  path = harness.RESULTS / 'killed_writes.json'
+  document = json.loads(path.read_text()) if path.exists() else {}
+  # what the same command said of the others before stays
+  before = document['rows'] if document.get('command') == command else []
+  found = {row['write']: row for row in before}
+  for write in writes:
+    with tempfile.TemporaryDirectory() as folder:
+      found[write] = {'write': write, **killed(write, pathlib.Path(folder), count)}
+    print(found[write], file=sys.stderr, flush=True)
+  rows = [found[write] for write in WRITES if write in found]
   harness.report('killed_writes', 'kills, and what the file was afterwards', command, rows)
   if any(row['neither'] or row['left after the next write'] for row in rows):
     sys.exit('found a file that is neither the old nor the new one, or what was left beside it')
@@ -217,4 +223,4 @@ def _finetune(folder: pathlib.Path, path: pathlib.Path) -> None:
 
 
 if __name__ == '__main__':
-  main(int(sys.argv[1]) if len(sys.argv) > 1 else 50)
+  main(int(sys.argv[1]) if len(sys.argv) > 1 else 50, sys.argv[2:] or WRITES)
