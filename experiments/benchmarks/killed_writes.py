@@ -1,6 +1,6 @@
 """kill -9 at random moments of a write, and of finetuning: what lies there afterwards.
 
-    python -m experiments.benchmarks.killed_writes [kills of each, by default 50 [only these writes]]
+    python -m experiments.benchmarks.killed_writes [kills of each, by default 50 [of these writes]]
 
 A process writes a new network over an old one and is killed at a moment drawn uniformly from the
 seconds that an unhindered process takes for the whole of it, which is measured before: reading,
