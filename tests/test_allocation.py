@@ -381,17 +381,18 @@ def test_the_closed_form_holds_where_the_density_does(rate):
       assert float(leaf.sparsity) == pytest.approx(float(np.mean(value == 0)), abs=0.01)
 
 
-@pytest.mark.parametrize('corrected', [False, True])
-def test_squared_errors_of_any_unit_beside_a_leaf_of_zeros(corrected):
+@pytest.mark.parametrize('targets', [{'compression_rate': 15.0}, {'sparsity': 0.6, 'bits': 3.0}])
+def test_squared_errors_of_any_unit_beside_a_leaf_of_zeros(targets):
   # a squared error of 2**-80 is below what float32 has
   params = {'a': tree()['a'], 'c': 3 * tree()['c'], 'zeros': jnp.zeros((16, 16))}
-  options = {'compression_rate': 15.0, 'objective': 'squared_error', 'corrected': corrected}
+  options = {'objective': 'squared_error', 'corrected': False, **targets}
   one = allocate(params, **options).tree
   moved = jax.tree.map(lambda x: x * 2.0**-80, params)
   other = allocate(moved, **options).tree
-  for name in params:
-    np.testing.assert_allclose(other[name].threshold * 2.0**80, one[name].threshold, rtol=1e-5)
-    np.testing.assert_allclose(other[name].error, one[name].error, rtol=1e-4)
+  for name in 'ac':
+    for field in ('threshold', 'step'):
+      found, expected = (float(getattr(leaf[name], field)) for leaf in (other, one))
+      assert found * 2.0**80 == pytest.approx(expected, rel=1e-5)
   # one price of a squared error for all: the larger weights are worth more bits
   assert one['c'].entropy > one['a'].entropy
 
