@@ -231,6 +231,7 @@ TABLES = {
   'uncompressed_leaves': lambda: benchmark('uncompressed_leaves'),
   'cell_rule': lambda: benchmark('cell_rule'),
   'large_trees': lambda: benchmark('large_trees'),
+  'large_trees_orbax': lambda: benchmark('large_trees_orbax'),
   'large_trees_in_memory': lambda: benchmark('large_trees_in_memory'),
   'hostile_files': lambda: benchmark('hostile_files'),
   'killed_writes': lambda: benchmark('killed_writes'),

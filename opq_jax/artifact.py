@@ -112,9 +112,7 @@ def serialize(
   Raises:
     ValueError: as `save`.
   """
-  metadata = dict(metadata or {})
-  if not all(type(text) is str for item in metadata.items() for text in item):
-    raise ValueError(f'metadata: found {metadata}, expected strings only')
+  metadata = checked_metadata(metadata)
   found = trees.records(params, state.tree, LeafState)
   records = dict(zip(trees.named_leaves(params), found, strict=True))
   tree = artifact_index.plain_tree(params)
@@ -141,6 +139,18 @@ def serialize(
   return b''.join(
     [front(noted, grids, sum(map(len, payloads)), checked, metadata), *payloads, *blocks]
   )
+
+
+def checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
+  """The metadata of a file, none by default.
+
+  Raises:
+    ValueError: not all of them are strings.
+  """
+  checked = dict(metadata or {})
+  if not all(type(text) is str for item in checked.items() for text in item):
+    raise ValueError(f'metadata: found {checked}, expected strings only')
+  return checked
 
 
 def front(

@@ -30,6 +30,7 @@ from opq_jax import (
   models,
   networks,
   sizes,
+  stored_leaves,
   streaming,
   tables,
   trees,
@@ -312,7 +313,7 @@ def _compress(arguments: argparse.Namespace) -> None:
     'opq_jax': opq_jax.__version__,
   }
   console = _console(sys.stdout)
-  if not is_known and streaming.is_streamable(source):
+  if not is_known and stored_leaves.is_streamable(source):
     _compress_leaf_by_leaf(arguments, source, output, targets, axis, metadata)
     return
   with _stages(console) as stage:
@@ -381,14 +382,17 @@ def _compress_leaf_by_leaf(
 ) -> None:
   """The same file of a tree that need not fit into memory."""
   console = _console(sys.stdout)
-  leaves = streaming.open_safetensors(source)
-  chosen = _chosen(leaves, arguments.include, arguments.exclude)
-  leaves |= {name: leaves[name].narrowed() for name in chosen}
+  tree = stored_leaves.open_weights(source)
+  chosen = _chosen(tree, arguments.include, arguments.exclude)
+  leaves = [
+    leaf.narrowed() if name in chosen else leaf for name, leaf in trees.named_leaves(tree).items()
+  ]
+  tree = jax.tree.unflatten(jax.tree.structure(tree), leaves)
   with _stages(console) as stage, warnings.catch_warnings():
     # the table marks the leaves that this warning would list
     warnings.filterwarnings('ignore', 'the Laplace density')
     done = streaming.compress(
-      leaves,
+      tree,
       output,
       compressible=lambda path, _: path in chosen,
       channel_axis=axis,
@@ -399,7 +403,7 @@ def _compress_leaf_by_leaf(
       **targets,
     )
   report = done.report
-  console.print(tables.summary(leaves, done.allocation), sizes.four_sizes(report))
+  console.print(tables.summary(tree, done.allocation), sizes.four_sizes(report))
   console.print(Text(f'{output}: {report.file:,} bytes, {report.file_rate:.2f} times smaller'))
 
 

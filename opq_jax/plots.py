@@ -1,8 +1,9 @@
 """What a person looks at; needs matplotlib (`pip install opq_jax[plots]`)."""
 
 import dataclasses
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Okabe and Ito's colours, which the colour-blind tell apart too
@@ -129,6 +130,40 @@ def accuracy_over_epochs(
   axes.set_title(title, fontsize=10, loc='left')
   axes.grid(alpha=0.25)
   axes.spines[['top', 'right']].set_visible(False)
+  figure.savefig(path)
+
+
+def seconds_over_weights(
+  path: str | os.PathLike[str], curves: Mapping[str, Sequence[tuple[float, float]]]
+) -> None:
+  """Draws what trees take over how large they are, both on logarithmic axes.
+
+  Args:
+    path: of the picture; its suffix says the format.
+    curves: by what the legend calls each, points of weights and seconds.  A dotted line goes in
+      proportion from the last point of the first.
+
+  Raises:
+    ValueError: there is nothing to draw, or matplotlib is missing.
+  """
+  if not curves or not all(curves.values()):
+    raise ValueError(f'curves: found {dict(curves)}, expected at least one point in each')
+  figure = _matplotlib_figure()(figsize=(7.2, 4.5), dpi=120, layout='constrained')
+  axes = figure.subplots()
+  for (label, points), colour in zip(curves.items(), itertools.cycle(_COLOURS), strict=False):
+    weights, seconds = zip(*sorted(points), strict=True)
+    axes.plot(weights, seconds, color=colour, marker='o', linewidth=1.8, label=label)
+  points = sorted(next(iter(curves.values())))
+  (least, _), (most, last) = points[0], points[-1]
+  ends = [last * least / most, last]
+  axes.plot([least, most], ends, color='black', linestyle=':', linewidth=1.2, label='in proportion')
+  axes.set_xscale('log')
+  axes.set_yscale('log')
+  axes.set_xlabel('weights')
+  axes.set_ylabel('seconds')
+  axes.grid(alpha=0.25)
+  axes.spines[['top', 'right']].set_visible(False)
+  axes.legend(frameon=False, fontsize=9)
   figure.savefig(path)
 
 

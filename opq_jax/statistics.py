@@ -301,8 +301,9 @@ def bins_at_rank(
   histogram: Int32[Array, 'leaves 2 bins'], rank: Int32[Array, 'leaves']
 ) -> tuple[Int32[Array, 'leaves'], Int32[Array, 'leaves']]:
   """In which bin of magnitudes rank_i lies, and what is left of the rank inside of that bin."""
-  cumulative = jnp.cumsum(jnp.sum(histogram, axis=1), axis=1)
-  coarse = jnp.sum((cumulative < rank[:, None]).astype(jnp.int32), axis=1)
+  sums = functools.partial(jnp.sum, axis=1, dtype=jnp.int32)  # which float64 would make wider
+  cumulative = jnp.cumsum(sums(histogram), axis=1, dtype=jnp.int32)
+  coarse = sums(cumulative < rank[:, None])
   before = jnp.take_along_axis(cumulative, jnp.maximum(coarse - 1, 0)[:, None], axis=1)[:, 0]
   return coarse, rank - jnp.where(coarse > 0, before, 0)
 
@@ -329,7 +330,7 @@ def magnitudes_at_rank(
   61
   """
   # entry k: how many weights lie below edge k of the bin
-  below = jnp.pad(jnp.cumsum(fine, axis=1), ((0, 0), (1, 0)))
+  below = jnp.pad(jnp.cumsum(fine, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
   edge = jnp.argmin(jnp.abs(below - left[:, None]), axis=1).astype(jnp.float32)
   edge = (coarse.astype(jnp.float32) + edge / BINS) / _bins_per_unit(largest)
   # just under the edge, so that a weight on it survives as the count says
@@ -349,7 +350,8 @@ def interpolated_at_rank(
   True
   """
   coarse, left = bins_at_rank(histogram, rank)
-  inside = jnp.take_along_axis(jnp.sum(histogram, axis=1), coarse[:, None], axis=1)[:, 0]
+  both = jnp.sum(histogram, axis=1, dtype=jnp.int32)
+  inside = jnp.take_along_axis(both, coarse[:, None], axis=1)[:, 0]
   position = left.astype(jnp.float32) / jnp.maximum(inside, 1).astype(jnp.float32)
   edge = (coarse.astype(jnp.float32) + position) / _bins_per_unit(largest)
   return jnp.where(rank > 0, jnp.nextafter(edge, jnp.zeros_like(edge)), 0)

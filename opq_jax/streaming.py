@@ -1,4 +1,4 @@
-"""From a .safetensors file to an `.opq` file, leaf by leaf: trees that are larger than memory.
+"""From weights on disk to an `.opq` file, leaf by leaf: trees that are larger than memory.
 
     1  every compressed leaf is read, and its `LeafStatistics` are kept: 32 KiB and its scales
     2  `opq_jax.allocate` solves from the statistics
@@ -14,83 +14,34 @@ import collections
 import contextlib
 import ctypes
 import dataclasses
-import math
+import functools
 import os
 import platform
 import shutil
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import jax
 import numpy as np
-import safetensors
 from jaxtyping import Int8, Shaped
 
 from opq_jax import allocation as allocations
-from opq_jax import artifact, artifact_index, compression, files, sizes
+from opq_jax import artifact, artifact_index, compression, files, sizes, trees
 from opq_jax.allocation import Allocation, LeafAllocation, is_compressible
 from opq_jax.compression import LeafState
 from opq_jax.entropy_coding import encode_codes
 from opq_jax.sizes import ChannelAxis, SizeReport, UncompressedLeaf
 from opq_jax.statistics import LeafStatistics, leaf_statistics
+from opq_jax.stored_leaves import StoredLeaf
+from opq_jax.trees import PyTree
 
 _PIECE = 1 << 20  # weights that are coded at a time
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 _AHEAD = 8  # blocks of uncompressed leaves that are packed while others are written
 
 _survives = jax.jit(compression.survives)
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredLeaf:
-  """A tensor of a .safetensors file that is read when it is asked for.
-
-  Attributes:
-    path: of the file.
-    name: of the tensor.
-    shape: its own.
-    dtype: in which it is read; float64 may be asked for as float32.
-  """
-
-  path: str
-  name: str
-  shape: tuple[int, ...]
-  dtype: np.dtype
-
-  @property
-  def ndim(self) -> int:
-    """Dimensions."""
-    return len(self.shape)
-
-  @property
-  def size(self) -> int:
-    """Weights."""
-    return math.prod(self.shape)
-
-  @property
-  def nbytes(self) -> int:
-    """Bytes once read."""
-    return self.size * self.dtype.itemsize
-
-  def narrowed(self) -> 'StoredLeaf':
-    """Itself, read as float32 where it is float64: JAX has no wider ones by default."""
-    is_wide = self.dtype == np.float64
-    return dataclasses.replace(self, dtype=np.dtype(np.float32)) if is_wide else self
-
-  def read(self) -> Shaped[np.ndarray, '...']:
-    """The tensor, and no other byte of the file.
-
-    Raises:
-      ValueError: the file is not what it was when it was opened.
-    """
-    with _opened(self.path) as file:
-      array = file.get_tensor(self.name)
-    if array.shape != self.shape:
-      raise ValueError(f'{self.path}: {self.name}: found {array.shape}, expected {self.shape}')
-    return array.astype(self.dtype, copy=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,44 +57,8 @@ class Streamed:
   report: SizeReport
 
 
-def open_safetensors(path: str | os.PathLike[str]) -> dict[str, StoredLeaf]:
-  """The tensors of a file by name, without reading them.
-
-  Raises:
-    ValueError: this is no whole .safetensors file, or has no tensors.
-    OSError: it cannot be read.
-
-  >>> import tempfile, safetensors.numpy
-  >>> with tempfile.TemporaryDirectory() as folder:
-  ...   safetensors.numpy.save_file({'w': np.eye(3)}, f'{folder}/net.safetensors')
-  ...   leaf = open_safetensors(f'{folder}/net.safetensors')['w']
-  ...   print(leaf.shape, leaf.dtype, leaf.read().sum())
-  (3, 3) float64 3.0
-  """
-  leaves = {}
-  with _opened(path) as file:
-    for name in file.keys():  # noqa: SIM118, it is no mapping
-      piece = file.get_slice(name)
-      shape = tuple(piece.get_shape())
-      # a slice tells NumPy's dtype without reading, where there is anything to slice
-      probe = piece[:1] if shape and math.prod(shape) else file.get_tensor(name)
-      leaves[name] = StoredLeaf(os.fspath(path), name, shape, probe.dtype)
-  if not leaves:
-    raise ValueError(f'{path}: found no weights, expected at least one')
-  return leaves
-
-
-def is_streamable(path: str | os.PathLike[str]) -> bool:
-  """Whether a file is .safetensors of plain arrays: no folder, no other format, no `.opq`."""
-  path = Path(path)
-  if path.suffix.lower() != '.safetensors' or not path.is_file():
-    return False
-  with _opened(path) as file:
-    return (file.metadata() or {}).get('format') != 'opq'
-
-
 def compress(
-  leaves: Mapping[str, StoredLeaf],
+  tree: PyTree,
   output: str | os.PathLike[str],
   *,
   compressible: Callable[[str, Any], bool] = is_compressible,
@@ -156,7 +71,7 @@ def compress(
   """Prunes, quantizes and writes a tree that need not fit into memory.
 
   Args:
-    leaves: of the flat tree, by name.
+    tree: with a `StoredLeaf` at every leaf, as `opq_jax.stored_leaves.open_weights` gives it.
     output: where the `.opq` file goes.  It appears whole or not at all.
     compressible, channel_axis: as for `opq_jax.allocate`.
     metadata, contexts: as for `opq_jax.save`.
@@ -172,44 +87,49 @@ def compress(
     OSError: something cannot be read or written; likewise.
 
   >>> import tempfile, safetensors.numpy
+  >>> from opq_jax.stored_leaves import open_weights
   >>> kernel = np.random.default_rng(0).laplace(size=(256, 64)).astype(np.float32)
   >>> with tempfile.TemporaryDirectory() as folder:
   ...   safetensors.numpy.save_file({'w': kernel}, f'{folder}/net.safetensors')
-  ...   leaves = open_safetensors(f'{folder}/net.safetensors')
+  ...   leaves = open_weights(f'{folder}/net.safetensors')
   ...   report = compress(leaves, f'{folder}/net.opq', compression_rate=16.0).report
   ...   print(report.file == os.stat(f'{folder}/net.opq').st_size, round(report.entropy_rate))
   True 16
   """
   solved = {name: targets.get(name) for name in ('sparsity', 'bits', 'compression_rate')}
   allocations.check_targets(**solved)
+  metadata = artifact.checked_metadata(metadata)
   _return_large_blocks()
-  leaves = dict(sorted(leaves.items()))  # as JAX orders a dict
+  tree = artifact_index.plain_tree(tree)
+  artifact_index.check_names(tree)
+  leaves = trees.named_leaves(tree)
   chosen = allocations.choose(leaves, compressible)
   axes = {name: allocations.axis_of(name, leaves[name], channel_axis) for name in chosen}
   with stage('statistics'):
     stats = {name: _statistics(leaves[name], axes[name]) for name in chosen}
+  like_tree = functools.partial(jax.tree.unflatten, jax.tree.structure(tree))
   with stage('allocate'):
     allocation = allocations.allocate(
-      {name: stats.get(name, leaf) for name, leaf in leaves.items()},
+      like_tree([stats.get(name, leaf) for name, leaf in leaves.items()]),
       compressible=lambda name, _: name in stats,
       read=lambda name: leaves[name].read(),
       **targets,
     )
+  asked = trees.records(tree, allocation.tree, LeafAllocation)
   with stage('encode and write'), _Writer(output, contexts) as writer:
     compressed, uncompressed = [], []
-    for name, leaf in leaves.items():
-      asked = allocation.tree[name]
-      if asked is None:
+    for (name, leaf), wanted in zip(leaves.items(), asked, strict=True):
+      if wanted is None:
         writer.add(name, leaf.read())
         uncompressed.append(UncompressedLeaf(name, leaf.shape, leaf.dtype.name, leaf.nbytes, 0))
         continue
-      record, codes = _coded(name, leaf.read(), asked)
+      record, codes = _coded(name, leaf.read(), wanted)
       writer.add_codes(name, leaf, record, codes)
       largest = np.asarray(stats[name].maximum)
       compressed.append(
         sizes.compressed_leaf(name, leaf.dtype, record, codes, largest, axes[name], 0)
       )
-    writer.finish(dict(metadata or {}))
+    writer.finish(like_tree, metadata)
   with artifact.OpqFile(output) as file:
     stored = file.sizes()
   located = lambda leaf: dataclasses.replace(leaf, file=stored[leaf.path])
@@ -263,7 +183,7 @@ class _Writer:
 
   def __init__(self, output: str | os.PathLike[str], contexts: bool):
     self._output, self._contexts = output, contexts
-    self._specs: dict[str, str] = {}
+    self._specs: list[str] = []
     self._grids: list[list[np.float32]] = []
     self._blocks: list[tuple[int, int]] = []
     self._raw, self._raw_size = bytearray(), 0
@@ -286,14 +206,13 @@ class _Writer:
     with files.errors_of(self._output):
       self._codes_file.write(payload)
     self._grids.append(artifact.grid(name, record))
-    self._specs[name] = (
-      f'{artifact_index.spec(leaf.dtype, leaf.shape)} {int(record.levels)} {len(payload)}'
-    )
+    spec = artifact_index.spec(leaf.dtype, leaf.shape)
+    self._specs.append(f'{spec} {int(record.levels)} {len(payload)}')
 
   def add(self, name: str, array: Shaped[np.ndarray, '...']) -> None:
     """Writes an uncompressed leaf."""
     array = artifact.host_array(name, array)
-    self._specs[name] = artifact_index.spec(array.dtype, array.shape)
+    self._specs.append(artifact_index.spec(array.dtype, array.shape))
     padding = -self._raw_size % array.dtype.itemsize
     as_bytes = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     self._raw_size += padding + as_bytes.size
@@ -303,14 +222,15 @@ class _Writer:
       while len(self._raw) >= artifact_index.BLOCK:
         self._pack(artifact_index.BLOCK)
 
-  def finish(self, metadata: dict[str, str]) -> None:
-    """Puts the file together in its place."""
+  def finish(self, like_tree: Callable[[list[str]], PyTree], metadata: dict[str, str]) -> None:
+    """Puts the file together in its place; `like_tree` makes the tree of what its leaves have."""
     if self._raw:
       self._pack(len(self._raw))
     while self._packing:
       self._write_block()
     codes_size = self._codes_file.tell()
-    front = artifact.front(self._specs, self._grids, codes_size, self._blocks, metadata)
+    noted = like_tree(self._specs)
+    front = artifact.front(noted, self._grids, codes_size, self._blocks, metadata)
     with files.replacing(self._output) as file:
       file.write(front)
       for spool in (self._codes_file, self._blocks_file):
@@ -334,15 +254,3 @@ class _Writer:
     file = files.spool(self._output)
     self._open.callback(files.close, file)
     return file
-
-
-@contextlib.contextmanager
-def _opened(path: str | os.PathLike[str]) -> Any:
-  """A file of safetensors, read and not mapped: what was read of it need not stay in memory."""
-  # safetensors would say of a file that may not be read that there is none
-  open(path, 'rb').close()
-  try:
-    with safetensors.safe_open(path, 'np', backend='pread') as file:
-      yield file
-  except safetensors.SafetensorError as error:
-    raise ValueError(f'{path}: expected a safetensors file, found this: {error}') from error

@@ -15,7 +15,6 @@ than their bytes can hold: what a file takes in memory is bounded by its own siz
 
 import errno
 import json
-import logging
 import math
 import os
 import re
@@ -32,13 +31,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from opq_jax import artifact, files, keras_files, trees
+from opq_jax import artifact, files, keras_files, orbax_files, trees
 from opq_jax.trees import PyTree
 
 ChannelMode = Literal['auto', 'first', 'last']
 
-_ORBAX_TREE = '_METADATA'  # the file that every folder has in which Orbax keeps one tree
-_STEP = re.compile(r'(?:.*[_-])?(\d+)', re.ASCII)
 _STATE_DICT_KEYS = ('state_dict', 'model', 'model_state_dict')
 
 
@@ -66,7 +63,7 @@ def read_weights(path: str | os.PathLike[str]) -> PyTree:
   """
   path = Path(path)
   if path.is_dir():
-    return _checked(path, _guarded(_read_orbax, path, 'an Orbax checkpoint'))
+    return _checked(path, guarded(_read_orbax, path, 'an Orbax checkpoint'))
   reader = _READERS.get(path.suffix.lower())
   if reader is None:
     known = ', '.join(_READERS)
@@ -74,7 +71,7 @@ def read_weights(path: str | os.PathLike[str]) -> PyTree:
       f'{path}: found suffix {path.suffix!r}, expected {known}, or a folder of Orbax'
     )
   read, what = reader
-  return _checked(path, _guarded(read, path, what))
+  return _checked(path, guarded(read, path, what))
 
 
 def write_safetensors(path: str | os.PathLike[str], tree: PyTree) -> None:
@@ -166,7 +163,13 @@ def unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
   return found
 
 
-def _guarded(read: Callable[[Path], PyTree], path: Path, what: str) -> PyTree:
+def guarded(read: Callable[[Path], Any], path: Path, what: str) -> Any:
+  """What `read` makes of a file that ought to be `what`.
+
+  Raises:
+    ValueError: it is not; or what `read` itself says of this file.
+    OSError: it cannot be read.
+  """
   try:
     return read(path)
   # what five libraries raise at damaged bytes is no closed list (BadZipFile, OutOfData, TypeError)
@@ -182,6 +185,21 @@ def _guarded(read: Callable[[Path], PyTree], path: Path, what: str) -> PyTree:
     raise ValueError(f'{path}: expected {what}, found this: {reason}') from error
 
 
+def dtype_of_numbers(path: Path, name: str, leaf: Any) -> np.dtype:
+  """The dtype of an array, or of what stands for one.
+
+  Raises:
+    ValueError: it has none, or one of something else than numbers.
+  """
+  dtype = np.dtype(getattr(leaf, 'dtype', None) or object)
+  # numpy's kinds of numbers; ml_dtypes are of kind V, as are structs, which have no finfo
+  if dtype.kind not in 'biufc' and not _is_extended(dtype):
+    raise ValueError(
+      f'{path}: {name}: found {type(leaf).__name__} of dtype {dtype}, expected an array of numbers'
+    )
+  return dtype
+
+
 def _checked(path: Path, tree: PyTree) -> PyTree:
   """The tree with every leaf a host array of numbers."""
   leaves = trees.named_leaves(tree)
@@ -190,12 +208,7 @@ def _checked(path: Path, tree: PyTree) -> PyTree:
   arrays = []
   for name, leaf in leaves.items():
     array = np.asarray(leaf)
-    # numpy's kinds of numbers; ml_dtypes are of kind V, as are structs, which have no finfo
-    if array.dtype.kind not in 'biufc' and not _is_extended(array.dtype):
-      raise ValueError(
-        f'{path}: {name}: found {type(leaf).__name__} of dtype {array.dtype}, expected an array of '
-        'numbers'
-      )
+    dtype_of_numbers(path, name, array)
     arrays.append(array)
   return jax.tree.unflatten(jax.tree.structure(tree), arrays)
 
@@ -265,43 +278,10 @@ def _read_opq(path: Path) -> PyTree:
 
 
 def _read_orbax(path: Path) -> PyTree:
-  # seconds of imports that no other format needs
-  import orbax.checkpoint as ocp
-
-  folder = _orbax_tree(path).absolute()
-  logger = logging.getLogger('absl')
-  level = logger.level
-  try:
-    # a step's items have no metadata of a whole checkpoint, and Orbax warns of it
-    logger.setLevel(logging.ERROR)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-      metadata = checkpointer.metadata(folder).item_metadata
-      tree = getattr(metadata, 'tree', metadata)
-      as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-      return checkpointer.restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
-  finally:
-    logger.setLevel(level)
-
-
-def _orbax_tree(path: Path) -> Path:
-  """The folder of one tree at or below `path`: the latest step, and in it the default item."""
-  if (path / _ORBAX_TREE).is_file():
-    return path
-  folders = sorted(child for child in path.iterdir() if child.is_dir())
-  trees_in = {child.name: child for child in folders if (child / _ORBAX_TREE).is_file()}
-  steps = {
-    int(match[1]): child for child in folders if (match := _STEP.fullmatch(child.name)) is not None
-  }
-  if 'default' in trees_in:
-    return trees_in['default']
-  if steps:
-    return _orbax_tree(steps[max(steps)])
-  if len(trees_in) == 1:
-    return next(iter(trees_in.values()))
-  raise ValueError(
-    f'{path}: found items {list(trees_in)} among {[child.name for child in folders][:10]}, '
-    'expected an Orbax checkpoint of one tree, or one that is called default'
-  )
+  folder = orbax_files.OrbaxFolder(path)
+  for name, leaf in trees.named_leaves(folder.tree).items():
+    dtype_of_numbers(path, name, leaf)
+  return folder.read()
 
 
 def _read_torch(path: Path) -> PyTree:

@@ -339,3 +339,82 @@ REFUSED = [
 def test_refused(params, options, message):
   with pytest.raises(ValueError, match=message):
     allocate(jax.tree.map(jnp.asarray, params), **options)
+
+
+@pytest.mark.parametrize('corrected', [False, True])
+def test_the_largest_weight_has_the_last_level(corrected):
+  params = {'a': tree()['a']}
+  for targets in ({'compression_rate': 12.0}, {'sparsity': 0.5, 'bits': 4.0}):
+    allocation = allocate(params, corrected=corrected, **targets)
+    codes = encode(params, init_state(params, allocation))['a']
+    assert np.abs(np.asarray(codes, int)).max() == int(allocation.tree['a'].levels) < 127
+
+
+def test_of_distinct_weights_just_the_share_that_is_asked_for_is_pruned():
+  rng = RNG(3)
+  signs = rng.choice([-1, 1], 100)
+  weights = (rng.permutation(np.linspace(0.01, 1, 100)) * signs).astype('f4').reshape(100, 1)
+  for percent in (7, 29, 57, 58):  # a hundredth of some is below it in float32, of others above
+    allocation = allocate({'w': weights}, sparsity=percent / 100, bits=3.0)
+    state = init_state({'w': weights}, allocation)
+    assert int(np.sum(~np.asarray(state.tree['w'].mask))) == percent
+
+
+@pytest.mark.parametrize('rate', [8.0, 25.0])
+def test_the_closed_form_holds_where_the_density_does(rate):
+  draw = RNG(0).laplace
+  scales = {'a': 1e-3, 'b': 1.0, 'c': 30.0}
+  params = {name: (scale * draw(size=(500, 64))).astype('f4') for name, scale in scales.items()}
+  at_rate = allocate(params, compression_rate=rate, corrected=False)
+  bits, _, _ = measured(params, at_rate)
+  assert bits == pytest.approx(32 / rate, rel=0.02)
+  at_sparsity = allocate(params, sparsity=0.6, bits=3.0, corrected=False)
+  _, sparsity, width = measured(params, at_sparsity)
+  assert sparsity == pytest.approx(0.6, abs=0.01)
+  assert width == pytest.approx(3.0, rel=0.02)
+  for allocation in (at_rate, at_sparsity):
+    values = opq_jax.apply_compression(params, init_state(params, allocation))
+    for name, leaf in allocation.tree.items():
+      value, weights = np.asarray(values[name]), params[name]
+      error = float(np.sum((value - weights) ** 2) / np.sum(weights**2))
+      assert float(leaf.error) == pytest.approx(error, rel=0.05)
+      assert float(leaf.sparsity) == pytest.approx(float(np.mean(value == 0)), abs=0.01)
+
+
+@pytest.mark.parametrize('targets', [{'compression_rate': 15.0}, {'sparsity': 0.6, 'bits': 3.0}])
+def test_squared_errors_of_any_unit_beside_a_leaf_of_zeros(targets):
+  # a squared error of 2**-80 is below what float32 has
+  params = {'a': tree()['a'], 'c': 3 * tree()['c'], 'zeros': jnp.zeros((16, 16))}
+  options = {'objective': 'squared_error', 'corrected': False, **targets}
+  one = allocate(params, **options).tree
+  moved = jax.tree.map(lambda x: x * 2.0**-80, params)
+  other = allocate(moved, **options).tree
+  for name in 'ac':
+    for field in ('threshold', 'step'):
+      found, expected = (float(getattr(leaf[name], field)) for leaf in (other, one))
+      assert found * 2.0**80 == pytest.approx(expected, rel=1e-5)
+  # one price of a squared error for all: the larger weights are worth more bits
+  assert one['c'].entropy > one['a'].entropy
+
+
+def test_a_narrow_dtype_has_steps_down_to_eight_roundings():
+  params = {'w': jnp.asarray(RNG(0).uniform(-1, 1, (256, 64)), jnp.bfloat16)}
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore', UserWarning)  # uniform
+    leaf = allocate(params, sparsity=0.0, bits=7.9).tree['w']
+  largest = np.abs(np.asarray(params['w'], np.float32)).max()
+  assert float(leaf.step) == pytest.approx(largest * 8 * 2**-8, rel=1e-3)
+  assert int(leaf.levels) == 32
+
+
+def test_a_rate_that_tables_alone_exceed_is_refused():
+  with pytest.raises(ValueError, match=r'compression_rate: found at least .* expected 0.0032'):
+    allocate({'w': A}, compression_rate=10_000.0)
+
+
+@pytest.mark.parametrize('at', ['a', 'c'])
+def test_the_channel_of_a_weight_that_is_not_finite_is_named(at):
+  params = {name: np.array(tree()[name]) for name in 'ac'}
+  params[at][5, 3] = np.nan
+  with pytest.raises(ValueError, match=rf'^{at}: found NaN .*\(channel 3 of axis -1\)'):
+    allocate(params)

@@ -134,6 +134,65 @@ def test_scales_of_channels_are_worth_what_they_tell():
   assert ideal < len(encode_codes(codes)) < 1.02 * ideal
 
 
+def scaled_codes(shape, seed=1):
+  """Laplace codes whose inputs and outputs differ by powers of two, and those scales."""
+  rng = RNG(seed)
+  inputs, outputs = (np.exp2(rng.integers(-2, 3, n)) for n in shape[-2:])
+  scales = np.broadcast_to(inputs[:, None] * outputs, shape)
+  codes = np.trunc(rng.laplace(size=shape) * scales)
+  return np.clip(codes, -127, 127).astype(np.int8), scales
+
+
+@pytest.mark.parametrize('shape', [(700, 500), (500, 700)])
+def test_blocks_of_inputs_are_those_that_are_described(shape):
+  # more weights than are coded at once
+  codes, scales = scaled_codes(shape)
+  payload = context_coding.encode(codes)
+  np.testing.assert_array_equal(spec_decode(payload, shape), codes)
+  np.testing.assert_array_equal(context_coding.decode(payload, shape), codes)
+  ideal = sum(entropy(c) * c.size for c in (codes[scales == s] for s in np.unique(scales))) / 8
+  assert len(payload) < 1.02 * ideal
+
+
+def test_a_large_window_takes_about_what_its_halves_do():
+  # although the encoder tries less where there are more than 2**16 weights
+  codes, _ = scaled_codes((3, 3, 64, 144))
+  codes[1:] = codes[:1] + codes[1:] // 4  # worth looking at neighbours
+  halves = codes[..., ::2], codes[..., 1::2]
+  apart = sum(len(encode_codes(half.copy())) for half in halves)
+  assert len(encode_codes(codes)) < 1.02 * apart
+
+
+def test_scores_of_channels_count_beside_neighbours():
+  # these tell the sign and little of the size, which is that of the input and the output
+  rng, shape = RNG(5), (3, 3, 48, 128)
+  inputs, outputs = (np.exp2(rng.integers(-2, 4, n)) for n in shape[-2:])
+  scales = np.broadcast_to(inputs[:, None] * outputs, shape)
+  sizes = np.minimum(np.trunc(rng.exponential(size=shape) * scales), 127)
+  codes = (sizes * rng.choice([-1, 1], shape[-2:])).astype(np.int8)
+  ideal = sum(entropy(c) * c.size for c in (np.abs(codes)[scales == s] for s in np.unique(scales)))
+  ideal += (codes != 0).any((0, 1)).sum()  # a sign of each window
+  assert 8 * len(encode_codes(codes)) < 1.12 * ideal
+
+
+def test_a_small_kernel_is_not_cut_into_ranges_whose_tables_cost_more_than_they_tell():
+  codes, _ = scaled_codes((60, 5, 12))
+  assert len(encode_codes(codes)) < 0.905 * len(encode_codes(codes, contexts=False))
+
+
+def test_a_vector_has_no_arrangement():
+  payload = context_coding.encode(scaled_codes((1, 5000))[0])
+  assert payload is not None
+  with pytest.raises(ValueError, match=r'arrangement 2, expected those of shape \(5000,\)'):
+    context_coding.decode(payload, (5000,))
+
+
+def test_more_ranges_than_there_may_be_are_refused():
+  bits = f'{context_coding.MARKER}00' + '000' + ans.golomb(16, 2)
+  with pytest.raises(ValueError, match='found 17 ranges of scores, expected at most 16'):
+    decode_codes(ans.to_bytes(bits) + bytes(400), (3, 3, 24, 32))
+
+
 def test_smooth_windows_take_less_in_either_layout():
   codes = smooth_codes((5, 5, 48, 64))
   first = len(encode_codes(codes))

@@ -69,3 +69,17 @@ def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
   with pytest.raises(ValueError, match=r'opq_jax\[plots\]'):
     plots.accuracy_over_size(tmp_path / 'picture.png', CURVES)
+
+
+def test_seconds_over_weights_lie_beside_a_line_in_proportion(tmp_path, figures):
+  curves = {'a file': [(1e9, 80.0), (1e6, 0.1)], 'a folder': [(1e6, 1.0), (1e9, 100.0)]}
+  plots.seconds_over_weights(tmp_path / 'picture.png', curves)
+  [axes] = figures[0].axes
+  assert (axes.get_xscale(), axes.get_yscale()) == ('log', 'log')
+  first, second, proportion = axes.lines
+  assert list(first.get_xdata()) == list(second.get_xdata()) == [1e6, 1e9]
+  assert list(first.get_ydata()) == [0.1, 80.0]
+  assert list(proportion.get_ydata()) == pytest.approx([0.08, 80.0])
+  for nothing in ({}, {'a file': []}):
+    with pytest.raises(ValueError, match='curves: found'):
+      plots.seconds_over_weights(tmp_path / 'picture.png', nothing)

@@ -159,6 +159,25 @@ def test_weights_of_any_kind_are_compressed_exactly(kind, dtype):
     assert_contract(params, opq_jax.init_state(params, allocation))
 
 
+@pytest.mark.parametrize(
+  'targets', [{'compression_rate': 12.0}, {'sparsity': 0.6, 'bits': 3.0}], ids=['rate', 'sparsity']
+)
+def test_corrected_allocations_are_the_same_with_float64_enabled(targets):
+  params = {
+    'w': leaf('laplace', (64, 32), np.float32, 0),
+    'half': leaf('channels', (64, 32), np.float16, 1) * leaf('laplace', (64, 32), np.float16, 2),
+    'zeros': leaf('zeros', (8, 8), np.float32, 0),
+  }
+  expected = quiet_allocate(params, **targets)
+  with jax.enable_x64(True):
+    found = quiet_allocate(params, **targets)
+    assert_contract(params, opq_jax.init_state(params, found))
+  assert jax.tree.structure(found) == jax.tree.structure(expected)
+  for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    assert x.dtype == y.dtype
+    np.testing.assert_allclose(x, y, rtol=2e-3, atol=1e-6)
+
+
 @given(st.floats(0.05, 0.95), st.floats(0.05, 0.95), st.floats(1.2, 6.0), st.floats(1.2, 6.0))
 @settings(max_examples=10)
 def test_allocation_is_monotone_in_its_targets(first, second, some, more):

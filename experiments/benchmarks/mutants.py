@@ -2,6 +2,7 @@
 
     python -m experiments.benchmarks.mutants --count 50
     python -m experiments.benchmarks.mutants --again      # what survived, by the tests of now
+    python -m experiments.benchmarks.mutants --again --only new   # by those that have it in a name
 
 A mutant is a module with one expression or statement changed, drawn with a fixed seed from all
 that `mutations` makes of it; its fast tests run until the first one fails.  Those that all tests
@@ -12,6 +13,13 @@ Own operators over `ast`, after those of cosmic-ray: mutmut leaves decorated fun
 here are most (jax.jit, jax.custom_jvp), and cosmic-ray changes the working tree and starts Python
 and JAX anew for every mutant, which takes longer than most of these tests.  Here a mutant is
 imported in a fork of a process that has imported JAX, and what XLA has compiled once is kept.
+
+XLA compiles a mutant of what is traced again for every test.  So tests come in the order of the
+seconds that they took without any mutation over the mutants that they have killed so far, from the
+one that tells most a second: all of them run for those mutants alone that survive.  Where that is
+too long, `--most` seconds of the quickest tests are all that run, and a mutant that only a slower
+one would notice has survived.  A test that takes far longer than it did is taken for one that never
+ends.
 """
 
 import argparse
@@ -19,11 +27,14 @@ import ast
 import dataclasses
 import importlib.machinery
 import importlib.util
+import itertools
 import json
+import math
 import multiprocessing
 import os
 import pathlib
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -38,6 +49,7 @@ TESTS = {
   'allocation': ['test_allocation.py', 'test_compression.py'],
   'compression': ['test_compression.py', 'test_artifact.py'],
   'artifact': ['test_artifact.py', 'test_hostile_files.py'],
+  'context_coding': ['test_context_coding.py', 'test_entropy_coding.py'],
 }
 IMPORTED = (
   *('jax', 'flax.core', 'flax.nnx', 'flax.struct', 'optax', 'safetensors.numpy', 'scipy.integrate'),
@@ -214,7 +226,101 @@ class _Finder:
     return importlib.util.spec_from_file_location(name, file, loader=loader)
 
 
-def _run_tests(module: str, source: str, log: str, cache: str) -> None:
+class _Order:
+  """A plugin of pytest: the order of tests, and the seconds and failures that there were.
+
+  Args:
+    seconds: that each test took without any mutation.
+    kills: mutants that each has killed.
+    most: seconds of the quickest tests, which are all that run.
+    path: where the answer goes.
+  """
+
+  def __init__(self, seconds: dict[str, float], kills: dict[str, int], most: float, path: str):
+    self.seconds, self.kills, self.most, self.path = seconds, kills, most, path
+    self.took: dict[str, float] = {}
+    self.failed: list[str] = []
+
+  def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+    seconds = lambda item: self.seconds.get(item.nodeid, 0.0)
+    items.sort(key=seconds)
+    ends = itertools.accumulate(map(seconds, items))
+    items[:] = [item for item, end in zip(items, ends, strict=True) if end <= self.most]
+    items.sort(key=lambda item: seconds(item) / (1 + self.kills.get(item.nodeid, 0)))
+
+  def pytest_runtest_setup(self, item: Any) -> None:
+    if self.seconds:
+      # of this process, whatever else the machine does; what the fixtures that a file shares take
+      # falls to whoever comes first
+      signal.setitimer(signal.ITIMER_PROF, 60 + 5 * self.seconds.get(item.nodeid, 0.0))
+
+  def pytest_runtest_logreport(self, report: Any) -> None:
+    self.took[report.nodeid] = self.took.get(report.nodeid, 0.0) + report.duration
+    if report.failed:
+      self.failed.append(report.nodeid)
+
+  def pytest_sessionfinish(self) -> None:
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    answer = {'seconds': self.took, 'failed': self.failed}
+    pathlib.Path(self.path).write_text(json.dumps(answer))
+
+
+@dataclasses.dataclass
+class Tests:
+  """The tests of a module, `only` those of some names, and what is known of them; see `_Order`."""
+
+  module: str
+  folder: str
+  most: float = math.inf
+  only: str = ''
+  seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+  kills: dict[str, int] = dataclasses.field(default_factory=dict)
+
+  def measure(self) -> float:
+    """Runs them without any mutation, and says in how many seconds."""
+    said, answer, took = self._run(_source(self.module), 3600)
+    if said != 'survived':
+      raise ValueError(
+        f'{self.module}: found tests that fail without any mutation: {said}, {answer["failed"]}'
+      )
+    self.seconds = answer['seconds']
+    return took
+
+  def outcome(self, source: str, limit: float) -> tuple[str, str, float]:
+    """What they say of a source, the first of them that failed, and in how many seconds."""
+    said, answer, seconds = self._run(source, limit)
+    for test in answer['failed'][:1]:
+      self.kills[test] = self.kills.get(test, 0) + 1
+    return said, ' '.join(answer['failed'][:1]), seconds
+
+  def _run(self, source: str, limit: float) -> tuple[str, dict[str, Any], float]:
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(list(IMPORTED))
+    with tempfile.TemporaryDirectory(dir=self.folder) as place:
+      log, path = (pathlib.Path(place) / name for name in ('log', 'answer'))
+      begin = time.monotonic()
+      order = _Order(self.seconds, self.kills, self.most, str(path))
+      cache = os.path.join(self.folder, 'cache')
+      arguments = self.module, source, str(log), cache, self.only, order
+      process = context.Process(target=_run_tests, args=arguments)
+      process.start()
+      process.join(limit)
+      is_hung = process.is_alive()
+      if is_hung:
+        process.kill()
+        process.join()
+      seconds = time.monotonic() - begin
+      answer = json.loads(path.read_text()) if path.exists() else {'seconds': {}, 'failed': []}
+      if is_hung or process.exitcode == -signal.SIGPROF:
+        return 'killed by the time', answer, seconds
+      if process.exitcode == 0:
+        return 'survived', answer, seconds
+      if process.exitcode not in (1, 2, 4):
+        print(log.read_text(errors='replace')[-2000:], process.exitcode, file=sys.stderr)
+      return 'killed', answer, seconds
+
+
+def _run_tests(module: str, source: str, log: str, cache: str, only: str, order: _Order) -> None:
   """In a process of its own: the tests of a module with another source; the exit code tells."""
   assert not any(name.startswith('opq_jax') for name in sys.modules)
   os.chdir(ROOT)
@@ -228,45 +334,25 @@ def _run_tests(module: str, source: str, log: str, cache: str) -> None:
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
   # Hypothesis is there already
   options = ['-x', '-p', 'no:cacheprovider', '-W', 'ignore::pytest.PytestAssertRewriteWarning']
-  sys.exit(int(pytest.main([*options, *(f'tests/{name}' for name in TESTS[module])])))
+  options += ['-k', only]
+  tests = [f'tests/{name}' for name in TESTS[module]]
+  sys.exit(int(pytest.main([*options, *tests], plugins=[order])))
 
 
-def outcome(module: str, source: str, folder: str, limit: float) -> tuple[str, float]:
-  """What the tests of a module say of a source, and in how many seconds."""
-  context = multiprocessing.get_context('forkserver')
-  context.set_forkserver_preload(list(IMPORTED))
-  with tempfile.NamedTemporaryFile(dir=folder, suffix='.log') as log:
-    begin = time.monotonic()
-    arguments = module, source, log.name, os.path.join(folder, 'cache')
-    process = context.Process(target=_run_tests, args=arguments)
-    process.start()
-    process.join(limit)
-    if process.is_alive():
-      process.kill()
-      process.join()
-      return 'killed by the time', time.monotonic() - begin
-    seconds = time.monotonic() - begin
-    if process.exitcode == 0:
-      return 'survived', seconds
-    text = pathlib.Path(log.name).read_text(errors='replace')
-    if process.exitcode not in (1, 2, 4):
-      print(text[-2000:], process.exitcode, file=sys.stderr)
-    return 'killed', seconds
-
-
-def tried(module: str, count: int, seconds: float, folder: str) -> list[dict[str, str]]:
+def tried(
+  module: str, count: int, seconds: float, most: float, folder: str
+) -> list[dict[str, str]]:
   """What became of the first `count` mutants of a module, or of those that there was time for."""
-  source = _source(module)
-  said, baseline = outcome(module, source, folder, 3600)
-  if said != 'survived':
-    raise ValueError(f'{module}: found tests that fail without any mutation: {said}')
-  possible, end = mutations(source), time.monotonic() + seconds
+  tests = Tests(module, folder, most)
+  baseline = tests.measure()
+  print(f'{module}: {len(tests.seconds)} tests in {baseline:.0f} s', file=sys.stderr)
+  possible, end = mutations(_source(module)), time.monotonic() + seconds
 
   def one(mutant: Mutant) -> dict[str, str] | None:
     if time.monotonic() > end:
       return None
-    said, took = outcome(module, mutant.source, folder, 60 + 5 * baseline)
-    print(f'{module} {said} {took:.0f} s: {mutant.line}: {mutant.key()}', file=sys.stderr)
+    said, test, took = tests.outcome(mutant.source, 60 + 5 * baseline)
+    print(f'{module} {said} {took:.0f} s: {mutant.line}: {mutant.key()} {test}', file=sys.stderr)
     return {
       'module': module,
       'function': mutant.function,
@@ -280,8 +366,9 @@ def tried(module: str, count: int, seconds: float, folder: str) -> list[dict[str
     return [mutant for mutant in found if mutant is not None]
 
 
-def tried_again(mutants: list[dict[str, str]], folder: str) -> None:
+def tried_again(mutants: list[dict[str, str]], only: str, folder: str) -> None:
   """Tries those that have survived against the tests of now."""
+  tests: dict[str, Tests] = {}
   for mutant in mutants:
     same = [
       found
@@ -290,8 +377,12 @@ def tried_again(mutants: list[dict[str, str]], folder: str) -> None:
       == (mutant['function'], mutant['line'], mutant['change'])
     ]
     if mutant['outcome'] == 'survived' and not _why(mutant) and same:
+      module = mutant['module']
+      if module not in tests:
+        tests[module] = Tests(module, folder, only=only)
+        tests[module].measure()
       # a line may hold the same change twice
-      said = [outcome(mutant['module'], found.source, folder, 600)[0] for found in same]
+      said = [tests[module].outcome(found.source, 3600)[0] for found in same]
       mutant['outcome'] = 'survived' if 'survived' in said else said[0]
       print(mutant, said, file=sys.stderr)
 
@@ -306,8 +397,13 @@ def _why(mutant: dict[str, str]) -> str:
   return explained.get(': '.join(mutant[name] for name in ('module', 'line', 'change')), '')
 
 
-def write(mutants: list[dict[str, str]], command: str) -> None:
-  """Rows for the README, and every mutant."""
+def write(mutants: list[dict[str, str]], options: dict[str, str]) -> None:
+  """Rows for the README, and every mutant.
+
+  Args:
+    mutants: of all modules.
+    options: of the command that each module's were drawn with.
+  """
   from experiments.benchmarks import harness
 
   rows: list[dict[str, object]] = []
@@ -324,43 +420,49 @@ def write(mutants: list[dict[str, str]], command: str) -> None:
         'survived': sum(not _why(mutant) for mutant in survived),
       }
     )
+  commands = []
+  for option in dict.fromkeys(options.values()):
+    modules = ' '.join(module for module in TESTS if options.get(module) == option)
+    commands.append(f'python -m experiments.benchmarks.mutants {option} --modules {modules}')
+  command = '` and `'.join(commands)
   harness.report('mutants', 'mutants, and what the tests say of them', command, rows)
   path = harness.RESULTS / 'mutants.json'
   listed = [
     mutant | {'why': _why(mutant)} if mutant['outcome'] == 'survived' else mutant
     for mutant in mutants
   ]
-  path.write_text(
-    json.dumps({'command': command, 'rows': rows, 'mutants': listed}, indent=1) + '\n'
-  )
+  document = {'command': command, 'options': options, 'rows': rows, 'mutants': listed}
+  path.write_text(json.dumps(document, indent=1) + '\n')
 
 
 def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument('--count', type=int, default=50, help='mutants of each module')
   parser.add_argument('--seconds', type=float, default=3600, help='for each module, at most')
+  parser.add_argument('--most', type=float, default=math.inf, help='seconds of quickest tests')
   parser.add_argument('--modules', nargs='+', default=list(TESTS), choices=list(TESTS))
   parser.add_argument('--again', action='store_true', help='only those that have survived so far')
+  parser.add_argument('--only', default='', help='with --again: tests of these names, as for -k')
   arguments = parser.parse_args()
   from experiments.benchmarks import harness
 
   path = harness.RESULTS / 'mutants.json'
-  document = json.loads(path.read_text()) if path.exists() else {'mutants': []}
-  mutants = document['mutants']
+  document = json.loads(path.read_text()) if path.exists() else {'mutants': [], 'options': {}}
+  mutants, options = document['mutants'], document['options']
   with tempfile.TemporaryDirectory() as folder:
     if arguments.again:
-      tried_again(mutants, folder)
-      write(mutants, document['command'])
+      tried_again(mutants, arguments.only, folder)
+      write(mutants, options)
       return
     for module in arguments.modules:
       # what was found of the others before stays
       mutants = [mutant for mutant in mutants if mutant['module'] != module]
-      mutants += tried(module, arguments.count, arguments.seconds, folder)
+      mutants += tried(module, arguments.count, arguments.seconds, arguments.most, folder)
       mutants.sort(key=lambda mutant: list(TESTS).index(mutant['module']))
-      # the seconds only say how many of them there was time for, which is in the table
-      modules = ' '.join(dict.fromkeys(mutant['module'] for mutant in mutants))
-      options = f'--count {arguments.count} --modules {modules}'
-      write(mutants, f'python -m experiments.benchmarks.mutants {options}')
+      options[module] = f'--count {arguments.count} --seconds {arguments.seconds:g}'
+      if arguments.most < math.inf:
+        options[module] += f' --most {arguments.most:g}'
+      write(mutants, options)
 
 
 if __name__ == '__main__':
