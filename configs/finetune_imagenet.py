@@ -106,9 +106,13 @@ def get_config(argument: str = 'resnet50,paper') -> ml_collections.ConfigDict:
   if 'smoke' in words:
     config.weights = ''
     config.num_classes = 10
-    # less to compile: a block a stage, and dense layers that are not nearly all of the weights
+    # less to compile: a layer or block a stage, and few channels
     if config.model == 'resnet50':
       config.model_options.blocks = (1, 1, 1, 1)
+    if config.model == 'mobilenet_v1':
+      config.model_options.width = 0.25
+    if config.model == 'vgg16':
+      config.model_options.stacks = ((1, 16), (1, 32), (1, 64), (1, 64), (1, 64))
     if config.model in ('alexnet', 'vgg16'):
       config.model_options.hidden = 64
     config.dataset = 'fake'

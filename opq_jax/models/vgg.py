@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from opq_jax.models import layers
 
-# convolutions of each stack, and their channels: configuration D of the paper
+# configuration D of the paper
 _VGG16 = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
 
 
@@ -24,6 +24,7 @@ class VGG16(nn.Module):
   Attributes:
     num_classes: logits.
     batch_norm: whether a BatchNorm follows each convolution, which keeps its bias.
+    stacks: convolutions of each stack, and their channels.
     hidden: outputs of the first two dense layers.
     dropout: the rate behind them, in training; see `layers.dropout`.
     epsilon: of BatchNorm, added to the variance.
@@ -42,6 +43,7 @@ class VGG16(nn.Module):
 
   num_classes: int = 1000
   batch_norm: bool = False
+  stacks: tuple[tuple[int, int], ...] = _VGG16
   hidden: int = 4096
   dropout: float = 0.5
   epsilon: float = 1e-5
@@ -65,7 +67,7 @@ class VGG16(nn.Module):
     if self.batch_norm:
       options |= {'epsilon': self.epsilon, 'momentum': self.momentum, 'train': train}
       layer = functools.partial(layers.conv_bn, activation=None, **options)
-    for stack, (count, features) in enumerate(_VGG16, start=1):
+    for stack, (count, features) in enumerate(self.stacks, start=1):
       for number in range(1, count + 1):
         x = nn.relu(layer(x, f'conv_{stack}_{number}', features))
       x = layers.max_pool_by_two(x)
