@@ -462,7 +462,9 @@ def _channels(
     log_price = jnp.log(share) + 2 * jnp.log(unit)
     if omegas is not None:
       log_price += jnp.log(jnp.stack(omegas).astype(dtype))
-    price = jnp.exp(log_price - jnp.max(jnp.where(is_alive, log_price, -jnp.inf)))
+    highest = jnp.max(jnp.where(is_alive, log_price, -jnp.inf))
+    # a leaf of zeros has no unit: beside very small weights its price would be infinite
+    price = jnp.exp(jnp.where(is_alive, log_price - highest, 0))
   elif objective == 'relative_error':
     price = jnp.ones_like(unit)
   channels = Channels(
