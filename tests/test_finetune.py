@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import opq_jax
 from opq_jax import importers, networks, paper, training, trees
@@ -43,6 +44,8 @@ def compilations(tmp_path_factory):
   jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('compilations')))
   yield
   jax.config.update('jax_compilation_cache_dir', before)
+  # else the tests after these would go on reading it
+  compilation_cache.reset_cache()
 
 
 def smoke(**changes):
