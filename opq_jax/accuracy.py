@@ -1,9 +1,10 @@
-"""How often a classifier is right, and how sure a sample makes of it."""
+"""How often a classifier is right, how near another its answers are, and how sure a sample is."""
 
 import math
 import statistics
 
 import numpy as np
+import scipy.special
 from jaxtyping import Bool, Float, Integer
 
 
@@ -25,12 +26,16 @@ def scores(
   labels: Integer[np.ndarray, ' images'],
   reference: Float[np.ndarray, 'images classes'],
 ) -> dict[str, float]:
-  """Top-1 with its interval, top-5, and how often the answer is that of the float network.
+  """Top-1 with its interval, top-5, and how near the answers are to those of the float network.
 
   Args:
     logits: of the network that is judged.
     labels: what is right.
     reference: the float network's logits of the same images.
+
+  Returns:
+    `top1`, `top1_low`, `top1_high`, `top5` and `agreement` (the same answer as the float network's)
+    as shares of the images, and `divergence` in nats.
   """
   right = hits(logits, labels)
   low, high = interval(int(right.sum()), len(labels))
@@ -40,7 +45,20 @@ def scores(
     'top1_high': high,
     'top5': float(hits(logits, labels, k=5).mean()),
     'agreement': float(hits(logits, reference.argmax(axis=-1)).mean()),
+    'divergence': divergence(logits, reference),
   }
+
+
+def divergence(
+  logits: Float[np.ndarray, 'images classes'], reference: Float[np.ndarray, 'images classes']
+) -> float:
+  """Mean Kullback-Leibler divergence KL(reference || logits) of the classes' chances, in nats.
+
+  >>> divergence(np.log([[0.5, 0.5]]), np.log([[0.5, 0.5]]))
+  0.0
+  """
+  log_p, log_q = (scipy.special.log_softmax(x, axis=-1) for x in (reference, logits))
+  return float(np.mean(np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)))
 
 
 def interval(hits: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:

@@ -18,7 +18,6 @@ from opq_jax.compression import CompressionState, LeafState
 from opq_jax.trees import PyTree
 
 DAMPING = 0.05
-_MOST_GROWTH = 3.0  # of the squared error of a leaf's weights, by feedback
 _BLOCK = 64  # inputs whose feedback is pushed on within a block that stays in the cache
 _TOLERANCE = 2e-3  # of the bits, either way
 _MAX_STEPS = 4
@@ -50,11 +49,10 @@ def encode_with_feedback(
 
   Where H says that inputs are independent and alike, this is `opq_jax.encode`.
 
-  Feedback makes outputs err less and weights more, usually up to twice as much in their squared
-  error.  Where that would be three times or more, H is ruled by few rows of x: a token of massive
-  activation meets a weight beyond the reach of the grid, and all other weights are bent to make
-  that one error good, for that one token.  Such a leaf keeps the codes of `opq_jax.encode`
-  (`experiments/benchmarks/sentence_encoder.py`).
+  An error w_i - q_i beyond one step, or the threshold where that is larger, is pushed on as if it
+  were no more: it comes from a weight out of the grid's reach, and the weights to come would all
+  be bent for it.  Where a few rows of x rule H, as in Transformers whose tokens have massive
+  activations, that costs all other rows more than it gives.
 
   The feedback is that of Hassibi and Stork, "Second Order Derivatives for Network Pruning:
   Optimal Brain Surgeon", NIPS 1992, in the form of Frantar et al., "GPTQ: Accurate Post-Training
@@ -197,15 +195,8 @@ def codes_of_leaf(
     codes = _feedback(rows, _factor(matrix), leaf, block)[:width]
     return jnp.zeros_like(codes).at[order].set(codes)
 
-  codes = jax.vmap(group)(weights, moments).swapaxes(0, 1).reshape(kernel.shape)
-  alone, value_alone = _nearest(kernel.astype(jnp.float32), leaf)
-  value = compression.decode(codes, CompressionState(leaf))
-  growth = _squared_error(kernel, value) / _squared_error(kernel, value_alone)
-  return jnp.where(growth < _MOST_GROWTH, codes, alone).astype(jnp.int8)
-
-
-def _squared_error(kernel: Array, values: Array) -> Float32[Array, '']:
-  return jnp.sum(jnp.square(kernel.astype(jnp.float32) - values.astype(jnp.float32)))
+  codes = jax.vmap(group)(weights, moments)
+  return codes.swapaxes(0, 1).reshape(kernel.shape).astype(jnp.int8)
 
 
 def _factor(matrix: Float32[Array, 'K K']) -> Float32[Array, 'K K']:
@@ -224,6 +215,7 @@ def _feedback(
 ) -> Float32[Array, 'K channels']:
   """The codes, as whole numbers, of K inputs one after the other; `block` divides K."""
   inputs, channels = weights.shape
+  most = jnp.maximum(leaf.step, leaf.threshold)
 
   def per_block(number: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
     weights, codes = carry
@@ -235,7 +227,7 @@ def _feedback(
     def per_input(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
       mine, codes, errors = carry
       code, value = _nearest(mine[i], leaf)
-      error = (mine[i] - value) / within[i, i]
+      error = jnp.clip(mine[i] - value, -most, most) / within[i, i]
       mine = mine - within[i][:, None] * error[None]
       return mine, codes.at[i].set(code), errors.at[i].set(error)
 
@@ -250,8 +242,8 @@ def _feedback(
 
 
 def _nearest(
-  weights: Float32[Array, '...'], leaf: LeafState
-) -> tuple[Float32[Array, '...'], Float32[Array, '...']]:
+  weights: Float32[Array, ' channels'], leaf: LeafState
+) -> tuple[Float32[Array, ' channels'], Float32[Array, ' channels']]:
   """The code of each weight, by the rule of `opq_jax.encode` but with no mask given; its value."""
   magnitude = jnp.abs(weights)
   cell = compression.cell(magnitude, leaf)

@@ -124,18 +124,10 @@ def keep_compressed(state: CompressionState) -> optax.GradientTransformation:
     ValueError: when it updates, the parameters are not given, or are another tree than the state's.
   """
 
-  def update(
-    updates: PyTree, memory: optax.EmptyState, params: PyTree | None = None
-  ) -> tuple[PyTree, optax.EmptyState]:
-    weights = _beside(updates, params)
+  def keep(change: Array, weight: Array, leaf: LeafState) -> Array:
+    return jnp.where(leaf.mask, change, -weight.astype(change.dtype))
 
-    def keep(name: str, change: Array, leaf: LeafState) -> Array:
-      _check_shape(name, change, leaf)
-      return jnp.where(leaf.mask, change, -weights[name].astype(change.dtype))
-
-    return trees.map_records(keep, updates, state.tree, LeafState), memory
-
-  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+  return _of_leaves(keep, state)
 
 
 def clip_to_grid(state: CompressionState) -> optax.GradientTransformation:
@@ -175,31 +167,32 @@ def clip_to_grid(state: CompressionState) -> optax.GradientTransformation:
   [0.0, 2048.0]
   """
 
+  def clip(gradient: Array, weight: Array, leaf: LeafState) -> Array:
+    end = leaf.threshold + leaf.step * leaf.levels.astype(jnp.float32)
+    is_beyond = jnp.abs(weight.astype(jnp.float32)) >= end
+    is_outwards = jnp.sign(weight).astype(gradient.dtype) * gradient < 0
+    return jnp.where(is_beyond & is_outwards, jnp.zeros_like(gradient), gradient)
+
+  return _of_leaves(clip, state)
+
+
+def _of_leaves(
+  function: Callable[[Array, Array, LeafState], Array], state: CompressionState
+) -> optax.GradientTransformation:
+  """Without a state: `function` of every compressed leaf's update, weights and record."""
+
   def update(
-    gradients: PyTree, memory: optax.EmptyState, params: PyTree | None = None
+    updates: PyTree, memory: optax.EmptyState, params: PyTree | None = None
   ) -> tuple[PyTree, optax.EmptyState]:
-    weights = _beside(gradients, params)
+    if params is None:
+      raise ValueError('params: found None, expected optimizer.update(updates, memory, params)')
+    weights = dict(zip(trees.named_leaves(updates), trees.beside(updates, params), strict=True))
 
-    def clip(name: str, gradient: Array, leaf: LeafState) -> Array:
-      _check_shape(name, gradient, leaf)
-      weight = weights[name]
-      end = leaf.threshold + leaf.step * leaf.levels.astype(jnp.float32)
-      is_beyond = jnp.abs(weight.astype(jnp.float32)) >= end
-      is_outwards = jnp.sign(weight).astype(gradient.dtype) * gradient < 0
-      return jnp.where(is_beyond & is_outwards, jnp.zeros_like(gradient), gradient)
+    def of_leaf(name: str, change: Array, leaf: LeafState) -> Array:
+      if change.shape != leaf.mask.shape:
+        raise ValueError(f'{name}: found shape {change.shape}, expected {leaf.mask.shape}')
+      return function(change, weights[name], leaf)
 
-    return trees.map_records(clip, gradients, state.tree, LeafState), memory
+    return trees.map_records(of_leaf, updates, state.tree, LeafState), memory
 
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
-def _beside(updates: PyTree, params: PyTree | None) -> dict[str, Array]:
-  """The weights of updates, by their path."""
-  if params is None:
-    raise ValueError('params: found None, expected optimizer.update(updates, memory, params)')
-  return dict(zip(trees.named_leaves(updates), trees.beside(updates, params), strict=True))
-
-
-def _check_shape(name: str, update: Array, leaf: LeafState) -> None:
-  if update.shape != leaf.mask.shape:
-    raise ValueError(f'{name}: found shape {update.shape}, expected {leaf.mask.shape}')

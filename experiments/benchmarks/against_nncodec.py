@@ -55,16 +55,6 @@ COLUMNS = (
 )
 
 
-def divergence(logits: np.ndarray, reference: np.ndarray) -> float:
-  """Mean Kullback-Leibler divergence in nats from the float network's answers.
-
-  >>> divergence(np.zeros((2, 3)), np.zeros((2, 3)))
-  0.0
-  """
-  log_p, log_q = (np.asarray(jax.nn.log_softmax(x, axis=-1)) for x in (reference, logits))
-  return float(np.mean(np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)))
-
-
 def squared_error(variables: Any, decoded: Any) -> float:
   """Of all kernels together, over their energy."""
   before, after = kernels_of(variables), kernels_of(decoded)
@@ -101,7 +91,7 @@ class Table:
 def compare(name: str, path: pathlib.Path, data_dir: str, python: str, table: Table) -> None:
   config = one_shot_images.config_of(name)
   network = networks.load(path, name=name, num_classes=config.num_classes)
-  model, variables = network.model, network.variables
+  variables = network.variables
   console = Console()
 
   batches_of = functools.partial(one_shot_images.batches_of, config, network, data_dir)
@@ -113,29 +103,19 @@ def compare(name: str, path: pathlib.Path, data_dir: str, python: str, table: Ta
   ):
     folder = pathlib.Path(place)
     batches = batches_of(config.split)
-    labels = np.concatenate([batch['label'] for batch in batches])
+    judge = one_shot_images.Judge(network, batches)
     # the images of `train` come first where they are among those that are judged
     seen = 0 if config.split == 'test' else sum(len(b['label']) for b in batches_of('train'))
     images = np.concatenate([b['image'] for b in batches_of(config.unlabelled_split)])[:UNLABELLED]
     half = len(images) // 2
     unlabelled = [jax.device_put(images[:half]), jax.device_put(images[half : 2 * half])]
-    # quicker on a CPU; see README.md, "Inference against PyTorch"
-    options = {'xla_cpu_experimental_ynn_fusion_type': ''} if jax.default_backend() == 'cpu' else {}
-    forward = jax.jit(model.apply, compiler_options=options)
-    logits_of = lambda tree: np.concatenate(
-      [np.asarray(forward(tree, batch['image'])) for batch in batches]
-    )
-    reference = logits_of(variables)
     float_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
     weights = sum(kernel.size for kernel in kernels_of(variables).values())
 
     def judged(tree: Any) -> dict[str, float]:
-      logits = logits_of(tree)
-      right = accuracy.hits(logits, labels)
-      return accuracy.scores(logits, labels, reference) | {
-        'divergence': divergence(logits, reference),
-        'top1_unseen': float(right[seen:].mean()),
-      }
+      logits = judge.logits(tree)
+      unseen = float(accuracy.hits(logits, judge.labels)[seen:].mean())
+      return accuracy.scores(logits, judge.labels, judge.reference) | {'top1_unseen': unseen}
 
     if (name, 'float32', '', 'none') not in table.made():
       sizes = {'file_bytes': float_bytes, 'times_smaller': 1.0}

@@ -19,7 +19,7 @@ import numpy as np
 
 import opq_jax
 from experiments.benchmarks import harness, one_shot_images
-from opq_jax import accuracy, moments, networks, sizes
+from opq_jax import moments, networks, sizes
 
 BITS = {'resnet20': (2.0, 1.5, 1.0), 'resnet32': (2.0, 1.5, 1.0)}
 PHOTOGRAPHS = (2.5, 2.0)
@@ -31,14 +31,8 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, 
   model, variables, source = network[1:]
 
   batches_of = functools.partial(one_shot_images.batches_of, config, network, data_dir)
-  batches = batches_of(config.split)
+  judge = one_shot_images.Judge(network, batches_of(config.split))
   unlabelled = [batch['image'] for batch in batches_of(config.unlabelled_split)]
-  labels = np.concatenate([batch['label'] for batch in batches])
-  forward = jax.jit(model.apply)
-  logits_of = lambda tree: np.concatenate(
-    [np.asarray(forward(tree, batch['image'])) for batch in batches]
-  )
-  before = logits_of(variables)
   noise = opq_jax.natural_noise(jax.random.key(0), networks.noise_shape(source))
   matrices = {
     'noise': networks.noise_moments(network),
@@ -65,7 +59,6 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, 
         ),
       ):
         corrected = correct[kind](tree)
-        scores = accuracy.scores(logits_of(corrected), labels, before)
         report = sizes.size_report(corrected, its)
         yield {
           'network': name,
@@ -73,10 +66,7 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, 
           'moments and BatchNorm': kind,
           'codes': codes,
           'file, bytes': f'{report.file:,}',
-          'top-1, % (95 %)': f'{100 * scores["top1"]:.2f} ({100 * scores["top1_low"]:.1f} to '
-          f'{100 * scores["top1_high"]:.1f})',
-          'same answer as float32, %': round(100 * scores['agreement'], 2),
-        }
+        } | one_shot_images.cells(judge.scores(corrected))
 
 
 def main() -> None:

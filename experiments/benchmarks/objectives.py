@@ -13,13 +13,9 @@ import pathlib
 import sys
 from collections.abc import Iterator
 
-import jax
-import numpy as np
-
 import opq_jax
 from experiments.benchmarks import harness, one_shot_images
-from experiments.benchmarks.against_nncodec import divergence
-from opq_jax import accuracy, artifact, networks
+from opq_jax import artifact, networks
 from opq_jax.allocation import OBJECTIVES
 
 BITS = 2.0, 1.25  # per weight
@@ -29,15 +25,9 @@ IMAGES = 5000
 def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, object]]:
   config = one_shot_images.config_of(name)
   network = networks.load(path, name=name, num_classes=config.num_classes)
-  model, variables = network.model, network.variables
+  variables = network.variables
   batches = one_shot_images.batches_of(config, network, data_dir, config.split)
-  batches = batches[: IMAGES // config.batch_size]
-  labels = np.concatenate([batch['label'] for batch in batches])
-  forward = jax.jit(model.apply)
-  logits_of = lambda tree: np.concatenate(
-    [np.asarray(forward(tree, batch['image'])) for batch in batches]
-  )
-  before = logits_of(variables)
+  judge = one_shot_images.Judge(network, batches[: IMAGES // config.batch_size])
   moments = networks.noise_moments(network)
   for bits in BITS:
     for objective in OBJECTIVES:
@@ -49,19 +39,13 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, 
         ('feedback', coded, coded_state),
       ):
         corrected = networks.correct_batch_norm(network, tree)
-        logits = logits_of(corrected)
-        found = accuracy.scores(logits, labels, before)
         yield {
           'network': name,
           'bits per weight': bits,
           'codes': codes,
           'objective': objective,
           'file, bytes': f'{len(artifact.serialize(corrected, its)):,}',
-          'top-1, % (95 %)': f'{100 * found["top1"]:.2f} ({100 * found["top1_low"]:.1f} to '
-          f'{100 * found["top1_high"]:.1f})',
-          'same answer as float32, %': round(100 * found['agreement'], 2),
-          'divergence': round(divergence(logits, before), 4),
-        }
+        } | one_shot_images.cells(judge.scores(corrected))
 
 
 def main() -> None:

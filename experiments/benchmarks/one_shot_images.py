@@ -2,11 +2,14 @@
 
 import importlib.util
 import pathlib
+from collections.abc import Sequence
 
+import jax
 import ml_collections
 import numpy as np
 
-from opq_jax import data, networks
+from opq_jax import accuracy, data, networks
+from opq_jax.trees import PyTree
 
 CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
 
@@ -26,3 +29,37 @@ def batches_of(
   """A split of a config's dataset, prepared for a network."""
   options = {'batch_size': config.batch_size, 'preprocessing': network.source.preprocessing}
   return list(data.batches(config.dataset, split, data_dir=data_dir, **options))
+
+
+class Judge:
+  """What a network's variables are worth, by the images of some batches.
+
+  Attributes:
+    labels: of all images.
+    reference: the float network's logits.
+  """
+
+  def __init__(self, network: networks.Network, batches: Sequence[dict[str, np.ndarray]]):
+    # quicker on a CPU; see README.md, "Inference against PyTorch"
+    options = {'xla_cpu_experimental_ynn_fusion_type': ''} if jax.default_backend() == 'cpu' else {}
+    self._forward = jax.jit(network.model.apply, compiler_options=options)
+    self._images = [batch['image'] for batch in batches]
+    self.labels = np.concatenate([batch['label'] for batch in batches])
+    self.reference = self.logits(network.variables)
+
+  def logits(self, variables: PyTree) -> np.ndarray:
+    return np.concatenate([np.asarray(self._forward(variables, x)) for x in self._images])
+
+  def scores(self, variables: PyTree) -> dict[str, float]:
+    """`opq_jax.accuracy.scores` against the float network."""
+    return accuracy.scores(self.logits(variables), self.labels, self.reference)
+
+
+def cells(scores: dict[str, float]) -> dict[str, object]:
+  """Scores as cells of a table."""
+  percent = {key: 100 * value for key, value in scores.items()}
+  return {
+    'top-1, % (95 %)': '{top1:.2f} ({top1_low:.1f} to {top1_high:.1f})'.format(**percent),
+    'same answer as float32, %': round(percent['agreement'], 2),
+    'divergence': round(scores['divergence'], 4),
+  }

@@ -29,8 +29,7 @@ import numpy as np
 
 import opq_jax
 from experiments.benchmarks import harness, one_shot_images
-from experiments.benchmarks.against_nncodec import divergence
-from opq_jax import accuracy, artifact, compression, entropy_coding, networks, trees
+from opq_jax import artifact, compression, entropy_coding, networks, trees
 from opq_jax.compression import LeafState
 from opq_jax.feedback import DAMPING
 
@@ -92,15 +91,9 @@ def codes_of(kernel: np.ndarray, moments: np.ndarray, leaf: LeafState, rule: str
 def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, object]]:
   config = one_shot_images.config_of(name)
   network = networks.load(path, name=name, num_classes=config.num_classes)
-  model, variables = network.model, network.variables
+  variables = network.variables
   batches = one_shot_images.batches_of(config, network, data_dir, config.split)
-  batches = batches[: IMAGES // config.batch_size]
-  labels = np.concatenate([batch['label'] for batch in batches])
-  forward = jax.jit(model.apply)
-  logits_of = lambda tree: np.concatenate(
-    [np.asarray(forward(tree, batch['image'])) for batch in batches]
-  )
-  before = logits_of(variables)
+  judge = one_shot_images.Judge(network, batches[: IMAGES // config.batch_size])
   leaves = {k: np.asarray(leaf) for k, leaf in trees.named_leaves(variables).items()}
   matrices = trees.beside(variables, networks.noise_moments(network))
   matrices = [None if matrix is None else np.asarray(matrix[0]) for matrix in matrices]
@@ -132,19 +125,13 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, 
         asked *= bits / found
       tree = jax.tree.unflatten(structure, values)
       corrected = networks.correct_batch_norm(network, tree)
-      logits = logits_of(corrected)
-      scores = accuracy.scores(logits, labels, before)
       state = opq_jax.CompressionState(jax.tree.unflatten(structure, states))
       yield {
         'network': name,
         'threshold': rule,
         'entropy, bits per weight': round(found, 3),
         'file, bytes': f'{len(artifact.serialize(corrected, state)):,}',
-        'top-1, % (95 %)': f'{100 * scores["top1"]:.2f} ({100 * scores["top1_low"]:.1f} to '
-        f'{100 * scores["top1_high"]:.1f})',
-        'same answer as float32, %': round(100 * scores['agreement'], 2),
-        'divergence': round(divergence(logits, before), 4),
-      }
+      } | one_shot_images.cells(judge.scores(corrected))
 
 
 def main() -> None:

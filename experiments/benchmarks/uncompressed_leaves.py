@@ -11,9 +11,6 @@ how often the network as it is says the same.
 import pathlib
 import sys
 
-import jax
-import numpy as np
-
 import opq_jax
 from experiments.benchmarks import harness, one_shot_images
 from opq_jax import accuracy, networks, sizes
@@ -26,11 +23,7 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> list[dict[str, obje
   network = networks.load(path, name=name, num_classes=config.num_classes)
   model, variables = network.model, network.variables
   batches = one_shot_images.batches_of(config, network, data_dir, config.split)
-  labels = np.concatenate([batch['label'] for batch in batches])
-  forward = jax.jit(model.apply)
-  logits_of = lambda tree: np.concatenate(
-    [np.asarray(forward(tree, batch['image'])) for batch in batches]
-  )
+  judge = one_shot_images.Judge(network, batches)
 
   state = opq_jax.init_state(variables, opq_jax.allocate(variables, compression_rate=32 / BITS))
   compressed = opq_jax.apply_compression(variables, state)
@@ -41,11 +34,11 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> list[dict[str, obje
     variants[dtype] = opq_jax.round_uncompressed(corrected, dtype)
     variants[f'folded, {dtype}'] = opq_jax.round_uncompressed(folded, dtype)
 
-  before = logits_of(corrected)
+  before = judge.logits(corrected)
   rows = []
   for what, tree in variants.items():
     report = sizes.size_report(tree, state)
-    scores = accuracy.scores(logits_of(tree), labels, before)
+    scores = accuracy.scores(judge.logits(tree), judge.labels, before)
     rows.append(
       {
         'network': name,
