@@ -39,7 +39,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   # entropy-coded bits per weight: compression_rate = 32 / bits
   config.bits = (3.0, 2.5, 2.0, 1.5, 1.0)
-  config.objectives = ('retained_signal',)
+  config.objectives = ('balanced_error',)
   config.moments = ('noise', 'images')  # for error feedback, with the first of the objectives
   config.noise_seed = 0
 

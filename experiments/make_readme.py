@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from opq_jax import importers, models
+from opq_jax.allocation import OBJECTIVES
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / 'experiments' / 'results'
@@ -53,7 +54,7 @@ def select(rows: list[dict[str, str]]) -> list[dict[str, object]]:
   chosen = [
     row
     for row in rows
-    if row['objective'] in ('float32', 'retained_signal') and row.get('moments', 'none') == 'none'
+    if row['objective'] in ('float32', OBJECTIVES[0]) and row.get('moments', 'none') == 'none'
   ]
   by_bits: dict[str, dict[str, dict[str, str]]] = {}
   for row in chosen:
@@ -84,7 +85,7 @@ def corrections() -> str:
     with open(folder / 'results.csv', newline='') as file:
       rows = list(csv.DictReader(file))
     top_1 = lambda row: f'{100 * float(row["top1"]):.1f} %'
-    chosen = [row for row in rows if row['objective'] == 'retained_signal']
+    chosen = [row for row in rows if row['objective'] == OBJECTIVES[0]]
     for bits in dict.fromkeys(row['bits_asked'] for row in chosen):
       same = [row for row in chosen if row['bits_asked'] == bits]
       found = {row['correction']: row for row in same if row.get('moments', 'none') == 'none'}

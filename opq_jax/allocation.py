@@ -18,7 +18,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import flax.struct
 import jax
@@ -45,8 +45,8 @@ from opq_jax.statistics import (
 )
 from opq_jax.trees import PyTree
 
-Objective = Literal['retained_signal', 'relative_error', 'squared_error']
-OBJECTIVES: tuple[str, ...] = ('retained_signal', 'relative_error', 'squared_error')
+Objective = Literal['balanced_error', 'retained_signal', 'relative_error', 'squared_error']
+OBJECTIVES: tuple[str, ...] = get_args(Objective)
 DEFAULT_COMPRESSION_RATE = 10.0
 MAX_LEVELS = 127  # a code is one int8
 # true energy over that of the Laplace density: 1 if it fits, .79 for Gaussian, .67 for uniform,
@@ -125,7 +125,7 @@ def allocate(
   sparsity: float | Array | None = None,
   bits: float | Array | None = None,
   compression_rate: float | Array | None = None,
-  objective: Objective | PyTree = 'retained_signal',
+  objective: Objective | PyTree = 'balanced_error',
   compressible: Callable[[str, Any], bool] = is_compressible,
   channel_axis: int | Callable[[str, Any], int] = -1,
   corrected: bool = True,
@@ -156,6 +156,12 @@ def allocate(
       float32, before contexts (`opq_jax.context_coding`) make them smaller still.  Without any
       target it is 10.
     objective: with S_i the energy of leaf i under the Laplace density,
+      * 'balanced_error': F_i = D_i / sqrt(S_i).  What an error of a leaf costs the network lies
+        between as much as the same error of any other leaf (omega_i = 1, where outputs are summed,
+        as in residual streams) and as much as its share of the leaf (omega_i = 1 / S_i, where a
+        normalisation follows).  Wherever the truth lies between the two, the price of one leaf
+        against another is wrong by no more than the root of the ratio of their energies (our
+        derivation; `experiments/benchmarks/objectives.py` compares all four);
       * 'retained_signal': F_i = -log(1 - D_i / S_i), the log of the squared correlation of a leaf
         with its original: correlations multiply along a chain of layers (our derivation);
       * 'relative_error': F_i = D_i / S_i;
@@ -458,8 +464,10 @@ def _channels(
   # rounding to a narrow dtype moves a value by at most an eighth of a step: it stays in its cell
   min_step = jnp.maximum(min_step, safe * jnp.asarray(8 * tree.rounding, dtype))
   price = None
-  if objective == 'squared_error' or omegas is not None:
-    log_price = jnp.log(share) + 2 * jnp.log(unit)
+  if objective in ('squared_error', 'balanced_error') or omegas is not None:
+    log_price = jnp.log(share) + 2 * jnp.log(unit)  # of the energy S_i, up to a constant
+    if objective == 'balanced_error':
+      log_price /= 2
     if omegas is not None:
       log_price += jnp.log(jnp.stack(omegas).astype(dtype))
     highest = jnp.max(jnp.where(is_alive, log_price, -jnp.inf))
@@ -530,7 +538,6 @@ def _describe(
     fit = jnp.full_like(error, jnp.nan)
   # deeper inside its cell than rounding to a narrow dtype moves a value, so that it stays there
   margin = step / 64 + 1.1 * jnp.asarray(tree.rounding, step.dtype) * largest
-  margin = jnp.minimum(margin, step / 2)
   reach = jnp.maximum(tree.maximum - threshold[tree.leaf], 0) / step[tree.leaf]
   per_leaf = {
     'threshold': threshold,

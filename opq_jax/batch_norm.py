@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32
 
-from opq_jax import trees
+from opq_jax import noise, trees
 from opq_jax.trees import PyTree
 
 _STATISTICS = 'batch_stats'
@@ -32,7 +32,7 @@ def correct_batch_norm(
 ) -> PyTree:
   """The compressed network with running statistics that fit its weights.
 
-  Both networks see one batch of noise x ~ N(0, 1), with every BatchNorm on batch statistics: m0
+  Both networks see one batch of noise, with every BatchNorm on batch statistics: m0
   and v0 are the mean and variance of each BatchNorm's input in the original and y0 is its mean
   output; m1, v1 and y1 are those of the compressed network.  Then
 
@@ -71,8 +71,9 @@ def correct_batch_norm(
     variables: of the original network, with `params` and `batch_stats`.
     compressed: the same tree with compressed weights, as `opq_jax.apply_compression` returns it.
     key: of the noise.
-    input_shape: of the noise, with its batch: (16, 224, 224, 3) or (128, 32, 32, 3) say.  Channels
-      are standardised inputs, such as `opq_jax.data.TORCHVISION` makes them of images.
+    input_shape: of the noise, with its batch: (16, 224, 224, 3) or (128, 32, 32, 3) say, which is
+      `opq_jax.natural_noise`.  Inputs that are no images, of other than four axes, are x ~ N(0, 1).
+      Channels are standardised inputs, such as `opq_jax.data.TORCHVISION` makes them of images.
 
   Returns:
     `compressed` with corrected `batch_stats` and last bias, and all else as it was.  The function
@@ -101,8 +102,9 @@ def correct_batch_norm(
   _check_trees(variables, compressed, {'params', _STATISTICS})
   _check_statistics(variables)
   noise_key, tangent_key = jax.random.split(key)
-  noise = jax.random.normal(noise_key, _check_shape(input_shape), jnp.float32)
-  return _follow(apply_fn, variables, compressed, [noise], tangent_key)
+  shape = _check_shape(input_shape)
+  draw = noise.natural_noise if len(shape) == 4 else jax.random.normal
+  return _follow(apply_fn, variables, compressed, [draw(noise_key, shape)], tangent_key)
 
 
 def correct_on_images(

@@ -10,7 +10,7 @@ and that matrix is all that `opq_jax.encode_with_feedback` needs to know.
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -107,37 +107,6 @@ def mean_moments(
   if total is None:
     raise ValueError('batches: found none, expected at least one')
   return jax.tree.map(lambda matrix: matrix / count, total)
-
-
-def natural_noise(
-  key: Array, shape: Sequence[int], power: float = 1.0, colour: float = 0.3
-) -> Float32[Array, 'batch height width channels']:
-  """Gaussian noise of mean 0 and variance 1 with the spectrum of photographs, and nothing else.
-
-  White noise, each frequency f of which is scaled by f^-power: in photographs the amplitude falls
-  as 1/f (Field, "Relations between the statistics of natural images and the response properties
-  of cortical cells", JOSA A 1987), so neighbours resemble each other.  So do colours.
-
-  Args:
-    key: of the noise.
-    shape: (examples, height, width, channels).
-    power: of the spectrum; 0 is white.
-    colour: share of the variance that is each channel's own; the rest they have in common.
-
-  >>> noise = natural_noise(jax.random.key(0), (4, 32, 32, 3))
-  >>> round(float(noise.var()), 2), bool((noise[:, 1:] * noise[:, :-1]).mean() > 0.5)
-  (1.0, True)
-  """
-  height, width, channels = shape[1:]
-  white = jax.random.normal(key, tuple(shape), jnp.float32)
-  common = jnp.mean(white, axis=-1, keepdims=True) * math.sqrt(channels)
-  mixed = math.sqrt(1 - colour) * common + math.sqrt(colour) * white
-  frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
-  # the mean of an image counts as its lowest frequency
-  scale = np.maximum(frequency, 1 / max(height, width)) ** -power
-  spectrum = jnp.fft.fft2(mixed, axes=(1, 2)) * scale.astype(np.complex64)[None, :, :, None]
-  noise = jnp.real(jnp.fft.ifft2(spectrum, axes=(1, 2)))
-  return noise / jnp.std(noise)
 
 
 def layer_moments(

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from opq_jax import batch_norm, importers, inference, moments, trees, weight_files
+from opq_jax import batch_norm, importers, inference, moments, noise, trees, weight_files
 from opq_jax.artifact import OpqFile
 from opq_jax.importers import Source
 from opq_jax.trees import PyTree
@@ -175,8 +175,8 @@ def noise_moments(network: Network, seed: int = 0) -> PyTree:
     network: before compression.
     seed: of the noise.
   """
-  noise = moments.natural_noise(jax.random.key(seed), noise_shape(network.source))
-  return moments.second_moments(_apply_to_noise(network), network.variables, noise)
+  inputs = noise.natural_noise(jax.random.key(seed), noise_shape(network.source))
+  return moments.second_moments(_apply_to_noise(network), network.variables, inputs)
 
 
 def for_inference(network: Network, variables: PyTree) -> PyTree:

@@ -14,7 +14,7 @@ from flax import nnx
 
 import opq_jax
 from opq_jax import allocate, encode, init_state
-from opq_jax.allocation import Allocation
+from opq_jax.allocation import OBJECTIVES, Allocation
 from opq_jax.entropy_coding import encode_codes
 
 RNG = np.random.default_rng
@@ -65,7 +65,7 @@ def test_rate_is_met(kind, rate):
   assert bits == pytest.approx(32 / rate, rel=6e-3)
 
 
-@pytest.mark.parametrize('objective', ['retained_signal', 'relative_error', 'squared_error'])
+@pytest.mark.parametrize('objective', OBJECTIVES)
 @pytest.mark.parametrize(('sparsity', 'bits'), [(0.0, 5.0), (0.74, 3.0), (0.94, 4.0)])
 def test_sparsity_and_bits_are_met(objective, sparsity, bits):
   params = tree('mixture')
@@ -219,8 +219,11 @@ def test_weights_far_from_the_density_are_named():
   params = tree()
   odd = np.full((64, 64), 0.01, np.float32)
   odd[::16, ::16] = 1.0  # a few weights hold nearly all of the energy
-  with pytest.warns(UserWarning, match=r'the Laplace density.*odd \(\d+\.\d+\): found E\[w\^2\]'):
+  with pytest.warns(
+    UserWarning, match=r'the Laplace density.*odd \(\d+\.\d+\): found E\[w\^2\]'
+  ) as found:
     allocation = allocate({**params, 'odd': jnp.asarray(odd)}, compression_rate=15.0)
+  assert found[0].filename == __file__
   assert float(allocation.tree['odd'].laplace_fit) > 3
   assert float(allocation.tree['a'].laplace_fit) == pytest.approx(1, abs=0.1)
   with warnings.catch_warnings():
@@ -237,6 +240,14 @@ def test_constant_leaves(targets):
   # the offset is known to a bin of the histogram
   np.testing.assert_allclose(constant, -0.3, rtol=1 / 4096)
   np.testing.assert_array_equal(values['zeros'], 0)
+
+
+def test_values_lie_deeper_in_their_cells_than_rounding_moves_them():
+  # all survivors of a cell are at its beginning
+  values = np.concatenate([np.zeros(2048), np.tile([1.0, 2.0], 1024)]) * np.tile([-1, 1], 2048)
+  leaf = allocate(jnp.asarray(values.reshape(64, 64), jnp.bfloat16), sparsity=0.501, bits=1.8).tree
+  rounding = 2.0**-8 * 2.0  # of the largest value
+  assert rounding < float(leaf.offset) < float(leaf.step) / 8
 
 
 @pytest.mark.parametrize('corrected', [False, True])

@@ -143,6 +143,22 @@ def test_the_noise_is_a_standard_normal_batch_of_the_given_shape_determined_by_t
   assert not np.array_equal(first, last)
 
 
+def test_noise_of_the_shape_of_images_has_neighbours_alike():
+  model, variables, compressed = network()
+  seen = []
+
+  def watching(variables, x, **options):
+    jax.debug.callback(seen.append, x)
+    return model.apply(variables, x.reshape(-1, 6), **options)
+
+  correct_batch_norm(watching, variables, compressed, KEY, (32, 8, 8, 6))
+  jax.effects_barrier()
+  x = np.asarray(seen[0])
+  assert x.shape == (32, 8, 8, 6) and x.dtype == np.float32
+  assert abs(x.std() - 1) < 0.01
+  assert (x[:, :, 1:] * x[:, :, :-1]).mean() > 0.5
+
+
 def test_nothing_changes_where_nothing_was_compressed():
   model, variables, _ = network()
   assert_same(correct_batch_norm(model.apply, variables, variables, KEY, SHAPE), variables)

@@ -60,7 +60,7 @@ def test_compress_inspect_decompress(net, capsys):
   assert found['metadata'] == {
     'weights': 'net.safetensors',
     'targets': 'compression_rate=12.8',
-    'objective': 'retained_signal',
+    'objective': 'balanced_error',
     'channel_axis': 'auto',
     'opq_jax': opq_jax.__version__,
   }

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import opq_jax
-from opq_jax import models, moments
+from opq_jax import models
 
 
 def windows(images, size, strides, pads, dilation=1):
@@ -99,7 +99,7 @@ def test_what_cannot_be_had_is_none_or_an_error():
 
 
 def test_natural_noise_has_the_spectrum_it_says():
-  noise = np.asarray(moments.natural_noise(jax.random.key(0), (64, 32, 32, 3)))
+  noise = np.asarray(opq_jax.natural_noise(jax.random.key(0), (64, 32, 32, 3)))
   assert noise.dtype == np.float32
   spectrum = np.square(np.abs(np.fft.fft2(noise, axes=(1, 2)))).mean((0, 3))
   # amplitudes fall as 1 / f: powers as 1 / f^2

@@ -110,7 +110,7 @@ def test_a_small_run_writes_what_it_says(tmp_path, data_dir, capsys):
   for row in rows[1:]:
     assert row['bits_per_weight'] == pytest.approx(row['bits_asked'], rel=0.01)
     assert row['top1_low'] <= row['top1'] <= row['top1_high']
-  path = workdir / 'retained_signal_2_bits.opq'
+  path = workdir / 'balanced_error_2_bits.opq'
   assert path.stat().st_size == rows[2]['file_bytes']
   assert networks.load(path).name == 'resnet20'
   with open(workdir / 'results.csv') as file:
@@ -120,7 +120,7 @@ def test_a_small_run_writes_what_it_says(tmp_path, data_dir, capsys):
   record = (workdir / 'run.json').read_text()
   assert json.loads(record)['images'] == 4
   assert str(tmp_path) not in record
-  assert 'retained_signal' in capsys.readouterr().out
+  assert 'balanced_error' in capsys.readouterr().out
 
 
 class Plain(nn.Module):
@@ -155,7 +155,7 @@ def test_without_batch_norm_images_correct_the_biases(tmp_path, data_dir, monkey
     ('images', 'none'),
     ('images', 'images'),
   ]
-  network, state = opq_jax.load(tmp_path / 'out/retained_signal_2_bits.opq')
+  network, state = opq_jax.load(tmp_path / 'out/balanced_error_2_bits.opq')
   plain = opq_jax.apply_compression(variables, state)
   for layer, leaves in network['params'].items():
     np.testing.assert_array_equal(leaves['kernel'], plain['params'][layer]['kernel'])

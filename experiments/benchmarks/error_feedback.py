@@ -4,8 +4,8 @@
 
 `feedback` is `opq_jax.allocate_with_feedback`, every layer for the inputs of the float network's;
 `layer by layer` is `opq_jax.encode_layer_by_layer` on the grids that it found.  Moments, and the
-correction of BatchNorm after it, are from noise (of photographs' spectrum, and white) or from the
-unlabelled images of `configs/one_shot_NETWORK.py`; each file is named as a network
+correction of BatchNorm after it, are from noise of photographs' spectrum or from the unlabelled
+images of `configs/one_shot_NETWORK.py`; each file is named as a network
 (`mobilenet_v1.safetensors`).
 """
 
@@ -34,14 +34,20 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, 
   judge = one_shot_images.Judge(network, batches_of(config.split))
   unlabelled = [batch['image'] for batch in batches_of(config.unlabelled_split)]
   noise = opq_jax.natural_noise(jax.random.key(0), networks.noise_shape(source))
+  white = jax.random.normal(jax.random.key(0), noise.shape)
   matrices = {
     'noise': networks.noise_moments(network),
     'images': moments.mean_moments(model.apply, variables, unlabelled),
   }
   inputs = {'noise': noise, 'images': np.concatenate(unlabelled)}
   correct = {
-    'noise': lambda tree: networks.correct_batch_norm(network, tree),
-    'images': lambda tree: opq_jax.correct_on_images(model.apply, variables, tree, unlabelled),
+    'noise': {
+      'noise': lambda tree: networks.correct_batch_norm(network, tree),
+      'white noise': lambda tree: opq_jax.correct_on_images(model.apply, variables, tree, [white]),
+    },
+    'images': {
+      'images': lambda tree: opq_jax.correct_on_images(model.apply, variables, tree, unlabelled)
+    },
   }
 
   for bits in BITS.get(name, PHOTOGRAPHS):
@@ -58,15 +64,16 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, 
           *opq_jax.encode_layer_by_layer(model.apply, variables, coded_state, inputs[kind]),
         ),
       ):
-        corrected = correct[kind](tree)
-        report = sizes.size_report(corrected, its)
-        yield {
-          'network': name,
-          'bits per weight': bits,
-          'moments and BatchNorm': kind,
-          'codes': codes,
-          'file, bytes': f'{report.file:,}',
-        } | one_shot_images.cells(judge.scores(corrected))
+        for correction, corrected_by in correct[kind].items():
+          corrected = corrected_by(tree)
+          yield {
+            'network': name,
+            'bits per weight': bits,
+            'moments': kind,
+            'BatchNorm': correction,
+            'codes': codes,
+            'file, bytes': f'{sizes.size_report(corrected, its).file:,}',
+          } | one_shot_images.cells(judge.scores(corrected))
 
 
 def main() -> None:

@@ -25,7 +25,8 @@ BITS = {
   'mobilenet_v1': (4.0, 3.0, 2.5, 2.0, 1.5),
   'mobilenet_v2': (4.0, 3.0, 2.5, 2.0, 1.5),
 }
-FEEDBACK_BITS = BITS | dict.fromkeys(('mobilenet_v1', 'mobilenet_v2'), (3.0, 2.0, 1.5))
+FEEDBACK_BITS = BITS | dict.fromkeys(('resnet20', 'resnet32'), (3.5, 2.5, 2.0, 1.5, 1.1, 0.9))
+LAYERS_BITS = BITS | dict.fromkeys(('mobilenet_v1', 'mobilenet_v2'), (3.0, 2.0, 1.5))
 FEW_BITS = 2.5, 1.5  # for what is only another look at the same files
 DEFAULT_QPS = {
   'resnet20': (-26, -22, -18, -15, -13),
@@ -273,9 +274,11 @@ def jobs_of_ours(
     yield Job(FEEDBACK, name, 'noise', run)
     yield Job(FEEDBACK + INFERENCE, name, 'noise', functools.partial(run, inference=True))
   for bits in FEEDBACK_BITS[network.name]:
-    for method, encoder in ((IMAGES, feedback), (LAYERS, layer_by_layer)):
-      run = functools.partial(corrected, encoder, bits, 'images')
-      yield Job(method, f'bits={bits:g}', 'images', run)
+    run = functools.partial(corrected, feedback, bits, 'images')
+    yield Job(IMAGES, f'bits={bits:g}', 'images', run)
+  for bits in LAYERS_BITS[network.name]:
+    run = functools.partial(corrected, layer_by_layer, bits, 'images')
+    yield Job(LAYERS, f'bits={bits:g}', 'images', run)
     run = functools.partial(run, inference=True)
     yield Job(LAYERS + INFERENCE, f'bits={bits:g}', 'images', run)
 
