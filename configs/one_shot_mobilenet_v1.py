@@ -12,11 +12,11 @@ Top-1 with the default objective (float32: .905; 95 % intervals of 4 to 7 points
 
     bits per weight          4      3.25   2.5    2      1.75
     file, MB (17.02)         2.23   1.84   1.45   1.18   1.05
-    compressed               .700   .355   .050   .005   .015
-    corrected from noise     .895   .900   .850   .745   .600
-    corrected on images      .895   .895   .850   .740   .660
-    feedback from noise      .895   .910   .825   .765   .635
-    feedback on images       .890   .910   .875   .820   .785
+    compressed               .675   .350   .030   .000   .000
+    corrected from noise     .900   .880   .885   .760   .600
+    corrected on images      .900   .895   .890   .785   .640
+    feedback from noise      .900   .900   .875   .780   .680
+    feedback on images       .900   .890   .895   .825   .810
 
 All of it: experiments/results/one_shot_mobilenet_v1/.
 """

@@ -11,12 +11,12 @@ gives    results.csv, top1_over_file_size.png, run.json and an .opq file per siz
 Top-1 (float32: .917):
 
     bits per weight          3      2.5    2      1.5    1
-    file, KB (1084)          102    86     70     55     41
-    compressed               .905   .900   .862   .601   .194
-    corrected from noise     .914   .911   .898   .866   .692
-    corrected on images      .914   .912   .899   .870   .722
-    feedback from noise      .915   .914   .908   .888   .781
-    feedback on images       .916   .916   .909   .901   .847
+    file, KB (1084)          102    86     71     56     41
+    compressed               .906   .893   .851   .670   .367
+    corrected from noise     .915   .915   .902   .867   .764
+    corrected on images      .915   .914   .904   .871   .780
+    feedback from noise      .916   .917   .909   .897   .810
+    feedback on images       .915   .914   .912   .901   .861
 
 All of it: experiments/results/one_shot_resnet20/.
 """

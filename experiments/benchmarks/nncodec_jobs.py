@@ -20,13 +20,17 @@ import opq_jax
 from opq_jax import artifact, moments, networks, trees
 
 BITS = {
-  'resnet20': (3.5, 2.5, 2.0, 1.5, 1.1),
-  'resnet32': (3.5, 2.5, 2.0, 1.5, 1.1),
+  'resnet20': (3.5, 2.5, 2.0, 1.5, 1.1, 0.9, 0.75),
+  'resnet32': (3.5, 2.5, 2.0, 1.5, 1.1, 0.9, 0.75),
   'mobilenet_v1': (4.0, 3.0, 2.5, 2.0, 1.5),
   'mobilenet_v2': (4.0, 3.0, 2.5, 2.0, 1.5),
 }
-FEEDBACK_BITS = BITS | dict.fromkeys(('resnet20', 'resnet32'), (3.5, 2.5, 2.0, 1.5, 1.1, 0.9))
-LAYERS_BITS = BITS | dict.fromkeys(('mobilenet_v1', 'mobilenet_v2'), (3.0, 2.0, 1.5))
+LAYERS_BITS = {
+  'resnet20': (3.5, 2.5, 2.0, 1.5, 1.1),
+  'resnet32': (3.5, 2.5, 2.0, 1.5, 1.1),
+  'mobilenet_v1': (3.0, 2.0, 1.5),
+  'mobilenet_v2': (3.0, 2.0, 1.5),
+}
 FEW_BITS = 2.5, 1.5  # for what is only another look at the same files
 DEFAULT_QPS = {
   'resnet20': (-26, -22, -18, -15, -13),
@@ -268,12 +272,12 @@ def jobs_of_ours(
     if bits in FEW_BITS:
       yield Job(OURS, name, 'none', lambda bits=bits: coded(*plain(bits)))  # type: ignore[misc]
     yield Job(OURS, name, 'noise', functools.partial(corrected, plain, bits))
-  for bits in FEEDBACK_BITS[network.name]:
+  for bits in BITS[network.name]:
     name = f'bits={bits:g}'
     run = functools.partial(corrected, feedback, bits, 'noise')
     yield Job(FEEDBACK, name, 'noise', run)
     yield Job(FEEDBACK + INFERENCE, name, 'noise', functools.partial(run, inference=True))
-  for bits in FEEDBACK_BITS[network.name]:
+  for bits in BITS[network.name]:
     run = functools.partial(corrected, feedback, bits, 'images')
     yield Job(IMAGES, f'bits={bits:g}', 'images', run)
   for bits in LAYERS_BITS[network.name]:
