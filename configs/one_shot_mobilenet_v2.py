@@ -12,11 +12,11 @@ Top-1 (float32: .855):
 
     bits per weight          4      3.25   2.5    2
     file, MB (14.16)         1.96   1.63   1.31   1.09
-    compressed               .840   .760   .680   .395
-    corrected from noise     .850   .845   .780   .695
-    corrected on images      .860   .840   .800   .725
-    feedback from noise      .855   .845   .835   .680
-    feedback on images       .860   .830   .835   .750
+    compressed               .845   .735   .565   .170
+    corrected from noise     .850   .820   .805   .665
+    corrected on images      .845   .830   .825   .700
+    feedback from noise      .845   .820   .795   .730
+    feedback on images       .860   .830   .795   .775
 
 All of it: experiments/results/one_shot_mobilenet_v2/.
 """
