@@ -21,10 +21,10 @@ smaller the whole file of `paper` is before finetuning, and the rate at which `s
 weights of all but MobileNet-V1 are random):
 
                     top-1    nominal    whole file    compression_rate of `same_size`
-    alexnet         +0.46    138.96     63.77         64.37
-    vgg16           about 0  195.87     93.76         94.52
-    mobilenet_v1    +0.55     23.26     15.22         17.10
-    resnet50        +0.40     38.03     22.15         23.74
+    alexnet         +0.46    138.96     63.54         64.13
+    vgg16           about 0  195.87    100.81        101.68
+    mobilenet_v1    +0.55     23.26     15.17         17.05
+    resnet50        +0.40     38.03     22.20         23.80
 
 No accuracy is measured: the full dataset was not at hand, and nothing but `smoke` has been run.
 """
