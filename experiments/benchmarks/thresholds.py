@@ -13,8 +13,7 @@ say what lambda bits_k is.  Other gains move the edges of the cells, and the thr
     one         gain 1, as `opq_jax.encode_with_feedback`
     by input    1 / U_ii^2 over its mean, or the root of that: inputs that count for less are pruned
                 sooner
-    by output   one over the channel's mean square, relative to the geometric mean of all, or the
-                root of that: small channels are kept
+    by output   one over the channel's mean square, over the mean of that: small channels are kept
 
 At the same entropy of the codes, from noise alone, BatchNorm corrected, on the first 5,000 test
 images; each file is named as a network of CIFAR-10 (`resnet20_cifar10.safetensors`).
@@ -38,26 +37,14 @@ BITS = 2.0, 1.5, 1.0
 IMAGES = 5000
 STEPS = 4  # towards the asked entropy
 
-
-def relative_energy(weights: np.ndarray) -> np.ndarray:
-  """Mean square of every channel over their geometric mean, 1 for a channel of zeros.
-
-  >>> relative_energy(np.array([[1.0, 4.0, 0.0]])).tolist()
-  [0.25, 4.0, 1.0]
-  """
-  energy = np.square(weights).mean(0)
-  is_alive = energy > 0
-  middle = np.exp(np.log(energy[is_alive]).mean()) if is_alive.any() else 1
-  return np.where(is_alive, energy / middle, 1)
-
-
 # (weights [K, channels], 1 / U_ii^2) -> gains that broadcast to the weights
 RULES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
   'one': lambda weights, worth: np.ones((len(weights), 1)),
   'by input': lambda weights, worth: (worth / worth.mean())[:, None],
   'by input, root': lambda weights, worth: np.sqrt(worth / worth.mean())[:, None],
-  'by output': lambda weights, worth: relative_energy(weights)[None] ** -1,
-  'by output, root': lambda weights, worth: relative_energy(weights)[None] ** -0.5,
+  'by output': lambda weights, worth: (
+    (1 / np.square(weights).mean(0)) / (1 / np.square(weights).mean(0)).mean()
+  )[None],
 }
 
 
@@ -113,7 +100,9 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, 
 
   def encoded(rule: str, bits: float) -> tuple[list, list, float]:
     """Values and states of all leaves, and the entropy of the codes in bits per weight."""
-    allocation = opq_jax.allocate(variables, compression_rate=32 / bits)
+    allocation = opq_jax.allocate(
+      variables, compression_rate=32 / bits, objective='retained_signal'
+    )
     records = trees.records(variables, opq_jax.init_state(variables, allocation).tree, LeafState)
     values, states, total, size = [], [], 0.0, 0
     for leaf, record, matrix in zip(leaves.values(), records, matrices, strict=True):
