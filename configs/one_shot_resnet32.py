@@ -11,12 +11,12 @@ gives    results.csv, top1_over_file_size.png, run.json and an .opq file per siz
 Top-1 (float32: .926):
 
     bits per weight          3      2.5    2      1.5    1
-    file, KB (1866)          171    145    118    93     68
-    compressed               .918   .916   .888   .789   .353
-    corrected from noise     .923   .921   .912   .885   .780
-    corrected on images      .922   .923   .914   .893   .820
-    feedback from noise      .926   .926   .922   .902   .841
-    feedback on images       .926   .925   .923   .913   .882
+    file, KB (1866)          171    145    119    94     69
+    compressed               .921   .912   .892   .805   .275
+    corrected from noise     .924   .921   .917   .894   .816
+    corrected on images      .924   .921   .918   .899   .842
+    feedback from noise      .925   .924   .922   .908   .856
+    feedback on images       .925   .926   .921   .917   .887
 
 All of it: experiments/results/one_shot_resnet32/.
 """
