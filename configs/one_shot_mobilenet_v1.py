@@ -5,7 +5,7 @@ r"""MobileNet-V1 compressed in one shot, without data; judged on 200 ImageNet ph
       --config.weights=weights/mobilenet_v1.safetensors --config.data_dir=../shared/tfds
 
 needs    TF-slim's weights as safetensors; imagenet2012 in a TFDS folder of array_record files;
-         `pip install opq_jax[plots]`; six minutes on two cores.
+         `pip install opq_jax[plots]`.
 gives    results.csv, top1_over_file_size.png, run.json and an .opq file per objective and size.
 
 Top-1 with the default objective (float32: .905; 95 % intervals of 4 to 7 points either way):

@@ -5,7 +5,7 @@ r"""MobileNet-V2 compressed in one shot; judged on 200 ImageNet photographs.
       --config.weights=weights/mobilenet_v2.safetensors --config.data_dir=../shared/tfds
 
 needs    torchvision's first weights as safetensors; imagenet2012 in a TFDS folder, array_record;
-         `pip install opq_jax[plots]`; two minutes on two cores.
+         `pip install opq_jax[plots]`.
 gives    results.csv, top1_over_file_size.png, run.json and an .opq file per size.
 
 Top-1 (float32: .855):

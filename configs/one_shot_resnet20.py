@@ -5,7 +5,7 @@ r"""ResNet-20 for CIFAR-10 compressed in one shot; judged on the 10,000 test ima
       --config.weights=weights/resnet20_cifar10.safetensors --config.data_dir=../shared/tfds
 
 needs    akamaster's weights as safetensors; cifar10 in a TFDS folder of array_record files;
-         `pip install opq_jax[plots]`; six minutes on two cores.
+         `pip install opq_jax[plots]`.
 gives    results.csv, top1_over_file_size.png, run.json and an .opq file per size.
 
 Top-1 (float32: .917):

@@ -32,9 +32,9 @@ def correct_batch_norm(
 ) -> PyTree:
   """The compressed network with running statistics that fit its weights.
 
-  Both networks see one batch of noise, with every BatchNorm on batch statistics: m0
-  and v0 are the mean and variance of each BatchNorm's input in the original and y0 is its mean
-  output; m1, v1 and y1 are those of the compressed network.  Then
+  Both networks see one batch of noise, with every BatchNorm on batch statistics: m0 and v0 are the
+  mean and variance of each BatchNorm's input in the original and y0 is its mean output; m1, v1 and
+  y1 are those of the compressed network.  Then
 
       running mean      <-  running mean + m1 - m0
       running variance  <-  running variance * clip(v1 / v0, 0.05, 4)      (unchanged where v0 = 0)
@@ -103,8 +103,11 @@ def correct_batch_norm(
   _check_statistics(variables)
   noise_key, tangent_key = jax.random.split(key)
   shape = _check_shape(input_shape)
-  draw = noise.natural_noise if len(shape) == 4 else jax.random.normal
-  return _follow(apply_fn, variables, compressed, [draw(noise_key, shape)], tangent_key)
+  if len(shape) == 4:
+    inputs = noise.natural_noise(noise_key, shape)
+  else:
+    inputs = jax.random.normal(noise_key, shape, jnp.float32)
+  return _follow(apply_fn, variables, compressed, [inputs], tangent_key)
 
 
 def correct_on_images(

@@ -51,8 +51,8 @@ def encode_with_feedback(
 
   An error w_i - q_i beyond one step, or the threshold where that is larger, is pushed on as if it
   were no more: it comes from a weight out of the grid's reach, and the weights to come would all
-  be bent for it.  Where a few rows of x rule H, as in Transformers whose tokens have massive
-  activations, that costs all other rows more than it gives.
+  be bent for it.  Where a few massive rows of x rule H, that costs all other rows more than it
+  gives (`tests/test_feedback.py`).
 
   The feedback is that of Hassibi and Stork, "Second Order Derivatives for Network Pruning:
   Optimal Brain Surgeon", NIPS 1992, in the form of Frantar et al., "GPTQ: Accurate Post-Training

@@ -88,6 +88,22 @@ def test_omegas_matter_by_their_ratios():
   assert error(4.0, 1.0)[0] < error(1.0, 1.0)[0]
 
 
+def test_balanced_error_weighs_a_leaf_by_the_root_of_its_energy():
+  params = {**tree(), 'c': 10 * tree()['c']}
+  energy = lambda leaf: 2 * leaf.size * np.mean(opq_jax.leaf_statistics(leaf).scale ** 2)
+  omegas = {
+    name: None if name == 'bias' else float(energy(leaf)) ** -0.5 for name, leaf in params.items()
+  }
+  options = {'compression_rate': 15.0, 'corrected': False}
+  expected = allocate(params, objective=omegas, **options).tree
+  found = allocate(params, objective='balanced_error', **options).tree
+  other = allocate(params, objective='squared_error', **options).tree
+  for name in 'abc':
+    np.testing.assert_allclose(found[name].threshold, expected[name].threshold, rtol=1e-3)
+    np.testing.assert_allclose(found[name].step, expected[name].step, rtol=1e-3)
+  assert other['a'].step > 1.1 * found['a'].step
+
+
 def test_units_of_length_cancel():
   params = tree()
   one = allocate(params, compression_rate=15.0).tree['a']
@@ -392,11 +408,12 @@ def test_the_closed_form_holds_where_the_density_does(rate):
       assert float(leaf.sparsity) == pytest.approx(float(np.mean(value == 0)), abs=0.01)
 
 
+@pytest.mark.parametrize('corrected', [False, True])
 @pytest.mark.parametrize('targets', [{'compression_rate': 15.0}, {'sparsity': 0.6, 'bits': 3.0}])
-def test_squared_errors_of_any_unit_beside_a_leaf_of_zeros(targets):
+def test_squared_errors_of_any_unit_beside_a_leaf_of_zeros(targets, corrected):
   # a squared error of 2**-80 is below what float32 has
   params = {'a': tree()['a'], 'c': 3 * tree()['c'], 'zeros': jnp.zeros((16, 16))}
-  options = {'objective': 'squared_error', 'corrected': False, **targets}
+  options = {'objective': 'squared_error', 'corrected': corrected, **targets}
   one = allocate(params, **options).tree
   moved = jax.tree.map(lambda x: x * 2.0**-80, params)
   other = allocate(moved, **options).tree

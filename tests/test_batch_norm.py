@@ -159,6 +159,20 @@ def test_noise_of_the_shape_of_images_has_neighbours_alike():
   assert (x[:, :, 1:] * x[:, :, :-1]).mean() > 0.5
 
 
+@pytest.mark.parametrize('shape', [(32, 6), (32, 8, 8, 6)])
+def test_noise_is_float32_where_float64_is_enabled(shape):
+  with jax.enable_x64(True):
+    model, variables, compressed = network()
+    seen = []
+
+    def watching(variables, x, **options):
+      seen.append(x.dtype)
+      return model.apply(variables, x.reshape(-1, 6), **options)
+
+    correct_batch_norm(watching, variables, compressed, KEY, shape)
+  assert set(seen) == {np.dtype('float32')}
+
+
 def test_nothing_changes_where_nothing_was_compressed():
   model, variables, _ = network()
   assert_same(correct_batch_norm(model.apply, variables, variables, KEY, SHAPE), variables)

@@ -96,13 +96,3 @@ def test_what_cannot_be_had_is_none_or_an_error():
   variables = model.init(jax.random.key(0), x)
   with pytest.raises(ValueError, match='params/layer/kernel: found a layer that is called twice'):
     opq_jax.second_moments(model.apply, variables, x)
-
-
-def test_natural_noise_has_the_spectrum_it_says():
-  noise = np.asarray(opq_jax.natural_noise(jax.random.key(0), (64, 32, 32, 3)))
-  assert noise.dtype == np.float32
-  spectrum = np.square(np.abs(np.fft.fft2(noise, axes=(1, 2)))).mean((0, 3))
-  # amplitudes fall as 1 / f: powers as 1 / f^2
-  np.testing.assert_allclose(spectrum[0, 2] / spectrum[0, 8], 16, rtol=0.4)
-  colours = np.corrcoef(noise.reshape(-1, 3).T)
-  np.testing.assert_allclose(colours[np.triu_indices(3, 1)], 0.7, atol=0.25)

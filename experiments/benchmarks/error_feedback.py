@@ -11,14 +11,13 @@ images of `configs/one_shot_NETWORK.py`; each file is named as a network
 
 import functools
 import pathlib
-import sys
 from collections.abc import Iterator
 
 import jax
 import numpy as np
 
 import opq_jax
-from experiments.benchmarks import harness, one_shot_images
+from experiments.benchmarks import one_shot_images
 from opq_jax import moments, networks, sizes
 
 BITS = {'resnet20': (2.0, 1.5, 1.0), 'resnet32': (2.0, 1.5, 1.0)}
@@ -76,23 +75,5 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, 
           } | one_shot_images.cells(judge.scores(corrected))
 
 
-def main() -> None:
-  data_dir, *paths = sys.argv[1:]
-  rows: list[dict[str, object]] = []
-  words = ' '.join(pathlib.Path(path).name for path in paths)
-  for path in map(pathlib.Path, paths):
-    for row in compare(path.stem.removesuffix('_cifar10'), path, data_dir):
-      rows.append(row)
-      print(*row.values(), sep='  ', flush=True)
-  harness.report(
-    'error_feedback',
-    'the choice of codes',
-    f'python -m experiments.benchmarks.error_feedback TFDS_FOLDER {words}',
-    rows,
-  )
-
-
 if __name__ == '__main__':
-  if len(sys.argv) < 3:
-    sys.exit(__doc__)
-  main()
+  one_shot_images.main('error_feedback', 'the choice of codes', compare, __doc__)

@@ -25,7 +25,7 @@ BITS = {
   'mobilenet_v1': (4.0, 3.0, 2.5, 2.0, 1.5),
   'mobilenet_v2': (4.0, 3.0, 2.5, 2.0, 1.5),
 }
-LAYERS_BITS = {
+LAYERS_BITS = {  # fewer: minutes each
   'resnet20': (3.5, 2.5, 2.0, 1.5, 1.1),
   'resnet32': (3.5, 2.5, 2.0, 1.5, 1.1),
   'mobilenet_v1': (3.0, 2.0, 1.5),

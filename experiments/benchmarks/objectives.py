@@ -10,11 +10,10 @@ with few images it tells more than top-1.
 """
 
 import pathlib
-import sys
 from collections.abc import Iterator
 
 import opq_jax
-from experiments.benchmarks import harness, one_shot_images
+from experiments.benchmarks import one_shot_images
 from opq_jax import artifact, networks
 from opq_jax.allocation import OBJECTIVES
 
@@ -48,19 +47,5 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, 
         } | one_shot_images.cells(judge.scores(corrected))
 
 
-def main() -> None:
-  data_dir, *paths = sys.argv[1:]
-  rows: list[dict[str, object]] = []
-  words = ' '.join(pathlib.Path(path).name for path in paths)
-  for path in map(pathlib.Path, paths):
-    for row in compare(path.stem.removesuffix('_cifar10'), path, data_dir):
-      rows.append(row)
-      print(*row.values(), sep='  ', flush=True)
-  command = f'python -m experiments.benchmarks.objectives TFDS_FOLDER {words}'
-  harness.report('objectives', 'the objective, with and without feedback', command, rows)
-
-
 if __name__ == '__main__':
-  if len(sys.argv) < 3:
-    sys.exit(__doc__)
-  main()
+  one_shot_images.main('objectives', 'the objective, with and without feedback', compare, __doc__)

@@ -2,12 +2,14 @@
 
 import importlib.util
 import pathlib
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import ml_collections
 import numpy as np
 
+from experiments.benchmarks import harness
 from opq_jax import accuracy, data, networks
 from opq_jax.trees import PyTree
 
@@ -63,3 +65,30 @@ def cells(scores: dict[str, float]) -> dict[str, object]:
     'same answer as float32, %': round(percent['agreement'], 2),
     'divergence': round(scores['divergence'], 4),
   }
+
+
+def main(
+  name: str,
+  title: str,
+  compare: Callable[[str, pathlib.Path, str], Iterator[dict[str, object]]],
+  usage: str | None,
+) -> None:
+  """The command `python -m experiments.benchmarks.NAME TFDS_FOLDER WEIGHTS.safetensors ...`.
+
+  Args:
+    name: of the benchmark, and of its results.
+    title: of its table.
+    compare: (network, its weights, TFDS folder) -> rows.
+    usage: what to say where arguments are missing.
+  """
+  if len(sys.argv) < 3:
+    sys.exit(usage)
+  data_dir, *paths = sys.argv[1:]
+  rows: list[dict[str, object]] = []
+  for path in map(pathlib.Path, paths):
+    for row in compare(path.stem.removesuffix('_cifar10'), path, data_dir):
+      rows.append(row)
+      print(*row.values(), sep='  ', flush=True)
+  words = ' '.join(pathlib.Path(path).name for path in paths)
+  command = f'python -m experiments.benchmarks.{name} TFDS_FOLDER {words}'
+  harness.report(name, title, command, rows)

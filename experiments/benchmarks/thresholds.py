@@ -21,14 +21,13 @@ images; each file is named as a network of CIFAR-10 (`resnet20_cifar10.safetenso
 
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 
 import opq_jax
-from experiments.benchmarks import harness, one_shot_images
+from experiments.benchmarks import one_shot_images
 from opq_jax import artifact, compression, entropy_coding, networks, trees
 from opq_jax.compression import LeafState
 from opq_jax.feedback import DAMPING
@@ -136,19 +135,5 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, 
       } | one_shot_images.cells(judge.scores(corrected))
 
 
-def main() -> None:
-  data_dir, *paths = sys.argv[1:]
-  rows: list[dict[str, object]] = []
-  words = ' '.join(pathlib.Path(path).name for path in paths)
-  for path in map(pathlib.Path, paths):
-    for row in compare(path.stem.removesuffix('_cifar10'), path, data_dir):
-      rows.append(row)
-      print(*row.values(), sep='  ', flush=True)
-  command = f'python -m experiments.benchmarks.thresholds TFDS_FOLDER {words}'
-  harness.report('thresholds', 'thresholds of layers, inputs and outputs', command, rows)
-
-
 if __name__ == '__main__':
-  if len(sys.argv) < 3:
-    sys.exit(__doc__)
-  main()
+  one_shot_images.main('thresholds', 'thresholds of layers, inputs and outputs', compare, __doc__)
