@@ -28,6 +28,7 @@ from opq_jax.moments import second_moments
 from opq_jax.noise import natural_noise
 from opq_jax.sizes import SizeReport, file_report, size_report
 from opq_jax.statistics import LeafStatistics, leaf_statistics, merge_statistics
+from opq_jax.synthetic import synthetic_inputs
 from opq_jax.tables import summary
 from opq_jax.transforms import compressed, keep_compressed
 from opq_jax.weight_files import read_weights, write_safetensors
@@ -67,5 +68,6 @@ __all__ = [
   'second_moments',
   'size_report',
   'summary',
+  'synthetic_inputs',
   'write_safetensors',
 ]

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32
 
-from opq_jax import noise, trees
+from opq_jax import batch_statistics, noise, trees
+from opq_jax.batch_statistics import STATISTICS
 from opq_jax.trees import PyTree
 
-_STATISTICS = 'batch_stats'
 _RATIO_BOUNDS = (0.05, 4.0)
 
 
@@ -99,14 +99,10 @@ def correct_batch_norm(
   >>> corrected['batch_stats']['norm']['var'].round(3).tolist()  # of halved inputs
   [0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25]
   """
-  _check_trees(variables, compressed, {'params', _STATISTICS})
-  _check_statistics(variables)
+  _check_trees(variables, compressed, {'params', STATISTICS})
+  batch_statistics.check(variables)
   noise_key, tangent_key = jax.random.split(key)
-  shape = _check_shape(input_shape)
-  if len(shape) == 4:
-    inputs = noise.natural_noise(noise_key, shape)
-  else:
-    inputs = jax.random.normal(noise_key, shape, jnp.float32)
+  inputs = noise.of_shape(noise_key, input_shape)
   return _follow(apply_fn, variables, compressed, [inputs], tangent_key)
 
 
@@ -159,8 +155,8 @@ def correct_on_images(
   True
   """
   _check_trees(variables, compressed, {'params'})
-  if trees.named_leaves(variables.get(_STATISTICS, {})):
-    _check_statistics(variables)
+  if trees.named_leaves(variables.get(STATISTICS, {})):
+    batch_statistics.check(variables)
     return _follow(apply_fn, variables, compressed, batches, jax.random.key(0))
   biases = [
     name
@@ -184,7 +180,7 @@ def correct_on_images(
     f'params/{name}': leaves[name] + (shift / count).astype(leaves[name].dtype)
     for name, shift in shifts.items()
   }
-  return _replace(compressed, new)
+  return trees.replaced(compressed, new)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -235,7 +231,7 @@ def _follow(
     jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *same)
     for same in zip(*runs, strict=True)
   )
-  _check_updates(before.momentum)
+  batch_statistics.check_updates(before.momentum)
   return _correct(apply_fn, variables, compressed, before, after, inputs, key)
 
 
@@ -243,8 +239,7 @@ class _Run(NamedTuple):
   """What one network made of the inputs.
 
   Attributes:
-    scaled: (1 - momentum) times the moment of the batch, by the path of the running statistic.
-    momentum: of the same statistics, per channel.
+    scaled, momentum: of `batch_statistics.of_batch`.
     output: the mean of the network's output, or None where that is not one array of features.
   """
 
@@ -257,23 +252,8 @@ class _Run(NamedTuple):
 def _run(
   apply_fn: Callable[..., Any], variables: Mapping[str, PyTree], inputs: Float[Array, 'batch ...']
 ) -> _Run:
-  """One forward pass on batch statistics.
-
-  An update is momentum * old + (1 - momentum) * batch.  From old = 0 it is the second term alone,
-  which nothing larger rounds, and its derivative by old is the momentum itself.
-  """
-  statistics = trees.named_leaves(variables[_STATISTICS])
-  names = [name for pair in _batch_norms(statistics) for name in pair]
-
-  def update(old: dict[str, Array]) -> tuple[dict[str, Array], Any]:
-    collections = {**variables, _STATISTICS: _replace(variables[_STATISTICS], old)}
-    output, updates = apply_fn(collections, inputs, train=True, mutable=[_STATISTICS])
-    new = trees.named_leaves(updates[_STATISTICS])
-    return {name: new[name].astype(jnp.float32) for name in names}, output
-
-  zeros = {name: jnp.zeros(jnp.shape(statistics[name]), jnp.float32) for name in names}
-  ones = jax.tree.map(jnp.ones_like, zeros)
-  scaled, momentum, output = jax.jvp(update, (zeros,), (ones,), has_aux=True)
+  """One forward pass on batch statistics."""
+  scaled, momentum, output = batch_statistics.of_batch(apply_fn, variables, inputs)
   is_array = isinstance(output, jax.Array) and jnp.issubdtype(output.dtype, jnp.floating)
   has_features = is_array and output.ndim > 1
   return _Run(scaled, momentum, _feature_means(output) if has_features else None)
@@ -290,13 +270,13 @@ def _correct(
   key: Array,
 ) -> PyTree:
   """`compressed` with its statistics and its last bias moved from what `after` saw to `before`."""
-  statistics = _corrected_statistics(variables[_STATISTICS], before, after)
-  new = {f'{_STATISTICS}/{name}': leaf for name, leaf in statistics.items()}
+  statistics = _corrected_statistics(variables[STATISTICS], before, after)
+  new = {f'{STATISTICS}/{name}': leaf for name, leaf in statistics.items()}
   if before.output is not None and after.output is not None:
     candidates = _output_biases(apply_fn, variables, inputs, before.output.shape, key)
     biases = _corrected_biases(compressed['params'], candidates, after.output - before.output)
     new |= {f'params/{name}': leaf for name, leaf in biases.items()}
-  return _replace(compressed, new)
+  return trees.replaced(compressed, new)
 
 
 def _corrected_statistics(
@@ -305,7 +285,7 @@ def _corrected_statistics(
   """Running means and variances that follow the batch's."""
   running = trees.named_leaves(statistics)
   new = {}
-  for mean, var in _batch_norms(running):
+  for mean, var in batch_statistics.pairs(running):
     # from float32's momentum: exact enough (1 part in 10,000 at 0.9997) to divide a difference
     # by; in the ratio it cancels
     share = 1 - before.momentum[mean]
@@ -348,8 +328,8 @@ def _output_biases(
 
   def is_bias(name: str, leaf: Array) -> Array:
     def output(value: Array) -> Array:
-      collections = {**variables, 'params': _replace(variables['params'], {name: value})}
-      return apply_fn(collections, inputs, train=True, mutable=[_STATISTICS])[0]
+      collections = {**variables, 'params': trees.replaced(variables['params'], {name: value})}
+      return apply_fn(collections, inputs, train=True, mutable=[STATISTICS])[0]
 
     _, found = jax.jvp(output, (leaf,), (tangent.astype(leaf.dtype),))
     return jnp.all(found.astype(jnp.float32) == jnp.broadcast_to(tangent, found.shape))
@@ -363,23 +343,6 @@ def _output_biases(
 
 def _feature_means(output: Float[Array, '... outputs']) -> Float32[Array, ' outputs']:
   return jnp.mean(output.astype(jnp.float32), axis=range(output.ndim - 1))
-
-
-def _batch_norms(statistics: Mapping[str, Any]) -> list[tuple[str, str]]:
-  """The paths of mean and variance of every BatchNorm among the leaves of `batch_stats`."""
-  pairs = [
-    (name, f'{name.removesuffix("mean")}var')
-    for name in statistics
-    if name.split('/')[-1] == 'mean'
-  ]
-  return [(mean, var) for mean, var in pairs if var in statistics]
-
-
-def _replace(tree: PyTree, new: Mapping[str, Any]) -> PyTree:
-  """`tree` with the leaves of these paths."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, leaf: new.get(trees.path_name(path), leaf), tree
-  )
 
 
 def _check_trees(
@@ -403,34 +366,5 @@ def _check_trees(
     raise ValueError('\n'.join(['compressed is not the tree of variables:', *lines]))
 
 
-def _check_statistics(variables: Mapping[str, PyTree]) -> None:
-  statistics = trees.named_leaves(variables[_STATISTICS])
-  if not _batch_norms(statistics):
-    raise ValueError(
-      f'{_STATISTICS}: found {sorted(statistics)}, expected a mean and a var of some BatchNorm'
-    )
-
-
 def _describe(leaf: Any) -> str:
   return f'{jnp.result_type(leaf)} of shape {jnp.shape(leaf)}'
-
-
-def _check_shape(input_shape: Sequence[int]) -> tuple[int, ...]:
-  shape = tuple(input_shape)
-  if len(shape) < 2 or shape[0] < 2 or any(size < 1 for size in shape):
-    raise ValueError(
-      f'input_shape: found {shape}, expected (examples, …, channels) with at least 2 examples'
-    )
-  return shape
-
-
-def _check_updates(momentum: Mapping[str, Float32[Array, '...']]) -> None:
-  """Whether every BatchNorm took part; in a trace nobody knows."""
-  if any(isinstance(leaf, jax.core.Tracer) for leaf in momentum.values()):
-    return
-  idle = [name for name, leaf in jax.device_get(momentum).items() if (leaf >= 1).any()]
-  if idle:
-    raise ValueError(
-      f'{_STATISTICS}: found no update of {idle} with train=True, expected momentum * old + '
-      '(1 - momentum) * batch with a momentum below 1'
-    )

@@ -42,7 +42,8 @@ from opq_jax.artifact import OpqFile
 from opq_jax.trees import PyTree
 
 _FROM_NOISE = 'corrected from noise'  # what the metadata say of such a BatchNorm
-_FEEDBACK = 'by error feedback, moments from noise'  # of the codes
+_FROM_SYNTHETIC = 'corrected from synthetic images'
+_FEEDBACK = 'by error feedback, moments from synthetic images'  # of the codes
 _INFERENCE_ONLY = 'BatchNorm in two vectors, vectors rounded to bfloat16'
 _MOST_PROBLEMS = 20  # that `verify` puts into words
 
@@ -201,8 +202,8 @@ def _parser() -> argparse.ArgumentParser:
   add(
     '--feedback',
     action='store_true',
-    help='choose codes by the error of what layers give, from noise, not by that of each weight; '
-    'takes longer, and is not for --sparsity and --bits',
+    help='choose codes by the error of what layers give, not by that of each weight; without data '
+    'too, but it takes a minute, and is not for --sparsity and --bits',
   )
   add(
     '--inference-only',
@@ -330,11 +331,13 @@ def _compress(arguments: argparse.Namespace) -> None:
       params = weight_files.read_weights(source) if network is None else network.variables
       chosen = _chosen(params, arguments.include, arguments.exclude)
       params = _narrowed(params, chosen)
-    moments = None
+    images = moments = None
     if network is not None and arguments.feedback:
       metadata['codes'] = _FEEDBACK
+      with stage('synthetic images'):
+        images = jax.block_until_ready(networks.synthetic_images(network))
       with stage('moments'):
-        moments = jax.block_until_ready(networks.noise_moments(network))
+        moments = jax.block_until_ready(opq_jax.second_moments(network.model.apply, params, images))
     with stage('allocate'), warnings.catch_warnings():
       # the table marks the leaves that this warning would list
       warnings.filterwarnings('ignore', 'the Laplace density')
@@ -355,9 +358,9 @@ def _compress(arguments: argparse.Namespace) -> None:
     if network is not None and networks.has_batch_norm(params):
       metadata['batch_norm'] = 'not corrected'
       if not arguments.no_correction:
-        metadata['batch_norm'] = _FROM_NOISE
+        metadata['batch_norm'] = _FROM_NOISE if images is None else _FROM_SYNTHETIC
         with stage('correct BatchNorm'):
-          stored = networks.correct_batch_norm(network, compressed)
+          stored = _corrected(network, compressed, images)
     if network is not None and arguments.inference_only:
       metadata['inference_only'] = _INFERENCE_ONLY
       stored = networks.for_inference(network, stored)
@@ -425,7 +428,7 @@ def _verify(arguments: argparse.Namespace) -> int:
   with OpqFile(arguments.file) as file:
     metadata = file.metadata
   identity = networks.identity(metadata)
-  coded = corrected = None
+  coded = corrected = images = None
   if identity is None:
     params = weight_files.read_weights(arguments.against)
   else:
@@ -439,9 +442,11 @@ def _verify(arguments: argparse.Namespace) -> int:
     if metadata.get('codes') == _FEEDBACK:
       with OpqFile(arguments.file) as file:
         state = file.load(like=params)[1]
-      coded, _ = opq_jax.encode_with_feedback(params, state, networks.noise_moments(network))
-    if metadata.get('batch_norm') == _FROM_NOISE:
-      corrected = networks.correct_batch_norm(network, _compressed_in(arguments.file, params))
+      images = networks.synthetic_images(network)
+      moments = opq_jax.second_moments(network.model.apply, params, images)
+      coded, _ = opq_jax.encode_with_feedback(params, state, moments)
+    if metadata.get('batch_norm') in (_FROM_NOISE, _FROM_SYNTHETIC):
+      corrected = _corrected(network, _compressed_in(arguments.file, params), images)
     if metadata.get('inference_only') == _INFERENCE_ONLY:
       corrected = networks.for_inference(network, params if corrected is None else corrected)
   found = verification.verify(
@@ -465,6 +470,14 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 1
   console.print(Text(f'{arguments.file}: every claim holds against {arguments.against}'))
   return 0
+
+
+def _corrected(network: networks.Network, compressed: PyTree, images: jax.Array | None) -> PyTree:
+  """The compressed network with corrected BatchNorm, from noise where there are no images."""
+  if images is None:
+    return networks.correct_batch_norm(network, compressed)
+  apply_fn = network.model.apply
+  return opq_jax.correct_on_images(apply_fn, network.variables, compressed, [images])
 
 
 def _compressed_in(path: str, params: PyTree) -> PyTree:

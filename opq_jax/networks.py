@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from opq_jax import batch_norm, importers, inference, moments, noise, trees, weight_files
+from opq_jax import batch_norm, importers, inference, noise, synthetic, trees, weight_files
 from opq_jax.artifact import OpqFile
 from opq_jax.importers import Source
 from opq_jax.trees import PyTree
@@ -168,15 +168,35 @@ def correct_batch_norm(network: Network, compressed: PyTree, seed: int = 0) -> P
   )
 
 
-def noise_moments(network: Network, seed: int = 0) -> PyTree:
-  """`opq_jax.second_moments` of a network, from `natural_noise` of its own size and units.
+def noise_images(network: Network, seed: int = 0) -> jax.Array:
+  """`opq_jax.natural_noise` of a network's own size and units.
+
+  Args:
+    network: whose images they are to stand for.
+    seed: of the noise.
+  """
+  images = noise.natural_noise(jax.random.key(seed), noise_shape(network.source))
+  return images * _noise_scale(network)
+
+
+def synthetic_images(network: Network, seed: int = 0) -> jax.Array:
+  """`opq_jax.synthetic_inputs` of a network's own size and units.
+
+  A network without BatchNorm has stored nothing of its inputs: then they are `noise_images`.
 
   Args:
     network: before compression.
-    seed: of the noise.
+    seed: of the noise at the start.
   """
-  inputs = noise.natural_noise(jax.random.key(seed), noise_shape(network.source))
-  return moments.second_moments(_apply_to_noise(network), network.variables, inputs)
+  if not has_batch_norm(network.variables):
+    return noise_images(network, seed)
+  images = synthetic.synthetic_inputs(
+    _apply_to_noise(network),
+    network.variables,
+    jax.random.key(seed),
+    noise_shape(network.source),
+  )
+  return images * _noise_scale(network)
 
 
 def for_inference(network: Network, variables: PyTree) -> PyTree:
@@ -195,13 +215,19 @@ def for_inference(network: Network, variables: PyTree) -> PyTree:
 
 def _apply_to_noise(network: Network) -> Callable[..., Any]:
   """The network's `apply` for inputs of variance 1."""
-  model = network.model
+  apply_fn, scale = network.model.apply, _noise_scale(network)
+  # one that is recognised, so that it is compiled once
+  if (scale == 1).all():
+    return apply_fn
+  return lambda tree, x, **options: apply_fn(tree, x * scale, **options)
+
+
+def _noise_scale(network: Network) -> np.ndarray:
+  """What inputs of variance 1 are to be multiplied by, [1, 1, 1, 3]."""
   std = np.asarray(network.source.preprocessing.std)
-  if not (std <= _RAW_STD).all():
-    return model.apply
   # in units of bytes, noise of variance 1 would be so faint that BatchNorm's epsilon weighs
-  scale = (_IMAGE_STD / std).astype(np.float32).reshape(1, 1, 1, 3)
-  return lambda tree, x, **options: model.apply(tree, x * scale, **options)
+  scale = _IMAGE_STD / std if (std <= _RAW_STD).all() else np.ones(3)
+  return scale.astype(np.float32).reshape(1, 1, 1, 3)
 
 
 def has_batch_norm(variables: Mapping[str, PyTree]) -> bool:

@@ -38,3 +38,19 @@ def natural_noise(
   spectrum = jnp.fft.fft2(mixed, axes=(1, 2)) * scale.astype(np.complex64)[None, :, :, None]
   noise = jnp.real(jnp.fft.ifft2(spectrum, axes=(1, 2)))
   return noise / jnp.std(noise)
+
+
+def of_shape(key: Array, shape: Sequence[int]) -> Float32[Array, 'batch ...']:
+  """A batch of noise of mean 0 and variance 1: `natural_noise` of four axes, else white.
+
+  Raises:
+    ValueError: the shape is no batch of inputs.
+  """
+  found = tuple(shape)
+  if len(found) < 2 or found[0] < 2 or any(size < 1 for size in found):
+    raise ValueError(
+      f'input_shape: found {found}, expected (examples, …, channels) with at least 2 examples'
+    )
+  if len(found) == 4:
+    return natural_noise(key, found)
+  return jax.random.normal(key, found, jnp.float32)

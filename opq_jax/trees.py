@@ -5,7 +5,7 @@ where a leaf is compressed and None where it passes through".  The functions her
 of a tree and walk two such trees together; what happens at a leaf is somebody else's business.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -55,6 +55,15 @@ def beside(tree: PyTree, other: PyTree) -> list[Any]:
   """
   structure: Any = jax.tree.structure(tree)
   return structure.flatten_up_to(other)
+
+
+def replaced(tree: PyTree, new: Mapping[str, Any]) -> PyTree:
+  """`tree` with these leaves, by path name, and the rest as it is.
+
+  >>> replaced({'a': 1, 'b': 2}, {'b': 3})
+  {'a': 1, 'b': 3}
+  """
+  return tree_util.tree_map_with_path(lambda path, leaf: new.get(path_name(path), leaf), tree)
 
 
 def records(tree: PyTree, record_tree: PyTree, kind: type) -> list[Any]:

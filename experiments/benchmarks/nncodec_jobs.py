@@ -26,8 +26,8 @@ BITS = {
   'mobilenet_v2': (4.0, 3.0, 2.5, 2.0, 1.5),
 }
 LAYERS_BITS = {  # fewer: minutes each
-  'resnet20': (3.5, 2.5, 2.0, 1.5, 1.1),
-  'resnet32': (3.5, 2.5, 2.0, 1.5, 1.1),
+  'resnet20': (3.5, 2.5, 2.0, 1.5, 1.1, 0.9),
+  'resnet32': (3.5, 2.5, 2.0, 1.5, 1.1, 0.9),
   'mobilenet_v1': (3.0, 2.0, 1.5),
   'mobilenet_v2': (3.0, 2.0, 1.5),
 }
@@ -48,8 +48,8 @@ LAMBDA = 1.0  # of rate-distortion optimised quantization, in NNCodec's unit; it
 ERROR_BITS = 0.75, 1.0, 2.0, 3.0
 ERROR_QPS = -12, -13, -14, -15, -16, -17, -18, -20, -22, -24, -26
 RECIPES = (50, 8), (50, 4), (0, 4)  # percent pruned, bits of a weight
-OURS, FEEDBACK, IMAGES = 'opq_jax', 'opq_jax, feedback', 'opq_jax, feedback, images'
-LAYERS = 'opq_jax, layer by layer, images'
+OURS, FEEDBACK, LAYERS = 'opq_jax', 'opq_jax, feedback', 'opq_jax, layer by layer'
+IMAGES = ', images'
 SHIPPED, TUNED = 'NNCodec', 'NNCodec, tuned'
 INFERENCE = ', for inference only'
 RECIPE, QWIX = 'magnitude, rounding, LZMA', 'qwix, LZMA'
@@ -174,11 +174,24 @@ def jobs_of_nncodec(network: networks.Network, nncodec: NNCodec) -> Iterator[Job
     seconds = Seconds(*answer['encode']), Seconds(*answer['decode'])
     return Coded(like(variables, decoded), answer['bytes'], rest['bytes'], *seconds)
 
-  def corrected(settings: tuple[tuple[str, Any], ...], inference: bool = False) -> Coded:
+  @functools.lru_cache(maxsize=1)
+  def synthetic() -> Any:
+    return timed(lambda: networks.synthetic_images(network))
+
+  def corrected(
+    settings: tuple[tuple[str, Any], ...], correction: str, inference: bool = False
+  ) -> Coded:
     found = plain(settings)
+    before = Seconds(0, 0)
+    if correction == 'synthetic':
+      images, before = synthetic()
 
     def run() -> Any:
-      tree = networks.correct_batch_norm(network, found.variables)
+      if correction == 'synthetic':
+        apply_fn = network.model.apply
+        tree = opq_jax.correct_on_images(apply_fn, variables, found.variables, [images])
+      else:
+        tree = networks.correct_batch_norm(network, found.variables)
       return networks.for_inference(network, tree) if inference else tree
 
     tree, seconds = timed(run)
@@ -188,7 +201,7 @@ def jobs_of_nncodec(network: networks.Network, nncodec: NNCodec) -> Iterator[Job
       like(variables, {**trees.named_leaves(found.variables), **vectors}),
       found.file_bytes - found.vector_bytes + answer['bytes'],
       answer['bytes'],
-      found.encode.plus(seconds).plus(Seconds(*answer['encode'])),
+      found.encode.plus(before).plus(seconds).plus(Seconds(*answer['encode'])),
       found.decode,
     )
 
@@ -201,10 +214,12 @@ def jobs_of_nncodec(network: networks.Network, nncodec: NNCodec) -> Iterator[Job
       name = ' '.join(f'{key}={value:g}' for key, value in settings)
       if method == SHIPPED or qp == qps[network.name][1]:
         yield Job(method, name, 'none', functools.partial(plain, settings))
-      yield Job(method, name, 'noise', functools.partial(corrected, settings))
+      for correction in ('noise', 'synthetic'):
+        run = functools.partial(corrected, settings, correction)
+        yield Job(method, name, correction, run)
       if method == SHIPPED:
-        run = functools.partial(corrected, settings, inference=True)
-        yield Job(method + INFERENCE, name, 'noise', run)
+        run = functools.partial(run, inference=True)
+        yield Job(method + INFERENCE, name, 'synthetic', run)
 
 
 def jobs_of_ours(
@@ -231,10 +246,17 @@ def jobs_of_ours(
     return tree, state, seconds
 
   @functools.lru_cache(maxsize=1)
+  def images_of(kind: str) -> Any:
+    if kind == 'synthetic':
+      images, seconds = timed(lambda: networks.synthetic_images(network))
+      return [images], seconds
+    return unlabelled, Seconds(0, 0)
+
+  @functools.lru_cache(maxsize=1)
   def measured(kind: str) -> Any:
-    if kind == 'noise':
-      return timed(lambda: networks.noise_moments(network))
-    return timed(lambda: moments.mean_moments(network.model.apply, variables, unlabelled))
+    images, before = images_of(kind)
+    matrices, seconds = timed(lambda: moments.mean_moments(network.model.apply, variables, images))
+    return matrices, before.plus(seconds)
 
   @functools.lru_cache(maxsize=1)
   def feedback(bits: float, kind: str) -> Any:
@@ -247,7 +269,7 @@ def jobs_of_ours(
   @functools.lru_cache(maxsize=1)
   def layer_by_layer(bits: float, kind: str) -> Any:
     _, state, before = feedback(bits, kind)
-    images = np.concatenate(unlabelled)
+    images = np.concatenate(images_of(kind)[0])
     (tree, state), seconds = timed(
       lambda: opq_jax.encode_layer_by_layer(network.model.apply, variables, state, images)
     )
@@ -257,9 +279,9 @@ def jobs_of_ours(
     tree, state, seconds = encoder(*args)
 
     def run() -> Any:
-      if 'images' in args:
-        apply_fn = network.model.apply
-        found = opq_jax.correct_on_images(apply_fn, variables, tree, unlabelled)
+      if args[1:]:
+        images, _ = images_of(*args[1:])
+        found = opq_jax.correct_on_images(network.model.apply, variables, tree, images)
       else:
         found = networks.correct_batch_norm(network, tree)
       return networks.for_inference(network, found) if inference else found
@@ -272,19 +294,18 @@ def jobs_of_ours(
     if bits in FEW_BITS:
       yield Job(OURS, name, 'none', lambda bits=bits: coded(*plain(bits)))  # type: ignore[misc]
     yield Job(OURS, name, 'noise', functools.partial(corrected, plain, bits))
-  for bits in BITS[network.name]:
-    name = f'bits={bits:g}'
-    run = functools.partial(corrected, feedback, bits, 'noise')
-    yield Job(FEEDBACK, name, 'noise', run)
-    yield Job(FEEDBACK + INFERENCE, name, 'noise', functools.partial(run, inference=True))
-  for bits in BITS[network.name]:
-    run = functools.partial(corrected, feedback, bits, 'images')
-    yield Job(IMAGES, f'bits={bits:g}', 'images', run)
-  for bits in LAYERS_BITS[network.name]:
-    run = functools.partial(corrected, layer_by_layer, bits, 'images')
-    yield Job(LAYERS, f'bits={bits:g}', 'images', run)
-    run = functools.partial(run, inference=True)
-    yield Job(LAYERS + INFERENCE, f'bits={bits:g}', 'images', run)
+  for kind, suffix in (('synthetic', ''), ('images', IMAGES)):
+    for method, encoder, several in (
+      (FEEDBACK, feedback, BITS),
+      (LAYERS, layer_by_layer, LAYERS_BITS),
+    ):
+      for bits in several[network.name]:
+        name = f'bits={bits:g}'
+        run = functools.partial(corrected, encoder, bits, kind)
+        yield Job(method + suffix, name, kind, run)
+        if (method, kind) != (FEEDBACK, 'images'):
+          run = functools.partial(run, inference=True)
+          yield Job(method + suffix + INFERENCE, name, kind, run)
 
 
 def rounded(kernel: np.ndarray, percent: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
