@@ -91,7 +91,10 @@ def corrections() -> str:
       found = {row['correction']: row for row in same if row.get('moments', 'none') == 'none'}
       feedback = {
         f'feedback, {where}': top_1(row)
-        for where, kind in (('from noise', 'noise'), ('from unlabelled images', 'images'))
+        for where, kind in (
+          ('from synthetic images', 'synthetic'),
+          ('from unlabelled images', 'images'),
+        )
         for row in same
         if (row.get('moments', 'none'), row['correction']) == (kind, kind)
       }

@@ -6,8 +6,8 @@ For every objective and every number of bits per weight: allocate, compress, and
 from noise and from unlabelled images; accuracy, with each file's true size.  In a network without
 BatchNorm (AlexNet, VGG-16), images correct the biases, and noise has nothing to correct.  For the
 first of the objectives a second time with error feedback, in files of the same size, with the
-moments of noise and of the same unlabelled images.  Compare rows, not other papers: samples are
-small, and photographs may be those that the networks were trained on.
+moments of synthetic images, made without data, and of the same unlabelled images.  Compare rows,
+not other papers: samples are small, and photographs may be those that the networks were trained on.
 """
 
 import csv
@@ -94,11 +94,12 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[s
   }
   if not networks.has_batch_norm(variables):
     del corrections['noise']
-  matrices_of = {}
-  if 'noise' in config.moments:
-    matrices_of['noise'] = networks.noise_moments(pretrained, config.noise_seed)
-  if 'images' in config.moments:
-    matrices_of['images'] = moments.mean_moments(model.apply, variables, unlabelled)
+  images_of = {'images': unlabelled}
+  if 'synthetic' in config.moments:
+    images_of['synthetic'] = [networks.synthetic_images(pretrained, config.noise_seed)]
+  matrices_of = {
+    kind: moments.mean_moments(model.apply, variables, images_of[kind]) for kind in config.moments
+  }
 
   settings = [(objective, bits) for objective in config.objectives for bits in config.bits]
   with Progress(console=console) as progress:
@@ -122,12 +123,15 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[s
 
       for kind, matrices in matrices_of.items() if objective == config.objectives[0] else ():
         _, coded, coded_state = opq_jax.allocate_with_feedback(variables, matrices, **options)
-        # who has no images has none for the correction either
-        kinds = [name for name in ('none', kind) if name in corrections]
-        corrected = {name: corrections[name](coded) for name in kinds}
+        corrected = {'none': coded}
+        # without BatchNorm there is nothing that synthetic images could know of biases
+        if kind == 'images' or networks.has_batch_norm(variables):
+          corrected[kind] = opq_jax.correct_on_images(
+            model.apply, variables, coded, images_of[kind]
+          )
         add({**setting, 'moments': kind}, corrected, coded_state)
         path = workdir / f'{objective}_{bits:g}_bits_feedback_{kind}.opq'
-        opq_jax.save(path, corrected[kinds[-1]], coded_state, metadata)
+        opq_jax.save(path, corrected.get(kind, coded), coded_state, metadata)
       progress.advance(task)
 
   with open(workdir / 'results.csv', 'w', newline='') as file:
@@ -161,7 +165,7 @@ def draw(path: pathlib.Path, rows: list[dict[str, Any]], title: str) -> None:
     (objective, 'none', correction) for objective in objectives for correction in ('noise', 'none')
   ]
   settings += [(objectives[0], 'none', 'images')]
-  settings += [(objectives[0], kind, kind) for kind in ('noise', 'images')]
+  settings += [(objectives[0], kind, kind) for kind in ('synthetic', 'images')]
   curves = []
   for objective, kind, correction in settings:
     points = [
@@ -195,7 +199,7 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
     result.add_column(name, justify='right')
   for name in ('top-1, %', '95 %', 'top-5, %', 'same answer, %'):
     result.add_column(name, justify='right')
-  how = {'none': '', 'noise': 'from noise', 'images': 'on images'}
+  how = {'none': '', 'noise': 'from noise', 'synthetic': 'synthetic', 'images': 'on images'}
   for row in rows:
     result.add_row(
       row['objective'],
@@ -209,7 +213,7 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
       f'{100 * row["top1_low"]:.0f}…{100 * row["top1_high"]:.0f}',
       f'{100 * row["top5"]:.1f}',
       f'{100 * row["agreement"]:.1f}',
-      style='bold' if row['correction'] == 'noise' else '',
+      style='bold' if row['correction'] in ('noise', 'synthetic') else '',
     )
   return result
 

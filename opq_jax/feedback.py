@@ -57,7 +57,8 @@ def encode_with_feedback(
   The feedback is that of Hassibi and Stork, "Second Order Derivatives for Network Pruning:
   Optimal Brain Surgeon", NIPS 1992, in the form of Frantar et al., "GPTQ: Accurate Post-Training
   Quantization for Generative Pre-trained Transformers", ICLR 2023.  That codes, codebook and mask
-  are entropy-coded ones of a whole leaf, and the moments may be those of noise, is ours.
+  are entropy-coded ones of a whole leaf, and that the moments need no data
+  (`opq_jax.synthetic_inputs`), is ours.
 
   Args:
     params: the original weights.

@@ -57,8 +57,8 @@ def encode_layer_by_layer(
     state: its grids; those of `opq_jax.allocate_with_feedback` give a file of the size that was
       asked, or a little less.
     inputs: unlabelled, prepared as the network expects them, all in one batch, of which two copies
-      are in memory.  Noise will not do: what the compressed layers make of it is not what they make
-      of images (`experiments/benchmarks/error_feedback.py`).
+      are in memory; or `opq_jax.synthetic_inputs`.  Noise will not do: what the compressed layers
+      make of it is not what they make of images (`experiments/benchmarks/error_feedback.py`).
     share: of the way from the weights to those that fit the compressed inputs; 0 ignores that
       other inputs are what the float layer saw.
     damping: as for `encode_with_feedback`.

@@ -1,4 +1,4 @@
-"""The second moments of what every layer of a network reads, from images or from noise alone.
+"""The second moments of what every layer of a network reads, from images or without any.
 
 A layer's output is y = x W, row by row of x: a pixel's window of a convolution, an example of a
 dense layer.  Of the inputs, its squared error under other weights Q depends on one matrix alone,
@@ -39,14 +39,14 @@ def second_moments(
   A network with BatchNorm runs on batch statistics, as in `opq_jax.correct_batch_norm`, and for
   the same reason: then every layer sees, per channel, the first two moments that it had in
   training, even if the inputs are noise.  What noise does not know is how channels and neighbours
-  go together; `natural_noise` knows it of the neighbours.
+  go together; `natural_noise` knows it of the neighbours, `synthetic_inputs` much of both.
 
   Args:
     apply_fn: `model.apply` of a Flax Linen module; called as `apply_fn(variables, x)` or, if there
       are `batch_stats`, as `apply_fn(variables, x, train=True, mutable=['batch_stats'])`.
       Compiled once for each such function.
     variables: of the network.
-    inputs: a batch, prepared as the network expects it, or noise.
+    inputs: a batch, prepared as the network expects it, or synthetic, or noise.
 
   Returns:
     The tree of the variables with a matrix [groups, K, K] in float32 at the kernel of every

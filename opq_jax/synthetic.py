@@ -117,7 +117,9 @@ def _step(
   rate: Float[Array, ''],
 ) -> tuple[Float32[Array, 'batch ...'], optax.OptState]:
   gradient = jax.grad(_divergence, argnums=3)(apply_fn, variables, momentum, inputs)
-  update, state = _OPTIMIZER.update(gradient, state)
+  # optax's bias correction mixes int and float
+  with jax.numpy_dtype_promotion('standard'):
+    update, state = _OPTIMIZER.update(gradient, state)
   return (inputs - rate * update).astype(jnp.float32), state
 
 

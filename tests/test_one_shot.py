@@ -99,8 +99,8 @@ def test_a_small_run_writes_what_it_says(tmp_path, data_dir, capsys):
     ('none', 'none', 2.0),
     ('none', 'noise', 2.0),
     ('none', 'images', 2.0),
-    ('noise', 'none', 2.0),
-    ('noise', 'noise', 2.0),
+    ('synthetic', 'none', 2.0),
+    ('synthetic', 'synthetic', 2.0),
     ('images', 'none', 2.0),
     ('images', 'images', 2.0),
   ]
@@ -151,7 +151,7 @@ def test_without_batch_norm_images_correct_the_biases(tmp_path, data_dir, monkey
   assert [(row['moments'], row['correction']) for row in rows[1:]] == [
     ('none', 'none'),
     ('none', 'images'),
-    ('noise', 'none'),
+    ('synthetic', 'none'),
     ('images', 'none'),
     ('images', 'images'),
   ]

@@ -4,16 +4,15 @@
 
 `feedback` is `opq_jax.allocate_with_feedback`, every layer for the inputs of the float network's;
 `layer by layer` is `opq_jax.encode_layer_by_layer` on the grids that it found.  Moments, and the
-correction of BatchNorm after it, are from noise of photographs' spectrum or from the unlabelled
-images of `configs/one_shot_NETWORK.py`; each file is named as a network
-(`mobilenet_v1.safetensors`).
+correction of BatchNorm after it, are from noise of photographs' spectrum, from synthetic images
+(`opq_jax.synthetic_inputs`) or from the unlabelled images of `configs/one_shot_NETWORK.py`; each
+file is named as a network (`mobilenet_v1.safetensors`).
 """
 
 import functools
 import pathlib
 from collections.abc import Iterator
 
-import jax
 import numpy as np
 
 import opq_jax
@@ -27,31 +26,22 @@ PHOTOGRAPHS = (2.5, 2.0)
 def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, object]]:
   config = one_shot_images.config_of(name)
   network = networks.load(path, name=name, num_classes=config.num_classes)
-  model, variables, source = network[1:]
+  model, variables = network.model, network.variables
 
   batches_of = functools.partial(one_shot_images.batches_of, config, network, data_dir)
   judge = one_shot_images.Judge(network, batches_of(config.split))
-  unlabelled = [batch['image'] for batch in batches_of(config.unlabelled_split)]
-  noise = opq_jax.natural_noise(jax.random.key(0), networks.noise_shape(source))
-  white = jax.random.normal(jax.random.key(0), noise.shape)
-  matrices = {
-    'noise': networks.noise_moments(network),
-    'images': moments.mean_moments(model.apply, variables, unlabelled),
+  images_of = {
+    'noise': [networks.noise_images(network)],
+    'synthetic images': [networks.synthetic_images(network)],
+    'images': [batch['image'] for batch in batches_of(config.unlabelled_split)],
   }
-  inputs = {'noise': noise, 'images': np.concatenate(unlabelled)}
-  correct = {
-    'noise': {
-      'noise': lambda tree: networks.correct_batch_norm(network, tree),
-      'white noise': lambda tree: opq_jax.correct_on_images(model.apply, variables, tree, [white]),
-    },
-    'images': {
-      'images': lambda tree: opq_jax.correct_on_images(model.apply, variables, tree, unlabelled)
-    },
+  matrices = {
+    kind: moments.mean_moments(model.apply, variables, images) for kind, images in images_of.items()
   }
 
   for bits in BITS.get(name, PHOTOGRAPHS):
     state = opq_jax.init_state(variables, opq_jax.allocate(variables, compression_rate=32 / bits))
-    for kind in ('noise', 'images'):
+    for kind, images in images_of.items():
       _, coded, coded_state = opq_jax.allocate_with_feedback(
         variables, matrices[kind], compression_rate=32 / bits
       )
@@ -60,19 +50,19 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, 
         ('feedback', coded, coded_state),
         (
           'layer by layer',
-          *opq_jax.encode_layer_by_layer(model.apply, variables, coded_state, inputs[kind]),
+          *opq_jax.encode_layer_by_layer(
+            model.apply, variables, coded_state, np.concatenate(images)
+          ),
         ),
       ):
-        for correction, corrected_by in correct[kind].items():
-          corrected = corrected_by(tree)
-          yield {
-            'network': name,
-            'bits per weight': bits,
-            'moments': kind,
-            'BatchNorm': correction,
-            'codes': codes,
-            'file, bytes': f'{sizes.size_report(corrected, its).file:,}',
-          } | one_shot_images.cells(judge.scores(corrected))
+        corrected = opq_jax.correct_on_images(model.apply, variables, tree, images)
+        yield {
+          'network': name,
+          'bits per weight': bits,
+          'from': kind,
+          'codes': codes,
+          'file, bytes': f'{sizes.size_report(corrected, its).file:,}',
+        } | one_shot_images.cells(judge.scores(corrected))
 
 
 if __name__ == '__main__':

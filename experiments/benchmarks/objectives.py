@@ -27,7 +27,8 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, 
   variables = network.variables
   batches = one_shot_images.batches_of(config, network, data_dir, config.split)
   judge = one_shot_images.Judge(network, batches[: IMAGES // config.batch_size])
-  moments = networks.noise_moments(network)
+  images = networks.noise_images(network)
+  moments = opq_jax.second_moments(network.model.apply, variables, images)
   for bits in BITS:
     for objective in OBJECTIVES:
       options = {'compression_rate': 32 / bits, 'objective': objective}

@@ -11,12 +11,13 @@ The grid's own cells are those for gain 1: its threshold and the place of its va
 say what lambda bits_k is.  Other gains move the edges of the cells, and the threshold most:
 
     one         gain 1, as `opq_jax.encode_with_feedback`
-    by input    1 / U_ii^2 over its mean, or the root of that: inputs that count for less are pruned
-                sooner
-    by output   one over the channel's mean square, over the mean of that: small channels are kept
+    by input    1 / U_ii^2: inputs that count for less are pruned sooner
+    by output   one over the channel's mean square: small channels are kept
+    root        of either
 
-At the same entropy of the codes, from noise alone, BatchNorm corrected, on the first 5,000 test
-images; each file is named as a network of CIFAR-10 (`resnet20_cifar10.safetensors`).
+each over its geometric mean.  At the same entropy of the codes, from synthetic images, with
+BatchNorm corrected, on the first 5,000 test images; each file is named as a network of CIFAR-10
+(`resnet20_cifar10.safetensors`).
 """
 
 import dataclasses
@@ -36,13 +37,19 @@ BITS = 2.0, 1.5, 1.0
 IMAGES = 5000
 STEPS = 4  # towards the asked entropy
 
+
+def in_the_mean_one(gains: np.ndarray) -> np.ndarray:
+  return gains / np.exp(np.mean(np.log(gains)))
+
+
 # (weights [K, channels], 1 / U_ii^2) -> gains that broadcast to the weights
 RULES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
   'one': lambda weights, worth: np.ones((len(weights), 1)),
-  'by input': lambda weights, worth: (worth / worth.mean())[:, None],
-  'by input, root': lambda weights, worth: np.sqrt(worth / worth.mean())[:, None],
-  'by output': lambda weights, worth: (
-    (1 / np.square(weights).mean(0)) / (1 / np.square(weights).mean(0)).mean()
+  'by input': lambda weights, worth: in_the_mean_one(worth)[:, None],
+  'by input, root': lambda weights, worth: in_the_mean_one(np.sqrt(worth))[:, None],
+  'by output': lambda weights, worth: in_the_mean_one(1 / np.square(weights).mean(0))[None],
+  'by output, root': lambda weights, worth: in_the_mean_one(
+    1 / np.sqrt(np.square(weights).mean(0))
   )[None],
 }
 
@@ -80,9 +87,10 @@ def codes_of(kernel: np.ndarray, moments: np.ndarray, leaf: LeafState, rule: str
   gains = np.broadcast_to(RULES[rule](weights, worth), weights.shape)
   codes = np.zeros(weights.shape, np.int8)
   book = np.asarray(leaf.codebook, np.float64)
+  most = max(float(leaf.step), float(leaf.threshold))
   for i, push in enumerate(factor):
     codes[order[i]] = cheapest(weights[i], gains[i], leaf)
-    error = (weights[i] - book[codes[order[i]]]) / push[i]
+    error = np.clip(weights[i] - book[codes[order[i]]], -most, most) / push[i]
     weights[i + 1 :] -= push[i + 1 :, None] * error
   return codes.reshape(kernel.shape)
 
@@ -94,14 +102,14 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, 
   batches = one_shot_images.batches_of(config, network, data_dir, config.split)
   judge = one_shot_images.Judge(network, batches[: IMAGES // config.batch_size])
   leaves = {k: np.asarray(leaf) for k, leaf in trees.named_leaves(variables).items()}
-  matrices = trees.beside(variables, networks.noise_moments(network))
+  images = networks.synthetic_images(network)
+  apply_fn = network.model.apply
+  matrices = trees.beside(variables, opq_jax.second_moments(apply_fn, variables, images))
   matrices = [None if matrix is None else np.asarray(matrix[0]) for matrix in matrices]
 
   def encoded(rule: str, bits: float) -> tuple[list, list, float]:
     """Values and states of all leaves, and the entropy of the codes in bits per weight."""
-    allocation = opq_jax.allocate(
-      variables, compression_rate=32 / bits, objective='retained_signal'
-    )
+    allocation = opq_jax.allocate(variables, compression_rate=32 / bits)
     records = trees.records(variables, opq_jax.init_state(variables, allocation).tree, LeafState)
     values, states, total, size = [], [], 0.0, 0
     for leaf, record, matrix in zip(leaves.values(), records, matrices, strict=True):
@@ -125,7 +133,7 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, 
           break
         asked *= bits / found
       tree = jax.tree.unflatten(structure, values)
-      corrected = networks.correct_batch_norm(network, tree)
+      corrected = opq_jax.correct_on_images(apply_fn, variables, tree, [images])
       state = opq_jax.CompressionState(jax.tree.unflatten(structure, states))
       yield {
         'network': name,
