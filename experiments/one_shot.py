@@ -26,7 +26,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import opq_jax
-from opq_jax import data, moments, networks, plots, sizes
+from opq_jax import data, networks, plots, sizes
 from opq_jax.accuracy import scores
 
 
@@ -96,9 +96,9 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[s
     del corrections['noise']
   images_of = {'images': unlabelled}
   if 'synthetic' in config.moments:
-    images_of['synthetic'] = [networks.synthetic_images(pretrained, config.noise_seed)]
+    images_of['synthetic'] = networks.synthetic_batches(pretrained, config.noise_seed)
   matrices_of = {
-    kind: moments.mean_moments(model.apply, variables, images_of[kind]) for kind in config.moments
+    kind: opq_jax.mean_moments(model.apply, variables, images_of[kind]) for kind in config.moments
   }
 
   settings = [(objective, bits) for objective in config.objectives for bits in config.bits]

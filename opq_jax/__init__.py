@@ -24,7 +24,7 @@ from opq_jax.compression import (
 from opq_jax.feedback import allocate_with_feedback, encode_with_feedback
 from opq_jax.inference import fold_batch_norm, round_uncompressed
 from opq_jax.layer_by_layer import encode_layer_by_layer
-from opq_jax.moments import second_moments
+from opq_jax.moments import mean_moments, second_moments
 from opq_jax.noise import natural_noise
 from opq_jax.sizes import SizeReport, file_report, size_report
 from opq_jax.statistics import LeafStatistics, leaf_statistics, merge_statistics
@@ -60,6 +60,7 @@ __all__ = [
   'keep_compressed',
   'leaf_statistics',
   'load',
+  'mean_moments',
   'merge_statistics',
   'natural_noise',
   'read_weights',

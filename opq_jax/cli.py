@@ -335,7 +335,7 @@ def _compress(arguments: argparse.Namespace) -> None:
     if network is not None and arguments.feedback:
       metadata['codes'] = _FEEDBACK
       with stage('synthetic images'):
-        images = jax.block_until_ready(networks.synthetic_images(network))
+        images = jax.block_until_ready(networks.synthetic_batches(network))
       with stage('moments'):
         moments = jax.block_until_ready(opq_jax.second_moments(network.model.apply, params, images))
     with stage('allocate'), warnings.catch_warnings():
@@ -442,8 +442,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     if metadata.get('codes') == _FEEDBACK:
       with OpqFile(arguments.file) as file:
         state = file.load(like=params)[1]
-      images = networks.synthetic_images(network)
-      moments = opq_jax.second_moments(network.model.apply, params, images)
+      images = networks.synthetic_batches(network)
+      moments = opq_jax.mean_moments(network.model.apply, params, images)
       coded, _ = opq_jax.encode_with_feedback(params, state, moments)
     if metadata.get('batch_norm') in (_FROM_NOISE, _FROM_SYNTHETIC):
       corrected = _corrected(network, _compressed_in(arguments.file, params), images)
@@ -472,12 +472,14 @@ def _verify(arguments: argparse.Namespace) -> int:
   return 0
 
 
-def _corrected(network: networks.Network, compressed: PyTree, images: jax.Array | None) -> PyTree:
+def _corrected(
+  network: networks.Network, compressed: PyTree, images: list[jax.Array] | None
+) -> PyTree:
   """The compressed network with corrected BatchNorm, from noise where there are no images."""
   if images is None:
     return networks.correct_batch_norm(network, compressed)
   apply_fn = network.model.apply
-  return opq_jax.correct_on_images(apply_fn, network.variables, compressed, [images])
+  return opq_jax.correct_on_images(apply_fn, network.variables, compressed, images)
 
 
 def _compressed_in(path: str, params: PyTree) -> PyTree:

@@ -22,6 +22,7 @@ KEYS = _NAME, _SOURCE, _CLASSES = 'model', 'source', 'num_classes'
 """What the metadata of a file call the three."""
 
 _CIFAR_SIDE = 32  # pixels of images that no preprocessing resizes or crops
+_CIFAR_BATCH = 128
 _RAW_STD = 1 / 255  # of a preprocessing that leaves an image in units of its bytes
 _IMAGE_STD = 0.226  # of photographs, in units where white is 1: the mean of ImageNet's three
 
@@ -150,7 +151,7 @@ def noise_shape(source: Source) -> tuple[int, int, int, int]:
   """
   side = source.preprocessing.crop or _CIFAR_SIDE
   # as many pixels cost about as much; below 128 the variances of the last maps are noisy at 32
-  return (128 if side <= 2 * _CIFAR_SIDE else 16, side, side, 3)
+  return (_CIFAR_BATCH if side <= 2 * _CIFAR_SIDE else 16, side, side, 3)
 
 
 def correct_batch_norm(network: Network, compressed: PyTree, seed: int = 0) -> PyTree:
@@ -179,24 +180,23 @@ def noise_images(network: Network, seed: int = 0) -> jax.Array:
   return images * _noise_scale(network)
 
 
-def synthetic_images(network: Network, seed: int = 0) -> jax.Array:
-  """`opq_jax.synthetic_inputs` of a network's own size and units.
+def synthetic_batches(network: Network, seed: int = 0) -> list[jax.Array]:
+  """Batches of `opq_jax.synthetic_inputs` of a network's own size and units: 64 images, or 256.
 
-  A network without BatchNorm has stored nothing of its inputs: then they are `noise_images`.
+  A network without BatchNorm has stored nothing of its inputs: then they are one of `noise_images`.
 
   Args:
     network: before compression.
     seed: of the noise at the start.
   """
   if not has_batch_norm(network.variables):
-    return noise_images(network, seed)
-  images = synthetic.synthetic_inputs(
-    _apply_to_noise(network),
-    network.variables,
-    jax.random.key(seed),
-    noise_shape(network.source),
-  )
-  return images * _noise_scale(network)
+    return [noise_images(network, seed)]
+  shape = noise_shape(network.source)
+  apply_fn = _apply_to_noise(network)
+  return [
+    synthetic.synthetic_inputs(apply_fn, network.variables, key, shape) * _noise_scale(network)
+    for key in jax.random.split(jax.random.key(seed), 2 if shape[0] == _CIFAR_BATCH else 4)
+  ]
 
 
 def for_inference(network: Network, variables: PyTree) -> PyTree:

@@ -23,8 +23,8 @@ def synthetic_inputs(
   key: Array,
   input_shape: Sequence[int],
   *,
-  steps: int = 20,
-  learning_rate: float = 0.2,
+  steps: int = 5,
+  learning_rate: float = 0.3,
 ) -> Float32[Array, 'batch ...']:
   r"""Inputs on which a network's BatchNorms see the statistics that they have stored.
 
@@ -42,14 +42,16 @@ def synthetic_inputs(
   Noise alone has the variance that each channel had (that is what batch statistics see to); what
   it does not know is how channels go together.  The variance of a channel before BatchNorm is a
   quadratic form of just that, and there are as many as channels.  To the eye the inputs are noise
-  still; as inputs of `opq_jax.second_moments`, `opq_jax.encode_layer_by_layer` and
+  still; as inputs of `opq_jax.mean_moments`, `opq_jax.encode_layer_by_layer` and
   `opq_jax.correct_on_images` they are worth half as much as images, or more
-  (`experiments/benchmarks/error_feedback.py`), and need no data either.
+  (`experiments/benchmarks/error_feedback.py`), and need no data either.  Several batches with
+  other keys tell more than one with more steps: a layer of 1,000 inputs needs thousands of
+  examples or places, or its moments have no full rank.
 
   Such inputs are those of Cai et al., "ZeroQ: A Novel Zero Shot Quantization Framework", CVPR 2020,
   and Yin et al., "Dreaming to Distill: Data-free Knowledge Transfer via DeepInversion", CVPR 2020.
   That they start from the spectrum of photographs, that each BatchNorm runs on the batch's
-  statistics and that twenty steps do is ours.
+  statistics and that five steps do is ours.
 
   Args:
     apply_fn: of a network with BatchNorm, as for `opq_jax.correct_batch_norm`.  Compiled once for

@@ -158,9 +158,9 @@ def network():
 
 
 def test_a_network_without_batch_norm_gets_noise_in_its_own_units(network):
-  noise = np.asarray(networks.synthetic_images(network))
+  [noise] = map(np.asarray, networks.synthetic_batches(network))
   assert noise.shape == (16, 224, 224, 3) and noise.std() == pytest.approx(1, rel=1e-3)
   raw = dataclasses.replace(network.source.preprocessing, std=(1 / 255,) * 3)
   source = dataclasses.replace(network.source, preprocessing=raw)
-  in_bytes = np.asarray(networks.synthetic_images(network._replace(source=source)))
+  [in_bytes] = map(np.asarray, networks.synthetic_batches(network._replace(source=source)))
   np.testing.assert_allclose(in_bytes[:, :32, :32], noise[:, :32, :32] * 0.226 * 255, rtol=1e-5)

@@ -17,7 +17,7 @@ import numpy as np
 
 import opq_jax
 from experiments.benchmarks import one_shot_images
-from opq_jax import moments, networks, sizes
+from opq_jax import networks, sizes
 
 BITS = {'resnet20': (2.0, 1.5, 1.0), 'resnet32': (2.0, 1.5, 1.0)}
 PHOTOGRAPHS = (2.5, 2.0)
@@ -32,11 +32,11 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, 
   judge = one_shot_images.Judge(network, batches_of(config.split))
   images_of = {
     'noise': [networks.noise_images(network)],
-    'synthetic images': [networks.synthetic_images(network)],
+    'synthetic images': networks.synthetic_batches(network),
     'images': [batch['image'] for batch in batches_of(config.unlabelled_split)],
   }
   matrices = {
-    kind: moments.mean_moments(model.apply, variables, images) for kind, images in images_of.items()
+    kind: opq_jax.mean_moments(model.apply, variables, images) for kind, images in images_of.items()
   }
 
   for bits in BITS.get(name, PHOTOGRAPHS):

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 import opq_jax
-from opq_jax import artifact, moments, networks, trees
+from opq_jax import artifact, networks, trees
 
 BITS = {
   'resnet20': (3.5, 2.5, 2.0, 1.5, 1.1, 0.9, 0.75),
@@ -176,7 +176,7 @@ def jobs_of_nncodec(network: networks.Network, nncodec: NNCodec) -> Iterator[Job
 
   @functools.lru_cache(maxsize=1)
   def synthetic() -> Any:
-    return timed(lambda: networks.synthetic_images(network))
+    return timed(lambda: networks.synthetic_batches(network))
 
   def corrected(
     settings: tuple[tuple[str, Any], ...], correction: str, inference: bool = False
@@ -189,7 +189,7 @@ def jobs_of_nncodec(network: networks.Network, nncodec: NNCodec) -> Iterator[Job
     def run() -> Any:
       if correction == 'synthetic':
         apply_fn = network.model.apply
-        tree = opq_jax.correct_on_images(apply_fn, variables, found.variables, [images])
+        tree = opq_jax.correct_on_images(apply_fn, variables, found.variables, images)
       else:
         tree = networks.correct_batch_norm(network, found.variables)
       return networks.for_inference(network, tree) if inference else tree
@@ -248,14 +248,13 @@ def jobs_of_ours(
   @functools.lru_cache(maxsize=1)
   def images_of(kind: str) -> Any:
     if kind == 'synthetic':
-      images, seconds = timed(lambda: networks.synthetic_images(network))
-      return [images], seconds
+      return timed(lambda: networks.synthetic_batches(network))
     return unlabelled, Seconds(0, 0)
 
   @functools.lru_cache(maxsize=1)
   def measured(kind: str) -> Any:
     images, before = images_of(kind)
-    matrices, seconds = timed(lambda: moments.mean_moments(network.model.apply, variables, images))
+    matrices, seconds = timed(lambda: opq_jax.mean_moments(network.model.apply, variables, images))
     return matrices, before.plus(seconds)
 
   @functools.lru_cache(maxsize=1)

@@ -102,9 +102,9 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, 
   batches = one_shot_images.batches_of(config, network, data_dir, config.split)
   judge = one_shot_images.Judge(network, batches[: IMAGES // config.batch_size])
   leaves = {k: np.asarray(leaf) for k, leaf in trees.named_leaves(variables).items()}
-  images = networks.synthetic_images(network)
+  images = networks.synthetic_batches(network)
   apply_fn = network.model.apply
-  matrices = trees.beside(variables, opq_jax.second_moments(apply_fn, variables, images))
+  matrices = trees.beside(variables, opq_jax.mean_moments(apply_fn, variables, images))
   matrices = [None if matrix is None else np.asarray(matrix[0]) for matrix in matrices]
 
   def encoded(rule: str, bits: float) -> tuple[list, list, float]:
@@ -133,7 +133,7 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, 
           break
         asked *= bits / found
       tree = jax.tree.unflatten(structure, values)
-      corrected = opq_jax.correct_on_images(apply_fn, variables, tree, [images])
+      corrected = opq_jax.correct_on_images(apply_fn, variables, tree, images)
       state = opq_jax.CompressionState(jax.tree.unflatten(structure, states))
       yield {
         'network': name,
