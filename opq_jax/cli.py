@@ -337,7 +337,7 @@ def _compress(arguments: argparse.Namespace) -> None:
       with stage('synthetic images'):
         images = jax.block_until_ready(networks.synthetic_batches(network))
       with stage('moments'):
-        moments = jax.block_until_ready(opq_jax.second_moments(network.model.apply, params, images))
+        moments = jax.block_until_ready(opq_jax.mean_moments(network.model.apply, params, images))
     with stage('allocate'), warnings.catch_warnings():
       # the table marks the leaves that this warning would list
       warnings.filterwarnings('ignore', 'the Laplace density')

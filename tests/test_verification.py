@@ -231,7 +231,7 @@ def test_the_command_lists_no_more_than_a_page(net, capsys):
 )
 def test_the_command_corrects_batch_norm_again(tmp_path, monkeypatch, capsys, options):
   monkeypatch.chdir(tmp_path)
-  monkeypatch.setattr(networks, 'noise_shape', lambda source: (16, 32, 32, 3))  # quicker
+  monkeypatch.setattr(networks, 'noise_shape', lambda source: (4, 32, 32, 3))  # quicker
   variables = random_variables(models.create('resnet20', num_classes=5))
   tensors = importers.to_tensors('resnet20', variables, 'akamaster')
   safetensors.numpy.save_file(tensors, 'net.safetensors')
