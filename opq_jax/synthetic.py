@@ -42,11 +42,11 @@ def synthetic_inputs(
   Noise alone has the variance that each channel had (that is what batch statistics see to); what
   it does not know is how channels go together.  The variance of a channel before BatchNorm is a
   quadratic form of just that, and there are as many as channels.  To the eye the inputs are noise
-  still; as inputs of `opq_jax.mean_moments`, `opq_jax.encode_layer_by_layer` and
-  `opq_jax.correct_on_images` they are worth half as much as images, or more
-  (`experiments/benchmarks/error_feedback.py`), and need no data either.  Several batches with
-  other keys tell more than one with more steps: a layer of 1,000 inputs needs thousands of
-  examples or places, or its moments have no full rank.
+  still; as inputs of `opq_jax.mean_moments`, `opq_jax.encode_layer_by_layer` and, after them,
+  `opq_jax.correct_on_images` they are better than noise, and not as good as images of the training
+  set (`experiments/benchmarks/error_feedback.py`).  Several batches with other keys tell more than
+  one with more steps: a layer of 1,000 inputs needs thousands of examples or places, or its moments
+  have no full rank.
 
   Such inputs are those of Cai et al., "ZeroQ: A Novel Zero Shot Quantization Framework", CVPR 2020,
   and Yin et al., "Dreaming to Distill: Data-free Knowledge Transfer via DeepInversion", CVPR 2020.
