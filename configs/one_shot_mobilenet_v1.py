@@ -15,7 +15,7 @@ Top-1 with the default objective (float32: .905; 95 % intervals of 4 to 7 points
     compressed               .675   .350   .030   .000   .000
     corrected from noise     .900   .880   .885   .760   .600
     corrected on images      .900   .895   .890   .785   .640
-    feedback, synthetic      .900   .900   .875   .780   .680
+    feedback, synthetic      .905   .870   .900   .840   .755
     feedback on images       .900   .890   .895   .825   .810
 
 All of it: experiments/results/one_shot_mobilenet_v1/.

@@ -15,7 +15,7 @@ Top-1 (float32: .917):
     compressed               .906   .893   .851   .670   .367
     corrected from noise     .915   .915   .902   .867   .764
     corrected on images      .915   .914   .904   .871   .780
-    feedback, synthetic      .916   .917   .909   .897   .810
+    feedback, synthetic      .915   .915   .911   .901   .841
     feedback on images       .915   .914   .912   .901   .861
 
 All of it: experiments/results/one_shot_resnet20/.
