@@ -91,7 +91,7 @@ def accuracy_over_size(
   axes.set_title(title, fontsize=10, loc='left')
   axes.grid(alpha=0.25)
   axes.spines[['top', 'right']].set_visible(False)
-  axes.legend(frameon=False, fontsize=9)
+  axes.legend(fontsize=9, framealpha=0.85, edgecolor='none')
   figure.savefig(path)
 
 
