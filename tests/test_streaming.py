@@ -153,14 +153,8 @@ def test_an_opq_file_is_not_taken_for_weights(tmp_path):
 
 @pytest.mark.parametrize('source', ['.safetensors', 'Orbax'])
 def test_peak_memory_is_that_of_a_leaf(source):
-  # three times the largest leaf, and a constant: libraries, what is compiled, and the pieces
-  fits = lambda found: (
-    found['peak'] - found['constant'] <= 3 * found['largest'] + 140e6
-    and found['peak'] - found['one'] <= 3 * found['largest']
-  )
   found = large_trees.run(80_000_000, 8_000_000, None, source)
-  if not fits(found):
-    # what is freed goes back late on a busy machine: that it can be done is the claim
-    found = large_trees.run(80_000_000, 8_000_000, None, source)
   assert found['original'] >= 10 * found['largest']
-  assert fits(found), found
+  # three times the largest leaf, and a constant: libraries, what is compiled, and the pieces
+  assert found['peak'] - found['constant'] <= 3 * found['largest'] + 140e6
+  assert found['peak'] - found['one'] <= 3 * found['largest']

@@ -25,8 +25,7 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> list[dict[str, obje
   batches = one_shot_images.batches_of(config, network, data_dir, config.split)
   judge = one_shot_images.Judge(network, batches)
 
-  allocation = opq_jax.allocate(variables, compression_rate=32 / BITS)
-  state = opq_jax.init_state(variables, allocation)
+  state = opq_jax.init_state(variables, opq_jax.allocate(variables, compression_rate=32 / BITS))
   compressed = opq_jax.apply_compression(variables, state)
   corrected = networks.correct_batch_norm(network, compressed)
   folded = opq_jax.fold_batch_norm(corrected, epsilon=model.epsilon)
