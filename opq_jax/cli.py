@@ -203,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     '--feedback',
     action='store_true',
     help='choose codes by the error of what layers give, not by that of each weight; without data '
-    'too, but it takes a minute, and is not for --sparsity and --bits',
+    'too, but it takes longer, and is not for --sparsity and --bits',
   )
   add(
     '--inference-only',

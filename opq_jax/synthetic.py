@@ -44,9 +44,8 @@ def synthetic_inputs(
   quadratic form of just that, and there are as many as channels.  To the eye the inputs are noise
   still; as inputs of `opq_jax.mean_moments`, `opq_jax.encode_layer_by_layer` and, after them,
   `opq_jax.correct_on_images` they are better than noise, and not as good as images of the training
-  set (`experiments/benchmarks/error_feedback.py`).  Several batches with other keys tell more than
-  one with more steps: a layer of 1,000 inputs needs thousands of examples or places, or its moments
-  have no full rank.
+  set (`experiments/benchmarks/error_feedback.py`).  Make several batches, with other keys: a layer
+  of 1,000 inputs needs as many examples or places at least, or its moments have no full rank.
 
   Such inputs are those of Cai et al., "ZeroQ: A Novel Zero Shot Quantization Framework", CVPR 2020,
   and Yin et al., "Dreaming to Distill: Data-free Knowledge Transfer via DeepInversion", CVPR 2020.
@@ -95,7 +94,7 @@ def synthetic_inputs(
   momentum = _momentum(apply_fn, variables, inputs)
   batch_statistics.check_updates(momentum)
   state = _OPTIMIZER.init(inputs)
-  # no loop of XLA's, in which convolutions on the CPU take several times as long
+  # a loop of Python's: one step is compiled, for any number of them
   for number in range(steps):
     rate = learning_rate * (1 + math.cos(math.pi * number / steps)) / 2
     inputs, state = _step(apply_fn, variables, momentum, inputs, state, rate)
