@@ -38,19 +38,24 @@ IMAGES = 5000
 STEPS = 4  # towards the asked entropy
 
 
-def in_the_mean_one(gains: np.ndarray) -> np.ndarray:
-  return gains / np.exp(np.mean(np.log(gains)))
+def relative(worth: np.ndarray) -> np.ndarray:
+  """Over the geometric mean of all, 1 for what is 0: a channel of zeros.
+
+  >>> relative(np.array([1.0, 4.0, 0.0])).tolist()
+  [0.5, 2.0, 1.0]
+  """
+  is_alive = worth > 0
+  middle = np.exp(np.log(worth[is_alive]).mean()) if is_alive.any() else 1
+  return np.where(is_alive, worth / middle, 1)
 
 
 # (weights [K, channels], 1 / U_ii^2) -> gains that broadcast to the weights
 RULES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
   'one': lambda weights, worth: np.ones((len(weights), 1)),
-  'by input': lambda weights, worth: in_the_mean_one(worth)[:, None],
-  'by input, root': lambda weights, worth: in_the_mean_one(np.sqrt(worth))[:, None],
-  'by output': lambda weights, worth: in_the_mean_one(1 / np.square(weights).mean(0))[None],
-  'by output, root': lambda weights, worth: in_the_mean_one(
-    1 / np.sqrt(np.square(weights).mean(0))
-  )[None],
+  'by input': lambda weights, worth: relative(worth)[:, None],
+  'by input, root': lambda weights, worth: relative(worth)[:, None] ** 0.5,
+  'by output': lambda weights, worth: relative(np.square(weights).mean(0))[None] ** -1,
+  'by output, root': lambda weights, worth: relative(np.square(weights).mean(0))[None] ** -0.5,
 }
 
 
