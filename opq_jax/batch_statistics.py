@@ -68,6 +68,14 @@ def zeros(variables: Mapping[str, PyTree]) -> dict[str, Float32[Array, '...']]:
   return {name: jnp.zeros(jnp.shape(statistics[name]), jnp.float32) for name in names}
 
 
+def check_collections(variables: Mapping[str, PyTree]) -> None:
+  """Raises ValueError where params or statistics are missing."""
+  missing = {'params', STATISTICS} - set(variables)
+  if missing:
+    names = ' and '.join(sorted(missing, reverse=True))
+    raise ValueError(f'variables: found {sorted(variables)}, expected {names} too')
+
+
 def check(variables: Mapping[str, PyTree]) -> None:
   """Raises ValueError where there is no BatchNorm."""
   statistics = trees.named_leaves(variables[STATISTICS])

@@ -12,11 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from opq_jax import trees
+from opq_jax import batch_statistics, trees
 from opq_jax.allocation import is_compressible
+from opq_jax.batch_statistics import STATISTICS
 from opq_jax.trees import PyTree
-
-_STATISTICS = 'batch_stats'
 
 
 def fold_batch_norm(variables: Mapping[str, PyTree], *, epsilon: float) -> dict[str, PyTree]:
@@ -53,26 +52,22 @@ def fold_batch_norm(variables: Mapping[str, PyTree], *, epsilon: float) -> dict[
   """
   if not 0 <= epsilon < 1:
     raise ValueError(f'epsilon: found {epsilon}, expected a number between 0 and 1')
-  missing = {'params', _STATISTICS} - set(variables)
-  if missing:
-    names = ' and '.join(sorted(missing, reverse=True))
-    raise ValueError(f'variables: found {sorted(variables)}, expected {names} too')
+  batch_statistics.check_collections(variables)
   params, statistics = (
-    trees.named_leaves(variables[collection]) for collection in ('params', _STATISTICS)
+    trees.named_leaves(variables[collection]) for collection in ('params', STATISTICS)
   )
   new: dict[str, jax.Array] = {}
-  for path in statistics:
-    node = path.removesuffix('mean')
-    scale, bias, mean, var = (node + leaf for leaf in ('scale', 'bias', 'mean', 'var'))
-    if path != mean or var not in statistics or not {scale, bias} <= params.keys():
+  for mean, var in batch_statistics.pairs(statistics):
+    scale, bias = (mean.removesuffix('mean') + leaf for leaf in ('scale', 'bias'))
+    if not {scale, bias} <= params.keys():
       continue
     moments = [jnp.asarray(statistics[name], jnp.float32) for name in (mean, var)]
     factor = jnp.asarray(params[scale], jnp.float32) * jax.lax.rsqrt(moments[1] + epsilon)
     new |= {
       f'params/{scale}': factor,
       f'params/{bias}': jnp.asarray(params[bias], jnp.float32) - moments[0] * factor,
-      f'{_STATISTICS}/{mean}': jnp.zeros_like(moments[0]),
-      f'{_STATISTICS}/{var}': jnp.full_like(moments[1], 1 - epsilon),
+      f'{STATISTICS}/{mean}': jnp.zeros_like(moments[0]),
+      f'{STATISTICS}/{var}': jnp.full_like(moments[1], 1 - epsilon),
     }
 
   def replace(path: jax.tree_util.KeyPath, leaf: Any) -> Any:

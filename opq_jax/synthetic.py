@@ -83,10 +83,7 @@ def synthetic_inputs(
   >>> off(x) < 0.5 * off(jax.random.normal(jax.random.key(1), (64, 4)))
   True
   """
-  missing = {'params', batch_statistics.STATISTICS} - set(variables)
-  if missing:
-    names = ' and '.join(sorted(missing, reverse=True))
-    raise ValueError(f'variables: found {sorted(variables)}, expected {names} too')
+  batch_statistics.check_collections(variables)
   if steps < 0:
     raise ValueError(f'steps: found {steps}, expected none or more')
   batch_statistics.check(variables)
