@@ -360,7 +360,7 @@ def _compress(arguments: argparse.Namespace) -> None:
       if not arguments.no_correction:
         metadata['batch_norm'] = _FROM_NOISE if images is None else _FROM_SYNTHETIC
         with stage('correct BatchNorm'):
-          stored = _corrected(network, compressed, images)
+          stored = networks.correct_batch_norm(network, compressed, images=images)
     if network is not None and arguments.inference_only:
       metadata['inference_only'] = _INFERENCE_ONLY
       stored = networks.for_inference(network, stored)
@@ -446,7 +446,8 @@ def _verify(arguments: argparse.Namespace) -> int:
       moments = opq_jax.mean_moments(network.model.apply, params, images)
       coded, _ = opq_jax.encode_with_feedback(params, state, moments)
     if metadata.get('batch_norm') in (_FROM_NOISE, _FROM_SYNTHETIC):
-      corrected = _corrected(network, _compressed_in(arguments.file, params), images)
+      compressed = _compressed_in(arguments.file, params)
+      corrected = networks.correct_batch_norm(network, compressed, images=images)
     if metadata.get('inference_only') == _INFERENCE_ONLY:
       corrected = networks.for_inference(network, params if corrected is None else corrected)
   found = verification.verify(
@@ -470,16 +471,6 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 1
   console.print(Text(f'{arguments.file}: every claim holds against {arguments.against}'))
   return 0
-
-
-def _corrected(
-  network: networks.Network, compressed: PyTree, images: list[jax.Array] | None
-) -> PyTree:
-  """The compressed network with corrected BatchNorm, from noise where there are no images."""
-  if images is None:
-    return networks.correct_batch_norm(network, compressed)
-  apply_fn = network.model.apply
-  return opq_jax.correct_on_images(apply_fn, network.variables, compressed, images)
 
 
 def _compressed_in(path: str, params: PyTree) -> PyTree:

@@ -6,7 +6,7 @@ it, to prepare images for it, or to hand it back to the framework that it came f
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -154,14 +154,23 @@ def noise_shape(source: Source) -> tuple[int, int, int, int]:
   return (_CIFAR_BATCH if side <= 2 * _CIFAR_SIDE else 16, side, side, 3)
 
 
-def correct_batch_norm(network: Network, compressed: PyTree, seed: int = 0) -> PyTree:
+def correct_batch_norm(
+  network: Network,
+  compressed: PyTree,
+  seed: int = 0,
+  *,
+  images: Iterable[jax.Array] | None = None,
+) -> PyTree:
   """`opq_jax.correct_batch_norm` of a network, with noise of its own size and units.
 
   Args:
     network: before compression, with BatchNorm.
     compressed: its variables after.
     seed: of the noise.
+    images: batches in the place of the noise, for `opq_jax.correct_on_images`.
   """
+  if images is not None:
+    return batch_norm.correct_on_images(network.model.apply, network.variables, compressed, images)
   noise_key = jax.random.key(seed)
   shape = noise_shape(network.source)
   return batch_norm.correct_batch_norm(
@@ -193,6 +202,7 @@ def synthetic_batches(network: Network, seed: int = 0) -> list[jax.Array]:
     return [noise_images(network, seed)]
   shape = noise_shape(network.source)
   apply_fn = _apply_to_noise(network)
+  # the last maps of a large image have few places: more batches, for moments of full rank
   return [
     synthetic.synthetic_inputs(apply_fn, network.variables, key, shape) * _noise_scale(network)
     for key in jax.random.split(jax.random.key(seed), 2 if shape[0] == _CIFAR_BATCH else 4)

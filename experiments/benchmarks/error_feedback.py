@@ -55,7 +55,7 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, 
           ),
         ),
       ):
-        corrected = opq_jax.correct_on_images(model.apply, variables, tree, images)
+        corrected = networks.correct_batch_norm(network, tree, images=images)
         yield {
           'network': name,
           'bits per weight': bits,

@@ -115,12 +115,6 @@ def vectors_of(leaves: Mapping[str, Any]) -> dict[str, Any]:
   return {name: leaf for name, leaf in leaves.items() if np.ndim(leaf) < 2}
 
 
-def like(variables: Any, leaves: Mapping[str, Any]) -> Any:
-  """The tree of `variables` with these leaves."""
-  names = trees.named_leaves(variables)
-  return jax.tree.unflatten(jax.tree.structure(variables), [leaves[name] for name in names])
-
-
 class NNCodec:
   """NNCodec in its own interpreter."""
 
@@ -172,7 +166,7 @@ def jobs_of_nncodec(network: networks.Network, nncodec: NNCodec) -> Iterator[Job
     decoded, answer = nncodec(leaves, dict(settings))
     _, rest = nncodec(vectors_of(leaves), dict(settings))
     seconds = Seconds(*answer['encode']), Seconds(*answer['decode'])
-    return Coded(like(variables, decoded), answer['bytes'], rest['bytes'], *seconds)
+    return Coded(trees.replaced(variables, decoded), answer['bytes'], rest['bytes'], *seconds)
 
   @functools.lru_cache(maxsize=1)
   def synthetic() -> Any:
@@ -182,23 +176,17 @@ def jobs_of_nncodec(network: networks.Network, nncodec: NNCodec) -> Iterator[Job
     settings: tuple[tuple[str, Any], ...], correction: str, inference: bool = False
   ) -> Coded:
     found = plain(settings)
-    before = Seconds(0, 0)
-    if correction == 'synthetic':
-      images, before = synthetic()
+    images, before = synthetic() if correction == 'synthetic' else (None, Seconds(0, 0))
 
     def run() -> Any:
-      if correction == 'synthetic':
-        apply_fn = network.model.apply
-        tree = opq_jax.correct_on_images(apply_fn, variables, found.variables, images)
-      else:
-        tree = networks.correct_batch_norm(network, found.variables)
+      tree = networks.correct_batch_norm(network, found.variables, images=images)
       return networks.for_inference(network, tree) if inference else tree
 
     tree, seconds = timed(run)
     # tensors are units of their own in a stream: the kernels' stay as they are
     vectors, answer = nncodec(vectors_of(trees.named_leaves(tree)), dict(settings))
     return Coded(
-      like(variables, {**trees.named_leaves(found.variables), **vectors}),
+      trees.replaced(found.variables, vectors),
       found.file_bytes - found.vector_bytes + answer['bytes'],
       answer['bytes'],
       found.encode.plus(before).plus(seconds).plus(Seconds(*answer['encode'])),
@@ -274,15 +262,14 @@ def jobs_of_ours(
     )
     return tree, state, before.plus(seconds)
 
-  def corrected(encoder: Callable[..., Any], *args: Any, inference: bool = False) -> Coded:
-    tree, state, seconds = encoder(*args)
+  def corrected(
+    encoder: Callable[..., Any], bits: float, kind: str = 'noise', inference: bool = False
+  ) -> Coded:
+    tree, state, seconds = encoder(bits) if kind == 'noise' else encoder(bits, kind)
+    images = None if kind == 'noise' else images_of(kind)[0]
 
     def run() -> Any:
-      if args[1:]:
-        images, _ = images_of(*args[1:])
-        found = opq_jax.correct_on_images(network.model.apply, variables, tree, images)
-      else:
-        found = networks.correct_batch_norm(network, tree)
+      found = networks.correct_batch_norm(network, tree, images=images)
       return networks.for_inference(network, found) if inference else found
 
     result, more = timed(run)
@@ -336,7 +323,7 @@ def jobs_of_recipes(network: networks.Network, folder: pathlib.Path) -> Iterator
     def encode() -> tuple[list[str], int]:
       pieces = {name: split(kernel) for name, kernel in kernels_of(variables).items()}
       values = {name: codes * scales for name, (codes, scales) in pieces.items()}
-      tree = like(variables, {**trees.named_leaves(variables), **values})
+      tree = trees.replaced(variables, values)
       if correction == 'noise':
         tree = networks.correct_batch_norm(network, tree)
       vectors = {n: np.asarray(x) for n, x in vectors_of(trees.named_leaves(tree)).items()}
@@ -347,7 +334,9 @@ def jobs_of_recipes(network: networks.Network, folder: pathlib.Path) -> Iterator
     def decode() -> Any:
       with np.load(io.BytesIO(lzma.decompress(path.read_bytes()))) as file:
         found = dict(file)
-      return like(variables, found | {n: found[f'{n}.0'] * found[f'{n}.1'] for n in names})
+      return trees.replaced(
+        variables, found | {n: found[f'{n}.0'] * found[f'{n}.1'] for n in names}
+      )
 
     (names, vector_bytes), encoding = timed(encode)
     decoded, decoding = timed(decode)

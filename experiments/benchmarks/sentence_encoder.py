@@ -35,7 +35,7 @@ from safetensors.numpy import load_file
 
 import opq_jax
 from experiments.benchmarks import harness
-from experiments.benchmarks.nncodec_jobs import LAMBDA, NNCodec, like
+from experiments.benchmarks.nncodec_jobs import LAMBDA, NNCodec
 from opq_jax import accuracy, trees
 
 BITS = 4.0, 3.0, 2.5, 2.0
@@ -210,7 +210,7 @@ def compare(folder: pathlib.Path, python: str) -> Iterator[dict[str, object]]:
     ):
       for qp in qps:
         found, answer = nncodec(leaves, {'qp': qp, **more})
-        yield row(method, f'qp={qp}', like(variables, found), answer['bytes'])
+        yield row(method, f'qp={qp}', trees.replaced(variables, found), answer['bytes'])
     nncodec.close()
 
 

@@ -138,7 +138,7 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, 
           break
         asked *= bits / found
       tree = jax.tree.unflatten(structure, values)
-      corrected = opq_jax.correct_on_images(apply_fn, variables, tree, images)
+      corrected = networks.correct_batch_norm(network, tree, images=images)
       state = opq_jax.CompressionState(jax.tree.unflatten(structure, states))
       yield {
         'network': name,
