@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import constriction
 import numpy as np
-from jaxtyping import Float64, Int8, Int64, Num
+from jaxtyping import Float64, Int8, Int64, Num, UInt32
 
 _MAX_PRECISION = 16  # bits of a frequency; the models of constriction have 24
 _CHUNK = 1 << 16  # symbols at a time: the int32 copy that the coder needs stays in the cache
@@ -87,6 +87,8 @@ def fit(counts: Int64[np.ndarray, '256']) -> Frequencies:
   are short.
   """
   counts = counts.copy()
+  if not counts.any():  # of a model that nothing is coded with
+    counts[0] = 1
   occurring = np.flatnonzero(counts).astype(np.uint8).view(np.int8)
   size = int(counts.sum())
   if occurring.size == 1:  # the second symbol: 0, or 1 where all codes are 0
@@ -205,6 +207,16 @@ def resume(words: bytes, size: int, least_bits: float) -> Coder:
   if size > most_codes:
     raise ValueError(f'found codes for at most {most_codes} weights, expected {size}')
   return constriction.stream.stack.AnsCoder(np.frombuffer(words, '<u4').astype(np.uint32))
+
+
+def words(coder: Coder) -> UInt32[np.ndarray, ' words']:
+  """All that is on a coder."""
+  return coder.get_compressed()
+
+
+def from_words(words: UInt32[np.ndarray, ' words']) -> Coder:
+  """The coder with these words on it, of which the last is not 0."""
+  return constriction.stream.stack.AnsCoder(words)
 
 
 def check_end(coder: Coder, codes: Int8[np.ndarray, '...'], head: bytes = b'') -> None:

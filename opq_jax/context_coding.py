@@ -30,12 +30,17 @@ A payload is
     words    the scores, then the codes, of as many inputs of a tap at a time as have at most 2**18
              weights, range by range
 
+Codes that follow the trellis of `opq_jax.trellis` in the order of taps, inputs and outputs are coded
+as indices in their subsets, for which all of the above holds, and every range has two tables: that of
+subset 0, and that of subset 1.  Such a payload has the marker 0001100100 and its codes one after the
+other, in that order, with the model of range and subset (`opq_jax.sequential_ans`).
+
 The arrangement says which axes are taps, inputs and outputs: 0 all but the last two are taps, as in
 Flax; 1 all but the first two, as in PyTorch; 2 all but the last are inputs; 3 all but the first are
 outputs.  A window has at most three axes and 1024 taps, and there are at most 2**18 outputs.
 
 Contexts of neighbours are an old tool of image coders, and the coder of NNCodec (ISO/IEC 15938-17)
-has some that adapt.  Turning signs by those of neighbouring taps, and scores that add up and are
+has some that adapt and a trellis.  Turning signs by those of neighbouring taps, and scores that add up and are
 stored instead of adapting, are ours.
 """
 
@@ -46,11 +51,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int8, Int16, Int64, UInt8
+from jaxtyping import Bool, Float, Float32, Int8, Int16, Int64, UInt8
 
-from opq_jax import ans
+from opq_jax import ans, sequential_ans, trellis
 
 MARKER = '0000' + ans.golomb(0, 2) + ans.golomb(0, 2)
+TRELLIS_MARKER = '0001' + ans.golomb(0, 2) + ans.golomb(0, 2)
 
 _BLOCK = 1 << 18
 _MAX_TAPS = 1024  # of a window: each is a step of Python's, and no window has as many
@@ -87,6 +93,7 @@ class _Block(NamedTuple):
   rows: slice
   levels: UInt8[np.ndarray, 'rows outputs'] | None
   symbols: UInt8[np.ndarray, 'rows outputs']  # the place of each among those that occur
+  subsets: UInt8[np.ndarray, 'rows outputs'] | None  # where codes follow the trellis
 
 
 class _Plan(NamedTuple):
@@ -97,7 +104,9 @@ class _Plan(NamedTuple):
     arrangement, has_window: of the kernel, and whether neighbours are looked at.
     blocks, used: the codes, signs turned, as places among the symbols that occur.
     scores: of inputs, outputs and levels.
-    starts, models: where each range but the first begins, and the frequencies of each.
+    starts, models: where each range but the first begins, and the frequencies of each, or of its
+      subset 0 and then of its subset 1.
+    has_trellis: whether codes are indices in subsets.
   """
 
   bits: float
@@ -108,6 +117,7 @@ class _Plan(NamedTuple):
   scores: _Scores
   starts: list[int]
   models: list[ans.Frequencies]
+  has_trellis: bool
 
   def score_models(self) -> list[ans.Frequencies | None]:
     """Of inputs, outputs and levels, None where they are not scored."""
@@ -121,13 +131,12 @@ class _Plan(NamedTuple):
 
 def encode(codes: Int8[np.ndarray, '...']) -> bytes | None:
   """The payload of codes from -127 to 127; None where no arrangement is for their shape."""
-  choices = _choices(codes.shape)
-  if not choices or codes.min() < -127:
+  tried = choices(codes.shape)
+  if not tried or codes.min() < -127:
     return None
-  plans = (plan for choice in choices for plan in _plans(codes, choice))
-  plan = min(plans, key=lambda plan: plan.bits)
+  plan = _best_plan(codes, tried)
   score_models = plan.score_models()
-  bits = f'{MARKER}{plan.arrangement:02b}'
+  bits = f'{TRELLIS_MARKER if plan.has_trellis else MARKER}{plan.arrangement:02b}'
   for model in score_models:
     bits += '0' if model is None else '1' + ans.write_table(model)
   bits += ans.golomb(len(plan.starts), 2)
@@ -138,8 +147,16 @@ def encode(codes: Int8[np.ndarray, '...']) -> bytes | None:
 
   coder = ans.begin(codes, head)
   range_of = _range_of(plan.starts)
+  known = sequential_ans.tables(plan.models)
   for block in reversed(plan.blocks):
     ranges = range_of[_index(plan.scores, block.rows, block.levels)]
+    if block.subsets is not None:
+      models = 2 * ranges + block.subsets
+      words = sequential_ans.encode(
+        ans.words(coder), plan.used[block.symbols].reshape(-1), models.reshape(-1), known
+      )
+      coder = ans.from_words(words)
+      continue
     order, ends = _grouped(ranges, len(plan.models))
     in_order = plan.used[block.symbols.reshape(-1)[order]]
     ranged = zip(plan.models, [0, *ends[:-1]], ends, strict=True)
@@ -151,13 +168,47 @@ def encode(codes: Int8[np.ndarray, '...']) -> bytes | None:
   return head + ans.end(coder)
 
 
+class Prices(NamedTuple):
+  """What codes cost that are like those of a plan, to choose others by.
+
+  Attributes:
+    plan: of codes that follow the trellis.
+    bits: of each index + 64, in every range and subset.
+  """
+
+  plan: _Plan
+  bits: Float32[np.ndarray, 'ranges 2 129']
+
+  def of_tap(
+    self, indices: Kernel, window: tuple[int, ...], tap: int
+  ) -> tuple[UInt8[np.ndarray, 'inputs outputs'], Bool[np.ndarray, 'inputs outputs']]:
+    """The range of every weight of a tap, and where its sign is turned, by the taps before it."""
+    rows = slice(0, indices.shape[1])
+    levels, is_turned = _neighbourhood(indices, window, tap, rows, self.plan.has_window)
+    ranges = _range_of(self.plan.starts)[_index(self.plan.scores, rows, levels)]
+    return ranges, np.zeros(ranges.shape, bool) if is_turned is None else is_turned
+
+
+def prices(codes: Int8[np.ndarray, '...'], arrangement: int) -> Prices:
+  """The prices of the shortest payload of codes that follow the trellis in this arrangement."""
+  plan = _best_plan(codes, [arrangement])
+  bits = np.empty((len(plan.models), 2 * trellis.MOST_INDEX + 1), np.float32)
+  for row, model in zip(bits, plan.models, strict=True):
+    row[:] = model.precision + 1  # what did not occur may
+    occurs = model.frequencies > 0
+    at = model.symbols[occurs].astype(int) + trellis.MOST_INDEX
+    row[at] = model.precision - np.log2(model.frequencies[occurs])
+  return Prices(plan, bits.reshape(-1, 2, bits.shape[1]))
+
+
 def decode(data: bytes | memoryview, shape: tuple[int, ...]) -> Int8[np.ndarray, '...']:
-  """The codes of a payload that begins with `MARKER`.
+  """The codes of a payload that begins with `MARKER` or `TRELLIS_MARKER`.
 
   Raises:
     ValueError: `data` is no payload of codes of this shape.
   """
   bits, position = ans.to_bits(data, _MAX_BITS_BYTES), len(MARKER) + 2
+  has_trellis = bits.startswith(TRELLIS_MARKER)
   arrangement = int(bits[position - 2 : position], 2)
   if not _is_possible(shape, arrangement):
     raise ValueError(f'found codes in arrangement {arrangement}, expected those of shape {shape}')
@@ -176,7 +227,7 @@ def decode(data: bytes | memoryview, shape: tuple[int, ...]) -> Int8[np.ndarray,
     step, position = ans.read_golomb(bits, position, 2 if i else 8)
     starts.append(starts[-1] + 1 + step if i else step)
   models = []
-  for _ in range(more + 1):
+  for _ in range((more + 1) * (1 + has_trellis)):
     model, position = ans.read_table(bits, position)
     models.append(model)
   end = ans.end_of_bits(bits, position)
@@ -184,7 +235,8 @@ def decode(data: bytes | memoryview, shape: tuple[int, ...]) -> Int8[np.ndarray,
   coder = ans.resume(bytes(data[end:]), math.prod(shape), least_bits)
 
   codes = ans.room(shape)
-  kernel, window = _arranged(codes, arrangement)  # of the same memory
+  kernel, window = arranged(codes, arrangement)  # of the same memory
+  subsets = ans.room(kernel.shape).view(np.uint8) if has_trellis else None
   parts = []
   for model, count in zip(score_models, (*kernel.shape[1:], _LEVELS), strict=True):
     part = np.zeros(count, np.int8)
@@ -193,25 +245,37 @@ def decode(data: bytes | memoryview, shape: tuple[int, ...]) -> Int8[np.ndarray,
     parts.append(part)
   scores = _Scores(*parts)
   range_of, has_window = _range_of(starts), score_models[2] is not None
+  known, words, state = sequential_ans.tables(models), ans.words(coder), 0
   for tap, rows in _blocks(kernel.shape):
     levels, is_turned = _neighbourhood(kernel, window, tap, rows, has_window)
     ranges = range_of[_index(scores, rows, levels)]
+    if subsets is not None:
+      indices, theirs = np.empty((2, ranges.size), np.int8)
+      words, state = sequential_ans.decode(
+        words, ranges.reshape(-1), state, known, indices, theirs.view(np.uint8)
+      )
+      kernel[tap, rows] = _turned(indices.reshape(ranges.shape), is_turned)
+      subsets[tap, rows] = theirs.reshape(ranges.shape)
+      continue
     order, ends = _grouped(ranges, len(models))
     in_order, block = np.empty((2, order.size), np.int8)
     for model, start, stop in zip(models, [0, *ends[:-1]], ends, strict=True):
       model.decode(coder, in_order[start:stop])
     block[order] = in_order
     kernel[tap, rows] = _turned(block.reshape(ranges.shape), is_turned)
+  if subsets is not None:
+    kernel[...] = trellis.join(kernel, subsets)
+    coder = ans.from_words(words)
   ans.check_end(coder, codes, bytes(data[:end]))
   return codes
 
 
-def _choices(shape: tuple[int, ...]) -> list[int]:
+def choices(shape: tuple[int, ...]) -> list[int]:
   """The arrangements that are worth trying: a projection onto heads has three axes as well."""
   first, last = math.prod(shape[:-2]), math.prod(shape[2:])
   window = 1 if 1 < last < first else 0
-  choices = {0: [], 1: [], 2: [2], 3: [window, 2, 3]}.get(len(shape), [window])
-  return [choice for choice in choices if _is_possible(shape, choice)]
+  tried = {0: [], 1: [], 2: [2], 3: [window, 2, 3]}.get(len(shape), [window])
+  return [choice for choice in tried if _is_possible(shape, choice)]
 
 
 def _is_possible(shape: tuple[int, ...], arrangement: int) -> bool:
@@ -226,7 +290,7 @@ def _window(shape: tuple[int, ...], arrangement: int) -> tuple[int, ...]:
   return {0: shape[:-2], 1: shape[2:]}.get(arrangement, ())
 
 
-def _arranged(codes: Int8[np.ndarray, '...'], arrangement: int) -> tuple[Kernel, tuple[int, ...]]:
+def arranged(codes: Int8[np.ndarray, '...'], arrangement: int) -> tuple[Kernel, tuple[int, ...]]:
   """A view as taps, inputs and outputs, and the shape of the window."""
   window = _window(codes.shape, arrangement)
   if arrangement == 0:
@@ -321,12 +385,19 @@ def _turned(
   return codes if is_turned is None else np.where(is_turned, -codes, codes)
 
 
+def _best_plan(codes: Int8[np.ndarray, '...'], choices: list[int]) -> _Plan:
+  plans = (plan for choice in choices for plan in _plans(codes, choice))
+  return min(plans, key=lambda plan: plan.bits)
+
+
 def _plans(codes: Int8[np.ndarray, '...'], arrangement: int) -> Iterator[_Plan]:
   """With and without neighbours, with and without scores of inputs and outputs."""
-  kernel, window = _arranged(codes, arrangement)
+  kernel, window = arranged(codes, arrangement)
+  found = trellis.indices_and_subsets(kernel)
+  kernel, subsets = (kernel, None) if found is None else found
   is_small = kernel.size <= _FEW
   for has_window in (True, False) if kernel.shape[0] > 1 else (False,):
-    blocks, used = _examined(kernel, window, has_window)
+    blocks, used = _examined(kernel, subsets, window, has_window)
     for has_inputs, has_outputs in itertools.product((True, False), repeat=2):
       if has_window and not is_small and has_inputs != has_outputs:
         continue
@@ -337,13 +408,17 @@ def _plans(codes: Int8[np.ndarray, '...'], arrangement: int) -> Iterator[_Plan]:
         if part.any():
           histogram = ans.histogram(part)
           bits += float(ans.ideal_bits(histogram)) + len(ans.write_table(ans.fit(histogram)))
-      models = [ans.fit(row) for row in np.add.reduceat(counts, first)]
+      models = [ans.fit(row) for row in np.add.reduceat(counts, first).reshape(-1, 256)]
       starts = at[first[1:]].tolist()
-      yield _Plan(bits, arrangement, has_window, blocks, used, scores, starts, models)
+      rest = starts, models, subsets is not None
+      yield _Plan(bits, arrangement, has_window, blocks, used, scores, *rest)
 
 
 def _examined(
-  kernel: Kernel, window: tuple[int, ...], has_window: bool
+  kernel: Kernel,
+  subsets: UInt8[np.ndarray, 'taps inputs outputs'] | None,
+  window: tuple[int, ...],
+  has_window: bool,
 ) -> tuple[list[_Block], Int8[np.ndarray, ' symbols']]:
   """All blocks, and the symbols that occur."""
   counts = ans.histogram(kernel)
@@ -355,7 +430,7 @@ def _examined(
   for tap, rows in _blocks(kernel.shape):
     levels, is_turned = _neighbourhood(kernel, window, tap, rows, has_window)
     symbols = place[_turned(kernel[tap, rows], is_turned).view(np.uint8)]
-    blocks.append(_Block(rows, levels, symbols))
+    blocks.append(_Block(rows, levels, symbols, None if subsets is None else subsets[tap, rows]))
   return blocks, used.view(np.int8)
 
 
@@ -407,35 +482,39 @@ def _rounded(factor: Float[np.ndarray, ' k']) -> Int8[np.ndarray, ' k']:
 
 def _histograms(
   blocks: list[_Block], used: Int8[np.ndarray, ' symbols'], scores: _Scores
-) -> tuple[Int64[np.ndarray, ' k'], Int64[np.ndarray, 'k 256']]:
-  """The scores that occur, in order, and how often each symbol has each of them."""
+) -> tuple[Int64[np.ndarray, ' k'], Int64[np.ndarray, 'k subsets 256']]:
+  """The scores that occur, in order, and how often each symbol of each subset has each of them."""
   least = sum(int(part.min()) for part in scores) + int(_BASE[0])
   largest = sum(int(part.max()) for part in scores) + int(_BASE.max())
-  counts = np.zeros((largest - least + 1, used.size), np.int64)
+  several = 1 if blocks[0].subsets is None else 2
+  counts = np.zeros((largest - least + 1, several, used.size), np.int64)
   for b in blocks:
-    joint = (_index(scores, b.rows, b.levels).astype(np.int64) - least) * used.size
-    joint += b.symbols
+    joint = _index(scores, b.rows, b.levels).astype(np.int64) - least
+    if b.subsets is not None:
+      joint = 2 * joint + b.subsets
+    joint = joint * used.size + b.symbols
     counts += np.bincount(joint.reshape(-1), minlength=counts.size).reshape(counts.shape)
-  at = np.flatnonzero(counts.any(1))
-  histograms = np.zeros((at.size, 256), np.int64)
-  histograms[:, used.view(np.uint8)] = counts[at]
+  at = np.flatnonzero(counts.any((1, 2)))
+  histograms = np.zeros((at.size, several, 256), np.int64)
+  histograms[..., used.view(np.uint8)] = counts[at]
   return at + least, histograms
 
 
-def _partition(counts: Int64[np.ndarray, 'k 256']) -> tuple[float, list[int]]:
+def _partition(counts: Int64[np.ndarray, 'k subsets 256']) -> tuple[float, list[int]]:
   """Cuts scores into ranges that take the fewest bits, tables included: bits, and where they begin.
 
   The shortest path over all cuts, in k**2 steps.
   """
-  occurring = counts[:, counts.any(0)]
-  sums = np.concatenate([np.zeros((1, occurring.shape[1])), np.cumsum(occurring, 0)])
+  occurring = counts[..., counts.any((0, 1))]
+  sums = np.concatenate([np.zeros((1, *occurring.shape[1:])), np.cumsum(occurring, 0)])
   n = len(counts)
   for price in (1, 2, 4, 8, 16, 32, math.inf):  # of a table: a higher one makes fewer ranges
     best, cut = np.zeros(n + 1), np.zeros(n + 1, int)
     for stop in range(1, n + 1):
       start = np.arange(stop) if price < math.inf else np.zeros(1, int)
       parts = sums[stop] - sums[start]
-      bits = best[start] + ans.ideal_bits(parts) + min(price, 64) * _table_bits(parts)
+      bits = ans.ideal_bits(parts) + min(price, 64) * _table_bits(parts)
+      bits = best[start] + bits.sum(-1)
       cut[stop], best[stop] = start[np.argmin(bits)], bits.min()
     first, stop = [], n
     while stop:
@@ -446,7 +525,7 @@ def _partition(counts: Int64[np.ndarray, 'k 256']) -> tuple[float, list[int]]:
   return float(best[n]), first[::-1]
 
 
-def _table_bits(counts: Float[np.ndarray, 'k symbols']) -> Float[np.ndarray, ' k']:
+def _table_bits(counts: Float[np.ndarray, '... symbols']) -> Float[np.ndarray, '...']:
   """About what `ans.write_table` takes."""
   total = counts.sum(-1, keepdims=True)
   precision = np.minimum(1 + 0.75 * np.log2(np.maximum(total, 1)), 16)

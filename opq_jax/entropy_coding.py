@@ -85,7 +85,7 @@ def decode_codes(data: bytes | memoryview, shape: tuple[int, ...]) -> Int8[np.nd
   if size <= 0 or min(shape, default=1) <= 0 or len(data) == 0:
     raise ValueError(f'found {len(data)} bytes of codes, expected those of {size} codes')
   bits = ans.to_bits(data, _MAX_TABLE_BYTES)
-  if bits.startswith(context_coding.MARKER):
+  if bits.startswith((context_coding.MARKER, context_coding.TRELLIS_MARKER)):
     return context_coding.decode(data, shape)
   model, position = ans.read_table(bits, 0)
   end = ans.end_of_bits(bits, position)
