@@ -31,6 +31,7 @@ from opq_jax.statistics import LeafStatistics, leaf_statistics, merge_statistics
 from opq_jax.synthetic import synthetic_inputs
 from opq_jax.tables import summary
 from opq_jax.transforms import compressed, keep_compressed
+from opq_jax.trellis_encoding import allocate_with_trellis, encode_with_trellis
 from opq_jax.weight_files import read_weights, write_safetensors
 
 __version__ = '0.1.0'
@@ -45,6 +46,7 @@ __all__ = [
   'SizeReport',
   'allocate',
   'allocate_with_feedback',
+  'allocate_with_trellis',
   'apply_compression',
   'compressed',
   'correct_batch_norm',
@@ -53,6 +55,7 @@ __all__ = [
   'encode',
   'encode_layer_by_layer',
   'encode_with_feedback',
+  'encode_with_trellis',
   'file_report',
   'fold_batch_norm',
   'init_state',

@@ -185,7 +185,7 @@ def decode(codes: PyTree, state: CompressionState) -> PyTree:
 
 def _init_leaf(name: str, weights: Array, leaf: LeafAllocation) -> LeafState:
   _check_shape(name, weights, leaf.shape)
-  step, first = _exact_grid(leaf.step, leaf.threshold + leaf.offset, leaf.levels)
+  step, first = exact_grid(leaf.step, leaf.threshold + leaf.offset, leaf.levels)
   grid = affine_codebook(first, step, leaf.levels), leaf.threshold, step, leaf.levels
   sharding = None if isinstance(weights, jax.core.Tracer) else getattr(weights, 'sharding', None)
   if isinstance(sharding, NamedSharding):
@@ -207,7 +207,7 @@ def survives(weights: Array, threshold: Float32[Array, '']) -> Bool[Array, '...'
   return jnp.abs(weights.astype(jnp.float32)) > threshold
 
 
-def _exact_grid(
+def exact_grid(
   step: Float32[Array, ''], first: Float32[Array, ''], levels: Int32[Array, '']
 ) -> tuple[Float32[Array, ''], Float32[Array, '']]:
   """`step` and `first` rounded so that `first + step * k`, k < levels, is exact in float32.

@@ -30,18 +30,19 @@ A payload is
     words    the scores, then the codes, of as many inputs of a tap at a time as have at most 2**18
              weights, range by range
 
-Codes that follow the trellis of `opq_jax.trellis` in the order of taps, inputs and outputs are coded
-as indices in their subsets, for which all of the above holds, and every range has two tables: that of
-subset 0, and that of subset 1.  Such a payload has the marker 0001100100 and its codes one after the
-other, in that order, with the model of range and subset (`opq_jax.sequential_ans`).
+Codes that follow the trellis of `opq_jax.trellis`, in the order of taps, inputs and outputs, are
+coded as indices in their subsets.  All of the above holds for these, but that every range has two
+tables, that of subset 0 and that of subset 1, and that the codes come one after the other in the
+order of the trellis, each with the table of its range and subset (`opq_jax.sequential_ans`).  The
+marker of such a payload is 0001100100.
 
 The arrangement says which axes are taps, inputs and outputs: 0 all but the last two are taps, as in
 Flax; 1 all but the first two, as in PyTorch; 2 all but the last are inputs; 3 all but the first are
 outputs.  A window has at most three axes and 1024 taps, and there are at most 2**18 outputs.
 
 Contexts of neighbours are an old tool of image coders, and the coder of NNCodec (ISO/IEC 15938-17)
-has some that adapt and a trellis.  Turning signs by those of neighbouring taps, and scores that add up and are
-stored instead of adapting, are ours.
+has some that adapt, and a trellis.  Turning signs by those of neighbouring taps, and scores that
+add up and are stored instead of adapting, are ours.
 """
 
 import functools

@@ -20,7 +20,7 @@ import math
 import numpy as np
 from jaxtyping import Int8
 
-from opq_jax import ans, context_coding
+from opq_jax import ans, context_coding, trellis
 
 _MAX_TABLE_BYTES = 1200  # 255 frequencies of at most 33 bits, the bounds of the alphabet, and P
 
@@ -28,9 +28,17 @@ _MAX_TABLE_BYTES = 1200  # 255 frequencies of at most 33 bits, the bounds of the
 def entropy(codes: Int8[np.ndarray, '...']) -> float:
   """The empirical zeroth-order entropy of `codes` in bits per code (METHOD.md section 6).
 
+  Where codes follow the trellis of `opq_jax.trellis`, that given their subsets.
+
   >>> entropy(np.array([0, 0, 1, -1], np.int8))
   1.5
   """
+  for arrangement in context_coding.choices(codes.shape):
+    found = trellis.indices_and_subsets(context_coding.arranged(codes, arrangement)[0])
+    if found is not None:
+      indices, subsets = found
+      bits = sum(float(ans.ideal_bits(ans.histogram(indices[subsets == q]))) for q in (0, 1))
+      return bits / max(codes.size, 1)
   return float(ans.ideal_bits(ans.histogram(codes))) / max(codes.size, 1)
 
 

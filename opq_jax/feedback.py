@@ -5,6 +5,8 @@ error of one weight can be made good by the weights that are still to be rounded
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -88,13 +90,7 @@ def encode_with_feedback(
   """
   leaves = trees.named_leaves(params)
   records = trees.records(params, state.tree, LeafState)
-  try:
-    matrices = trees.beside(params, moments)
-  except (ValueError, TypeError, KeyError) as error:
-    raise ValueError(
-      f'moments: found {jax.tree.structure(moments)}, expected the tree of the parameters with a '
-      'matrix or None at every leaf'
-    ) from error
+  matrices = matrices_of(params, moments)
   values: list[Array] = []
   masks: list[LeafState | None] = []
   for (name, leaf), record, matrix in zip(leaves.items(), records, matrices, strict=True):
@@ -105,7 +101,7 @@ def encode_with_feedback(
     if matrix is None:
       codes = compression.encode(leaf, CompressionState(record))
     else:
-      _check_moments(name, leaf, matrix)
+      check_moments(name, leaf, matrix)
       codes = codes_of_leaf(leaf, matrix, record, damping)
     values.append(compression.decode(codes, CompressionState(record)))
     masks.append(dataclasses.replace(record, mask=codes != 0))
@@ -114,6 +110,21 @@ def encode_with_feedback(
     jax.tree.unflatten(structure, values),
     CompressionState(jax.tree.unflatten(structure, masks)),
   )
+
+
+def matrices_of(params: PyTree, moments: PyTree) -> list[Any]:
+  """The moments of every leaf, None where there are none.
+
+  Raises:
+    ValueError: they are those of another tree.
+  """
+  try:
+    return trees.beside(params, moments)
+  except (ValueError, TypeError, KeyError) as error:
+    raise ValueError(
+      f'moments: found {jax.tree.structure(moments)}, expected the tree of the parameters with a '
+      'matrix or None at every leaf'
+    ) from error
 
 
 def allocate_with_feedback(
@@ -153,15 +164,27 @@ def allocate_with_feedback(
   >>> bool(allocation.tree.step > allocate(kernel, compression_rate=16.0).tree.step)
   True
   """
+  encoder = functools.partial(encode_with_feedback, moments=moments, damping=damping)
+  return allocate_for(encoder, _entropy, params, compression_rate, **options)
+
+
+def allocate_for(
+  encoder: Callable[[PyTree, CompressionState], tuple[PyTree, CompressionState]],
+  entropy: Callable[[PyTree, CompressionState], float],
+  params: PyTree,
+  compression_rate: float,
+  **options: Any,
+) -> tuple[Allocation, PyTree, CompressionState]:
+  """The allocation whose codes by an encoder have the entropy of plain codes of the rate asked."""
   wanted = None
   bits = 32 / compression_rate
   for _ in range(_MAX_STEPS):
     allocation = allocate(params, compression_rate=32 / bits, **options)
     state = compression.init_state(params, allocation)
     if wanted is None:
-      wanted = _entropy(params, state)
-    coded, coded_state = encode_with_feedback(params, state, moments, damping=damping)
-    found = _entropy(coded, coded_state)
+      wanted = entropy(params, state)
+    coded, coded_state = encoder(params, state)
+    found = entropy(coded, coded_state)
     if abs(found / wanted - 1) <= _TOLERANCE:
       break
     bits = min(bits * wanted / found, _MOST_BITS)
@@ -271,7 +294,8 @@ def _leaf_entropy(codes: Array) -> Float32[Array, '']:
   return -codes.size * jnp.sum(share * jnp.log2(jnp.where(share > 0, share, 1)))
 
 
-def _check_moments(name: str, kernel: Array, moments: Array) -> None:
+def check_moments(name: str, kernel: Array, moments: Array) -> None:
+  """Raises ValueError where a matrix has another shape than its kernel needs, or is not finite."""
   groups = moments.shape[0] if moments.ndim == 3 else 0
   width = kernel.size // kernel.shape[-1] if kernel.ndim else 0
   if groups == 0 or moments.shape[1:] != (width, width) or kernel.shape[-1] % groups:

@@ -20,6 +20,7 @@ from opq_jax.compression import CompressionState, LeafState
 from opq_jax.feedback import DAMPING, codes_of_leaf
 from opq_jax.moments import layer_moments
 from opq_jax.trees import PyTree
+from opq_jax.trellis_encoding import encode_leaf
 
 SHARE = 0.5
 
@@ -32,6 +33,7 @@ def encode_layer_by_layer(
   *,
   share: float = SHARE,
   damping: float = DAMPING,
+  trellis: bool = False,
 ) -> tuple[PyTree, CompressionState]:
   r"""Other codes of the same codebooks, with which the whole network errs less.
 
@@ -62,6 +64,9 @@ def encode_layer_by_layer(
     share: of the way from the weights to those that fit the compressed inputs; 0 ignores that
       other inputs are what the float layer saw.
     damping: as for `encode_with_feedback`.
+    trellis: whether the codes are those of `opq_jax.encode_with_trellis`.  Then `state` are plain
+      grids: of `opq_jax.init_state(variables, allocation)` with the allocation of
+      `opq_jax.allocate_with_trellis`.
 
   Returns:
     `(variables, state)` as of `encode_with_feedback`; BatchNorm is not corrected.
@@ -120,7 +125,7 @@ def encode_layer_by_layer(
         raise ValueError(f'{name}: found a layer that is called twice, expected once')
       seen.add(name)
       values[name], masks[name] = _chosen(
-        module, leaves[name], records[name], first, second, share, damping
+        module, leaves[name], records[name], first, second, share, damping, trellis
       )
       replaced = {'kernel': values[name]}
     outputs = (
@@ -156,16 +161,21 @@ def _chosen(
   compressed: Float[Array, 'batch ... channels'],
   share: float,
   damping: float,
+  trellis: bool,
 ) -> tuple[Array, LeafState]:
   """One layer's decoded weights, and its grid with their mask."""
   # a layer that belongs to no network is the same for all that are alike: compiled once
   alone = module.clone(parent=None, name=None)
   moments = _layer_moments(alone, compressed)
+  target = kernel
+  if moments is not None:
+    cross = _layer_moments(alone, compressed, inputs)
+    target = _fitted(kernel, moments, cross, share, damping).astype(kernel.dtype)
+  if trellis:
+    return encode_leaf(target, record, moments, damping)
   if moments is None:
     codes = compression.encode(kernel, CompressionState(record))
   else:
-    cross = _layer_moments(alone, compressed, inputs)
-    target = _fitted(kernel, moments, cross, share, damping)
     codes = codes_of_leaf(target, moments, record, damping)
   values = compression.decode(codes, CompressionState(record))
   return values, dataclasses.replace(record, mask=codes != 0)

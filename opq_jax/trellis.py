@@ -66,6 +66,10 @@ class Grid(NamedTuple):
   step: float
   levels: int
 
+  def value(self, code: int) -> float:
+    """Of a code from 1 up."""
+    return self.first + self.step * (code - 1)
+
 
 @numba.njit(cache=True, nogil=True)
 def split(

@@ -1,37 +1,194 @@
-r"""Codes chosen along a trellis: fewer bits at the same error, for the same decoder and codebook."""
+r"""Codes chosen along a trellis: fewer bits at the same error, from the same kind of file."""
 
 import dataclasses
 import functools
-import math
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numba
 import numpy as np
 import scipy.linalg
-from jaxtyping import Float32, Int8
+from jaxtyping import Array, Float32, Int8
 
-from opq_jax import ans, compression, context_coding, feedback, trees, trellis
-from opq_jax.allocation import MAX_LEVELS
+from opq_jax import ans, compression, context_coding, entropy_coding, feedback, trees, trellis
+from opq_jax.allocation import MAX_LEVELS, Allocation
 from opq_jax.compression import CompressionState, LeafState
 from opq_jax.feedback import DAMPING
 from opq_jax.trees import PyTree
 from opq_jax.trellis import MOST_INDEX
 
-_SAMPLE = 1 << 16  # weights that a grid is fitted to
+_SAMPLE = 1 << 16  # weights that a grid is fitted to, in runs of
+_RUN = 256
 _FITS = 4
 _AT_ONCE = 1 << 16  # weights, where no error is pushed on
-_BETWEEN = 64  # weights, about, between which errors are pushed on
-_AHEAD = 128  # weights to come that have a say in which way is gone
+_BETWEEN = 64  # weights, at least, between which errors are pushed on
+_AHEAD = 128  # weights, at least, that have a say in the ways before them
 _BLOCK = 64  # inputs whose feedback is pushed on within a block that stays in the cache
-_EXPONENT = 0.5
-# of Laplace weights, by the share that plain codes prune: the step and first value of the best grid
-# for the trellis over those of the best plain one of the same slope
+_MOST_WORTH = 8.0  # of an input over the mean, and under
+# of Laplace weights, by the share that a plain grid prunes: step and first value of the best grid
+# of the trellis over those of the plain one, at the same slope (experiments/benchmarks/trellis.py)
 _PRUNED = 0.0, 0.30, 0.54, 0.75, 0.89, 1.0
 _STEP = 0.59, 0.587, 0.568, 0.53, 0.54, 0.54
 _FIRST = 0.65, 0.69, 0.745, 0.813, 0.876, 0.9
+# of a plain grid for Laplace weights (METHOD.md section 4), by threshold over step: its slope over
+# step^2, ln(2) / 6 where it is fine
+_THRESHOLD = 0.5, 0.542, 0.560, 0.586, 0.636, 0.692, 0.763
+_SLOPE = 0.1155, 0.1148, 0.1139, 0.1122, 0.1075, 0.1, 0.0866
+
+Rows = Float32[np.ndarray, 'inputs outputs']
+Factor = Float32[np.ndarray, 'groups K K']
+
+
+def encode_with_trellis(
+  params: PyTree,
+  state: CompressionState,
+  moments: PyTree | None = None,
+  *,
+  damping: float = DAMPING,
+) -> tuple[PyTree, CompressionState]:
+  r"""Grids twice as fine, of which the codes before a weight leave it every other level.
+
+  The codes of a leaf, in the order in which they are coded, follow the trellis of
+  `opq_jax.trellis`.  Of all ways through it those codes are taken that make
+
+      sum_i (w_i - v_i)^2  +  (slope / h_i) bits_i
+
+  small, by Viterbi's algorithm; `bits` are those that `opq_jax.context_coding` charges, by scores
+  of inputs, outputs and neighbouring taps, for codes chosen a first time at one price for all.
+  The slope is that of the plain grid, dD/dR of the Laplace density that it is the best one for.
+
+  With moments the errors of a row of weights are pushed on to the inputs to come, as
+  `opq_jax.encode_with_feedback` does, input after input in the order of the file.  An error of
+  input i costs h_i = 1 / U_ii^2 in what the layer gives, once those to come have made good what
+  they can; h_i is that over the geometric mean of all inputs, and 1 without moments.
+
+  A file of such codes is smaller and errs less than that of the plain codes of `state`;
+  `allocate_with_trellis` asks for a grid with which it has the size of those instead.  It loads
+  as any other: a leaf has one codebook and one mask.  Whoever trains on, though, moves weights out
+  of the trellis, and pays the bits of all levels: finetune from plain codes.
+
+  Args:
+    params: the original weights.
+    state: their plain grids, from `opq_jax.init_state`.
+    moments: as for `encode_with_feedback`; None, of all leaves or of one, where there are none.
+    damping: as for `encode_with_feedback`.
+
+  Returns:
+    `(params, state)`: the decoded values, and the new grids with the masks of these codes.  A leaf
+    whose weights reach beyond 127 such levels, or whose shape the coder has no order for, keeps its
+    grid.  Runs on the host, and cannot be traced.
+
+  Raises:
+    ValueError: a tree is made for another one, a matrix has another shape than its kernel needs,
+      or a leaf or matrix is not finite.
+
+  >>> import opq_jax
+  >>> kernel = jax.random.laplace(jax.random.key(0), (256, 256))
+  >>> state = opq_jax.init_state(kernel, opq_jax.allocate(kernel, compression_rate=16.0))
+  >>> coded, coded_state = encode_with_trellis(kernel, state)
+  >>> error = lambda values: float(jnp.square(values - kernel).sum())
+  >>> error(coded) < error(opq_jax.apply_compression(kernel, state))
+  True
+  >>> size = lambda *network: len(opq_jax.artifact.serialize(*network))
+  >>> size(coded, coded_state) < 0.96 * size(kernel, state)
+  True
+  """
+  leaves = trees.named_leaves(params)
+  records = trees.records(params, state.tree, LeafState)
+  matrices: list[Any] = [None] * len(records)
+  if moments is not None:
+    matrices = feedback.matrices_of(params, moments)
+
+  def coded(
+    item: tuple[tuple[str, Array], LeafState | None, Array | None],
+  ) -> tuple[Array, LeafState | None]:
+    (name, leaf), record, matrix = item
+    if record is None:
+      return leaf, None
+    if not np.isfinite(np.asarray(leaf, np.float32)).all():
+      raise ValueError(f'{name}: found NaN or an infinity, expected finite weights')
+    if matrix is not None:
+      feedback.check_moments(name, leaf, matrix)
+    return encode_leaf(leaf, record, matrix, damping)
+
+  # all but Python itself runs without its lock
+  with ThreadPoolExecutor() as pool:
+    found = list(pool.map(coded, zip(leaves.items(), records, matrices, strict=True)))
+  structure = jax.tree.structure(params)
+  return (
+    jax.tree.unflatten(structure, [values for values, _ in found]),
+    CompressionState(jax.tree.unflatten(structure, [record for _, record in found])),
+  )
+
+
+def allocate_with_trellis(
+  params: PyTree,
+  moments: PyTree | None = None,
+  *,
+  compression_rate: float,
+  damping: float = DAMPING,
+  **options: Any,
+) -> tuple[Allocation, PyTree, CompressionState]:
+  """Allocates such that codes along a trellis have the rate that is asked.
+
+  Args:
+    params, moments, damping: as for `encode_with_trellis`.
+    compression_rate: 32 bits over the entropy of the codes, given their subsets, as plain codes of
+      that rate have it.
+    **options: of `opq_jax.allocate`, such as `objective`.
+
+  Returns:
+    The allocation of plain grids that was found, and `(params, state)` of `encode_with_trellis`.
+
+  Raises:
+    ValueError: as `allocate` and `encode_with_trellis`.
+
+  >>> import opq_jax
+  >>> kernel = jax.random.laplace(jax.random.key(0), (256, 256))
+  >>> _, coded, state = allocate_with_trellis(kernel, compression_rate=16.0)
+  >>> plain = opq_jax.init_state(kernel, opq_jax.allocate(kernel, compression_rate=16.0))
+  >>> error = lambda values: float(jnp.square(values - kernel).sum())
+  >>> error(coded) < 0.9 * error(opq_jax.apply_compression(kernel, plain))
+  True
+  """
+  encoder = functools.partial(encode_with_trellis, moments=moments, damping=damping)
+  return feedback.allocate_for(encoder, _entropy, params, compression_rate, **options)
+
+
+def encode_leaf(
+  kernel: Array, leaf: LeafState, moments: Array | None, damping: float
+) -> tuple[Array, LeafState]:
+  """Values and grid of one kernel, as `encode_with_trellis` has them."""
+  weights = np.asarray(kernel, np.float32)
+  found = fit(weights, leaf)
+  orders = context_coding.choices(weights.shape) if found else []
+  if moments is not None:
+    orders = [order for order in orders if order != 1]  # moments are in the order of the weights
+  if found is None or not orders:
+    plain = CompressionState(leaf)
+    codes = compression.encode(kernel, plain)
+    if moments is not None:
+      codes = feedback.codes_of_leaf(jnp.asarray(kernel), jnp.asarray(moments), leaf, damping)
+    return compression.decode(codes, plain), dataclasses.replace(leaf, mask=codes != 0)
+
+  factor = None if moments is None else _factor(np.asarray(moments, np.float32), damping)
+  most = max(2 * found.grid.step, float(leaf.threshold))
+  codes = _Walk(weights, found, orders[0]).codes(factor, most)
+  levels = jnp.int32(max(int(np.abs(codes).max()), 1))
+  step, first = compression.exact_grid(
+    jnp.float32(found.grid.step), jnp.float32(found.grid.first), levels
+  )
+  record = LeafState(
+    mask=jnp.asarray(codes != 0),
+    codebook=compression.affine_codebook(first, step, levels),
+    threshold=jnp.maximum(first - step / 2, 0),
+    step=step,
+    levels=levels,
+    dtype=leaf.dtype,
+  )
+  return compression.decode(jnp.asarray(codes), CompressionState(record)), record
 
 
 class Fit(NamedTuple):
@@ -45,237 +202,205 @@ class Fit(NamedTuple):
 
   grid: trellis.Grid
   slope: float
-  bits: Float32[np.ndarray, '2 129']
+  bits: Float32[np.ndarray, '1 2 129']
 
 
-def fit(weights: Float32[np.ndarray, ' n'], leaf: LeafState) -> Fit | None:
+def fit(weights: Float32[np.ndarray, '...'], leaf: LeafState) -> Fit | None:
+  """The best grid for the trellis at the slope of a plain grid; None where no codes would reach.
+
+  Codes, then what each index costs and the least-squares grid of these codes, in turns.
+  """
+  flat = weights.reshape(-1)
   first, threshold, step = (float(x) for x in (leaf.codebook[1], leaf.threshold, leaf.step))
-  magnitude = np.abs(weights)
-  largest = float(magnitude.max(initial=0))
-  pruned = np.mean(magnitude <= threshold)
-  many = np.mean(magnitude > threshold + step)
-  if int(leaf.levels) == 0 or pruned == 1:
+  magnitude = np.abs(flat)
+  survivors = int(np.count_nonzero(magnitude > threshold))
+  if survivors == 0 or int(leaf.levels) == 0:
     return None
-  one = 1 - pruned - many
-  slope = math.log(2) * step**2 / 6
-  if pruned > 0 and one > 0:
-    bits = math.log2(pruned) - math.log2(one / 2)
-    found = (threshold**2 - (first - threshold) ** 2) / bits if bits > 0 else 0
-    slope = found if found > 0 else slope
+  slope = step**2 * float(np.interp(threshold / step, _THRESHOLD, _SLOPE))
+  pruned = 1 - survivors / flat.size
   grid = trellis.Grid(
     first * float(np.interp(pruned, _PRUNED, _FIRST)),
     min(step, 1.05 * first) * float(np.interp(pruned, _PRUNED, _STEP)),
     MAX_LEVELS,
   )
-  more = np.clip(many / (1 - pruned), 0.01, 0.99)
-  index = np.abs(np.arange(-MOST_INDEX, MOST_INDEX + 1))
-  share = np.where(index == 0, max(pruned, 0.01), (1 - pruned) / 2 * (1 - more) * more ** (index - 1.0))
-  bits = np.tile(-np.log2(np.maximum(share, 1e-9)), (2, 1)).astype(np.float32)
-  sample = weights
-  if weights.size > _SAMPLE:
-    sample = np.ascontiguousarray(weights[: weights.size // 256 * 256].reshape(-1, 256)[:: weights.size // _SAMPLE]).reshape(-1)
+  more = np.clip(np.count_nonzero(magnitude > threshold + step) / survivors, 0.01, 0.99)
+  index = np.arange(-MOST_INDEX, MOST_INDEX + 1)
+  share = (1 - pruned) / 2 * (1 - more) * more ** (np.abs(index) - 1.0)
+  share[MOST_INDEX] = max(pruned, 0.01)
+  bits = np.tile(-np.log2(np.maximum(share, 1e-9)), (1, 2, 1)).astype(np.float32)
+  sample = _sampled(flat)
+  slopes, models = np.full(sample.size, slope, np.float32), np.zeros(sample.size, np.uint8)
+  is_turned, codes = np.zeros(sample.size, bool), np.empty(sample.size, np.int8)
   for _ in range(_FITS):
-    codes = np.empty(sample.size, np.int8)
-    _search(sample, slope, bits[None], grid, codes)
-    indices, subsets = trellis.indices_and_subsets(codes)
-    size = np.abs(codes).astype(np.float64)
-    grid = _refitted(grid, codes, np.abs(sample))
+    trellis.search(sample, slopes, models, is_turned, bits, *grid, 0, codes)
+    found = trellis.indices_and_subsets(codes)
+    assert found is not None
+    indices, subsets = found
     counts = np.stack([ans.histogram(indices[subsets == q]) for q in (0, 1)])
-    counts = counts[:, index_bytes()].astype(np.float64)
-    counts = np.maximum(counts, 0.1)
-    bits = np.log2(counts.sum(1, keepdims=True) / counts).astype(np.float32)
-  if (largest - grid.first) / grid.step > MAX_LEVELS - 1:
-    return None
-  return Fit(grid, slope, bits)
+    counts = np.maximum(counts[:, index.astype(np.int8).view(np.uint8)], 0.1)
+    bits[0] = np.log2(counts.sum(1, keepdims=True) / counts)
+    grid = _refitted(grid, codes, sample)
+  return Fit(grid, slope, bits) if magnitude.max() < grid.value(MAX_LEVELS) else None
 
 
-def index_bytes():
-  return np.arange(-MOST_INDEX, MOST_INDEX + 1).astype(np.int8).view(np.uint8)
+def _sampled(flat: Float32[np.ndarray, ' n']) -> Float32[np.ndarray, ' sample']:
+  """All weights, or runs of them that are spread evenly."""
+  if flat.size <= _SAMPLE:
+    return np.ascontiguousarray(flat)
+  runs = flat[: flat.size // _RUN * _RUN].reshape(-1, _RUN)
+  return np.ascontiguousarray(runs[:: len(runs) * _RUN // _SAMPLE]).reshape(-1)
 
 
-def _refitted(grid, codes, magnitude):
-  used = codes != 0
-  x, y = np.abs(codes[used].astype(np.float64)) - 1, magnitude[used].astype(np.float64)
-  if x.size == 0:
+def _refitted(
+  grid: trellis.Grid, codes: Int8[np.ndarray, ' n'], weights: Float32[np.ndarray, ' n']
+) -> trellis.Grid:
+  """The line of least squares through the magnitudes of survivors, over their codes."""
+  is_kept = codes != 0
+  place = np.abs(codes[is_kept].astype(np.float64)) - 1
+  size = np.abs(weights[is_kept].astype(np.float64))
+  if place.size == 0:
     return grid
-  spread = x.var()
-  step = ((x - x.mean()) * (y - y.mean())).mean() / spread if spread > 0 else grid.step
-  first = y.mean() - step * x.mean()
-  return grid._replace(first=first, step=step) if step > 0 and first > 0 else grid
+  spread = place.var()
+  step = ((place - place.mean()) * size).mean() / spread if spread > 0 else grid.step
+  first = size.mean() - step * place.mean()
+  return grid._replace(first=first, step=step) if min(step, first) > 0 else grid
 
 
-def _search(weights, slope, bits, grid, codes, models=None, is_turned=None, state=0):
-  n = weights.size
-  slopes = np.full(n, slope, np.float32) if np.ndim(slope) == 0 else slope
-  models = np.zeros(n, np.uint8) if models is None else models
-  is_turned = np.zeros(n, bool) if is_turned is None else is_turned
-  return trellis.search(weights, slopes, models, is_turned, bits, *grid, state, codes)
+class _Walk:
+  """A leaf's weights in the order of its codes, and the codes that are chosen for them.
 
+  Args:
+    weights: of the leaf.
+    by: what to choose by.
+    arrangement: of the coder; 0 and 2 have the order of the weights.
+  """
 
-def codes_of_leaf(kernel, leaf: LeafState, moments, damping, exponent=None, refits=True):
-  """Codes and grid; None where the leaf keeps plain ones."""
-  exponent = _EXPONENT if exponent is None else exponent
-  arrangements = context_coding.choices(kernel.shape)
-  if not arrangements:
-    return None
-  arrangement = arrangements[0] if moments is None else 0
-  view, window = context_coding.arranged(kernel, arrangement)
-  taps, inputs, outputs = view.shape
-  weights = np.array(view, np.float32, order='C').reshape(taps * inputs, outputs)
-  found = fit(weights.reshape(-1), leaf)
-  if found is None:
-    return None
-  grid, slope, bits = found
-  codes = np.empty(kernel.shape, np.int8)
-  target, _ = context_coding.arranged(codes, arrangement)
-  order = np.empty(target.shape, np.int8)
-  flat, flat_w, state = order.reshape(-1), weights.reshape(-1), 0
-  for start in range(0, flat.size, _AT_ONCE):
-    part = slice(start, start + _AT_ONCE)
-    state = _search(flat_w[start : start + _AT_ONCE + _AHEAD], slope, bits[None], grid, flat[part], state=state)
-  target[...] = order
-  prices = context_coding.prices(codes, arrangement)
+  def __init__(self, weights: Float32[np.ndarray, '...'], by: Fit, arrangement: int):
+    self._by, self._arrangement = by, arrangement
+    self._codes = np.empty(weights.shape, np.int8)
+    view, self._window = context_coding.arranged(weights, arrangement)
+    self._shape = view.shape
+    self._rows = np.array(view, order='C').reshape(-1, view.shape[-1])
+    self._chosen = np.zeros(view.shape, np.int8)
+    self._indices = np.zeros(view.shape, np.int8)
 
-  groups, factor = 1, None
-  slopes = np.full((taps * inputs, outputs), slope, np.float32)
-  if moments is not None:
-    matrix = np.asarray(moments, np.float32)
-    groups = len(matrix)
-    factor = _factors(matrix, damping)
-    worth = 1 / np.square(np.diagonal(factor, axis1=1, axis2=2).astype(np.float64))  # [groups, K]
-    relative = (worth / np.exp(np.mean(np.log(worth)))) ** -exponent
-    slopes *= np.repeat(np.clip(relative, 1 / 8, 8).T, outputs // groups, 1).astype(np.float32)
-  original = weights.copy()
-  indices = np.zeros(order.shape, np.int8)
-  most = np.float32(max(2 * grid.step, float(leaf.threshold)))
-  rows = max(1, (_AT_ONCE if factor is None else _BETWEEN) // outputs)
-  ahead = -(-_AHEAD // outputs)
-  errors = np.zeros(weights.shape, np.float32)
-  state = 0
-  for tap in range(taps):
-    ranges, is_turned = prices.of_tap(indices, window, tap)
-    at, zero = 0, tap * inputs
-    while at < inputs:
-      begin = zero + at
-      block_end = min((begin // _BLOCK + 1) * _BLOCK, taps * inputs)
-      stop = min(at + rows, inputs)
-      if factor is not None:
-        stop = min(stop, block_end - zero)
-      seen = min(stop + ahead, inputs)
-      out = order[tap, at:stop].reshape(-1)
-      state = _search(
-        weights[begin : zero + seen].reshape(-1),
-        slopes[begin : zero + seen].reshape(-1),
-        prices.bits,
-        grid,
-        out,
-        ranges[at:seen].reshape(-1),
-        is_turned[at:seen].reshape(-1),
-        state,
+  def codes(self, factor: Factor | None, most: float) -> Int8[np.ndarray, '...']:
+    """The codes, with the errors pushed on by a factor, if there is one, and none beyond `most`."""
+    taps, inputs, outputs = self._shape
+    self._without_contexts()
+    prices = context_coding.prices(self._in_place(), self._arrangement)
+    slopes = np.full(self._rows.shape, self._by.slope, np.float32)
+    if factor is not None:
+      slopes *= np.repeat(_worth(factor).T, outputs // len(factor), 1)
+    errors = np.zeros_like(self._rows)
+    at_once = -(-(_AT_ONCE if factor is None else _BETWEEN) // outputs)
+    ahead = -(-_AHEAD // outputs)
+    state = 0
+    for tap in range(taps):
+      ranges, is_turned = prices.of_tap(self._indices, self._window, tap)
+      zero, start = tap * inputs, 0
+      while start < inputs:
+        stop = min(start + at_once, inputs)
+        if factor is not None:
+          block = (zero + start) // _BLOCK * _BLOCK
+          stop = min(stop, block + _BLOCK - zero)
+        seen = slice(zero + start, zero + min(stop + ahead, inputs))
+        of_tap = slice(start, seen.stop - zero)
+        chosen = self._chosen[tap, start:stop]
+        state = trellis.search(
+          self._rows[seen].reshape(-1),
+          slopes[seen].reshape(-1),
+          ranges[of_tap].reshape(-1),
+          is_turned[of_tap].reshape(-1),
+          prices.bits,
+          *self._by.grid,
+          state,
+          chosen.reshape(-1),
+        )
+        self._indices[tap, start:stop] = np.sign(chosen) * ((np.abs(chosen) + 1) >> 1)
+        if factor is not None:
+          end = min(block + _BLOCK, len(self._rows))
+          grid = self._by.grid
+          _push(self._rows, chosen, factor, errors, seen.start, end, grid.first, grid.step, most)
+          if zero + stop == end < len(self._rows):
+            self._push_past(block, end, factor, errors)
+        start = stop
+    return self._in_place()
+
+  def _without_contexts(self) -> None:
+    flat, codes = self._rows.reshape(-1), self._chosen.reshape(-1)
+    state = 0
+    for start in range(0, flat.size, _AT_ONCE):
+      stop = start + _AT_ONCE
+      part = flat[start : stop + _AHEAD]
+      slopes, models = np.full(part.size, self._by.slope, np.float32), np.zeros(part.size, np.uint8)
+      is_turned = np.zeros(part.size, bool)
+      state = trellis.search(
+        part, slopes, models, is_turned, self._by.bits, *self._by.grid, state, codes[start:stop]
       )
-      chosen = order[tap, at:stop]
-      indices[tap, at:stop] = np.sign(chosen) * ((np.abs(chosen) + 1) >> 1)
-      if factor is not None:
-        _push(weights, chosen, factor, errors, begin, block_end, grid.first, grid.step, most)
-        end = zero + stop
-        if end == block_end and end < taps * inputs:
-          done = slice(begin // _BLOCK * _BLOCK, end)
-          shape = (-1, groups, outputs // groups)
-          theirs = errors[done].reshape(shape).transpose(1, 0, 2)
-          push = np.matmul(factor[:, done, end:].transpose(0, 2, 1), theirs)
-          weights[end:] -= push.transpose(1, 0, 2).reshape(-1, outputs)
-      at = stop
-  target[...] = order
-  if refits:
-    grid = _refit_moments(grid, order.reshape(original.shape), original, None if moments is None else matrix)
-  return codes, grid
+
+  def _in_place(self) -> Int8[np.ndarray, '...']:
+    """The codes with the axes of the leaf."""
+    view, _ = context_coding.arranged(self._codes, self._arrangement)
+    view[...] = self._chosen
+    return self._codes
+
+  def _push_past(self, begin: int, end: int, factor: Factor, errors: Rows) -> None:
+    """What a block that is chosen owes to the inputs after it."""
+    groups, outputs = len(factor), errors.shape[1]
+    theirs = errors[begin:end].reshape(end - begin, groups, -1).transpose(1, 0, 2)
+    push = np.matmul(factor[:, begin:end, end:].transpose(0, 2, 1), theirs)
+    self._rows[end:] -= push.transpose(1, 0, 2).reshape(-1, outputs)
 
 
-def _factors(matrix, damping):
-  """The upper triangular U of (matrix + damping)^-1 = U^T U of each group."""
-  groups, width, _ = matrix.shape
-  mean = np.mean(np.diagonal(matrix, axis1=1, axis2=2), axis=1)
-  scaled = matrix / np.where(mean > 0, mean, 1)[:, None, None]
-  scaled = scaled + np.float32(damping) * np.eye(width, dtype=np.float32)
-  lower = np.linalg.cholesky(scaled[:, ::-1, ::-1])
+def _factor(moments: Factor, damping: float) -> Factor:
+  """The upper triangular U of H^-1 = U^T U, of each group, H damped and over its mean energy."""
+  groups, width, _ = moments.shape
+  energy = np.mean(np.diagonal(moments, axis1=1, axis2=2), axis=1)[:, None, None]
+  matrix = moments / np.where(energy > 0, energy, 1) + damping * np.eye(width)
+  lower = np.linalg.cholesky(matrix.astype(np.float32)[:, ::-1, ::-1])
+  # as in `opq_jax.feedback`: with J the reversal, J H J = L L^T and U = J L^-1 J
   if groups == 1:
-    inverse = scipy.linalg.solve_triangular(lower[0], np.eye(width, dtype=np.float32), lower=True)[None]
+    one = np.eye(width, dtype=np.float32)
+    inverse = scipy.linalg.solve_triangular(lower[0], one, lower=True)[None]
   else:
     inverse = np.linalg.inv(lower)
   return np.ascontiguousarray(inverse[:, ::-1, ::-1])
 
 
+def _worth(factor: Factor) -> Float32[np.ndarray, 'groups K']:
+  """U_ii^2 of each input over the geometric mean of all."""
+  logarithm = 2 * np.log(np.diagonal(factor, axis1=1, axis2=2))
+  relative = np.exp(logarithm - logarithm.mean())
+  return np.clip(relative, 1 / _MOST_WORTH, _MOST_WORTH).astype(np.float32)
+
+
 @numba.njit(cache=True, nogil=True)
-def _push(weights, codes, factor, errors, begin, end, first, step, most):
+def _push(rows, codes, factor, errors, begin, end, first, step, most):  # type: ignore[no-untyped-def]
+  """Errors of the codes of some inputs, made good by those after them and before `end`."""
   groups = factor.shape[0]
-  channels = weights.shape[1] // groups
-  for row in range(codes.shape[0]):
-    i = begin + row
-    for g in range(groups):
-      own = np.float32(1) / factor[g, i, i]
-      for o in range(g * channels, (g + 1) * channels):
-        c = int(codes[row, o])
-        value = np.float32(0)
-        if c:
-          value = np.float32(first + step * (abs(c) - 1))
-          if c < 0:
-            value = -value
-        errors[i, o] = min(max(weights[i, o] - value, -most), most) * own
+  channels = rows.shape[1] // groups
+  for i in range(begin, begin + codes.shape[0]):
+    for group in range(groups):
+      scale = np.float32(1) / factor[group, i, i]
+      for o in range(group * channels, (group + 1) * channels):
+        code = int(codes[i - begin, o])
+        value = np.float32(first + step * (abs(code) - 1)) if code else np.float32(0)
+        error = rows[i, o] - (value if code > 0 else -value)
+        errors[i, o] = np.float32(min(max(error, -most), most)) * scale
       for j in range(i + 1, end):
-        by = factor[g, i, j]
-        for o in range(g * channels, (g + 1) * channels):
-          weights[j, o] -= by * errors[i, o]
+        by = factor[group, i, j]
+        for o in range(group * channels, (group + 1) * channels):
+          rows[j, o] -= by * errors[i, o]
 
 
-def _refit_moments(grid, codes, weights, matrix):
-  """first and step of least tr (W - Q)^T H (W - Q)."""
-  if matrix is None:
-    return _refitted(grid, codes, np.abs(weights))
-  groups = len(matrix)
-  sign = np.sign(codes).astype(np.float32)
-  place = sign * (np.abs(codes).astype(np.float32) - 1)
-  split = lambda x: x.reshape(len(x), groups, -1).transpose(1, 0, 2)
-  s, t, w = split(sign), split(place), split(weights)
-  hs, ht = np.matmul(matrix, s), np.matmul(matrix, t)
-  dot = lambda a, b: float(np.sum(a * b, dtype=np.float64))
-  a = np.array([[dot(s, hs), dot(s, ht)], [dot(s, ht), dot(t, ht)]])
-  b = np.array([dot(w, hs), dot(w, ht)])
-  if np.linalg.det(a) <= 1e-9 * a[0, 0] * a[1, 1]:
-    return grid
-  first, step = np.linalg.solve(a, b)
-  return grid._replace(first=first, step=step) if step > 0 and first > 0 else grid
-
-
-def encode_with_trellis(params, state, moments=None, *, damping=DAMPING, exponent=None, refits=True):
-  leaves = trees.named_leaves(params)
+def _entropy(params: PyTree, state: CompressionState) -> float:
+  """Of all codes, those along the trellis given their subsets, in bits a weight."""
+  codes = trees.named_leaves(compression.encode(params, state))
   records = trees.records(params, state.tree, LeafState)
-  matrices = [None] * len(records) if moments is None else jax.tree.structure(params).flatten_up_to(moments)
-  values, masks = [], []
-  def one(item):
-    (name, leaf), record, matrix = item
-    if record is None:
-      return leaf, None
-    return coded_leaf(leaf, record, matrix, damping, exponent, refits)
-  with ThreadPoolExecutor(2) as pool:
-    found = list(pool.map(one, zip(leaves.items(), records, matrices, strict=True)))
-  values, masks = zip(*found)
-  structure = jax.tree.structure(params)
-  return jax.tree.unflatten(structure, values), CompressionState(jax.tree.unflatten(structure, masks))
-
-
-def coded_leaf(leaf, record, matrix, damping, exponent=None, refits=True):
-  found = codes_of_leaf(np.asarray(leaf, np.float32), record, matrix, damping, exponent, refits)
-  if found is None:
-    if matrix is None:
-      codes = compression.encode(leaf, CompressionState(record))
-    else:
-      codes = feedback.codes_of_leaf(jnp.asarray(leaf), jnp.asarray(matrix), record, damping)
-    new = dataclasses.replace(record, mask=codes != 0)
-  else:
-    codes, grid = found
-    levels = jnp.int32(max(int(np.abs(codes).max(initial=0)), 1))
-    step, first = compression._exact_grid(jnp.float32(grid.step), jnp.float32(grid.first), levels)
-    threshold = jnp.maximum(first - step / 2, 0)
-    codes = jnp.asarray(codes)
-    new = dataclasses.replace(record, mask=codes != 0, codebook=compression.affine_codebook(first, step, levels), threshold=threshold, step=step, levels=levels)
-  return compression.decode(codes, CompressionState(new)), new
+  chosen = [
+    np.asarray(code)
+    for code, record in zip(codes.values(), records, strict=True)
+    if record is not None
+  ]
+  return sum(entropy_coding.entropy(c) * c.size for c in chosen) / sum(c.size for c in chosen)

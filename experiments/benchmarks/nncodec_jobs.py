@@ -25,12 +25,6 @@ BITS = {
   'mobilenet_v1': (4.0, 3.0, 2.5, 2.0, 1.5),
   'mobilenet_v2': (4.0, 3.0, 2.5, 2.0, 1.5),
 }
-LAYERS_BITS = {  # fewer: minutes each
-  'resnet20': (3.5, 2.5, 2.0, 1.5, 1.1, 0.9, 0.75),
-  'resnet32': (3.5, 2.5, 2.0, 1.5, 1.1, 0.9, 0.75),
-  'mobilenet_v1': (3.0, 2.0, 1.5),
-  'mobilenet_v2': (3.0, 2.0, 1.5),
-}
 FEW_BITS = 2.5, 1.5  # for what is only another look at the same files
 DEFAULT_QPS = {
   'resnet20': (-26, -22, -18, -15, -13),
@@ -48,8 +42,9 @@ LAMBDA = 1.0  # of rate-distortion optimised quantization, in NNCodec's unit; it
 ERROR_BITS = 0.75, 1.0, 2.0, 3.0
 ERROR_QPS = -12, -13, -14, -15, -16, -17, -18, -20, -22, -24, -26
 RECIPES = (50, 8), (50, 4), (0, 4)  # percent pruned, bits of a weight
-OURS, FEEDBACK, LAYERS = 'opq_jax', 'opq_jax, feedback', 'opq_jax, layer by layer'
-IMAGES = ', images'
+OURS, TRELLIS = 'opq_jax', 'opq_jax, trellis'
+FEEDBACK, LAYERS = f'{TRELLIS}, feedback', f'{TRELLIS}, layer by layer'
+IMAGES, HALVES = ', images', ', bfloat16'
 SHIPPED, TUNED = 'NNCodec', 'NNCodec, tuned'
 INFERENCE = ', for inference only'
 RECIPE, QWIX = 'magnitude, rounding, LZMA', 'qwix, LZMA'
@@ -246,52 +241,67 @@ def jobs_of_ours(
     return matrices, before.plus(seconds)
 
   @functools.lru_cache(maxsize=1)
-  def feedback(bits: float, kind: str) -> Any:
-    matrices, before = measured(kind)
+  def trellis(bits: float) -> Any:
     (_, tree, state), seconds = timed(
-      lambda: opq_jax.allocate_with_feedback(variables, matrices, compression_rate=32 / bits)
+      lambda: opq_jax.allocate_with_trellis(variables, compression_rate=32 / bits)
     )
-    return tree, state, before.plus(seconds)
+    return tree, state, seconds
+
+  @functools.lru_cache(maxsize=1)
+  def allocated(bits: float, kind: str) -> Any:
+    matrices, before = measured(kind)
+    found, seconds = timed(
+      lambda: opq_jax.allocate_with_trellis(variables, matrices, compression_rate=32 / bits)
+    )
+    return found, before.plus(seconds)
+
+  def feedback(bits: float, kind: str) -> Any:
+    (_, tree, state), seconds = allocated(bits, kind)
+    return tree, state, seconds
 
   @functools.lru_cache(maxsize=1)
   def layer_by_layer(bits: float, kind: str) -> Any:
-    _, state, before = feedback(bits, kind)
+    (allocation, *_), before = allocated(bits, kind)
     images = np.concatenate(images_of(kind)[0])
-    (tree, state), seconds = timed(
-      lambda: opq_jax.encode_layer_by_layer(network.model.apply, variables, state, images)
-    )
+
+    def run() -> Any:
+      plain = opq_jax.init_state(variables, allocation)
+      return opq_jax.encode_layer_by_layer(
+        network.model.apply, variables, plain, images, trellis=True
+      )
+
+    (tree, state), seconds = timed(run)
     return tree, state, before.plus(seconds)
 
   def corrected(
-    encoder: Callable[..., Any], bits: float, kind: str = 'noise', inference: bool = False
+    encoder: Callable[..., Any], bits: float, kind: str = 'noise', leaves: str = ''
   ) -> Coded:
     tree, state, seconds = encoder(bits) if kind == 'noise' else encoder(bits, kind)
     images = None if kind == 'noise' else images_of(kind)[0]
 
     def run() -> Any:
       found = networks.correct_batch_norm(network, tree, images=images)
-      return networks.for_inference(network, found) if inference else found
+      if leaves == INFERENCE:
+        return networks.for_inference(network, found)
+      return opq_jax.round_uncompressed(found) if leaves == HALVES else found
 
     result, more = timed(run)
     return coded(result, state, seconds.plus(more))
 
   for bits in BITS[network.name]:
     name = f'bits={bits:g}'
-    if bits in FEW_BITS:
-      yield Job(OURS, name, 'none', lambda bits=bits: coded(*plain(bits)))  # type: ignore[misc]
-    yield Job(OURS, name, 'noise', functools.partial(corrected, plain, bits))
+    for method, encoder in ((OURS, plain), (TRELLIS, trellis)):
+      if bits in FEW_BITS:
+        yield Job(method, name, 'none', lambda e=encoder, b=bits: coded(*e(b)))  # type: ignore[misc]
+      yield Job(method, name, 'noise', functools.partial(corrected, encoder, bits))
   for kind, suffix in (('synthetic', ''), ('images', IMAGES)):
-    for method, encoder, several in (
-      (FEEDBACK, feedback, BITS),
-      (LAYERS, layer_by_layer, LAYERS_BITS),
-    ):
-      for bits in several[network.name]:
-        name = f'bits={bits:g}'
-        run = functools.partial(corrected, encoder, bits, kind)
-        yield Job(method + suffix, name, kind, run)
-        if (method, kind) != (FEEDBACK, 'images'):
-          run = functools.partial(run, inference=True)
-          yield Job(method + suffix + INFERENCE, name, kind, run)
+    for bits in BITS[network.name]:
+      name = f'bits={bits:g}'
+      run = functools.partial(corrected, feedback, bits, kind)
+      yield Job(FEEDBACK + suffix, name, kind, run)
+      for leaves in ('', HALVES, INFERENCE):
+        run = functools.partial(corrected, layer_by_layer, bits, kind, leaves)
+        yield Job(LAYERS + suffix + leaves, name, kind, run)
 
 
 def rounded(kernel: np.ndarray, percent: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
@@ -369,10 +379,13 @@ def jobs_of_errors(
   """The kernels alone, each side made for the least squared error of all of them together."""
   kernels = kernels_of(network.variables)
 
-  def ours(bits: float) -> Coded:
-    options = {'compression_rate': 32 / bits, 'objective': 'squared_error'}
+  def ours(bits: float, trellis: bool) -> Coded:
+    options: dict[str, Any] = {'compression_rate': 32 / bits, 'objective': 'squared_error'}
 
     def run() -> bytes:
+      if trellis:
+        _, *coded = opq_jax.allocate_with_trellis(kernels, **options)
+        return artifact.serialize(*coded)
       state = opq_jax.init_state(kernels, opq_jax.allocate(kernels, **options))
       return artifact.serialize(kernels, state)
 
@@ -386,7 +399,9 @@ def jobs_of_errors(
     return Coded(decoded, answer['bytes'], 0, *seconds)
 
   for bits in ERROR_BITS:
-    yield Job(OURS + KERNELS, f'bits={bits:g}', 'none', functools.partial(ours, bits))
+    for method in (OURS, TRELLIS):
+      run = functools.partial(ours, bits, method == TRELLIS)
+      yield Job(method + KERNELS, f'bits={bits:g}', 'none', run)
   for qp in ERROR_QPS:
     name = f'qp={qp} lambda_scale={LAMBDA:g}'
     yield Job(TUNED + KERNELS, name, 'none', functools.partial(theirs, qp))

@@ -12,6 +12,7 @@ import opq_jax
 from experiments.benchmarks import harness
 from experiments.benchmarks.nncodec_jobs import (
   FEEDBACK,
+  HALVES,
   IMAGES,
   INFERENCE,
   KERNELS,
@@ -19,6 +20,7 @@ from experiments.benchmarks.nncodec_jobs import (
   OURS,
   RECIPE,
   SHIPPED,
+  TRELLIS,
   TUNED,
 )
 from opq_jax import plots
@@ -30,14 +32,16 @@ _RIVALS = SHIPPED, TUNED
 # what is compared, by its correction, with which of NNCodec's files, and by which of theirs
 _WITHOUT_DATA = (
   (OURS, 'noise', _RIVALS, 'noise'),
+  (TRELLIS, 'noise', _RIVALS, 'noise'),
   (FEEDBACK, 'synthetic', _RIVALS, 'synthetic'),
-  (FEEDBACK + INFERENCE, 'synthetic', (SHIPPED + INFERENCE,), 'synthetic'),
   (LAYERS, 'synthetic', _RIVALS, 'synthetic'),
+  (LAYERS + HALVES, 'synthetic', (SHIPPED,), 'synthetic'),
   (LAYERS + INFERENCE, 'synthetic', (SHIPPED + INFERENCE,), 'synthetic'),
 )
 _FROM_IMAGES = (
   (FEEDBACK + IMAGES, 'images', _RIVALS, 'synthetic'),
   (LAYERS + IMAGES, 'images', _RIVALS, 'synthetic'),
+  (LAYERS + IMAGES + HALVES, 'images', (SHIPPED,), 'synthetic'),
   (LAYERS + IMAGES + INFERENCE, 'images', (SHIPPED + INFERENCE,), 'synthetic'),
 )
 
@@ -185,14 +189,15 @@ def errors(name: str, rows: Sequence[Mapping[str, str]]) -> list[dict[str, objec
   ]
   lines: list[dict[str, object]] = []
   for row in rows:
-    if row['method'] != OURS + KERNELS:
+    if row['method'] not in (OURS + KERNELS, TRELLIS + KERNELS):
       continue
     bits, goal = float(row['bits_per_weight']), 1.0 if bits_asked(row) <= 1 else 1.03
     theirs = bits_at(curve, -np.log(float(row['squared_error'])))
     if theirs:
       ratio = round(bits / theirs, 3)
       question = f'd: equal squared error, {bits_asked(row):g} bits'
-      line = {'network': name, 'question': question, 'ours': OURS, 'NNCodec': 'tuned'}
+      method = row['method'].removesuffix(KERNELS)
+      line = {'network': name, 'question': question, 'ours': method, 'NNCodec': 'tuned'}
       met = 'yes' if ratio <= goal else 'no'
       lines.append({**line, 'ratio': ratio, 'goal': goal, 'met': met})
   return lines
@@ -229,7 +234,10 @@ def seconds(name: str, rows: Sequence[Mapping[str, str]]) -> list[dict[str, obje
     return [float(row[column]) for row in plain]
 
   lines: list[dict[str, object]] = []
-  for what, method in (('encode', OURS), ('encode', FEEDBACK), ('decode', OURS)):
+  for what, method in (
+    *(('encode', method) for method in (OURS, TRELLIS, FEEDBACK)),
+    *(('decode', method) for method in (OURS, TRELLIS)),
+  ):
     columns = f'{what}_seconds', f'{what}_processor'
     if not of(method, columns[0]) or not of(SHIPPED, columns[0]):
       continue
@@ -253,6 +261,7 @@ def draw(rows: Sequence[Mapping[str, str]]) -> None:
     curves = []
     for label, method, correction in (
       (OURS, OURS, 'noise'),
+      (TRELLIS, TRELLIS, 'noise'),
       (FEEDBACK, FEEDBACK, 'synthetic'),
       (LAYERS, LAYERS, 'synthetic'),
       (LAYERS + IMAGES, LAYERS + IMAGES, 'images'),
