@@ -23,8 +23,8 @@ _SAMPLE = 1 << 16  # weights that a grid is fitted to, in runs of
 _RUN = 256
 _FITS = 4
 _AT_ONCE = 1 << 16  # weights, where no error is pushed on
-_BETWEEN = 64  # weights, at least, between which errors are pushed on
-_AHEAD = 128  # weights, at least, that have a say in the ways before them
+_BETWEEN = 128  # weights, at least, between which errors are pushed on
+_AHEAD = 256  # weights, at least, that have a say in the ways before them
 _BLOCK = 64  # inputs whose feedback is pushed on within a block that stays in the cache
 _MOST_WORTH = 8.0  # of an input over the mean, and under
 # of Laplace weights, by the share that a plain grid prunes: step and first value of the best grid
