@@ -7,11 +7,10 @@ which model the next one has, and what took a call of Python's has to take nanos
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 from jaxtyping import Int8, Int64, UInt8, UInt32
 
-from opq_jax import ans
+from opq_jax import ans, native
 from opq_jax.trellis import NEXT, SUBSET_OF
 
 _WORD = np.uint64(32)
@@ -87,7 +86,7 @@ def decode(
   return left[:count], state
 
 
-@numba.njit(cache=True, nogil=True)
+@native.compiled
 def _push(words, size, symbols, models, place, cumulative, precisions):  # type: ignore[no-untyped-def]
   head, size = _taken(words, size)
   for i in range(symbols.size - 1, -1, -1):
@@ -104,7 +103,7 @@ def _push(words, size, symbols, models, place, cumulative, precisions):  # type:
   return _put(words, size, head)
 
 
-@numba.njit(cache=True, nogil=True)
+@native.compiled
 def _pull(  # type: ignore[no-untyped-def]
   words, size, ranges, state, symbols, cumulative, precisions, indices, subsets
 ):
@@ -130,7 +129,7 @@ def _pull(  # type: ignore[no-untyped-def]
   return _put(words, size, head), state
 
 
-@numba.njit(cache=True, nogil=True)
+@native.compiled
 def _taken(words, size):  # type: ignore[no-untyped-def]
   """The last two words as the head of the coder, and how many are left."""
   head = np.uint64(0)
@@ -140,7 +139,7 @@ def _taken(words, size):  # type: ignore[no-untyped-def]
   return head, size
 
 
-@numba.njit(cache=True, nogil=True)
+@native.compiled
 def _put(words, size, head):  # type: ignore[no-untyped-def]
   """The inverse of `_taken`: how many words there are with those of the head."""
   while head:

@@ -24,9 +24,10 @@ of 300 drawn at random, one of the best for Laplace weights at one, two and thre
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 from jaxtyping import Bool, Float32, Int8, UInt8
+
+from opq_jax import native
 
 STATES = 32
 MOST_INDEX = 64  # of a code of an int8
@@ -71,7 +72,7 @@ class Grid(NamedTuple):
     return self.first + self.step * (code - 1)
 
 
-@numba.njit(cache=True, nogil=True)
+@native.compiled
 def split(
   codes: Int8[np.ndarray, ' n'], indices: Int8[np.ndarray, ' n'], subsets: UInt8[np.ndarray, ' n']
 ) -> bool:
@@ -127,7 +128,7 @@ def join(
   return codes.astype(np.int8)
 
 
-@numba.njit(cache=True, nogil=True)
+@native.compiled
 def search(
   weights: Float32[np.ndarray, ' n'],
   slopes: Float32[np.ndarray, ' n'],

@@ -7,12 +7,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numba
 import numpy as np
 import scipy.linalg
 from jaxtyping import Array, Float32, Int8
 
-from opq_jax import ans, compression, context_coding, entropy_coding, feedback, trees, trellis
+from opq_jax import (
+  ans,
+  compression,
+  context_coding,
+  entropy_coding,
+  feedback,
+  native,
+  trees,
+  trellis,
+)
 from opq_jax.allocation import MAX_LEVELS, Allocation
 from opq_jax.compression import CompressionState, LeafState
 from opq_jax.feedback import DAMPING
@@ -375,7 +383,7 @@ def _worth(factor: Factor) -> Float32[np.ndarray, 'groups K']:
   return np.clip(relative, 1 / _MOST_WORTH, _MOST_WORTH).astype(np.float32)
 
 
-@numba.njit(cache=True, nogil=True)
+@native.compiled
 def _push(rows, codes, factor, errors, begin, end, first, step, most):  # type: ignore[no-untyped-def]
   """Errors of the codes of some inputs, made good by those after them and before `end`."""
   groups = factor.shape[0]

@@ -233,8 +233,13 @@ def test_float64_weights_are_compressed_as_float32(net):
         '--bits',
         '3',
       ],
-      '--feedback: found it together with --bits',
+      '--feedback: found it together with --sparsity or --bits',
     ),
+    (
+      ['compress', 'net.safetensors', 'out.opq', '--trellis', '--sparsity', '.5', '--bits', '3'],
+      '--trellis: found it together with --sparsity or --bits',
+    ),
+    (['compress', 'net.safetensors', 'out.opq', '--trellis', '--fast'], 'together with --fast'),
     (['compress', 'net.safetensors', 'out.opq', '--model', 'vgg'], "name: found 'vgg'"),
     (['compress', 'net.safetensors', 'out.opq', '--model', 'resnet20'], 'found tensors fc1.bias'),
     (

@@ -34,6 +34,7 @@ MUTATIONS = {
   'opq, resealed': 400,
   'codes': 2000,
   'codes, contexts': 2000,
+  'codes, trellis': 2000,
   'safetensors': 300,
   'npz': 200,
   'msgpack': 300,
@@ -60,7 +61,7 @@ def test_the_native_coder_survives_hostile_words():
   code = (
     'import sys; sys.path[:0] = sys.argv[1:]\n'
     'import test_hostile_files as t\n'
-    'for kind in ("codes", "codes, contexts"):\n'
+    'for kind in ("codes", "codes, contexts", "codes, trellis"):\n'
     '  found = t.outcomes(kind, t.MUTATIONS[kind])\n'
     '  assert found["wrong"] == found["other"] == 0 and found["refused"] > 1900, found'
   )

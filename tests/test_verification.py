@@ -213,6 +213,31 @@ def test_the_command_says_it_to_programs(net, capsys):
   assert found['compressed'][0]['error'] is None
 
 
+def test_codes_along_a_trellis_are_chosen_again(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  draw = np.random.default_rng(0).laplace
+  wide = {'fc1.weight': draw(size=(96, 64)), 'fc1.bias': draw(size=96)}
+  tree = {name: leaf.astype(np.float32) for name, leaf in wide.items()}
+  tree |= {'fc2.weight': draw(size=(64, 96)), 'same.weight': draw(size=(20, 20))}
+  safetensors.numpy.save_file(tree, 'net.safetensors')
+  options = '--rate', 12.3456789, '--exclude', 'same*', '--objective', 'squared_error'
+  assert run('compress', 'net.safetensors', 'plain.opq', *options) == 0
+  assert run('compress', 'net.safetensors', 'net.opq', *options, '--trellis') == 0
+  capsys.readouterr()
+  errors = {}
+  for name in ('plain', 'net'):
+    assert run('verify', f'{name}.opq', '--against', 'net.safetensors', '--json') == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found['metadata'].get('codes', 'plain') == {'net': 'along a trellis'}.get(name, 'plain')
+    errors[name] = [leaf['error'] for leaf in found['compressed']]
+  assert all(a < 0.97 * b for a, b in zip(errors['net'], errors['plain'], strict=True))
+
+  tree['fc1.weight'] = tree['fc1.weight'] * np.float32(1.02)
+  safetensors.numpy.save_file(tree, 'other.safetensors')
+  assert run('verify', 'net.opq', '--against', 'other.safetensors') == 1
+  assert 'fc1.weight: found' in capsys.readouterr().err
+
+
 def test_the_command_lists_no_more_than_a_page(net, capsys):
   safetensors.numpy.save_file({f'x{i}': np.zeros(1) for i in range(40)}, 'other.safetensors')
   assert run('verify', 'net.opq', '--against', 'other.safetensors') == 1
@@ -227,6 +252,8 @@ def test_the_command_lists_no_more_than_a_page(net, capsys):
     ['--no-correction'],
     ['--inference-only', '--no-correction'],
     ['--inference-only', '--feedback'],
+    ['--trellis'],
+    ['--trellis', '--feedback'],
   ],
 )
 def test_the_command_corrects_batch_norm_again(tmp_path, monkeypatch, capsys, options):

@@ -10,7 +10,7 @@ seconds, is counted and not survived.  The kinds:
     opq, resealed  mutations under checksums made right again, so that they reach the parsers and
                    the coder; in the index, of its text
     codes          mutations of payloads, random tables and random words for the ANS decoder; with
-                   and without contexts
+                   and without contexts, and along a trellis
     others         mutations of the same tree in a format that `opq_jax.read_weights` reads
 
 An outcome is one of
@@ -52,7 +52,7 @@ from opq_jax.compression import CompressionState, LeafState, affine_codebook
 LIMIT = 10.0  # seconds of one read
 _START = 300.0  # seconds of a process up to its first
 KINDS = (
-  *('opq', 'opq, bytes', 'opq, resealed', 'codes', 'codes, contexts'),
+  *('opq', 'opq, bytes', 'opq, resealed', 'codes', 'codes, contexts', 'codes, trellis'),
   *('safetensors', 'npz', 'msgpack', 'h5', 'keras'),
 )
 OUTCOMES = 'refused', 'original', 'other', 'wrong'
@@ -215,6 +215,7 @@ _MUTATE = {
   'opq, resealed': resealed,
   'codes': _noise_or_mutation,
   'codes, contexts': _noise_or_mutation,
+  'codes, trellis': _noise_or_mutation,
 }
 
 
@@ -253,12 +254,16 @@ def _kind(
 ) -> tuple[bytes, Callable[[bytes], Any], Callable[[bytes, Any], str]]:
   """The original bytes of a kind, how they are read, and what an accepted other tree is."""
   if kind.startswith('codes'):
-    weights = np.random.default_rng(0).laplace(size=(3, 3, 8, 16))
+    weights = np.random.default_rng(0).laplace(size=(3, 3, 8, 16)).astype(np.float32)
     if 'contexts' in kind:  # worth having where neighbours are alike
       weights = np.cumsum(np.cumsum(weights, 0), 1) / 4
     codes = np.rint(2 * weights).astype(np.int8)
+    if 'trellis' in kind:
+      state = opq_jax.init_state(weights, opq_jax.allocate(weights, compression_rate=12.0))
+      codes = np.asarray(opq_jax.encode(*opq_jax.encode_with_trellis(weights, state)))
     read = lambda data: entropy_coding.decode_codes(data, codes.shape)
-    return entropy_coding.encode_codes(codes, contexts='contexts' in kind), read, lambda *_: 'wrong'
+    payload = entropy_coding.encode_codes(codes, contexts=kind != 'codes')
+    return payload, read, lambda *_: 'wrong'
   if kind.startswith('opq'):
     check = _saved_again if kind == 'opq, resealed' else lambda *_: 'wrong'
     return opq_file(), opq_jax.load, check
