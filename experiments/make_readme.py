@@ -229,6 +229,7 @@ TABLES = {
   'inference_profile': lambda: benchmark('inference_profile'),
   'joint_target': lambda: benchmark('joint_target'),
   'error_feedback': lambda: benchmark('error_feedback'),
+  'trellis': lambda: benchmark('trellis'),
   'objectives': lambda: benchmark('objectives'),
   'thresholds': lambda: benchmark('thresholds'),
   'sentence_encoder': lambda: benchmark('sentence_encoder'),

@@ -123,7 +123,8 @@ class SizeReport:
     packed    sum_i of m_i codes of 1 + ceil(log2 levels_i) bits and a mask of n_i bits, in whole
               bytes, and levels_i float32 values; compressed leaves only.
     entropy   sum_i n_i H_i / 8, with H_i the empirical zeroth-order entropy of the codes of leaf
-              i, pruned weights (code 0) included; no tables; compressed leaves only.
+              i, given their subsets where they follow a trellis; pruned weights (code 0)
+              included; no tables; compressed leaves only.
     file      the exact length of the `.opq` file: payloads, tables, headers, metadata, and the
               uncompressed leaves (biases, BatchNorm).
 

@@ -35,8 +35,8 @@ _BETWEEN = 128  # weights, at least, between which errors are pushed on
 _AHEAD = 256  # weights, at least, that have a say in the ways before them
 _BLOCK = 64  # inputs whose feedback is pushed on within a block that stays in the cache
 _MOST_WORTH = 8.0  # of an input over the mean, and under
-# of Laplace weights, by the share that a plain grid prunes: step and first value of the best grid
-# of the trellis over those of the plain one, at the same slope (experiments/benchmarks/trellis.py)
+# where a fit begins: step and first value of the grid over those of the plain one, by the share that
+# this prunes; about those of the best grids for Laplace weights
 _PRUNED = 0.0, 0.30, 0.54, 0.75, 0.89, 1.0
 _STEP = 0.59, 0.587, 0.568, 0.53, 0.54, 0.54
 _FIRST = 0.65, 0.69, 0.745, 0.813, 0.876, 0.9
@@ -300,7 +300,7 @@ class _Walk:
     slopes = np.full(self._rows.shape, self._by.slope, np.float32)
     if factor is not None:
       slopes *= np.repeat(_worth(factor).T, outputs // len(factor), 1)
-    errors = np.zeros_like(self._rows)
+    errors = np.zeros(self._rows.shape if factor is not None else 0, np.float32)
     at_once = -(-(_AT_ONCE if factor is None else _BETWEEN) // outputs)
     ahead = -(-_AHEAD // outputs)
     state = 0

@@ -81,7 +81,7 @@ class Convolutions(nn.Module):
 
 def test_a_network_errs_less_on_inputs_that_it_has_not_seen():
   model = Convolutions()
-  images, others = jnp.split(opq_jax.natural_noise(jax.random.key(1), (512, 8, 8, 3)), 2)
+  images, others = jnp.split(opq_jax.natural_noise(jax.random.key(1), (1024, 8, 8, 3)), 2)
   variables, coded, state = compressed(model, images, rate=20.0)
   found, found_state = encode_layer_by_layer(model.apply, variables, state, images)
   # values and state belong together, and to the grids that were given
@@ -91,7 +91,7 @@ def test_a_network_errs_less_on_inputs_that_it_has_not_seen():
 
   run = jax.jit(lambda tree: model.apply(tree, others, train=True, mutable=['batch_stats'])[0])
   error = lambda tree: float(np.square(run(tree) - run(variables)).mean())
-  assert error(found) < 0.95 * error(coded)
+  assert error(found) < 0.9 * error(coded)
 
 
 def test_what_is_not_compressed_stays(inputs):

@@ -198,11 +198,14 @@ def compare(folder: pathlib.Path, python: str) -> Iterator[dict[str, object]]:
       setting = f'{bits:g} bits'
       state = opq_jax.init_state(variables, opq_jax.allocate(variables, compression_rate=32 / bits))
       yield row('opq_jax', setting, *decoded(variables, state))
-      for kind, matrices in moments.items():
-        _, tree, state = opq_jax.allocate_with_feedback(
+      for label, matrices in (
+        ('trellis', None),
+        *((f'trellis, feedback from {kind}', matrices) for kind, matrices in moments.items()),
+      ):
+        _, tree, state = opq_jax.allocate_with_trellis(
           variables, matrices, compression_rate=32 / bits
         )
-        yield row(f'opq_jax, feedback from {kind}', setting, *decoded(tree, state))
+        yield row(f'opq_jax, {label}', setting, *decoded(tree, state))
     nncodec = NNCodec(python, pathlib.Path(place))
     for method, qps, more in (
       ('NNCodec', QPS, {}),
