@@ -79,8 +79,8 @@ def split(
   """Writes index and subset of every code; False, and stops, where a code is of the other subset.
 
   >>> indices, subsets = np.zeros(4, np.int8), np.zeros(4, np.uint8)
-  >>> split(np.array([2, -1, 0, 3], np.int8), indices, subsets), indices.tolist(), subsets.tolist()
-  (True, [1, -1, 0, 2], [0, 1, 1, 1])
+  >>> split(np.array([2, -1, 0, -4], np.int8), indices, subsets), indices.tolist(), subsets.tolist()
+  (True, [1, -1, 0, -2], [0, 1, 0, 0])
   >>> split(np.array([1, 0, 0, 0], np.int8), indices, subsets)
   False
   """
@@ -101,8 +101,8 @@ def indices_and_subsets(
 ) -> tuple[Int8[np.ndarray, '...'], UInt8[np.ndarray, '...']] | None:
   """Of codes in C order; None where they do not follow the trellis.
 
-  >>> indices_and_subsets(np.array([[2, -1], [0, 3]], np.int8))[0].tolist()
-  [[1, -1], [0, 2]]
+  >>> indices_and_subsets(np.array([[2, -1], [0, -4]], np.int8))[0].tolist()
+  [[1, -1], [0, -2]]
   """
   flat = np.ascontiguousarray(codes).reshape(-1)
   indices, subsets = np.empty((2, flat.size), np.int8)

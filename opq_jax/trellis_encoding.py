@@ -97,10 +97,10 @@ def encode_with_trellis(
   >>> state = opq_jax.init_state(kernel, opq_jax.allocate(kernel, compression_rate=16.0))
   >>> coded, coded_state = encode_with_trellis(kernel, state)
   >>> error = lambda values: float(jnp.square(values - kernel).sum())
-  >>> error(coded) < error(opq_jax.apply_compression(kernel, state))
+  >>> error(coded) < 0.95 * error(opq_jax.apply_compression(kernel, state))
   True
   >>> size = lambda *network: len(opq_jax.artifact.serialize(*network))
-  >>> size(coded, coded_state) < 0.96 * size(kernel, state)
+  >>> size(coded, coded_state) < 0.98 * size(kernel, state)
   True
   """
   leaves = trees.named_leaves(params)
