@@ -2,8 +2,9 @@ r"""Codes chosen along a trellis: fewer bits at the same error, from the same ki
 
 import dataclasses
 import functools
+import math
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,6 @@ import scipy.linalg
 from jaxtyping import Array, Float32, Int8
 
 from opq_jax import (
-  ans,
   compression,
   context_coding,
   entropy_coding,
@@ -21,29 +21,17 @@ from opq_jax import (
   trees,
   trellis,
 )
-from opq_jax.allocation import MAX_LEVELS, Allocation
+from opq_jax.allocation import Allocation
 from opq_jax.compression import CompressionState, LeafState
 from opq_jax.feedback import DAMPING
 from opq_jax.trees import PyTree
-from opq_jax.trellis import MOST_INDEX
+from opq_jax.trellis_grids import Fit, fit
 
-_SAMPLE = 1 << 16  # weights that a grid is fitted to, in runs of
-_RUN = 256
-_FITS = 4
 _AT_ONCE = 1 << 16  # weights, where no error is pushed on
 _BETWEEN = 128  # weights, at least, between which errors are pushed on
 _AHEAD = 256  # weights, at least, that have a say in the ways before them
 _BLOCK = 64  # inputs whose feedback is pushed on within a block that stays in the cache
 _MOST_WORTH = 8.0  # of an input over the mean, and under
-# where a fit begins: step and first value of the grid over those of the plain one, by the share that
-# this prunes; about those of the best grids for Laplace weights
-_PRUNED = 0.0, 0.30, 0.54, 0.75, 0.89, 1.0
-_STEP = 0.59, 0.587, 0.568, 0.53, 0.54, 0.54
-_FIRST = 0.65, 0.69, 0.745, 0.813, 0.876, 0.9
-# of a plain grid for Laplace weights (METHOD.md section 4), by threshold over step: its slope over
-# step^2, ln(2) / 6 where it is fine
-_THRESHOLD = 0.5, 0.542, 0.560, 0.586, 0.636, 0.692, 0.763
-_SLOPE = 0.1155, 0.1148, 0.1139, 0.1122, 0.1075, 0.1, 0.0866
 
 Rows = Float32[np.ndarray, 'inputs outputs']
 Factor = Float32[np.ndarray, 'groups K K']
@@ -169,8 +157,11 @@ def encode_leaf(
   kernel: Array, leaf: LeafState, moments: Array | None, damping: float
 ) -> tuple[Array, LeafState]:
   """Values and grid of one kernel, as `encode_with_trellis` has them."""
-  weights = np.asarray(kernel, np.float32)
-  found = fit(weights, leaf)
+  # in a unit of about a step, exactly: squares of tiny or huge weights are none of float32
+  unit = np.float32(2.0 ** math.frexp(float(leaf.step))[1])
+  weights = np.asarray(kernel, np.float32) / unit
+  grid = [float(x) / float(unit) for x in (leaf.codebook[1], leaf.threshold, leaf.step)]
+  found = fit(weights, *grid) if int(leaf.levels) else None
   orders = context_coding.choices(weights.shape) if found else []
   if moments is not None:
     orders = [order for order in orders if order != 1]  # moments are in the order of the weights
@@ -182,11 +173,11 @@ def encode_leaf(
     return compression.decode(codes, plain), dataclasses.replace(leaf, mask=codes != 0)
 
   factor = None if moments is None else _factor(np.asarray(moments, np.float32), damping)
-  most = max(2 * found.grid.step, float(leaf.threshold))
+  most = max(2 * found.grid.step, grid[1])
   codes = _Walk(weights, found, orders[0]).codes(factor, most)
   levels = jnp.int32(max(int(np.abs(codes).max()), 1))
   step, first = compression.exact_grid(
-    jnp.float32(found.grid.step), jnp.float32(found.grid.first), levels
+    unit * jnp.float32(found.grid.step), unit * jnp.float32(found.grid.first), levels
   )
   record = LeafState(
     mask=jnp.asarray(codes != 0),
@@ -197,81 +188,6 @@ def encode_leaf(
     dtype=leaf.dtype,
   )
   return compression.decode(jnp.asarray(codes), CompressionState(record)), record
-
-
-class Fit(NamedTuple):
-  """What the codes of a leaf are chosen by.
-
-  Attributes:
-    grid: of the trellis.
-    slope: squared error that a bit is worth.
-    bits: of each index + 64, in each subset.
-  """
-
-  grid: trellis.Grid
-  slope: float
-  bits: Float32[np.ndarray, '1 2 129']
-
-
-def fit(weights: Float32[np.ndarray, '...'], leaf: LeafState) -> Fit | None:
-  """The best grid for the trellis at the slope of a plain grid; None where no codes would reach.
-
-  Codes, then what each index costs and the least-squares grid of these codes, in turns.
-  """
-  flat = weights.reshape(-1)
-  first, threshold, step = (float(x) for x in (leaf.codebook[1], leaf.threshold, leaf.step))
-  magnitude = np.abs(flat)
-  survivors = int(np.count_nonzero(magnitude > threshold))
-  if survivors == 0 or int(leaf.levels) == 0:
-    return None
-  slope = step**2 * float(np.interp(threshold / step, _THRESHOLD, _SLOPE))
-  pruned = 1 - survivors / flat.size
-  grid = trellis.Grid(
-    first * float(np.interp(pruned, _PRUNED, _FIRST)),
-    min(step, 1.05 * first) * float(np.interp(pruned, _PRUNED, _STEP)),
-    MAX_LEVELS,
-  )
-  more = np.clip(np.count_nonzero(magnitude > threshold + step) / survivors, 0.01, 0.99)
-  index = np.arange(-MOST_INDEX, MOST_INDEX + 1)
-  share = (1 - pruned) / 2 * (1 - more) * more ** (np.abs(index) - 1.0)
-  share[MOST_INDEX] = max(pruned, 0.01)
-  bits = np.tile(-np.log2(np.maximum(share, 1e-9)), (1, 2, 1)).astype(np.float32)
-  sample = _sampled(flat)
-  slopes, models = np.full(sample.size, slope, np.float32), np.zeros(sample.size, np.uint8)
-  is_turned, codes = np.zeros(sample.size, bool), np.empty(sample.size, np.int8)
-  for _ in range(_FITS):
-    trellis.search(sample, slopes, models, is_turned, bits, *grid, 0, codes)
-    found = trellis.indices_and_subsets(codes)
-    assert found is not None
-    indices, subsets = found
-    counts = np.stack([ans.histogram(indices[subsets == q]) for q in (0, 1)])
-    counts = np.maximum(counts[:, index.astype(np.int8).view(np.uint8)], 0.1)
-    bits[0] = np.log2(counts.sum(1, keepdims=True) / counts)
-    grid = _refitted(grid, codes, sample)
-  return Fit(grid, slope, bits) if magnitude.max() < grid.value(MAX_LEVELS) else None
-
-
-def _sampled(flat: Float32[np.ndarray, ' n']) -> Float32[np.ndarray, ' sample']:
-  """All weights, or runs of them that are spread evenly."""
-  if flat.size <= _SAMPLE:
-    return np.ascontiguousarray(flat)
-  runs = flat[: flat.size // _RUN * _RUN].reshape(-1, _RUN)
-  return np.ascontiguousarray(runs[:: len(runs) * _RUN // _SAMPLE]).reshape(-1)
-
-
-def _refitted(
-  grid: trellis.Grid, codes: Int8[np.ndarray, ' n'], weights: Float32[np.ndarray, ' n']
-) -> trellis.Grid:
-  """The line of least squares through the magnitudes of survivors, over their codes."""
-  is_kept = codes != 0
-  place = np.abs(codes[is_kept].astype(np.float64)) - 1
-  size = np.abs(weights[is_kept].astype(np.float64))
-  if place.size == 0:
-    return grid
-  spread = place.var()
-  step = ((place - place.mean()) * size).mean() / spread if spread > 0 else grid.step
-  first = size.mean() - step * place.mean()
-  return grid._replace(first=first, step=step) if min(step, first) > 0 else grid
 
 
 class _Walk:

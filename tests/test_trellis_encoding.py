@@ -130,6 +130,22 @@ def test_a_leaf_that_the_grid_does_not_reach_keeps_its_own():
   jax.tree.map(np.testing.assert_array_equal, coded_state, state)
 
 
+@pytest.mark.parametrize('exponent', [-60, 50])
+def test_codes_do_not_depend_on_the_unit(exponent):
+  kernel = laplace_kernel((3, 3, 16, 24))
+  unit = np.float32(2.0**exponent)
+  encoded = lambda weights: opq_jax.encode(*opq_jax.encode_with_trellis(*weights))
+  state = plain_state(kernel)
+  record = dataclasses.replace(
+    state.tree,
+    codebook=unit * state.tree.codebook,
+    threshold=unit * state.tree.threshold,
+    step=unit * state.tree.step,
+  )
+  other = dataclasses.replace(state, tree=record)
+  np.testing.assert_array_equal(encoded((kernel, state)), encoded((unit * kernel, other)))
+
+
 def test_what_is_pruned_altogether_stays_so():
   kernel = laplace_kernel((32, 32))
   state = plain_state(kernel)
