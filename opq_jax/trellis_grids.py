@@ -53,12 +53,12 @@ def fit(
   survivors = int(np.count_nonzero(magnitude > threshold))
   if survivors == 0:
     return None
-  step = min(step, 1.05 * first)  # that of a grid of one level says nothing
+  step = min(step, 2 * first)  # that of a grid of one level may say nothing
   slope = step**2 * float(np.interp(threshold / step, _THRESHOLD, _SLOPE))
   pruned = 1 - survivors / flat.size
   grid = trellis.Grid(
     first * float(np.interp(pruned, _PRUNED, _FIRST)),
-    step * float(np.interp(pruned, _PRUNED, _STEP)),
+    min(step, 1.05 * first) * float(np.interp(pruned, _PRUNED, _STEP)),
     MAX_LEVELS,
   )
   more = np.clip(np.count_nonzero(magnitude > threshold + step) / survivors, 0.01, 0.99)
