@@ -7,8 +7,11 @@ os.environ['XLA_FLAGS'] = (
   os.environ.get('XLA_FLAGS', '') + ' --xla_llvm_disable_expensive_passes=true'
 )
 
+from collections.abc import Iterator
+
 import hypothesis
 import jax
+import pytest
 
 jax.config.update('jax_num_cpu_devices', 4)
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
@@ -18,3 +21,10 @@ hypothesis.settings.register_profile(
   'opq', deadline=None, derandomize=True, max_examples=25, database=None
 )
 hypothesis.settings.load_profile('opq')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def programs_of_one_module() -> Iterator[None]:
+  """Every program of XLA takes some maps of memory, and Linux gives a process 65,530 in all."""
+  yield
+  jax.clear_caches()

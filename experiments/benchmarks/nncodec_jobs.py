@@ -29,7 +29,7 @@ LAYERS_BITS = {  # fewer: minutes each
   'resnet20': (3.5, 2.5, 2.0, 1.5, 1.1, 0.9, 0.75),
   'resnet32': (3.5, 2.0, 1.5, 1.1, 0.75),
   'mobilenet_v1': (3.0, 2.0, 1.5),
-  'mobilenet_v2': (3.0, 2.0, 1.5),
+  'mobilenet_v2': (4.0, 3.0, 2.5, 2.0, 1.5),
 }
 FEW_BITS = 2.5, 1.5  # for what is only another look at the same files
 DEFAULT_QPS = {
