@@ -98,7 +98,7 @@ examples:
   opq compress --model resnet20 --feedback --rate 16 resnet20.safetensors resnet20.opq
       codes that err less where it counts, in a file of the same size
   opq compress --model resnet20 --trellis --feedback --rate 16 resnet20.safetensors resnet20.opq
-      the best that there is without training
+      both together
   opq compress --model resnet20 --inference-only resnet20.safetensors resnet20.opq
       a tenth smaller where the network is small
   opq compress --model resnet50 --source timm resnet50_a1.pth resnet50.opq

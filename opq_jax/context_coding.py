@@ -148,21 +148,22 @@ def encode(codes: Int8[np.ndarray, '...']) -> bytes | None:
 
   coder = ans.begin(codes, head)
   range_of = _range_of(plan.starts)
-  known = sequential_ans.tables(plan.models)
-  for block in reversed(plan.blocks):
-    ranges = range_of[_index(plan.scores, block.rows, block.levels)]
-    if block.subsets is not None:
-      models = 2 * ranges + block.subsets
-      words = sequential_ans.encode(
-        ans.words(coder), plan.used[block.symbols].reshape(-1), models.reshape(-1), known
-      )
-      coder = ans.from_words(words)
-      continue
-    order, ends = _grouped(ranges, len(plan.models))
-    in_order = plan.used[block.symbols.reshape(-1)[order]]
-    ranged = zip(plan.models, [0, *ends[:-1]], ends, strict=True)
-    for model, start, stop in reversed(list(ranged)):
-      model.encode(coder, in_order[start:stop])
+  ranges_of = lambda block: range_of[_index(plan.scores, block.rows, block.levels)]
+  if plan.has_trellis:
+    models = [(2 * ranges_of(block) + block.subsets).reshape(-1) for block in plan.blocks]
+    symbols = [plan.used[block.symbols].reshape(-1) for block in plan.blocks]
+    known = sequential_ans.tables(plan.models)
+    words = sequential_ans.encode(
+      ans.words(coder), np.concatenate(symbols), np.concatenate(models), known
+    )
+    coder = ans.from_words(words)
+  else:
+    for block in reversed(plan.blocks):
+      order, ends = _grouped(ranges_of(block), len(plan.models))
+      in_order = plan.used[block.symbols.reshape(-1)[order]]
+      ranged = zip(plan.models, [0, *ends[:-1]], ends, strict=True)
+      for model, start, stop in reversed(list(ranged)):
+        model.encode(coder, in_order[start:stop])
   for score_model, part in reversed(list(zip(score_models, plan.scores, strict=True))):
     if score_model is not None:
       score_model.encode(coder, part)
@@ -246,7 +247,8 @@ def decode(data: bytes | memoryview, shape: tuple[int, ...]) -> Int8[np.ndarray,
     parts.append(part)
   scores = _Scores(*parts)
   range_of, has_window = _range_of(starts), score_models[2] is not None
-  known, words, state = sequential_ans.tables(models), ans.words(coder), 0
+  if has_trellis:
+    known, words, state = sequential_ans.tables(models), ans.words(coder), 0
   for tap, rows in _blocks(kernel.shape):
     levels, is_turned = _neighbourhood(kernel, window, tap, rows, has_window)
     ranges = range_of[_index(scores, rows, levels)]

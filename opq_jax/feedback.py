@@ -98,18 +98,28 @@ def encode_with_feedback(
       values.append(leaf)
       masks.append(None)
       continue
-    if matrix is None:
-      codes = compression.encode(leaf, CompressionState(record))
-    else:
+    if matrix is not None:
       check_moments(name, leaf, matrix)
-      codes = codes_of_leaf(leaf, matrix, record, damping)
-    values.append(compression.decode(codes, CompressionState(record)))
-    masks.append(dataclasses.replace(record, mask=codes != 0))
+    value, mask = encode_leaf(leaf, record, matrix, damping)
+    values.append(value)
+    masks.append(mask)
   structure = jax.tree.structure(params)
   return (
     jax.tree.unflatten(structure, values),
     CompressionState(jax.tree.unflatten(structure, masks)),
   )
+
+
+def encode_leaf(
+  kernel: Array, record: LeafState, moments: Array | None, damping: float
+) -> tuple[Array, LeafState]:
+  """Decoded values of one kernel, and its grid with their mask; plain codes without moments."""
+  if moments is None:
+    codes = compression.encode(kernel, CompressionState(record))
+  else:
+    codes = codes_of_leaf(kernel, moments, record, damping)
+  values = compression.decode(codes, CompressionState(record))
+  return values, dataclasses.replace(record, mask=codes != 0)
 
 
 def matrices_of(params: PyTree, moments: PyTree) -> list[Any]:

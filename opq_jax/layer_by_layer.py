@@ -5,7 +5,6 @@ layer reads.  In the compressed network it reads x' instead of x, and can make g
 the layers before it have done.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,12 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from opq_jax import compression, trees
+from opq_jax import feedback, trees, trellis_encoding
 from opq_jax.compression import CompressionState, LeafState
-from opq_jax.feedback import DAMPING, codes_of_leaf
+from opq_jax.feedback import DAMPING
 from opq_jax.moments import layer_moments
 from opq_jax.trees import PyTree
-from opq_jax.trellis_encoding import encode_leaf
 
 SHARE = 0.5
 
@@ -170,15 +168,9 @@ def _chosen(
   target = kernel
   if moments is not None:
     cross = _layer_moments(alone, compressed, inputs)
-    target = _fitted(kernel, moments, cross, share, damping).astype(kernel.dtype)
-  if trellis:
-    return encode_leaf(target, record, moments, damping)
-  if moments is None:
-    codes = compression.encode(kernel, CompressionState(record))
-  else:
-    codes = codes_of_leaf(target, moments, record, damping)
-  values = compression.decode(codes, CompressionState(record))
-  return values, dataclasses.replace(record, mask=codes != 0)
+    target = _fitted(kernel, moments, cross, share, damping)
+  encoder = trellis_encoding if trellis else feedback
+  return encoder.encode_leaf(target, record, moments, damping)
 
 
 _layer_moments = jax.jit(layer_moments, static_argnums=0)

@@ -72,7 +72,7 @@ def decode(
   """Takes indices of a trellis off words, each of the model 2 range + subset.
 
   Args:
-    words: of the message.
+    words: of the message; their room is used again.
     ranges: of the weights.
     state: of the trellis before the first.
     known: the models.
@@ -81,9 +81,8 @@ def decode(
   Returns:
     The words that are left, and the state after the last.
   """
-  left = words.copy()
-  count, state = _pull(left, len(left), ranges, state, *known, indices, subsets)
-  return left[:count], state
+  count, state = _pull(words, len(words), ranges, state, *known, indices, subsets)
+  return words[:count], state
 
 
 @native.compiled

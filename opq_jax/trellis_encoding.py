@@ -1,6 +1,5 @@
 r"""Codes chosen along a trellis: fewer bits at the same error, from the same kind of file."""
 
-import dataclasses
 import functools
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -166,11 +165,7 @@ def encode_leaf(
   if moments is not None:
     orders = [order for order in orders if order != 1]  # moments are in the order of the weights
   if found is None or not orders:
-    plain = CompressionState(leaf)
-    codes = compression.encode(kernel, plain)
-    if moments is not None:
-      codes = feedback.codes_of_leaf(jnp.asarray(kernel), jnp.asarray(moments), leaf, damping)
-    return compression.decode(codes, plain), dataclasses.replace(leaf, mask=codes != 0)
+    return feedback.encode_leaf(kernel, leaf, moments, damping)
 
   factor = None if moments is None else _factor(np.asarray(moments, np.float32), damping)
   most = max(2 * found.grid.step, grid[1])

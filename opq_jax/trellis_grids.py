@@ -13,7 +13,7 @@ _SAMPLE = 1 << 16  # weights that a grid is fitted to, in runs of
 _RUN = 256
 _FITS = 4
 # where a fit begins: step and first value of the grid over those of the plain one, by the share
-# that this prunes; about those of the best grids for Laplace weights
+# that this prunes
 _PRUNED = 0.0, 0.30, 0.54, 0.75, 0.89, 1.0
 _STEP = 0.59, 0.587, 0.568, 0.53, 0.54, 0.54
 _FIRST = 0.65, 0.69, 0.745, 0.813, 0.876, 0.9

@@ -16,12 +16,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 import opq_jax
 from experiments.benchmarks import harness
+from experiments.benchmarks.against_nncodec import squared_error
 from experiments.benchmarks.nncodec_jobs import kernels_of
 from opq_jax import artifact, entropy_coding, laplace
 
@@ -40,20 +40,6 @@ def plain_bits_of_laplace(distortion: float) -> float:
   return float(jnp.where(errors <= distortion, bits, jnp.inf).min())
 
 
-def squared_error(tree: dict[str, Any], decoded: dict[str, Any]) -> float:
-  """Over the energy."""
-  total = lambda leaves: sum(float(np.sum(np.square(x, dtype=np.float64))) for x in leaves)
-  return total(tree[n] - np.asarray(decoded[n]) for n in tree) / total(tree.values())
-
-
-def processor_seconds(run: Callable[[], object]) -> float:
-  """Of a second call."""
-  run()
-  begin = time.process_time()
-  jax.block_until_ready(run())
-  return time.process_time() - begin
-
-
 def row(
   name: str, tree: dict[str, Any], asked: float, compare: Callable[..., tuple[float, float]]
 ) -> dict[str, object]:
@@ -62,9 +48,15 @@ def row(
   )
   weights = sum(leaf.size for leaf in tree.values())
   plain_state = opq_jax.init_state(tree, allocation)
-  choosing = processor_seconds(lambda: opq_jax.encode_with_trellis(tree, plain_state))
   data = artifact.serialize(coded, state)
-  reading = processor_seconds(lambda: opq_jax.load(data))
+  seconds = harness.in_turn(
+    {
+      'choose': lambda: opq_jax.encode_with_trellis(tree, plain_state),
+      'read': lambda: opq_jax.load(data),
+    },
+    rounds=1,
+    clock=time.process_time,
+  )
   error = squared_error(tree, coded)
   bits, plain = compare(tree, coded, state, data, error)
   return {
@@ -74,8 +66,7 @@ def row(
     'squared error, of the energy': round(error, 5),
     'plain codes, bits': round(plain, 3),
     'fewer bits, %': round(100 * (1 - bits / plain), 1),
-    'choose, M/s': round(weights / choosing / 1e6, 1),
-    'read, M/s': round(weights / reading / 1e6, 1),
+    **{f'{what}, M/s': round(weights / found / 1e6, 1) for what, found in seconds.items()},
   }
 
 
