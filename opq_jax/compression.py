@@ -202,6 +202,7 @@ def _init_leaf(name: str, weights: Array, leaf: LeafAllocation) -> LeafState:
   )
 
 
+@jax.jit
 def survives(weights: Array, threshold: Float32[Array, '']) -> Bool[Array, '...']:
   """Whether |w| > threshold, as float32."""
   return jnp.abs(weights.astype(jnp.float32)) > threshold

@@ -9,6 +9,7 @@ and that matrix is all that `opq_jax.encode_with_feedback` needs to know.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -24,6 +25,7 @@ from opq_jax import trees
 from opq_jax.trees import PyTree
 
 MAX_INPUTS = 4608  # of one output: 3 x 3 x 512, whose matrix has 85 MB
+_FEW_TAPS = 9  # of a depthwise window, each pair of which is a loop of its own
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -102,10 +104,20 @@ def mean_moments(
   total, count = None, 0
   for batch in batches:
     found = second_moments(apply_fn, variables, batch)
-    total = found if total is None else jax.tree.map(jnp.add, total, found)
+    total = found if total is None else _sum(total, found)
     count += 1
   if total is None:
     raise ValueError('batches: found none, expected at least one')
+  return _over(total, count)
+
+
+@jax.jit
+def _sum(one: PyTree, other: PyTree) -> PyTree:
+  return jax.tree.map(jnp.add, one, other)
+
+
+@jax.jit
+def _over(total: PyTree, count: Array) -> PyTree:
   return jax.tree.map(lambda matrix: matrix / count, total)
 
 
@@ -128,8 +140,8 @@ def layer_moments(
   if isinstance(module, nn.Dense):
     if inputs.shape[-1] > MAX_INPUTS:
       return None
-    examples = [x.reshape(-1, 1, x.shape[-1]) for x in given]
-    return _gram(examples[0], examples[-1]) / len(examples[0])
+    examples = [[x.reshape(-1, 1, x.shape[-1])] for x in given]
+    return _gram(examples[0], examples[-1]) / len(examples[0][0])
 
   window = _sequence(module.kernel_size, 1)
   rank = len(window)
@@ -150,7 +162,8 @@ def layer_moments(
     sides = (padding,) * rank if isinstance(padding, int) else padding
     pads = [(side, side) if isinstance(side, int) else tuple(side) for side in sides]
 
-  def rows(image: Float32[Array, '... channels']) -> Float32[Array, 'places groups K']:
+  def taps(image: Float32[Array, '... channels']) -> list[Float32[Array, 'places groups channels']]:
+    """What every place of the window sees, tap by tap."""
     padded = jnp.pad(image, (*pads, (0, 0)))
     places = [
       (size - width) // stride + 1
@@ -166,22 +179,34 @@ def layer_moments(
       channels = padded.shape[-1]
       part = lax.slice(padded, (*start, 0), (*limit, channels), (*strides, 1))
       seen.append(part.reshape(-1, groups, channels // groups))
-    return jnp.stack(seen, axis=2).reshape(len(seen[0]), groups, -1)
+    return seen
 
   # image after image, so that only one is ever written out as its windows
   def add(total: Array, same: list[Array]) -> tuple[Array, None]:
-    seen = [rows(image) for image in same]
+    seen = [taps(image) for image in same]
     return total + _gram(seen[0], seen[-1]), None
 
-  places, _, width = jax.eval_shape(rows, images[0]).shape
+  first, *_ = seen = jax.eval_shape(taps, images[0])
+  width = len(seen) * first.shape[2]
   total, _ = lax.scan(add, jnp.zeros((groups, width, width), jnp.float32), stacks)
-  return total / (places * len(images))
+  return total / (len(first) * len(images))
 
 
 def _gram(
-  first: Float32[Array, 'rows groups K'], second: Float32[Array, 'rows groups K']
+  first: list[Float32[Array, 'places groups channels']],
+  second: list[Float32[Array, 'places groups channels']],
 ) -> Float32[Array, 'groups K K']:
-  return jnp.einsum('ngk,ngl->gkl', first, second, precision=lax.Precision.HIGHEST)
+  """The sums over all places of what the taps of two windows see, times each other."""
+  if first[0].shape[2] == 1 < first[0].shape[1] and len(first) <= _FEW_TAPS:
+    # of a depthwise window: loops over vectors of channels, and no array of all windows
+    once, again = ([seen[..., 0] for seen in some] for some in (first, second))
+    sums: dict[tuple[int, int], Array] = {}
+    for i, j in itertools.product(range(len(once)), repeat=2):
+      is_known = second is first and j < i
+      sums[i, j] = sums[j, i] if is_known else jnp.sum(once[i] * again[j], axis=0)
+    return jnp.stack(list(sums.values()), axis=-1).reshape(-1, len(once), len(once))
+  rows = [jnp.concatenate(seen, axis=2) for seen in (first, second)]
+  return jnp.einsum('ngk,ngl->gkl', *rows, precision=lax.Precision.HIGHEST)
 
 
 def _sequence(value: Any, rank: int) -> tuple[int, ...]:

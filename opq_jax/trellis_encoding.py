@@ -1,9 +1,9 @@
 r"""Codes chosen along a trellis: fewer bits at the same error, from the same kind of file."""
 
-import functools
+import dataclasses
 import math
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,31 +90,11 @@ def encode_with_trellis(
   >>> size(coded, coded_state) < 0.98 * size(kernel, state)
   True
   """
-  leaves = trees.named_leaves(params)
-  records = trees.records(params, state.tree, LeafState)
-  matrices: list[Any] = [None] * len(records)
-  if moments is not None:
-    matrices = feedback.matrices_of(params, moments)
-
-  def coded(
-    item: tuple[tuple[str, Array], LeafState | None, Array | None],
-  ) -> tuple[Array, LeafState | None]:
-    (name, leaf), record, matrix = item
-    if record is None:
-      return leaf, None
-    if not np.isfinite(np.asarray(leaf, np.float32)).all():
-      raise ValueError(f'{name}: found NaN or an infinity, expected finite weights')
-    if matrix is not None:
-      feedback.check_moments(name, leaf, matrix)
-    return encode_leaf(leaf, record, matrix, damping)
-
-  # all but Python itself runs without its lock
-  with ThreadPoolExecutor() as pool:
-    found = list(pool.map(coded, zip(leaves.items(), records, matrices, strict=True)))
+  coded = _coded_leaves(params, state, moments, damping)
   structure = jax.tree.structure(params)
   return (
-    jax.tree.unflatten(structure, [values for values, _ in found]),
-    CompressionState(jax.tree.unflatten(structure, [record for _, record in found])),
+    jax.tree.unflatten(structure, [leaf.values for leaf in coded]),
+    CompressionState(jax.tree.unflatten(structure, [leaf.state for leaf in coded])),
   )
 
 
@@ -148,33 +128,86 @@ def allocate_with_trellis(
   >>> error(coded) < 0.9 * error(opq_jax.apply_compression(kernel, plain))
   True
   """
-  encoder = functools.partial(encode_with_trellis, moments=moments, damping=damping)
-  return feedback.allocate_for(encoder, _entropy, params, compression_rate, **options)
+
+  def encoder(params: PyTree, state: CompressionState) -> tuple[PyTree, CompressionState, float]:
+    coded = _coded_leaves(params, state, moments, damping)
+    structure = jax.tree.structure(params)
+    codes = [leaf.codes for leaf in coded if leaf.codes is not None]
+    return (
+      jax.tree.unflatten(structure, [leaf.values for leaf in coded]),
+      CompressionState(jax.tree.unflatten(structure, [leaf.state for leaf in coded])),
+      sum(entropy_coding.entropy(c) * c.size for c in codes) / sum(c.size for c in codes),
+    )
+
+  return feedback.allocate_for(encoder, params, compression_rate, **options)
+
+
+class _Coded(NamedTuple):
+  """A leaf: decoded, with its grid and mask, and its codes; these are None where it stays."""
+
+  values: Any
+  state: LeafState | None
+  codes: Int8[np.ndarray, '...'] | None
+
+
+def _coded_leaves(
+  params: PyTree, state: CompressionState, moments: PyTree | None, damping: float
+) -> list[_Coded]:
+  """All leaves, as `encode_with_trellis` has them."""
+  leaves = trees.named_leaves(params)
+  records = trees.records(params, state.tree, LeafState)
+  matrices: list[Any] = [None] * len(records)
+  if moments is not None:
+    matrices = feedback.matrices_of(params, moments)
+
+  def coded(item: tuple[tuple[str, Array], LeafState | None, Any]) -> _Coded:
+    (name, leaf), record, matrix = item
+    if record is None:
+      return _Coded(leaf, None, None)
+    if not np.isfinite(np.asarray(leaf, np.float32)).all():
+      raise ValueError(f'{name}: found NaN or an infinity, expected finite weights')
+    if matrix is not None:
+      matrix = np.asarray(matrix)
+      feedback.check_moments(name, leaf, matrix)
+    return _coded_leaf(leaf, record, matrix, damping)
+
+  # all but Python itself runs without its lock
+  with ThreadPoolExecutor() as pool:
+    return list(pool.map(coded, zip(leaves.items(), records, matrices, strict=True)))
 
 
 def encode_leaf(
   kernel: Array, leaf: LeafState, moments: Array | None, damping: float
 ) -> tuple[Array, LeafState]:
   """Values and grid of one kernel, as `encode_with_trellis` has them."""
+  values, state, _ = _coded_leaf(kernel, leaf, moments, damping)
+  assert state is not None
+  return values, state
+
+
+def _coded_leaf(kernel: Array, leaf: LeafState, moments: Any, damping: float) -> _Coded:
   # in a unit of about a step, exactly: squares of tiny or huge weights are none of float32
   unit = np.float32(2.0 ** math.frexp(float(leaf.step))[1])
   weights = np.asarray(kernel, np.float32) / unit
   grid = [float(x) / float(unit) for x in (leaf.codebook[1], leaf.threshold, leaf.step)]
-  found = fit(weights, *grid) if int(leaf.levels) else None
+  plain = _PlainGrid(grid[0], grid[1], grid[2], int(leaf.levels))
+  factor = None if moments is None else _factor(np.asarray(moments, np.float32), damping)
+  found = fit(weights, *grid) if plain.levels else None
   orders = context_coding.choices(weights.shape) if found else []
   if moments is not None:
     orders = [order for order in orders if order != 1]  # moments are in the order of the weights
   if found is None or not orders:
-    return feedback.encode_leaf(kernel, leaf, moments, damping)
+    codes = _one_by_one(weights, plain, factor)
+    state = dataclasses.replace(leaf, mask=jnp.asarray(codes != 0))
+    return _Coded(_decoded(codes, state), state, codes)
 
-  factor = None if moments is None else _factor(np.asarray(moments, np.float32), damping)
-  most = max(2 * found.grid.step, grid[1])
+  most = max(2 * found.grid.step, plain.threshold)
   codes = _Walk(weights, found, orders[0]).codes(factor, most)
   levels = jnp.int32(max(int(np.abs(codes).max()), 1))
   step, first = compression.exact_grid(
     unit * jnp.float32(found.grid.step), unit * jnp.float32(found.grid.first), levels
   )
-  record = LeafState(
+  state = LeafState(
     mask=jnp.asarray(codes != 0),
     codebook=compression.affine_codebook(first, step, levels),
     threshold=jnp.maximum(first - step / 2, 0),
@@ -182,7 +215,44 @@ def encode_leaf(
     levels=levels,
     dtype=leaf.dtype,
   )
-  return compression.decode(jnp.asarray(codes), CompressionState(record)), record
+  return _Coded(_decoded(codes, state), state, codes)
+
+
+def _decoded(codes: Int8[np.ndarray, '...'], state: LeafState) -> Array:
+  """As `opq_jax.decode`, without a program of XLA for every shape."""
+  values = np.asarray(state.codebook)[np.abs(codes)]
+  return jnp.asarray(np.where(codes < 0, -values, values).astype(state.dtype))
+
+
+class _PlainGrid(NamedTuple):
+  """A grid of `opq_jax.LeafState`, of which any code may follow any other."""
+
+  first: float
+  threshold: float
+  step: float
+  levels: int
+
+  def codes(self, weights: Float32[np.ndarray, '...']) -> Int8[np.ndarray, '...']:
+    """The code of the cell that each weight lies in."""
+    magnitude = np.abs(weights)
+    cell = np.clip((magnitude - self.threshold) // self.step, 0, max(self.levels - 1, 0))
+    survives = (magnitude > self.threshold) & (self.levels > 0)
+    return np.where(survives, np.copysign(cell + 1, weights), 0).astype(np.int8)
+
+
+def _one_by_one(
+  weights: Float32[np.ndarray, '...'], grid: _PlainGrid, factor: Factor | None
+) -> Int8[np.ndarray, '...']:
+  """Codes that follow no trellis, with the errors pushed on by a factor, if there is one."""
+  if factor is None:
+    return grid.codes(weights)
+  rows = np.array(weights.reshape(-1, weights.shape[-1]), order='C')
+  codes = np.empty(rows.shape, np.int8)
+  errors = _Errors(rows, factor, grid.first, grid.step, max(grid.step, grid.threshold))
+  for i in range(len(rows)):
+    codes[i] = grid.codes(rows[i])
+    errors.push(i, codes[i : i + 1])
+  return codes.reshape(weights.shape)
 
 
 class _Walk:
@@ -209,9 +279,11 @@ class _Walk:
     self._without_contexts()
     prices = context_coding.prices(self._in_place(), self._arrangement)
     slopes = np.full(self._rows.shape, self._by.slope, np.float32)
+    errors = None
     if factor is not None:
       slopes *= np.repeat(_worth(factor).T, outputs // len(factor), 1)
-    errors = np.zeros(self._rows.shape if factor is not None else 0, np.float32)
+      grid = self._by.grid
+      errors = _Errors(self._rows, factor, grid.first, grid.step, most)
     at_once = -(-(_AT_ONCE if factor is None else _BETWEEN) // outputs)
     ahead = -(-_AHEAD // outputs)
     state = 0
@@ -220,9 +292,8 @@ class _Walk:
       zero, start = tap * inputs, 0
       while start < inputs:
         stop = min(start + at_once, inputs)
-        if factor is not None:
-          block = (zero + start) // _BLOCK * _BLOCK
-          stop = min(stop, block + _BLOCK - zero)
+        if errors is not None:
+          stop = min(stop, errors.end_of_block(zero + start) - zero)
         seen = slice(zero + start, zero + min(stop + ahead, inputs))
         of_tap = slice(start, seen.stop - zero)
         chosen = self._chosen[tap, start:stop]
@@ -237,12 +308,8 @@ class _Walk:
           chosen.reshape(-1),
         )
         self._indices[tap, start:stop] = np.sign(chosen) * ((np.abs(chosen) + 1) >> 1)
-        if factor is not None:
-          end = min(block + _BLOCK, len(self._rows))
-          grid = self._by.grid
-          _push(self._rows, chosen, factor, errors, seen.start, end, grid.first, grid.step, most)
-          if zero + stop == end < len(self._rows):
-            self._push_past(block, end, factor, errors)
+        if errors is not None:
+          errors.push(seen.start, chosen)
         start = stop
     return self._in_place()
 
@@ -264,12 +331,36 @@ class _Walk:
     view[...] = self._chosen
     return self._codes
 
-  def _push_past(self, begin: int, end: int, factor: Factor, errors: Rows) -> None:
-    """What a block that is chosen owes to the inputs after it."""
-    groups, outputs = len(factor), errors.shape[1]
-    theirs = errors[begin:end].reshape(end - begin, groups, -1).transpose(1, 0, 2)
-    push = np.matmul(factor[:, begin:end, end:].transpose(0, 2, 1), theirs)
-    self._rows[end:] -= push.transpose(1, 0, 2).reshape(-1, outputs)
+
+class _Errors:
+  """What the codes of inputs err, made good by the inputs to come, as far as these can.
+
+  Args:
+    rows: the weights, inputs by outputs; those to come are changed.
+    factor: of the moments.
+    first, step: of the grid.
+    most: no error is pushed on as more.
+  """
+
+  def __init__(self, rows: Rows, factor: Factor, first: float, step: float, most: float):
+    self._rows, self._factor = rows, factor
+    self._grid = first, step, most
+    self._scaled = np.zeros(rows.shape, np.float32)
+
+  def end_of_block(self, begin: int) -> int:
+    """Up to which input codes may be chosen before errors are pushed on."""
+    return min((begin // _BLOCK + 1) * _BLOCK, len(self._rows))
+
+  def push(self, begin: int, codes: Int8[np.ndarray, 'inputs outputs']) -> None:
+    """Takes the codes of the inputs from `begin` on, all of one block."""
+    end, stop = self.end_of_block(begin), begin + len(codes)
+    _push(self._rows, codes, self._factor, self._scaled, begin, end, *self._grid)
+    if stop == end < len(self._rows):
+      block = slice((begin // _BLOCK) * _BLOCK, end)
+      groups, outputs = len(self._factor), self._rows.shape[1]
+      theirs = self._scaled[block].reshape(-1, groups, outputs // groups).transpose(1, 0, 2)
+      push = np.matmul(self._factor[:, block, end:].transpose(0, 2, 1), theirs)
+      self._rows[end:] -= push.transpose(1, 0, 2).reshape(-1, outputs)
 
 
 def _factor(moments: Factor, damping: float) -> Factor:
@@ -311,15 +402,3 @@ def _push(rows, codes, factor, errors, begin, end, first, step, most):  # type: 
         by = factor[group, i, j]
         for o in range(group * channels, (group + 1) * channels):
           rows[j, o] -= by * errors[i, o]
-
-
-def _entropy(params: PyTree, state: CompressionState) -> float:
-  """Of all codes, those along the trellis given their subsets, in bits a weight."""
-  codes = trees.named_leaves(compression.encode(params, state))
-  records = trees.records(params, state.tree, LeafState)
-  chosen = [
-    np.asarray(code)
-    for code, record in zip(codes.values(), records, strict=True)
-    if record is not None
-  ]
-  return sum(entropy_coding.entropy(c) * c.size for c in chosen) / sum(c.size for c in chosen)

@@ -1,11 +1,19 @@
 """One strict JAX for all tests: four devices, no silent promotion, no warnings (pyproject.toml)."""
 
 import os
+import tempfile
 
-# tests compile far more than they compute: without LLVM's slowest passes they take half as long
+# tests compile far more than they compute: without LLVM's slow passes they take half as long
 os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '') + ' --xla_llvm_disable_expensive_passes=true'
+  os.environ.get('XLA_FLAGS', '')
+  + ' --xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0'
 )
+# and what a process of a test compiles, the next one need not; each worker of pytest-xdist has a
+# folder of its own, since JAX does not write to it atomically
+if 'PYTEST_XDIST_WORKER' in os.environ or 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+  programs = tempfile.TemporaryDirectory(prefix='opq_jax_programs_')
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = programs.name
+  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
 from collections.abc import Iterator
 
