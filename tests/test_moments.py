@@ -2,11 +2,12 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import opq_jax
-from opq_jax import models
+from opq_jax import models, moments
 
 
 def windows(images, size, strides, pads, dilation=1):
@@ -38,6 +39,8 @@ class Convolution(nn.Module):
     ({'kernel_size': (3, 3), 'padding': 'SAME', 'strides': 2}, 3, 2, (0, 1), 1, 1),
     ({'kernel_size': (3, 3), 'padding': 'VALID', 'kernel_dilation': 2}, 3, 1, (0, 0), 2, 1),
     ({'kernel_size': (3, 3), 'feature_group_count': 2}, 3, 1, (1, 1), 1, 2),
+    ({'kernel_size': (3, 3), 'feature_group_count': 4, 'strides': 2}, 3, 2, (0, 1), 1, 4),
+    ({'kernel_size': (5, 5), 'feature_group_count': 4}, 5, 1, (2, 2), 1, 4),
     ({'kernel_size': (1, 1), 'padding': [(0, 1), (0, 1)]}, 1, 1, (0, 1), 1, 1),
   ],
 )
@@ -60,6 +63,17 @@ def test_convolutions(options, size, strides, pads, dilation, groups):
     )
     expected = rows.T @ rows / len(rows)
     np.testing.assert_allclose(found['kernel'][group], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('size', [3, 5])
+def test_depthwise_inputs_that_might_have_been(size):
+  # E[x^T y] is no symmetric matrix
+  first, second = np.random.default_rng(1).normal(size=(2, 2, 6, 6, 4)).astype(np.float32)
+  layer = nn.Conv(4, (size, size), feature_group_count=4)
+  found = moments.layer_moments(layer, jnp.asarray(first), jnp.asarray(second))
+  x, y = (windows(image, size, 1, (size // 2,) * 2, 1) for image in (first, second))
+  expected = np.einsum('nkg,nlg->gkl', *(s.reshape(len(s), -1, 4) for s in (x, y))) / len(x)
+  np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_a_network_runs_on_batch_statistics():
