@@ -199,7 +199,7 @@ def allocate_for(
   for _ in range(_MAX_STEPS):
     allocation = allocate(params, compression_rate=32 * math.exp(-log_asked), **options)
     if log_off is None:
-      wanted = _predicted_entropy(allocation)
+      wanted = _predicted_entropy(params, allocation)
     coded, coded_state, found = encoder(params, compression.init_state(params, allocation))
     last, log_off = log_off, math.log(found / wanted)
     if abs(log_off) <= _TOLERANCE:
@@ -207,17 +207,17 @@ def allocate_for(
     if last is not None:
       elasticity = min(max((log_off - last) / moved, 0.5), 2.0)
     moved = min(-log_off / elasticity, math.log(_MOST_BITS) - log_asked)
+    if moved == 0:  # no grid has more bits
+      break
     log_asked += moved
   return allocation, coded, coded_state
 
 
-def _predicted_entropy(allocation: Allocation) -> float:
+def _predicted_entropy(params: PyTree, allocation: Allocation) -> float:
   """Bits per weight of the plain codes of all compressed leaves."""
-  is_leaf = lambda x: isinstance(x, LeafAllocation)
-  leaves = [x for x in jax.tree.leaves(allocation.tree, is_leaf=is_leaf) if is_leaf(x)]
-  sizes = [math.prod(leaf.shape) for leaf in leaves]
-  entropies = [float(leaf.entropy) for leaf in leaves]
-  return sum(n * bits for n, bits in zip(sizes, entropies, strict=True)) / sum(sizes)
+  records = trees.records(params, allocation.tree, LeafAllocation)
+  leaves = [(math.prod(r.shape), float(r.entropy)) for r in records if r is not None]
+  return sum(size * bits for size, bits in leaves) / sum(size for size, _ in leaves)
 
 
 @jax.jit
@@ -279,7 +279,7 @@ def _feedback(
 
     def per_input(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
       mine, codes, errors = carry
-      code, value = _nearest(mine[i], leaf)
+      code, value = nearest(mine[i], leaf)
       error = jnp.clip(mine[i] - value, -most, most) / within[i, i]
       mine = mine - within[i][:, None] * error[None]
       return mine, codes.at[i].set(code), errors.at[i].set(error)
@@ -294,7 +294,8 @@ def _feedback(
   return codes
 
 
-def _nearest(
+@jax.jit
+def nearest(
   weights: Float32[Array, ' channels'], leaf: LeafState
 ) -> tuple[Float32[Array, ' channels'], Float32[Array, ' channels']]:
   """The code of each weight, by the rule of `opq_jax.encode` but with no mask given; its value."""

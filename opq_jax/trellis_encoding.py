@@ -73,7 +73,7 @@ def encode_with_trellis(
   Returns:
     `(params, state)`: the decoded values, and the new grids with the masks of these codes.  A leaf
     whose weights reach beyond 127 such levels, or whose shape the coder has no order for, keeps its
-    grid.  Runs on the host, and cannot be traced.
+    grid, and its errors are pushed on all the same.  Runs on the host, and cannot be traced.
 
   Raises:
     ValueError: a tree is made for another one, a matrix has another shape than its kernel needs,
@@ -90,12 +90,7 @@ def encode_with_trellis(
   >>> size(coded, coded_state) < 0.98 * size(kernel, state)
   True
   """
-  coded = _coded_leaves(params, state, moments, damping)
-  structure = jax.tree.structure(params)
-  return (
-    jax.tree.unflatten(structure, [leaf.values for leaf in coded]),
-    CompressionState(jax.tree.unflatten(structure, [leaf.state for leaf in coded])),
-  )
+  return _trees(params, _coded_leaves(params, state, moments, damping))
 
 
 def allocate_with_trellis(
@@ -131,13 +126,9 @@ def allocate_with_trellis(
 
   def encoder(params: PyTree, state: CompressionState) -> tuple[PyTree, CompressionState, float]:
     coded = _coded_leaves(params, state, moments, damping)
-    structure = jax.tree.structure(params)
     codes = [leaf.codes for leaf in coded if leaf.codes is not None]
-    return (
-      jax.tree.unflatten(structure, [leaf.values for leaf in coded]),
-      CompressionState(jax.tree.unflatten(structure, [leaf.state for leaf in coded])),
-      sum(entropy_coding.entropy(c) * c.size for c in codes) / sum(c.size for c in codes),
-    )
+    bits = sum(entropy_coding.entropy(c) * c.size for c in codes) / sum(c.size for c in codes)
+    return *_trees(params, coded), bits
 
   return feedback.allocate_for(encoder, params, compression_rate, **options)
 
@@ -148,6 +139,15 @@ class _Coded(NamedTuple):
   values: Any
   state: LeafState | None
   codes: Int8[np.ndarray, '...'] | None
+
+
+def _trees(params: PyTree, coded: list[_Coded]) -> tuple[PyTree, CompressionState]:
+  """Values and state of all leaves, as trees like the params."""
+  structure = jax.tree.structure(params)
+  return (
+    jax.tree.unflatten(structure, [leaf.values for leaf in coded]),
+    CompressionState(jax.tree.unflatten(structure, [leaf.state for leaf in coded])),
+  )
 
 
 def _coded_leaves(
@@ -190,18 +190,17 @@ def _coded_leaf(kernel: Array, leaf: LeafState, moments: Any, damping: float) ->
   unit = np.float32(2.0 ** math.frexp(float(leaf.step))[1])
   weights = np.asarray(kernel, np.float32) / unit
   grid = [float(x) / float(unit) for x in (leaf.codebook[1], leaf.threshold, leaf.step)]
-  plain = _PlainGrid(grid[0], grid[1], grid[2], int(leaf.levels))
   factor = None if moments is None else _factor(np.asarray(moments, np.float32), damping)
-  found = fit(weights, *grid) if plain.levels else None
+  found = fit(weights, *grid) if int(leaf.levels) else None
   orders = context_coding.choices(weights.shape) if found else []
   if moments is not None:
     orders = [order for order in orders if order != 1]  # moments are in the order of the weights
   if found is None or not orders:
-    codes = _one_by_one(weights, plain, factor)
+    codes = _one_by_one(kernel, leaf, factor)
     state = dataclasses.replace(leaf, mask=jnp.asarray(codes != 0))
     return _Coded(_decoded(codes, state), state, codes)
 
-  most = max(2 * found.grid.step, plain.threshold)
+  most = max(2 * found.grid.step, grid[1])
   codes = _Walk(weights, found, orders[0]).codes(factor, most)
   levels = jnp.int32(max(int(np.abs(codes).max()), 1))
   step, first = compression.exact_grid(
@@ -224,33 +223,17 @@ def _decoded(codes: Int8[np.ndarray, '...'], state: LeafState) -> Array:
   return jnp.asarray(np.where(codes < 0, -values, values).astype(state.dtype))
 
 
-class _PlainGrid(NamedTuple):
-  """A grid of `opq_jax.LeafState`, of which any code may follow any other."""
-
-  first: float
-  threshold: float
-  step: float
-  levels: int
-
-  def codes(self, weights: Float32[np.ndarray, '...']) -> Int8[np.ndarray, '...']:
-    """The code of the cell that each weight lies in."""
-    magnitude = np.abs(weights)
-    cell = np.clip((magnitude - self.threshold) // self.step, 0, max(self.levels - 1, 0))
-    survives = (magnitude > self.threshold) & (self.levels > 0)
-    return np.where(survives, np.copysign(cell + 1, weights), 0).astype(np.int8)
-
-
-def _one_by_one(
-  weights: Float32[np.ndarray, '...'], grid: _PlainGrid, factor: Factor | None
-) -> Int8[np.ndarray, '...']:
-  """Codes that follow no trellis, with the errors pushed on by a factor, if there is one."""
+def _one_by_one(kernel: Array, leaf: LeafState, factor: Factor | None) -> Int8[np.ndarray, '...']:
+  """Codes of the plain grid, with the errors pushed on by a factor, if there is one."""
   if factor is None:
-    return grid.codes(weights)
+    return np.asarray(compression.encode(kernel, CompressionState(leaf)))
+  weights = np.asarray(kernel, np.float32)
   rows = np.array(weights.reshape(-1, weights.shape[-1]), order='C')
   codes = np.empty(rows.shape, np.int8)
-  errors = _Errors(rows, factor, grid.first, grid.step, max(grid.step, grid.threshold))
+  first, step, threshold = (float(x) for x in (leaf.codebook[1], leaf.step, leaf.threshold))
+  errors = _Errors(rows, factor, first, step, max(step, threshold))
   for i in range(len(rows)):
-    codes[i] = grid.codes(rows[i])
+    codes[i] = feedback.nearest(rows[i], leaf)[0]
     errors.push(i, codes[i : i + 1])
   return codes.reshape(weights.shape)
 

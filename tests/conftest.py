@@ -3,17 +3,20 @@
 import os
 import tempfile
 
-# tests compile far more than they compute: without slow passes they take half as long
+# tests compile far more than they compute: without slow passes that takes less
 os.environ['XLA_FLAGS'] = (
   os.environ.get('XLA_FLAGS', '')
   + ' --xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=1'
 )
 # and what a process of a test compiles, the next one need not; each worker of pytest-xdist has a
 # folder of its own, since JAX does not write to it atomically
-if 'PYTEST_XDIST_WORKER' in os.environ or 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   programs = tempfile.TemporaryDirectory(prefix='opq_jax_programs_')
   os.environ['JAX_COMPILATION_CACHE_DIR'] = programs.name
-  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+os.environ['JAX_COMPILATION_CACHE_DIR'] = os.path.join(
+  os.environ['JAX_COMPILATION_CACHE_DIR'], os.environ.get('PYTEST_XDIST_WORKER', '')
+)
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
 from collections.abc import Iterator
 
