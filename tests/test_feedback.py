@@ -187,3 +187,11 @@ def test_a_few_massive_rows_do_not_bend_a_leaf_for_the_rest():
   assert error(rows, coded) < error(rows, plain)
   # pushing the whole error of the weight beyond the grid on makes it many times larger
   assert error(x, coded) < 1.02 * error(x, plain)
+
+
+def test_codes_that_have_too_few_bits_at_the_finest_grid_are_no_error():
+  kernel = np.random.default_rng(0).uniform(-1, 1, (64, 64)).astype(np.float32)
+  encoder = lambda params, state: (params, state, 4.0)  # whatever more it is asked for
+  allocation, coded, _ = feedback.allocate_for(encoder, kernel, 4.0)
+  assert int(allocation.tree.levels) > 100
+  assert coded is kernel

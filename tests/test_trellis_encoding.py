@@ -130,14 +130,6 @@ def test_a_leaf_that_the_grid_does_not_reach_keeps_its_own():
   jax.tree.map(np.testing.assert_array_equal, coded_state, state)
 
 
-def test_a_rate_of_nearly_all_levels_is_no_error():
-  # no grid has more bits than the one of 127 levels a sign, whatever more is asked of it
-  kernel = RNG(0).uniform(-1, 1, (64, 64)).astype(np.float32)
-  _, coded, state = opq_jax.allocate_with_trellis(kernel, compression_rate=4.0)
-  assert error(kernel, coded) < 1e-4 * error(kernel, np.zeros_like(kernel))
-  assert float(state.tree.levels) <= 127
-
-
 def test_such_a_leaf_makes_its_errors_good_too():
   x, kernel = inputs_and_kernel(width=80)  # more inputs than a block has
   kernel[3, 5] = 14.0
