@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import flax.struct
@@ -28,11 +28,12 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from opq_jax import laplace, trees
 from opq_jax.fixed_width import minimise_at_bits
-from opq_jax.optimization import Channels, minimise_at_rate, minimise_at_sparsity
+from opq_jax.optimization import Channels, Measured, minimise_at_rate, minimise_at_sparsity
 from opq_jax.statistics import (
   LeafStatistics,
   bins_at_rank,
   code_shares,
+  counts_beyond,
   entropy_of_shares,
   fine_histogram,
   histogram_min_step,
@@ -47,6 +48,10 @@ from opq_jax.trees import PyTree
 
 Objective = Literal['balanced_error', 'retained_signal', 'relative_error', 'squared_error']
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
+# F_i = D_i / S_i * S_i^power
+_POWERS = {
+  'balanced_error': 0.5, 'retained_signal': None, 'relative_error': 0.0, 'squared_error': 1.0,
+}  # fmt: skip
 DEFAULT_COMPRESSION_RATE = 10.0
 MAX_LEVELS = 127  # a code is one int8
 # true energy over that of the Laplace density: 1 if it fits, .79 for Gaussian, .67 for uniform,
@@ -214,7 +219,6 @@ def allocate(
   omegas = None if isinstance(objective, str) else _check_omegas(params, objective, chosen)
   if isinstance(objective, str) and objective not in OBJECTIVES:
     raise ValueError(f'objective: found {objective!r}, expected one of {OBJECTIVES} or a pytree')
-  kind = objective if omegas is None else 'omegas'
   stats: list[LeafStatistics] = []
   looks: list[Callable[[], Array | np.ndarray] | None] = []
   for name in chosen:
@@ -226,14 +230,17 @@ def allocate(
     axis = axis_of(name, leaf, channel_axis)
     stats.append(leaf_statistics(leaf, axis, histogram=corrected))
     looks.append(functools.partial(_itself, leaf))
-  stats = _at_home(stats)
+  stats = _on_host(stats)
+  layout = _layout(stats, _is_traced((stats, targets, omegas)))
+  tree = _joined(stats, objective, omegas, layout)
   seen, again = None, [look for look in looks if look is not None]
   if 'bits' in targets and corrected and len(again) == len(stats):
-    seen = _second_look(stats, again, targets, omegas, kind)
-  per_leaf, per_channel = _solve(stats, targets, omegas, seen, kind)
+    seen = _second_look(stats, tree, layout, again, targets)
+  # on the host: XLA would take seconds to compile hundreds of slices
+  per_leaf, per_channel = _on_host(_solve(tree, targets, seen, layout.block))
+  per_leaf = {name: values[: len(stats)] for name, values in per_leaf.items()}
+  per_channel = {name: values[layout.place] for name, values in per_channel.items()}
   if not _is_traced((per_leaf, per_channel)):
-    # on the host from here: XLA would take seconds to compile hundreds of slices
-    per_leaf, per_channel = jax.device_get((per_leaf, per_channel))
     _check_values(chosen, stats, per_leaf, per_channel, targets)
   ends = np.cumsum([s.channels for s in stats])
   solved = {}
@@ -282,47 +289,38 @@ def _given_statistics(name: str, stats: LeafStatistics, corrected: bool) -> Leaf
   return stats
 
 
-def _at_home(tree: PyTree) -> PyTree:
-  """What is replicated over a mesh, on the host: different leaves may have different meshes."""
-  is_spread = lambda x: (
-    isinstance(x, jax.Array) and not _is_traced(x) and len(x.sharding.device_set) > 1
-  )
-  return jax.tree.map(lambda x: np.asarray(x) if is_spread(x) else x, tree)
+def _on_host(tree: PyTree) -> PyTree:
+  """The arrays as numpy's, unless some are traced: leaves may lie on different devices."""
+  return tree if _is_traced(tree) else jax.device_get(tree)
 
 
 def _second_look(
   stats: list[LeafStatistics],
+  tree: '_Tree',
+  layout: '_Layout',
   looks: list[Callable[[], Array | np.ndarray]],
   targets: dict[str, Array],
-  omegas: list[Array] | None,
-  objective: str,
-) -> tuple[Float32[Array, 'leaves'], list[Float32[Array, 'channels']]]:
-  """The thresholds that prune just what each leaf is given, and every channel's survivors."""
-
-  def on_host(tree: PyTree) -> PyTree:
-    return tree if _is_traced(tree) else jax.device_get(tree)
-
-  rank, coarse, left = on_host(_ranks(stats, targets['sparsity'], omegas, objective))
+) -> tuple[Float32[Array, 'leaves'], Float[Array, 'channels']]:
+  """The thresholds that prune just what each leaf is given, and the share of all that survives."""
+  rank, coarse, left = _on_host(_ranks(tree, targets['sparsity'], layout.block))
   fine = [
     fine_histogram(look(), s.largest, number)
-    for look, s, number in zip(looks, stats, coarse, strict=True)
+    for look, s, number in zip(looks, stats, coarse, strict=False)
   ]
-  largest = [s.largest for s in stats]
-  threshold = on_host(_thresholds(_at_home(fine), largest, coarse, left, rank))
+  fine = layout.leaves(_on_host(fine), jnp.int32)
+  threshold = _on_host(_thresholds(fine, tree.ends, coarse, left, rank))
   counts = [
     per_channel_count(look(), t, s.channel_axis)
-    for look, s, t in zip(looks, stats, threshold, strict=True)
+    for look, s, t in zip(looks, stats, threshold, strict=False)
   ]
-  return threshold, _at_home(counts)
+  total = sum(s.size for s in stats)
+  return threshold, layout.channels(_on_host(counts), tree.scale.dtype) / total
 
 
-@functools.partial(jax.jit, static_argnames='objective')
-def _ranks(
-  stats: list[LeafStatistics], sparsity: Array, omegas: list[Array] | None, objective: str
-) -> tuple[Array, Array, Array]:
+@functools.partial(jax.jit, static_argnames='block')
+def _ranks(tree: '_Tree', sparsity: Array, block: int) -> tuple[Array, Array, Array]:
   """How many weights every leaf prunes; in which bin the last of them is, and which it is there."""
-  tree = _joined(stats)
-  channels, _ = _channels(tree, omegas, objective)
+  channels, _ = _channels(tree, block)
   assert tree.histogram is not None
   _, left = _predicted(channels, sparsity.astype(tree.scale.dtype))
   rank = _rank(tree, channels, left)
@@ -331,10 +329,13 @@ def _ranks(
 
 @jax.jit
 def _thresholds(
-  fine: list[Array], largest: list[Array], coarse: Array, left: Array, rank: Array
+  fine: Int32[Array, 'leaves bins'],
+  ends: Float[Array, 'leaves'],
+  coarse: Int32[Array, 'leaves'],
+  left: Int32[Array, 'leaves'],
+  rank: Int32[Array, 'leaves'],
 ) -> Float32[Array, 'leaves']:
-  ends = jnp.stack([jnp.asarray(end, jnp.float32) for end in largest])
-  return magnitudes_at_rank(jnp.stack(fine), ends, coarse, left, rank)
+  return magnitudes_at_rank(fine, ends.astype(jnp.float32), coarse, left, rank)
 
 
 def _predicted(
@@ -342,44 +343,44 @@ def _predicted(
 ) -> tuple[Float[Array, 'leaves'], Float[Array, 'channels']]:
   """Thresholds in units of t_i and survivors, as a share of all weights, by the closed form."""
   threshold = minimise_at_sparsity(channels, sparsity)
-  left = 1 - laplace.pruned_fraction(threshold[channels.leaf], channels.scale)
+  left = 1 - laplace.pruned_fraction(channels.of(threshold), channels.scale)
   return threshold, channels.share * left
 
 
 def _rank(tree: '_Tree', channels: Channels, left: Float[Array, 'channels']) -> Array:
   """The number of weights that every leaf prunes."""
   pruned = 1 - channels.sum(left) / channels.leaf_share()
-  return jnp.round(pruned * tree.sizes.astype(left.dtype)).astype(jnp.int32)
+  return jnp.round(pruned * tree.sizes).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames='objective')
+@functools.partial(jax.jit, static_argnames='block')
 def _solve(
-  stats: list[LeafStatistics],
+  tree: '_Tree',
   targets: dict[str, Array],
-  omegas: list[Array] | None,
-  seen: tuple[Array, list[Array]] | None,
-  objective: str,
+  seen: tuple[Array, Array] | None,
+  block: int,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
   """The fields of all leaves' `LeafAllocation`: those per leaf, and those per channel, joined.
 
   Args:
-    stats: of every leaf; with histograms the answer is corrected by them.
+    tree: all leaves; with histograms the answer is corrected by them.
+    targets: what is asked.
     seen: what `_second_look` has found, where there was one.
+    block: of the layout.
   """
-  tree = _joined(stats)
   dtype = tree.scale.dtype
-  channels, unit = _channels(tree, omegas, objective)
+  channels, unit = _channels(tree, block)
+  measure, measured = None, None
+  if tree.histogram is not None:
+    beyond = counts_beyond(tree.histogram)
+    measure = functools.partial(_measure, beyond, tree.ends / unit, tree.sizes, channels)
   if 'compression_rate' in targets:
-    threshold, step = minimise_at_rate(
-      channels,
-      32 / targets['compression_rate'].astype(dtype),
-      None if tree.histogram is None else functools.partial(_measure, tree, channels, unit),
-    )
+    bits = 32 / targets['compression_rate'].astype(dtype)
+    threshold, step, measured = minimise_at_rate(channels, bits, measure)
     threshold = threshold * unit
   else:
     if seen is not None:
-      threshold = seen[0].astype(dtype)
-      left = jnp.concatenate(seen[1]).astype(dtype) / float(tree.sizes.sum())
+      threshold, left = seen[0].astype(dtype), seen[1]
     else:
       threshold, left = _predicted(channels, targets['sparsity'].astype(dtype))
       threshold = threshold * unit
@@ -387,40 +388,120 @@ def _solve(
         rank = _rank(tree, channels, left)
         ends = tree.ends.astype(jnp.float32)
         threshold = interpolated_at_rank(tree.histogram, ends, rank).astype(dtype)
-    reach = jnp.maximum(tree.maximum - threshold[tree.leaf], 0) / unit[tree.leaf]
+    reach = jnp.maximum(tree.maximum - channels.of(threshold), 0) / channels.of(unit)
     step = minimise_at_bits(channels, targets['bits'].astype(dtype), threshold / unit, left, reach)
-  return _describe(tree, channels, unit, threshold, step * unit)
+    if measure is not None:
+      measured = measure(threshold / unit, step)
+  return _describe(tree, channels, unit, threshold, step * unit, measured)
 
 
-def _joined(stats: list[LeafStatistics]) -> '_Tree':
+class _Layout(NamedTuple):
+  """Where the channels of all leaves lie in joined arrays.
+
+  What is compiled depends on the sizes of these arrays alone.  On the host there are a few sizes
+  for all networks: behind a leaf's channels are as many of zeros as fill its last block, and behind
+  the leaves are some more of zeros, as if they were the network's.  Where values are traced there
+  is no room between: each trace is compiled for itself.
+
+  Attributes:
+    place: of every channel.
+    leaf: which leaf each place belongs to.
+    sizes: weights of every leaf; one a channel in those that are not the network's.
+    block: how many places in a row are of one leaf.
+    is_traced: whether there is no room between.
+  """
+
+  place: np.ndarray | slice
+  leaf: np.ndarray
+  sizes: np.ndarray
+  block: int
+  is_traced: bool
+
+  def channels(self, parts: Sequence[Any], dtype: Any) -> Any:
+    """What every leaf has of its channels, joined; 0 in between."""
+    if self.is_traced:
+      return jnp.concatenate(parts).astype(dtype)
+    joined = np.zeros(len(self.leaf), dtype)
+    joined[self.place] = np.concatenate(parts)
+    return joined
+
+  def leaves(self, parts: Sequence[Any], dtype: Any, fill: float = 0) -> Any:
+    """What there is one of for every leaf, stacked."""
+    if self.is_traced:
+      return jnp.stack(parts).astype(dtype)
+    more = len(self.sizes) - len(parts)
+    first = np.asarray(parts[0])
+    return np.stack([*parts, *[np.full_like(first, fill)] * more]).astype(dtype)
+
+
+def _layout(stats: list[LeafStatistics], is_traced: bool) -> _Layout:
+  counts, sizes = [s.channels for s in stats], [s.size for s in stats]
+  if is_traced:
+    leaf = np.repeat(np.arange(len(stats), dtype=np.int32), counts)
+    return _Layout(slice(None), leaf, np.array(sizes), math.gcd(*counts), True)
+  # sums over longer blocks are quicker, if they are not of zeros
+  places = lambda block: sum(-(-count // block) * block for count in counts)
+  block = 64 if places(64) <= places(8) * 9 / 8 else 8
+  leaves = _rounded_up(len(stats), 8)
+  blocks = [-(-count // block) for count in counts] + [1] * (leaves - len(stats))
+  sizes += [block] * (leaves - len(stats))
+  blocks[-1] += _rounded_up(sum(blocks), 512 // block) - sum(blocks)
+  starts = np.cumsum([0, *blocks]) * block
+  place = [start + np.arange(count) for start, count in zip(starts, counts, strict=False)]
+  leaf = np.repeat(np.arange(leaves, dtype=np.int32), np.array(blocks) * block)
+  return _Layout(np.concatenate(place), leaf, np.array(sizes), block, False)
+
+
+def _rounded_up(count: int, least: int) -> int:
+  """The first of 8, 12, 16, 24, 32, 48, … that is no less, nor less than `least`."""
+  power = 1 << (max(count, least) - 1).bit_length()
+  return power * 3 // 4 if max(count, least) <= power * 3 // 4 else power
+
+
+def _joined(
+  stats: list[LeafStatistics],
+  objective: Objective | PyTree,
+  omegas: list[Array] | None,
+  layout: _Layout,
+) -> '_Tree':
   dtype = jnp.result_type(float)
-  channels, sizes = [s.channels for s in stats], np.asarray([s.size for s in stats])
+  total = sum(s.size for s in stats)
+  share = layout.channels([np.full(s.channels, s.per_channel / total) for s in stats], dtype)
+  if not layout.is_traced:
+    # leaves that are not the network's have logarithms too
+    share[layout.leaf >= len(stats)] = 1 / total
   histograms = [s.histogram for s in stats if s.histogram is not None]
+  power = 1.0 if omegas is not None else _POWERS[objective]
   return _Tree(
-    scale=jnp.concatenate([s.scale for s in stats]).astype(dtype),
-    maximum=jnp.concatenate([s.maximum for s in stats]).astype(dtype),
-    histogram=jnp.stack(histograms) if histograms else None,
-    ends=jnp.stack([s.largest for s in stats]).astype(dtype),
-    share=jnp.asarray(np.repeat([s.per_channel / sizes.sum() for s in stats], channels), dtype),
-    leaf=np.repeat(np.arange(len(stats), dtype=np.int32), channels),
-    leaves=len(stats),
-    sizes=sizes,
-    rounding=np.asarray([2.0 ** -(jnp.finfo(s.dtype).nmant + 1) for s in stats]),
+    scale=layout.channels([s.scale for s in stats], dtype),
+    maximum=layout.channels([s.maximum for s in stats], dtype),
+    histogram=layout.leaves(histograms, jnp.int32) if histograms else None,
+    ends=layout.leaves([s.largest for s in stats], dtype),
+    share=share,
+    leaf=layout.leaf,
+    sizes=layout.sizes.astype(dtype),
+    rounding=layout.leaves(
+      [np.asarray(2.0 ** -(jnp.finfo(s.dtype).nmant + 1)) for s in stats], dtype
+    ),
+    power=None if power is None else np.asarray(power, dtype),
+    omegas=layout.leaves(_on_host(omegas or [np.ones(())] * len(stats)), dtype, fill=1),
   )
 
 
 class _Tree(NamedTuple):
-  """The statistics of all leaves, joined; in the units of the weights.
+  """The statistics of all leaves, joined as a `_Layout` says; in the units of the weights.
 
   Attributes:
-    scale, maximum: see `LeafStatistics`, all channels one after the other.
+    scale, maximum: see `LeafStatistics`, of all channels.
     histogram: of every leaf, or None.
     ends: where the bins of every leaf's histogram end.
     share: of all weights, of every channel.
     leaf: which leaf a channel belongs to.
-    leaves: how many leaves.
     sizes: weights of every leaf.
     rounding: relative error of rounding a value to each leaf's dtype.
+    power: of its energy S_i, in what the relative error of a leaf counts; None where the objective
+      is not linear in the errors.
+    omegas: what that is multiplied by, of every leaf.
   """
 
   scale: Float[Array, 'channels']
@@ -428,21 +509,23 @@ class _Tree(NamedTuple):
   histogram: Int32[Array, 'leaves 2 bins'] | None
   ends: Float[Array, 'leaves']
   share: Float[Array, 'channels']
-  leaf: np.ndarray
-  leaves: int
-  sizes: np.ndarray
-  rounding: np.ndarray
+  leaf: Int32[Array | np.ndarray, 'channels']
+  sizes: Float[Array | np.ndarray, 'leaves']
+  rounding: Float[Array, 'leaves']
+  power: Float[Array | np.ndarray, ''] | None
+  omegas: Float[Array, 'leaves']
+
+  @property
+  def leaves(self) -> int:
+    return len(self.sizes)
 
   def largest(self) -> Float[Array, 'leaves']:
     """The largest |w| of every leaf."""
     return jax.ops.segment_max(self.maximum, self.leaf, self.leaves, indices_are_sorted=True)
 
 
-def _channels(
-  tree: _Tree, omegas: list[Array] | None, objective: str
-) -> tuple[Channels, Float[Array, 'leaves']]:
+def _channels(tree: _Tree, block: int) -> tuple[Channels, Float[Array, 'leaves']]:
   """The problem in dimensionless form, and the unit of length t_i of every leaf."""
-  dtype = tree.scale.dtype
   largest = tree.largest()
   is_alive = largest > 0
   safe = jnp.where(is_alive, largest, 1)
@@ -462,43 +545,45 @@ def _channels(
     ends = jnp.where(is_alive, tree.ends, 1)
     min_step = jax.vmap(histogram_min_step, in_axes=(0, 0, None))(tree.histogram, ends, MAX_LEVELS)
   # rounding to a narrow dtype moves a value by at most an eighth of a step: it stays in its cell
-  min_step = jnp.maximum(min_step, safe * jnp.asarray(8 * tree.rounding, dtype))
+  min_step = jnp.maximum(min_step, safe * (8 * tree.rounding))
   price = None
-  if objective in ('squared_error', 'balanced_error') or omegas is not None:
-    log_price = jnp.log(share) + 2 * jnp.log(unit)  # of the energy S_i, up to a constant
-    if objective == 'balanced_error':
-      log_price /= 2
-    if omegas is not None:
-      log_price += jnp.log(jnp.stack(omegas).astype(dtype))
+  if tree.power is not None:
+    # share * unit^2 is the energy S_i, up to a constant; of units in the largest of them, whose
+    # logarithm would cost digits
+    tiny = jnp.finfo(unit.dtype).tiny
+    ratio = unit / jnp.maximum(jnp.max(jnp.where(is_alive, unit, 0)), tiny)
+    energy = jnp.log(share) + 2 * jnp.log(jnp.maximum(ratio, tiny))
+    log_price = tree.power * energy + jnp.log(tree.omegas)
     highest = jnp.max(jnp.where(is_alive, log_price, -jnp.inf))
     # a leaf of zeros has no unit: beside very small weights its price would be infinite
     price = jnp.exp(jnp.where(is_alive, log_price - highest, 0))
-  elif objective == 'relative_error':
-    price = jnp.ones_like(unit)
   channels = Channels(
     # a leaf of zeros takes no bits: it is solved as if its scales were 1 and its weights next to
-    # none, and overruled in the end
+    # none, and overruled in the end; not so few that Newton's method had a long way to it
     scale=jnp.where(is_alive[tree.leaf], scale / spread[tree.leaf], 1),
-    share=jnp.where(is_alive[tree.leaf], tree.share, 1e-6 * tree.share),
+    share=jnp.where(is_alive[tree.leaf], tree.share, 1e-7 * tree.share / share[tree.leaf]),
     leaf=tree.leaf,
     leaves=tree.leaves,
     price=price,
     min_step=jnp.where(is_alive, min_step / unit, 1e-3),
+    block=block,
   )
   return channels, unit
 
 
 def _measure(
-  tree: _Tree,
+  beyond: Int32[Array, 'leaves 2 edges'],
+  ends: Float[Array, 'leaves'],
+  sizes: Float[Array | np.ndarray, 'leaves'],
   channels: Channels,
-  unit: Float[Array, 'leaves'],
   threshold: Float[Array, 'leaves'],
   step: Float[Array, 'leaves'],
-) -> Float[Array, '']:
-  """The true payload of thresholds and steps in units of t_i, bits per weight of the tree."""
-  assert tree.histogram is not None
-  shares = code_shares(tree.histogram, tree.ends / unit, threshold, step)
-  return jnp.sum(channels.leaf_share() * payload_of_shares(*shares, tree.sizes))
+) -> Measured:
+  """What thresholds and steps in units of t_i truly cost, by the counts of `counts_beyond`."""
+  shares = code_shares(beyond, ends, threshold, step)
+  payload = payload_of_shares(*shares, sizes)
+  bits = jnp.sum(channels.leaf_share() * payload)
+  return Measured(bits, entropy_of_shares(*shares), payload)
 
 
 def _describe(
@@ -507,8 +592,13 @@ def _describe(
   unit: Float[Array, 'leaves'],
   threshold: Float[Array, 'leaves'],
   step: Float[Array, 'leaves'],
+  measured: Measured | None,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-  """Everything that is said of the leaves, given their thresholds and steps."""
+  """Everything that is said of the leaves, given their thresholds and steps.
+
+  Args:
+    measured: what `_measure` says of them, where there are histograms.
+  """
   largest = tree.largest()
   is_alive = largest > 0
   threshold = jnp.where(is_alive, threshold, 0)
@@ -519,14 +609,14 @@ def _describe(
   levels = jnp.minimum(cells, MAX_LEVELS)
   inner = threshold / unit, step / unit
   if tree.histogram is not None:
-    shares = code_shares(tree.histogram, tree.ends / unit, *inner)
-    entropy, payload = entropy_of_shares(*shares), payload_of_shares(*shares, tree.sizes)
+    assert measured is not None
+    entropy, payload = measured.entropy, measured.payload
     moments = jax.vmap(histogram_moments)(tree.histogram, tree.ends / unit, *inner, levels)
     energy, offset, error, sparsity = moments
     error = error / jnp.maximum(energy, jnp.finfo(error.dtype).tiny)
     fit = energy / 2
   else:
-    at, width = inner[0][tree.leaf], inner[1][tree.leaf]
+    at, width = channels.of(inner[0]), channels.of(inner[1])
     left = channels.share * (1 - laplace.pruned_fraction(at, channels.scale))
     offset = channels.sum(left * laplace.survivor_offset(width, channels.scale))
     offset = offset / jnp.maximum(channels.sum(left), jnp.finfo(left.dtype).tiny)
@@ -537,8 +627,8 @@ def _describe(
     sparsity = 1 - channels.sum(left) / share
     fit = jnp.full_like(error, jnp.nan)
   # deeper inside its cell than rounding to a narrow dtype moves a value, so that it stays there
-  margin = step / 64 + 1.1 * jnp.asarray(tree.rounding, step.dtype) * largest
-  reach = jnp.maximum(tree.maximum - threshold[tree.leaf], 0) / step[tree.leaf]
+  margin = step / 64 + 1.1 * tree.rounding * largest
+  reach = jnp.maximum(tree.maximum - channels.of(threshold), 0) / channels.of(step)
   per_leaf = {
     'threshold': threshold,
     'sparsity': jnp.where(is_alive, sparsity, 1),

@@ -69,7 +69,7 @@ class Checkpoints:
     if path.exists():
       raise ValueError(f'{path}: found a compression state, expected none: it never changes')
     with ocp.StandardCheckpointer() as checkpointer:
-      checkpointer.save(path, replicate(state, jax.devices()))
+      checkpointer.save(path, _for_orbax(state))
 
   def restore_compression(
     self, like: CompressionState, devices: Sequence[jax.Device] | None = None
@@ -96,8 +96,7 @@ class Checkpoints:
       wait: until it is on disk.
     """
     step = int(train_state.step)
-    # of many processes, Orbax writes what is on the devices of all
-    train_state = replicate(train_state, jax.devices())
+    train_state = _for_orbax(train_state)
     if step not in self._manager.all_steps():
       self._manager.save(
         step,
@@ -162,6 +161,17 @@ class StopRequest:
     if jax.process_count() > 1:
       return bool(multihost_utils.reached_preemption_sync_point(step))
     return self._event.is_set()
+
+
+def _for_orbax(tree: PyTree) -> PyTree:
+  """Of many processes, Orbax writes what is on the devices of all; of one, one copy is enough.
+
+  It would cut what several devices have into as many slices, and compile a program for each.
+  """
+  if jax.process_count() > 1:
+    return replicate(tree, jax.devices())
+  # not the buffers themselves, which the next step may be given to keep
+  return jax.device_put(tree, jax.devices()[0], may_alias=False)
 
 
 def _abstract(tree: PyTree) -> PyTree:

@@ -54,7 +54,9 @@ def minimise_at_bits(
   tiny = jnp.finfo(survivors.dtype).tiny
   share, leaf = channels.leaf_share(), channels.leaf
   total = jnp.maximum(jnp.sum(survivors), tiny)
-  pruned = channels.sum(channels.share * laplace.pruning_error(threshold[leaf], channels.scale))
+  pruned = channels.sum(
+    channels.share * laplace.pruning_error(channels.of(threshold), channels.scale)
+  )
   log_reach = jnp.log(jnp.maximum(reach, tiny))
   least = jnp.log(channels.min_step)
   most = jax.ops.segment_max(log_reach, leaf, channels.leaves, indices_are_sorted=True)
@@ -63,7 +65,7 @@ def minimise_at_bits(
 
   # the error is a smooth function of the log step: tabulated once, the exponentials are few
   nodes = jnp.linspace(-0.04, 1.04, 33, dtype=least.dtype)
-  y = (least[:, None] + (most - least)[:, None] * nodes[None])[leaf]
+  y = channels.of(least[:, None] + (most - least)[:, None] * nodes[None])
   scale = jnp.broadcast_to(channels.scale[:, None], y.shape)
   error = channels.sum(survivors[:, None] * laplace.survivor_error(jnp.exp(y), scale))
   log_error = jnp.log(jnp.maximum(error, tiny))
@@ -76,8 +78,8 @@ def minimise_at_bits(
     error = jnp.exp(_interpolate(log_error, (where - nodes[0]) / (nodes[1] - nodes[0])))
     cost = channels.cost(1 - (error + pruned[:, None]) / (2 * share[:, None]))
     # a channel needs an index up to some node of the grid: sums over the channels by that node
-    beyond = log_reach - low[leaf]
-    last = jnp.clip(jnp.ceil(beyond / jnp.where(width > 0, width, tiny)[leaf]), 0, _GRID)
+    beyond = log_reach - channels.of(low)
+    last = jnp.clip(jnp.ceil(beyond / channels.of(jnp.where(width > 0, width, tiny))), 0, _GRID)
     index = leaf * (_GRID + 1) + last.astype(jnp.int32)
 
     def indexed(x: Array) -> Array:

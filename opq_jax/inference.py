@@ -6,11 +6,13 @@ same `model.apply` takes them; constants and zeroed low bytes then cost nothing 
 coder sees them.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from opq_jax import batch_statistics, trees
 from opq_jax.allocation import is_compressible
@@ -115,8 +117,7 @@ def round_uncompressed(
     )
     if not is_wider or compressible(name, leaf):
       return leaf
-    value = jnp.asarray(leaf).astype(dtype).astype(leaf.dtype)
-    is_lost = jnp.any(jnp.isfinite(leaf) & ~jnp.isfinite(value))
+    value, is_lost = _rounded(leaf, dtype)
     if not isinstance(is_lost, jax.core.Tracer) and is_lost:
       most = float(jnp.max(jnp.where(jnp.isfinite(leaf), jnp.abs(leaf), 0)))
       raise ValueError(
@@ -126,3 +127,10 @@ def round_uncompressed(
     return value
 
   return jax.tree_util.tree_map_with_path(rounded, tree)
+
+
+@functools.partial(jax.jit, static_argnames='dtype')
+def _rounded(leaf: Float[Array, '...'], dtype: Any) -> tuple[Float[Array, '...'], Bool[Array, '']]:
+  """The leaf in its own dtype with the values of another, and whether one became infinite."""
+  value = leaf.astype(dtype).astype(leaf.dtype)
+  return value, jnp.any(jnp.isfinite(leaf) & ~jnp.isfinite(value))

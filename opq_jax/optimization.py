@@ -41,33 +41,49 @@ class Channels(NamedTuple):
   Attributes:
     scale: tau_ij in units of t_i, or 0 for a channel of zeros.
     share: n_ij / n, the channel's share of all weights.
-    leaf: which leaf each channel belongs to, ascending; concrete.
+    leaf: which leaf each channel belongs to, ascending.
     leaves: how many leaves.
     price: a_i of a linear objective, or None for `retained_signal`.
     min_step: least Delta_i, in units of t_i: what the largest grid (127 levels) can reach.
+    block: how many channels in a row are of one leaf, from the first on: sums are dense that far.
   """
 
   scale: Float[Array, 'channels']
   share: Float[Array, 'channels']
-  leaf: Int[np.ndarray, 'channels']
+  leaf: Int[Array | np.ndarray, 'channels']
   leaves: int
   price: Float[Array, 'leaves'] | None
   min_step: Float[Array, 'leaves']
+  block: int = 1
 
   def sum(self, x: Float[Array, 'channels *more']) -> Float[Array, 'leaves *more']:
     """Sums over the channels of each leaf."""
-    # channel counts share a large divisor in real networks: dense sums first, few segments then
-    block = math.gcd(*np.bincount(self.leaf, minlength=self.leaves).tolist())
-    dense = jnp.sum(x.reshape(-1, block, *x.shape[1:]), axis=1)
-    return jax.ops.segment_sum(dense, self.leaf[::block], self.leaves, indices_are_sorted=True)
+    return self._of_leaves(self._of_blocks(x))
 
   def sums(self, *columns: Float[Array, 'channels']) -> list[Float[Array, 'leaves']]:
-    """`sum` of each; not stacked, since XLA's CPU backend does not vectorise through a stack."""
-    return [self.sum(column) for column in jax.lax.optimization_barrier(columns)]
+    """`sum` of each."""
+    blocks = [self._of_blocks(column) for column in columns]
+    return list(self._of_leaves(jnp.stack(blocks, axis=1)).T)
+
+  def _of_blocks(self, x: Float[Array, 'channels *more']) -> Float[Array, 'blocks *more']:
+    return jnp.sum(x.reshape(-1, self.block, *x.shape[1:]), axis=1)
+
+  def _of_leaves(self, x: Float[Array, 'blocks *more']) -> Float[Array, 'leaves *more']:
+    leaf = self.leaf[:: self.block]
+    return jax.ops.segment_sum(x, leaf, self.leaves, indices_are_sorted=True)
+
+  def of(self, x: Float[Array, 'leaves *more']) -> Float[Array, 'channels *more']:
+    """What the leaf of each channel has."""
+    # looked up once a block, and repeated
+    blocks = x[self.leaf[:: self.block]][:, None]
+    shape = (blocks.shape[0], self.block, *x.shape[1:])
+    return jnp.broadcast_to(blocks, shape).reshape(-1, *x.shape[1:])
 
   def largest(self) -> Float[Array, 'leaves']:
     """The largest scale of each leaf."""
-    return jax.ops.segment_max(self.scale, self.leaf, self.leaves, indices_are_sorted=True)
+    blocks = jnp.max(self.scale.reshape(-1, self.block), axis=1)
+    leaf = self.leaf[:: self.block]
+    return jax.ops.segment_max(blocks, leaf, self.leaves, indices_are_sorted=True)
 
   def leaf_share(self) -> Float[Array, 'leaves']:
     return self.sum(self.share)
@@ -85,6 +101,20 @@ class Channels(NamedTuple):
     return -jnp.log(jnp.maximum(retained, jnp.finfo(retained.dtype).tiny))
 
 
+class Measured(NamedTuple):
+  """What thresholds and steps truly cost.
+
+  Attributes:
+    bits: per weight over all leaves.
+    entropy: of every leaf's codes, bits per weight of the leaf.
+    payload: the same with what a file adds to it.
+  """
+
+  bits: Float[Array, '']
+  entropy: Float[Array, 'leaves']
+  payload: Float[Array, 'leaves']
+
+
 def minimise_at_sparsity(channels: Channels, sparsity: Float[Array, '']) -> Float[Array, 'leaves']:
   """Thresholds beta_i, in units of t_i, that prune `sparsity` of all weights at the least cost.
 
@@ -94,7 +124,7 @@ def minimise_at_sparsity(channels: Channels, sparsity: Float[Array, '']) -> Floa
   share = channels.leaf_share()
 
   def sums(z: Array) -> list[Array]:
-    threshold = jnp.exp(z[:, 0])[channels.leaf]
+    threshold = channels.of(jnp.exp(z[:, 0]))
     left = channels.share * (1 - laplace.pruned_fraction(threshold, channels.scale))
     energy = jnp.square(threshold + channels.scale) + jnp.square(channels.scale)
     return channels.sums(left, left * energy)
@@ -114,8 +144,8 @@ def minimise_at_sparsity(channels: Channels, sparsity: Float[Array, '']) -> Floa
 def minimise_at_rate(
   channels: Channels,
   bits: Float[Array, ''],
-  measure: Callable[[Array, Array], Array] | None = None,
-) -> tuple[Float[Array, 'leaves'], Float[Array, 'leaves']]:
+  measure: Callable[[Array, Array], Measured] | None = None,
+) -> tuple[Float[Array, 'leaves'], Float[Array, 'leaves'], Measured | None]:
   """Thresholds and steps, in units of t_i, whose codes have an entropy of `bits` per weight.
 
   With mu_i = 2 lambda n_i / F_i'(d_i), s_ij = exp(-beta_i / tau_ij) and
@@ -134,23 +164,22 @@ def minimise_at_rate(
   Args:
     channels: the problem.
     bits: allowed entropy, bits per weight over all leaves.
-    measure: the true entropy of thresholds and steps (units of t_i), bits per weight over all
-      leaves.  If given, lambda is corrected until `measure` meets `bits`; everything else stays
-      in closed form.
+    measure: the true entropy of thresholds and steps (units of t_i).  If given, lambda is
+      corrected until its `bits` are those asked for; everything else stays in closed form.
 
   Returns:
-    thresholds, steps.
+    thresholds, steps, and what `measure` says of them.
   """
   sums = functools.partial(_rate_sums, channels)
   conditions = functools.partial(_rate_conditions, channels)
   z, multiplier = _single_scale_start(channels, bits)
 
   def is_off(carry: tuple) -> Array:
-    i, _, _, _, off, _, _ = carry
+    i, _, _, _, off, *_ = carry
     return (i == 0) | ((i < 24) & (jnp.abs(off) > 1e-4))
 
   def solve(carry: tuple) -> tuple:
-    i, z, multiplier, log_asked, off, under, over = carry
+    i, z, multiplier, log_asked, off, under, over, _ = carry
     # the true rate moves with the one asked for, but faster or slower: a secant between the last
     # that was too little and the last that was too much, kept inside of the two
     secant = under[0] - under[1] * (over[0] - under[0]) / (over[1] - under[1])
@@ -159,22 +188,26 @@ def minimise_at_rate(
     is_between = jnp.isfinite(over[0] - under[0])
     log_asked = jnp.where(is_between, secant, log_asked - jnp.clip(off, -_LOG2, _LOG2))
     z, multiplier = _newton(sums, conditions, z, multiplier, jnp.exp(log_asked))
-    off = jnp.zeros_like(bits)
+    found, off = None, jnp.zeros_like(bits)
     if measure is not None:
-      off = jnp.log(measure(jnp.exp(z[:, 0]), jnp.exp(z[:, 1])) / bits)
+      found = measure(jnp.exp(z[:, 0]), jnp.exp(z[:, 1]))
+      off = jnp.log(found.bits / bits)
     now = jnp.stack([log_asked, off])
     under, over = jnp.where(off < 0, now, under), jnp.where(off < 0, over, now)
-    return i + 1, z, multiplier, log_asked, off, under, over
+    return i + 1, z, multiplier, log_asked, off, under, over, found
 
   unknown = jnp.full(2, jnp.inf, bits.dtype)
-  start = (0, z, multiplier, jnp.log(bits), jnp.zeros_like(bits), -unknown, unknown)
-  _, z, *_ = jax.lax.while_loop(is_off, solve, start)
-  return jnp.exp(z[:, 0]), jnp.exp(z[:, 1])
+  nothing = None
+  if measure is not None:
+    nothing = Measured(bits, *[jnp.zeros(channels.leaves, bits.dtype)] * 2)
+  start = (0, z, multiplier, jnp.log(bits), jnp.zeros_like(bits), -unknown, unknown, nothing)
+  _, z, *_, found = jax.lax.while_loop(is_off, solve, start)
+  return jnp.exp(z[:, 0]), jnp.exp(z[:, 1]), found
 
 
 def _rate_sums(channels: Channels, z: Array) -> list[Array]:
   """What `_rate_conditions` needs of the channels, at thresholds and steps exp(z[:, :2])."""
-  threshold, step = (jnp.exp(z[:, k])[channels.leaf] for k in range(2))
+  threshold, step = (channels.of(jnp.exp(z[:, k])) for k in range(2))
   tau = jnp.where(channels.scale > 0, channels.scale, 1)
   # a channel of zeros is pruned entirely, as far beyond its scale as anything counts
   b = jnp.where(channels.scale > 0, jnp.minimum(threshold / tau, 80.0), 80.0)
@@ -270,7 +303,7 @@ def _newton(
     slopes = (residuals[1:] - residuals[:1]) / h  # [unknown, leaves, residual]
     gradient = (parts[1 : k + 1] - parts[:1]).T / h
     right = jnp.stack([residuals[0], slopes[k]], axis=-1)
-    solved = jnp.linalg.solve(jnp.moveaxis(slopes[:k], 0, -1), right)
+    solved = _solved(slopes[:k], right)
     # a leaf that has run out of room (all pruned) has a singular system: it stays where it is
     solved = jnp.where(jnp.isfinite(solved), solved, 0)
     towards, along = -solved[..., 0], -solved[..., 1]
@@ -283,6 +316,21 @@ def _newton(
   infinity = jnp.asarray(jnp.inf, start.dtype)
   _, z, multiplier, _ = jax.lax.while_loop(is_moving, step, (0, start, multiplier, infinity))
   return z, multiplier
+
+
+def _solved(columns: Float[Array, 'k leaves k'], right: Float[Array, 'leaves k n']) -> Array:
+  """Solutions of small systems of one or three unknowns, given the columns of their matrices.
+
+  By Cramer's rule, which is quicker to compile than an elimination; what rounding does to it,
+  Newton's method mends.
+  """
+  if len(columns) == 1:
+    return right / columns[0][..., None]
+  first, second, third = columns
+  rows = jnp.cross(second, third), jnp.cross(third, first), jnp.cross(first, second)
+  determinant = jnp.sum(first * rows[0], axis=-1)
+  found = [jnp.sum(row[..., None] * right, axis=-2) for row in rows]
+  return jnp.stack(found, axis=-2) / determinant[:, None, None]
 
 
 def _single_scale_start(
@@ -298,20 +346,26 @@ def _single_scale_start(
     offset -= jnp.log(channels.price)
   share = channels.leaf_share()
 
-  def look_up(multiplier: Array, column: str) -> Array:
-    return jnp.interp(offset + multiplier, seen, table[column])
+  def look_up(multiplier: Array, *columns: str) -> list[Array]:
+    at = offset + multiplier
+    after = jnp.clip(jnp.sum(seen[None] <= at[:, None], axis=1, dtype=jnp.int32), 1, len(seen) - 1)
+    low, high = seen[after - 1], seen[after]
+    part = jnp.clip((at - low) / (high - low), 0, 1)
+    ends = [(table[column][after - 1], table[column][after]) for column in columns]
+    return [low + part * (high - low) for low, high in ends]
 
   def bisect(_: Array, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
     low, high = bracket
     middle = (low + high) / 2
-    too_many = jnp.sum(share * jnp.exp(look_up(middle, 'log_bits'))) > bits
+    [log_bits] = look_up(middle, 'log_bits')
+    too_many = jnp.sum(share * jnp.exp(log_bits)) > bits
     return jnp.where(too_many, middle, low), jnp.where(too_many, high, middle)
 
   bracket = seen[0] - jnp.max(offset), seen[-1] - jnp.min(offset)
   low, high = jax.lax.fori_loop(0, 30, bisect, bracket)
   multiplier = (low + high) / 2
-  columns = ('log_threshold', 'log_step', 'log_mu')
-  return jnp.stack([look_up(multiplier, c) for c in columns], axis=1), multiplier
+  found = look_up(multiplier, 'log_threshold', 'log_step', 'log_mu')
+  return jnp.stack(found, axis=1), multiplier
 
 
 @functools.cache

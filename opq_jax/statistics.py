@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Float32, Int, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
 BINS = 4096  # a sign, so that even the finest grid (127 levels) has 32 bins a cell
 _MOST_WEIGHTS = 2**31 - 1
@@ -357,34 +357,45 @@ def interpolated_at_rank(
   return jnp.where(rank > 0, jnp.nextafter(edge, jnp.zeros_like(edge)), 0)
 
 
-def code_shares(
+def counts_beyond(
   histogram: Int32[Array, 'leaves 2 bins'],
+) -> Int32[Array, 'leaves 2 edges']:
+  """How many weights of each sign lie beyond the inner edge of each bin; none beyond the last."""
+  beyond = lax.cumsum(histogram, axis=2, reverse=True)
+  return jnp.pad(beyond, ((0, 0), (0, 0), (0, 1)))
+
+
+def code_shares(
+  beyond: Int32[Array, 'leaves 2 edges'],
   largest: Float[Array, 'leaves'],
   threshold: Float[Array, 'leaves'],
   step: Float[Array, 'leaves'],
 ) -> tuple[Float[Array, 'leaves'], Float[Array, 'leaves 2 cells']]:
   """The share of each leaf's weights that is pruned, and that in each of 128 cells of a sign.
 
-  The cumulative counts are interpolated linearly at the edges of the cells.
+  The counts are interpolated linearly at the edges of the cells.
 
   Args:
-    histogram: counts by sign and magnitude.
+    beyond: `counts_beyond` of the leaves' histograms.
     largest: largest |w|, where the bins end.
     threshold: where the first cell begins.
     step: width of the cells.
   """
-  k = jnp.arange(128, dtype=step.dtype)[None]
+  k = jnp.arange(129, dtype=step.dtype)[None]
   edges = (threshold[:, None] + step[:, None] * k) / jnp.where(largest > 0, largest, 1)[:, None]
   position = jnp.clip(edges * BINS, 0, BINS)
-  index = jnp.minimum(position.astype(jnp.int32), BINS - 1)[:, None]
-  fraction = (position - index[:, 0].astype(position.dtype))[:, None]
-  inside = jnp.take_along_axis(histogram, index, axis=2).astype(position.dtype)
-  above = jnp.cumsum(histogram[..., ::-1], axis=2)[..., ::-1]  # at this bin and beyond
-  survivors = jnp.take_along_axis(above, index, axis=2).astype(position.dtype) - fraction * inside
-  cells = survivors - jnp.concatenate([survivors[..., 1:], jnp.zeros_like(inside[..., :1])], axis=2)
-  total = jnp.maximum(jnp.sum(histogram, axis=(1, 2)), 1).astype(position.dtype)
-  pruned = total - jnp.sum(survivors[..., 0], axis=1)
-  return jnp.maximum(pruned, 0) / total, jnp.maximum(cells, 0) / total[:, None, None]
+  index = jnp.minimum(position.astype(jnp.int32), BINS - 1)
+  fraction = (position - index.astype(position.dtype))[:, None]
+  low, high = (
+    jnp.take_along_axis(beyond, at[:, None], axis=2).astype(position.dtype)
+    for at in (index, index + 1)
+  )
+  # the last cell has no outer edge
+  survivors = jnp.where(k[:, None] < 128, low - fraction * (low - high), 0)
+  cells = jnp.maximum(survivors[..., :-1] - survivors[..., 1:], 0)
+  total = jnp.maximum(jnp.sum(beyond[..., 0], axis=1), 1).astype(position.dtype)
+  pruned = jnp.maximum(total - jnp.sum(survivors[..., 0], axis=1), 0)
+  return pruned / total, cells / total[:, None, None]
 
 
 def entropy_of_shares(
@@ -398,21 +409,25 @@ def entropy_of_shares(
 def payload_of_shares(
   pruned: Float[Array, 'leaves'],
   cells: Float[Array, 'leaves 2 cells'],
-  sizes: Int[np.ndarray, 'leaves'],
+  sizes: Float[Array | np.ndarray, 'leaves'],
 ) -> Float[Array, 'leaves']:
   """Bits per weight of each leaf's payload in a file: the entropy, and what the coder adds to it.
 
   `opq_jax.entropy_coding` writes a frequency f of P bits in about 2 + log2 f bits, the bounds of
   the alphabet, and a checksum.  In a small leaf this is not little.
   """
-  precision = np.minimum(1 + 3 * np.frexp(sizes)[1] // 4, 16)
-  frequency = cells * np.ldexp(1.0, precision).astype(cells.dtype)[:, None, None]
-  # 1 in every cell that is listed: those up to the last that occurs
-  listed = lax.cummax(jnp.sign(frequency), axis=2, reverse=True)
-  table = listed * jnp.where(frequency > 0, 2 + jnp.log2(jnp.maximum(frequency, 1)), 1.5)
-  bounds = 2 * jnp.log2(jnp.sum(listed, axis=2) + 4)
+  # as many bits as the size has, up to where the precision ends
+  bits = jnp.frexp(jnp.minimum(sizes, 2.0**20))[1]
+  precision = jnp.minimum(1 + 3 * bits // 4, 16)
+  frequency = cells * jnp.ldexp(jnp.ones_like(sizes), precision)[:, None, None]
+  # the cells that are listed: those up to the last that occurs
+  number = np.arange(1, cells.shape[2] + 1, dtype=np.int32)[None, None]
+  listed = jnp.max(jnp.where(frequency > 0, number, 0), axis=2, keepdims=True)
+  each = jnp.where(frequency > 0, 2 + jnp.log2(jnp.maximum(frequency, 1)), 1.5)
+  table = jnp.where(number <= listed, each, 0)
+  bounds = 2 * jnp.log2(listed[..., 0].astype(cells.dtype) + 4)
   added = 44 + jnp.sum(table, axis=(1, 2)) + jnp.sum(bounds, axis=1)
-  return entropy_of_shares(pruned, cells) + added / sizes.astype(cells.dtype)
+  return entropy_of_shares(pruned, cells) + added / sizes
 
 
 def histogram_min_step(

@@ -14,6 +14,7 @@ from flax import nnx
 
 import opq_jax
 from opq_jax import allocate, encode, init_state
+from opq_jax import allocation as allocation_module
 from opq_jax.allocation import OBJECTIVES, Allocation
 from opq_jax.entropy_coding import encode_codes
 
@@ -152,6 +153,22 @@ def test_traced():
     for x, y, s in zip(*map(jax.tree.leaves, (many, alone, shapes)), strict=True):
       np.testing.assert_allclose(x[k], y, rtol=2e-3, atol=1e-5)
       assert s.shape == y.shape and s.dtype == y.dtype
+
+
+def test_networks_of_about_the_same_size_share_a_program():
+  rng = RNG(1)
+  first = {'a': rng.laplace(size=(300, 40)).astype(np.float32)}
+  second = {
+    k: rng.laplace(size=s).astype('f4') for k, s in {'b': (77, 13), 'c': (9, 8, 50)}.items()
+  }
+  for targets in ({'compression_rate': 12.0}, {'sparsity': 0.5, 'bits': 3.0}):
+    allocate(first, objective='squared_error', **targets)
+    programs = allocation_module._solve._cache_size()
+    found = allocate(second, objective='balanced_error', **targets)
+    assert allocation_module._solve._cache_size() == programs
+    # the room that is left in it changes nothing
+    alone = jax.jit(functools.partial(allocate, objective='balanced_error', **targets))(second)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=1e-5), found, alone)
 
 
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])

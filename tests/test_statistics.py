@@ -127,8 +127,9 @@ def test_payload_is_that_of_the_coder(shape):
   stats = leaf_statistics(weights, -1)
   flat = np.asarray(weights, np.float64).ravel()
   payloads = jax.jit(
-    lambda *args: statistics.payload_of_shares(
-      *statistics.code_shares(*args), np.array([weights.size])
+    lambda histogram, *args: statistics.payload_of_shares(
+      *statistics.code_shares(statistics.counts_beyond(histogram), *args),
+      jnp.float32([weights.size]),
     )
   )
   for threshold, step in [(0.0, 0.1), (0.2, 0.5), (0.7, 1.3), (2.5, 3.5)]:
@@ -146,7 +147,11 @@ def test_entropy_and_moments_are_those_of_the_codes(kind):
   stats = leaf_statistics(weights, -1)
   flat = np.asarray(weights, np.float64).ravel()
   largest = np.abs(flat).max()
-  entropies = jax.jit(lambda *args: statistics.entropy_of_shares(*statistics.code_shares(*args)))
+  entropies = jax.jit(
+    lambda histogram, *args: statistics.entropy_of_shares(
+      *statistics.code_shares(statistics.counts_beyond(histogram), *args)
+    )
+  )
   moments = jax.jit(statistics.histogram_moments)
   for threshold, step in [(0.0, 0.5), (0.7, 0.3), (1.5, 2.5), (0.2, 30.0), (largest / 8, 1.5)]:
     levels = max(1, int(np.ceil((largest - threshold) / step)))
