@@ -117,10 +117,11 @@ def statistics_gather_nothing():
 
 
 def allocation_is_that_of_one_device():
-  for targets in TARGETS:
+  # the least cost at a width is flat: where it lies, float32 knows to a few roots of its epsilon
+  for targets, rtol in zip(TARGETS, (1e-3, 3e-3), strict=True):
     for corrected in (True, False):
       found = opq_jax.allocate(laid(), corrected=corrected, **targets)
-      same(found, opq_jax.allocate(plain(), corrected=corrected, **targets), 1e-3)
+      same(found, opq_jax.allocate(plain(), corrected=corrected, **targets), rtol)
 
 
 def a_traced_allocation_gathers_nothing():
