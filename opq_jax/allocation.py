@@ -48,6 +48,8 @@ from opq_jax.trees import PyTree
 
 Objective = Literal['balanced_error', 'retained_signal', 'relative_error', 'squared_error']
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
+# of all weights, what a leaf of zeros counts
+_SHARE_OF_ZEROS = 1e-7
 # F_i = D_i / S_i * S_i^power
 _POWERS = {
   'balanced_error': 0.5, 'retained_signal': None, 'relative_error': 0.0, 'squared_error': 1.0,
@@ -556,13 +558,16 @@ def _channels(tree: _Tree, block: int) -> tuple[Channels, Float[Array, 'leaves']
     energy = jnp.log(share) + 2 * jnp.log(jnp.maximum(ratio, tiny))
     log_price = tree.power * energy + jnp.log(tree.omegas)
     highest = jnp.max(jnp.where(is_alive, log_price, -jnp.inf))
-    # a leaf of zeros has no unit: beside very small weights its price would be infinite
-    price = jnp.exp(jnp.where(is_alive, log_price - highest, 0))
+    # a leaf of zeros has no unit; with this price it is solved as the others are, and as soon
+    usual = _SHARE_OF_ZEROS * jnp.sum(is_alive, dtype=unit.dtype)
+    price = jnp.where(is_alive, jnp.exp(log_price - highest), usual)
   channels = Channels(
     # a leaf of zeros takes no bits: it is solved as if its scales were 1 and its weights next to
-    # none, and overruled in the end; not so few that Newton's method had a long way to it
+    # none, and overruled in the end
     scale=jnp.where(is_alive[tree.leaf], scale / spread[tree.leaf], 1),
-    share=jnp.where(is_alive[tree.leaf], tree.share, 1e-7 * tree.share / share[tree.leaf]),
+    share=jnp.where(
+      is_alive[tree.leaf], tree.share, _SHARE_OF_ZEROS * tree.share / share[tree.leaf]
+    ),
     leaf=tree.leaf,
     leaves=tree.leaves,
     price=price,
