@@ -17,8 +17,8 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import flax.struct
 import jax
@@ -26,36 +26,24 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
-from opq_jax import laplace, trees
-from opq_jax.fixed_width import minimise_at_bits
-from opq_jax.optimization import Channels, Measured, minimise_at_rate, minimise_at_sparsity
+from opq_jax import trees
+from opq_jax.allocation_solver import MAX_LEVELS, ranks, solve, thresholds
+from opq_jax.joined_statistics import JoinedStatistics, Layout, join, layout_of
 from opq_jax.statistics import (
   LeafStatistics,
-  bins_at_rank,
-  code_shares,
-  counts_beyond,
-  entropy_of_shares,
   fine_histogram,
-  histogram_min_step,
-  histogram_moments,
-  interpolated_at_rank,
   leaf_statistics,
-  magnitudes_at_rank,
-  payload_of_shares,
   per_channel_count,
 )
 from opq_jax.trees import PyTree
 
 Objective = Literal['balanced_error', 'retained_signal', 'relative_error', 'squared_error']
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
-# of all weights, what a leaf of zeros counts
-_SHARE_OF_ZEROS = 1e-7
 # F_i = D_i / S_i * S_i^power
 _POWERS = {
   'balanced_error': 0.5, 'retained_signal': None, 'relative_error': 0.0, 'squared_error': 1.0,
 }  # fmt: skip
 DEFAULT_COMPRESSION_RATE = 10.0
-MAX_LEVELS = 127  # a code is one int8
 # true energy over that of the Laplace density: 1 if it fits, .79 for Gaussian, .67 for uniform,
 # .5 for constant magnitudes; outside of these bounds a leaf is warned about
 LAPLACE_FIT_BOUNDS = (0.55, 3.0)
@@ -153,8 +141,8 @@ def allocate(
     params: any pytree of arrays: params, or whole Flax variables.  Leaves over a mesh
       (`NamedSharding`) are never gathered.  Their histograms and maxima are those of one device,
       their scales sums in another order (`opq_jax.leaf_statistics`), and so every field of the
-      answer is the same up to 1e-3, since the search for a rate ends within 1e-4 of it; with
-      `bits` up to 3e-3, since the least cost is flat, and float32 finds no better where.  In the
+      answer is the same up to 1e-3, since the search for a rate ends within 1e-4 of it.  With
+      `bits` it is so up to 5e-3: the least cost, which is the same up to 5e-4, is flat.  In the
       place of a leaf may be its `LeafStatistics`, computed before or elsewhere: allocate(params)
       is allocate(jax.tree.map(opq_jax.leaf_statistics, params)).
     sparsity: share of all compressed weights to prune, in [0, 1).  Together with `bits`.
@@ -233,17 +221,18 @@ def allocate(
     axis = axis_of(name, leaf, channel_axis)
     stats.append(leaf_statistics(leaf, axis, histogram=corrected))
     looks.append(functools.partial(_itself, leaf))
-  stats = _on_host(stats)
-  layout = _layout(stats, _is_traced((stats, targets, omegas)))
-  tree = _joined(stats, objective, omegas, layout)
+  stats = trees.on_host(stats)
+  layout = layout_of(stats, trees.is_traced((stats, targets, omegas)))
+  power = _POWERS[objective] if omegas is None else 1.0
+  tree = join(stats, power, omegas, layout)
   seen, again = None, [look for look in looks if look is not None]
   if 'bits' in targets and corrected and len(again) == len(stats):
     seen = _second_look(stats, tree, layout, again, targets)
   # on the host: XLA would take seconds to compile hundreds of slices
-  per_leaf, per_channel = _on_host(_solve(tree, targets, seen, layout.block))
+  per_leaf, per_channel = trees.on_host(solve(tree, targets, seen, layout.block))
   per_leaf = {name: values[: len(stats)] for name, values in per_leaf.items()}
   per_channel = {name: values[layout.place] for name, values in per_channel.items()}
-  if not _is_traced((per_leaf, per_channel)):
+  if not trees.is_traced((per_leaf, per_channel)):
     _check_values(chosen, stats, per_leaf, per_channel, targets)
   ends = np.cumsum([s.channels for s in stats])
   solved = {}
@@ -292,371 +281,27 @@ def _given_statistics(name: str, stats: LeafStatistics, corrected: bool) -> Leaf
   return stats
 
 
-def _on_host(tree: PyTree) -> PyTree:
-  """The arrays as numpy's, unless some are traced: leaves may lie on different devices."""
-  return tree if _is_traced(tree) else jax.device_get(tree)
-
-
 def _second_look(
   stats: list[LeafStatistics],
-  tree: '_Tree',
-  layout: '_Layout',
+  tree: JoinedStatistics,
+  layout: Layout,
   looks: list[Callable[[], Array | np.ndarray]],
   targets: dict[str, Array],
 ) -> tuple[Float32[Array, 'leaves'], Float[Array, 'channels']]:
   """The thresholds that prune just what each leaf is given, and the share of all that survives."""
-  rank, coarse, left = _on_host(_ranks(tree, targets['sparsity'], layout.block))
+  rank, coarse, left = trees.on_host(ranks(tree, targets['sparsity'], layout.block))
   fine = [
     fine_histogram(look(), s.largest, number)
-    for look, s, number in zip(looks, stats, coarse, strict=False)
+    for look, s, number in zip(looks, stats, coarse[: len(stats)], strict=True)
   ]
-  fine = layout.leaves(_on_host(fine), jnp.int32)
-  threshold = _on_host(_thresholds(fine, tree.ends, coarse, left, rank))
+  fine = layout.leaves(trees.on_host(fine), jnp.int32)
+  threshold = trees.on_host(thresholds(fine, tree.ends, coarse, left, rank))
   counts = [
     per_channel_count(look(), t, s.channel_axis)
-    for look, s, t in zip(looks, stats, threshold, strict=False)
+    for look, s, t in zip(looks, stats, threshold[: len(stats)], strict=True)
   ]
   total = sum(s.size for s in stats)
-  return threshold, layout.channels(_on_host(counts), tree.scale.dtype) / total
-
-
-@functools.partial(jax.jit, static_argnames='block')
-def _ranks(tree: '_Tree', sparsity: Array, block: int) -> tuple[Array, Array, Array]:
-  """How many weights every leaf prunes; in which bin the last of them is, and which it is there."""
-  channels, _ = _channels(tree, block)
-  assert tree.histogram is not None
-  _, left = _predicted(channels, sparsity.astype(tree.scale.dtype))
-  rank = _rank(tree, channels, left)
-  return rank, *bins_at_rank(tree.histogram, rank)
-
-
-@jax.jit
-def _thresholds(
-  fine: Int32[Array, 'leaves bins'],
-  ends: Float[Array, 'leaves'],
-  coarse: Int32[Array, 'leaves'],
-  left: Int32[Array, 'leaves'],
-  rank: Int32[Array, 'leaves'],
-) -> Float32[Array, 'leaves']:
-  return magnitudes_at_rank(fine, ends.astype(jnp.float32), coarse, left, rank)
-
-
-def _predicted(
-  channels: Channels, sparsity: Float[Array, '']
-) -> tuple[Float[Array, 'leaves'], Float[Array, 'channels']]:
-  """Thresholds in units of t_i and survivors, as a share of all weights, by the closed form."""
-  threshold = minimise_at_sparsity(channels, sparsity)
-  left = 1 - laplace.pruned_fraction(channels.of(threshold), channels.scale)
-  return threshold, channels.share * left
-
-
-def _rank(tree: '_Tree', channels: Channels, left: Float[Array, 'channels']) -> Array:
-  """The number of weights that every leaf prunes."""
-  pruned = 1 - channels.sum(left) / channels.leaf_share()
-  return jnp.round(pruned * tree.sizes).astype(jnp.int32)
-
-
-@functools.partial(jax.jit, static_argnames='block')
-def _solve(
-  tree: '_Tree',
-  targets: dict[str, Array],
-  seen: tuple[Array, Array] | None,
-  block: int,
-) -> tuple[dict[str, Array], dict[str, Array]]:
-  """The fields of all leaves' `LeafAllocation`: those per leaf, and those per channel, joined.
-
-  Args:
-    tree: all leaves; with histograms the answer is corrected by them.
-    targets: what is asked.
-    seen: what `_second_look` has found, where there was one.
-    block: of the layout.
-  """
-  dtype = tree.scale.dtype
-  channels, unit = _channels(tree, block)
-  measure, measured = None, None
-  if tree.histogram is not None:
-    beyond = counts_beyond(tree.histogram)
-    measure = functools.partial(_measure, beyond, tree.ends / unit, tree.sizes, channels)
-  if 'compression_rate' in targets:
-    bits = 32 / targets['compression_rate'].astype(dtype)
-    threshold, step, measured = minimise_at_rate(channels, bits, measure)
-    threshold = threshold * unit
-  else:
-    if seen is not None:
-      threshold, left = seen[0].astype(dtype), seen[1]
-    else:
-      threshold, left = _predicted(channels, targets['sparsity'].astype(dtype))
-      threshold = threshold * unit
-      if tree.histogram is not None:
-        rank = _rank(tree, channels, left)
-        ends = tree.ends.astype(jnp.float32)
-        threshold = interpolated_at_rank(tree.histogram, ends, rank).astype(dtype)
-    reach = jnp.maximum(tree.maximum - channels.of(threshold), 0) / channels.of(unit)
-    step = minimise_at_bits(channels, targets['bits'].astype(dtype), threshold / unit, left, reach)
-    if measure is not None:
-      measured = measure(threshold / unit, step)
-  return _describe(tree, channels, unit, threshold, step * unit, measured)
-
-
-class _Layout(NamedTuple):
-  """Where the channels of all leaves lie in joined arrays.
-
-  What is compiled depends on the sizes of these arrays alone.  On the host there are a few sizes
-  for all networks: behind a leaf's channels are as many of zeros as fill its last block, and behind
-  the leaves are some more of zeros, as if they were the network's.  Where values are traced there
-  is no room between: each trace is compiled for itself.
-
-  Attributes:
-    place: of every channel.
-    leaf: which leaf each place belongs to.
-    sizes: weights of every leaf; one a channel in those that are not the network's.
-    block: how many places in a row are of one leaf.
-    is_traced: whether there is no room between.
-  """
-
-  place: np.ndarray | slice
-  leaf: np.ndarray
-  sizes: np.ndarray
-  block: int
-  is_traced: bool
-
-  def channels(self, parts: Sequence[Any], dtype: Any) -> Any:
-    """What every leaf has of its channels, joined; 0 in between."""
-    if self.is_traced:
-      return jnp.concatenate(parts).astype(dtype)
-    joined = np.zeros(len(self.leaf), dtype)
-    joined[self.place] = np.concatenate(parts)
-    return joined
-
-  def leaves(self, parts: Sequence[Any], dtype: Any, fill: float = 0) -> Any:
-    """What there is one of for every leaf, stacked."""
-    if self.is_traced:
-      return jnp.stack(parts).astype(dtype)
-    more = len(self.sizes) - len(parts)
-    first = np.asarray(parts[0])
-    return np.stack([*parts, *[np.full_like(first, fill)] * more]).astype(dtype)
-
-
-def _layout(stats: list[LeafStatistics], is_traced: bool) -> _Layout:
-  counts, sizes = [s.channels for s in stats], [s.size for s in stats]
-  if is_traced:
-    leaf = np.repeat(np.arange(len(stats), dtype=np.int32), counts)
-    return _Layout(slice(None), leaf, np.array(sizes), math.gcd(*counts), True)
-  # sums over longer blocks are quicker, if they are not of zeros
-  places = lambda block: sum(-(-count // block) * block for count in counts)
-  block = 64 if places(64) <= places(8) * 9 / 8 else 8
-  leaves = _rounded_up(len(stats), 8)
-  blocks = [-(-count // block) for count in counts] + [1] * (leaves - len(stats))
-  sizes += [block] * (leaves - len(stats))
-  blocks[-1] += _rounded_up(sum(blocks), 512 // block) - sum(blocks)
-  starts = np.cumsum([0, *blocks]) * block
-  place = [start + np.arange(count) for start, count in zip(starts, counts, strict=False)]
-  leaf = np.repeat(np.arange(leaves, dtype=np.int32), np.array(blocks) * block)
-  return _Layout(np.concatenate(place), leaf, np.array(sizes), block, False)
-
-
-def _rounded_up(count: int, least: int) -> int:
-  """The first of 8, 12, 16, 24, 32, 48, … that is no less, nor less than `least`."""
-  power = 1 << (max(count, least) - 1).bit_length()
-  return power * 3 // 4 if max(count, least) <= power * 3 // 4 else power
-
-
-def _joined(
-  stats: list[LeafStatistics],
-  objective: Objective | PyTree,
-  omegas: list[Array] | None,
-  layout: _Layout,
-) -> '_Tree':
-  dtype = jnp.result_type(float)
-  total = sum(s.size for s in stats)
-  share = layout.channels([np.full(s.channels, s.per_channel / total) for s in stats], dtype)
-  if not layout.is_traced:
-    # leaves that are not the network's have logarithms too
-    share[layout.leaf >= len(stats)] = 1 / total
-  histograms = [s.histogram for s in stats if s.histogram is not None]
-  power = 1.0 if omegas is not None else _POWERS[objective]
-  return _Tree(
-    scale=layout.channels([s.scale for s in stats], dtype),
-    maximum=layout.channels([s.maximum for s in stats], dtype),
-    histogram=layout.leaves(histograms, jnp.int32) if histograms else None,
-    ends=layout.leaves([s.largest for s in stats], dtype),
-    share=share,
-    leaf=layout.leaf,
-    sizes=layout.sizes.astype(dtype),
-    rounding=layout.leaves(
-      [np.asarray(2.0 ** -(jnp.finfo(s.dtype).nmant + 1)) for s in stats], dtype
-    ),
-    power=None if power is None else np.asarray(power, dtype),
-    omegas=layout.leaves(_on_host(omegas or [np.ones(())] * len(stats)), dtype, fill=1),
-  )
-
-
-class _Tree(NamedTuple):
-  """The statistics of all leaves, joined as a `_Layout` says; in the units of the weights.
-
-  Attributes:
-    scale, maximum: see `LeafStatistics`, of all channels.
-    histogram: of every leaf, or None.
-    ends: where the bins of every leaf's histogram end.
-    share: of all weights, of every channel.
-    leaf: which leaf a channel belongs to.
-    sizes: weights of every leaf.
-    rounding: relative error of rounding a value to each leaf's dtype.
-    power: of its energy S_i, in what the relative error of a leaf counts; None where the objective
-      is not linear in the errors.
-    omegas: what that is multiplied by, of every leaf.
-  """
-
-  scale: Float[Array, 'channels']
-  maximum: Float[Array, 'channels']
-  histogram: Int32[Array, 'leaves 2 bins'] | None
-  ends: Float[Array, 'leaves']
-  share: Float[Array, 'channels']
-  leaf: Int32[Array | np.ndarray, 'channels']
-  sizes: Float[Array | np.ndarray, 'leaves']
-  rounding: Float[Array, 'leaves']
-  power: Float[Array | np.ndarray, ''] | None
-  omegas: Float[Array, 'leaves']
-
-  @property
-  def leaves(self) -> int:
-    return len(self.sizes)
-
-  def largest(self) -> Float[Array, 'leaves']:
-    """The largest |w| of every leaf."""
-    return jax.ops.segment_max(self.maximum, self.leaf, self.leaves, indices_are_sorted=True)
-
-
-def _channels(tree: _Tree, block: int) -> tuple[Channels, Float[Array, 'leaves']]:
-  """The problem in dimensionless form, and the unit of length t_i of every leaf."""
-  largest = tree.largest()
-  is_alive = largest > 0
-  safe = jnp.where(is_alive, largest, 1)
-  total = functools.partial(
-    jax.ops.segment_sum,
-    segment_ids=tree.leaf,
-    num_segments=tree.leaves,
-    indices_are_sorted=True,
-  )
-  # tau / max lies in [0, 1]: no square of it overflows or, where it counts, underflows
-  scale = tree.scale / safe[tree.leaf]
-  share = total(tree.share)
-  spread = jnp.where(is_alive, jnp.sqrt(total(tree.share * scale * scale) / share), 1)
-  unit = safe * spread
-  min_step = safe / MAX_LEVELS
-  if tree.histogram is not None:
-    ends = jnp.where(is_alive, tree.ends, 1)
-    min_step = jax.vmap(histogram_min_step, in_axes=(0, 0, None))(tree.histogram, ends, MAX_LEVELS)
-  # rounding to a narrow dtype moves a value by at most an eighth of a step: it stays in its cell
-  min_step = jnp.maximum(min_step, safe * (8 * tree.rounding))
-  price = None
-  if tree.power is not None:
-    # share * unit^2 is the energy S_i, up to a constant; of units in the largest of them, whose
-    # logarithm would cost digits
-    tiny = jnp.finfo(unit.dtype).tiny
-    ratio = unit / jnp.maximum(jnp.max(jnp.where(is_alive, unit, 0)), tiny)
-    energy = jnp.log(share) + 2 * jnp.log(jnp.maximum(ratio, tiny))
-    log_price = tree.power * energy + jnp.log(tree.omegas)
-    highest = jnp.max(jnp.where(is_alive, log_price, -jnp.inf))
-    # a leaf of zeros has no unit; with this price it is solved as the others are, and as soon
-    usual = _SHARE_OF_ZEROS * jnp.sum(is_alive, dtype=unit.dtype)
-    price = jnp.where(is_alive, jnp.exp(log_price - highest), usual)
-  channels = Channels(
-    # a leaf of zeros takes no bits: it is solved as if its scales were 1 and its weights next to
-    # none, and overruled in the end
-    scale=jnp.where(is_alive[tree.leaf], scale / spread[tree.leaf], 1),
-    share=jnp.where(
-      is_alive[tree.leaf], tree.share, _SHARE_OF_ZEROS * tree.share / share[tree.leaf]
-    ),
-    leaf=tree.leaf,
-    leaves=tree.leaves,
-    price=price,
-    min_step=jnp.where(is_alive, min_step / unit, 1e-3),
-    block=block,
-  )
-  return channels, unit
-
-
-def _measure(
-  beyond: Int32[Array, 'leaves 2 edges'],
-  ends: Float[Array, 'leaves'],
-  sizes: Float[Array | np.ndarray, 'leaves'],
-  channels: Channels,
-  threshold: Float[Array, 'leaves'],
-  step: Float[Array, 'leaves'],
-) -> Measured:
-  """What thresholds and steps in units of t_i truly cost, by the counts of `counts_beyond`."""
-  shares = code_shares(beyond, ends, threshold, step)
-  payload = payload_of_shares(*shares, sizes)
-  bits = jnp.sum(channels.leaf_share() * payload)
-  return Measured(bits, entropy_of_shares(*shares), payload)
-
-
-def _describe(
-  tree: _Tree,
-  channels: Channels,
-  unit: Float[Array, 'leaves'],
-  threshold: Float[Array, 'leaves'],
-  step: Float[Array, 'leaves'],
-  measured: Measured | None,
-) -> tuple[dict[str, Array], dict[str, Array]]:
-  """Everything that is said of the leaves, given their thresholds and steps.
-
-  Args:
-    measured: what `_measure` says of them, where there are histograms.
-  """
-  largest = tree.largest()
-  is_alive = largest > 0
-  threshold = jnp.where(is_alive, threshold, 0)
-  step = jnp.where(is_alive, step, 1)
-  share = channels.leaf_share()
-  # a reach that is a whole number of steps up to rounding needs no cell more
-  cells = jnp.ceil(jnp.maximum(largest - threshold, 0) / step * (1 - 1e-5))
-  levels = jnp.minimum(cells, MAX_LEVELS)
-  inner = threshold / unit, step / unit
-  if tree.histogram is not None:
-    assert measured is not None
-    entropy, payload = measured.entropy, measured.payload
-    moments = jax.vmap(histogram_moments)(tree.histogram, tree.ends / unit, *inner, levels)
-    energy, offset, error, sparsity = moments
-    error = error / jnp.maximum(energy, jnp.finfo(error.dtype).tiny)
-    fit = energy / 2
-  else:
-    at, width = channels.of(inner[0]), channels.of(inner[1])
-    left = channels.share * (1 - laplace.pruned_fraction(at, channels.scale))
-    offset = channels.sum(left * laplace.survivor_offset(width, channels.scale))
-    offset = offset / jnp.maximum(channels.sum(left), jnp.finfo(left.dtype).tiny)
-    kept = channels.share * laplace.retained_energy(at, width, channels.scale)
-    error = 1 - channels.sum(kept) / (2 * share)
-    entropy = channels.sum(channels.share * laplace.entropy(at, width, channels.scale)) / share
-    payload = entropy
-    sparsity = 1 - channels.sum(left) / share
-    fit = jnp.full_like(error, jnp.nan)
-  # deeper inside its cell than rounding to a narrow dtype moves a value, so that it stays there
-  margin = step / 64 + 1.1 * tree.rounding * largest
-  reach = jnp.maximum(tree.maximum - channels.of(threshold), 0) / channels.of(step)
-  per_leaf = {
-    'threshold': threshold,
-    'sparsity': jnp.where(is_alive, sparsity, 1),
-    'step': step,
-    'offset': jnp.clip(offset * unit, margin, step - margin),
-    'levels': levels,
-    'error': jnp.where(is_alive, error, 0),
-    'entropy': jnp.where(is_alive, entropy, 0),
-    'payload': jnp.where(is_alive, payload, 0),
-    'laplace_fit': jnp.where(is_alive, fit, 1),
-  }
-  per_leaf = {name: value.astype(jnp.float32) for name, value in per_leaf.items()}
-  per_leaf['levels'] = levels.astype(jnp.int32)
-  per_channel = {
-    'scale': tree.scale.astype(jnp.float32),
-    'bits': (1 + jnp.log2(jnp.clip(reach, 1, MAX_LEVELS))).astype(jnp.float32),
-  }
-  return per_leaf, per_channel
-
-
-def _is_traced(tree: PyTree) -> bool:
-  return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+  return threshold, layout.channels(trees.on_host(counts), tree.scale.dtype) / total
 
 
 def _is_floating(leaf: Any) -> bool:

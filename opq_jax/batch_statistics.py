@@ -87,7 +87,7 @@ def check(variables: Mapping[str, PyTree]) -> None:
 
 def check_updates(momentum: Mapping[str, Float32[Array, '...']]) -> None:
   """Raises ValueError where a BatchNorm took no part; in a trace nobody knows."""
-  if any(isinstance(leaf, jax.core.Tracer) for leaf in momentum.values()):
+  if trees.is_traced(momentum):
     return
   idle = [name for name, leaf in jax.device_get(momentum).items() if (leaf >= 1).any()]
   if idle:

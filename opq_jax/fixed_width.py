@@ -59,7 +59,7 @@ def minimise_at_bits(
   )
   log_reach = jnp.log(jnp.maximum(reach, tiny))
   least = jnp.log(channels.min_step)
-  most = jax.ops.segment_max(log_reach, leaf, channels.leaves, indices_are_sorted=True)
+  most = channels.max(log_reach)
   most = jnp.maximum(most, least)
   span = jnp.where(most > least, most - least, 1)
 

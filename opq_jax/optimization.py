@@ -79,9 +79,9 @@ class Channels(NamedTuple):
     shape = (blocks.shape[0], self.block, *x.shape[1:])
     return jnp.broadcast_to(blocks, shape).reshape(-1, *x.shape[1:])
 
-  def largest(self) -> Float[Array, 'leaves']:
-    """The largest scale of each leaf."""
-    blocks = jnp.max(self.scale.reshape(-1, self.block), axis=1)
+  def max(self, x: Float[Array, 'channels']) -> Float[Array, 'leaves']:
+    """The largest of the channels of each leaf."""
+    blocks = jnp.max(x.reshape(-1, self.block), axis=1)
     leaf = self.leaf[:: self.block]
     return jax.ops.segment_max(blocks, leaf, self.leaves, indices_are_sorted=True)
 
@@ -242,7 +242,9 @@ def _rate_conditions(
   quantize = jnp.log(finer / coarser) - z[:, 2] + math.log(_LOG2)
   quantize = jnp.minimum(quantize, z[:, 1] - jnp.log(channels.min_step))
   log_mu = jnp.log(2 * share) + multiplier - channels.log_price(retained / (2 * share))
-  balance = z[:, 2] - jnp.minimum(log_mu, math.log(_ALL_PRUNED) + 2 * jnp.log(channels.largest()))
+  balance = z[:, 2] - jnp.minimum(
+    log_mu, math.log(_ALL_PRUNED) + 2 * jnp.log(channels.max(channels.scale))
+  )
   return jnp.stack([prune, quantize, balance], axis=1), bits
 
 

@@ -122,3 +122,13 @@ def _difference(tree: PyTree, record_tree: PyTree, kind: type) -> str:
       f'{jax.tree.structure(record_tree, is_leaf=is_leaf)}'
     )
   return '\n'.join(lines)
+
+
+def is_traced(tree: PyTree) -> bool:
+  """Whether some of its arrays stand for values that are not known yet."""
+  return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def on_host(tree: PyTree) -> PyTree:
+  """The arrays as numpy's, unless some are traced: leaves may lie on different devices."""
+  return tree if is_traced(tree) else jax.device_get(tree)

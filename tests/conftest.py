@@ -3,7 +3,7 @@
 import os
 import tempfile
 
-# tests compile far more than they compute: without LLVM's slowest passes they take half as long
+# tests compile far more than they compute: without slow passes that takes less
 os.environ['XLA_FLAGS'] = (
   os.environ.get('XLA_FLAGS', '') + ' --xla_llvm_disable_expensive_passes=true'
 )

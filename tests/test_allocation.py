@@ -13,8 +13,7 @@ import pytest
 from flax import nnx
 
 import opq_jax
-from opq_jax import allocate, encode, init_state
-from opq_jax import allocation as allocation_module
+from opq_jax import allocate, allocation_solver, encode, init_state
 from opq_jax.allocation import OBJECTIVES, Allocation
 from opq_jax.entropy_coding import encode_codes
 
@@ -163,9 +162,9 @@ def test_networks_of_about_the_same_size_share_a_program():
   }
   for targets in ({'compression_rate': 12.0}, {'sparsity': 0.5, 'bits': 3.0}):
     allocate(first, objective='squared_error', **targets)
-    programs = allocation_module._solve._cache_size()
+    programs = allocation_solver.solve._cache_size()
     found = allocate(second, objective='balanced_error', **targets)
-    assert allocation_module._solve._cache_size() == programs
+    assert allocation_solver.solve._cache_size() == programs
     # the room that is left in it changes nothing
     alone = jax.jit(functools.partial(allocate, objective='balanced_error', **targets))(second)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=1e-5), found, alone)

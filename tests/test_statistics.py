@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opq_jax import statistics
+from opq_jax import histograms, statistics
 from opq_jax.entropy_coding import encode_codes
-from opq_jax.statistics import BINS, leaf_statistics, merge_statistics
+from opq_jax.histograms import BINS
+from opq_jax.statistics import leaf_statistics, merge_statistics
 
 SHAPES = {
   'vector': ((1000,), 0),
@@ -18,9 +19,9 @@ SHAPES = {
 
 
 def RANK(weights, stats, rank):
-  coarse, left = statistics.bins_at_rank(stats.histogram[None], rank[None])
+  coarse, left = histograms.bins_at_rank(stats.histogram[None], rank[None])
   fine = statistics.fine_histogram(weights, stats.largest, coarse[0])[None]
-  return statistics.magnitudes_at_rank(fine, stats.largest[None], coarse, left, rank[None])[0]
+  return histograms.magnitudes_at_rank(fine, stats.largest[None], coarse, left, rank[None])[0]
 
 
 COUNT = statistics.per_channel_count
@@ -127,8 +128,8 @@ def test_payload_is_that_of_the_coder(shape):
   stats = leaf_statistics(weights, -1)
   flat = np.asarray(weights, np.float64).ravel()
   payloads = jax.jit(
-    lambda histogram, *args: statistics.payload_of_shares(
-      *statistics.code_shares(statistics.counts_beyond(histogram), *args),
+    lambda histogram, *args: histograms.payload_of_shares(
+      *histograms.code_shares(histograms.counts_beyond(histogram), *args),
       jnp.float32([weights.size]),
     )
   )
@@ -148,11 +149,11 @@ def test_entropy_and_moments_are_those_of_the_codes(kind):
   flat = np.asarray(weights, np.float64).ravel()
   largest = np.abs(flat).max()
   entropies = jax.jit(
-    lambda histogram, *args: statistics.entropy_of_shares(
-      *statistics.code_shares(statistics.counts_beyond(histogram), *args)
+    lambda histogram, *args: histograms.entropy_of_shares(
+      *histograms.code_shares(histograms.counts_beyond(histogram), *args)
     )
   )
-  moments = jax.jit(statistics.histogram_moments)
+  moments = jax.jit(histograms.histogram_moments)
   for threshold, step in [(0.0, 0.5), (0.7, 0.3), (1.5, 2.5), (0.2, 30.0), (largest / 8, 1.5)]:
     levels = max(1, int(np.ceil((largest - threshold) / step)))
     as_rows = [jnp.float32([x]) for x in (largest, threshold, step)]
@@ -174,7 +175,7 @@ def test_entropy_and_moments_are_those_of_the_codes(kind):
 
 
 def test_least_step_clips_a_lone_outlier_and_nothing_else():
-  least = jax.jit(statistics.histogram_min_step, static_argnums=2)
+  least = jax.jit(histograms.histogram_min_step, static_argnums=2)
   weights = sample((40, 7, 36))
   largest = jnp.max(jnp.abs(weights))
   step = least(leaf_statistics(weights, -1).histogram, largest, 127)
@@ -193,7 +194,7 @@ def test_least_step_is_the_best_of_all():
   weights[0, 0, :12] = 1e3
   histogram = leaf_statistics(jnp.asarray(weights), -1).histogram
   found = float(
-    jax.jit(statistics.histogram_min_step, static_argnums=2)(histogram, jnp.float32(1e3), 127)
+    jax.jit(histograms.histogram_min_step, static_argnums=2)(histogram, jnp.float32(1e3), 127)
   )
   steps = np.linspace(1e-3, 1, 500) * 1e3 / 127
   beyond = np.maximum(np.abs(weights).ravel() - 127 * steps[:, None], 0)

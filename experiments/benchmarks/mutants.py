@@ -47,6 +47,7 @@ EXPLAINED = pathlib.Path(__file__).parent / 'equivalent_mutants.json'
 TESTS = {
   'laplace': ['test_laplace.py'],
   'allocation': ['test_allocation.py', 'test_compression.py'],
+  'allocation_solver': ['test_allocation.py', 'test_compression.py'],
   'compression': ['test_compression.py', 'test_artifact.py'],
   'artifact': ['test_artifact.py', 'test_hostile_files.py'],
   'context_coding': ['test_context_coding.py', 'test_entropy_coding.py'],
