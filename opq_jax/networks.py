@@ -190,10 +190,12 @@ def noise_images(network: Network, seed: int = 0) -> jax.Array:
 
 
 def synthetic_batches(network: Network, seed: int = 0) -> list[jax.Array]:
-  """Batches of `opq_jax.synthetic_inputs` in a network's own units: 64 images, or 256 of CIFAR's.
+  """Batches of `opq_jax.synthetic_inputs` in a network's own units: 128 images, or 256 of CIFAR's.
 
-  Large images have 5/7 of its own side, 160 pixels of 224, which is half of the pixels.  A network
-  without BatchNorm has stored nothing of its inputs: then they are one of `noise_images`.
+  Large images have 5/7 of its own side, 160 pixels of 224, which is half of the pixels, and take
+  two steps: a layer behind the pooling reads one row of an image, and may have 1,280 inputs whose
+  moments many rough images tell better than few exact ones.  A network without BatchNorm has
+  stored nothing of its inputs: then they are one of `noise_images`.
 
   Args:
     network: before compression.
@@ -202,14 +204,15 @@ def synthetic_batches(network: Network, seed: int = 0) -> list[jax.Array]:
   if not has_batch_norm(network.variables):
     return [noise_images(network, seed)]
   examples, side, _, channels = noise_shape(network.source)
-  count = 2
+  count, steps = 2, 5
   if examples != _CIFAR_BATCH:
     # a whole number of places in the last maps, which are 32 times smaller
     side = 32 * round(side * 5 / 7 / 32)
-    count = 4  # and they are few: more batches, for moments of full rank
+    count, steps = 8, 2
   shape, apply_fn = (examples, side, side, channels), _apply_to_noise(network)
   return [
-    synthetic.synthetic_inputs(apply_fn, network.variables, key, shape) * _noise_scale(network)
+    synthetic.synthetic_inputs(apply_fn, network.variables, key, shape, steps=steps)
+    * _noise_scale(network)
     for key in jax.random.split(jax.random.key(seed), count)
   ]
 

@@ -39,13 +39,31 @@ get_imagenet_config = load_module(ROOT / 'configs/finetune_imagenet.py').get_con
 
 @pytest.fixture(scope='module', autouse=True)
 def compilations(tmp_path_factory):
-  """Every run compiles the same network: once is enough."""
-  before = jax.config.jax_compilation_cache_dir
-  jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('compilations')))
+  """Every run compiles the same network: once is enough, and no step is run often enough to pay
+  for a fast program; what the steps compute is for test_training.py."""
+  changes = {
+    'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compilations')),
+    'jax_disable_most_optimizations': True,
+  }
+  before = {name: getattr(jax.config, name) for name in changes}
+  for name, value in changes.items():
+    jax.config.update(name, value)
   yield
-  jax.config.update('jax_compilation_cache_dir', before)
+  for name, value in before.items():
+    jax.config.update(name, value)
   # else the tests after these would go on reading it
   compilation_cache.reset_cache()
+
+
+def environment(devices):
+  """Of a process that compiles as this one does."""
+  return {
+    **os.environ,
+    'JAX_NUM_CPU_DEVICES': str(devices),
+    'JAX_COMPILATION_CACHE_DIR': str(jax.config.jax_compilation_cache_dir),
+    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+    'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
+  }
 
 
 def smoke(**changes):
@@ -187,20 +205,15 @@ def test_a_run_that_is_killed_ends_with_the_same_file(finished, tmp_path):
     '--config.steps=4',
     '--config.fake_shape=(8, 8, 3)',
   ]
-  environment = {
-    **os.environ,
-    'JAX_NUM_CPU_DEVICES': str(jax.device_count()),
-    'JAX_COMPILATION_CACHE_DIR': str(jax.config.jax_compilation_cache_dir),
-    'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
-  }
-  with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
+  env = environment(jax.device_count())
+  with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL) as process:
     while len(list((tmp_path / 'checkpoints').glob('[1-3]'))) == 0:
       assert process.poll() is None
       time.sleep(0.005)
     process.kill()
   assert process.returncode == -signal.SIGKILL
   assert not (tmp_path / 'network.opq').exists()
-  subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+  subprocess.run(command, env=env, stdout=subprocess.DEVNULL, check=True)
   assert (tmp_path / 'network.opq').read_bytes() == (workdir / 'network.opq').read_bytes()
   lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
   steps = [record['step'] for record in map(json.loads, lines) if record['kind'] == 'train']
@@ -212,12 +225,6 @@ def test_two_processes_end_with_the_file_of_one_with_two_devices(tmp_path):
   apart = ['--distributed', f'--coordinator={address}', '--processes=2']
   commands = {'one': [[]], 'two': [[*apart, '--process=0'], [*apart, '--process=1']]}
   for name, starts in commands.items():
-    environment = {
-      **os.environ,
-      'JAX_NUM_CPU_DEVICES': str(2 // len(starts)),
-      'JAX_COMPILATION_CACHE_DIR': str(jax.config.jax_compilation_cache_dir),
-      'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
-    }
     processes = [
       subprocess.Popen(
         [
@@ -228,7 +235,7 @@ def test_two_processes_end_with_the_file_of_one_with_two_devices(tmp_path):
           '--config.fake_shape=(8, 8, 3)',
           *options,
         ],
-        env=environment,
+        env=environment(2 // len(starts)),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -88,7 +88,7 @@ def test_large_synthetic_images_have_half_the_pixels():
   source = importers.sources('mobilenet_v1_050')[0]
   large = networks.Network('mobilenet_v1_050', model, random_variables(model), source)
   shapes = [x.shape for x in jax.eval_shape(lambda: networks.synthetic_batches(large))]
-  assert shapes == 4 * [(16, 160, 160, 3)]
+  assert shapes == 8 * [(16, 160, 160, 3)]
 
 
 def test_noise_has_the_units_of_the_images(network):
