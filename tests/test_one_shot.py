@@ -76,8 +76,9 @@ def random_tensors():
   return importers.to_tensors('resnet20', variables, 'akamaster')
 
 
-def test_a_small_run_writes_what_it_says(tmp_path, data_dir, capsys):
+def test_a_small_run_writes_what_it_says(tmp_path, data_dir, capsys, monkeypatch):
   pytest.importorskip('matplotlib')
+  monkeypatch.setattr(networks, 'noise_shape', lambda source: (4, 32, 32, 3))  # quicker
   save_file(random_tensors(), tmp_path / 'net.safetensors')
   config = load_module(ROOT / 'configs/one_shot_resnet20.py').get_config()
   config.update(
