@@ -232,6 +232,7 @@ TABLES = {
   'trellis': lambda: benchmark('trellis'),
   'objectives': lambda: benchmark('objectives'),
   'thresholds': lambda: benchmark('thresholds'),
+  'synthetic_images': lambda: benchmark('synthetic_images'),
   'sentence_encoder': lambda: benchmark('sentence_encoder'),
   'uncompressed_leaves': lambda: benchmark('uncompressed_leaves'),
   'cell_rule': lambda: benchmark('cell_rule'),

@@ -194,8 +194,9 @@ def synthetic_batches(network: Network, seed: int = 0) -> list[jax.Array]:
 
   Large images have 5/7 of its own side, 160 pixels of 224, which is half of the pixels, and take
   two steps: a layer behind the pooling reads one row of an image, and may have 1,280 inputs whose
-  moments many rough images tell better than few exact ones.  A network without BatchNorm has
-  stored nothing of its inputs: then they are one of `noise_images`.
+  moments many rough images tell better than few exact ones
+  (`experiments/benchmarks/synthetic_images.py`).  A network without BatchNorm has stored nothing of
+  its inputs: then they are one of `noise_images`.
 
   Args:
     network: before compression.

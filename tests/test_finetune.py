@@ -41,16 +41,12 @@ get_imagenet_config = load_module(ROOT / 'configs/finetune_imagenet.py').get_con
 def compilations(tmp_path_factory):
   """Every run compiles the same network: once is enough, and no step is run often enough to pay
   for a fast program; what the steps compute is for test_training.py."""
-  changes = {
-    'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compilations')),
-    'jax_disable_most_optimizations': True,
-  }
-  before = {name: getattr(jax.config, name) for name in changes}
-  for name, value in changes.items():
-    jax.config.update(name, value)
+  before = jax.config.jax_compilation_cache_dir
+  jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('compilations')))
+  jax.config.update('jax_disable_most_optimizations', True)
   yield
-  for name, value in before.items():
-    jax.config.update(name, value)
+  jax.config.update('jax_disable_most_optimizations', False)
+  jax.config.update('jax_compilation_cache_dir', before)
   # else the tests after these would go on reading it
   compilation_cache.reset_cache()
 
