@@ -153,7 +153,7 @@ def test_an_opq_file_is_not_taken_for_weights(tmp_path):
 
 @pytest.mark.parametrize('source', ['.safetensors', 'Orbax'])
 def test_peak_memory_is_that_of_a_leaf(source):
-  # at times a busy machine's JAX frees buffers late: it is the least of a few runs that counts
+  # what else runs only adds to a peak, one run in a few fails for it: the least of three counts
   for _ in range(3):
     found = large_trees.run(80_000_000, 8_000_000, None, source)
     if found['peak'] - found['one'] <= 3 * found['largest']:

@@ -2,8 +2,8 @@
 
     python -m experiments.benchmarks.synthetic_images TFDS_FOLDER WEIGHTS.safetensors ...
 
-`opq_jax.synthetic_inputs` takes a forward and a backward pass a step, so that twice the images of
-half the steps take the same time.  From images and steps of each setting are moments, and from
+`opq_jax.synthetic_inputs` takes a forward and a backward pass a step, so that images times steps
+is what they cost to make.  From images and steps of each setting are moments, and from
 these codes along a trellis on the grids of one allocation; they differ in nothing else.
 
 Judged are images that no codes have seen: the divergence from the float network's answers, both
@@ -25,7 +25,7 @@ from experiments.benchmarks import one_shot_images
 from opq_jax import accuracy, networks, trees
 from opq_jax.compression import LeafState
 
-BITS = {'resnet20': 1.1}  # per weight, where a network loses some points; of others
+BITS = {'resnet20': 1.1, 'resnet32': 1.1}  # per weight, where a network loses some points; of others
 OTHER_BITS = 2.0
 SETTINGS = (0.5, 10), (1, 5), (2, 2), (4, 1)  # times as many images, and steps
 IMAGES = {'resnet20': 256, 'resnet32': 256}  # times 1; of others
