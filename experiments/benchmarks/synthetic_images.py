@@ -25,7 +25,7 @@ from experiments.benchmarks import one_shot_images
 from opq_jax import accuracy, networks, trees
 from opq_jax.compression import LeafState
 
-BITS = {'resnet20': 1.1, 'resnet32': 1.1}  # per weight, where a network loses some points; of others
+BITS = {'resnet20': 1.1, 'resnet32': 1.1}  # a weight, where some points are lost; others
 OTHER_BITS = 2.0
 SETTINGS = (0.5, 10), (1, 5), (2, 2), (4, 1)  # times as many images, and steps
 IMAGES = {'resnet20': 256, 'resnet32': 256}  # times 1; of others
