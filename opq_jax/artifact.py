@@ -341,7 +341,7 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     threshold, first, step = self._grids[leaf.row]
     levels = np.array(leaf.levels, np.int32)
     arrays: dict[str, Any] = {
-      'mask': codes != 0,
+      'kinds': np.where(codes == compression.ESCAPE, 2, codes != 0).astype(np.uint8),
       'codebook': np.array(_affine_codebook(first, step, levels)),
       'threshold': np.array(threshold),
       'step': np.array(step),

@@ -1,17 +1,24 @@
 """Masks and codebooks: the frozen compression state, and what it makes of weights.
 
-A weight w of a compressed leaf becomes an integer code, and the code a value:
+A weight w of a compressed leaf is pruned, on the grid, or escaped (`LeafState.kinds`).  It becomes
+an integer code, and the code a value:
 
-    code  = 0                                                          where the mask is False
-    code  = sign(w) * min(1 + floor((|w| - threshold) / step), levels) where it is True
-    value = codebook[code]
+    pruned    code  = 0                                                       value = 0
+    on grid   code  = sign(w) min(1 + floor((|w| - threshold) / step), levels)
+              value = codebook[code], rounded to the leaf's dtype inside its own cell
+    escaped   code  = -128                                                    value = w
 
 Cell k of a survivor is [threshold + (k-1) step, threshold + k step) and its value is the cell's
 centroid.  This cell rule, not the nearest value, is what the error and the entropy of
 `opq_jax.laplace` describe: rounding to the nearest value instead costs up to 1.6 % more bits at
 the same squared error for Laplace weights (`python -m experiments.benchmarks.cell_rule`).
 
-The mask and the codebook are computed once, from the pretrained weights, and never change.
+A weight beyond the last cell escapes: it is stored as it is, beside the codes.  A few outliers of
+1000 standard deviations then cost some 40 bits each, and neither a wide grid for all others nor
+their own values.
+
+Which weights are pruned or escape, and the codebook, are computed once, from the pretrained
+weights, and never change.
 """
 
 from typing import Any
@@ -21,11 +28,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Float32, Int8, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int8, Int32, UInt8
 
 from opq_jax import trees
 from opq_jax.allocation import MAX_LEVELS, Allocation, LeafAllocation
 from opq_jax.trees import PyTree
+
+ESCAPE = -128  # the code of an escaped weight
+PRUNED, ON_GRID, ESCAPED = 0, 1, 2  # the kinds of weights
+# of a step, beyond the last cell: an edge there is known up to float32's rounding of 127 steps
+_SLACK = 2.0**-10
 
 
 @flax.struct.dataclass
@@ -33,28 +45,40 @@ class LeafState:
   """What one compressed leaf keeps for ever.
 
   Attributes:
-    mask: True where a weight survives; the leaf's shape.
+    kinds: of every weight: 0 pruned, 1 on the grid, 2 escaped; the leaf's shape.
     codebook: the value of every code, so that `codebook[code]` is the value: entry 0 is 0.0,
       entries 1 ... 127 are the positive values and entries -1 ... -127 (counted from the end, as
       Python does) their negatives.  Past the last level the largest value repeats, so the entries
-      are exactly the values that the leaf can hold.
+      are exactly the values that a float32 leaf can hold on its grid.
     threshold: where the first cell begins.
     step: the width of a cell; positive.
-    levels: cells a sign, 0 ... 127 (0 where every weight is pruned).
-    dtype: the leaf's dtype; values are computed in float32 and rounded to it once.
+    levels: cells a sign, 0 ... 127 (0 where no weight is on the grid).
+    dtype: the leaf's dtype; values are computed in float32 and rounded to it once, to the nearest
+      number of that dtype that lies in the value's own cell.
 
   Invariants, whatever the optimizer does to the weights:
-    * `codebook[1:128]` is exactly affine, `first + step * k` in float32 without rounding, so that
-      computing a value and looking it up give the same bits on every platform;
-    * a value lies inside its own cell, so compressing compressed weights changes nothing.
+    * `codebook[1:128]` is exactly affine, `first + step * k` in float32, with products that never
+      round, so that computing a value and looking it up give the same bits on every platform;
+    * a value lies inside its own cell, so compressing compressed weights changes nothing;
+    * a pruned weight is 0, and an escaped weight is itself.
   """
 
-  mask: Bool[Array, '...']
+  kinds: UInt8[Array, '...']
   codebook: Float32[Array, '255']
   threshold: Float32[Array, '']
   step: Float32[Array, '']
   levels: Int32[Array, '']
   dtype: Any = flax.struct.field(pytree_node=False)
+
+  @property
+  def mask(self) -> Bool[Array, '...']:
+    """True where a weight is not pruned."""
+    return self.kinds != PRUNED
+
+  @property
+  def escaped(self) -> Bool[Array, '...']:
+    """True where a weight is stored as it is."""
+    return self.kinds == ESCAPED
 
 
 @flax.struct.dataclass
@@ -93,9 +117,9 @@ def affine_codebook(
 def init_state(params: PyTree, allocation: Allocation) -> CompressionState:
   """The masks and codebooks that `allocation` asks for; frozen from here on.
 
-  A weight survives where |w| > threshold.  The first value of a leaf is threshold + offset.
-  Step and first value are rounded to multiples of one power of two (the step keeps 15 significant
-  bits), so that every value `first + step * k` is exact in float32.
+  A weight survives where |w| > threshold, and escapes where it lies beyond the leaf's last cell,
+  |w| >= threshold + levels * step.  The first value of a leaf is threshold + offset.  Step and
+  first value are rounded (`exact_grid`), so that every value is the same on every platform.
 
   Args:
     params: the tree that was allocated.  Masks lie over devices as their weights do, and what is
@@ -132,9 +156,10 @@ def apply_compression(params: PyTree, state: CompressionState) -> PyTree:
     state: its masks and codebooks.
 
   Returns:
-    The same tree with `codebook[code]` at every compressed leaf (the leaf's dtype) and every
-    other leaf bit-identical.  The derivative is straight-through: the identity on survivors and
-    exactly 0 on pruned weights; nothing flows into the state.
+    The same tree with `codebook[code]` at every compressed leaf (the leaf's dtype), escaped weights
+    as they are, and every other leaf bit-identical.  The derivative is straight-through: the
+    identity on survivors, escaped ones included, and exactly 0 on pruned weights; nothing flows
+    into the state.
 
   Raises:
     ValueError: `state` was made for a tree of other structure, shapes or dtypes.
@@ -154,7 +179,8 @@ def apply_compression(params: PyTree, state: CompressionState) -> PyTree:
 def encode(params: PyTree, state: CompressionState) -> PyTree:
   """The integer codes of the parameters: int8 leaves where compressed, others as they are.
 
-  The inverse is `decode`: `decode(encode(params, state), state)` equals
+  An escaped weight has the code -128, which does not say what it is: `decode` wants the
+  parameters too.  The inverse is `decode`: `decode(encode(params, state), state, params)` equals
   `apply_compression(params, state)` bit for bit.
 
   Raises:
@@ -163,22 +189,50 @@ def encode(params: PyTree, state: CompressionState) -> PyTree:
   return trees.map_records(_encode_leaf, params, state.tree, LeafState)
 
 
-@jax.jit
-def decode(codes: PyTree, state: CompressionState) -> PyTree:
+def decode(codes: PyTree, state: CompressionState, params: PyTree | None = None) -> PyTree:
   """The values of integer codes: `codebook[code]`, in the dtype that each leaf had.
 
+  Args:
+    codes: of `encode`.
+    state: its masks and codebooks.
+    params: where escaped weights are read, and nothing else is; not needed where there are none.
+      Inside of a trace, where nobody can know, an escaped weight is NaN without them.
+
   Raises:
-    ValueError: `state` was made for a tree of other structure or shapes.
+    ValueError: `state` was made for a tree of other structure or shapes; or a leaf has escaped
+      weights and no `params` are given.
   """
+  if params is None:
+    for name, code, record in _recorded(codes, state):
+      if not isinstance(code, jax.core.Tracer) and bool(jnp.any(code == ESCAPE)):
+        raise ValueError(
+          f'{name}: found escaped weights and no params, expected decode(codes, state, params)'
+        )
+  return _decode(codes, state, params)
+
+
+def _recorded(tree: PyTree, state: CompressionState) -> list[tuple[str, Any, LeafState]]:
+  """Name, leaf and state of every compressed leaf."""
+  found = trees.records(tree, state.tree, LeafState)
+  named = zip(trees.named_leaves(tree).items(), found, strict=True)
+  return [(name, leaf, record) for (name, leaf), record in named if record is not None]
+
+
+@jax.jit
+def _decode(codes: PyTree, state: CompressionState, params: PyTree | None) -> PyTree:
+  weights = {} if params is None else trees.named_leaves(params)
 
   def look_up(name: str, code: Int8[Array, '...'], leaf: LeafState) -> Float[Array, '...']:
-    _check_shape(name, code, leaf.mask.shape)
-    cell = jnp.abs(code.astype(jnp.float32)) - 1
-    last = jnp.maximum(leaf.levels.astype(jnp.float32) - 1, 0)
-    # exact, as in `_quantize`; and no look-up, before which XLA might gather the codes
-    value = leaf.codebook[1] + leaf.step * jnp.clip(cell, 0, last)
+    _check_shape(name, code, leaf.kinds.shape)
+    cell = jnp.clip(jnp.abs(code.astype(jnp.float32)) - 1, 0, _last(leaf))
+    value = _value(cell, leaf)
     value = jnp.where(code < 0, -value, value)
-    return jnp.where(code == 0, 0, value).astype(leaf.dtype)
+    value = jnp.where(code == 0, jnp.zeros_like(value), value)
+    escaped = jnp.full_like(value, jnp.nan)
+    if params is not None:
+      escaped = weights[name]
+      _check_leaf(name, escaped, leaf)
+    return jnp.where(code == ESCAPE, escaped, value)
 
   return trees.map_records(look_up, codes, state.tree, LeafState)
 
@@ -193,7 +247,7 @@ def _init_leaf(name: str, weights: Array, leaf: LeafAllocation) -> LeafState:
     grid = jax.device_put(grid, NamedSharding(sharding.mesh, P()))
   codebook, threshold, step, levels = grid
   return LeafState(
-    mask=survives(weights, leaf.threshold),
+    kinds=kinds_of(weights, leaf.threshold, step, leaf.levels),
     codebook=codebook,
     threshold=threshold,
     step=step,
@@ -203,9 +257,14 @@ def _init_leaf(name: str, weights: Array, leaf: LeafAllocation) -> LeafState:
 
 
 @jax.jit
-def survives(weights: Array, threshold: Float32[Array, '']) -> Bool[Array, '...']:
-  """Whether |w| > threshold, as float32."""
-  return jnp.abs(weights.astype(jnp.float32)) > threshold
+def kinds_of(
+  weights: Array, threshold: Float32[Array, ''], step: Float32[Array, ''], levels: Int32[Array, '']
+) -> UInt8[Array, '...']:
+  """What becomes of every weight: 0 pruned, 1 on the grid, 2 escaped (`LeafState.kinds`)."""
+  magnitude = jnp.abs(weights.astype(jnp.float32))
+  end = jnp.where(levels > 0, levels.astype(jnp.float32) + _SLACK, 0)
+  is_escaped = (magnitude - threshold) * (1 / step) >= end
+  return jnp.where(magnitude > threshold, 1 + is_escaped.astype(jnp.uint8), 0).astype(jnp.uint8)
 
 
 def exact_grid(
@@ -214,27 +273,64 @@ def exact_grid(
   """`step` and `first` rounded so that `first + step * k`, k < levels, is exact in float32.
 
   Both become multiples of one unit, a power of two: at most 2**15 units make a step, and at most
-  2**23 the largest value, so neither product nor sum rounds, with or without a fused
-  multiply-add.
+  2**24 the largest value, so neither product nor sum rounds, with or without a fused
+  multiply-add.  Of at most two levels no product can round, and both are left as they are: their
+  sum is rounded once, in the same way everywhere.
   """
-  last = first + step * levels.astype(jnp.float32)
-  exponent = jnp.maximum(jnp.frexp(step)[1] - 15, jnp.frexp(last)[1] - 23)
+  last = first + step * jnp.maximum(levels.astype(jnp.float32) - 1, 0)
+  exponent = jnp.maximum(jnp.frexp(step)[1] - 15, jnp.frexp(last)[1] - 24)
   unit = jnp.ldexp(jnp.float32(1), jnp.maximum(exponent, -126))
-  return jnp.maximum(jnp.round(step / unit), 1) * unit, jnp.round(first / unit) * unit
+  is_exact = levels <= 2
+  rounded = jnp.maximum(jnp.round(step / unit), 1) * unit, jnp.round(first / unit) * unit
+  return jnp.where(is_exact, step, rounded[0]), jnp.where(is_exact, first, rounded[1])
 
 
 def cell(magnitude: Float32[Array, '...'], leaf: LeafState) -> Float32[Array, '...']:
   """The cell of |w|, counted from 0, as a whole float32 number; meaningless where pruned."""
-  last = jnp.maximum(leaf.levels.astype(jnp.float32) - 1, 0)
+  return jnp.clip(_place(magnitude, leaf), 0, _last(leaf))
+
+
+def _place(magnitude: Float32[Array, '...'], leaf: LeafState) -> Float32[Array, '...']:
   # times the reciprocal, since XLA divides by a scalar in either way, and the two differ at edges
-  return jnp.clip(jnp.floor((magnitude - leaf.threshold) * (1 / leaf.step)), 0, last)
+  return jnp.floor((magnitude - leaf.threshold) * (1 / leaf.step))
+
+
+def _last(leaf: LeafState) -> Float32[Array, '']:
+  """The last cell, counted from 0."""
+  return jnp.maximum(leaf.levels.astype(jnp.float32) - 1, 0)
+
+
+def _value(cell: Float32[Array, '...'], leaf: LeafState) -> Float[Array, '...']:
+  """The value of a cell, in the leaf's dtype: of its numbers in the cell the nearest.
+
+  Where a cell has no number of the dtype, the value is the nearest in another cell.  No weight of
+  that dtype is in such a cell.
+  """
+  # exact (see LeafState), so this equals codebook[code] without reading the codebook per weight
+  value = leaf.codebook[1] + leaf.step * cell
+  if jnp.finfo(leaf.dtype).nmant >= 23:
+    return value.astype(leaf.dtype)
+  largest = jnp.finfo(leaf.dtype).max.astype(leaf.dtype)
+  rounded = jnp.minimum(value, largest.astype(jnp.float32)).astype(leaf.dtype)
+  place = _place(rounded.astype(jnp.float32), leaf)
+  # the numbers of a dtype follow each other as their bits do
+  bits = jax.lax.bitcast_convert_type(rounded, _unsigned(leaf.dtype))
+  one, most = bits.dtype.type(1), jax.lax.bitcast_convert_type(largest, bits.dtype)
+  bits = jnp.where(place < cell, jnp.minimum(bits + one, most), bits)
+  bits = jnp.where((place > cell) & (cell < _last(leaf)), jnp.maximum(bits, one) - one, bits)
+  return jax.lax.bitcast_convert_type(bits, leaf.dtype)
+
+
+def _unsigned(dtype: Any) -> Any:
+  return {1: jnp.uint8, 2: jnp.uint16}[jnp.dtype(dtype).itemsize]
 
 
 def _encode_leaf(name: str, weights: Array, leaf: LeafState) -> Int8[Array, '...']:
   _check_leaf(name, weights, leaf)
   weights = weights.astype(jnp.float32)
   code = 1 + cell(jnp.abs(weights), leaf)
-  return jnp.where(leaf.mask, jnp.where(weights < 0, -code, code), 0).astype(jnp.int8)
+  code = jnp.where(leaf.mask, jnp.where(weights < 0, -code, code), 0)
+  return jnp.where(leaf.escaped, ESCAPE, code).astype(jnp.int8)
 
 
 def _compress_leaf(name: str, weights: Array, leaf: LeafState) -> Array:
@@ -245,10 +341,10 @@ def _compress_leaf(name: str, weights: Array, leaf: LeafState) -> Array:
 @jax.custom_jvp
 def _quantize(weights: Array, leaf: LeafState) -> Array:
   as_float = weights.astype(jnp.float32)
-  # exact (see LeafState), so this equals codebook[code] without reading the codebook per weight
-  value = leaf.codebook[1] + leaf.step * cell(jnp.abs(as_float), leaf)
+  value = _value(cell(jnp.abs(as_float), leaf), leaf)
   value = jnp.where(as_float < 0, -value, value)
-  return jnp.where(leaf.mask, value, 0).astype(weights.dtype)
+  value = jnp.where(leaf.mask, value, jnp.zeros_like(value))
+  return jnp.where(leaf.escaped, weights, value)
 
 
 @_quantize.defjvp
@@ -264,6 +360,6 @@ def _check_shape(name: str, leaf: Array, expected: tuple[int, ...]) -> None:
 
 
 def _check_leaf(name: str, weights: Array, leaf: LeafState) -> None:
-  _check_shape(name, weights, leaf.mask.shape)
+  _check_shape(name, weights, leaf.kinds.shape)
   if weights.dtype != leaf.dtype:
     raise ValueError(f'{name}: found dtype {weights.dtype}, expected {leaf.dtype}')

@@ -41,7 +41,7 @@ _PIECE = 1 << 20  # weights that are coded at a time
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 _AHEAD = 8  # blocks of uncompressed leaves that are packed while others are written
 
-_survives = jax.jit(compression.survives)
+_kinds_of = jax.jit(compression.kinds_of)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +168,8 @@ def _coded(
     piece = flat[start : start + size]
     # a zero is pruned at every threshold
     padded = np.pad(piece, (0, size - piece.size))
-    whole = dataclasses.replace(record, mask=np.asarray(_survives(padded, record.threshold)))
+    kinds = _kinds_of(padded, record.threshold, record.step, record.levels)
+    whole = dataclasses.replace(record, kinds=np.asarray(kinds))
     codes[start : start + size] = artifact.checked_codes(name, padded, whole)[: piece.size]
   return record, codes.reshape(array.shape)
 

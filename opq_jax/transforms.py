@@ -189,8 +189,8 @@ def _of_leaves(
     weights = dict(zip(trees.named_leaves(updates), trees.beside(updates, params), strict=True))
 
     def of_leaf(name: str, change: Array, leaf: LeafState) -> Array:
-      if change.shape != leaf.mask.shape:
-        raise ValueError(f'{name}: found shape {change.shape}, expected {leaf.mask.shape}')
+      if change.shape != leaf.kinds.shape:
+        raise ValueError(f'{name}: found shape {change.shape}, expected {leaf.kinds.shape}')
       return function(change, weights[name], leaf)
 
     return trees.map_records(of_leaf, updates, state.tree, LeafState), memory
