@@ -6,11 +6,12 @@
     Networks with One-shot Pruning-Quantization", AAAI 2021): first a threshold for every leaf
     that prunes `sparsity` of all weights, then a step for every leaf with which the survivors
     need `bits` bits on average;
-  * `compression_rate`, one target for both (our derivation): thresholds and steps together, such
-    that the entropy-coded weights are `compression_rate` times smaller than as float32.
+  * `bits_per_weight`, one target for both (our derivation): thresholds and steps together, such
+    that the entropy-coded weights take so many bits.  `compression_rate` is 32 over it, and
+    `file_rate` asks for a whole file that is so many times smaller.
 
 Both are least-cost problems sum_i F_i(d_i) in the relative squared errors d_i of the leaves, with
-one Lagrange multiplier for all; see `opq_jax.optimization`.
+one Lagrange multiplier for all; see `opq_jax.rate_search` and `opq_jax.optimization`.
 """
 
 import dataclasses
@@ -27,8 +28,10 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
 from opq_jax import trees
-from opq_jax.allocation_solver import MAX_LEVELS, ranks, solve, thresholds
+from opq_jax.allocation_solver import ranks, solve, thresholds
 from opq_jax.joined_statistics import JoinedStatistics, Layout, join, layout_of
+from opq_jax.lattices import Lattice, has_few_magnitudes, lattice_of, numbers_of
+from opq_jax.rate_search import MAX_LEVELS
 from opq_jax.statistics import (
   LeafStatistics,
   fine_histogram,
@@ -44,6 +47,7 @@ _POWERS = {
   'balanced_error': 0.5, 'retained_signal': None, 'relative_error': 0.0, 'squared_error': 1.0,
 }  # fmt: skip
 DEFAULT_COMPRESSION_RATE = 10.0
+_MOST_NAMED = 10  # leaves that a warning lists
 # true energy over that of the Laplace density: 1 if it fits, .79 for Gaussian, .67 for uniform,
 # .5 for constant magnitudes; outside of these bounds a leaf is warned about
 LAPLACE_FIT_BOUNDS = (0.55, 3.0)
@@ -59,13 +63,19 @@ class LeafAllocation:
     sparsity: predicted share of the leaf's weights that is pruned.
     step: Delta, the width of a cell; positive.
     offset: where in a cell its value lies; the first value of the grid is threshold + offset.
-    levels: cells a sign, 0 (everything is pruned) ... 127.
+    levels: cells a sign, 0 (no weight is on the grid) ... 127.
+    escaped: predicted share of the leaf's weights that lie beyond the last cell, and are stored as
+      they are.
     bits: b_j = 1 + log2(max(1, reach_j / Delta)) of every channel: what a survivor of the channel
       needs at a fixed width, sign included.  Bits per surviving weight.
     error: predicted ||w - w^||^2 / ||w||^2.
-    entropy: predicted zeroth-order entropy of the codes, bits per weight of the leaf.
-    payload: the same with the frequency table and the checksum that the leaf has in a file; equal
-      to `entropy` where only closed forms were asked for.
+    entropy: predicted zeroth-order entropy of the codes and the bits of escaped values, per weight
+      of the leaf.
+    payload: the same with the frequency table and the checksum that the leaf has in a file, and
+      with where its escaped weights are; equal to the entropy of the Laplace density, without
+      escaped weights, where only closed forms were asked for.
+    dead_channels, dead_rows: output channels, and indices of the first axis where that is another
+      (rows of a table, layers of a stack), that have weights and lose all of them.
     laplace_fit: E[w^2] over 2 mean_j tau_j^2, its value under the Laplace density: 1 where the
       density fits, .79 for Gaussian weights, .67 for uniform ones, far above 1 for heavy tails.
       NaN where only closed forms were asked for.
@@ -82,11 +92,14 @@ class LeafAllocation:
   step: Float32[Array, '']
   offset: Float32[Array, '']
   levels: Int32[Array, '']
+  escaped: Float32[Array, '']
   bits: Float32[Array, 'channels']
   error: Float32[Array, '']
   entropy: Float32[Array, '']
   payload: Float32[Array, '']
   laplace_fit: Float32[Array, '']
+  dead_channels: Int32[Array, '']
+  dead_rows: Int32[Array, '']
   shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
   channel_axis: int = flax.struct.field(pytree_node=False)
 
@@ -120,6 +133,8 @@ def allocate(
   sparsity: float | Array | None = None,
   bits: float | Array | None = None,
   compression_rate: float | Array | None = None,
+  bits_per_weight: float | Array | None = None,
+  file_rate: float | None = None,
   objective: Objective | PyTree = 'balanced_error',
   compressible: Callable[[str, Any], bool] = is_compressible,
   channel_axis: int | Callable[[str, Any], int] = -1,
@@ -133,9 +148,11 @@ def allocate(
 
     sparsity, bits:    minimise sum_i F_i(E_i)  subject to  sum_i n_i p_i = sparsity * n,  then
                        minimise sum_i F_i(D_i)  subject to  sum_ij m_ij b_ij = bits * sum_ij m_ij
-    compression_rate:  minimise sum_i F_i(D_i)  subject to  sum_i n_i R_i = 32 n / compression_rate
+    bits_per_weight:   minimise sum_i F_i(D_i)  subject to  sum_i n_i R_i = bits_per_weight * n
 
-  All rates are against float32, whatever the dtype of a leaf.
+  Weights beyond the last of a leaf's cells are stored as they are, and R_i counts that, so where
+  the grid ends is solved too.  Every rate is met between everything pruned and all values exact, or
+  the answer takes fewer bits, and a warning says how many.
 
   Args:
     params: any pytree of arrays: params, or whole Flax variables.  Leaves over a mesh
@@ -146,11 +163,15 @@ def allocate(
       place of a leaf may be its `LeafStatistics`, computed before or elsewhere: allocate(params)
       is allocate(jax.tree.map(opq_jax.leaf_statistics, params)).
     sparsity: share of all compressed weights to prune, in [0, 1).  Together with `bits`.
-    bits: mean bits of a surviving weight at a fixed width, its sign included; 1 ... 7.98.
-    compression_rate: 32 bits over the bits of the codes per weight at their zeroth-order entropy,
-      frequency tables included: how many times smaller the compressed leaves are in a file than as
-      float32, before contexts (`opq_jax.context_coding`) make them smaller still.  Without any
-      target it is 10.
+    bits: mean bits of a surviving weight at a fixed width, its sign included; 1 ... 7.98.  A weight
+      beyond 127 cells counts the bits of its value too.
+    compression_rate: 32 over `bits_per_weight`, whatever the dtype of a leaf.  Without any target
+      it is 10.
+    bits_per_weight: bits of the codes per weight of the compressed leaves, at their zeroth-order
+      entropy, with frequency tables and escaped weights; contexts (`opq_jax.context_coding`) make
+      the file smaller still.
+    file_rate: how many times smaller than the tree, as it came, the whole file is to be: biases,
+      tables and headers counted, contexts used (`opq_jax.file_rate.at_file_rate`).  Not in a trace.
     objective: with S_i the energy of leaf i under the Laplace density,
       * 'balanced_error': F_i = D_i / sqrt(S_i).  What an error of a leaf costs the network lies
         between as much as the same error of any other leaf (omega_i = 1, where outputs are summed,
@@ -168,11 +189,11 @@ def allocate(
       'params/Conv_0/kernel'; by default every floating leaf of two or more dimensions.
       Leaves without elements always pass through.
     channel_axis: axis of the output channels, or (path, leaf) -> axis.  A vector is one channel.
-    corrected: whether to correct the closed form against one true histogram a leaf.  Then the
-      bits of `compression_rate` are the codes' own, thresholds prune exactly the
-      share that each leaf is given, `bits` counts the true survivors, and a leaf with a few
-      outliers clips them rather than waste its 127 levels on reaching them.  Without, the answer
-      is that of the Laplace density, in a fraction of the time (`experiments/benchmarks/speed.py`).
+    corrected: whether to read one true histogram a leaf.  Then bits per weight are the codes'
+      own, thresholds prune exactly the share that each leaf is given, `bits` counts the true
+      survivors, a leaf of few magnitudes may be held exactly (`opq_jax.lattices`), and a leaf of
+      zeros passes through.  Without, the answer is that of the Laplace density, in a fraction of
+      the time (`experiments/benchmarks/speed.py`), and has at most 8 bits per weight.
     read: path -> the weights of a leaf of which `params` holds statistics.  `sparsity` and `bits`
       look at the weights twice more, for the exact thresholds and for the survivors of every
       channel.  Without it thresholds are interpolated in the histograms, off by the weights in a
@@ -183,12 +204,14 @@ def allocate(
     `eval_shape`); checks of values are only made where the values are concrete.
 
   Raises:
-    ValueError: an empty tree, or nothing to compress in it; targets missing, contradictory, out of
-      range or beyond what 127 levels a sign can hold; a leaf that is NaN, infinite or not
-      floating; an objective that does not match the tree.  The message names the path.
+    ValueError: an empty tree, or nothing to compress in it; targets missing, contradictory or out
+      of range; fewer bits than the tables of the leaves alone take; a leaf that is NaN, infinite or
+      not floating; an objective that does not match the tree.  The message names the path.
 
   Warns:
-    UserWarning: leaves whose weights are far from the Laplace density (`laplace_fit`).
+    UserWarning: fewer bits than asked; leaves, rows and channels that lose all their weights, by
+      name; leaves of zeros, which are left as they are; with `sparsity` and `bits`, leaves whose
+      weights are far from the Laplace density (`laplace_fit`).
 
   >>> import jax
   >>> params = {'kernel': jax.random.laplace(jax.random.key(0), (256, 64)), 'bias': jnp.zeros(64)}
@@ -196,7 +219,17 @@ def allocate(
   >>> round(float(leaf.payload), 2), round(float(leaf.sparsity), 1)
   (2.0, 0.5)
   """
-  targets = check_targets(sparsity, bits, compression_rate)
+  if file_rate is not None:
+    _check_file_rate(params, file_rate, sparsity, bits, compression_rate, bits_per_weight)
+    from opq_jax.file_rate import at_file_rate  # which calls this function
+
+    options: dict[str, Any] = {
+      'compressible': compressible,
+      'channel_axis': channel_axis,
+      'corrected': corrected,
+    }
+    return at_file_rate(params, file_rate, objective=objective, **options).allocation
+  targets = check_targets(sparsity, bits, compression_rate, bits_per_weight, corrected=corrected)
   is_statistics = lambda node: isinstance(node, LeafStatistics)
   # statistics are trees themselves: wrapped, each is the leaf that it stands for
   params = jax.tree.map(
@@ -222,9 +255,27 @@ def allocate(
     stats.append(leaf_statistics(leaf, axis, histogram=corrected))
     looks.append(functools.partial(_itself, leaf))
   stats = trees.on_host(stats)
-  layout = layout_of(stats, trees.is_traced((stats, targets, omegas)))
-  power = _POWERS[objective] if omegas is None else 1.0
-  tree = join(stats, power, omegas, layout)
+  is_traced = trees.is_traced((stats, targets, omegas))
+  structure = jax.tree.structure(params)
+  if corrected and not trees.is_traced(stats):
+    kept = [i for i, s in enumerate(stats) if s.largest != 0]
+    _warn_of_zeros([name for name, s in zip(chosen, stats, strict=True) if s.largest == 0])
+    chosen, stats, looks = ([x[i] for i in kept] for x in (chosen, stats, looks))
+    omegas = omegas and [omegas[i] for i in kept]
+    if not chosen:
+      return Allocation(jax.tree.unflatten(structure, [None] * len(named)))
+  numbers: list[np.ndarray | None] = [None] * len(stats)
+  if 'bits_per_weight' in targets and not is_traced:
+    numbers = [
+      numbers_of(s, look and look()) if has_few_magnitudes(s) else None
+      for s, look in zip(stats, looks, strict=True)
+    ]
+  lattices = [
+    Lattice() if n is None else lattice_of(s, n) for s, n in zip(stats, numbers, strict=True)
+  ]
+  layout = layout_of(stats, is_traced)
+  power = _POWERS[objective] if isinstance(objective, str) else 1.0
+  tree = join(stats, power, omegas, numbers, lattices, layout)
   seen, again = None, [look for look in looks if look is not None]
   if 'bits' in targets and corrected and len(again) == len(stats):
     seen = _second_look(stats, tree, layout, again, targets)
@@ -232,7 +283,17 @@ def allocate(
   per_leaf, per_channel = trees.on_host(solve(tree, targets, seen, layout.block))
   per_leaf = {name: values[: len(stats)] for name, values in per_leaf.items()}
   per_channel = {name: values[layout.place] for name, values in per_channel.items()}
-  if not trees.is_traced((per_leaf, per_channel)):
+  numpy = jnp if trees.is_traced((per_leaf, per_channel)) else np
+  per_leaf['dead_channels'], per_leaf['dead_rows'] = (
+    numpy.stack(
+      [
+        _dead(numpy, largest, threshold)
+        for largest, threshold in zip(maxima, per_leaf['threshold'], strict=True)
+      ]
+    )
+    for maxima in ([s.maximum for s in stats], [s.leading for s in stats])
+  )
+  if numpy is np:
     _check_values(chosen, stats, per_leaf, per_channel, targets)
   ends = np.cumsum([s.channels for s in stats])
   solved = {}
@@ -244,7 +305,6 @@ def allocate(
       shape=s.shape,
       channel_axis=s.channel_axis,
     )
-  structure = jax.tree.structure(params)
   return Allocation(jax.tree.unflatten(structure, [solved.get(name) for name in named]))
 
 
@@ -269,6 +329,13 @@ def axis_of(name: str, leaf: Any, channel_axis: int | Callable[[str, Any], int])
   if not -leaf.ndim <= axis < leaf.ndim:
     raise ValueError(f'{name}: found channel_axis {axis}, expected an axis of shape {leaf.shape}')
   return axis
+
+
+def _dead(numpy: Any, largest: Array | None, threshold: Array) -> Array:
+  """How many of these largest |w| a threshold prunes, zeros not counted."""
+  if largest is None:
+    return numpy.int32(0)
+  return numpy.sum((largest > 0) & (largest <= threshold), dtype=numpy.int32)
 
 
 def _given_statistics(name: str, stats: LeafStatistics, corrected: bool) -> LeafStatistics:
@@ -335,28 +402,45 @@ def choose(named: dict[str, Any], compressible: Callable[[str, Any], bool]) -> l
 
 
 def check_targets(
-  sparsity: float | Array | None, bits: float | Array | None, compression_rate: float | Array | None
+  sparsity: float | Array | None = None,
+  bits: float | Array | None = None,
+  compression_rate: float | Array | None = None,
+  bits_per_weight: float | Array | None = None,
+  *,
+  corrected: bool = True,
 ) -> dict[str, Array]:
-  """The targets that were asked for, as float32 arrays.
+  """The targets that were asked for, `sparsity` and `bits` or `bits_per_weight`, as float32.
 
   Raises:
     ValueError: targets are missing, contradictory or out of range.
   """
-  if compression_rate is not None and (sparsity is not None or bits is not None):
+  given = {'compression_rate': compression_rate, 'bits_per_weight': bits_per_weight}
+  rates = [name for name, value in given.items() if value is not None]
+  if len(rates) > 1:
+    raise ValueError(f'found {" and ".join(rates)}, expected one of them')
+  if rates and (sparsity is not None or bits is not None):
     raise ValueError(
-      'found compression_rate together with sparsity or bits, expected either the one or the others'
+      f'found {rates[0]} together with sparsity or bits, expected either the one or the others'
     )
   if (sparsity is None) != (bits is None):
     found = 'sparsity' if bits is None else 'bits'
     raise ValueError(f'found {found} alone, expected sparsity and bits together')
-  if sparsity is None and compression_rate is None:
+  if sparsity is None and not rates:
     compression_rate = DEFAULT_COMPRESSION_RATE
+  # a code has at most 8 bits; beyond are escaped weights, of which closed forms do not know
+  least = 1.0 if corrected else 4.0
   bounds = {
     'sparsity': (0.0, 1.0, '0 <= sparsity < 1'),
     'bits': (1.0, 1 + math.log2(MAX_LEVELS), '1 <= bits < 7.98, what 127 levels a sign can hold'),
-    'compression_rate': (4.0, math.inf, 'compression_rate >= 4: a code has at most 8 bits'),
+    'compression_rate': (least, math.inf, f'compression_rate >= {least:g}'),
+    'bits_per_weight': (0.0, 32 / least + 1e-6, f'0 < bits_per_weight <= {32 / least:g}'),
   }
-  targets = {'sparsity': sparsity, 'bits': bits, 'compression_rate': compression_rate}
+  targets = {
+    'sparsity': sparsity,
+    'bits': bits,
+    'compression_rate': compression_rate,
+    'bits_per_weight': bits_per_weight,
+  }
   checked = {}
   for name, value in targets.items():
     if value is None:
@@ -365,10 +449,26 @@ def check_targets(
     if not isinstance(value, jax.core.Tracer):
       if np.ndim(value) != 0:
         raise ValueError(f'{name}: found shape {np.shape(value)}, expected a number (use jax.vmap)')
-      if not low <= float(value) < high:
+      if not low <= float(value) < high or (name == 'bits_per_weight' and float(value) == 0):
         raise ValueError(f'{name}: found {float(value)}, expected {expected}')
     checked[name] = jnp.asarray(value, jnp.float32)
+  if 'compression_rate' in checked:
+    checked['bits_per_weight'] = 32 / checked.pop('compression_rate')
   return checked
+
+
+def _check_file_rate(params: PyTree, file_rate: float, *others: Any) -> None:
+  if any(other is not None for other in others):
+    raise ValueError('found file_rate together with another target, expected it alone')
+  if trees.is_traced((params, file_rate)):
+    raise ValueError('file_rate: found traced values, expected concrete ones: it measures files')
+  if any(
+    isinstance(leaf, LeafStatistics)
+    for leaf in jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, LeafStatistics))
+  ):
+    raise ValueError('file_rate: found statistics, expected the weights: it measures files')
+  if not 0 < float(file_rate) < math.inf:
+    raise ValueError(f'file_rate: found {file_rate}, expected a positive number')
 
 
 def _check_omegas(params: PyTree, objective: PyTree, chosen: list[str]) -> list[Array]:
@@ -410,17 +510,24 @@ def _check_values(
       f'{stats[i].channel_axis}), '
       'expected finite ones'
     )
-  if 'compression_rate' in targets:
+  if 'bits_per_weight' in targets:
     sizes = np.array([s.size for s in stats])
-    asked = 32 / float(targets['compression_rate'])
+    asked = float(targets['bits_per_weight'])
     found = float(np.sum(per_leaf['payload'] * sizes) / np.sum(sizes))
-    if abs(found / asked - 1) > 0.005:
-      side = 'most' if found < asked else 'least'
+    rates = f'{found:.4g} bits per weight, a compression_rate of {32 / max(found, 1e-9):.4g}'
+    wanted = f'{asked:.4g}, a rate of {32 / asked:.4g}'
+    if found > asked * 1.005:
       raise ValueError(
-        f'compression_rate: found at {side} {found:.4g} bits per weight with {MAX_LEVELS} levels a '
-        f'sign, a rate of {32 / max(found, 1e-9):.4g}; expected {asked:.4g}, a rate of '
-        f'{32 / asked:.4g}'
+        f'found at least {rates}: so much take the tables of {len(stats)} leaves without any '
+        f'weight; expected {wanted}'
       )
+    if found < asked / 1.005:
+      is_exact = not per_leaf['error'].any()
+      why = 'all values are exact' if is_exact else 'the leaves have nothing between'
+      _warn(f'found {rates}, where {wanted} was asked: {why}, and the file is smaller')
+  _warn_of_dead(names, stats, per_leaf)
+  if 'bits' not in targets:
+    return
   low, high = LAPLACE_FIT_BOUNDS
   misfits = [
     f'{name} ({fit:.2f})'
@@ -429,10 +536,39 @@ def _check_values(
     if (fit < low or fit > high) and s.size >= 32 * s.channels
   ]
   if misfits:
-    warnings.warn(
+    _warn(
       'the Laplace density, on which the allocation rests, is far from the weights of '
       f'{", ".join(misfits)}: found E[w^2] over its value under the density, expected '
-      f'{low} ... {high}',
-      UserWarning,
-      stacklevel=3,
+      f'{low} ... {high}'
     )
+
+
+def _warn_of_dead(
+  names: list[str], stats: list[LeafStatistics], per_leaf: dict[str, np.ndarray]
+) -> None:
+  """Says which leaves, rows and channels lose all their weights."""
+  lost = []
+  for i, (name, s) in enumerate(zip(names, stats, strict=True)):
+    if per_leaf['threshold'][i] >= s.largest:
+      lost.append(f'{name} (the whole leaf)')
+      continue
+    channels, rows = (int(per_leaf[field][i]) for field in ('dead_channels', 'dead_rows'))
+    parts = [f'{rows:,} of {s.shape[0]:,} along its first axis'] * (rows > 0)
+    parts += [f'{channels:,} of {s.channels:,} output channels'] * (channels > 0)
+    if parts:
+      lost.append(f'{name} ({" and ".join(parts)})')
+  if lost:
+    more = f', and {len(lost) - _MOST_NAMED} more leaves' if len(lost) > _MOST_NAMED else ''
+    _warn(f'all weights are pruned of {", ".join(lost[:_MOST_NAMED])}{more}')
+
+
+def _warn_of_zeros(names: list[str]) -> None:
+  if names:
+    more = f' and {len(names) - _MOST_NAMED} more' if len(names) > _MOST_NAMED else ''
+    _warn(
+      f'{", ".join(names[:_MOST_NAMED])}{more}: all weights are zero, and the leaf is left as it is'
+    )
+
+
+def _warn(message: str) -> None:
+  warnings.warn(message, UserWarning, stacklevel=4)

@@ -4,29 +4,35 @@ What is jitted here is compiled for the sizes of `JoinedStatistics` and the kind
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
 from opq_jax import laplace
 from opq_jax.fixed_width import minimise_at_bits
 from opq_jax.histograms import (
   bins_at_rank,
-  code_shares,
-  counts_beyond,
-  entropy_of_shares,
-  histogram_min_step,
   histogram_moments,
   interpolated_at_rank,
   magnitudes_at_rank,
-  payload_of_shares,
+  sums_of,
 )
 from opq_jax.joined_statistics import JoinedStatistics
-from opq_jax.optimization import Channels, Measured, minimise_at_rate, minimise_at_sparsity
+from opq_jax.optimization import Channels, minimise_at_rate, minimise_at_sparsity
+from opq_jax.rate_search import (
+  EXACT,
+  MAX_LEVELS,
+  ON_GRID,
+  ON_LATTICE,
+  PRUNED,
+  Leaves,
+  entropy_of,
+  minimise_at_bits_per_weight,
+  payload_of,
+)
 
-MAX_LEVELS = 127  # a code is one int8
 # of all weights, what a leaf of zeros counts
 _SHARE_OF_ZEROS = 1e-7
 
@@ -84,14 +90,16 @@ def solve(
   """
   dtype = tree.scale.dtype
   channels, unit = _channels(tree, block)
-  measure, measured = None, None
-  if tree.histogram is not None:
-    beyond = counts_beyond(tree.histogram)
-    measure = functools.partial(_measure, beyond, tree.ends / unit, tree.sizes, channels)
-  if 'compression_rate' in targets:
-    bits = 32 / targets['compression_rate'].astype(dtype)
-    threshold, step, measured = minimise_at_rate(channels, bits, measure)
-    threshold = threshold * unit
+  leaves = None if tree.histogram is None else _leaves(tree, channels, unit)
+  if 'bits_per_weight' in targets:
+    bits = targets['bits_per_weight'].astype(dtype)
+    if leaves is None:
+      threshold, step = (x * unit for x in minimise_at_rate(channels, bits))
+      grid = _Grid(threshold, step, _cells(tree, threshold, step), jnp.full_like(step, ON_GRID))
+    else:
+      own, found = _own_unit(unit), minimise_at_bits_per_weight(leaves, bits)
+      grid = _Grid(found.threshold * own, found.step * own, found.levels, found.choice)
+      grid = _of_choice(grid, tree, own)
   else:
     if seen is not None:
       threshold, left = seen[0].astype(dtype), seen[1]
@@ -103,10 +111,85 @@ def solve(
         ends = tree.ends.astype(jnp.float32)
         threshold = interpolated_at_rank(tree.histogram, ends, rank).astype(dtype)
     reach = jnp.maximum(tree.maximum - channels.of(threshold), 0) / channels.of(unit)
-    step = minimise_at_bits(channels, targets['bits'].astype(dtype), threshold / unit, left, reach)
-    if measure is not None:
-      measured = measure(threshold / unit, step)
-  return _describe(tree, channels, unit, threshold, step * unit, measured)
+    escape_bits = functools.partial(_escape_bits, tree, channels, unit, threshold, leaves)
+    bits = targets['bits'].astype(dtype)
+    step = minimise_at_bits(channels, bits, threshold / unit, left, reach, escape_bits) * unit
+    grid = _Grid(threshold, step, _cells(tree, threshold, step), jnp.full_like(step, ON_GRID))
+  return _describe(tree, channels, unit, grid, leaves)
+
+
+class _Grid(NamedTuple):
+  """What every leaf does (`opq_jax.rate_search`), in the units of the weights."""
+
+  threshold: Float[Array, 'leaves']
+  step: Float[Array, 'leaves']
+  levels: Float[Array, 'leaves']
+  choice: Float[Array, 'leaves'] | Int32[Array, 'leaves']
+
+
+def _of_choice(grid: _Grid, tree: JoinedStatistics, own: Float[Array, 'leaves']) -> _Grid:
+  """The grid of each choice: all pruned, all exact, and a lattice are grids too."""
+  zero, choice = jnp.zeros_like(grid.step), grid.choice
+  of = lambda on_grid, pruned, lattice, exact: jnp.select(
+    [choice == PRUNED, choice == ON_LATTICE, choice == EXACT], [pruned, lattice, exact], on_grid
+  )
+  return _Grid(
+    of(grid.threshold, tree.ends, tree.lattices.threshold, zero),
+    of(grid.step, own, tree.lattices.step, own),
+    of(grid.levels, zero, tree.lattices.levels, zero),
+    choice,
+  )
+
+
+def _own_unit(unit: Float[Array, 'leaves']) -> Float[Array, 'leaves']:
+  """A power of two, so that the bins of a histogram stay what they are."""
+  return jnp.ldexp(jnp.ones_like(unit), jnp.frexp(unit)[1])
+
+
+def _leaves(tree: JoinedStatistics, channels: Channels, unit: Float[Array, 'leaves']) -> Leaves:
+  """The problem of `opq_jax.rate_search`."""
+  own = _own_unit(unit)
+  assert tree.histogram is not None
+  sums = sums_of(tree.histogram, tree.ends / own, tree.numbers / own[:, None], tree.mantissa <= 7)
+  if tree.power is None:
+    tiny = jnp.finfo(unit.dtype).tiny
+    log_mu = jnp.log(tree.sizes) + jnp.log(jnp.maximum(sums.energy(), tiny))
+  else:
+    # mu = lambda / F', F = omega S^(power - 1) D, and S = 2 n t^2
+    energy = jnp.log(2 * tree.sizes) + 2 * jnp.log(unit)
+    log_mu = (1 - tree.power) * energy - jnp.log(tree.omegas) - 2 * jnp.log(own)
+  is_linear = tree.power is not None
+  bits = jnp.where(tree.lattices.levels > 0, tree.lattices.bits, jnp.inf)
+  return Leaves(sums, tree.sizes, channels.leaf_share(), tree.value_bits, log_mu, is_linear, bits)
+
+
+def _cells(
+  tree: JoinedStatistics, threshold: Float[Array, 'leaves'], step: Float[Array, 'leaves']
+) -> Float[Array, 'leaves']:
+  """How many cells a sign there are up to the largest weight, 127 at most."""
+  # a reach that is a whole number of steps up to rounding needs no cell more
+  cells = jnp.ceil(jnp.maximum(tree.largest() - threshold, 0) / step * (1 - 1e-5))
+  return jnp.minimum(cells, MAX_LEVELS)
+
+
+def _escape_bits(
+  tree: JoinedStatistics,
+  channels: Channels,
+  unit: Float[Array, 'leaves'],
+  threshold: Float[Array, 'leaves'],
+  leaves: Leaves | None,
+  step: Float[Array, 'leaves grid'],
+) -> Float[Array, 'leaves grid']:
+  """Bits, per weight of all, of the values of what lies beyond 127 cells of `step` units."""
+  end = threshold[:, None] + MAX_LEVELS * step * unit[:, None]
+  if leaves is None:
+    at, scale = channels.of(end / unit[:, None]), channels.scale[:, None]
+    beyond = channels.sum(channels.share[:, None] * (1 - laplace.pruned_fraction(at, scale)))
+  else:
+    positive, negative, *_ = leaves.sums.at(end / _own_unit(unit)[:, None])
+    beyond = (positive + negative) * channels.leaf_share()[:, None]
+  beyond = jnp.where(end >= tree.largest()[:, None], 0, beyond)
+  return beyond * tree.value_bits[:, None]
 
 
 def _channels(tree: JoinedStatistics, block: int) -> tuple[Channels, Float[Array, 'leaves']]:
@@ -125,12 +208,6 @@ def _channels(tree: JoinedStatistics, block: int) -> tuple[Channels, Float[Array
   share = total(tree.share)
   spread = jnp.where(is_alive, jnp.sqrt(total(tree.share * scale * scale) / share), 1)
   unit = safe * spread
-  min_step = safe / MAX_LEVELS
-  if tree.histogram is not None:
-    ends = jnp.where(is_alive, tree.ends, 1)
-    min_step = jax.vmap(histogram_min_step, in_axes=(0, 0, None))(tree.histogram, ends, MAX_LEVELS)
-  # rounding to a narrow dtype moves a value by at most an eighth of a step: it stays in its cell
-  min_step = jnp.maximum(min_step, safe * (8 * tree.rounding))
   price = None
   if tree.power is not None:
     # share * unit^2 is the energy S_i, up to a constant; of units in the largest of them, whose
@@ -153,76 +230,67 @@ def _channels(tree: JoinedStatistics, block: int) -> tuple[Channels, Float[Array
     leaf=tree.leaf,
     leaves=tree.leaves,
     price=price,
-    min_step=jnp.where(is_alive, min_step / unit, 1e-3),
     block=block,
   )
   return channels, unit
-
-
-def _measure(
-  beyond: Int32[Array, 'leaves 2 edges'],
-  ends: Float[Array, 'leaves'],
-  sizes: Float[Array | np.ndarray, 'leaves'],
-  channels: Channels,
-  threshold: Float[Array, 'leaves'],
-  step: Float[Array, 'leaves'],
-) -> Measured:
-  """What thresholds and steps in units of t_i truly cost, by the counts of `counts_beyond`."""
-  shares = code_shares(beyond, ends, threshold, step)
-  payload = payload_of_shares(*shares, sizes)
-  bits = jnp.sum(channels.leaf_share() * payload)
-  return Measured(bits, entropy_of_shares(*shares), payload)
 
 
 def _describe(
   tree: JoinedStatistics,
   channels: Channels,
   unit: Float[Array, 'leaves'],
-  threshold: Float[Array, 'leaves'],
-  step: Float[Array, 'leaves'],
-  measured: Measured | None,
+  grid: _Grid,
+  leaves: Leaves | None,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-  """Everything that is said of the leaves, given their thresholds and steps.
-
-  Args:
-    measured: what `_measure` says of them, where there are histograms.
-  """
-  largest = tree.largest()
-  is_alive = largest > 0
-  threshold = jnp.where(is_alive, threshold, 0)
-  step = jnp.where(is_alive, step, 1)
+  """Everything that is said of the leaves, given what they do."""
+  is_alive = tree.largest() > 0
+  threshold = jnp.where(is_alive, grid.threshold, 0)
+  step = jnp.where(is_alive, grid.step, 1)
+  levels = jnp.where(is_alive, grid.levels, 0)
   share = channels.leaf_share()
-  # a reach that is a whole number of steps up to rounding needs no cell more
-  cells = jnp.ceil(jnp.maximum(largest - threshold, 0) / step * (1 - 1e-5))
-  levels = jnp.minimum(cells, MAX_LEVELS)
-  inner = threshold / unit, step / unit
-  if tree.histogram is not None:
-    assert measured is not None
-    entropy, payload = measured.entropy, measured.payload
-    moments = jax.vmap(histogram_moments)(tree.histogram, tree.ends / unit, *inner, levels)
+  at, width = threshold / unit, step / unit
+  if leaves is not None:
+    assert tree.histogram is not None
+    own = _own_unit(unit)
+    at, width = threshold / own, step / own
+    centre, _ = leaves.sums.centres()
+    moments = jax.vmap(histogram_moments)(tree.histogram, centre, at, width, levels, tree.mantissa)
     energy, offset, error, sparsity = moments
     error = error / jnp.maximum(energy, jnp.finfo(error.dtype).tiny)
-    fit = energy / 2
+    offset, fit = offset * own, energy * jnp.square(own / unit) / 2
+    entropy, escaped = entropy_of(leaves.sums, at, width, levels, tree.value_bits)
+    payload = payload_of(leaves, at, width, levels)
+    on_lattice = grid.choice == ON_LATTICE
+    error = jnp.where(on_lattice, 0, error)
+    payload = jnp.where(on_lattice, tree.lattices.bits, payload)
   else:
-    at, width = channels.of(inner[0]), channels.of(inner[1])
+    at, width = channels.of(at), channels.of(width)
     left = channels.share * (1 - laplace.pruned_fraction(at, channels.scale))
     offset = channels.sum(left * laplace.survivor_offset(width, channels.scale))
-    offset = offset / jnp.maximum(channels.sum(left), jnp.finfo(left.dtype).tiny)
+    offset = offset / jnp.maximum(channels.sum(left), jnp.finfo(left.dtype).tiny) * unit
     kept = channels.share * laplace.retained_energy(at, width, channels.scale)
     error = 1 - channels.sum(kept) / (2 * share)
     entropy = channels.sum(channels.share * laplace.entropy(at, width, channels.scale)) / share
     payload = entropy
     sparsity = 1 - channels.sum(left) / share
     fit = jnp.full_like(error, jnp.nan)
-  # deeper inside its cell than rounding to a narrow dtype moves a value, so that it stays there
-  margin = step / 64 + 1.1 * tree.rounding * largest
+    end = at + channels.of(levels) * width
+    escaped = channels.share * (1 - laplace.pruned_fraction(end, channels.scale))
+    escaped = channels.sum(escaped) / share
+    reaches = threshold + levels * step * (1 + 1e-4) >= tree.largest()
+    escaped = jnp.where(reaches, 0, escaped)
   reach = jnp.maximum(tree.maximum - channels.of(threshold), 0) / channels.of(step)
+  margin = step / 64
+  offset = jnp.clip(offset, margin, step - margin)
+  if leaves is not None:
+    offset = jnp.where(on_lattice, tree.lattices.first - tree.lattices.threshold, offset)
   per_leaf = {
     'threshold': threshold,
     'sparsity': jnp.where(is_alive, sparsity, 1),
     'step': step,
-    'offset': jnp.clip(offset * unit, margin, step - margin),
+    'offset': offset,
     'levels': levels,
+    'escaped': jnp.where(is_alive, escaped, 0),
     'error': jnp.where(is_alive, error, 0),
     'entropy': jnp.where(is_alive, entropy, 0),
     'payload': jnp.where(is_alive, payload, 0),

@@ -203,7 +203,7 @@ def decode(codes: PyTree, state: CompressionState, params: PyTree | None = None)
       weights and no `params` are given.
   """
   if params is None:
-    for name, code, record in _recorded(codes, state):
+    for name, code, _ in _recorded(codes, state):
       if not isinstance(code, jax.core.Tracer) and bool(jnp.any(code == ESCAPE)):
         raise ValueError(
           f'{name}: found escaped weights and no params, expected decode(codes, state, params)'

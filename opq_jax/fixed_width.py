@@ -22,6 +22,8 @@ _LOG2 = math.log(2.0)
 _GRID = 65  # steps of every leaf that are compared at a time
 _ROUNDS = 4  # each narrows the grid by a factor of 32 where nothing jumps
 _MOST_SEARCHES = 8
+_LOG_MOST = math.log(127.0)  # cells a sign, at most
+_LOG_LEAST = math.log(2.0**-12)  # step over t_i, where hardly a weight is within 127 cells
 
 
 def minimise_at_bits(
@@ -30,11 +32,13 @@ def minimise_at_bits(
   threshold: Float[Array, 'leaves'],
   survivors: Float[Array, 'channels'],
   reach: Float[Array, 'channels'],
+  escape_bits: Callable[[Float[Array, 'leaves grid']], Float[Array, 'leaves grid']],
 ) -> Float[Array, 'leaves']:
   """Steps Delta_i, in units of t_i, with which survivors need `bits` bits on average.
 
-  b_ij = 1 + log2(max(1, r_ij / Delta_i)) is what channel j needs: a sign, and an index into the
-  part of the shared grid that it reaches.  Delta V' rises up to Delta = 3.49 tau only, so a leaf's
+  b_ij = 1 + log2(clip(r_ij / Delta_i, 1, 127)) is what channel j needs: a sign, and an index into
+  the part of the shared grid that it reaches; a weight beyond 127 cells takes the bits of its value
+  beside.  Delta V' rises up to Delta = 3.49 tau only, so a leaf's
   Lagrangian may have two minima, a fine grid and one cell a sign, and b_ij has a kink in every
   channel.  Neither matters to a search on a grid of steps (`_dual_search`), and its answer comes
   with a lower bound of the cost.  Where the two differ, some leaf jumps from one minimum to the
@@ -50,6 +54,7 @@ def minimise_at_bits(
     threshold: beta_i in units of t_i.
     survivors: m_ij / n, the share of all weights that survives in each channel.
     reach: r_ij >= 0, largest surviving |w| - beta_i of each channel, in units of t_i.
+    escape_bits: steps -> bits of the values of what is then beyond 127 cells, per weight of all.
   """
   tiny = jnp.finfo(survivors.dtype).tiny
   share, leaf = channels.leaf_share(), channels.leaf
@@ -58,9 +63,10 @@ def minimise_at_bits(
     channels.share * laplace.pruning_error(channels.of(threshold), channels.scale)
   )
   log_reach = jnp.log(jnp.maximum(reach, tiny))
-  least = jnp.log(channels.min_step)
   most = channels.max(log_reach)
-  most = jnp.maximum(most, least)
+  # far below any step that is of use: from 127 cells in a fraction of the leaf's scale to 127 that
+  # hold its largest weight
+  least = jnp.minimum(most - _LOG_MOST, _LOG_LEAST)
   span = jnp.where(most > least, most - least, 1)
 
   # the error is a smooth function of the log step: tabulated once, the exponentials are few
@@ -79,15 +85,21 @@ def minimise_at_bits(
     cost = channels.cost(1 - (error + pruned[:, None]) / (2 * share[:, None]))
     # a channel needs an index up to some node of the grid: sums over the channels by that node
     beyond = log_reach - channels.of(low)
-    last = jnp.clip(jnp.ceil(beyond / channels.of(jnp.where(width > 0, width, tiny))), 0, _GRID)
-    index = leaf * (_GRID + 1) + last.astype(jnp.int32)
 
-    def indexed(x: Array) -> Array:
-      sums = jax.ops.segment_sum(x, index, channels.leaves * (_GRID + 1))
-      return jax.lax.cumsum(sums.reshape(-1, _GRID + 1), axis=1, reverse=True)[:, 1:]
+    def index_bits(beyond: Array) -> Array:
+      """Sums of m_j max(0, beyond_j - (log step - low)) over the channels."""
+      last = jnp.ceil(beyond / channels.of(jnp.where(width > 0, width, tiny)))
+      index = leaf * (_GRID + 1) + jnp.clip(last, 0, _GRID).astype(jnp.int32)
 
-    index_bits = indexed(survivors * beyond) - (log_step - low[:, None]) * indexed(survivors)
-    return cost, (channels.sum(survivors)[:, None] + index_bits / _LOG2) / total
+      both = jnp.stack([survivors * beyond, survivors], axis=1)
+      sums = jax.ops.segment_sum(both, index, channels.leaves * (_GRID + 1))
+      sums = sums.reshape(-1, _GRID + 1, 2)
+      sums = jax.lax.cumsum(sums, axis=1, reverse=True)[:, 1:]
+      return sums[..., 0] - (log_step - low[:, None]) * sums[..., 1]
+
+    # an index of up to 127 cells, and no more
+    index = (index_bits(beyond) - index_bits(beyond - _LOG_MOST)) / _LOG2
+    return cost, (channels.sum(survivors)[:, None] + index + escape_bits(jnp.exp(log_step))) / total
 
   def is_open(carry: tuple) -> Array:
     i, _, _, best, bound = carry

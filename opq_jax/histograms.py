@@ -1,17 +1,74 @@
 """What the histogram of a leaf's weights says: ranks, shares of codes and their bits, errors.
 
-A histogram counts a leaf's weights by sign (row 0: w >= 0, row 1: w < 0) and magnitude, in BINS
-bins of equal width (`opq_jax.leaf_statistics`); most functions take those of many leaves at once.
+A histogram counts a leaf's weights by sign (row 0: w >= 0, row 1: w < 0) and magnitude, by the
+upper 16 bits of |w| as a float32: 128 bins an octave, of equal width within it, over the BINS / 128
+octaves that end with the octave of the leaf's largest |w|.  So it is as fine for the small weights
+of a leaf as for an outlier of a thousand standard deviations, says of bfloat16 and narrower weights
+exactly what they are, and the histograms of two parts of a leaf add up exactly.  Whatever is
+smaller (by 2**-32, zeros included) is in bin 0.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
-BINS = 4096  # a sign, so that even the finest grid (127 levels) has 32 bins a cell
+BINS_AN_OCTAVE = 128
+BINS = 32 * BINS_AN_OCTAVE  # a sign
+FINE_BINS = 1 << 16  # of one bin: as many as float32 has numbers in it
+_SHIFT = 16  # the bits of a float32 below those of its bin
+_LEAST_NORMAL = 1 << 23  # as bits
+
+
+def _bits(magnitude: Float32[Array, '...']) -> Int32[Array, '...']:
+  return lax.bitcast_convert_type(magnitude.astype(jnp.float32), jnp.int32)
+
+
+def _end(largest: Float32[Array, '...']) -> Int32[Array, '...']:
+  """The bin, counted from that of 0.0, with which the octave after the largest |w| begins."""
+  return ((_bits(largest) >> 23) + 1) << (23 - _SHIFT)
+
+
+def bin_of(magnitude: Float32[Array, '...'], largest: Float32[Array, '']) -> Int32[Array, '...']:
+  """The bin of |w|, 0 ... BINS - 1.
+
+  >>> bin_of(jnp.float32([0.0, 1.0, 1.5, 1.999]), jnp.float32(1.7)).tolist()
+  [0, 3968, 4032, 4095]
+  """
+  bits = _bits(magnitude)
+  index = (bits >> _SHIFT) - (_end(largest) - BINS)
+  # denormal numbers count as zeros, which XLA takes them for
+  return jnp.where(bits < _LEAST_NORMAL, 0, jnp.clip(index, 0, BINS - 1))
+
+
+def fine_bin_of(magnitude: Float32[Array, '...']) -> Int32[Array, '...']:
+  """Which of the numbers of its bin |w| is."""
+  return _bits(magnitude) & (FINE_BINS - 1)
+
+
+def bin_edge(
+  index: Int32[Array, '...'], largest: Float32[Array, '...'], fine: Int32[Array, '...'] | int = 0
+) -> Float32[Array, '...']:
+  """The least |w| of a bin, or the one of this number in it; bin 0 begins at 0."""
+  bits = ((index + _end(largest) - BINS) << _SHIFT) + fine
+  bits = jnp.where(bits < _LEAST_NORMAL, 0, bits)
+  return lax.bitcast_convert_type(bits.astype(jnp.int32), jnp.float32)
+
+
+def bin_position(
+  magnitude: Float[Array, '...'], largest: Float32[Array, '...']
+) -> Float[Array, '...']:
+  """Where |w| lies among the bins, counted in bins from the inner edge of the first; BINS at most.
+
+  Within a bin it is a linear function of |w|.
+  """
+  bits = _bits(magnitude.astype(jnp.float32))
+  whole = (bits >> _SHIFT) - (_end(largest) - BINS)
+  part = (bits & (FINE_BINS - 1)).astype(magnitude.dtype) / FINE_BINS
+  return jnp.clip(whole.astype(magnitude.dtype) + part, 0, BINS)
 
 
 def bins_at_rank(
@@ -35,8 +92,7 @@ def magnitudes_at_rank(
   """Thresholds t_i with (as nearly as can be) rank_i weights of leaf i at |w| <= t_i.
 
   The leaf's histogram says in which bin the rank lies (`bins_at_rank`); that bin is counted once
-  more in BINS finer ones (`fine_histogram`).  2^24 bins in all are about what float32 resolves, so
-  the count is met up to ties and a weight or two in a million.
+  more, number by number (`fine_histogram`), so the count is met up to ties.
 
   >>> from opq_jax.statistics import fine_histogram, leaf_statistics
   >>> weights, rank = jnp.arange(-50.0, 50.0)[:, None], jnp.array([61], jnp.int32)
@@ -49,8 +105,8 @@ def magnitudes_at_rank(
   """
   # entry k: how many weights lie below edge k of the bin
   below = jnp.pad(jnp.cumsum(fine, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
-  edge = jnp.argmin(jnp.abs(below - left[:, None]), axis=1).astype(jnp.float32)
-  edge = (coarse.astype(jnp.float32) + edge / BINS) / bins_per_unit(largest)
+  number = jnp.argmin(jnp.abs(below - left[:, None]), axis=1)
+  edge = bin_edge(coarse, largest, number.astype(jnp.int32))
   # just under the edge, so that a weight on it survives as the count says
   return jnp.where(rank > 0, jnp.nextafter(edge, jnp.zeros_like(edge)), 0)
 
@@ -71,136 +127,202 @@ def interpolated_at_rank(
   coarse, left = bins_at_rank(histogram, rank)
   both = jnp.sum(histogram, axis=1, dtype=jnp.int32)
   inside = jnp.take_along_axis(both, coarse[:, None], axis=1)[:, 0]
-  position = left.astype(jnp.float32) / jnp.maximum(inside, 1).astype(jnp.float32)
-  edge = (coarse.astype(jnp.float32) + position) / bins_per_unit(largest)
+  part = left.astype(jnp.float32) / jnp.maximum(inside, 1).astype(jnp.float32)
+  low, high = bin_edge(coarse, largest), bin_edge(coarse + 1, largest)
+  edge = low + part * (high - low)
   return jnp.where(rank > 0, jnp.nextafter(edge, jnp.zeros_like(edge)), 0)
 
 
-def counts_beyond(
+class Sums(NamedTuple):
+  """The histograms of all leaves, summed up to every edge between two bins.
+
+  Lengths are in units of the leaf's own, a power of two (so that the bins stay what they are).
+
+  Attributes:
+    columns: at every edge, per weight of the leaf: the share of the positive and of the negative
+      weights beyond it, the sum of |w| beyond it, and the sum of w^2 below it.
+    largest: largest |w| of every leaf.
+    numbers: the |w| of every weight in a bin, where that is one number; else NaN.
+  """
+
+  columns: Float[Array, 'leaves edges 4']
+  largest: Float[Array, 'leaves']
+  numbers: Float[Array, 'leaves bins']
+
+  def at(self, magnitude: Float[Array, 'leaves *more']) -> list[Float[Array, 'leaves *more']]:
+    """The columns where the edge is `magnitude`.
+
+    In a bin of one number they jump there; in others they are interpolated linearly.
+    """
+    flat = magnitude.reshape(len(magnitude), -1)
+    # whatever the threshold, the weights of the first bin, zeros, are pruned
+    position = jnp.maximum(bin_position(flat, self.largest[:, None]), 1)
+    index = jnp.minimum(position.astype(jnp.int32), BINS - 1)
+    number = jnp.take_along_axis(self.numbers, index, axis=1)
+    part = position - index.astype(position.dtype)
+    part = jnp.where(jnp.isnan(number), part, (flat >= number).astype(part.dtype))[..., None]
+    low, high = (
+      jnp.take_along_axis(self.columns, i[..., None], axis=1) for i in (index, index + 1)
+    )
+    found = low + part * (high - low)
+    # a bin is full up to the largest weight alone
+    is_all = (flat >= self.largest[:, None] * (1 - 1e-6))[..., None]
+    found = jnp.where(is_all, self.columns[:, -1:], found)
+    return [found[..., k].reshape(magnitude.shape) for k in range(4)]
+
+  def energy(self) -> Float[Array, 'leaves']:
+    """The mean of w^2."""
+    return self.columns[:, -1, 3]
+
+  def centres(self) -> tuple[Float[Array, 'leaves bins'], Float[Array, 'leaves bins']]:
+    """The |w| that each bin stands for, 0 for the first, and how wide its weights are spread."""
+    index = jnp.arange(BINS + 1, dtype=jnp.int32)[None]
+    largest = self.largest[:, None]
+    edges = bin_edge(index, largest.astype(jnp.float32)).astype(largest.dtype)
+    edges = jnp.minimum(edges, largest)
+    is_one = ~jnp.isnan(self.numbers)
+    centre = jnp.where(is_one, self.numbers, (edges[:, :-1] + edges[:, 1:]) / 2)
+    width = jnp.where(is_one, 0, edges[:, 1:] - edges[:, :-1])
+    return jnp.where(index[:, :-1] > 0, centre, 0), jnp.where(index[:, :-1] > 0, width, 0)
+
+
+def sums_of(
   histogram: Int32[Array, 'leaves 2 bins'],
-) -> Int32[Array, 'leaves 2 edges']:
-  """How many weights of each sign lie beyond the inner edge of each bin; none beyond the last."""
-  beyond = lax.cumsum(histogram, axis=2, reverse=True)
-  return jnp.pad(beyond, ((0, 0), (0, 0), (0, 1)))
-
-
-def code_shares(
-  beyond: Int32[Array, 'leaves 2 edges'],
   largest: Float[Array, 'leaves'],
-  threshold: Float[Array, 'leaves'],
-  step: Float[Array, 'leaves'],
-) -> tuple[Float[Array, 'leaves'], Float[Array, 'leaves 2 cells']]:
-  """The share of each leaf's weights that is pruned, and that in each of 128 cells of a sign.
-
-  The counts are interpolated linearly at the edges of the cells.
+  numbers: Float[Array, 'leaves bins'],
+  has_own_bins: Bool[Array, 'leaves'],
+) -> Sums:
+  """The `Sums` of histograms.
 
   Args:
-    beyond: `counts_beyond` of the leaves' histograms.
-    largest: largest |w|, where the bins end.
-    threshold: where the first cell begins.
-    step: width of the cells.
+    histogram: of all leaves.
+    largest: largest |w|, in the leaf's unit.
+    numbers: as in `Sums`.
+    has_own_bins: whether every number of the leaf's dtype has a bin of its own.
   """
-  k = jnp.arange(129, dtype=step.dtype)[None]
-  edges = (threshold[:, None] + step[:, None] * k) / jnp.where(largest > 0, largest, 1)[:, None]
-  position = jnp.clip(edges * BINS, 0, BINS)
-  index = jnp.minimum(position.astype(jnp.int32), BINS - 1)
-  fraction = (position - index.astype(position.dtype))[:, None]
-  low, high = (
-    jnp.take_along_axis(beyond, at[:, None], axis=2).astype(position.dtype)
-    for at in (index, index + 1)
+  index = jnp.arange(BINS, dtype=jnp.int32)[None]
+  edges = bin_edge(index, largest.astype(jnp.float32)[:, None]).astype(largest.dtype)
+  sums = Sums(
+    jnp.zeros((len(largest), BINS + 1, 4), largest.dtype),
+    largest,
+    jnp.where(has_own_bins[:, None], edges, numbers),
   )
-  # the last cell has no outer edge
-  survivors = jnp.where(k[:, None] < 128, low - fraction * (low - high), 0)
-  cells = jnp.maximum(survivors[..., :-1] - survivors[..., 1:], 0)
-  total = jnp.maximum(jnp.sum(beyond[..., 0], axis=1), 1).astype(position.dtype)
-  pruned = jnp.maximum(total - jnp.sum(survivors[..., 0], axis=1), 0)
-  return pruned / total, cells / total[:, None, None]
+  counts = histogram.astype(largest.dtype)
+  counts = counts / jnp.maximum(jnp.sum(counts, axis=(1, 2), keepdims=True), 1)
+  both = jnp.sum(counts, axis=1)
+  centre, width = sums.centres()
+  beyond = [counts[:, 0], counts[:, 1], both * centre]
+  beyond = [jnp.pad(lax.cumsum(x, axis=1, reverse=True), ((0, 0), (0, 1))) for x in beyond]
+  squares = both * (centre * centre + width * width / 12)
+  below = jnp.pad(jnp.cumsum(squares, axis=1), ((0, 0), (1, 0)))
+  return sums._replace(columns=jnp.stack([*beyond, below], axis=2))
 
 
-def entropy_of_shares(
-  pruned: Float[Array, 'leaves'], cells: Float[Array, 'leaves 2 cells']
-) -> Float[Array, 'leaves']:
-  """Zeroth-order entropy of each leaf's codes, bits per weight."""
-  share = jnp.concatenate([pruned[:, None], cells.reshape(len(pruned), -1)], axis=1)
-  return -jnp.sum(share * jnp.log2(jnp.where(share > 0, share, 1)), axis=1)
-
-
-def payload_of_shares(
+def payload_bits(
   pruned: Float[Array, 'leaves'],
   cells: Float[Array, 'leaves 2 cells'],
+  escaped: Float[Array, 'leaves levels'],
   sizes: Float[Array | np.ndarray, 'leaves'],
-) -> Float[Array, 'leaves']:
-  """Bits per weight of each leaf's payload in a file: the entropy, and what the coder adds to it.
+  value_bits: Float[Array, 'leaves'],
+) -> Float[Array, 'leaves levels']:
+  """Bits per weight of each leaf's payload in a file, for every number of levels a sign.
 
-  `opq_jax.entropy_coding` writes a frequency f of P bits in about 2 + log2 f bits, the bounds of
-  the alphabet, and a checksum.  In a small leaf this is not little.
+  The zeroth-order entropy of the codes, where an escaped weight has the code of a pruned one, and
+  what a file adds: `opq_jax.entropy_coding` writes a frequency f of P bits in about 2 + log2 f
+  bits, the bounds of the alphabet, and a checksum; an escaped weight takes the bits of its value
+  and, m of n, log2(n / m) + log2 e for where it is.  In a small leaf this is not little.
+
+  Args:
+    pruned: share of the weights.
+    cells: share of the weights in each cell of a sign.
+    escaped: share of the weights beyond the last cell, for 0, 1, ... levels.
+    sizes: weights of each leaf.
+    value_bits: of the dtype of each leaf.
   """
+  dtype = cells.dtype
   # as many bits as the size has, up to where the precision ends
   bits = jnp.frexp(jnp.minimum(sizes, 2.0**20))[1]
   precision = jnp.minimum(1 + 3 * bits // 4, 16)
-  frequency = cells * jnp.ldexp(jnp.ones_like(sizes), precision)[:, None, None]
-  # the cells that are listed: those up to the last that occurs
+  whole = jnp.ldexp(jnp.ones_like(sizes), precision)[:, None, None]
+  # less than one weight in a cell is one with that probability
+  occurs = jnp.minimum(cells * sizes[:, None, None], 1)
+  # a cell that does not occur is listed where one after it does
   number = np.arange(1, cells.shape[2] + 1, dtype=np.int32)[None, None]
-  listed = jnp.max(jnp.where(frequency > 0, number, 0), axis=2, keepdims=True)
-  each = jnp.where(frequency > 0, 2 + jnp.log2(jnp.maximum(frequency, 1)), 1.5)
-  table = jnp.where(number <= listed, each, 0)
-  bounds = 2 * jnp.log2(listed[..., 0].astype(cells.dtype) + 4)
-  added = 44 + jnp.sum(table, axis=(1, 2)) + jnp.sum(bounds, axis=1)
-  return entropy_of_shares(pruned, cells) + added / sizes
+  listed = lax.cummax(jnp.where(occurs > 0.1, number, 0), axis=2).astype(dtype)
+  empty = jnp.maximum(listed - jnp.cumsum(occurs, axis=2), 0)
+  each = occurs * (2 + jnp.log2(jnp.maximum(cells * whole, 1)))
+  table = jnp.cumsum(each, axis=2) + 1.5 * empty + 2 * jnp.log2(listed + 4)
+  # no frequency is below 1: rare codes take fewer bits than they should, and all others more
+  surprise = -cells * jnp.log2(jnp.maximum(cells, 1 / whole))
+  raised = jnp.cumsum(jnp.sum(occurs * jnp.maximum(1 / whole - cells, 0), axis=1), axis=1)
+  # with no level the bounds of the alphabet are written all the same
+  first = lambda x, value: jnp.pad(x, ((0, 0), (1, 0)), constant_values=value)
+  table = first(jnp.sum(table, axis=1), 2 * 2 * 2.0)
+  codes = first(jnp.cumsum(jnp.sum(surprise, axis=1), axis=1), 0.0)
+  codes = codes - _times_log2(pruned[:, None] + escaped) + jnp.log2(1 + first(raised, 0.0))
+  beside = escaped * (value_bits[:, None] + _LOG2_E) - _times_log2(escaped)
+  beside = beside + jnp.where(escaped > 0, _BITS_OF_ESCAPES / sizes[:, None], 0)
+  return codes + (44 + table) / sizes[:, None] + beside
 
 
-def histogram_min_step(
-  histogram: Int32[Array, '2 bins'], largest: Float[Array, ''], levels: int
-) -> Float[Array, '']:
-  """The step below which a grid of `levels` cells a sign gets worse, not better.
+_LOG2_E = 1.4427
+_BITS_OF_ESCAPES = 200.0  # of a section of escaped weights: its checksum, table and entry
 
-  A finer step saves Delta^2 / 12 on every weight, and clips what lies beyond levels * Delta; the
-  sum of both is least at the step returned.  A leaf without outliers is not clipped.
-  """
-  counts = jnp.sum(histogram, axis=0).astype(largest.dtype)
-  width = largest / BINS
-  centre = (jnp.arange(BINS, dtype=largest.dtype) + 0.5) / BINS
-  moments = jnp.stack([counts, counts * centre, counts * centre * centre], axis=1)
-  beyond = jnp.cumsum(moments[::-1], axis=0)[::-1] - moments  # beyond the outer edge of each bin
-  edge = centre + 0.5 / BINS
-  clipped = beyond[:, 2] - 2 * edge * beyond[:, 1] + edge * edge * beyond[:, 0]
-  rounding = jnp.sum(counts) * jnp.square(edge / levels) / 12
-  return (jnp.argmin(rounding + clipped).astype(largest.dtype) + 1) * width / levels
+
+def _times_log2(x: Float[Array, '...']) -> Float[Array, '...']:
+  """x log2 x, 0 at 0."""
+  return x * jnp.log2(jnp.where(x > 0, x, 1))
+
+
+def code_entropy(
+  pruned: Float[Array, 'leaves'],
+  cells: Float[Array, 'leaves 2 cells'],
+  escaped: Float[Array, 'leaves'],
+  value_bits: Float[Array, 'leaves'],
+) -> Float[Array, 'leaves']:
+  """Zeroth-order entropy of each leaf's codes and its escaped values, bits per weight."""
+  codes = _times_log2(pruned) + jnp.sum(_times_log2(cells), axis=(1, 2)) + _times_log2(escaped)
+  return escaped * value_bits - codes
 
 
 def histogram_moments(
   histogram: Int32[Array, '2 bins'],
-  largest: Float[Array, ''],
+  centre: Float[Array, ' bins'],
   threshold: Float[Array, ''],
   step: Float[Array, ''],
   levels: Float[Array, ''],
+  mantissa: Float[Array, ''],
 ) -> tuple[Float[Array, ''], Float[Array, ''], Float[Array, ''], Float[Array, '']]:
   """Mean square of all weights, best offset of a leaf's grid, its error and its sparsity.
 
   Args:
     histogram: counts by sign and magnitude.
-    largest: largest |w|, where the bins end.
+    centre: of the bins.
     threshold: where the first cell begins.
     step: width of the cells.
-    levels: cells a sign.
+    levels: cells a sign; weights beyond the last are escaped.
+    mantissa: bits of the mantissa of the leaf's dtype, to which a value is rounded in its cell.
 
   Returns:
-    E[w^2]; the mean of |w| - threshold - (k - 1) step over survivors, k their cell (0 where none
-    survives); the mean squared error with that offset; and the share of pruned weights.
+    E[w^2]; the mean of |w| - threshold - (k - 1) step over the weights in cells, k their cell (0
+    where none is); the mean squared error with that offset; and the share of pruned weights.
   """
-  counts = jnp.sum(histogram, axis=0).astype(largest.dtype)
+  counts = jnp.sum(histogram, axis=0).astype(centre.dtype)
   total = jnp.maximum(jnp.sum(counts), 1)
-  centre = (jnp.arange(BINS, dtype=largest.dtype) + 0.5) * largest / BINS
   energy = jnp.sum(counts * centre * centre) / total
-  last = jnp.maximum(levels - 1, 0)
-  cell = jnp.clip(jnp.floor((centre - threshold) / step), 0, last)
-  rest = centre - threshold - step * cell
-  survivors = jnp.where(centre > threshold, counts, 0)
-  offset = jnp.sum(survivors * rest) / jnp.maximum(jnp.sum(survivors), 1)
-  pruned = jnp.sum((counts - survivors) * centre * centre)
-  error = (pruned + jnp.sum(survivors * jnp.square(rest - offset))) / total
-  return energy, offset, error, 1 - jnp.sum(survivors) / total
-
-
-def bins_per_unit(largest: Float32[Array, '...']) -> Float32[Array, '...']:
-  return BINS / jnp.where(largest > 0, largest, 1)
+  place = jnp.floor((centre - threshold) / step)
+  rest = centre - threshold - step * place
+  is_pruned = (centre <= threshold) | (jnp.arange(BINS) == 0)
+  on_grid = jnp.where(is_pruned | (place >= levels), 0, counts)
+  offset = jnp.sum(on_grid * rest) / jnp.maximum(jnp.sum(on_grid), 1)
+  pruned = jnp.where(is_pruned, counts, 0)
+  # what the value of the weight's cell is off, in the dtype: rounded, and by one unit in the last
+  # place back into the cell where that has left it
+  unit = jnp.ldexp(jnp.ones_like(centre), jnp.frexp(centre)[1] - 1 - mantissa.astype(jnp.int32))
+  edge, value = centre - rest, centre - rest + offset
+  value = jnp.round(value / unit) * unit
+  value = jnp.where(
+    value < edge, value + unit, jnp.where(value >= edge + step, value - unit, value)
+  )
+  error = jnp.sum(pruned * centre * centre) + jnp.sum(on_grid * jnp.square(centre - value))
+  return energy, offset, error / total, jnp.sum(pruned) / total

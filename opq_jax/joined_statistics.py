@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from opq_jax import trees
+from opq_jax.histograms import BINS
+from opq_jax.lattices import Lattice
 from opq_jax.statistics import LeafStatistics
 
 
@@ -58,11 +60,13 @@ class JoinedStatistics(NamedTuple):
   Attributes:
     scale, maximum: see `LeafStatistics`, of all channels.
     histogram: of every leaf, or None.
-    ends: where the bins of every leaf's histogram end.
+    ends: with whose octaves the bins of every leaf's histogram end.
     share: of all weights, of every channel.
     leaf: which leaf a channel belongs to.
     sizes: weights of every leaf.
-    rounding: relative error of rounding a value to each leaf's dtype.
+    value_bits, mantissa: bits of each leaf's dtype, and of its mantissa.
+    numbers: the |w| of all weights in a bin, in leaves of which that is known to be one; else NaN.
+    lattices: of every leaf with few distinct magnitudes, as a `Lattice` of arrays.
     power: of its energy S_i, in what the relative error of a leaf counts; None where the objective
       is not linear in the errors.
     omegas: what that is multiplied by, of every leaf.
@@ -75,7 +79,10 @@ class JoinedStatistics(NamedTuple):
   share: Float[Array, 'channels']
   leaf: Int32[Array | np.ndarray, 'channels']
   sizes: Float[Array | np.ndarray, 'leaves']
-  rounding: Float[Array, 'leaves']
+  value_bits: Float[Array, 'leaves']
+  mantissa: Float[Array, 'leaves']
+  numbers: Float[Array, 'leaves bins']
+  lattices: Lattice
   power: Float[Array | np.ndarray, ''] | None
   omegas: Float[Array, 'leaves']
 
@@ -114,7 +121,12 @@ def _rounded_up(count: int, least: int) -> int:
 
 
 def join(
-  stats: list[LeafStatistics], power: float | None, omegas: list[Array] | None, layout: Layout
+  stats: list[LeafStatistics],
+  power: float | None,
+  omegas: list[Array] | None,
+  numbers: list[np.ndarray | None],
+  lattices: list[Lattice],
+  layout: Layout,
 ) -> JoinedStatistics:
   """The statistics of all leaves as the layout says; 1 in the place of `omegas` that are None."""
   dtype = jnp.result_type(float)
@@ -132,8 +144,18 @@ def join(
     share=share,
     leaf=layout.leaf,
     sizes=layout.sizes.astype(dtype),
-    rounding=layout.leaves(
-      [np.asarray(2.0 ** -(jnp.finfo(s.dtype).nmant + 1)) for s in stats], dtype
+    value_bits=layout.leaves([np.asarray(8.0 * s.dtype.itemsize) for s in stats], dtype),
+    mantissa=layout.leaves(
+      [np.asarray(float(min(jnp.finfo(s.dtype).nmant, 23))) for s in stats], dtype
+    ),
+    numbers=layout.leaves(
+      [np.full(BINS, np.nan, np.float32) if n is None else n for n in numbers], dtype
+    ),
+    lattices=Lattice(
+      *(
+        layout.leaves(list(map(np.asarray, column)), dtype)
+        for column in zip(*lattices, strict=True)
+      )
     ),
     power=None if power is None else np.asarray(power, dtype),
     omegas=layout.leaves(trees.on_host(omegas or [np.ones(())] * len(stats)), dtype, fill=1),

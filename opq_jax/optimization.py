@@ -44,7 +44,6 @@ class Channels(NamedTuple):
     leaf: which leaf each channel belongs to, ascending.
     leaves: how many leaves.
     price: a_i of a linear objective, or None for `retained_signal`.
-    min_step: least Delta_i, in units of t_i: what the largest grid (127 levels) can reach.
     block: how many channels in a row are of one leaf, from the first on: sums are dense that far.
   """
 
@@ -53,7 +52,6 @@ class Channels(NamedTuple):
   leaf: Int[Array | np.ndarray, 'channels']
   leaves: int
   price: Float[Array, 'leaves'] | None
-  min_step: Float[Array, 'leaves']
   block: int = 1
 
   def sum(self, x: Float[Array, 'channels *more']) -> Float[Array, 'leaves *more']:
@@ -101,20 +99,6 @@ class Channels(NamedTuple):
     return -jnp.log(jnp.maximum(retained, jnp.finfo(retained.dtype).tiny))
 
 
-class Measured(NamedTuple):
-  """What thresholds and steps truly cost.
-
-  Attributes:
-    bits: per weight over all leaves.
-    entropy: of every leaf's codes, bits per weight of the leaf.
-    payload: the same with what a file adds to it.
-  """
-
-  bits: Float[Array, '']
-  entropy: Float[Array, 'leaves']
-  payload: Float[Array, 'leaves']
-
-
 def minimise_at_sparsity(channels: Channels, sparsity: Float[Array, '']) -> Float[Array, 'leaves']:
   """Thresholds beta_i, in units of t_i, that prune `sparsity` of all weights at the least cost.
 
@@ -142,10 +126,8 @@ def minimise_at_sparsity(channels: Channels, sparsity: Float[Array, '']) -> Floa
 
 
 def minimise_at_rate(
-  channels: Channels,
-  bits: Float[Array, ''],
-  measure: Callable[[Array, Array], Measured] | None = None,
-) -> tuple[Float[Array, 'leaves'], Float[Array, 'leaves'], Measured | None]:
+  channels: Channels, bits: Float[Array, '']
+) -> tuple[Float[Array, 'leaves'], Float[Array, 'leaves']]:
   """Thresholds and steps, in units of t_i, whose codes have an entropy of `bits` per weight.
 
   With mu_i = 2 lambda n_i / F_i'(d_i), s_ij = exp(-beta_i / tau_ij) and
@@ -158,51 +140,18 @@ def minimise_at_rate(
 
   With a single scale the second line is mu = tau^2 ln 2 (d coth(d/2) - 2): the step in closed
   form.  That solution starts a Newton iteration on all leaves and lambda together, which is exact
-  for leaves of any scales.  Where the second line would ask for a step below `min_step`, the step
-  is `min_step`.
+  for leaves of any scales.
 
   Args:
     channels: the problem.
     bits: allowed entropy, bits per weight over all leaves.
-    measure: the true entropy of thresholds and steps (units of t_i).  If given, lambda is
-      corrected until its `bits` are those asked for; everything else stays in closed form.
-
-  Returns:
-    thresholds, steps, and what `measure` says of them.
   """
   sums = functools.partial(_rate_sums, channels)
   conditions = functools.partial(_rate_conditions, channels)
   z, multiplier = _single_scale_start(channels, bits)
 
-  def is_off(carry: tuple) -> Array:
-    i, _, _, _, off, *_ = carry
-    return (i == 0) | ((i < 24) & (jnp.abs(off) > 1e-4))
-
-  def solve(carry: tuple) -> tuple:
-    i, z, multiplier, log_asked, off, under, over, _ = carry
-    # the true rate moves with the one asked for, but faster or slower: a secant between the last
-    # that was too little and the last that was too much, kept inside of the two
-    secant = under[0] - under[1] * (over[0] - under[0]) / (over[1] - under[1])
-    margin = (over[0] - under[0]) / 10
-    secant = jnp.clip(secant, under[0] + margin, over[0] - margin)
-    is_between = jnp.isfinite(over[0] - under[0])
-    log_asked = jnp.where(is_between, secant, log_asked - jnp.clip(off, -_LOG2, _LOG2))
-    z, multiplier = _newton(sums, conditions, z, multiplier, jnp.exp(log_asked))
-    found, off = None, jnp.zeros_like(bits)
-    if measure is not None:
-      found = measure(jnp.exp(z[:, 0]), jnp.exp(z[:, 1]))
-      off = jnp.log(found.bits / bits)
-    now = jnp.stack([log_asked, off])
-    under, over = jnp.where(off < 0, now, under), jnp.where(off < 0, over, now)
-    return i + 1, z, multiplier, log_asked, off, under, over, found
-
-  unknown = jnp.full(2, jnp.inf, bits.dtype)
-  nothing = None
-  if measure is not None:
-    nothing = Measured(bits, *[jnp.zeros(channels.leaves, bits.dtype)] * 2)
-  start = (0, z, multiplier, jnp.log(bits), jnp.zeros_like(bits), -unknown, unknown, nothing)
-  _, z, *_, found = jax.lax.while_loop(is_off, solve, start)
-  return jnp.exp(z[:, 0]), jnp.exp(z[:, 1]), found
+  z, _ = _newton(sums, conditions, z, multiplier, bits)
+  return jnp.exp(z[:, 0]), jnp.exp(z[:, 1])
 
 
 def _rate_sums(channels: Channels, z: Array) -> list[Array]:
@@ -240,7 +189,6 @@ def _rate_conditions(
   share = channels.leaf_share()
   prune = 1 - (errors + jnp.exp(z[:, 2]) * odds) / squares
   quantize = jnp.log(finer / coarser) - z[:, 2] + math.log(_LOG2)
-  quantize = jnp.minimum(quantize, z[:, 1] - jnp.log(channels.min_step))
   log_mu = jnp.log(2 * share) + multiplier - channels.log_price(retained / (2 * share))
   balance = z[:, 2] - jnp.minimum(
     log_mu, math.log(_ALL_PRUNED) + 2 * jnp.log(channels.max(channels.scale))

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32, Int32
 
-from opq_jax.histograms import BINS, bins_per_unit
+from opq_jax.histograms import BINS, BINS_AN_OCTAVE, FINE_BINS, bin_of, fine_bin_of
 
 _MOST_WEIGHTS = 2**31 - 1
 _HERE = 'here'  # the layout of a leaf on one device
@@ -38,15 +38,18 @@ class LeafStatistics:
   Attributes:
     scale: mean |w| of every channel, the maximum-likelihood scale of a zero-mean Laplace density.
     maximum: largest |w| of every channel.
-    histogram: weights by sign (row 0: w >= 0, row 1: w < 0) and magnitude, in BINS bins of equal
-      width between 0 and `largest`; None where only closed forms are asked for.
-    largest: where the bins end: the leaf's largest |w|, or what was given in its place.
+    leading: largest |w| at every index of the first axis (a row of a table, a layer of a stack);
+      None where that is the channels' own axis, or the leaf has one axis.
+    histogram: weights by sign (row 0: w >= 0, row 1: w < 0) and magnitude, in BINS bins of 128 an
+      octave (`opq_jax.histograms`); None where only closed forms are asked for.
+    largest: the leaf's largest |w|, or what was given in its place; the bins end with its octave.
     shape, dtype: the leaf's own.
     channel_axis: the axis of its output channels.
   """
 
   scale: Float32[Array, 'channels']
   maximum: Float32[Array, 'channels']
+  leading: Float32[Array, 'first'] | None
   histogram: Int32[Array, '2 bins'] | None
   largest: Float32[Array, '']
   shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
@@ -95,8 +98,8 @@ def leaf_statistics(
       how it lies, the histogram is one scatter that XLA cuts up as it sees fit.
     channel_axis: the axis of the output channels.  A vector is one channel.
     histogram: whether to count the histogram.
-    largest: where the bins end, for parts of one leaf that are merged; at least the largest |w| of
-      them all, and by default that of `weights`.
+    largest: with whose octave the bins end; at least the largest |w|, and by default that of
+      `weights`.
 
   Returns:
     A `LeafStatistics` on the leaf's device, or replicated over its mesh.  Maxima and counts do not
@@ -133,7 +136,9 @@ def _leaf_statistics(
   if weights.size == 0:
     nothing = jnp.zeros(channels, jnp.float32)
     counts = jnp.zeros((2, BINS), jnp.int32) if histogram else None
-    return LeafStatistics(nothing, nothing, counts, jnp.zeros((), jnp.float32), **facts)
+    return LeafStatistics(nothing, nothing, None, counts, jnp.zeros((), jnp.float32), **facts)
+
+  has_leading = weights.ndim > 1 and channel_axis % weights.ndim != 0
 
   def local(weights: Array, largest: Array | None, shards: _Shards) -> tuple:
     weights, others = _by_channel(weights, channel_axis)
@@ -147,24 +152,30 @@ def _leaf_statistics(
       again, total = lax.optimization_barrier((weights, total))
       maximum = jnp.max(jnp.abs(again.astype(jnp.float32)), others)
     total, maximum = shards.channel_sum(total), shards.channel_max(maximum)
+    leading = None
+    if has_leading:
+      as_float = lax.optimization_barrier(weights).astype(jnp.float32)
+      after = tuple(range(1, weights.ndim))
+      leading = jnp.maximum(jnp.max(as_float, after), -jnp.min(as_float, after))
+      leading = shards.leading_max(leading)
     if largest is None:
       # XLA would make one maximum over all weights of the two, and read them once more for it
       maximum = lax.optimization_barrier(maximum)
       largest = jnp.max(maximum)
     if not histogram:
-      return total, maximum, None, largest
-    per_unit = bins_per_unit(largest)
+      return total, maximum, leading, None, largest
 
     def count(block: Array) -> Array:
-      magnitude = jnp.minimum(jnp.abs(block) * per_unit, BINS - 1).astype(jnp.int32)
-      return magnitude + jnp.where(block < 0, BINS, 0)
+      return bin_of(jnp.abs(block), largest) + jnp.where(block < 0, BINS, 0)
 
     counts = shards.sum(_count_bins(weights, count, 2 * BINS, layout)).reshape(2, BINS)
-    return total, maximum, counts, largest
+    return total, maximum, leading, counts, largest
 
-  total, maximum, counts, largest = _on_shards(local, weights, largest, channel_axis, layout)
+  total, maximum, leading, counts, largest = _on_shards(
+    local, weights, largest, channel_axis, layout
+  )
   scale = total / (math.prod(shape) // channels)
-  return LeafStatistics(scale, maximum, counts, largest, **facts)
+  return LeafStatistics(scale, maximum, leading, counts, largest, **facts)
 
 
 def merge_statistics(parts: Sequence[LeafStatistics], axis: int) -> LeafStatistics:
@@ -173,13 +184,8 @@ def merge_statistics(parts: Sequence[LeafStatistics], axis: int) -> LeafStatisti
   What merges how:
 
     maxima, shapes       exactly
-    histograms           exactly where all parts have the same `largest`; otherwise the narrower
-                         ones are counted again in the bins of the widest: no weight is lost, but
-                         one may move by a bin, 1/4096 of the largest |w|
+    histograms           exactly: the bins of two parts are the same, up to whole octaves
     scales               up to float32 rounding, since a sum in parts is another order
-
-  So a pod's hosts exchange their maxima first and pass their largest as `largest`, and then merge
-  exactly; or they merge at once, and allocate from a histogram that is a bin off.
 
   Args:
     parts: of the pieces of one leaf, in their order; cut in two directions, merge twice.
@@ -189,8 +195,8 @@ def merge_statistics(parts: Sequence[LeafStatistics], axis: int) -> LeafStatisti
     ValueError: the pieces do not fit together.
 
   >>> w = jax.random.laplace(jax.random.key(0), (64, 32))
-  >>> parts = [leaf_statistics(half, largest=16.0) for half in (w[:48], w[48:])]
-  >>> whole, merged = leaf_statistics(w, largest=16.0), merge_statistics(parts, axis=0)
+  >>> whole = leaf_statistics(w)
+  >>> merged = merge_statistics([leaf_statistics(w[:48]), leaf_statistics(w[48:])], axis=0)
   >>> bool((merged.histogram == whole.histogram).all()), merged.shape
   (True, (64, 32))
   """
@@ -215,23 +221,34 @@ def merge_statistics(parts: Sequence[LeafStatistics], axis: int) -> LeafStatisti
     total = max(sum(part.per_channel for part in parts), 1)
     scale = jnp.stack([part.scale * (part.per_channel / total) for part in parts]).sum(axis=0)
     maximum = jnp.stack([part.maximum for part in parts]).max(axis=0)
+  leading = [part.leading for part in parts if part.leading is not None]
+  if leading:
+    merged = jnp.concatenate(leading) if axis == 0 else jnp.stack(leading).max(axis=0)
   largest = jnp.stack([jnp.asarray(part.largest) for part in parts]).max()
   histogram = None
   counts = [(part.histogram, part.largest) for part in parts]
   if has_histogram:
     histogram = jnp.stack([_widened(h, end, largest) for h, end in counts if h is not None]).sum(0)
   return dataclasses.replace(
-    first, scale=scale, maximum=maximum, histogram=histogram, largest=largest, shape=shape
+    first,
+    scale=scale,
+    maximum=maximum,
+    leading=merged if leading else None,
+    histogram=histogram,
+    largest=largest,
+    shape=shape,
   )
 
 
 def _widened(
   histogram: Int32[Array, '2 bins'], largest: Float32[Array, ''], to: Float32[Array, '']
 ) -> Int32[Array, '2 bins']:
-  """The counts in bins that end at `to`, each bin of the old as one."""
-  ratio = jnp.asarray(largest, jnp.float32) / jnp.where(to > 0, to, 1)
-  centre = (jnp.arange(BINS, dtype=jnp.float32) + 0.5) * ratio
-  index = jnp.minimum(centre.astype(jnp.int32), BINS - 1)
+  """The counts in the bins that end with the octave of `to`; what is below them is in the first."""
+  # the last bin of the old ones, among the new
+  last = bin_of(jnp.asarray(largest, jnp.float32), to) | (BINS_AN_OCTAVE - 1)
+  index = jnp.maximum(jnp.arange(BINS) - (BINS - 1) + last, 0)
+  # zeros are in the first bin of both
+  index = jnp.where(jnp.arange(BINS) == 0, 0, index)
   return jnp.zeros((2, BINS), jnp.int32).at[:, index].add(jnp.asarray(histogram))
 
 
@@ -276,7 +293,7 @@ def _per_channel_count(
 def fine_histogram(
   weights: Float[Array | np.ndarray, '...'], largest: Float32[Array, ''], bin_: Int32[Array, '']
 ) -> Int32[Array, 'bins']:
-  """Counts of one bin of a leaf's histogram, both signs together, in BINS finer bins."""
+  """Counts of one bin of a leaf's histogram, both signs together, in FINE_BINS finer bins."""
   return _fine_histogram(weights, (largest, bin_), _layout(weights))
 
 
@@ -285,15 +302,14 @@ def _fine_histogram(
   weights: Array, bin_: tuple[Array, Array], layout: NamedSharding | str
 ) -> Array:
   def local(weights: Array, bin_: tuple[Array, Array], shards: _Shards) -> Array:
-    per_unit, number = bins_per_unit(bin_[0]), bin_[1]
+    largest, number = bin_
 
     def count(block: Array) -> Array:
-      position = jnp.abs(block) * per_unit
-      fine = (position - number.astype(jnp.float32)) * BINS
-      is_inside = jnp.minimum(position, BINS - 1).astype(jnp.int32) == number
-      return jnp.where(is_inside, jnp.minimum(fine, BINS - 1).astype(jnp.int32), BINS)
+      magnitude = jnp.abs(block)
+      is_inside = bin_of(magnitude, largest) == number
+      return jnp.where(is_inside, fine_bin_of(magnitude), FINE_BINS)
 
-    return shards.sum(_count_bins(weights, count, BINS, layout))
+    return shards.sum(_count_bins(weights, count, FINE_BINS, layout))
 
   return _on_shards(local, weights, bin_, -1, layout)
 
@@ -313,10 +329,11 @@ def _layout(weights: Any) -> NamedSharding | str:
 
 @dataclasses.dataclass(frozen=True)
 class _Shards:
-  """Which axes of a mesh cut the channels of a leaf, and which cut its other dimensions."""
+  """Which axes of a mesh cut the channels of a leaf, its other dimensions, and its first."""
 
   channels: tuple[str, ...] = ()
   others: tuple[str, ...] = ()
+  first: tuple[str, ...] = ()
 
   def sum(self, x: Array) -> Array:
     axes = self.channels + self.others
@@ -328,6 +345,12 @@ class _Shards:
 
   def channel_max(self, x: Array) -> Array:
     return self._gathered(lax.pmax(x, self.others) if self.others else x)
+
+  def leading_max(self, x: Array) -> Array:
+    """The maxima of all indices of the first dimension, on every device."""
+    rest = tuple(name for name in self.channels + self.others if name not in self.first)
+    x = lax.pmax(x, rest) if rest else x
+    return lax.all_gather(x, self.first, tiled=True) if self.first else x
 
   def _gathered(self, x: Array) -> Array:
     """A number a channel, from the devices that have the channels: all that is ever gathered."""
@@ -351,7 +374,7 @@ def _on_shards(
   # a vector is one channel
   at = channel_axis % weights.ndim if weights.ndim > 1 else -1
   others = tuple(name for i, names in enumerate(named) if i != at for name in names)
-  shards = _Shards(named[at] if at >= 0 else (), others)
+  shards = _Shards(named[at] if at >= 0 else (), others, named[0])
   mapped = jax.shard_map(
     lambda weights, argument: local(weights, argument, shards),
     mesh=layout.mesh,

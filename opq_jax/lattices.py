@@ -1,0 +1,121 @@
+"""Leaves of few distinct magnitudes: a grid that holds every one of them exactly.
+
+Weights that were quantized before (binary, ternary, a few bits) lie on a lattice.  A grid with a
+level at each of their magnitudes makes no error at all, for the bits of their own entropy.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float32
+
+from opq_jax import ans
+from opq_jax.histograms import BINS, bin_edge, bin_of
+from opq_jax.statistics import LeafStatistics
+
+_MOST = 127  # magnitudes: levels a sign
+
+
+class Lattice(NamedTuple):
+  """A grid that holds a leaf exactly; zeros where there is none.
+
+  Attributes:
+    threshold, first, step, levels: of the grid.
+    bits: per weight of its payload.
+  """
+
+  threshold: float | Array = 0.0
+  first: float | Array = 0.0
+  step: float | Array = 0.0
+  levels: float | Array = 0.0
+  bits: float | Array = 0.0
+
+
+def has_few_magnitudes(stats: LeafStatistics) -> bool:
+  """Whether a leaf's histogram, on the host, has no more bins than a grid has levels."""
+  if stats.histogram is None or not np.isfinite(stats.largest) or stats.largest == 0:
+    return False
+  counts = np.asarray(stats.histogram).sum(axis=0)
+  return bool(0 < np.count_nonzero(counts[1:]) <= _MOST)
+
+
+def numbers_of(
+  stats: LeafStatistics, weights: Array | np.ndarray | None
+) -> Float32[np.ndarray, ' bins'] | None:
+  """The |w| of all weights in each bin of a leaf that `has_few_magnitudes`; None where they differ.
+
+  Args:
+    stats: of the leaf, on the host.
+    weights: its weights; None where they cannot be seen.  Of bfloat16 and narrower dtypes every
+      number has a bin of its own, and they need not be.
+  """
+  if jnp.finfo(stats.dtype).nmant <= 7:
+    return np.array(bin_edge(jnp.arange(BINS, dtype=jnp.int32), jnp.float32(stats.largest)))
+  if weights is None:
+    return None
+  found, is_one = jax.device_get(_magnitudes(weights, jnp.float32(stats.largest)))
+  return found if is_one else None
+
+
+def lattice_of(stats: LeafStatistics, numbers: Float32[np.ndarray, ' bins']) -> Lattice:
+  """The grid with a level at each magnitude that occurs, from the `numbers_of` a leaf."""
+  counts = np.asarray(stats.histogram)
+  occurs = np.flatnonzero(counts.sum(axis=0)[1:]) + 1
+  magnitudes = numbers[occurs].astype(np.float32)
+  grid = _affine(magnitudes, np.dtype(stats.dtype))
+  if grid is None:
+    return Lattice()
+  threshold, first, step, levels = grid
+  place = np.rint((magnitudes - first) / step).astype(int) + 1
+  codes = np.zeros(256, np.int64)
+  codes[0] = counts[:, 0].sum()
+  for sign, row in zip((1, -1), counts, strict=True):
+    codes[sign * place] += row[occurs]
+  bits = float(ans.ideal_bits(codes)) + len(ans.write_table(ans.fit(codes))) + 40
+  return Lattice(float(threshold), float(first), float(step), float(levels), bits / stats.size)
+
+
+@jax.jit
+def _magnitudes(
+  weights: Array, largest: Float32[Array, '']
+) -> tuple[Float32[Array, ' bins'], Bool[Array, '']]:
+  """The largest |w| of every bin, and whether it is the only one, zeros in the first bin."""
+  magnitude = jnp.abs(weights.astype(jnp.float32))
+  index = bin_of(magnitude, largest)
+  found = jnp.zeros(BINS, jnp.float32).at[index].max(magnitude)
+  return found, jnp.all(magnitude == found[index]) & (found[0] == 0)
+
+
+def _affine(
+  magnitudes: Float32[np.ndarray, ' k'], dtype: np.dtype
+) -> tuple[np.float32, np.float32, np.float32, int] | None:
+  """Threshold, first value, step and levels of a grid with a level at each of ascending magnitudes.
+
+  None where there is none: a value may be off by what float32 rounds in a few operations, which
+  is how such weights are made.
+  """
+  first, last = magnitudes[0], magnitudes[-1]
+  if len(magnitudes) == 1:
+    return first / 2, first, first, 1
+  gap = float(np.min(np.diff(magnitudes.astype(np.float64))))
+  levels = round((float(last) - float(first)) / gap) + 1
+  if levels > _MOST:
+    return None
+  step = np.float32((float(last) - float(first)) / (levels - 1))
+  if levels > 2:
+    # at most 15 bits, so that no product rounds (`opq_jax.compression.exact_grid`)
+    mantissa, exponent = math.frexp(step)
+    step = np.float32(math.ldexp(round(mantissa * 2**15), exponent - 15))
+    unit = math.ldexp(1.0, max(exponent - 15, math.frexp(last)[1] - 24))
+    first = np.float32(round(float(first) / unit) * unit)
+  place = np.rint((magnitudes - first) / step)
+  values = (first + step * place.astype(np.float32)).astype(dtype).astype(np.float32)
+  # all of at most two magnitudes, and most of more, are exact
+  most = 0 if levels <= 2 else 2.0**-20 * last
+  if np.max(np.abs(values - magnitudes)) > most:
+    return None
+  # in the first half of the first cell, so that threshold + (first - threshold) is first
+  return np.maximum(first / 2, first - step / 2), first, step, levels

@@ -1,0 +1,358 @@
+"""Thresholds, steps and levels of all leaves whose codes take the bits that are asked.
+
+    minimise  sum_i F_i(D_i)   subject to   sum_i n_i R_i = bits * sum_i n_i
+
+with D_i the squared error of leaf i and R_i the bits per weight of its payload, tables and escaped
+weights included, both from the leaf's true histogram.  One multiplier lambda serves all leaves;
+given it, a leaf minimises D + mu R per weight, mu = lambda / F_i'(D_i), over what it can do:
+
+    on a grid    threshold, step and number of levels, weights beyond the last cell escaped
+    pruned       all weights are 0: no bits but those of a table, all of the error
+    a lattice    where the leaf has few distinct magnitudes, a grid that holds them exactly
+    exact        every weight but zeros is escaped: no error, the bits of the dtype
+
+The grid is in closed form.  Whatever the density, its tail beyond a threshold beta is nearly
+exponential, with the scale tau = E[|w| - beta; |w| > beta] of the survivors.  For an exponential
+tail the best step Delta is that of METHOD.md section 4, and the edge between the codes 0 and 1 is
+where both cost the same:
+
+    mu      =  tau^2 ln 2 (d coth(d / 2) - 2),   d = Delta / tau
+    beta^2  =  delta^2 + mu (log2 p_0 - log2 p_1)
+
+with delta the offset of the centroid in its cell, and p_0 and p_1 the true shares of the weights
+that are pruned and, of one sign, in the first cell.  A few rounds of the two converge.  (Our
+derivation.)  Zeros do not count in tau, nor do outliers once they are escaped; on Laplace,
+Gaussian, Student-t and log-normal weights, zeros among them or not, D + mu R is within .4 % of the
+least over all thresholds and steps (`tests/test_rate_search.py`).
+
+As lambda falls from infinity to 0 the bits rise from those of everything pruned to those of all
+values exact.  The search keeps two multipliers, one with at most the bits that are asked and one
+with more, and so ends at a true answer: where no multiplier gives these bits, because leaves jump
+from one thing to another, it holds what each leaf does and refines the grids alone, and where that
+does not fill the gap either, the answer has fewer bits than asked.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from opq_jax import laplace
+from opq_jax.histograms import Sums, code_entropy, payload_bits
+
+MAX_LEVELS = 127  # a code is one int8
+PRUNED, ON_GRID, ON_LATTICE, EXACT = range(4)
+_LOG2 = math.log(2.0)
+_ROUNDS = 14  # of threshold and step
+_TOLERANCE = 1e-4  # of the bits
+_MOST_TRIALS = 40  # of one stage
+_NARROW = 1e-5  # of lambda's logarithm, where a stage ends
+_FURTHER = len((PRUNED, ON_GRID, ON_LATTICE, EXACT))  # on a grid whose threshold is raised
+_FAR = 60.0  # of d, where coth is 1
+
+
+class Leaves(NamedTuple):
+  """The problem; lengths in the unit of each leaf.
+
+  Attributes:
+    sums: of the histograms.
+    sizes: weights of each leaf.
+    share: of all weights.
+    value_bits: of the dtype of each leaf.
+    log_mu: of each leaf at lambda = 1, for an objective that is linear in the errors; up to a
+      number that is the same for all.  Otherwise of F = -log(1 - D / energy) at D = 0.
+    is_linear: whether it is.
+    lattice_bits: bits per weight of a leaf on its lattice; infinite where it has none.
+  """
+
+  sums: Sums
+  sizes: Float[Array | np.ndarray, 'leaves']
+  share: Float[Array, 'leaves']
+  value_bits: Float[Array, 'leaves']
+  log_mu: Float[Array, 'leaves']
+  is_linear: bool
+  lattice_bits: Float[Array, 'leaves']
+
+
+class Found(NamedTuple):
+  """What every leaf does.
+
+  Attributes:
+    choice: PRUNED, ON_GRID, ON_LATTICE or EXACT.
+    threshold, step, levels: on a grid.
+    payload: bits per weight of each leaf in a file.
+    bits: per weight over all leaves.
+  """
+
+  choice: Int32[Array, 'leaves']
+  threshold: Float[Array, 'leaves']
+  step: Float[Array, 'leaves']
+  levels: Float[Array, 'leaves']
+  payload: Float[Array, 'leaves']
+  bits: Float[Array, '']
+
+
+def minimise_at_bits_per_weight(leaves: Leaves, bits: Float[Array, '']) -> Found:
+  """What every leaf does, with at most `bits` bits per weight over all of them.
+
+  The bits found are within 1e-4 of those asked, or the most below them that the search has met,
+  or, where everything pruned has more, those of everything pruned.
+  """
+  low, high = _multipliers(leaves)
+  free = jnp.full(leaves.share.shape, -1, jnp.int32)
+  off = lambda found: jnp.log(found.bits / bits)
+  most = _at(leaves, _Point(low, jnp.zeros_like(low)), bits, free)
+  least = _at(leaves, _Point(high, jnp.zeros_like(high)), bits, free)
+
+  def is_open(state: _Search) -> Array:
+    return (state.stage < 3) & (off(state.under) < -_TOLERANCE)
+
+  def trial(state: _Search) -> _Search:
+    # a secant in lambda's logarithm and that of the bits, kept off both ends; every third halves
+    span = off(state.over) - off(state.under)
+    part = jnp.clip(-off(state.under) / jnp.where(span > 0, span, 1), 0.02, 0.98)
+    part = jnp.where(state.trials % 3 == 2, 0.5, part)
+    at = jax.tree.map(lambda x, y: x + part * (y - x), state.at_under, state.at_over)
+    found = _at(leaves, at, bits, state.held)
+    is_under = off(found) <= _TOLERANCE
+    under, over = ((state.at_under, state.under), (state.at_over, state.over))
+    choose = lambda test, new, old: jax.tree.map(lambda x, y: jnp.where(test, x, y), new, old)
+    at_under, under = choose(is_under, (at, found), under)
+    at_over, over = choose(is_under, over, (at, found))
+    return _Search(state.stage, state.trials + 1, at_under, under, at_over, over, state.held)
+
+  def next_stage(state: _Search) -> _Search:
+    # leaves that jump from a grid to next to nothing are pruned further on that grid: a stage of
+    # thresholds; then all hold what they do, and lambda falls
+    is_thresholds = state.stage == 0
+    jumps = (state.over.choice == ON_GRID) & (state.under.payload < 0.98 * state.over.payload)
+    held = jnp.where(jumps, _FURTHER, state.over.choice)
+    held = jnp.where(is_thresholds, held, state.under.choice).astype(jnp.int32)
+    start = jnp.where(is_thresholds, state.at_over.log_lambda, state.at_under.log_lambda)
+    end = jnp.where(is_thresholds, start, low)
+    one = jnp.ones_like(low)
+    at_under = _Point(start, jnp.where(is_thresholds, one, 0))
+    at_over = _Point(end, jnp.zeros_like(low))
+    over = jax.tree.map(lambda x, y: jnp.where(is_thresholds, x, y), state.over, most)
+    skip = is_thresholds & ~jnp.any(jumps)
+    return _Search(
+      state.stage + 1, jnp.where(skip, _MOST_TRIALS, 0), at_under, state.under, at_over, over, held
+    )
+
+  def step(state: _Search) -> _Search:
+    distance = [jnp.abs(x - y) for x, y in zip(state.at_under, state.at_over, strict=True)]
+    is_over = (sum(distance) < _NARROW) | (state.trials >= _MOST_TRIALS)
+    return jax.lax.cond(is_over, next_stage, trial, state)
+
+  # where all values exact have few enough bits, or everything pruned too many, that is the answer
+  is_done = (off(most) <= 0) | (off(least) > 0)
+  under = jax.tree.map(lambda x, y: jnp.where(off(most) <= 0, x, y), most, least)
+  start = _Search(
+    jnp.where(is_done, 3, 0),
+    jnp.int32(0),
+    _Point(high, jnp.zeros_like(high)),
+    under,
+    _Point(low, jnp.zeros_like(low)),
+    most,
+    free,
+  )
+  return jax.lax.while_loop(is_open, step, start).under
+
+
+class _Point(NamedTuple):
+  """Where a search is: the multiplier, and how far the thresholds of some leaves are raised."""
+
+  log_lambda: Float[Array, '']
+  raised: Float[Array, '']
+
+
+class _Search(NamedTuple):
+  """A search between two points, `under` of few enough bits and `over` of too many.
+
+  Attributes:
+    stage: 0 all leaves free, 1 thresholds alone, 2 grids alone, 3 ended.
+    trials: of the stage.
+    at_under, under, at_over, over: the points, and what the leaves do there.
+    held: the choice that each leaf is held to, `_FURTHER` where its threshold is raised, or -1.
+  """
+
+  stage: Int32[Array, '']
+  trials: Int32[Array, '']
+  at_under: _Point
+  under: Found
+  at_over: _Point
+  over: Found
+  held: Int32[Array, 'leaves']
+
+
+def _multipliers(leaves: Leaves) -> tuple[Array, Array]:
+  """log lambda at which all leaves are exact, and at which all are pruned."""
+  largest = jnp.where(leaves.sums.largest > 0, jnp.log(leaves.sums.largest), jnp.nan)
+  # a survivor takes a bit and saves no more than its square; numbers reach down by 2**-32
+  top = 2 * largest + 1 - leaves.log_mu
+  return jnp.nanmin(top) - 2 * 34 * _LOG2, jnp.nanmax(top)
+
+
+def _at(leaves: Leaves, at: _Point, bits: Array, held: Int32[Array, 'leaves']) -> Found:
+  """What the leaves do at a multiplier; what is held, they do at any."""
+  sums = leaves.sums
+  log_mu = leaves.log_mu + at.log_lambda
+  threshold, step, log_price = _grid(leaves, log_mu)
+  raised = threshold + at.raised * (sums.largest - threshold)
+  threshold = jnp.where(held == _FURTHER, raised, threshold)
+  price = jnp.exp(log_price)
+  levels, payload, error = _levels(leaves, threshold, step, price)
+  energy, nothing = sums.energy(), jnp.zeros_like(payload)
+  nonzero = jnp.sum(sums.columns[:, 1, :2], axis=1)
+  rates = jnp.stack(
+    [
+      _payload(leaves, nothing + 1, nothing),
+      payload,
+      leaves.lattice_bits,
+      _payload(leaves, 1 - nonzero, nonzero),
+    ]
+  )
+  errors = jnp.stack([energy, error, nothing, nothing])
+  if leaves.is_linear:
+    costs = errors + price * rates
+  else:
+    left = 1 - errors / jnp.where(energy > 0, energy, 1)
+    tiny = jnp.finfo(left.dtype).tiny
+    costs = jnp.exp(log_mu) * rates - energy * jnp.log(jnp.maximum(left, tiny))
+  # few values that somebody chose are kept where they take no more than what all have on average
+  is_kept = leaves.lattice_bits <= bits
+  costs = jnp.where(is_kept & (np.arange(4)[:, None] != ON_LATTICE), jnp.inf, costs)
+  best = jnp.argmin(costs, axis=0)
+  choice = jnp.where(held < 0, best, jnp.where(held == _FURTHER, ON_GRID, held)).astype(jnp.int32)
+  payload = jnp.take_along_axis(rates, choice[None], axis=0)[0]
+  payload = jnp.where(sums.largest > 0, payload, 0)
+  return Found(choice, threshold, step, levels, payload, jnp.sum(leaves.share * payload))
+
+
+def _payload(leaves: Leaves, pruned: Array, escaped: Array) -> Array:
+  """Of a leaf without levels."""
+  none = jnp.zeros((len(pruned), 2, 1), pruned.dtype)
+  both = jnp.stack([escaped, escaped], axis=1)
+  return payload_bits(pruned, none, both, leaves.sizes, leaves.value_bits)[:, 0]
+
+
+def _grid(leaves: Leaves, log_mu: Array) -> tuple[Array, Array, Array]:
+  """Threshold, step and log mu of each leaf's grid, where `log_mu` is that of no error."""
+  sums = leaves.sums
+  energy = sums.energy()
+  tiny = jnp.finfo(log_mu.dtype).tiny
+  # no weight is smaller
+  least = sums.largest * 2.0**-33
+  start = jnp.clip(1.5 * jnp.exp(log_mu / 2), least, sums.largest)
+
+  def tail(threshold: Array) -> tuple[Array, Array, Array]:
+    positive, negative, beyond, below = sums.at(threshold)
+    left = positive + negative
+    scale = beyond / jnp.where(left > 0, left, 1) - threshold
+    return left, jnp.maximum(scale, jnp.maximum(threshold * 2.0**-9, least)), below
+
+  def better(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    threshold, log_price = carry
+    left, scale, below = tail(threshold)
+    price = jnp.exp(log_price)
+    step = _step(price, scale)
+    offset = laplace.survivor_offset(step, scale)
+    positive, negative, *_ = sums.at(threshold + step)
+    first = (left - positive - negative) / 2
+    odds = jnp.log2(jnp.maximum(1 - left, tiny) / jnp.maximum(first, tiny))
+    # shares of nothing say nothing
+    odds = jnp.clip(odds, -64, 64)
+    square = offset * offset + price * odds
+    wanted = jnp.sqrt(jnp.maximum(square, least * least))
+    threshold = jnp.clip(jnp.sqrt(threshold * wanted), least, sums.largest)
+    if not leaves.is_linear:
+      error = below + left * laplace.survivor_error(step, scale)
+      kept = jnp.maximum(1 - error / jnp.where(energy > 0, energy, 1), 1e-6)
+      log_price = (log_price + log_mu + jnp.log(kept)) / 2
+    return threshold, log_price
+
+  threshold, log_price = jax.lax.fori_loop(0, _ROUNDS, better, (start, log_mu))
+  _, scale, _ = tail(threshold)
+  step = _step(jnp.exp(log_price), scale)
+  # as it will be (`opq_jax.compression.exact_grid`): many equal weights may lie beside an edge
+  mantissa, exponent = jnp.frexp(step)
+  step = jnp.ldexp(jnp.round(mantissa * 2.0**15), exponent - 15)
+  return threshold, step, log_price
+
+
+def _step(price: Array, scale: Array) -> Array:
+  """Delta of price = tau^2 ln 2 (d coth(d / 2) - 2), d = Delta / tau."""
+  x = price / (scale * scale * _LOG2)
+  d = jnp.sqrt(x * (x + 6))
+  for _ in range(3):
+    half = jnp.minimum(d, _FAR) / 2
+    near, far = jnp.minimum(half, 1.0), jnp.maximum(half, 1.0)
+    # d coth(d / 2) - 2 and its derivative, by the series where they would cancel
+    square = near * near
+    series = square * (1 / 3 - square * (1 / 45 - square * (2 / 945 - square / 4725)))
+    slope = near * (2 / 3 - square * (4 / 45 - square * (4 / 315 - square * 8 / 4725)))
+    value = 2 * jnp.where(half < 1, series, far / jnp.tanh(far) - 1)
+    slope = jnp.where(half < 1, slope, 1 / jnp.tanh(far) - far / jnp.square(jnp.sinh(far)))
+    value = jnp.where(d > _FAR, d - 2, value)
+    d = jnp.maximum(d - (value - x) / jnp.maximum(slope, 1e-6), d / 4)
+  return d * scale
+
+
+def _levels(
+  leaves: Leaves, threshold: Array, step: Array, price: Array
+) -> tuple[Array, Array, Array]:
+  """The best number of levels of each leaf, and with it bits and squared error per weight."""
+  sums = leaves.sums
+  pruned, cells, escaped, below = shares_of(sums, threshold, step)
+  _, _, beyond, _ = (x[:, 0] for x in sums.at(threshold[:, None]))
+  left = escaped[:, 0]
+  scale = jnp.maximum(beyond / jnp.where(left > 0, left, 1) - threshold, threshold * 2.0**-9)
+  bits = payload_bits(pruned, cells, escaped, leaves.sizes, leaves.value_bits)
+  # more levels than the largest weight needs hold nothing
+  number = jnp.arange(MAX_LEVELS + 1, dtype=step.dtype)[None]
+  needed = jnp.ceil(jnp.maximum(sums.largest - threshold, 0) / step * (1 - 1e-5))
+  bits = jnp.where(number <= needed[:, None], bits, jnp.inf)
+  error = below[:, None] + (left[:, None] - escaped) * laplace.survivor_error(step, scale)[:, None]
+  cost = error + price[:, None] * bits
+  best = jnp.argmin(cost, axis=1)[:, None]
+  of_best = lambda x: jnp.take_along_axis(x, best, axis=1)[:, 0]
+  return best[:, 0].astype(threshold.dtype), of_best(bits), of_best(error)
+
+
+def payload_of(leaves: Leaves, threshold: Array, step: Array, levels: Array) -> Array:
+  """Bits per weight of each leaf in a file, with these levels."""
+  pruned, cells, escaped, _ = shares_of(leaves.sums, threshold, step)
+  bits = payload_bits(pruned, cells, escaped, leaves.sizes, leaves.value_bits)
+  return jnp.take_along_axis(bits, levels.astype(jnp.int32)[:, None], axis=1)[:, 0]
+
+
+def shares_of(
+  sums: Sums, threshold: Float[Array, 'leaves'], step: Float[Array, 'leaves']
+) -> tuple[Array, Array, Array, Array]:
+  """Shares of the weights of each leaf.
+
+  Returns:
+    that of the pruned [leaves], of each cell of a sign [leaves, 2, 127], of what is beyond 0, 1,
+    ... 127 cells [leaves, 128]; and the squared error of pruning, per weight [leaves].
+  """
+  k = jnp.arange(MAX_LEVELS + 1, dtype=step.dtype)[None]
+  positive, negative, _, below = sums.at(threshold[:, None] + step[:, None] * k)
+  both = jnp.stack([positive, negative], axis=1)
+  cells = jnp.maximum(both[..., :-1] - both[..., 1:], 0)
+  escaped = positive + negative
+  return 1 - escaped[:, 0], cells, escaped, below[:, 0]
+
+
+def entropy_of(
+  sums: Sums, threshold: Array, step: Array, levels: Array, value_bits: Array
+) -> tuple[Array, Array]:
+  """Zeroth-order entropy of each leaf's codes, bits per weight, and the share that is escaped."""
+  pruned, cells, escaped, _ = shares_of(sums, threshold, step)
+  number = jnp.arange(MAX_LEVELS, dtype=levels.dtype)[None, None]
+  cells = jnp.where(number < levels[:, None, None], cells, 0)
+  last = levels.astype(jnp.int32)[:, None]
+  escaped = jnp.take_along_axis(escaped, last, axis=1)[:, 0]
+  return code_entropy(pruned, cells, escaped, value_bits), escaped
