@@ -41,6 +41,7 @@ from opq_jax.statistics import (
 from opq_jax.trees import PyTree
 
 Objective = Literal['balanced_error', 'retained_signal', 'relative_error', 'squared_error']
+TARGETS = 'sparsity', 'bits', 'compression_rate', 'bits_per_weight'  # `file_rate` aside
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
 # F_i = D_i / S_i * S_i^power
 _POWERS = {
@@ -260,7 +261,8 @@ def allocate(
   if corrected and not trees.is_traced(stats):
     kept = [i for i, s in enumerate(stats) if s.largest != 0]
     _warn_of_zeros([name for name, s in zip(chosen, stats, strict=True) if s.largest == 0])
-    chosen, stats, looks = ([x[i] for i in kept] for x in (chosen, stats, looks))
+    chosen, stats = [chosen[i] for i in kept], [stats[i] for i in kept]
+    looks = [looks[i] for i in kept]
     omegas = omegas and [omegas[i] for i in kept]
     if not chosen:
       return Allocation(jax.tree.unflatten(structure, [None] * len(named)))

@@ -160,7 +160,8 @@ def _leaves(tree: JoinedStatistics, channels: Channels, unit: Float[Array, 'leav
     log_mu = (1 - tree.power) * energy - jnp.log(tree.omegas) - 2 * jnp.log(own)
   is_linear = tree.power is not None
   bits = jnp.where(tree.lattices.levels > 0, tree.lattices.bits, jnp.inf)
-  return Leaves(sums, tree.sizes, channels.leaf_share(), tree.value_bits, log_mu, is_linear, bits)
+  sizes = jnp.asarray(tree.sizes)
+  return Leaves(sums, sizes, channels.leaf_share(), tree.value_bits, log_mu, is_linear, bits)
 
 
 def _cells(

@@ -26,6 +26,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int8, Int32, UInt8
@@ -225,7 +226,7 @@ def _decode(codes: PyTree, state: CompressionState, params: PyTree | None) -> Py
   def look_up(name: str, code: Int8[Array, '...'], leaf: LeafState) -> Float[Array, '...']:
     _check_shape(name, code, leaf.kinds.shape)
     cell = jnp.clip(jnp.abs(code.astype(jnp.float32)) - 1, 0, _last(leaf))
-    value = _value(cell, leaf)
+    value = value_of(cell, leaf)
     value = jnp.where(code < 0, -value, value)
     value = jnp.where(code == 0, jnp.zeros_like(value), value)
     escaped = jnp.full_like(value, jnp.nan)
@@ -290,6 +291,21 @@ def cell(magnitude: Float32[Array, '...'], leaf: LeafState) -> Float32[Array, '.
   return jnp.clip(_place(magnitude, leaf), 0, _last(leaf))
 
 
+def settled(cell: Float32[Array, '...'], leaf: LeafState) -> Float32[Array, '...']:
+  """The cell in which the value of a cell lies, once it is of the leaf's dtype.
+
+  It is another where a cell has no number of the dtype.  An encoder that may choose any cell
+  chooses the settled one: encoding its value again gives the same code.
+  """
+  if _is_wide(leaf.dtype):
+    return cell
+  return jnp.clip(_place(value_of(cell, leaf).astype(jnp.float32), leaf), 0, _last(leaf))
+
+
+def _is_wide(dtype: Any) -> bool:
+  return bool(jnp.finfo(dtype).nmant >= 23)
+
+
 def _place(magnitude: Float32[Array, '...'], leaf: LeafState) -> Float32[Array, '...']:
   # times the reciprocal, since XLA divides by a scalar in either way, and the two differ at edges
   return jnp.floor((magnitude - leaf.threshold) * (1 / leaf.step))
@@ -300,7 +316,7 @@ def _last(leaf: LeafState) -> Float32[Array, '']:
   return jnp.maximum(leaf.levels.astype(jnp.float32) - 1, 0)
 
 
-def _value(cell: Float32[Array, '...'], leaf: LeafState) -> Float[Array, '...']:
+def value_of(cell: Float32[Array, '...'], leaf: LeafState) -> Float[Array, '...']:
   """The value of a cell, in the leaf's dtype: of its numbers in the cell the nearest.
 
   Where a cell has no number of the dtype, the value is the nearest in another cell.  No weight of
@@ -308,7 +324,7 @@ def _value(cell: Float32[Array, '...'], leaf: LeafState) -> Float[Array, '...']:
   """
   # exact (see LeafState), so this equals codebook[code] without reading the codebook per weight
   value = leaf.codebook[1] + leaf.step * cell
-  if jnp.finfo(leaf.dtype).nmant >= 23:
+  if _is_wide(leaf.dtype):
     return value.astype(leaf.dtype)
   largest = jnp.finfo(leaf.dtype).max.astype(leaf.dtype)
   rounded = jnp.minimum(value, largest.astype(jnp.float32)).astype(leaf.dtype)
@@ -319,6 +335,23 @@ def _value(cell: Float32[Array, '...'], leaf: LeafState) -> Float[Array, '...']:
   bits = jnp.where(place < cell, jnp.minimum(bits + one, most), bits)
   bits = jnp.where((place > cell) & (cell < _last(leaf)), jnp.maximum(bits, one) - one, bits)
   return jax.lax.bitcast_convert_type(bits, leaf.dtype)
+
+
+def value_table(leaf: LeafState) -> Float[Array, '256']:
+  """The value of every code, in the leaf's dtype; a negative code counts from the end.
+
+  That of an escape says nothing.
+  """
+  codes = jnp.arange(256, dtype=jnp.uint8).astype(jnp.int8)
+  values = value_of(jnp.clip(jnp.abs(codes.astype(jnp.float32)) - 1, 0, _last(leaf)), leaf)
+  values = jnp.where(codes < 0, -values, values)
+  return jnp.where(codes == 0, jnp.zeros_like(values), values)
+
+
+def kinds_of_codes(codes: Int8[Array | np.ndarray, '...']) -> UInt8[np.ndarray, '...']:
+  """The kinds of the weights that have these codes, on the host."""
+  codes = np.asarray(codes)
+  return np.where(codes == ESCAPE, ESCAPED, codes != 0).astype(np.uint8)
 
 
 def _unsigned(dtype: Any) -> Any:
@@ -341,7 +374,7 @@ def _compress_leaf(name: str, weights: Array, leaf: LeafState) -> Array:
 @jax.custom_jvp
 def _quantize(weights: Array, leaf: LeafState) -> Array:
   as_float = weights.astype(jnp.float32)
-  value = _value(cell(jnp.abs(as_float), leaf), leaf)
+  value = value_of(cell(jnp.abs(as_float), leaf), leaf)
   value = jnp.where(as_float < 0, -value, value)
   value = jnp.where(leaf.mask, value, jnp.zeros_like(value))
   return jnp.where(leaf.escaped, weights, value)

@@ -6,6 +6,7 @@ error of one weight can be made good by the weights that are still to be rounded
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from opq_jax import compression, trees
-from opq_jax.allocation import Allocation, LeafAllocation, allocate
+from opq_jax.allocation import Allocation, LeafAllocation, allocate, check_targets
 from opq_jax.compression import CompressionState, LeafState
 from opq_jax.trees import PyTree
 
@@ -43,7 +44,8 @@ def encode_with_feedback(
       w_j  <-  w_j - (w_i - q_i) U_ij / U_ii           for all j that are still to come
 
   which is the least-squares answer of the weights to come to the error that was made.  Pruned is
-  one of the codes: the mask is decided on the way.  The rule of the cell stays that of
+  one of the codes: the mask is decided on the way.  An escaped weight is what it is, and what the
+  weights before it have left to it is pushed on.  The rule of the cell stays that of
   `opq_jax.compression`, because it knows what a code costs: the edges of a grid that is optimal
   for its entropy are those of argmin_k (w - v_k)^2 + lambda bits_k, lambda the leaf's slope.
 
@@ -114,13 +116,15 @@ def encode_with_feedback(
 def encode_leaf(
   kernel: Array, record: LeafState, moments: Array | None, damping: float
 ) -> tuple[Array, LeafState]:
-  """Decoded values of one kernel, and its grid with their mask; plain codes without moments."""
+  """Decoded values of one kernel, and its grid with their kinds; plain codes without moments."""
   if moments is None:
     codes = compression.encode(kernel, CompressionState(record))
   else:
     codes = codes_of_leaf(kernel, moments, record, damping)
-  values = compression.decode(codes, CompressionState(record))
-  return values, dataclasses.replace(record, mask=codes != 0)
+  values = compression.decode(codes, CompressionState(record), kernel.astype(record.dtype))
+  is_escaped = codes == compression.ESCAPE
+  kinds = jnp.where(is_escaped, compression.ESCAPED, codes != 0).astype(jnp.uint8)
+  return values, dataclasses.replace(record, kinds=kinds)
 
 
 def matrices_of(params: PyTree, moments: PyTree) -> list[Any]:
@@ -142,7 +146,8 @@ def allocate_with_feedback(
   params: PyTree,
   moments: PyTree,
   *,
-  compression_rate: float,
+  compression_rate: float | None = None,
+  bits_per_weight: float | None = None,
   damping: float = DAMPING,
   **options: Any,
 ) -> tuple[Allocation, PyTree, CompressionState]:
@@ -155,7 +160,8 @@ def allocate_with_feedback(
   Args:
     params: the original weights.
     moments: as for `encode_with_feedback`.
-    compression_rate: 32 bits over the entropy of the codes, as plain ones of that rate have it.
+    compression_rate, bits_per_weight: of `allocate`: the entropy of the codes is that of plain ones
+      of that target.
     damping: as for `encode_with_feedback`.
     **options: of `opq_jax.allocate`, such as `objective`.
 
@@ -180,28 +186,32 @@ def allocate_with_feedback(
     coded, coded_state = encode_with_feedback(params, state, moments, damping=damping)
     return coded, coded_state, _entropy(coded, coded_state)
 
-  return allocate_for(encoder, params, compression_rate, **options)
+  return allocate_for(encoder, params, compression_rate, bits_per_weight, **options)
 
 
 def allocate_for(
   encoder: Callable[[PyTree, CompressionState], tuple[PyTree, CompressionState, float]],
   params: PyTree,
-  compression_rate: float,
+  compression_rate: float | None,
+  bits_per_weight: float | None,
   **options: Any,
 ) -> tuple[Allocation, PyTree, CompressionState]:
-  """The allocation whose codes by an encoder have the entropy of plain codes of the rate asked.
+  """The allocation whose codes by an encoder have the entropy of plain codes of the target.
 
   Args:
     encoder: (params, plain grids) -> params, their state, and bits per weight.
-    params, compression_rate, **options: of `opq_jax.allocate`.
+    params, compression_rate, bits_per_weight, **options: of `opq_jax.allocate`.
   """
-  log_asked, log_off, elasticity = math.log(32 / compression_rate), None, 1.0
+  targets = check_targets(compression_rate=compression_rate, bits_per_weight=bits_per_weight)
+  log_asked, log_off, elasticity = math.log(float(targets['bits_per_weight'])), None, 1.0
   for _ in range(_MAX_STEPS):
-    allocation = allocate(params, compression_rate=32 * math.exp(-log_asked), **options)
-    if log_off is None:
-      wanted = _predicted_entropy(params, allocation)
-    coded, coded_state, found = encoder(params, compression.init_state(params, allocation))
-    last, log_off = log_off, math.log(found / wanted)
+    with warnings.catch_warnings(record=True) as said:
+      warnings.simplefilter('always')
+      allocation = allocate(params, bits_per_weight=math.exp(log_asked), **options)
+      if log_off is None:
+        wanted = _predicted_entropy(params, allocation)
+      coded, coded_state, found = encoder(params, compression.init_state(params, allocation))
+    last, log_off = log_off, math.log(max(found, 1e-9) / max(wanted, 1e-9))
     if abs(log_off) <= _TOLERANCE:
       break
     if last is not None:
@@ -210,6 +220,8 @@ def allocate_for(
     if moved == 0:  # no grid has more bits
       break
     log_asked += moved
+  for warning in said:  # of the last allocation alone
+    warnings.warn(warning.message, stacklevel=3)
   return allocation, coded, coded_state
 
 
@@ -217,7 +229,7 @@ def _predicted_entropy(params: PyTree, allocation: Allocation) -> float:
   """Bits per weight of the plain codes of all compressed leaves."""
   records = trees.records(params, allocation.tree, LeafAllocation)
   leaves = [(math.prod(r.shape), float(r.entropy)) for r in records if r is not None]
-  return sum(size * bits for size, bits in leaves) / sum(size for size, _ in leaves)
+  return sum(size * bits for size, bits in leaves) / max(sum(size for size, _ in leaves), 1)
 
 
 @jax.jit
@@ -233,9 +245,14 @@ def codes_of_leaf(
   # so few inputs at a time, and inputs of nothing for the last block to be a whole one
   block = min(_BLOCK, width)
   padded = -(-width // block) * block
+  # what an escaped weight is, in the leaf's dtype; NaN where a weight is not escaped
+  exact = jnp.where(leaf.escaped, kernel.astype(leaf.dtype).astype(jnp.float32), jnp.nan)
+  exact = exact.reshape(width, groups, -1).swapaxes(0, 1)
 
   def group(
-    weights: Float32[Array, 'K channels'], moments: Float32[Array, 'K K']
+    weights: Float32[Array, 'K channels'],
+    exact: Float32[Array, 'K channels'],
+    moments: Float32[Array, 'K K'],
   ) -> Float32[Array, 'K channels']:
     energy = jnp.diagonal(moments)
     mean = jnp.mean(energy)
@@ -245,10 +262,11 @@ def codes_of_leaf(
     # independent of all others
     matrix = jnp.eye(padded).at[:width, :width].set(matrix)
     rows = jnp.zeros((padded, weights.shape[1])).at[:width].set(weights[order])
-    codes = _feedback(rows, _factor(matrix), leaf, block)[:width]
+    kept = jnp.full((padded, weights.shape[1]), jnp.nan).at[:width].set(exact[order])
+    codes = _feedback(rows, kept, _factor(matrix), leaf, block)[:width]
     return jnp.zeros_like(codes).at[order].set(codes)
 
-  codes = jax.vmap(group)(weights, moments)
+  codes = jax.vmap(group)(weights, exact, moments)
   return codes.swapaxes(0, 1).reshape(kernel.shape).astype(jnp.int8)
 
 
@@ -262,6 +280,7 @@ def _factor(matrix: Float32[Array, 'K K']) -> Float32[Array, 'K K']:
 
 def _feedback(
   weights: Float32[Array, 'K channels'],
+  exact: Float32[Array, 'K channels'],
   factor: Float32[Array, 'K K'],
   leaf: LeafState,
   block: int,
@@ -274,12 +293,16 @@ def _feedback(
     weights, codes = carry
     begin = number * block
     mine = lax.dynamic_slice(weights, (begin, 0), (block, channels))
+    kept = lax.dynamic_slice(exact, (begin, 0), (block, channels))
     push = lax.dynamic_slice(factor, (begin, 0), (block, inputs))
     within = lax.dynamic_slice(push, (0, begin), (block, block))
 
     def per_input(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
       mine, codes, errors = carry
       code, value = nearest(mine[i], leaf)
+      is_escaped = ~jnp.isnan(kept[i])
+      code = jnp.where(is_escaped, float(compression.ESCAPE), code)
+      value = jnp.where(is_escaped, kept[i], value)
       error = jnp.clip(mine[i] - value, -most, most) / within[i, i]
       mine = mine - within[i][:, None] * error[None]
       return mine, codes.at[i].set(code), errors.at[i].set(error)
@@ -300,28 +323,37 @@ def nearest(
 ) -> tuple[Float32[Array, ' channels'], Float32[Array, ' channels']]:
   """The code of each weight, by the rule of `opq_jax.encode` but with no mask given; its value."""
   magnitude = jnp.abs(weights)
-  cell = compression.cell(magnitude, leaf)
+  cell = compression.settled(compression.cell(magnitude, leaf), leaf)
   survives = (magnitude > leaf.threshold) & (leaf.levels > 0)
   sign = jnp.where(weights < 0, -1.0, 1.0)
   code = jnp.where(survives, sign * (cell + 1), 0)
-  return code, jnp.where(survives, sign * (leaf.codebook[1] + leaf.step * cell), 0)
+  value = compression.value_of(cell, leaf).astype(jnp.float32)
+  return code, jnp.where(survives, sign * value, 0)
 
 
 def _entropy(params: PyTree, state: CompressionState) -> float:
-  """Zeroth-order entropy of all codes, in bits a weight, each leaf by its own distribution."""
+  """Zeroth-order entropy of all codes, in bits a weight, each leaf by its own distribution.
+
+  With the values of escaped weights.
+  """
   codes = trees.named_leaves(compression.encode(params, state))
   records = trees.records(params, state.tree, LeafState)
   chosen = [
-    code for code, record in zip(codes.values(), records, strict=True) if record is not None
+    (code, record)
+    for code, record in zip(codes.values(), records, strict=True)
+    if record is not None
   ]
-  return float(sum(_leaf_entropy(code) for code in chosen)) / sum(code.size for code in chosen)
+  value_bits = [8.0 * jnp.dtype(record.dtype).itemsize for _, record in chosen]
+  bits = sum(float(_leaf_bits(code, b)) for (code, _), b in zip(chosen, value_bits, strict=True))
+  return bits / max(sum(code.size for code, _ in chosen), 1)
 
 
 @jax.jit
-def _leaf_entropy(codes: Array) -> Float32[Array, '']:
+def _leaf_bits(codes: Array, value_bits: Float[Array, '']) -> Float32[Array, '']:
   counts = jnp.zeros(256).at[codes.reshape(-1).astype(jnp.int32) + 128].add(1)
   share = counts / codes.size
-  return -codes.size * jnp.sum(share * jnp.log2(jnp.where(share > 0, share, 1)))
+  entropy = -jnp.sum(share * jnp.log2(jnp.where(share > 0, share, 1)))
+  return codes.size * entropy + counts[0] * value_bits
 
 
 def check_moments(name: str, kernel: Array, moments: Array | np.ndarray) -> None:

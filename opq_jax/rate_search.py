@@ -307,7 +307,7 @@ def _levels(
   """The best number of levels of each leaf, and with it bits and squared error per weight."""
   sums = leaves.sums
   pruned, cells, escaped, below = shares_of(sums, threshold, step)
-  _, _, beyond, _ = (x[:, 0] for x in sums.at(threshold[:, None]))
+  _, _, beyond, _ = sums.at(threshold)
   left = escaped[:, 0]
   scale = jnp.maximum(beyond / jnp.where(left > 0, left, 1) - threshold, threshold * 2.0**-9)
   bits = payload_bits(pruned, cells, escaped, leaves.sizes, leaves.value_bits)

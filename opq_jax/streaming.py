@@ -96,8 +96,7 @@ def compress(
   ...   print(report.file == os.stat(f'{folder}/net.opq').st_size, round(report.entropy_rate))
   True 16
   """
-  solved = {name: targets.get(name) for name in ('sparsity', 'bits', 'compression_rate')}
-  allocations.check_targets(**solved)
+  allocations.check_targets(*map(targets.get, allocations.TARGETS))
   metadata = artifact.checked_metadata(metadata)
   _return_large_blocks()
   tree = artifact_index.plain_tree(tree)

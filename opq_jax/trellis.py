@@ -135,6 +135,7 @@ def search(
   models: UInt8[np.ndarray, ' n'],
   is_turned: Bool[np.ndarray, ' n'],
   bits: Float32[np.ndarray, 'models 2 129'],
+  usable: Bool[np.ndarray, '128'],
   first: float,
   step: float,
   levels: int,
@@ -144,11 +145,12 @@ def search(
   """The codes of least sum (w - value)^2 + slope bits: all ways through the trellis are compared.
 
   Args:
-    weights: in the order of the codes.
+    weights: in the order of the codes; NaN for one that is escaped, whose code is 0.
     slopes: squared error that a bit is worth.
     models: which of the tables of bits is that of each weight.
     is_turned: where the sign is that of -index in the table.
     bits: of each index + 64, in each subset.
+    usable: which |code| may be chosen.
     first, step, levels: of the `Grid`.
     state: before the first of them.
     codes: room for those of the first weights, which may be fewer than all: those that come after
@@ -166,6 +168,7 @@ def search(
   per_width = np.float32(1 / step)
   for i in range(weights.size):
     size, slope, table = abs(weights[i]), slopes[i], bits[models[i]]
+    is_escaped = np.isnan(weights[i])
     turn = -1 if (weights[i] < 0) != is_turned[i] else 1
     place = (size - origin) * per_width
     for kind in range(4):
@@ -174,17 +177,25 @@ def search(
       if kind & 1 == 0:
         best = size * size + slope * price[MOST_INDEX]
       c = least
+      if is_escaped:
+        if kind & 1 == 0:
+          best = slope * price[MOST_INDEX]
+        branch[kind], chosen[i, kind] = best, 0
+        continue
       if place >= least + 4:
         c += int((place - np.float32(least)) * np.float32(0.25)) * 4
-      for _ in range(2):
+      for side in range(2):
         if c > levels:
           c -= (c - levels + 3) & ~3
-        if c > 0:
+        # the next that may be, inwards for the first and outwards for the second
+        while 0 < c <= levels and not usable[c]:
+          c += 8 * side - 4
+        if 0 < c <= levels:
           error = size - (origin + width * np.float32(c))
           total = error * error + slope * price[MOST_INDEX + turn * ((c + 1) >> 1)]
           if total < best:
             best, code = total, c
-        c += 4
+        c = max(c, least - 4) + 4
       branch[kind], chosen[i, kind] = best, code
     for t in range(STATES):
       one = cost[_BEFORE[t, 0]] + branch[_KIND[t, 0]]

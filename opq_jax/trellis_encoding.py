@@ -2,6 +2,8 @@ r"""Codes chosen along a trellis: fewer bits at the same error, from the same ki
 
 import dataclasses
 import math
+import warnings
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -9,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
-from jaxtyping import Array, Float32, Int8
+from jaxtyping import Array, Bool, Float32, Int8
 
 from opq_jax import (
   compression,
@@ -20,16 +22,18 @@ from opq_jax import (
   trees,
   trellis,
 )
-from opq_jax.allocation import Allocation
+from opq_jax.allocation import MAX_LEVELS, Allocation
 from opq_jax.compression import CompressionState, LeafState
 from opq_jax.feedback import DAMPING
 from opq_jax.trees import PyTree
-from opq_jax.trellis_grids import Fit, fit
+from opq_jax.trellis_grids import Fit, fit, is_beyond
 
 _AT_ONCE = 1 << 16  # weights, where no error is pushed on
 _BETWEEN = 128  # weights, at least, between which errors are pushed on
 _AHEAD = 256  # weights, at least, that have a say in the ways before them
 _BLOCK = 64  # inputs whose feedback is pushed on within a block that stays in the cache
+# bits a weight that the trellis is worth, at least, at the rates at which its levels do not suffice
+_GAIN = 0.1
 _MOST_WORTH = 8.0  # of an input over the mean, and under
 
 Rows = Float32[np.ndarray, 'inputs outputs']
@@ -71,9 +75,10 @@ def encode_with_trellis(
     damping: as for `encode_with_feedback`.
 
   Returns:
-    `(params, state)`: the decoded values, and the new grids with the masks of these codes.  A leaf
-    whose weights reach beyond 127 such levels, or whose shape the coder has no order for, keeps its
-    grid, and its errors are pushed on all the same.  Runs on the host, and cannot be traced.
+    `(params, state)`: the decoded values, and the new grids with the masks of these codes.  Weights
+    beyond 127 such levels are escaped.  A leaf that would have too many of them, or whose shape the
+    coder has no order for, keeps its grid, and its errors are pushed on all the same; a warning
+    names it.  Runs on the host, and cannot be traced.
 
   Raises:
     ValueError: a tree is made for another one, a matrix has another shape than its kernel needs,
@@ -97,7 +102,8 @@ def allocate_with_trellis(
   params: PyTree,
   moments: PyTree | None = None,
   *,
-  compression_rate: float,
+  compression_rate: float | None = None,
+  bits_per_weight: float | None = None,
   damping: float = DAMPING,
   **options: Any,
 ) -> tuple[Allocation, PyTree, CompressionState]:
@@ -105,8 +111,8 @@ def allocate_with_trellis(
 
   Args:
     params, moments, damping: as for `encode_with_trellis`.
-    compression_rate: 32 bits over the entropy of the codes, given their subsets, as plain codes of
-      that rate have it.
+    compression_rate, bits_per_weight: of `allocate`: the entropy of the codes, given their subsets,
+      is that of plain codes of that target.
     **options: of `opq_jax.allocate`, such as `objective`.
 
   Returns:
@@ -124,21 +130,40 @@ def allocate_with_trellis(
   True
   """
 
-  def encoder(params: PyTree, state: CompressionState) -> tuple[PyTree, CompressionState, float]:
-    coded = _coded_leaves(params, state, moments, damping)
-    codes = [leaf.codes for leaf in coded if leaf.codes is not None]
-    bits = sum(entropy_coding.entropy(c) * c.size for c in codes) / sum(c.size for c in codes)
-    return *_trees(params, coded), bits
+  plain: set[str] = set()  # else a search for the rate would go to and fro
 
-  return feedback.allocate_for(encoder, params, compression_rate, **options)
+  def encoder(params: PyTree, state: CompressionState) -> tuple[PyTree, CompressionState, float]:
+    coded = _coded_leaves(params, state, moments, damping, plain)
+    named = zip(trees.named_leaves(params), coded, strict=True)
+    plain.update(name for name, leaf in named if leaf.is_plain)
+    codes = [leaf.codes for leaf in coded if leaf.codes is not None]
+    bits = sum(_bits(leaf) for leaf in coded)
+    return *_trees(params, coded), bits / max(sum(code.size for code in codes), 1)
+
+  return feedback.allocate_for(encoder, params, compression_rate, bits_per_weight, **options)
 
 
 class _Coded(NamedTuple):
-  """A leaf: decoded, with its grid and mask, and its codes; these are None where it stays."""
+  """A leaf: decoded, with its grid and mask, and its codes; these are None where it stays.
+
+  Its codes are plain where the trellis does not serve it, though it has weights to code.
+  """
 
   values: Any
   state: LeafState | None
   codes: Int8[np.ndarray, '...'] | None
+  is_plain: bool = False
+
+
+def _bits(leaf: _Coded) -> float:
+  """Of a leaf's codes, at their entropy given the subsets, and of its escaped weights."""
+  if leaf.codes is None or leaf.state is None:
+    return 0.0
+  is_escaped, size = leaf.codes == compression.ESCAPE, leaf.codes.size
+  bits = entropy_coding.entropy(np.where(is_escaped, np.int8(0), leaf.codes)) * size
+  escaped = int(np.count_nonzero(is_escaped))
+  value_bits = 8 * np.dtype(leaf.state.dtype).itemsize
+  return bits + escaped * (value_bits + math.log2(size / escaped)) if escaped else bits
 
 
 def _trees(params: PyTree, coded: list[_Coded]) -> tuple[PyTree, CompressionState]:
@@ -151,9 +176,13 @@ def _trees(params: PyTree, coded: list[_Coded]) -> tuple[PyTree, CompressionStat
 
 
 def _coded_leaves(
-  params: PyTree, state: CompressionState, moments: PyTree | None, damping: float
+  params: PyTree,
+  state: CompressionState,
+  moments: PyTree | None,
+  damping: float,
+  plain: Collection[str] = (),
 ) -> list[_Coded]:
-  """All leaves, as `encode_with_trellis` has them."""
+  """All leaves, as `encode_with_trellis` has them; those that are named `plain` have plain codes."""
   leaves = trees.named_leaves(params)
   records = trees.records(params, state.tree, LeafState)
   matrices: list[Any] = [None] * len(records)
@@ -169,72 +198,133 @@ def _coded_leaves(
     if matrix is not None:
       matrix = np.asarray(matrix)
       feedback.check_moments(name, leaf, matrix)
-    return _coded_leaf(leaf, record, matrix, damping)
+    return _coded_leaf(leaf, record, matrix, damping, may_have_trellis=name not in plain)
 
   # all but Python itself runs without its lock
   with ThreadPoolExecutor() as pool:
-    return list(pool.map(coded, zip(leaves.items(), records, matrices, strict=True)))
+    found = list(pool.map(coded, zip(leaves.items(), records, matrices, strict=True)))
+  plain = [name for name, leaf in zip(leaves, found, strict=True) if leaf.is_plain]
+  if plain:
+    warnings.warn(
+      f'{", ".join(plain)}: found leaves that the trellis does not serve, for their shape or their '
+      'many weights beyond its levels: they have plain codes',
+      UserWarning,
+      stacklevel=4,
+    )
+  return found
 
 
 def encode_leaf(
   kernel: Array, leaf: LeafState, moments: Array | None, damping: float
 ) -> tuple[Array, LeafState]:
   """Values and grid of one kernel, as `encode_with_trellis` has them."""
-  values, state, _ = _coded_leaf(kernel, leaf, moments, damping)
+  values, state, *_ = _coded_leaf(kernel, leaf, moments, damping)
   assert state is not None
   return values, state
 
 
-def _coded_leaf(kernel: Array, leaf: LeafState, moments: Any, damping: float) -> _Coded:
+def _coded_leaf(
+  kernel: Array, leaf: LeafState, moments: Any, damping: float, may_have_trellis: bool = True
+) -> _Coded:
   # in a unit of about a step, exactly: squares of tiny or huge weights are none of float32
   unit = np.float32(2.0 ** math.frexp(float(leaf.step))[1])
   weights = np.asarray(kernel, np.float32) / unit
   grid = [float(x) / float(unit) for x in (leaf.codebook[1], leaf.threshold, leaf.step)]
   factor = None if moments is None else _factor(np.asarray(moments, np.float32), damping)
-  found = fit(weights, *grid) if int(leaf.levels) else None
+  found = fit(weights, *grid) if int(leaf.levels) and may_have_trellis else None
   orders = context_coding.choices(weights.shape) if found else []
   if moments is not None:
     orders = [order for order in orders if order != 1]  # moments are in the order of the weights
-  if found is None or not orders:
+  is_exact = _is_exact(kernel, leaf)
+  if found is None or is_exact or not orders or _has_too_many_beyond(weights, found.grid, leaf):
     codes = _one_by_one(kernel, leaf, factor)
-    state = dataclasses.replace(leaf, mask=jnp.asarray(codes != 0))
-    return _Coded(_decoded(codes, state), state, codes)
+    state = dataclasses.replace(leaf, kinds=jnp.asarray(compression.kinds_of_codes(codes)))
+    is_plain = int(leaf.levels) > 0 and not is_exact
+    return _Coded(_decoded(kernel, codes, state), state, codes, is_plain)
 
-  most = max(2 * found.grid.step, grid[1])
-  codes = _Walk(weights, found, orders[0]).codes(factor, most)
-  levels = jnp.int32(max(int(np.abs(codes).max()), 1))
   step, first = compression.exact_grid(
-    unit * jnp.float32(found.grid.step), unit * jnp.float32(found.grid.first), levels
+    unit * jnp.float32(found.grid.step),
+    unit * jnp.float32(found.grid.first),
+    jnp.int32(MAX_LEVELS),
   )
-  state = LeafState(
-    mask=jnp.asarray(codes != 0),
+  codebook = compression.affine_codebook(first, step, jnp.int32(MAX_LEVELS))
+  threshold = jnp.maximum(first - step / 2, 0)
+  rest = {'codebook': codebook, 'threshold': threshold, 'step': step, 'dtype': leaf.dtype}
+  state = LeafState(kinds=leaf.kinds, levels=jnp.int32(MAX_LEVELS), **rest)
+  found = found._replace(
+    grid=trellis.Grid(float(first) / float(unit), float(step) / float(unit), MAX_LEVELS)
+  )
+  most = max(2 * found.grid.step, grid[1])
+  values = np.asarray(_value_table(state)).astype(np.float32) / unit
+  codes = _Walk(weights, found, orders[0], _usable(state), values).codes(factor, most)
+  on_grid = np.where(codes == compression.ESCAPE, 0, codes)
+  levels = jnp.int32(max(int(on_grid.max()), -int(on_grid.min()), 1))
+  state = dataclasses.replace(
+    state,
+    kinds=jnp.asarray(compression.kinds_of_codes(codes)),
     codebook=compression.affine_codebook(first, step, levels),
-    threshold=jnp.maximum(first - step / 2, 0),
-    step=step,
     levels=levels,
-    dtype=leaf.dtype,
   )
-  return _Coded(_decoded(codes, state), state, codes)
+  return _Coded(_decoded(kernel, codes, state), state, codes)
 
 
-def _decoded(codes: Int8[np.ndarray, '...'], state: LeafState) -> Array:
+def _is_exact(kernel: Array, leaf: LeafState) -> bool:
+  """Whether the plain grid holds the leaf exactly (`opq_jax.lattices`): no other is better."""
+  flat, kinds = np.asarray(kernel).reshape(-1), np.asarray(leaf.kinds).reshape(-1)
+  for part in (slice(0, 1 << 10), slice(None)):
+    record = dataclasses.replace(leaf, kinds=jnp.asarray(kinds[part]))
+    values = compression.apply_compression(flat[part].astype(leaf.dtype), CompressionState(record))
+    if not np.array_equal(values, flat[part]):
+      return False
+  return True
+
+
+def _has_too_many_beyond(
+  weights: Float32[np.ndarray, '...'], grid: trellis.Grid, leaf: LeafState
+) -> bool:
+  """Whether what is escaped from a trellis' grid and not from the plain one costs what it gains."""
+  size, plain = weights.size, int(np.count_nonzero(np.asarray(leaf.escaped)))
+  escaped = int(np.count_nonzero(is_beyond(weights, grid)))
+  if escaped <= plain:
+    return False
+  each = 8 * np.dtype(leaf.dtype).itemsize + math.log2(size / escaped) + 1.5
+  return (escaped - plain) * each > _GAIN * size
+
+
+def _usable(state: LeafState) -> Bool[np.ndarray, '128']:
+  """Which |code| has a value of the leaf's dtype in its own cell."""
+  cells = jnp.arange(MAX_LEVELS, dtype=jnp.float32)
+  return np.concatenate([[True], np.asarray(compression.settled(cells, state) == cells)])
+
+
+def _decoded(kernel: Array, codes: Int8[np.ndarray, '...'], state: LeafState) -> Array:
   """As `opq_jax.decode`, without a program of XLA for every shape."""
-  values = np.asarray(state.codebook)[np.abs(codes)]
-  return jnp.asarray(np.where(codes < 0, -values, values).astype(state.dtype))
+  values = np.asarray(_value_table(state))[codes.view(np.uint8)]
+  is_escaped = codes == compression.ESCAPE
+  if is_escaped.any():
+    values = np.where(is_escaped, np.asarray(kernel).astype(values.dtype), values)
+  return jnp.asarray(values)
+
+
+_value_table = jax.jit(
+  lambda state: compression.value_table(dataclasses.replace(state, kinds=jnp.zeros(0, jnp.uint8)))
+)
 
 
 def _one_by_one(kernel: Array, leaf: LeafState, factor: Factor | None) -> Int8[np.ndarray, '...']:
   """Codes of the plain grid, with the errors pushed on by a factor, if there is one."""
   if factor is None:
-    return np.asarray(compression.encode(kernel, CompressionState(leaf)))
+    return np.asarray(compression.encode(kernel.astype(leaf.dtype), CompressionState(leaf)))
   weights = np.asarray(kernel, np.float32)
   rows = np.array(weights.reshape(-1, weights.shape[-1]), order='C')
+  is_escaped = np.asarray(leaf.escaped).reshape(rows.shape)
   codes = np.empty(rows.shape, np.int8)
-  first, step, threshold = (float(x) for x in (leaf.codebook[1], leaf.step, leaf.threshold))
-  errors = _Errors(rows, factor, first, step, max(step, threshold))
+  values = np.asarray(_value_table(leaf)).astype(np.float32)
+  errors = _Errors(rows, is_escaped, factor, values, max(float(leaf.step), float(leaf.threshold)))
   for i in range(len(rows)):
-    codes[i] = feedback.nearest(rows[i], leaf)[0]
+    codes[i] = np.where(is_escaped[i], 0, feedback.nearest(rows[i], leaf)[0])
     errors.push(i, codes[i : i + 1])
+  codes[is_escaped] = compression.ESCAPE
   return codes.reshape(weights.shape)
 
 
@@ -245,14 +335,26 @@ class _Walk:
     weights: of the leaf.
     by: what to choose by.
     arrangement: of the coder; 0 and 2 have the order of the weights.
+    usable: which |code| may be chosen.
+    values: of every code; a negative one counts from the end.
   """
 
-  def __init__(self, weights: Float32[np.ndarray, '...'], by: Fit, arrangement: int):
+  def __init__(
+    self,
+    weights: Float32[np.ndarray, '...'],
+    by: Fit,
+    arrangement: int,
+    usable: Bool[np.ndarray, '128'],
+    values: Float32[np.ndarray, '256'],
+  ):
     self._by, self._arrangement = by, arrangement
+    self._usable, self._values = usable, values
     self._codes = np.empty(weights.shape, np.int8)
     view, self._window = context_coding.arranged(weights, arrangement)
     self._shape = view.shape
     self._rows = np.array(view, order='C').reshape(-1, view.shape[-1])
+    self._is_escaped = is_beyond(self._rows, by.grid)
+    self._has_escapes = bool(self._is_escaped.any())
     self._chosen = np.zeros(view.shape, np.int8)
     self._indices = np.zeros(view.shape, np.int8)
 
@@ -265,8 +367,7 @@ class _Walk:
     errors = None
     if factor is not None:
       slopes *= np.repeat(_worth(factor).T, outputs // len(factor), 1)
-      grid = self._by.grid
-      errors = _Errors(self._rows, factor, grid.first, grid.step, most)
+      errors = _Errors(self._rows, self._is_escaped, factor, self._values, most)
     at_once = -(-(_AT_ONCE if factor is None else _BETWEEN) // outputs)
     ahead = -(-_AHEAD // outputs)
     state = 0
@@ -281,11 +382,12 @@ class _Walk:
         of_tap = slice(start, seen.stop - zero)
         chosen = self._chosen[tap, start:stop]
         state = trellis.search(
-          self._rows[seen].reshape(-1),
+          self._to_code(seen),
           slopes[seen].reshape(-1),
           ranges[of_tap].reshape(-1),
           is_turned[of_tap].reshape(-1),
           prices.bits,
+          self._usable,
           *self._by.grid,
           state,
           chosen.reshape(-1),
@@ -294,10 +396,21 @@ class _Walk:
         if errors is not None:
           errors.push(seen.start, chosen)
         start = stop
-    return self._in_place()
+    codes = self._in_place()
+    if self._has_escapes:
+      is_escaped, _ = context_coding.arranged(codes, self._arrangement)
+      is_escaped[self._is_escaped.reshape(self._shape)] = compression.ESCAPE
+    return codes
+
+  def _to_code(self, rows: slice) -> Float32[np.ndarray, ' n']:
+    """The weights of these rows, NaN where they are escaped."""
+    weights = self._rows[rows]
+    if self._has_escapes:
+      weights = np.where(self._is_escaped[rows], np.float32(np.nan), weights)
+    return weights.reshape(-1)
 
   def _without_contexts(self) -> None:
-    flat, codes = self._rows.reshape(-1), self._chosen.reshape(-1)
+    flat, codes = self._to_code(slice(None)), self._chosen.reshape(-1)
     state = 0
     for start in range(0, flat.size, _AT_ONCE):
       stop = start + _AT_ONCE
@@ -305,7 +418,15 @@ class _Walk:
       slopes, models = np.full(part.size, self._by.slope, np.float32), np.zeros(part.size, np.uint8)
       is_turned = np.zeros(part.size, bool)
       state = trellis.search(
-        part, slopes, models, is_turned, self._by.bits, *self._by.grid, state, codes[start:stop]
+        part,
+        slopes,
+        models,
+        is_turned,
+        self._by.bits,
+        self._usable,
+        *self._by.grid,
+        state,
+        codes[start:stop],
       )
 
   def _in_place(self) -> Int8[np.ndarray, '...']:
@@ -320,14 +441,24 @@ class _Errors:
 
   Args:
     rows: the weights, inputs by outputs; those to come are changed.
+    is_escaped: where a weight stays what it is.
     factor: of the moments.
-    first, step: of the grid.
+    values: of every code; a negative one counts from the end.
     most: no error is pushed on as more.
   """
 
-  def __init__(self, rows: Rows, factor: Factor, first: float, step: float, most: float):
-    self._rows, self._factor = rows, factor
-    self._grid = first, step, most
+  def __init__(
+    self,
+    rows: Rows,
+    is_escaped: Bool[np.ndarray, 'inputs outputs'],
+    factor: Factor,
+    values: Float32[np.ndarray, '256'],
+    most: float,
+  ):
+    self._rows, self._factor, self._is_escaped = rows, factor, is_escaped
+    # what escaped weights are, whatever has been pushed on to them
+    self._exact = rows.copy() if is_escaped.any() else rows
+    self._by = values, most
     self._scaled = np.zeros(rows.shape, np.float32)
 
   def end_of_block(self, begin: int) -> int:
@@ -337,7 +468,8 @@ class _Errors:
   def push(self, begin: int, codes: Int8[np.ndarray, 'inputs outputs']) -> None:
     """Takes the codes of the inputs from `begin` on, all of one block."""
     end, stop = self.end_of_block(begin), begin + len(codes)
-    _push(self._rows, codes, self._factor, self._scaled, begin, end, *self._grid)
+    rows = self._rows, self._exact, self._is_escaped
+    _push(*rows, codes, self._factor, self._scaled, begin, end, *self._by)
     if stop == end < len(self._rows):
       block = slice((begin // _BLOCK) * _BLOCK, end)
       groups, outputs = len(self._factor), self._rows.shape[1]
@@ -369,7 +501,7 @@ def _worth(factor: Factor) -> Float32[np.ndarray, 'groups K']:
 
 
 @native.compiled
-def _push(rows, codes, factor, errors, begin, end, first, step, most):  # type: ignore[no-untyped-def]
+def _push(rows, exact, is_escaped, codes, factor, errors, begin, end, values, most):  # type: ignore[no-untyped-def]
   """Errors of the codes of some inputs, made good by those after them and before `end`."""
   groups = factor.shape[0]
   channels = rows.shape[1] // groups
@@ -377,9 +509,8 @@ def _push(rows, codes, factor, errors, begin, end, first, step, most):  # type: 
     for group in range(groups):
       scale = np.float32(1) / factor[group, i, i]
       for o in range(group * channels, (group + 1) * channels):
-        code = int(codes[i - begin, o])
-        value = np.float32(first + step * (abs(code) - 1)) if code else np.float32(0)
-        error = rows[i, o] - (value if code > 0 else -value)
+        value = exact[i, o] if is_escaped[i, o] else values[codes[i - begin, o]]
+        error = rows[i, o] - value
         errors[i, o] = np.float32(min(max(error, -most), most)) * scale
       for j in range(i + 1, end):
         by = factor[group, i, j]

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int8
+from jaxtyping import Bool, Float32, Int8
 
 from opq_jax import ans, trellis
 from opq_jax.allocation import MAX_LEVELS
@@ -40,7 +40,9 @@ class Fit(NamedTuple):
 def fit(
   weights: Float32[np.ndarray, '...'], first: float, threshold: float, step: float
 ) -> Fit | None:
-  """The best grid for the trellis at the slope of a plain grid; None where no codes would reach.
+  """The best grid for the trellis at the slope of a plain grid; None where no weight survives it.
+
+  Weights beyond its last level are not fitted: they are escaped.
 
   Codes, then what each index costs and the least-squares grid of these codes, in turns.
 
@@ -69,8 +71,10 @@ def fit(
   sample = _sampled(flat)
   slopes, models = np.full(sample.size, slope, np.float32), np.zeros(sample.size, np.uint8)
   is_turned, codes = np.zeros(sample.size, bool), np.empty(sample.size, np.int8)
+  usable = np.ones(MAX_LEVELS + 1, bool)
   for _ in range(_FITS):
-    trellis.search(sample, slopes, models, is_turned, bits, *grid, 0, codes)
+    within = np.where(is_beyond(sample, grid), np.float32(np.nan), sample)
+    trellis.search(within, slopes, models, is_turned, bits, usable, *grid, 0, codes)
     found = trellis.indices_and_subsets(codes)
     assert found is not None
     indices, subsets = found
@@ -78,7 +82,12 @@ def fit(
     counts = np.maximum(counts[:, index.astype(np.int8).view(np.uint8)], 0.1)
     bits[0] = np.log2(counts.sum(1, keepdims=True) / counts)
     grid = _refitted(grid, codes, sample)
-  return Fit(grid, slope, bits) if magnitude.max() < grid.value(MAX_LEVELS) else None
+  return Fit(grid, slope, bits)
+
+
+def is_beyond(weights: Float32[np.ndarray, '...'], grid: trellis.Grid) -> Bool[np.ndarray, '...']:
+  """Whether a weight is out of the cell of the grid's last level."""
+  return np.abs(weights) > np.float32(grid.value(MAX_LEVELS) + grid.step / 2)
 
 
 def _sampled(flat: Float32[np.ndarray, ' n']) -> Float32[np.ndarray, ' sample']:
