@@ -54,6 +54,10 @@ _MOST_NAMED = 10  # leaves that a warning lists
 LAPLACE_FIT_BOUNDS = (0.55, 3.0)
 
 
+class TooFewBitsError(ValueError):
+  """Fewer bits per weight are asked than everything pruned takes: the tables of the leaves."""
+
+
 @flax.struct.dataclass
 class LeafAllocation:
   """What is asked of one leaf of n weights in C output channels; all float32 but `levels`.
@@ -221,7 +225,8 @@ def allocate(
   (2.0, 0.5)
   """
   if file_rate is not None:
-    _check_file_rate(params, file_rate, sparsity, bits, compression_rate, bits_per_weight)
+    _check_measurable(params, file_rate)
+    check_file_rate(file_rate, sparsity, bits, compression_rate, bits_per_weight)
     from opq_jax.file_rate import at_file_rate  # which calls this function
 
     options: dict[str, Any] = {
@@ -459,9 +464,16 @@ def check_targets(
   return checked
 
 
-def _check_file_rate(params: PyTree, file_rate: float, *others: Any) -> None:
+def check_file_rate(file_rate: float, *others: Any) -> None:
+  """Raises ValueError where `file_rate` is no positive number, or another target is given too."""
   if any(other is not None for other in others):
     raise ValueError('found file_rate together with another target, expected it alone')
+  if not 0 < float(file_rate) < math.inf:
+    raise ValueError(f'file_rate: found {file_rate}, expected a positive number')
+
+
+def _check_measurable(params: PyTree, file_rate: float) -> None:
+  """Raises ValueError where no file can be made of the tree."""
   if trees.is_traced((params, file_rate)):
     raise ValueError('file_rate: found traced values, expected concrete ones: it measures files')
   if any(
@@ -469,8 +481,6 @@ def _check_file_rate(params: PyTree, file_rate: float, *others: Any) -> None:
     for leaf in jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, LeafStatistics))
   ):
     raise ValueError('file_rate: found statistics, expected the weights: it measures files')
-  if not 0 < float(file_rate) < math.inf:
-    raise ValueError(f'file_rate: found {file_rate}, expected a positive number')
 
 
 def _check_omegas(params: PyTree, objective: PyTree, chosen: list[str]) -> list[Array]:
@@ -519,7 +529,7 @@ def _check_values(
     rates = f'{found:.4g} bits per weight, a compression_rate of {32 / max(found, 1e-9):.4g}'
     wanted = f'{asked:.4g}, a rate of {32 / asked:.4g}'
     if found > asked * 1.005:
-      raise ValueError(
+      raise TooFewBitsError(
         f'found at least {rates}: so much take the tables of {len(stats)} leaves without any '
         f'weight; expected {wanted}'
       )

@@ -153,7 +153,7 @@ def _leaves(tree: JoinedStatistics, channels: Channels, unit: Float[Array, 'leav
   sums = sums_of(tree.histogram, tree.ends / own, tree.numbers / own[:, None], tree.mantissa <= 7)
   if tree.power is None:
     tiny = jnp.finfo(unit.dtype).tiny
-    log_mu = jnp.log(tree.sizes) + jnp.log(jnp.maximum(sums.energy(), tiny))
+    log_mu = jnp.log(jnp.asarray(tree.sizes)) + jnp.log(jnp.maximum(sums.energy(), tiny))
   else:
     # mu = lambda / F', F = omega S^(power - 1) D, and S = 2 n t^2
     energy = jnp.log(2 * tree.sizes) + 2 * jnp.log(unit)

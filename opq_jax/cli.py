@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,6 +26,7 @@ from rich.text import Text
 import opq_jax
 from opq_jax import (
   artifact,
+  file_rate,
   files,
   importers,
   models,
@@ -54,7 +56,7 @@ Small files of neural networks: one-shot pruning and quantization, from the weig
 
 examples:
   opq compress resnet50.safetensors resnet50.opq              10 times fewer bits per weight
-  opq compress model.pth model.opq --rate 16                  2 bits per weight
+  opq compress model.pth model.opq --bits-per-weight 2        2 bits per weight
   opq compress --model resnet50 resnet50.pth resnet50.opq     a network that opq knows
   opq inspect model.opq                                       what is in it, and its four sizes
   opq verify model.opq --against model.safetensors            every claim of it, recomputed
@@ -85,8 +87,10 @@ _COMPRESS_EXAMPLES = """\
 examples:
   opq compress model.safetensors model.opq
       32 / 10 = 3.2 bits per weight, pruning and quantization chosen together
-  opq compress model.safetensors model.opq --rate 16
-      2 bits per weight
+  opq compress model.safetensors model.opq --bits-per-weight 2
+      2 bits per weight; --rate 16 is the same, for 32 / 16 = 2
+  opq compress model.safetensors model.opq --file-rate 8
+      a file 8 times smaller than model.safetensors, everything counted
   opq compress model.safetensors model.opq --sparsity 0.74 --bits 3
       the paper's two targets: 74 % pruned, survivors at 3 bits on average
   opq compress model.pth model.opq --exclude '*embed*' 'fc.*'
@@ -227,7 +231,20 @@ def _parser() -> argparse.ArgumentParser:
     '--rate',
     type=float,
     metavar='R',
-    help=f'32 bits over the bits per weight (default {DEFAULT_COMPRESSION_RATE:g})',
+    help=f'32 over the bits per weight of the compressed leaves (default '
+    f'{DEFAULT_COMPRESSION_RATE:g})',
+  )
+  add(
+    '--bits-per-weight',
+    type=float,
+    metavar='B',
+    help='bits per weight of the compressed leaves, tables and escaped weights counted',
+  )
+  add(
+    '--file-rate',
+    type=float,
+    metavar='R',
+    help='how many times smaller than IN, as it came, OUT is to be, everything counted',
   )
   add('--sparsity', type=float, metavar='P', help='share of the weights to prune; with --bits')
   add('--bits', type=float, metavar='B', help='mean bits of a survivor; with --sparsity')
@@ -312,14 +329,14 @@ def _compress(arguments: argparse.Namespace) -> None:
     'sparsity': arguments.sparsity,
     'bits': arguments.bits,
     'compression_rate': arguments.rate,
+    'bits_per_weight': arguments.bits_per_weight,
+    'file_rate': arguments.file_rate,
   }
-  if all(value is None for value in targets.values()):
-    targets['compression_rate'] = DEFAULT_COMPRESSION_RATE
+  targets = {name: value for name, value in targets.items() if value is not None}
+  targets = targets or {'compression_rate': DEFAULT_COMPRESSION_RATE}
   metadata = {
     'weights': source.name,
-    'targets': ' '.join(
-      f'{name}={_number(value)}' for name, value in targets.items() if value is not None
-    ),
+    'targets': _targets_text(targets),
     'objective': arguments.objective,
     'channel_axis': mode,
     'opq_jax': opq_jax.__version__,
@@ -341,62 +358,137 @@ def _compress(arguments: argparse.Namespace) -> None:
         metadata |= networks.metadata(network)
       params = weight_files.read_weights(source) if network is None else network.variables
       chosen = _chosen(params, arguments.include, arguments.exclude)
+      original = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params))
       params = _narrowed(params, chosen)
-    images = moments = None
+    compressor = _Compressor(arguments, network, params, chosen, axis, metadata, stage)
+    if 'file_rate' in targets:
+      made: dict[float, _Made] = {}
+
+      def size_of(bits: float) -> int:
+        made[bits] = compressor.made(bits_per_weight=bits)
+        return len(made[bits].data)
+
+      weights = sum(leaf.size for leaf in jax.tree.leaves(params))
+      with _notes():
+        bits = file_rate.bits_of_file(size_of, original, targets['file_rate'], weights)
+      found = made[bits]
+    else:
+      found = compressor.made(**targets)
+    with stage('encode'):
+      report = sizes.payload_report(found.data, params, found.state, channel_axis=axis)
+    with stage('write'):
+      files.write_bytes(output, found.data)
+  for note in found.notes:
+    _note(note)
+  console.print(tables.summary(params, found.allocation), sizes.four_sizes(report))
+  if network is not None:
+    console.print(Text(_network_line(found.metadata)))
+  console.print(Text(f'{output}: {report.file:,} bytes, {report.file_rate:.2f} times smaller'))
+
+
+class _Made(NamedTuple):
+  """What compressing has made; `notes` are of the allocation."""
+
+  data: bytes
+  allocation: opq_jax.Allocation
+  state: opq_jax.CompressionState
+  metadata: dict[str, str]
+  notes: list[str]
+
+
+@dataclasses.dataclass
+class _Compressor:
+  """A tree in memory, to be compressed for one target or for several, one after the other."""
+
+  arguments: argparse.Namespace
+  network: networks.Network | None
+  params: PyTree
+  chosen: set[str]
+  axis: Callable[[str, Any], int]
+  metadata: dict[str, str]
+  stage: Callable[[str], contextlib.AbstractContextManager]
+
+  def made(self, **targets: float) -> _Made:
+    """The file of these targets."""
+    metadata, network, arguments = dict(self.metadata), self.network, self.arguments
+    if arguments.file_rate is not None:
+      metadata['targets'] = _targets_text({'file_rate': arguments.file_rate, **targets})
+    moments = self._moments
     if arguments.trellis:
       metadata['codes'] = _TRELLIS
-    if network is not None and arguments.feedback:
+    if moments is not None:
       metadata['codes'] = _BOTH if arguments.trellis else _FEEDBACK
-      with stage('synthetic images'):
-        images = jax.block_until_ready(networks.synthetic_batches(network))
-      with stage('moments'):
-        moments = jax.block_until_ready(opq_jax.mean_moments(network.model.apply, params, images))
-    with stage('allocate'), warnings.catch_warnings():
-      # the table marks the leaves that this warning would list
-      warnings.filterwarnings('ignore', 'the Laplace density')
+    with self.stage('allocate'), _notes() as notes:
       options: dict[str, Any] = {
         'objective': arguments.objective,
-        'compressible': lambda path, _: path in chosen,
-        'channel_axis': axis,
+        'compressible': lambda path, _: path in self.chosen,
+        'channel_axis': self.axis,
+        **targets,
       }
       if arguments.trellis:
         allocation, compressed, state = opq_jax.allocate_with_trellis(
-          params, moments, compression_rate=targets['compression_rate'], **options
+          self.params, moments, **options
         )
       elif moments is None:
-        allocation = opq_jax.allocate(params, **targets, **options)
-        state = opq_jax.init_state(params, allocation)
-        compressed = opq_jax.apply_compression(params, state)
+        allocation = opq_jax.allocate(self.params, **options)
+        state = opq_jax.init_state(self.params, allocation)
+        compressed = opq_jax.apply_compression(self.params, state)
       else:
         allocation, compressed, state = opq_jax.allocate_with_feedback(
-          params, moments, compression_rate=targets['compression_rate'], **options
+          self.params, moments, **options
         )
-    stored = compressed if 'codes' in metadata else params
-    if network is not None and networks.has_batch_norm(params):
+    stored = compressed if 'codes' in metadata else self.params
+    if network is not None and networks.has_batch_norm(self.params):
       metadata['batch_norm'] = 'not corrected'
       if not arguments.no_correction:
-        metadata['batch_norm'] = _FROM_NOISE if images is None else _FROM_SYNTHETIC
-        with stage('correct BatchNorm'):
-          stored = networks.correct_batch_norm(network, compressed, images=images)
+        metadata['batch_norm'] = _FROM_NOISE if moments is None else _FROM_SYNTHETIC
+        with self.stage('correct BatchNorm'):
+          stored = networks.correct_batch_norm(network, compressed, images=self._images)
     if network is not None and arguments.inference_only:
       metadata['inference_only'] = _INFERENCE_ONLY
       stored = networks.for_inference(network, stored)
-    with stage('encode'):
+    with self.stage('encode'):
       data = artifact.serialize(stored, state, metadata, contexts=not arguments.fast)
-      report = sizes.payload_report(data, params, state, channel_axis=axis)
-    with stage('write'):
-      files.write_bytes(output, data)
-  console.print(tables.summary(params, allocation), sizes.four_sizes(report))
-  if network is not None:
-    console.print(Text(_network_line(metadata)))
-  console.print(Text(f'{output}: {report.file:,} bytes, {report.file_rate:.2f} times smaller'))
+    return _Made(data, allocation, state, metadata, notes)
+
+  @functools.cached_property
+  def _images(self) -> Any:
+    """Synthetic, where error feedback is asked for."""
+    if self.network is None or not self.arguments.feedback:
+      return None
+    with self.stage('synthetic images'):
+      return jax.block_until_ready(networks.synthetic_batches(self.network))
+
+  @functools.cached_property
+  def _moments(self) -> PyTree | None:
+    if self._images is None or self.network is None:
+      return None
+    with self.stage('moments'):
+      return jax.block_until_ready(
+        opq_jax.mean_moments(self.network.model.apply, self.params, self._images)
+      )
+
+
+@contextlib.contextmanager
+def _notes() -> Iterator[list[str]]:
+  """Collects what is warned of, but the fit of a density, which the table marks."""
+  found: list[str] = []
+  with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter('always', UserWarning)
+    yield found
+  texts = [str(warning.message) for warning in said if issubclass(warning.category, UserWarning)]
+  found += dict.fromkeys(text for text in texts if not text.startswith('the Laplace density'))
+
+
+def _targets_text(targets: dict[str, float]) -> str:
+  return ' '.join(f'{name}={_number(value)}' for name, value in targets.items())
 
 
 def _compress_leaf_by_leaf(
   arguments: argparse.Namespace,
   source: Path,
   output: Path,
-  targets: dict[str, float | None],
+  targets: dict[str, float],
   axis: Callable[[str, Any], int],
   metadata: dict[str, str],
 ) -> None:
@@ -408,9 +500,7 @@ def _compress_leaf_by_leaf(
     leaf.narrowed() if name in chosen else leaf for name, leaf in trees.named_leaves(tree).items()
   ]
   tree = jax.tree.unflatten(jax.tree.structure(tree), leaves)
-  with _stages(console) as stage, warnings.catch_warnings():
-    # the table marks the leaves that this warning would list
-    warnings.filterwarnings('ignore', 'the Laplace density')
+  with _stages(console) as stage, _notes() as notes:
     done = streaming.compress(
       tree,
       output,
@@ -422,6 +512,8 @@ def _compress_leaf_by_leaf(
       stage=stage,
       **targets,
     )
+  for note in notes:
+    _note(note)
   report = done.report
   console.print(tables.summary(tree, done.allocation), sizes.four_sizes(report))
   console.print(Text(f'{output}: {report.file:,} bytes, {report.file_rate:.2f} times smaller'))
@@ -499,19 +591,20 @@ def _along_trellis(
   """What `opq compress --trellis` makes of the original weights for the file's own targets."""
   with OpqFile(path) as file:
     chosen = {name for name in file if file.leaf_state(name) is not None}
+  found = dict(part.partition('=')[::2] for part in metadata.get('targets', '').split())
+  names = 'bits_per_weight', 'compression_rate'
   try:
-    rate = float(metadata['targets'].removeprefix('compression_rate='))
-  except (KeyError, ValueError) as error:
+    target = next({name: float(found[name])} for name in names if name in found)
+  except (StopIteration, ValueError) as error:
     raise ValueError(
-      f'{path}: found targets {metadata.get("targets")!r}, expected the compression_rate of codes '
-      'along a trellis'
+      f'{path}: found targets {metadata.get("targets")!r}, expected the compression_rate or '
+      'bits_per_weight of codes along a trellis'
     ) from error
-  with warnings.catch_warnings():
-    warnings.filterwarnings('ignore', 'the Laplace density')
+  with _notes():
     _, coded, _ = opq_jax.allocate_with_trellis(
       _narrowed(params, chosen),
       moments,
-      compression_rate=rate,
+      **target,
       objective=metadata.get('objective', OBJECTIVES[0]),
       compressible=lambda path, _: path in chosen,
       channel_axis=_axis(metadata),
@@ -645,7 +738,7 @@ def _check_output(source: Path, output: Path) -> None:
 @contextlib.contextmanager
 def _stages(console: Console) -> Iterator[Callable[[str], contextlib.AbstractContextManager]]:
   """Progress on stderr while stages run; one line of their times once all have."""
-  times = []
+  times: dict[str, float] = {}
   columns = SpinnerColumn(), TextColumn('{task.description}'), TimeElapsedColumn()
   where = _console(sys.stderr)
   # even a transient one leaves a blank line in a file
@@ -656,10 +749,11 @@ def _stages(console: Console) -> Iterator[Callable[[str], contextlib.AbstractCon
       task, begin = progress.add_task(name, total=1), time.perf_counter()
       yield
       progress.update(task, completed=1)
-      times.append(f'{name} {time.perf_counter() - begin:.1f} s')
+      times[name] = times.get(name, 0) + time.perf_counter() - begin
 
     yield stage
-  console.print(Text(', '.join(times), style='dim'))
+  lines = [f'{name} {seconds:.1f} s' for name, seconds in times.items()]
+  console.print(Text(', '.join(lines), style='dim'))
 
 
 def _totals(report: sizes.SizeReport) -> dict[str, float]:
@@ -699,10 +793,14 @@ def _verified_as_json(
   }
 
 
-def _complain(text: str) -> None:
+def _complain(text: str, style: str = 'red') -> None:
   """One line on stderr."""
   line = tables.visible(' '.join(text.split()))
-  _console(sys.stderr).print(Text(f'opq: {line}', style='red'), soft_wrap=True)
+  _console(sys.stderr).print(Text(f'opq: {line}', style=style), soft_wrap=True)
+
+
+def _note(text: str) -> None:
+  _complain(f'note: {text}', style='yellow')
 
 
 def _message(error: ValueError | OSError) -> str:

@@ -50,6 +50,7 @@ _ROUNDS = 14  # of threshold and step
 _TOLERANCE = 1e-4  # of the bits
 _MOST_TRIALS = 40  # of one stage
 _NARROW = 1e-5  # of lambda's logarithm, where a stage ends
+_FIRST, _SECOND, _FREE, _ENDED = 0, 1, 2, 5  # stages
 _FURTHER = len((PRUNED, ON_GRID, ON_LATTICE, EXACT))  # on a grid whose threshold is raised
 _FAR = 60.0  # of d, where coth is 1
 
@@ -102,62 +103,76 @@ def minimise_at_bits_per_weight(leaves: Leaves, bits: Float[Array, '']) -> Found
   or, where everything pruned has more, those of everything pruned.
   """
   low, high = _multipliers(leaves)
-  free = jnp.full(leaves.share.shape, -1, jnp.int32)
+  zero = jnp.zeros_like(low)
   off = lambda found: jnp.log(found.bits / bits)
-  most = _at(leaves, _Point(low, jnp.zeros_like(low)), bits, free)
-  least = _at(leaves, _Point(high, jnp.zeros_like(high)), bits, free)
+  choose = lambda test, new, old: jax.tree.map(lambda x, y: jnp.where(test, x, y), new, old)
 
   def is_open(state: _Search) -> Array:
-    return (state.stage < 3) & (off(state.under) < -_TOLERANCE)
+    return (state.stage < _ENDED) & ((state.stage < _FREE) | (off(state.under) < -_TOLERANCE))
 
-  def trial(state: _Search) -> _Search:
+  def step(state: _Search) -> _Search:
     # a secant in lambda's logarithm and that of the bits, kept off both ends; every third halves
     span = off(state.over) - off(state.under)
     part = jnp.clip(-off(state.under) / jnp.where(span > 0, span, 1), 0.02, 0.98)
     part = jnp.where(state.trials % 3 == 2, 0.5, part)
+    # the first two trials are the ends
+    part = jnp.where(state.stage < _FREE, (state.stage == _FIRST).astype(part.dtype), part)
     at = jax.tree.map(lambda x, y: x + part * (y - x), state.at_under, state.at_over)
     found = _at(leaves, at, bits, state.held)
-    is_under = off(found) <= _TOLERANCE
-    under, over = ((state.at_under, state.under), (state.at_over, state.over))
-    choose = lambda test, new, old: jax.tree.map(lambda x, y: jnp.where(test, x, y), new, old)
-    at_under, under = choose(is_under, (at, found), under)
-    at_over, over = choose(is_under, over, (at, found))
-    return _Search(state.stage, state.trials + 1, at_under, under, at_over, over, state.held)
+    is_under = jnp.where(state.stage < _FREE, state.stage > _FIRST, off(found) <= _TOLERANCE)
+    tried = at, found
+    at_under, under = choose(is_under, tried, (state.at_under, state.under))
+    at_over, over = choose(is_under, (state.at_over, state.over), tried)
+    state = state._replace(
+      trials=state.trials + 1, at_under=at_under, under=under, at_over=at_over, over=over
+    )
+    distance = sum(jnp.abs(x - y) for x, y in zip(at_under, at_over, strict=True))
+    is_narrow = (distance < _NARROW) | (state.trials >= _MOST_TRIALS)
+    ends = (state.stage < _FREE) | is_narrow & (off(under) < -_TOLERANCE)
+    return choose(ends, next_stage(state), state)
 
   def next_stage(state: _Search) -> _Search:
+    # where all values exact have few enough bits, or everything pruned too many, that is the answer
+    is_second = state.stage == _SECOND
+    most = choose(state.stage == _FIRST, state.over, state.most)
+    all_exact = is_second & (off(most) <= 0)
+    is_done = all_exact | (is_second & (off(state.under) > 0))
     # leaves that jump from a grid to next to nothing are pruned further on that grid: a stage of
     # thresholds; then all hold what they do, and lambda falls
-    is_thresholds = state.stage == 0
     jumps = (state.over.choice == ON_GRID) & (state.under.payload < 0.98 * state.over.payload)
+    is_free, is_thresholds = state.stage < _FREE, state.stage == _FREE
     held = jnp.where(jumps, _FURTHER, state.over.choice)
-    held = jnp.where(is_thresholds, held, state.under.choice).astype(jnp.int32)
-    start = jnp.where(is_thresholds, state.at_over.log_lambda, state.at_under.log_lambda)
-    end = jnp.where(is_thresholds, start, low)
-    one = jnp.ones_like(low)
-    at_under = _Point(start, jnp.where(is_thresholds, one, 0))
-    at_over = _Point(end, jnp.zeros_like(low))
-    over = jax.tree.map(lambda x, y: jnp.where(is_thresholds, x, y), state.over, most)
+    held = jnp.where(is_thresholds, held, state.under.choice)
+    held = jnp.where(is_free, state.held, held).astype(jnp.int32)
+    further = _Point(state.at_over.log_lambda, jnp.ones_like(zero))
+    at_under = choose(is_thresholds, further, _Point(state.at_under.log_lambda, zero))
+    at_over = choose(is_thresholds, state.at_over, _Point(low, zero))
+    over = choose(is_free | is_thresholds, state.over, most)
+    # without a leaf that jumps, the stage of thresholds ends at once
     skip = is_thresholds & ~jnp.any(jumps)
     return _Search(
-      state.stage + 1, jnp.where(skip, _MOST_TRIALS, 0), at_under, state.under, at_over, over, held
+      stage=jnp.where(is_done, _ENDED, state.stage + 1).astype(jnp.int32),
+      trials=jnp.where(skip, _MOST_TRIALS - 1, 0).astype(jnp.int32),
+      at_under=choose(is_free, state.at_under, at_under),
+      under=choose(all_exact, most, state.under),
+      at_over=choose(is_free, state.at_over, at_over),
+      over=over,
+      most=most,
+      held=held,
     )
 
-  def step(state: _Search) -> _Search:
-    distance = [jnp.abs(x - y) for x, y in zip(state.at_under, state.at_over, strict=True)]
-    is_over = (sum(distance) < _NARROW) | (state.trials >= _MOST_TRIALS)
-    return jax.lax.cond(is_over, next_stage, trial, state)
-
-  # where all values exact have few enough bits, or everything pruned too many, that is the answer
-  is_done = (off(most) <= 0) | (off(least) > 0)
-  under = jax.tree.map(lambda x, y: jnp.where(off(most) <= 0, x, y), most, least)
+  nothing = Found(
+    jnp.zeros(leaves.share.shape, jnp.int32), *[jnp.zeros_like(leaves.share)] * 4, bits
+  )
   start = _Search(
-    jnp.where(is_done, 3, 0),
+    jnp.int32(_FIRST),
     jnp.int32(0),
-    _Point(high, jnp.zeros_like(high)),
-    under,
-    _Point(low, jnp.zeros_like(low)),
-    most,
-    free,
+    _Point(high, zero),
+    nothing,
+    _Point(low, zero),
+    nothing,
+    nothing,
+    jnp.full(leaves.share.shape, -1, jnp.int32),
   )
   return jax.lax.while_loop(is_open, step, start).under
 
@@ -173,9 +188,11 @@ class _Search(NamedTuple):
   """A search between two points, `under` of few enough bits and `over` of too many.
 
   Attributes:
-    stage: 0 all leaves free, 1 thresholds alone, 2 grids alone, 3 ended.
+    stage: the trials of all values exact and of everything pruned; then all leaves free, thresholds
+      alone, grids alone; and ended.
     trials: of the stage.
     at_under, under, at_over, over: the points, and what the leaves do there.
+    most: all values exact.
     held: the choice that each leaf is held to, `_FURTHER` where its threshold is raised, or -1.
   """
 
@@ -185,6 +202,7 @@ class _Search(NamedTuple):
   under: Found
   at_over: _Point
   over: Found
+  most: Found
   held: Int32[Array, 'leaves']
 
 
@@ -217,13 +235,13 @@ def _at(leaves: Leaves, at: _Point, bits: Array, held: Int32[Array, 'leaves']) -
   )
   errors = jnp.stack([energy, error, nothing, nothing])
   if leaves.is_linear:
-    costs = errors + price * rates
+    costs = errors + price[None] * rates
   else:
-    left = 1 - errors / jnp.where(energy > 0, energy, 1)
-    tiny = jnp.finfo(left.dtype).tiny
-    costs = jnp.exp(log_mu) * rates - energy * jnp.log(jnp.maximum(left, tiny))
+    left = 1 - errors / jnp.where(energy > 0, energy, 1)[None]
+    left = jnp.maximum(left, jnp.finfo(left.dtype).tiny)
+    costs = jnp.exp(log_mu)[None] * rates - energy[None] * jnp.log(left)
   # few values that somebody chose are kept where they take no more than what all have on average
-  is_kept = leaves.lattice_bits <= bits
+  is_kept = (leaves.lattice_bits <= bits)[None]
   costs = jnp.where(is_kept & (np.arange(4)[:, None] != ON_LATTICE), jnp.inf, costs)
   best = jnp.argmin(costs, axis=0)
   choice = jnp.where(held < 0, best, jnp.where(held == _FURTHER, ON_GRID, held)).astype(jnp.int32)
@@ -249,9 +267,9 @@ def _grid(leaves: Leaves, log_mu: Array) -> tuple[Array, Array, Array]:
   start = jnp.clip(1.5 * jnp.exp(log_mu / 2), least, sums.largest)
 
   def tail(threshold: Array) -> tuple[Array, Array, Array]:
-    positive, negative, beyond, below = sums.at(threshold)
+    positive, negative, magnitude, below = sums.at(threshold)
     left = positive + negative
-    scale = beyond / jnp.where(left > 0, left, 1) - threshold
+    scale = magnitude / jnp.where(left > 0, left, 1) - threshold
     return left, jnp.maximum(scale, jnp.maximum(threshold * 2.0**-9, least)), below
 
   def better(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -260,8 +278,8 @@ def _grid(leaves: Leaves, log_mu: Array) -> tuple[Array, Array, Array]:
     price = jnp.exp(log_price)
     step = _step(price, scale)
     offset = laplace.survivor_offset(step, scale)
-    positive, negative, *_ = sums.at(threshold + step)
-    first = (left - positive - negative) / 2
+    beyond = sums.at(threshold + step)
+    first = (left - beyond[0] - beyond[1]) / 2
     odds = jnp.log2(jnp.maximum(1 - left, tiny) / jnp.maximum(first, tiny))
     # shares of nothing say nothing
     odds = jnp.clip(odds, -64, 64)
@@ -307,9 +325,8 @@ def _levels(
   """The best number of levels of each leaf, and with it bits and squared error per weight."""
   sums = leaves.sums
   pruned, cells, escaped, below = shares_of(sums, threshold, step)
-  _, _, beyond, _ = sums.at(threshold)
-  left = escaped[:, 0]
-  scale = jnp.maximum(beyond / jnp.where(left > 0, left, 1) - threshold, threshold * 2.0**-9)
+  magnitude, left = sums.at(threshold)[2], escaped[:, 0]
+  scale = jnp.maximum(magnitude / jnp.where(left > 0, left, 1) - threshold, threshold * 2.0**-9)
   bits = payload_bits(pruned, cells, escaped, leaves.sizes, leaves.value_bits)
   # more levels than the largest weight needs hold nothing
   number = jnp.arange(MAX_LEVELS + 1, dtype=step.dtype)[None]

@@ -14,7 +14,6 @@ import collections
 import contextlib
 import ctypes
 import dataclasses
-import functools
 import os
 import platform
 import shutil
@@ -29,6 +28,7 @@ from jaxtyping import Int8, Shaped
 
 from opq_jax import allocation as allocations
 from opq_jax import artifact, artifact_index, compression, files, sizes, trees
+from opq_jax import file_rate as file_rates
 from opq_jax.allocation import Allocation, LeafAllocation, is_compressible
 from opq_jax.compression import LeafState
 from opq_jax.entropy_coding import encode_codes
@@ -76,7 +76,8 @@ def compress(
     compressible, channel_axis: as for `opq_jax.allocate`.
     metadata, contexts: as for `opq_jax.save`.
     stage: what its stages run in, by name.
-    **targets: `sparsity`, `bits`, `compression_rate` and `objective` of `opq_jax.allocate`.
+    **targets: the targets and `objective` of `opq_jax.allocate`.  For `file_rate` the file is
+      written a few times, beside its place.
 
   Returns:
     The allocation and the sizes; the file is `opq_jax.save(output, params, state, metadata)` with
@@ -96,7 +97,12 @@ def compress(
   ...   print(report.file == os.stat(f'{folder}/net.opq').st_size, round(report.entropy_rate))
   True 16
   """
-  allocations.check_targets(*map(targets.get, allocations.TARGETS))
+  file_rate = targets.pop('file_rate', None)
+  asked = [targets.get(name) for name in allocations.TARGETS]
+  if file_rate is None:
+    allocations.check_targets(*asked)
+  else:
+    allocations.check_file_rate(file_rate, *asked)
   metadata = artifact.checked_metadata(metadata)
   _return_large_blocks()
   tree = artifact_index.plain_tree(tree)
@@ -106,29 +112,83 @@ def compress(
   axes = {name: allocations.axis_of(name, leaves[name], channel_axis) for name in chosen}
   with stage('statistics'):
     stats = {name: _statistics(leaves[name], axes[name]) for name in chosen}
-  like_tree = functools.partial(jax.tree.unflatten, jax.tree.structure(tree))
-  with stage('allocate'):
-    allocation = allocations.allocate(
-      like_tree([stats.get(name, leaf) for name, leaf in leaves.items()]),
-      compressible=lambda name, _: name in stats,
-      read=lambda name: leaves[name].read(),
+  source = _Source(tree, leaves, stats, axes)
+
+  def written(path: str | os.PathLike[str], **targets: Any) -> Streamed:
+    with stage('allocate'):
+      allocation = source.allocation(**targets)
+    with stage('encode and write'):
+      return _written(source, allocation, path, metadata, contexts)
+
+  if file_rate is None:
+    return written(output, **targets)
+  beside = f'{os.fspath(output)}.trial'
+  last: dict[float, Streamed] = {}
+
+  def size_of(bits: float) -> int:
+    last.clear()
+    last[bits] = written(beside, bits_per_weight=bits, **targets)
+    return last[bits].report.file
+
+  original = sum(leaf.nbytes for leaf in leaves.values())
+  weights = sum(leaf.size for leaf in leaves.values())
+  try:
+    bits = file_rates.bits_of_file(size_of, original, file_rate, weights)
+    if bits not in last:
+      size_of(bits)
+    with files.errors_of(output):
+      os.replace(beside, output)
+  finally:
+    if os.path.exists(beside):
+      os.unlink(beside)
+  return last[bits]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+  """A tree on disk, and what is known of the leaves to compress, by name."""
+
+  tree: PyTree
+  leaves: dict[str, StoredLeaf]
+  stats: dict[str, LeafStatistics]
+  axes: dict[str, int]
+
+  def like_tree(self, leaves: list[Any]) -> PyTree:
+    """The tree of what its leaves have."""
+    return jax.tree.unflatten(jax.tree.structure(self.tree), leaves)
+
+  def allocation(self, **targets: Any) -> Allocation:
+    return allocations.allocate(
+      self.like_tree([self.stats.get(name, leaf) for name, leaf in self.leaves.items()]),
+      compressible=lambda name, _: name in self.stats,
+      read=lambda name: self.leaves[name].read(),
       **targets,
     )
-  asked = trees.records(tree, allocation.tree, LeafAllocation)
-  with stage('encode and write'), _Writer(output, contexts) as writer:
+
+
+def _written(
+  source: _Source,
+  allocation: Allocation,
+  output: str | os.PathLike[str],
+  metadata: dict[str, str],
+  contexts: bool,
+) -> Streamed:
+  """Writes the file of an allocation."""
+  asked = trees.records(source.tree, allocation.tree, LeafAllocation)
+  with _Writer(output, contexts) as writer:
     compressed, uncompressed = [], []
-    for (name, leaf), wanted in zip(leaves.items(), asked, strict=True):
+    for (name, leaf), wanted in zip(source.leaves.items(), asked, strict=True):
       if wanted is None:
         writer.add(name, leaf.read())
         uncompressed.append(UncompressedLeaf(name, leaf.shape, leaf.dtype.name, leaf.nbytes, 0))
         continue
       record, codes = _coded(name, leaf.read(), wanted)
       writer.add_codes(name, leaf, record, codes)
-      largest = np.asarray(stats[name].maximum)
+      largest = np.asarray(source.stats[name].maximum)
       compressed.append(
-        sizes.compressed_leaf(name, leaf.dtype, record, codes, largest, axes[name], 0)
+        sizes.compressed_leaf(name, leaf.dtype, record, codes, largest, source.axes[name], 0)
       )
-    writer.finish(like_tree, metadata)
+    writer.finish(source.like_tree, metadata)
   with artifact.OpqFile(output) as file:
     stored = file.sizes()
   located = lambda leaf: dataclasses.replace(leaf, file=stored[leaf.path])

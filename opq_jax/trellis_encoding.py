@@ -182,7 +182,7 @@ def _coded_leaves(
   damping: float,
   plain: Collection[str] = (),
 ) -> list[_Coded]:
-  """All leaves, as `encode_with_trellis` has them; those that are named `plain` have plain codes."""
+  """All leaves, as `encode_with_trellis` has them; those in `plain` have plain codes."""
   leaves = trees.named_leaves(params)
   records = trees.records(params, state.tree, LeafState)
   matrices: list[Any] = [None] * len(records)
