@@ -10,24 +10,27 @@ quote.
 """
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int8, Shaped
+from jaxtyping import Float32, Int8, Shaped
 from rich import box
 from rich.table import Table
 
 from opq_jax import artifact, tables, trees
 from opq_jax.allocation import MAX_LEVELS
 from opq_jax.artifact import OpqFile
-from opq_jax.compression import CompressionState, LeafState
+from opq_jax.compression import ESCAPE, CompressionState, LeafState
 from opq_jax.entropy_coding import entropy
 from opq_jax.trees import PyTree
 
 ChannelAxis = int | Callable[[str, Any], int]
+
+_PIECE = 1 << 18  # weights at a time, in float32
 
 _WHAT = {
   'nominal': "compressed leaves: survivors at the paper's widths, no positions",
@@ -49,7 +52,11 @@ class CompressedLeaf:
     shape, dtype: its own.
     weights: n.
     survivors: weights whose code is not 0.
+    escaped: survivors that are stored as they are.
     levels: cells a sign.
+    dead_channels: output channels all of whose codes are 0.
+    dead_rows: indices of the leading axis all of whose codes are 0, as rows of a table or layers of
+      a stack; 0 for a vector.
     original: n times the bytes of its dtype.
     nominal, packed, entropy: as in `SizeReport`.
     file: its payload in the `.opq` file and the 12 bytes of its grid.
@@ -60,7 +67,10 @@ class CompressedLeaf:
   dtype: str
   weights: int
   survivors: int
+  escaped: int
   levels: int
+  dead_channels: int
+  dead_rows: int
   original: int
   nominal: float
   packed: int
@@ -361,10 +371,30 @@ def _measured_leaf(
 ) -> CompressedLeaf:
   if not -weights.ndim <= axis < weights.ndim:
     raise ValueError(f'{path}: found channel_axis {axis}, expected an axis of shape {codes.shape}')
-  others = _all_but(axis, weights.ndim)
-  magnitude = np.abs(weights.astype(np.float32))
-  largest = np.max(magnitude, axis=others, where=codes != 0, initial=0)
-  return compressed_leaf(path, weights.dtype, record, codes, largest, axis, stored)
+  reach = largest_on_grid(weights, codes, axis)
+  return compressed_leaf(path, record, codes, reach, axis, stored)
+
+
+def largest_on_grid(
+  weights: Shaped[np.ndarray, '...'], codes: Int8[np.ndarray, '...'], axis: int
+) -> Float32[np.ndarray, ' channels']:
+  """The largest |w| on the grid of every channel, 0 where none is.  Made in pieces of a leaf."""
+  shape = 1, 1, weights.size
+  if weights.ndim > 1:
+    axis %= weights.ndim
+    before, after = weights.shape[:axis], weights.shape[axis + 1 :]
+    shape = math.prod(before), weights.shape[axis], math.prod(after)
+  weights, codes = weights.reshape(shape), codes.reshape(shape)
+  before, channels, after = weights.shape
+  largest = np.zeros(channels, np.float32)
+  columns = max(1, _PIECE // max(after, 1))
+  rows = max(1, columns // max(channels, 1))
+  for row, column in itertools.product(range(0, before, rows), range(0, channels, columns)):
+    part = np.s_[row : row + rows, column : column + columns]
+    is_on_grid = (codes[part] != 0) & (codes[part] != ESCAPE)
+    found = np.max(np.abs(weights[part].astype(np.float32)), (0, 2), where=is_on_grid, initial=0)
+    np.maximum(largest[part[1]], found, out=largest[part[1]])
+  return largest
 
 
 def _all_but(axis: int, ndim: int) -> tuple[int, ...]:
@@ -374,10 +404,9 @@ def _all_but(axis: int, ndim: int) -> tuple[int, ...]:
 
 def compressed_leaf(
   path: str,
-  dtype: np.dtype,
   record: LeafState,
   codes: Int8[np.ndarray, '...'],
-  largest: Shaped[np.ndarray, ' channels'],
+  largest: Float32[np.ndarray, ' channels'],
   axis: int,
   stored: int,
 ) -> CompressedLeaf:
@@ -385,30 +414,38 @@ def compressed_leaf(
 
   Args:
     path: its name.
-    dtype: its own.
-    record: its levels, threshold and step.
+    record: its levels, threshold, step and dtype.
     codes: in its shape.
-    largest: the largest surviving |w| of every channel; of no matter where none survives.
+    largest: the largest |w| on the grid of every channel; of no matter where none is.
     axis: of the output channels.
     stored: the bytes that it takes in the file.
   """
-  levels, size = int(record.levels), codes.size
-  survivors = np.count_nonzero(codes, axis=_all_but(axis, codes.ndim))
+  levels, size, dtype = int(record.levels), codes.size, np.dtype(record.dtype)
+  others = _all_but(axis, codes.ndim)
+  survivors = np.count_nonzero(codes, axis=others)
+  escapes = np.count_nonzero(codes == ESCAPE, axis=others)
   reach = largest - float(record.threshold)
   bits = 1 + np.log2(np.clip(reach / float(record.step), 1, MAX_LEVELS))
-  kept = int(survivors.sum())
-  width = 1 + math.ceil(math.log2(levels)) if levels else 0
+  kept, escaped = int(survivors.sum()), int(escapes.sum())
+  # a code that may say 'escaped' is one of 2 levels + 1
+  choices = 2 * levels + (escaped > 0)
+  width = math.ceil(math.log2(choices)) if choices else 0
+  values = escaped * dtype.itemsize
+  is_row = codes.any(axis=tuple(range(1, codes.ndim))) if codes.ndim > 1 else np.ones(0, bool)
   return CompressedLeaf(
     path=path,
     shape=codes.shape,
     dtype=dtype.name,
     weights=size,
     survivors=kept,
+    escaped=escaped,
     levels=levels,
+    dead_channels=int(np.count_nonzero(survivors == 0)),
+    dead_rows=int(np.count_nonzero(~is_row)),
     original=size * dtype.itemsize,
-    nominal=float(np.sum(survivors * bits)) / 8,
-    packed=-(-(kept * width) // 8) + -(-size // 8) + 4 * levels,
-    entropy=size * entropy(codes) / 8,
+    nominal=float(np.sum((survivors - escapes) * bits)) / 8 + values,
+    packed=-(-(kept * width) // 8) + -(-size // 8) + 4 * levels + values,
+    entropy=size * entropy(codes) / 8 + values,
     file=stored,
   )
 

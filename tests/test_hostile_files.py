@@ -22,7 +22,7 @@ import flax.serialization
 import msgpack
 import numpy as np
 import pytest
-from test_artifact import leaf_state, parts, rebuilt, same_bits, small, state_of
+from test_artifact import leaf_state, parts, rebuilt, same_bits, small, state_of, version_of
 
 import opq_jax
 from experiments.benchmarks import hostile_files
@@ -91,7 +91,7 @@ def with_grids(data, grids):
   sizes = [offsets[name][1] - offsets[name][0] for name in artifact_index.TENSORS]
   body = data[len(header) :]
   checksum = zlib.crc32(body[slice(*offsets['index'])], zlib.crc32(table))
-  header = artifact_index.header((sizes[0] // 12, *sizes[1:]), checksum)
+  header = artifact_index.header((sizes[0] // 12, *sizes[1:]), checksum, version_of(data))
   return header + table + body[len(table) :]
 
 
@@ -173,7 +173,7 @@ def test_more_zeros_than_memory_are_refused_unless_they_are_asked_for():
   index = artifact_index.pack(text.encode())
   table = body[: offsets['grids'][1]]
   header = artifact_index.header(
-    (1, len(index), len(words), 0), zlib.crc32(index, zlib.crc32(table))
+    (1, len(index), len(words), 0), zlib.crc32(index, zlib.crc32(table)), '1'
   )
   bomb = header + table + index + words
   refused(lambda: opq_jax.load(bomb), 'found leaves of 4398046511104 bytes in 3', memory=30 << 20)

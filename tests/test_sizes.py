@@ -14,7 +14,7 @@ from opq_jax.compression import CompressionState, LeafState, affine_codebook, en
 def leaf_state(weights, threshold=0.5, step=0.25, levels=6):
   """A state as `init_state` makes it; with powers of two every value is exact in any dtype."""
   return LeafState(
-    mask=jnp.abs(jnp.asarray(weights, jnp.float32)) > threshold,
+    kinds=(jnp.abs(jnp.asarray(weights, jnp.float32)) > threshold).astype(jnp.uint8),
     codebook=affine_codebook(
       jnp.float32(threshold + step / 2), jnp.float32(step), jnp.int32(levels)
     ),

@@ -52,7 +52,8 @@ from opq_jax.compression import CompressionState, LeafState, affine_codebook
 LIMIT = 10.0  # seconds of one read
 _START = 300.0  # seconds of a process up to its first
 KINDS = (
-  *('opq', 'opq, bytes', 'opq, resealed', 'codes', 'codes, contexts', 'codes, trellis'),
+  *('opq', 'opq, bytes', 'opq, resealed', 'opq, escapes', 'opq, escapes, resealed'),
+  *('codes', 'codes, contexts', 'codes, trellis', 'escapes'),
   *('safetensors', 'npz', 'msgpack', 'h5', 'keras'),
 )
 OUTCOMES = 'refused', 'original', 'other', 'wrong'
@@ -199,7 +200,8 @@ def resealed(data: bytes, rng: random.Random) -> bytes:
       text = json.dumps(content).encode()
   index = artifact_index.pack(text)
   sizes = len(table) // 12, len(index), len(codes), len(blocks)
-  sealed = artifact_index.header(sizes, zlib.crc32(index, zlib.crc32(table)))
+  version = header['__metadata__']['version']
+  sealed = artifact_index.header(sizes, zlib.crc32(index, zlib.crc32(table)), version)
   return sealed + table + index + codes + blocks
 
 
@@ -232,8 +234,8 @@ def tree() -> dict[str, np.ndarray]:
   }
 
 
-def opq_file() -> bytes:
-  """The tree as an .opq file, with a leaf of bfloat16, a list and metadata."""
+def opq_file(escapes: bool) -> bytes:
+  """The tree as an .opq file, with a leaf of bfloat16, a list, metadata, and maybe escapes."""
   params = tree()
   params['brain'] = [params['conv/kernel'].astype(ml_dtypes.bfloat16), None]
   book = affine_codebook(jnp.float32(0.625), jnp.float32(0.25), jnp.int32(5))
@@ -242,8 +244,10 @@ def opq_file() -> bytes:
   def leaf_state(path: Any, leaf: np.ndarray) -> LeafState | None:
     if 'kernel' not in str(path) and leaf.dtype != ml_dtypes.bfloat16:
       return None
-    mask = np.abs(leaf.astype(np.float32)) > 0.5
-    return LeafState(mask=mask, codebook=book, dtype=leaf.dtype, **grid)
+    kinds = (np.abs(leaf.astype(np.float32)) > 0.5).astype(np.uint8)
+    if escapes:
+      kinds[np.abs(leaf.astype(np.float32)) > 1.75] = 2
+    return LeafState(kinds=kinds, codebook=book, dtype=leaf.dtype, **grid)
 
   state = CompressionState(jax.tree_util.tree_map_with_path(leaf_state, params))
   return artifact.serialize(params, state, {'from': 'experiments', 'é': '[{"'})
@@ -265,8 +269,8 @@ def _kind(
     payload = entropy_coding.encode_codes(codes, contexts=kind != 'codes')
     return payload, read, lambda *_: 'wrong'
   if kind.startswith('opq'):
-    check = _saved_again if kind == 'opq, resealed' else lambda *_: 'wrong'
-    return opq_file(), opq_jax.load, check
+    check = _saved_again if 'resealed' in kind else lambda *_: 'wrong'
+    return opq_file('escapes' in kind), opq_jax.load, check
   path = folder / f'net.{kind}'
   _write(path, tree())
 
