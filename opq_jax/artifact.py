@@ -26,9 +26,10 @@ An object is a dict (":3" is the key 3, "::a" the key ":a"), null is None, and a
 with "list" or "tuple" is that.  Leaves follow each other in the order of JAX.
 
 Every byte is under a checksum: the header must be the one that its own sizes imply and holds the
-CRC-32 of grids and index, the index holds those of the blocks, and every payload ends in one of
-its codes.  LZMA takes 14 to 19 % off float32 biases and BatchNorm statistics, whose exponents
-repeat; at 2 bits per weight they are a fifth of the file of a MobileNet-V2.
+CRC-32 of grids and index, the index holds those of the blocks, every payload ends in one of its
+codes, and a section of escaped weights in its own.  LZMA takes 14 to 19 % off float32 biases and
+BatchNorm statistics, whose exponents repeat; at 2 bits per weight they are a fifth of the file of a
+MobileNet-V2.
 
 The value of cell k is first + k step in float32, where k step never rounds, and the values of all
 levels rise.  In the leaf's dtype it is the nearest number in its own cell (`opq_jax.compression`).
@@ -212,7 +213,7 @@ def compressed(
   spec = artifact_index.compressed_spec(
     record.dtype, codes.shape, levels, len(payload), values.size, len(section)
   )
-  rounds = _sums(record.codebook[1], record.step, levels)[1]
+  rounds = _sums(np.asarray(record.codebook)[1], np.float32(record.step), levels)[1]
   return Written(payload, spec, '2' if section or rounds else '1')
 
 
@@ -668,7 +669,8 @@ def _table(record: LeafState) -> Shaped[np.ndarray, '256']:
     table = np.asarray(record.codebook)[codes].astype(record.dtype)
     table[128] = 0
     return table
-  grid = dataclasses.replace(record, kinds=np.ones(256, np.uint8))
+  kinds: Any = np.ones(256, np.uint8)
+  grid = dataclasses.replace(record, kinds=kinds)
   escaped = np.zeros(256, record.dtype)
   return np.asarray(compression.decode(codes, CompressionState(grid), escaped))
 

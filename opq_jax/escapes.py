@@ -87,9 +87,9 @@ def decode(
   if end > len(body):
     raise ValueError(f'found {end - _WORD} bytes of buckets in {len(body)}, expected fewer')
   buckets = decode_codes(body[_WORD:end], (count,))
-  least, largest = int(buckets.min()), int(buckets.max())
-  if least < 0 or largest > size.bit_length():
-    raise ValueError(f'found buckets {least} to {largest}, expected 0 to {size.bit_length()}')
+  least, largest, bound = int(buckets.min()), int(buckets.max()), (size - 1).bit_length()
+  if least < 0 or largest > bound:
+    raise ValueError(f'found buckets {least} to {largest}, expected 0 to {bound}')
   positions, last = np.empty(count, np.int64), -1
   for start in range(0, count, _PIECE):
     length = buckets[start : start + _PIECE].astype(np.int64)

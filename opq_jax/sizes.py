@@ -5,8 +5,8 @@
     entropy   what no coder that looks at one code at a time can beat
     file      what lies on disk: the exact length of the `.opq` file
 
-The first three speak of the compressed leaves alone; `file` counts everything, and is the one to
-quote.
+All four count the values of escaped weights.  The first three speak of the compressed leaves alone;
+`file` counts everything, and is the one to quote.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Float32, Int8, Shaped
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from opq_jax import artifact, tables, trees
 from opq_jax.allocation import MAX_LEVELS
@@ -30,6 +31,7 @@ from opq_jax.trees import PyTree
 
 ChannelAxis = int | Callable[[str, Any], int]
 
+_MOST_NAMES = 8  # of leaves below a table
 _PIECE = 1 << 18  # weights at a time, in float32
 
 _WHAT = {
@@ -125,16 +127,19 @@ class UncompressedLeaf:
 class SizeReport:
   """The sizes of a network, in bytes, and its rates.
 
-  Which number is which, with m_ij survivors in channel j of compressed leaf i, r_ij the largest
-  surviving |w| of the channel less the threshold, and step_i, levels_i those of the leaf:
+  Which number is which, with m_ij weights on the grid in channel j of compressed leaf i, r_ij the
+  largest |w| of these less the threshold, e_i escaped weights in leaf i, v_i the bits of a number
+  of its dtype, and step_i, levels_i those of the leaf:
 
-    nominal   sum_ij m_ij b_ij / 8,  b_ij = 1 + log2(clip(r_ij / step_i, 1, 127)).  The accounting
-              of the paper: no positions, no tables, no headers; compressed leaves only.
-    packed    sum_i of m_i codes of 1 + ceil(log2 levels_i) bits and a mask of n_i bits, in whole
-              bytes, and levels_i float32 values; compressed leaves only.
-    entropy   sum_i n_i H_i / 8, with H_i the empirical zeroth-order entropy of the codes of leaf
-              i, given their subsets where they follow a trellis; pruned weights (code 0)
-              included; no tables; compressed leaves only.
+    nominal   sum_ij m_ij b_ij / 8,  b_ij = 1 + log2(clip(r_ij / step_i, 1, 127)), and
+              sum_i e_i v_i / 8.  The accounting of the paper: no positions, no tables, no headers;
+              compressed leaves only.
+    packed    sum_i of m_i + e_i codes of 1 + ceil(log2 levels_i) bits, or, where a weight of the
+              leaf is escaped, of ceil(log2(2 levels_i + 1)) bits, and a mask of n_i bits, in whole
+              bytes, levels_i float32 values and e_i values of v_i bits; compressed leaves only.
+    entropy   sum_i (n_i H_i + e_i v_i) / 8, with H_i the empirical zeroth-order entropy of the
+              codes of leaf i, given their subsets where they follow a trellis; pruned weights
+              (code 0) and escaped ones (code -128) included; no tables; compressed leaves only.
     file      the exact length of the `.opq` file: payloads, tables, headers, metadata, and the
               uncompressed leaves (biases, BatchNorm).
 
@@ -171,6 +176,26 @@ class SizeReport:
   def sparsity(self) -> float:
     """The share of the weights of compressed leaves that is pruned."""
     return 1 - self.survivors / max(self.weights, 1)
+
+  @property
+  def escaped(self) -> int:
+    """Weights of compressed leaves that are stored as they are."""
+    return sum(leaf.escaped for leaf in self.compressed)
+
+  @property
+  def dead_channels(self) -> int:
+    """Output channels of compressed leaves all of whose codes are 0."""
+    return sum(leaf.dead_channels for leaf in self.compressed)
+
+  @property
+  def dead_rows(self) -> int:
+    """Indices of the leading axes of compressed leaves all of whose codes are 0."""
+    return sum(leaf.dead_rows for leaf in self.compressed)
+
+  @property
+  def dead_leaves(self) -> tuple[str, ...]:
+    """The compressed leaves all of whose codes are 0."""
+    return tuple(leaf.path for leaf in self.compressed if leaf.survivors == 0)
 
   @property
   def nominal(self) -> float:
@@ -282,7 +307,11 @@ def file_report(
 
 
 def size_table(report: SizeReport) -> tables.Printable:
-  """A row a compressed leaf: its four sizes in bits per weight, and its bytes in the file."""
+  """A row a compressed leaf: its four sizes in bits per weight, and its bytes in the file.
+
+  Escaped weights, and output channels and rows all of whose codes are 0, have columns where there
+  are any.
+  """
   return tables.Printable(lambda: _size_table(report))
 
 
@@ -292,12 +321,20 @@ def four_sizes(report: SizeReport) -> tables.Printable:
 
 
 def _size_table(report: SizeReport) -> Table:
-  columns = 'path', 'weights', 'pruned', 'levels', 'nominal', 'packed', 'entropy', 'file', 'bytes'
+  # columns that are there where something is to be counted
+  counted = {'escaped': 'escaped', 'dead_channels': '0 channels', 'dead_rows': '0 rows'}
+  counted = {name: title for name, title in counted.items() if getattr(report, name)}
+  counts = lambda of: [f'{getattr(of, name):,}' for name in counted]
+  columns = (
+    *('path', 'weights', 'pruned', *counted.values(), 'levels'),
+    *('nominal', 'packed', 'entropy', 'file', 'bytes'),
+  )
   lines = [
     (
       leaf.path,
       f'{leaf.weights:,}',
       f'{leaf.sparsity:.1%}',
+      *counts(leaf),
       f'{leaf.levels}',
       f'{leaf.nominal_bits:.3f}',
       f'{leaf.packed_bits:.3f}',
@@ -310,12 +347,13 @@ def _size_table(report: SizeReport) -> Table:
   others = sum(leaf.file for leaf in report.uncompressed)
   sizes = report.nominal, report.packed, report.entropy, report.file - others - report.headers
   means = [f'{8 * size / max(report.weights, 1):.3f}' for size in sizes]
-  blank = [''] * 7
+  blank = [''] * (len(columns) - 2)
   totals = [
     (
       f'{len(report.compressed)} compressed',
       f'{report.weights:,}',
       f'{report.sparsity:.1%}',
+      *counts(report),
       '',
       *means,
       f'{sizes[3]:,}',
@@ -324,7 +362,20 @@ def _size_table(report: SizeReport) -> Table:
     ('header, index', *blank, f'{report.headers:,}'),
     ('the file', *blank, f'{report.file:,}'),
   ]
-  return tables.leaf_table('sizes in bits per weight', columns, lines, [''] * len(lines), totals)
+  styles = ['' if leaf.survivors else 'red' for leaf in report.compressed]
+  table = tables.leaf_table('sizes in bits per weight', columns, lines, styles, totals)
+  notes = []
+  if report.dead_channels or report.dead_rows:
+    notes.append(
+      '0 channels, 0 rows: all codes of an output channel, of an index of the first axis'
+    )
+  if dead := report.dead_leaves:
+    names = ', '.join(map(tables.visible, dead[:_MOST_NAMES]))
+    more = f' and {len(dead) - _MOST_NAMES} more' if len(dead) > _MOST_NAMES else ''
+    notes.append(f'all codes are 0: {names}{more}')
+  # Text, because a path may hold what rich would take for markup
+  table.caption = Text('\n'.join(notes)) if notes else None
+  return table
 
 
 def _four_sizes(report: SizeReport) -> Table:

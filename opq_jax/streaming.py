@@ -175,9 +175,9 @@ def _coded(
     kinds = _kinds_of(padded, record.threshold, record.step, record.levels)
     whole = dataclasses.replace(record, kinds=np.asarray(kinds))
     codes[start : start + size] = artifact.checked_codes(name, padded, whole)[: piece.size]
-  codes = codes.reshape(array.shape)
-  reach = sizes.largest_on_grid(array, codes, axis)
-  return record, codes, artifact.escaped_values(codes, array), reach
+  shaped = codes.reshape(array.shape)
+  reach = sizes.largest_on_grid(array, shaped, axis)
+  return record, shaped, artifact.escaped_values(shaped, array), reach
 
 
 class _Writer:
