@@ -145,7 +145,7 @@ def serialize(
       continue
     grids.append(grid(name, record))
     codes = checked_codes(name, array, record)
-    written = compressed(codes, escaped_values(codes, array), record, contexts=contexts)
+    written = written_leaf(codes, escaped_values(codes, array), record, contexts=contexts)
     payloads.append(written.payload)
     specs.append(written.spec)
     versions.append(written.version)
@@ -166,7 +166,7 @@ def serialize(
   )
 
 
-class Written(NamedTuple):
+class WrittenLeaf(NamedTuple):
   """A compressed leaf as a file holds it.
 
   Attributes:
@@ -187,13 +187,13 @@ def escaped_values(
   return array[codes == ESCAPE]
 
 
-def compressed(
+def written_leaf(
   codes: Int8[np.ndarray, '...'],
   values: Shaped[np.ndarray, ' m'],
   record: LeafState,
   *,
   contexts: bool,
-) -> Written:
+) -> WrittenLeaf:
   """The bytes of a leaf.
 
   Args:
@@ -214,7 +214,7 @@ def compressed(
     record.dtype, codes.shape, levels, len(payload), values.size, len(section)
   )
   rounds = _sums(np.asarray(record.codebook)[1], np.float32(record.step), levels)[1]
-  return Written(payload, spec, '2' if section or rounds else '1')
+  return WrittenLeaf(payload, spec, '2' if section or rounds else '1')
 
 
 def checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:

@@ -35,7 +35,7 @@ def entropy(codes: Int8[np.ndarray, '...']) -> float:
   1.5
   """
   escaped = codes == -128
-  on_grid = np.where(escaped, np.int8(0), codes)
+  on_grid = np.where(escaped, np.int8(0), codes) if escaped.any() else codes
   for arrangement in context_coding.choices(codes.shape):
     found = trellis.indices_and_subsets(context_coding.arranged(on_grid, arrangement)[0])
     if found is not None:

@@ -14,7 +14,7 @@ of the gap: 0 for a gap of 0, else 1 + floor(log2 g).  A section is
 
 with all numbers little-endian, and LZMA as `opq_jax.artifact_index.pack` makes it with the item
 size of the dtype for a period.  At random places an escape takes log2(n / m) + 1.5 bits and those
-of its value, and 22 bytes go with them all.
+of its value, and some 20 bytes go with them all.
 """
 
 import zlib

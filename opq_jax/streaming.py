@@ -214,7 +214,7 @@ class _Writer:
     escaped: Shaped[np.ndarray, ' m'],
   ) -> None:
     """Writes a compressed leaf."""
-    written = artifact.compressed(codes, escaped, record, contexts=self._contexts)
+    written = artifact.written_leaf(codes, escaped, record, contexts=self._contexts)
     with files.errors_of(self._output):
       self._codes_file.write(written.payload)
     self._grids.append(artifact.grid(name, record))

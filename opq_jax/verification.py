@@ -26,7 +26,7 @@ from jaxtyping import Int8, Shaped
 from rich.table import Table
 
 from opq_jax import tables, trees
-from opq_jax.artifact import OpqFile, compressed, escaped_values
+from opq_jax.artifact import OpqFile, escaped_values, written_leaf
 from opq_jax.compression import ESCAPE, ESCAPED, LeafState
 from opq_jax.sizes import SizeReport, payload_report
 from opq_jax.trees import PyTree
@@ -258,7 +258,7 @@ def _verified(
     if count
   ]
   kept_as_is = escaped_values(codes, values)
-  size = lambda contexts: len(compressed(codes, kept_as_is, record, contexts=contexts).payload)
+  size = lambda contexts: len(written_leaf(codes, kept_as_is, record, contexts=contexts).payload)
   if stored != (again := size(True)) and stored != (plain := size(False)):
     problems.append(
       f'{name}: found a payload of {stored} bytes, expected {again}, or {plain} without contexts'

@@ -142,8 +142,8 @@ def test_codes_of_feedback_hold_against_the_weights_that_they_were_chosen_for():
 def test_a_payload_that_is_longer_than_its_codes_need_is_found(monkeypatch):
   params, state = small()
   data = artifact.serialize(params, state)
-  short = artifact.Written(b'short', '', '1')
-  monkeypatch.setattr(verification, 'compressed', lambda *_, contexts: short)
+  short = artifact.WrittenLeaf(b'short', '', '1')
+  monkeypatch.setattr(verification, 'written_leaf', lambda *_, contexts: short)
   problems = verify(data, params).problems
   assert len(problems) == 2 and problems[0].startswith('a: found a payload of ')
 
