@@ -321,12 +321,14 @@ def four_sizes(report: SizeReport) -> tables.Printable:
 
 
 def _size_table(report: SizeReport) -> Table:
-  # columns that are there where something is to be counted
-  counted = {'escaped': 'escaped', 'dead_channels': '0 channels', 'dead_rows': '0 rows'}
-  counted = {name: title for name, title in counted.items() if getattr(report, name)}
-  counts = lambda of: [f'{getattr(of, name):,}' for name in counted]
+  has_dead = report.dead_channels or report.dead_rows
+  optional = ('escaped',) * bool(report.escaped) + ('dead',) * bool(has_dead)
+  counts = lambda of: [
+    f'{of.escaped:,}' if column == 'escaped' else f'{of.dead_channels}/{of.dead_rows}'
+    for column in optional
+  ]
   columns = (
-    *('path', 'weights', 'pruned', *counted.values(), 'levels'),
+    *('path', 'weights', 'pruned', *optional, 'levels'),
     *('nominal', 'packed', 'entropy', 'file', 'bytes'),
   )
   lines = [
@@ -365,10 +367,8 @@ def _size_table(report: SizeReport) -> Table:
   styles = ['' if leaf.survivors else 'red' for leaf in report.compressed]
   table = tables.leaf_table('sizes in bits per weight', columns, lines, styles, totals)
   notes = []
-  if report.dead_channels or report.dead_rows:
-    notes.append(
-      '0 channels, 0 rows: all codes of an output channel, of an index of the first axis'
-    )
+  if has_dead:
+    notes.append('dead: output channels / indices of the first axis, all of whose codes are 0')
   if dead := report.dead_leaves:
     names = ', '.join(map(tables.visible, dead[:_MOST_NAMES]))
     more = f' and {len(dead) - _MOST_NAMES} more' if len(dead) > _MOST_NAMES else ''

@@ -223,11 +223,12 @@ def test_dead_channels_rows_and_leaves_are_counted():
   assert (head.dead_channels, head.dead_rows) == (10, 16)
   assert (report.dead_channels, report.dead_rows, report.dead_leaves) == (13, 17, ('head/kernel',))
   text = str(report)
-  assert '0 channels' in text and '0 rows' in text and 'all codes are 0: head/kernel' in text
+  assert ' dead ' in text and ' 3/1 ' in text and ' 13/17 ' in text
+  assert 'all codes are 0: head/kernel' in text
   assert all(len(line) <= 100 for line in text.splitlines())
   first = sizes.file_report(artifact.serialize(params, state), channel_axis=0)
   assert [leaf.dead_channels for leaf in first.compressed] == [1, 16]
-  assert '0 channels' not in str(sizes.size_report(*network()))
+  assert 'dead' not in str(sizes.size_report(*network()))
 
 
 def test_a_vector_is_one_channel_without_rows():
