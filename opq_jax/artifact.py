@@ -12,15 +12,33 @@ The file is a valid safetensors file of four tensors, few because each costs 70 
      "blocks": [bytes, CRC-32, ...], "metadata": {"the user's": "own"}}
 
 A leaf is one string: dtype, shape, and where it is compressed its levels and the bytes of its
-payload.  An object is a dict (":3" is the key 3, "::a" the key ":a"), null is None, and a list
-that begins with "list" or "tuple" is that.  Leaves follow each other in the order of JAX.
+payload.  Named fields may follow, sorted by name, each a space and `name=value` without spaces:
+
+    escapes=COUNT,BYTES   so many weights are stored as they are, in the last BYTES of the payload,
+                          a section of `opq_jax.escapes`; what comes before it codes the array with
+                          0 in their places
+
+A reader refuses every other name: slices of a leaf, a leaf that equals another one, a palette, a
+scale an output channel and a rotation will be fields too, once they are defined.  A compressed leaf
+is of floats of whole bytes that know 0.
+
+An object is a dict (":3" is the key 3, "::a" the key ":a"), null is None, and a list that begins
+with "list" or "tuple" is that.  Leaves follow each other in the order of JAX.
 
 Every byte is under a checksum: the header must be the one that its own sizes imply and holds the
-CRC-32 of grids and index, the index holds those of the blocks, and every payload ends in one of
-its codes.  LZMA takes 14 to 19 % off float32 biases and BatchNorm statistics, whose exponents
-repeat; at 2 bits per weight they are a fifth of the file of a MobileNet-V2.
+CRC-32 of grids and index, the index holds those of the blocks, every payload ends in one of its
+codes, and a section of escaped weights in its own.  LZMA takes 14 to 19 % off float32 biases and
+BatchNorm statistics, whose exponents repeat; at 2 bits per weight they are a fifth of the file of a
+MobileNet-V2.
+
+The value of cell k is first + k step in float32, where k step never rounds, and the values of all
+levels rise.  In the leaf's dtype it is the nearest number in its own cell (`opq_jax.compression`).
+
+The header says version 2 where a leaf has a field, or first + k step rounds for a k below its
+levels.  All other files are of version 1, in which neither may be.
 """
 
+import dataclasses
 import io
 import itertools
 import json
@@ -29,17 +47,18 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int8, Shaped
+from jaxtyping import Float32, Int8, Shaped, UInt8
 
-from opq_jax import artifact_index, compression, files, trees
+from opq_jax import artifact_index, compression, escapes, files, trees
 from opq_jax.allocation import MAX_LEVELS
 from opq_jax.ans import histogram
 from opq_jax.artifact_index import LeafEntry
-from opq_jax.compression import CompressionState, LeafState
+from opq_jax.compression import ESCAPE, CompressionState, LeafState
 from opq_jax.entropy_coding import decode_codes, encode_codes
 from opq_jax.trees import PyTree
 
@@ -117,17 +136,19 @@ def serialize(
   records = dict(zip(trees.named_leaves(params), found, strict=True))
   tree = artifact_index.plain_tree(params)
   artifact_index.check_names(tree)
-  specs, grids, payloads, raw = [], [], [], bytearray()
+  specs, grids, payloads, raw, versions = [], [], [], bytearray(), ['1']
   for name, leaf in trees.named_leaves(tree).items():
     array, record = host_array(name, leaf), records[name]
-    spec = artifact_index.spec(array.dtype, array.shape)
     if record is None:
       raw += bytes(-len(raw) % array.dtype.itemsize) + array.tobytes()
-    else:
-      grids.append(grid(name, record))
-      payloads.append(encode_codes(checked_codes(name, array, record), contexts=contexts))
-      spec += f' {int(record.levels)} {len(payloads[-1])}'
-    specs.append(spec)
+      specs.append(artifact_index.spec(array.dtype, array.shape))
+      continue
+    grids.append(grid(name, record))
+    codes = checked_codes(name, array, record)
+    written = written_leaf(codes, escaped_values(codes, array), record, contexts=contexts)
+    payloads.append(written.payload)
+    specs.append(written.spec)
+    versions.append(written.version)
 
   pieces = [
     raw[start : start + artifact_index.BLOCK] for start in range(0, len(raw), artifact_index.BLOCK)
@@ -137,8 +158,63 @@ def serialize(
   noted = jax.tree.unflatten(jax.tree.structure(tree), specs)
   checked = [(len(block), zlib.crc32(block)) for block in blocks]
   return b''.join(
-    [front(noted, grids, sum(map(len, payloads)), checked, metadata), *payloads, *blocks]
+    [
+      front(noted, grids, sum(map(len, payloads)), checked, metadata, max(versions)),
+      *payloads,
+      *blocks,
+    ]
   )
+
+
+class WrittenLeaf(NamedTuple):
+  """A compressed leaf as a file holds it.
+
+  Attributes:
+    payload: its bytes in `codes`.
+    spec: its notation in the index.
+    version: of the format that it needs.
+  """
+
+  payload: bytes
+  spec: str
+  version: str
+
+
+def escaped_values(
+  codes: Int8[np.ndarray, '...'], array: Shaped[np.ndarray, '...']
+) -> Shaped[np.ndarray, ' m']:
+  """The escaped weights of an array, in C order."""
+  return array[codes == ESCAPE]
+
+
+def written_leaf(
+  codes: Int8[np.ndarray, '...'],
+  values: Shaped[np.ndarray, ' m'],
+  record: LeafState,
+  *,
+  contexts: bool,
+) -> WrittenLeaf:
+  """The bytes of a leaf.
+
+  Args:
+    codes: of all of its weights.
+    values: of those that are escaped, in C order.
+    record: its grid; what it says of weights is not read.
+    contexts: as for `opq_jax.entropy_coding.encode_codes`.
+  """
+  section = b''
+  if values.size:
+    positions = np.flatnonzero(codes == ESCAPE)
+    section = escapes.encode(positions, values)
+    codes = codes.copy()
+    codes.reshape(-1)[positions] = 0
+  payload = encode_codes(codes, contexts=contexts) + section
+  levels = int(record.levels)
+  spec = artifact_index.compressed_spec(
+    record.dtype, codes.shape, levels, len(payload), values.size, len(section)
+  )
+  rounds = _sums(np.asarray(record.codebook)[1], np.float32(record.step), levels)[1]
+  return WrittenLeaf(payload, spec, '2' if section or rounds else '1')
 
 
 def checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
@@ -159,6 +235,7 @@ def front(
   codes_size: int,
   blocks: list[tuple[int, int]],
   metadata: dict[str, str],
+  version: str,
 ) -> bytes:
   """All that comes before the payloads: header, grids and index.
 
@@ -168,6 +245,7 @@ def front(
     codes_size: bytes of all payloads.
     blocks: bytes and checksum of every block.
     metadata: of the user.
+    version: of the format; the largest that a leaf needs.
 
   Raises:
     ValueError: the index is larger than a reader would take.
@@ -185,7 +263,7 @@ def front(
   index = artifact_index.pack(text)
   table = np.array(grids, '<f4').tobytes()
   sizes = (len(grids), len(index), codes_size, sum(size for size, _ in blocks))
-  return artifact_index.header(sizes, zlib.crc32(index, zlib.crc32(table))) + table + index
+  return artifact_index.header(sizes, zlib.crc32(index, zlib.crc32(table)), version) + table + index
 
 
 class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
@@ -202,7 +280,7 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
       more than 1000 times its own size.
 
   Raises:
-    ValueError: this is no whole and undamaged `.opq` file of this version.  The time and the
+    ValueError: this is no whole and undamaged `.opq` file of a version up to 2.  The time and the
       memory that it takes to find out are bounded, whatever is in the file; nothing is executed.
 
   >>> import opq_jax
@@ -246,7 +324,7 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     self._file.close()
 
   def codes(self, name: str) -> Int8[np.ndarray, '...']:
-    """The codes of a compressed leaf.
+    """The codes of a compressed leaf, -128 where a weight is escaped.
 
     Raises:
       KeyError: the file has no such leaf.
@@ -255,16 +333,10 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     leaf = self._leaf(name)
     if leaf.levels is None:
       raise ValueError(f'{name}: found a leaf that is not compressed, expected one that has codes')
-    try:
-      data = self._read(self._codes_at + leaf.begin, leaf.stored)
-      codes = decode_codes(data, leaf.shape)
-      _check_levels(codes, leaf.levels)
-    except ValueError as error:
-      raise ValueError(f'{name}: {error}') from error
-    return codes
+    return self._codes_and_escapes(name, leaf)[0]
 
   def leaf_state(self, name: str) -> LeafState | None:
-    """Mask and codebook of a leaf, None where it is not compressed.
+    """Kinds and codebook of a leaf, None where it is not compressed.
 
     Raises:
       KeyError: the file has no such leaf.
@@ -337,11 +409,11 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
       except ValueError as error:
         raise ValueError(f'{name}: {error}') from error
       return np.frombuffer(data, leaf.dtype).reshape(leaf.shape), None
-    codes = self.codes(name)
+    codes, escaped = self._codes_and_escapes(name, leaf)
     threshold, first, step = self._grids[leaf.row]
     levels = np.array(leaf.levels, np.int32)
     arrays: dict[str, Any] = {
-      'kinds': np.where(codes == compression.ESCAPE, 2, codes != 0).astype(np.uint8),
+      'kinds': _kinds(codes),
       'codebook': np.array(_affine_codebook(first, step, levels)),
       'threshold': np.array(threshold),
       'step': np.array(step),
@@ -349,7 +421,29 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     }
     record = LeafState(**arrays, dtype=leaf.dtype)
     _check_cells(name, codes, record)
-    return _values(codes, record), record
+    values = _values(codes, record)
+    values[codes == ESCAPE] = escaped
+    return values, record
+
+  def _codes_and_escapes(
+    self, name: str, leaf: LeafEntry
+  ) -> tuple[Int8[np.ndarray, '...'], Shaped[np.ndarray, ' m']]:
+    """The codes of a compressed leaf, and its escaped weights in C order."""
+    try:
+      data = self._read(self._codes_at + leaf.begin, leaf.stored)
+      end = leaf.stored - leaf.escape_bytes
+      codes = decode_codes(data[:end], leaf.shape)
+      _check_levels(codes, leaf.levels or 0)
+      positions, values = escapes.decode(data[end:], codes.size, leaf.escapes, leaf.dtype)
+      flat = codes.reshape(-1)
+      if bad := int(np.count_nonzero(flat[positions])):
+        raise ValueError(f'found {bad} escaped weights that have codes as well, expected none')
+      if bad := values.size - int(np.count_nonzero(np.isfinite(values))):
+        raise ValueError(f'found {bad} escaped weights that are NaN or infinite, expected none')
+      flat[positions] = ESCAPE
+    except ValueError as error:
+      raise ValueError(f'{name}: {error}') from error
+    return codes, values
 
   def _uncompressed(self, leaf: LeafEntry) -> bytearray:
     data = bytearray()
@@ -380,7 +474,7 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
 
   def _read_front(self, most_bytes: int | None) -> None:
     """Reads and checks all that comes before the codes."""
-    (rows, *sizes), checksum, begin = self._read_header()
+    version, (rows, *sizes), checksum, begin = self._read_header()
     table, index = self._read(begin, 12 * rows), self._read(begin + 12 * rows, sizes[0])
     self._codes_at = begin + 12 * rows + sizes[0]
     self._blocks_at = self._codes_at + sizes[1]
@@ -416,10 +510,12 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     for name, leaf in self._leaves.items():
       if leaf.levels is not None:
         threshold, first, step = self._grids[leaf.row]
-        _check_grid(f'{self._label}: {name}', threshold, first, step, leaf.levels)
+        _check_grid(f'{self._label}: {name}', threshold, first, step, leaf.levels, version)
+        if leaf.escapes and version == '1':
+          raise ValueError(f'{self._label}: {name}: found escapes, expected none in version 1')
 
-  def _read_header(self) -> tuple[tuple[int, ...], int, int]:
-    """The sizes of the tensors (for `grids`, rows), the checksum, and where the data begin."""
+  def _read_header(self) -> tuple[str, tuple[int, ...], int, int]:
+    """Version, sizes of the tensors (for `grids`, rows), checksum, and where the data begin."""
     size = self._file.seek(0, os.SEEK_END)
     self._file.seek(0)
     length = int.from_bytes(self._file.read(8), 'little')
@@ -432,10 +528,8 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
       version = about['version']
     except (ValueError, KeyError, TypeError, RecursionError) as error:
       raise ValueError(f'{self._label}: found no .opq file: {error!r}') from error
-    if version != artifact_index.VERSION:
-      raise ValueError(
-        f'{self._label}: found version {version!r}, expected {artifact_index.VERSION!r}'
-      )
+    if version not in artifact_index.VERSIONS:
+      raise ValueError(f"{self._label}: found version {version!r}, expected '1' or '2'")
     try:
       sizes = tuple(header[name]['shape'][0] for name in artifact_index.TENSORS)
       if not all(type(n) is int and n >= 0 for n in sizes):
@@ -443,12 +537,12 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
       checksum = int(about['crc32'], 16)
     except (ValueError, KeyError, TypeError, IndexError) as error:
       raise ValueError(f'{self._label}: found a damaged header: {error!r}') from error
-    expected = artifact_index.header(sizes, checksum)
+    expected = artifact_index.header(sizes, checksum, version)
     if length.to_bytes(8, 'little') + text != expected:
       raise ValueError(f'{self._label}: found header {text!r}, expected {expected[8:]!r}')
     if size != (expected_size := len(expected) + 12 * sizes[0] + sum(sizes[1:])):
       raise ValueError(f'{self._label}: found {size} bytes, expected {expected_size}')
-    return sizes, checksum, len(expected)
+    return version, sizes, checksum, len(expected)
 
 
 def host_array(name: str, leaf: Any) -> Shaped[np.ndarray, '...']:
@@ -466,12 +560,12 @@ def host_array(name: str, leaf: Any) -> Shaped[np.ndarray, '...']:
 
 
 def grid(name: str, record: LeafState) -> list[np.float32]:
-  """What says, with the levels, all of a state but its mask."""
+  """What says, with the levels, all of a state but its kinds."""
   codebook, levels = np.asarray(record.codebook), int(record.levels)
   threshold, first, step = np.float32(record.threshold), codebook[1], np.float32(record.step)
   if not 0 <= levels <= MAX_LEVELS:
     raise ValueError(f'{name}: found {levels} levels, expected 0 to {MAX_LEVELS}')
-  _check_grid(name, threshold, first, step, levels)
+  _check_grid(name, threshold, first, step, levels, artifact_index.VERSIONS[-1])
   implied = np.asarray(_affine_codebook(first, step, np.int32(levels)))
   if codebook.tobytes() != implied.tobytes():
     raise ValueError(
@@ -485,11 +579,13 @@ def checked_codes(
   name: str, array: Shaped[np.ndarray, '...'], record: LeafState
 ) -> Int8[np.ndarray, '...']:
   """The codes of a leaf, made sure to be those of their own values as well."""
+  if not artifact_index.can_be_compressed(array.dtype):
+    raise ValueError(f'{name}: found dtype {array.dtype}, expected floats of whole bytes')
   if bad := array.size - int(np.count_nonzero(np.isfinite(array))):
     raise ValueError(f'{name}: found {bad} weights that are NaN or infinite, expected none')
   try:
     codes = np.asarray(compression.encode(array, CompressionState(record)))
-    _check_levels(codes, int(record.levels))
+    _check_levels(np.where(codes == ESCAPE, np.int8(0), codes), int(record.levels))
   except ValueError as error:
     # `encode` was given a tree that is one leaf, whose path name is empty
     raise ValueError(f'{name}: {str(error).removeprefix(": ")}') from error
@@ -498,31 +594,60 @@ def checked_codes(
 
 
 def _check_grid(
-  name: str, threshold: np.float32, first: np.float32, step: np.float32, levels: int
+  name: str,
+  threshold: np.float32,
+  first: np.float32,
+  step: np.float32,
+  levels: int,
+  version: str,
 ) -> None:
   """A grid that cells and values can have; files of any origin are held to it."""
   with np.errstate(over='ignore', invalid='ignore'):
-    exact = np.float64(first) + np.float64(step) * np.arange(max(levels, 1))
-    rounded = exact.astype(np.float32)
-  is_finite = bool(np.isfinite([threshold, step, rounded[-1]]).all())
-  is_exact = bool((rounded == exact).all() and (rounded[1:] > rounded[:-1]).all())
-  if not (is_finite and is_exact and threshold >= 0 and step > 0):
+    values, rounds, is_exact = _sums(first, step, levels)
+  is_finite = bool(np.isfinite([threshold, step, values[-1]]).all())
+  is_rising = bool((values[1:] > values[:-1]).all())
+  if not (is_finite and is_exact and is_rising and threshold >= 0 and step > 0):
     raise ValueError(
       f'{name}: found a grid of threshold {threshold}, first value {first}, step {step} and '
-      f'{levels} levels, expected finite numbers, threshold >= 0, step > 0 and values that float32 '
-      'holds exactly'
+      f'{levels} levels, expected finite numbers, threshold >= 0, step > 0, multiples of step that '
+      'float32 holds exactly, and values that rise'
     )
+  if rounds and version == '1':
+    raise ValueError(
+      f'{name}: found a grid of threshold {threshold}, first value {first}, step {step} and '
+      f'{levels} levels, expected values that float32 holds exactly in version 1'
+    )
+
+
+def _sums(
+  first: np.float32, step: np.float32, levels: int
+) -> tuple[Float32[np.ndarray, ' levels'], bool, bool]:
+  """The values first + k step of all levels; whether a sum rounds; and whether no product does."""
+  exact = np.float64(step) * np.arange(max(levels, 1))
+  products = exact.astype(np.float32)
+  values = np.float32(first) + products
+  rounds = bool((values != np.float64(first) + exact).any())
+  return values, rounds, bool((products == exact).all())
+
+
+def _kinds(codes: Int8[np.ndarray, '...']) -> UInt8[np.ndarray, '...']:
+  return np.where(codes == ESCAPE, compression.ESCAPED, codes != 0).astype(np.uint8)
 
 
 def _check_cells(name: str, codes: Int8[np.ndarray, '...'], record: LeafState) -> None:
   """The value of every code that occurs has that code: compressing it again changes nothing."""
-  every = np.arange(-128, 128).astype(np.int8)
-  counts = histogram(codes)[every.view(np.uint8)]
-  values = _values(every, record).astype(np.float32)
+  every = np.arange(256).astype(np.uint8).view(np.int8)
+  counts = np.where((every == 0) | (every == ESCAPE), 0, histogram(codes))
+  values = _table(record).astype(np.float32)
+  if bad := int(counts[~np.isfinite(values)].sum()):
+    raise ValueError(
+      f'{name}: found {bad} values that are NaN or infinite once they are '
+      f'{np.dtype(record.dtype)}, expected none'
+    )
   with np.errstate(over='ignore', invalid='ignore'):
     cell = np.floor((np.abs(values) - np.float32(record.threshold)) * (1 / np.float32(record.step)))
   again = np.where(values < 0, -1, 1) * (1 + np.clip(cell, 0, max(int(record.levels) - 1, 0)))
-  if moved := int(counts[(again != every) & (every != 0)].sum()):
+  if moved := int(counts[again != every].sum()):
     raise ValueError(
       f'{name}: found {moved} values that lie in another cell once they are '
       f'{np.dtype(record.dtype)}, expected none: step {float(record.step)} is too fine for this '
@@ -536,11 +661,23 @@ def _check_levels(codes: Int8[np.ndarray, '...'], levels: int) -> None:
     raise ValueError(f'found code {largest}, expected at most {levels}')
 
 
+def _table(record: LeafState) -> Shaped[np.ndarray, '256']:
+  """The value of every code, a code as a byte being its place; that of an escaped weight is 0."""
+  codes = np.arange(256).astype(np.uint8).view(np.int8)
+  if jnp.finfo(record.dtype).nmant >= 23:
+    # as `compression.decode`, which may have no float64
+    table = np.asarray(record.codebook)[codes].astype(record.dtype)
+    table[128] = 0
+    return table
+  kinds: Any = np.ones(256, np.uint8)
+  grid = dataclasses.replace(record, kinds=kinds)
+  escaped = np.zeros(256, record.dtype)
+  return np.asarray(compression.decode(codes, CompressionState(grid), escaped))
+
+
 def _values(codes: Int8[np.ndarray, '...'], record: LeafState) -> Shaped[np.ndarray, '...']:
-  """`codebook[code]` in the dtype of the leaf; a negative code counts from the end."""
-  with np.errstate(over='ignore'):
-    table = np.asarray(record.codebook).astype(record.dtype)
-  flat = np.ascontiguousarray(codes).reshape(-1)
+  """The value of every code in the dtype of the leaf."""
+  table, flat = _table(record), np.ascontiguousarray(codes).reshape(-1).view(np.uint8)
   values = np.empty(flat.size, table.dtype)
   for start in range(0, flat.size, _CHUNK):
     values[start : start + _CHUNK] = table[flat[start : start + _CHUNK]]

@@ -19,7 +19,7 @@ from opq_jax import trees
 from opq_jax.allocation import MAX_LEVELS
 from opq_jax.trees import PyTree
 
-VERSION = '1'
+VERSIONS = ('1', '2')
 
 TENSORS = ('grids', 'index', 'codes', 'uncompressed')
 BLOCK = 1 << 20  # bytes of uncompressed leaves that are packed, checked and read together
@@ -37,9 +37,10 @@ DTYPES = {np.dtype(scalar).name: np.dtype(scalar) for scalar in _SCALARS}
 
 _LEAF = re.compile(
   r'(?P<dtype>\w+)\[(?P<shape>(\d{1,18}(,\d{1,18})*)?)\]'
-  r'( (?P<levels>\d{1,3}) (?P<stored>\d{1,18}))?',
+  r'( (?P<levels>\d{1,3}) (?P<stored>\d{1,18}))?(?P<fields>( [a-z_]+=[^ ]+)*)',
   re.ASCII,
 )
+_ESCAPES = re.compile(r'(\d{1,18}),(\d{1,18})', re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,8 @@ class LeafEntry:
     dtype, shape: the leaf's own.
     levels: cells a sign; None where the leaf is not compressed.
     stored: the bytes of its payload; uncompressed, its own bytes.
+    escapes: how many of its weights are escaped.
+    escape_bytes: the bytes of these, at the end of the payload.
     begin: where these begin among all payloads, or among the bytes of all uncompressed leaves.
     row: its row of `grids`.
   """
@@ -58,13 +61,15 @@ class LeafEntry:
   shape: tuple[int, ...]
   levels: int | None
   stored: int
+  escapes: int = 0
+  escape_bytes: int = 0
   begin: int = 0
   row: int = 0
 
 
-def header(sizes: tuple[int, ...], checksum: int) -> bytes:
+def header(sizes: tuple[int, ...], checksum: int, version: str) -> bytes:
   """safetensors' header: its length as 8 bytes, JSON, and spaces up to a multiple of 8."""
-  about = {'format': 'opq', 'version': VERSION, 'crc32': f'{checksum:08x}'}
+  about = {'format': 'opq', 'version': version, 'crc32': f'{checksum:08x}'}
   header: dict[str, Any] = {'__metadata__': about}
   begin = 0
   for name, size in zip(TENSORS, sizes, strict=True):
@@ -146,6 +151,21 @@ def spec(dtype: np.dtype, shape: tuple[int, ...]) -> str:
   return f'{dtype.name}[{",".join(map(str, shape))}]'
 
 
+def compressed_spec(
+  dtype: np.dtype, shape: tuple[int, ...], levels: int, stored: int, escapes: int, escape_bytes: int
+) -> str:
+  """The notation of a compressed leaf (see `LeafEntry`)."""
+  fields = f' escapes={escapes},{escape_bytes}' if escapes else ''
+  return f'{spec(dtype, shape)} {levels} {stored}{fields}'
+
+
+def can_be_compressed(dtype: np.dtype) -> bool:
+  """Whether a compressed leaf may have this dtype: a float of whole bytes that knows 0."""
+  if not jnp.issubdtype(dtype, jnp.floating):
+    return False
+  return jnp.finfo(dtype).bits == 8 * dtype.itemsize and jnp.finfo(dtype).nmant > 0
+
+
 def to_json(node: PyTree) -> Any:
   """A plain tree of strings in the notation of the index."""
   if isinstance(node, list | tuple):
@@ -209,12 +229,35 @@ def _parsed_leaf(text: str) -> LeafEntry:
   shape = tuple(int(n) for n in match['shape'].split(',') if n)
   if len(shape) > 64 or math.prod(max(n, 1) for n in shape) * dtype.itemsize >= 1 << 62:
     raise ValueError(f'found leaf {text[:80]!r}, expected a shape that an array can have')
+  fields = _parsed_fields(match['fields'])
   if match['levels'] is None:
+    if fields:
+      raise ValueError(f'found leaf {text[:80]!r}, expected fields of compressed leaves only')
     return LeafEntry(dtype, shape, None, math.prod(shape) * dtype.itemsize)
-  levels = int(match['levels'])
-  if levels > MAX_LEVELS or not jnp.issubdtype(dtype, jnp.floating):
-    raise ValueError(f'found leaf {text!r}, expected floats of at most {MAX_LEVELS} levels')
-  return LeafEntry(dtype, shape, levels, int(match['stored']))
+  levels, stored = int(match['levels']), int(match['stored'])
+  if levels > MAX_LEVELS or not can_be_compressed(dtype):
+    raise ValueError(
+      f'found leaf {text[:80]!r}, expected floats of whole bytes, of at most {MAX_LEVELS} levels'
+    )
+  escapes = escape_bytes = 0
+  if 'escapes' in fields:
+    counts = _ESCAPES.fullmatch(fields['escapes'])
+    escapes, escape_bytes = map(int, counts.groups()) if counts else (0, 0)
+    if not (0 < escapes <= math.prod(shape) and 0 < escape_bytes <= stored):
+      raise ValueError(f'found leaf {text[:80]!r}, expected escapes=COUNT,BYTES that it can have')
+  return LeafEntry(dtype, shape, levels, stored, escapes, escape_bytes)
+
+
+def _parsed_fields(text: str) -> dict[str, str]:
+  """The fields of an entry by name; those names alone that this reader knows."""
+  pairs = [field.split('=', 1) for field in text.split()]
+  names = [name for name, _ in pairs]
+  for name in names:
+    if name != 'escapes':
+      raise ValueError(f'found field {name}, which a newer opq_jax wrote, expected escapes')
+  if names != sorted(set(names)):
+    raise ValueError(f'found fields {names}, expected every name once, in order')
+  return dict(pairs)
 
 
 def placed(leaves: dict[str, LeafEntry]) -> tuple[dict[str, LeafEntry], int, int, int]:

@@ -361,7 +361,7 @@ def _unsigned(dtype: Any) -> Any:
 def _encode_leaf(name: str, weights: Array, leaf: LeafState) -> Int8[Array, '...']:
   _check_leaf(name, weights, leaf)
   weights = weights.astype(jnp.float32)
-  code = 1 + cell(jnp.abs(weights), leaf)
+  code = 1 + settled(cell(jnp.abs(weights), leaf), leaf)
   code = jnp.where(leaf.mask, jnp.where(weights < 0, -code, code), 0)
   return jnp.where(leaf.escaped, ESCAPE, code).astype(jnp.int8)
 
@@ -374,7 +374,8 @@ def _compress_leaf(name: str, weights: Array, leaf: LeafState) -> Array:
 @jax.custom_jvp
 def _quantize(weights: Array, leaf: LeafState) -> Array:
   as_float = weights.astype(jnp.float32)
-  value = value_of(cell(jnp.abs(as_float), leaf), leaf)
+  # a weight that finetuning has moved out of the grid may be in a cell that has no number
+  value = value_of(settled(cell(jnp.abs(as_float), leaf), leaf), leaf)
   value = jnp.where(as_float < 0, -value, value)
   value = jnp.where(leaf.mask, value, jnp.zeros_like(value))
   return jnp.where(leaf.escaped, weights, value)

@@ -28,15 +28,19 @@ _MAX_TABLE_BYTES = 1200  # 255 frequencies of at most 33 bits, the bounds of the
 def entropy(codes: Int8[np.ndarray, '...']) -> float:
   """The empirical zeroth-order entropy of `codes` in bits per code (METHOD.md section 6).
 
-  Where codes follow the trellis of `opq_jax.trellis`, that given their subsets.
+  Where codes follow the trellis of `opq_jax.trellis`, that given their subsets.  The code -128 of
+  an escaped weight is a symbol like any other; along a trellis it stands in the place of a 0.
 
   >>> entropy(np.array([0, 0, 1, -1], np.int8))
   1.5
   """
+  escaped = codes == -128
+  on_grid = np.where(escaped, np.int8(0), codes) if escaped.any() else codes
   for arrangement in context_coding.choices(codes.shape):
-    found = trellis.indices_and_subsets(context_coding.arranged(codes, arrangement)[0])
+    found = trellis.indices_and_subsets(context_coding.arranged(on_grid, arrangement)[0])
     if found is not None:
       indices, subsets = found
+      indices[context_coding.arranged(escaped, arrangement)[0]] = -128
       bits = sum(float(ans.ideal_bits(ans.histogram(indices[subsets == q]))) for q in (0, 1))
       return bits / max(codes.size, 1)
   return float(ans.ideal_bits(ans.histogram(codes))) / max(codes.size, 1)

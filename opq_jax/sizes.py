@@ -5,29 +5,34 @@
     entropy   what no coder that looks at one code at a time can beat
     file      what lies on disk: the exact length of the `.opq` file
 
-The first three speak of the compressed leaves alone; `file` counts everything, and is the one to
-quote.
+All four count the values of escaped weights.  The first three speak of the compressed leaves alone;
+`file` counts everything, and is the one to quote.
 """
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int8, Shaped
+from jaxtyping import Float32, Int8, Shaped
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from opq_jax import artifact, tables, trees
 from opq_jax.allocation import MAX_LEVELS
 from opq_jax.artifact import OpqFile
-from opq_jax.compression import CompressionState, LeafState
+from opq_jax.compression import ESCAPE, CompressionState, LeafState
 from opq_jax.entropy_coding import entropy
 from opq_jax.trees import PyTree
 
 ChannelAxis = int | Callable[[str, Any], int]
+
+_MOST_NAMES = 8  # of leaves below a table
+_PIECE = 1 << 18  # weights at a time, in float32
 
 _WHAT = {
   'nominal': "compressed leaves: survivors at the paper's widths, no positions",
@@ -49,7 +54,11 @@ class CompressedLeaf:
     shape, dtype: its own.
     weights: n.
     survivors: weights whose code is not 0.
+    escaped: survivors that are stored as they are.
     levels: cells a sign.
+    dead_channels: output channels all of whose codes are 0.
+    dead_rows: indices of the leading axis all of whose codes are 0, as rows of a table or layers of
+      a stack; 0 for a vector.
     original: n times the bytes of its dtype.
     nominal, packed, entropy: as in `SizeReport`.
     file: its payload in the `.opq` file and the 12 bytes of its grid.
@@ -60,7 +69,10 @@ class CompressedLeaf:
   dtype: str
   weights: int
   survivors: int
+  escaped: int
   levels: int
+  dead_channels: int
+  dead_rows: int
   original: int
   nominal: float
   packed: int
@@ -115,16 +127,19 @@ class UncompressedLeaf:
 class SizeReport:
   """The sizes of a network, in bytes, and its rates.
 
-  Which number is which, with m_ij survivors in channel j of compressed leaf i, r_ij the largest
-  surviving |w| of the channel less the threshold, and step_i, levels_i those of the leaf:
+  Which number is which, with m_ij weights on the grid in channel j of compressed leaf i, r_ij the
+  largest |w| of these less the threshold, e_i escaped weights in leaf i, v_i the bits of a number
+  of its dtype, and step_i, levels_i those of the leaf:
 
-    nominal   sum_ij m_ij b_ij / 8,  b_ij = 1 + log2(clip(r_ij / step_i, 1, 127)).  The accounting
-              of the paper: no positions, no tables, no headers; compressed leaves only.
-    packed    sum_i of m_i codes of 1 + ceil(log2 levels_i) bits and a mask of n_i bits, in whole
-              bytes, and levels_i float32 values; compressed leaves only.
-    entropy   sum_i n_i H_i / 8, with H_i the empirical zeroth-order entropy of the codes of leaf
-              i, given their subsets where they follow a trellis; pruned weights (code 0)
-              included; no tables; compressed leaves only.
+    nominal   sum_ij m_ij b_ij / 8,  b_ij = 1 + log2(clip(r_ij / step_i, 1, 127)), and
+              sum_i e_i v_i / 8.  The accounting of the paper: no positions, no tables, no headers;
+              compressed leaves only.
+    packed    sum_i of m_i + e_i codes of 1 + ceil(log2 levels_i) bits, or, where a weight of the
+              leaf is escaped, of ceil(log2(2 levels_i + 1)) bits, and a mask of n_i bits, in whole
+              bytes, levels_i float32 values and e_i values of v_i bits; compressed leaves only.
+    entropy   sum_i (n_i H_i + e_i v_i) / 8, with H_i the empirical zeroth-order entropy of the
+              codes of leaf i, given their subsets where they follow a trellis; pruned weights
+              (code 0) and escaped ones (code -128) included; no tables; compressed leaves only.
     file      the exact length of the `.opq` file: payloads, tables, headers, metadata, and the
               uncompressed leaves (biases, BatchNorm).
 
@@ -161,6 +176,26 @@ class SizeReport:
   def sparsity(self) -> float:
     """The share of the weights of compressed leaves that is pruned."""
     return 1 - self.survivors / max(self.weights, 1)
+
+  @property
+  def escaped(self) -> int:
+    """Weights of compressed leaves that are stored as they are."""
+    return sum(leaf.escaped for leaf in self.compressed)
+
+  @property
+  def dead_channels(self) -> int:
+    """Output channels of compressed leaves all of whose codes are 0."""
+    return sum(leaf.dead_channels for leaf in self.compressed)
+
+  @property
+  def dead_rows(self) -> int:
+    """Indices of the leading axes of compressed leaves all of whose codes are 0."""
+    return sum(leaf.dead_rows for leaf in self.compressed)
+
+  @property
+  def dead_leaves(self) -> tuple[str, ...]:
+    """The compressed leaves all of whose codes are 0."""
+    return tuple(leaf.path for leaf in self.compressed if leaf.survivors == 0)
 
   @property
   def nominal(self) -> float:
@@ -272,7 +307,11 @@ def file_report(
 
 
 def size_table(report: SizeReport) -> tables.Printable:
-  """A row a compressed leaf: its four sizes in bits per weight, and its bytes in the file."""
+  """A row a compressed leaf: its four sizes in bits per weight, and its bytes in the file.
+
+  Escaped weights, and output channels and rows all of whose codes are 0, have columns where there
+  are any.
+  """
   return tables.Printable(lambda: _size_table(report))
 
 
@@ -282,12 +321,22 @@ def four_sizes(report: SizeReport) -> tables.Printable:
 
 
 def _size_table(report: SizeReport) -> Table:
-  columns = 'path', 'weights', 'pruned', 'levels', 'nominal', 'packed', 'entropy', 'file', 'bytes'
+  has_dead = report.dead_channels or report.dead_rows
+  optional = ('escaped',) * bool(report.escaped) + ('dead',) * bool(has_dead)
+  counts = lambda of: [
+    f'{of.escaped:,}' if column == 'escaped' else f'{of.dead_channels}/{of.dead_rows}'
+    for column in optional
+  ]
+  columns = (
+    *('path', 'weights', 'pruned', *optional, 'levels'),
+    *('nominal', 'packed', 'entropy', 'file', 'bytes'),
+  )
   lines = [
     (
       leaf.path,
       f'{leaf.weights:,}',
       f'{leaf.sparsity:.1%}',
+      *counts(leaf),
       f'{leaf.levels}',
       f'{leaf.nominal_bits:.3f}',
       f'{leaf.packed_bits:.3f}',
@@ -300,12 +349,13 @@ def _size_table(report: SizeReport) -> Table:
   others = sum(leaf.file for leaf in report.uncompressed)
   sizes = report.nominal, report.packed, report.entropy, report.file - others - report.headers
   means = [f'{8 * size / max(report.weights, 1):.3f}' for size in sizes]
-  blank = [''] * 7
+  blank = [''] * (len(columns) - 2)
   totals = [
     (
       f'{len(report.compressed)} compressed',
       f'{report.weights:,}',
       f'{report.sparsity:.1%}',
+      *counts(report),
       '',
       *means,
       f'{sizes[3]:,}',
@@ -314,7 +364,18 @@ def _size_table(report: SizeReport) -> Table:
     ('header, index', *blank, f'{report.headers:,}'),
     ('the file', *blank, f'{report.file:,}'),
   ]
-  return tables.leaf_table('sizes in bits per weight', columns, lines, [''] * len(lines), totals)
+  styles = ['' if leaf.survivors else 'red' for leaf in report.compressed]
+  table = tables.leaf_table('sizes in bits per weight', columns, lines, styles, totals)
+  notes = []
+  if has_dead:
+    notes.append('dead: output channels / indices of the first axis, all of whose codes are 0')
+  if dead := report.dead_leaves:
+    names = ', '.join(map(tables.visible, dead[:_MOST_NAMES]))
+    more = f' and {len(dead) - _MOST_NAMES} more' if len(dead) > _MOST_NAMES else ''
+    notes.append(f'all codes are 0: {names}{more}')
+  # Text, because a path may hold what rich would take for markup
+  table.caption = Text('\n'.join(notes)) if notes else None
+  return table
 
 
 def _four_sizes(report: SizeReport) -> Table:
@@ -361,10 +422,30 @@ def _measured_leaf(
 ) -> CompressedLeaf:
   if not -weights.ndim <= axis < weights.ndim:
     raise ValueError(f'{path}: found channel_axis {axis}, expected an axis of shape {codes.shape}')
-  others = _all_but(axis, weights.ndim)
-  magnitude = np.abs(weights.astype(np.float32))
-  largest = np.max(magnitude, axis=others, where=codes != 0, initial=0)
-  return compressed_leaf(path, weights.dtype, record, codes, largest, axis, stored)
+  reach = largest_on_grid(weights, codes, axis)
+  return compressed_leaf(path, record, codes, reach, axis, stored)
+
+
+def largest_on_grid(
+  weights: Shaped[np.ndarray, '...'], codes: Int8[np.ndarray, '...'], axis: int
+) -> Float32[np.ndarray, ' channels']:
+  """The largest |w| on the grid of every channel, 0 where none is.  Made in pieces of a leaf."""
+  shape = 1, 1, weights.size
+  if weights.ndim > 1:
+    axis %= weights.ndim
+    before, after = weights.shape[:axis], weights.shape[axis + 1 :]
+    shape = math.prod(before), weights.shape[axis], math.prod(after)
+  weights, codes = weights.reshape(shape), codes.reshape(shape)
+  before, channels, after = weights.shape
+  largest = np.zeros(channels, np.float32)
+  columns = max(1, _PIECE // max(after, 1))
+  rows = max(1, columns // max(channels, 1))
+  for row, column in itertools.product(range(0, before, rows), range(0, channels, columns)):
+    part = np.s_[row : row + rows, column : column + columns]
+    is_on_grid = (codes[part] != 0) & (codes[part] != ESCAPE)
+    found = np.max(np.abs(weights[part].astype(np.float32)), (0, 2), where=is_on_grid, initial=0)
+    np.maximum(largest[part[1]], found, out=largest[part[1]])
+  return largest
 
 
 def _all_but(axis: int, ndim: int) -> tuple[int, ...]:
@@ -374,10 +455,9 @@ def _all_but(axis: int, ndim: int) -> tuple[int, ...]:
 
 def compressed_leaf(
   path: str,
-  dtype: np.dtype,
   record: LeafState,
   codes: Int8[np.ndarray, '...'],
-  largest: Shaped[np.ndarray, ' channels'],
+  largest: Float32[np.ndarray, ' channels'],
   axis: int,
   stored: int,
 ) -> CompressedLeaf:
@@ -385,30 +465,38 @@ def compressed_leaf(
 
   Args:
     path: its name.
-    dtype: its own.
-    record: its levels, threshold and step.
+    record: its levels, threshold, step and dtype.
     codes: in its shape.
-    largest: the largest surviving |w| of every channel; of no matter where none survives.
+    largest: the largest |w| on the grid of every channel; of no matter where none is.
     axis: of the output channels.
     stored: the bytes that it takes in the file.
   """
-  levels, size = int(record.levels), codes.size
-  survivors = np.count_nonzero(codes, axis=_all_but(axis, codes.ndim))
+  levels, size, dtype = int(record.levels), codes.size, np.dtype(record.dtype)
+  others = _all_but(axis, codes.ndim)
+  survivors = np.count_nonzero(codes, axis=others)
+  escapes = np.count_nonzero(codes == ESCAPE, axis=others)
   reach = largest - float(record.threshold)
   bits = 1 + np.log2(np.clip(reach / float(record.step), 1, MAX_LEVELS))
-  kept = int(survivors.sum())
-  width = 1 + math.ceil(math.log2(levels)) if levels else 0
+  kept, escaped = int(survivors.sum()), int(escapes.sum())
+  # a code that may say 'escaped' is one of 2 levels + 1
+  choices = 2 * levels + (escaped > 0)
+  width = math.ceil(math.log2(choices)) if choices else 0
+  values = escaped * dtype.itemsize
+  is_row = codes.any(axis=tuple(range(1, codes.ndim))) if codes.ndim > 1 else np.ones(0, bool)
   return CompressedLeaf(
     path=path,
     shape=codes.shape,
     dtype=dtype.name,
     weights=size,
     survivors=kept,
+    escaped=escaped,
     levels=levels,
+    dead_channels=int(np.count_nonzero(survivors == 0)),
+    dead_rows=int(np.count_nonzero(~is_row)),
     original=size * dtype.itemsize,
-    nominal=float(np.sum(survivors * bits)) / 8,
-    packed=-(-(kept * width) // 8) + -(-size // 8) + 4 * levels,
-    entropy=size * entropy(codes) / 8,
+    nominal=float(np.sum((survivors - escapes) * bits)) / 8 + values,
+    packed=-(-(kept * width) // 8) + -(-size // 8) + 4 * levels + values,
+    entropy=size * entropy(codes) / 8 + values,
     file=stored,
   )
 

@@ -17,6 +17,7 @@ import dataclasses
 import os
 import platform
 import shutil
+import tempfile
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,14 +25,13 @@ from typing import Any, BinaryIO
 
 import jax
 import numpy as np
-from jaxtyping import Int8, Shaped
+from jaxtyping import Float32, Int8, Shaped
 
 from opq_jax import allocation as allocations
 from opq_jax import artifact, artifact_index, compression, files, sizes, trees
 from opq_jax import file_rate as file_rates
 from opq_jax.allocation import Allocation, LeafAllocation, is_compressible
 from opq_jax.compression import LeafState
-from opq_jax.entropy_coding import encode_codes
 from opq_jax.sizes import ChannelAxis, SizeReport, UncompressedLeaf
 from opq_jax.statistics import LeafStatistics, leaf_statistics
 from opq_jax.stored_leaves import StoredLeaf
@@ -122,7 +122,10 @@ def compress(
 
   if file_rate is None:
     return written(output, **targets)
-  beside = f'{os.fspath(output)}.trial'
+  folder, _ = os.path.split(os.path.abspath(output))
+  with files.errors_of(output):
+    descriptor, beside = tempfile.mkstemp(prefix='.opq-', dir=folder)
+  os.close(descriptor)
   last: dict[float, Streamed] = {}
 
   def size_of(bits: float) -> int:
@@ -182,12 +185,10 @@ def _written(
         writer.add(name, leaf.read())
         uncompressed.append(UncompressedLeaf(name, leaf.shape, leaf.dtype.name, leaf.nbytes, 0))
         continue
-      record, codes = _coded(name, leaf.read(), wanted)
-      writer.add_codes(name, leaf, record, codes)
-      largest = np.asarray(source.stats[name].maximum)
-      compressed.append(
-        sizes.compressed_leaf(name, leaf.dtype, record, codes, largest, source.axes[name], 0)
-      )
+axis = source.axes[name]
+      record, codes, escaped, reach = _coded(name, leaf.read(), wanted, axis)
+      writer.add_codes(name, record, codes, escaped)
+      compressed.append(sizes.compressed_leaf(name, record, codes, reach, axis, 0))
     writer.finish(source.like_tree, metadata)
   with artifact.OpqFile(output) as file:
     stored = file.sizes()
@@ -214,9 +215,17 @@ def _statistics(leaf: StoredLeaf, axis: int) -> LeafStatistics:
 
 
 def _coded(
-  name: str, array: Shaped[np.ndarray, '...'], asked: LeafAllocation
-) -> tuple[LeafState, Int8[np.ndarray, '...']]:
-  """A leaf's state without its mask, and its codes; made in pieces of one size, compiled once."""
+  name: str, array: Shaped[np.ndarray, '...'], asked: LeafAllocation, axis: int
+) -> tuple[
+  LeafState,
+  Int8[np.ndarray, '...'],
+  Shaped[np.ndarray, ' m'],
+  Float32[np.ndarray, ' channels'],
+]:
+  """A leaf's state without its kinds, its codes, its escaped weights, and how far channels reach.
+
+  Codes are made in pieces of one size, compiled once.
+  """
   array = artifact.host_array(name, array)
   none = dataclasses.replace(asked, shape=(0,), channel_axis=0)
   tree = {name: np.zeros(0, array.dtype)}
@@ -230,7 +239,9 @@ def _coded(
     kinds = _kinds_of(padded, record.threshold, record.step, record.levels)
     whole = dataclasses.replace(record, kinds=np.asarray(kinds))
     codes[start : start + size] = artifact.checked_codes(name, padded, whole)[: piece.size]
-  return record, codes.reshape(array.shape)
+  shaped = codes.reshape(array.shape)
+  reach = sizes.largest_on_grid(array, shaped, axis)
+  return record, shaped, artifact.escaped_values(shaped, array), reach
 
 
 class _Writer:
@@ -246,6 +257,7 @@ class _Writer:
     self._specs: list[str] = []
     self._grids: list[list[np.float32]] = []
     self._blocks: list[tuple[int, int]] = []
+    self._version = '1'
     self._raw, self._raw_size = bytearray(), 0
     self._packing: collections.deque[Future[bytes]] = collections.deque()
     self._open = contextlib.ExitStack()
@@ -259,15 +271,19 @@ class _Writer:
     self._open.__exit__(*error)
 
   def add_codes(
-    self, name: str, leaf: StoredLeaf, record: LeafState, codes: Int8[np.ndarray, '...']
+    self,
+    name: str,
+    record: LeafState,
+    codes: Int8[np.ndarray, '...'],
+    escaped: Shaped[np.ndarray, ' m'],
   ) -> None:
     """Writes a compressed leaf."""
-    payload = encode_codes(codes, contexts=self._contexts)
+    written = artifact.written_leaf(codes, escaped, record, contexts=self._contexts)
     with files.errors_of(self._output):
-      self._codes_file.write(payload)
+      self._codes_file.write(written.payload)
     self._grids.append(artifact.grid(name, record))
-    spec = artifact_index.spec(leaf.dtype, leaf.shape)
-    self._specs.append(f'{spec} {int(record.levels)} {len(payload)}')
+    self._specs.append(written.spec)
+    self._version = max(self._version, written.version)
 
   def add(self, name: str, array: Shaped[np.ndarray, '...']) -> None:
     """Writes an uncompressed leaf."""
@@ -290,7 +306,7 @@ class _Writer:
       self._write_block()
     codes_size = self._codes_file.tell()
     noted = like_tree(self._specs)
-    front = artifact.front(noted, self._grids, codes_size, self._blocks, metadata)
+    front = artifact.front(noted, self._grids, codes_size, self._blocks, metadata, self._version)
     with files.replacing(self._output) as file:
       file.write(front)
       for spool in (self._codes_file, self._blocks_file):

@@ -7,6 +7,7 @@ takes nothing on trust but the format: it looks up for every original weight wha
     code 0                where |w| <= threshold
     code sign(w) k        where threshold + (k-1) step <= |w| < threshold + k step, the last cell
                           open above
+    code -128             where the value is w itself, bit for bit
 
 and compares names, shapes, dtypes, codes, sizes, and every leaf that is not compressed.
 """
@@ -25,9 +26,8 @@ from jaxtyping import Int8, Shaped
 from rich.table import Table
 
 from opq_jax import tables, trees
-from opq_jax.artifact import OpqFile
-from opq_jax.compression import LeafState
-from opq_jax.entropy_coding import encode_codes
+from opq_jax.artifact import OpqFile, escaped_values, written_leaf
+from opq_jax.compression import ESCAPE, ESCAPED, LeafState
 from opq_jax.sizes import SizeReport, payload_report
 from opq_jax.trees import PyTree
 
@@ -49,7 +49,8 @@ class VerifiedLeaf:
     levels: cells a sign.
     error: ||w - w^||^2 / ||w||^2, 0 where all weights are.
     worst: the largest |w - w^| of a survivor that is not clipped, in steps; below 1.
-    clipped: survivors beyond the last cell.
+    clipped: survivors beyond the last cell that are not escaped.
+    escaped: survivors that are stored as they are.
     stored: bytes of its payload.
     problems: what does not hold.
   """
@@ -61,6 +62,7 @@ class VerifiedLeaf:
   error: float
   worst: float
   clipped: int
+  escaped: int
   stored: int
   problems: tuple[str, ...]
 
@@ -111,14 +113,16 @@ def verify(
 
     names, shapes, dtypes   those of `params` (float64 may be compressed as float32)
     codes                   of every weight, by the cell rule and the leaf's own grid
+    values                  finite; of escaped weights, bit for bit those of `params`, or of `coded`
     payloads                as many bytes as the codes take when they are coded again
     uncompressed leaves     bit for bit those of `params`, or nearly those of `corrected`
     sizes                   of all parts, which make the file's
 
   Args:
     path: of the file; or its bytes.
-    params: the original weights, before compression; for a network that was finetuned, the latent
-      weights no longer know which of them were pruned, and its file does not hold against them.
+    params: the original weights, before compression, in any byte order; for a network that was
+      finetuned, the latent weights no longer know which of them were pruned, and its file does not
+      hold against them.
     coded: `params` as `opq_jax.encode_with_feedback` returned them with the file's own grids, for a
       file of those codes: it is their cells that the codes must name.
     corrected: `params` with BatchNorm as it was corrected, for a file that holds it so.
@@ -140,9 +144,9 @@ def verify(
   >>> verify(data, {**params, 'bias': np.ones(32, np.float32)}).problems
   ('bias: found 32 values that are not the original ones, expected none',)
   """
-  originals = {name: np.asarray(leaf) for name, leaf in trees.named_leaves(params).items()}
-  expected = {} if corrected is None else trees.named_leaves(corrected)
-  chosen_for = originals if coded is None else trees.named_leaves(coded)
+  originals = _arrays(params)
+  expected = {} if corrected is None else _arrays(corrected)
+  chosen_for = originals if coded is None else _arrays(coded)
   rows: list[VerifiedLeaf] = []
   problems: list[str] = []
   counts = {'exact': 0, 'corrected': 0}
@@ -166,13 +170,13 @@ def verify(
         )
         is_same_tree = False
       elif record is not None:
-        target = original if coded is None else np.asarray(chosen_for[name])
+        target = original if coded is None else chosen_for[name]
         payload = stored[name] - 12
         rows.append(_verified(name, original, target, file.codes(name), value, record, payload))
         problems += rows[-1].problems
       elif value.tobytes() == original.tobytes():
         counts['exact'] += 1
-      elif name in expected and _is_near(value, np.asarray(expected[name])):
+      elif name in expected and _is_near(value, expected[name]):
         counts['corrected'] += 1
       else:
         problems.append(
@@ -188,6 +192,16 @@ def verify(
   return Verification(tuple(rows), **counts, problems=tuple(problems), report=report)
 
 
+def _arrays(tree: PyTree) -> dict[str, Shaped[np.ndarray, '...']]:
+  """The leaves by name, in the byte order of this machine."""
+  arrays = {name: np.asarray(leaf) for name, leaf in trees.named_leaves(tree).items()}
+  is_native = lambda array: array.dtype.byteorder in '=|'
+  return {
+    name: array if is_native(array) else array.astype(array.dtype.newbyteorder('='))
+    for name, array in arrays.items()
+  }
+
+
 def _verified(
   name: str,
   original: Shaped[np.ndarray, '...'],
@@ -200,16 +214,23 @@ def _verified(
   """One compressed leaf; its codes are those of `target`, its errors those against `original`."""
   threshold, step, levels = float(record.threshold), float(record.step), int(record.levels)
   flat = [array.reshape(-1) for array in (original, target, codes, values)]
-  pruned = kept = signs = outside = clipped = 0
+  kinds = np.asarray(record.kinds).reshape(-1)
+  pruned = kept = signs = outside = clipped = escaped = changed = marks = infinite = 0
   worst = squares = errors = 0.0
   for start in range(0, original.size, _CHUNK):
     part = slice(start, start + _CHUNK)
     weight, aim, code, value = (array[part].astype(np.float64) for array in flat)
-    is_kept = code != 0
+    is_escaped = code == ESCAPE
+    escaped += int(np.count_nonzero(is_escaped))
+    changed += _different(flat[3][part][is_escaped], flat[1][part][is_escaped])
+    marks += int(np.count_nonzero((kinds[part] == ESCAPED) != is_escaped))
+    infinite += int(np.count_nonzero(np.isfinite(weight) & ~np.isfinite(value)))
+    is_kept = (code != 0) & ~is_escaped
     magnitude = np.abs(aim)
     # XLA takes a denormal number for 0 on some platforms and for itself on others
     is_normal = ~((magnitude > 0) & (magnitude < _TINY))
-    pruned += int(np.count_nonzero(is_normal & ~is_kept & ~(magnitude <= threshold)))
+    is_pruned = code == 0
+    pruned += int(np.count_nonzero(is_normal & is_pruned & ~(magnitude <= threshold)))
     kept += int(np.count_nonzero(is_normal & is_kept & ~(magnitude > threshold)))
     signs += int(np.count_nonzero(is_kept & ((aim < 0) != (code < 0))))
     # where in its own cell a survivor lies, in steps
@@ -230,11 +251,15 @@ def _verified(
       (kept, f'survivors that the threshold {threshold:g} prunes'),
       (signs, 'survivors of the other sign'),
       (outside, 'survivors outside of their cells'),
+      (changed, 'escaped weights that are not the original ones'),
+      (marks, 'escaped weights whose code and kind differ'),
+      (infinite, 'finite weights that came back infinite or NaN'),
     )
     if count
   ]
-  again = len(encode_codes(codes))
-  if stored != again and stored != (plain := len(encode_codes(codes, contexts=False))):
+  kept_as_is = escaped_values(codes, values)
+  size = lambda contexts: len(written_leaf(codes, kept_as_is, record, contexts=contexts).payload)
+  if stored != (again := size(True)) and stored != (plain := size(False)):
     problems.append(
       f'{name}: found a payload of {stored} bytes, expected {again}, or {plain} without contexts'
     )
@@ -246,6 +271,7 @@ def _verified(
     error=errors / squares if squares else math.inf if errors else 0.0,
     worst=worst,
     clipped=clipped,
+    escaped=escaped,
     stored=stored,
     problems=tuple(problems),
   )
@@ -271,7 +297,10 @@ def _different(value: Shaped[np.ndarray, '...'], original: Shaped[np.ndarray, '.
 
 
 def _table(found: Verification) -> Table:
-  columns = 'path', 'weights', 'pruned', 'levels', 'error', 'worst', 'clipped', 'bytes', 'holds'
+  columns = (
+    *('path', 'weights', 'pruned', 'levels', 'error', 'worst'),
+    *('clipped', 'escaped', 'bytes', 'holds'),
+  )
   lines = [
     (
       leaf.path,
@@ -281,6 +310,7 @@ def _table(found: Verification) -> Table:
       f'{leaf.error:.2%}',
       f'{leaf.worst:.3f}',
       f'{leaf.clipped:,}',
+      f'{leaf.escaped:,}',
       f'{leaf.stored:,}',
       'no' if leaf.problems else 'yes',
     )
@@ -298,6 +328,7 @@ def _table(found: Verification) -> Table:
       '',
       f'{max((leaf.worst for leaf in found.compressed), default=0):.3f}',
       f'{sum(leaf.clipped for leaf in found.compressed):,}',
+      f'{sum(leaf.escaped for leaf in found.compressed):,}',
       f'{sum(leaf.stored for leaf in found.compressed):,}',
       'yes' if not any(leaf.problems for leaf in found.compressed) else 'no',
     ),

@@ -1,5 +1,6 @@
 import base64
 import collections
+import dataclasses
 import json
 import os
 import time
@@ -20,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from opq_jax import artifact_index, trees
+from opq_jax import artifact_index, escapes, trees
 from opq_jax.artifact import OpqFile, load, save, serialize
 from opq_jax.compression import (
   CompressionState,
@@ -28,6 +29,7 @@ from opq_jax.compression import (
   affine_codebook,
   apply_compression,
   encode,
+  exact_grid,
 )
 from opq_jax.entropy_coding import encode_codes, entropy
 
@@ -35,7 +37,7 @@ from opq_jax.entropy_coding import encode_codes, entropy
 def leaf_state(weights, threshold=0.5, step=0.5, levels=4, offset=0.5):
   """A state as `init_state` makes it; with powers of two every value is exact in any dtype."""
   return LeafState(
-    mask=jnp.abs(jnp.asarray(weights, jnp.float32)) > threshold,
+    kinds=(jnp.abs(jnp.asarray(weights, jnp.float32)) > threshold).astype(jnp.uint8),
     codebook=affine_codebook(
       jnp.float32(threshold + offset * step), jnp.float32(step), jnp.int32(levels)
     ),
@@ -106,7 +108,7 @@ def assert_contract(params, state, loaded, loaded_state):
     assert same_bits(apply_compression(new, kept), new), name
     assert same_bits(encode(leaf, expected), encode(new, kept)), name
     assert record.dtype == new_record.dtype
-    for field in ('codebook', 'threshold', 'step', 'levels', 'mask'):
+    for field in ('codebook', 'threshold', 'step', 'levels', 'kinds'):
       assert same_bits(getattr(record, field), getattr(new_record, field)), (name, field)
 
 
@@ -212,6 +214,161 @@ def test_any_tree_comes_back(params):
   loaded, loaded_state = load(serialize(params, state))
   assert jax.tree.structure(loaded) == jax.tree.structure(params)
   assert_contract(params, state, loaded, loaded_state)
+
+
+# ---- escaped weights ----
+
+
+def with_escapes(record, places):
+  """The state with these weights stored as they are."""
+  kinds = np.array(record.kinds)
+  kinds[places] = 2
+  return dataclasses.replace(record, kinds=jnp.asarray(kinds))
+
+
+def escaping(dtype=np.float32, shape=(30, 20), **grid):
+  """A leaf with outliers of both signs, which escape with one weight that would be pruned."""
+  weights = laplace(*shape)
+  weights[0, :3], weights[-1, -1], weights[4, 4] = (40, -50, 30), 60, 0.125
+  params = {'bias': laplace(3), 'w': weights.astype(dtype)}
+  record = leaf_state(params['w'], **grid)
+  places = np.abs(weights) > 20
+  places[4, 4] = True
+  return params, CompressionState({'bias': None, 'w': with_escapes(record, places)})
+
+
+@pytest.mark.parametrize(
+  'dtype', ['float32', 'float16', 'bfloat16', 'float8_e4m3fn', 'float8_e5m2']
+)
+@pytest.mark.parametrize('step', [0.5, 0.013])
+def test_escaped_weights_come_back(dtype, step):
+  dtype = artifact_index.DTYPES[dtype]
+  params, state = escaping(dtype, step=step, levels=4 if step == 0.5 else 127)
+  book = state.tree['w']
+  if step == 0.013:
+    step, first = exact_grid(jnp.float32(step), jnp.float32(0.5056), jnp.int32(127))
+    book = dataclasses.replace(
+      book, step=step, codebook=affine_codebook(first, step, jnp.int32(127))
+    )
+  state = CompressionState({**state.tree, 'w': book})
+  data = serialize(params, state)
+  assert version_of(data) == '2' and f'30,20] {int(book.levels)} ' in index_text(data)
+  loaded, loaded_state = load(data)
+  assert_contract(params, state, loaded, loaded_state)
+  assert serialize(loaded, loaded_state) == data
+  with OpqFile(data) as file:
+    codes, kinds = file.codes('w'), file.leaf_state('w').kinds
+    assert same_bits(codes, encode(params, state)['w'])
+    assert np.count_nonzero(codes == -128) == np.count_nonzero(kinds == 2) == 5
+    assert same_bits(file['w'][0, :3], params['w'][0, :3])
+    assert sum(file.sizes().values()) < len(data)
+
+
+def test_a_leaf_may_be_all_escaped_or_without_levels():
+  for weights in (laplace(5, 4), laplace(1, 1)):
+    record = with_escapes(leaf_state(weights, levels=0), np.ones(weights.shape, bool))
+    loaded, loaded_state = load(serialize({'w': weights}, CompressionState({'w': record})))
+    assert same_bits(loaded['w'], weights)
+    assert_contract({'w': weights}, CompressionState({'w': record}), loaded, loaded_state)
+
+
+def test_what_needs_no_field_is_of_version_1():
+  params, state = escaping()
+  plain = state_of(params)
+  assert version_of(serialize(params, plain)) == '1'
+  assert version_of(serialize(params, state)) == '2'
+
+
+def test_values_beyond_the_dtype_are_its_largest():
+  # the value of the last level, 70000, is beyond float16
+  weights = np.array([[3e4, -6.5e4, 6.55e4]]).astype(np.float16)
+  record = leaf_state(weights, threshold=1e4, step=2e4, levels=4, offset=0.0)
+  loaded, loaded_state = load(serialize({'w': weights}, CompressionState({'w': record})))
+  assert np.isfinite(loaded['w']).all()
+  assert_contract({'w': weights}, CompressionState({'w': record}), loaded, loaded_state)
+
+
+FIELDS = {
+  'of a newer version': (
+    ' escapes=5,',
+    ' palette=7 escapes=5,',
+    'field palette, which a newer opq_',
+  ),
+  'of an uncompressed leaf': ('"float32[3]"', '"float32[3] same=w"', 'field same, which a newer'),
+  'escapes of no codes': ('"float32[3]"', '"float32[3] escapes=1,9"', 'fields of compressed'),
+  'twice': (' escapes=5,', ' escapes=5,9 escapes=5,', 'expected every name once'),
+  'without a count': (' escapes=5,', ' escapes=', r'expected escapes=COUNT,BYTES'),
+  'of none': (' escapes=5,', ' escapes=0,', r'expected escapes=COUNT,BYTES'),
+  'of too many': (' escapes=5,', ' escapes=601,', r'expected escapes=COUNT,BYTES'),
+  'of too many bytes': (' escapes=5,', ' escapes=5,9', r'expected escapes=COUNT,BYTES'),
+  'of no bytes': ('escapes=5,', 'escapes=5,0 escapes=5,', r'expected every name once'),
+  'of other counts': (' escapes=5,', ' escapes=4,', r'^w: found'),
+  'of other bytes': (' escapes=5,', ' escapes=5,0', r'expected|^w: found'),
+}
+
+
+@pytest.mark.parametrize('name', FIELDS)
+def test_fields_that_cannot_be_are_refused(name):
+  old, new, message = FIELDS[name]
+  if name == 'of other bytes':
+    new = old + '1'
+  data = rebuilt(serialize(*escaping()), replaced(old, new))
+  with pytest.raises(ValueError, match=message):
+    load(data)
+
+
+def test_escapes_in_a_file_of_version_1_are_refused():
+  data = serialize(*escaping())
+  with pytest.raises(ValueError, match='w: found escapes, expected none in version 1'):
+    OpqFile(data.replace(b'"version":"2"', b'"version":"1"'))
+
+
+@pytest.mark.parametrize(
+  'places, values, message',
+  [
+    ([0, 1], [1, np.inf], r'^w: found 1 escaped weights that are NaN or infinite'),
+    ([0, 1], [np.nan, 1], r'^w: found 1 escaped weights that are NaN or infinite'),
+    ([0, 3], [1, 1], r'^w: found 1 escaped weights that have codes as well'),
+  ],
+)
+def test_escapes_that_no_writer_makes_are_refused(monkeypatch, places, values, message):
+  weights = np.array([[9, 9, 0, 1, 0, 0]], np.float32)
+  record = with_escapes(leaf_state(weights), weights == 9)
+  section = escapes.encode(np.array(places), np.array(values, np.float32))
+  monkeypatch.setattr(escapes, 'encode', lambda *_: section)
+  data = serialize({'w': weights}, CompressionState({'w': record}))
+  with pytest.raises(ValueError, match=message):
+    load(data)
+
+
+@pytest.mark.parametrize('mask', [0x01, 0xFF])
+def test_every_flipped_byte_of_escapes_is_found(mask):
+  data = serialize(*escaping(shape=(5, 5)))
+  for i in range(len(data)):
+    damaged = bytearray(data)
+    damaged[i] ^= mask
+    with pytest.raises(ValueError):
+      load(bytes(damaged))
+
+
+@pytest.mark.parametrize('dtype', ['float4_e2m1fn', 'float6_e2m3fn', 'float8_e8m0fnu'])
+def test_floats_that_cannot_be_compressed_are_named(dtype):
+  weights = np.ones((4, 4), artifact_index.DTYPES[dtype])
+  with pytest.raises(ValueError, match=rf'^w: found dtype {dtype}, expected floats of whole bytes'):
+    serialize({'w': weights}, CompressionState({'w': leaf_state(weights)}))
+  data = rebuilt(serialize(*small()), replaced('"float32[12,5] 4', f'"{dtype}[12,5] 4'))
+  with pytest.raises(ValueError, match='expected floats of whole bytes'):
+    load(data)
+
+
+@pytest.mark.parametrize(
+  'dtype', [d for d in DTYPES if artifact_index.can_be_compressed(d) and d.itemsize < 8], ids=str
+)
+def test_every_float_is_compressed(dtype):
+  params, state = escaping(dtype, levels=3)
+  finite = {**params, 'w': np.where(np.isfinite(params['w']), params['w'], 1).astype(dtype)}
+  loaded, loaded_state = load(serialize(finite, state))
+  assert_contract(finite, state, loaded, loaded_state)
 
 
 Point = collections.namedtuple('Point', ['y', 'x'])
@@ -456,14 +613,23 @@ def test_codebooks_that_the_file_cannot_say_are_named():
     serialize(params, CompressionState({**state.tree, 'a': bad}))
 
 
-def test_steps_that_the_dtype_does_not_resolve_are_named():
+def test_values_are_rounded_inside_of_their_cells():
   # bfloat16 has a number every 1/16 here, each where a cell begins; the value of a cell lies near
   # its end, and the nearest number to it is that of the next cell
   weights = np.linspace(8, 11, 49, dtype=np.float32).astype(ml_dtypes.bfloat16).reshape(7, 7)
-  fine = leaf_state(weights, threshold=7.99, step=1 / 16, levels=127, offset=0.9)
-  with pytest.raises(
-    ValueError, match=r'^w: found 4\d values that lie in another cell .* bfloat16'
-  ):
+  params = {'w': weights}
+  state = CompressionState({'w': leaf_state(weights, 7.99, step=1 / 16, levels=127, offset=0.9)})
+  loaded, loaded_state = load(serialize(params, state))
+  assert_contract(params, state, loaded, loaded_state)
+  assert same_bits(loaded['w'], weights)
+
+
+def test_steps_that_the_dtype_does_not_resolve_are_named():
+  # no number of bfloat16 lies in the first cell, into which training brought a weight
+  weights = np.array([[8.25, 9.0]], np.float32).astype(ml_dtypes.bfloat16)
+  fine = leaf_state(weights, threshold=8.01, step=1 / 64, levels=127)
+  weights[0, 0] = 0
+  with pytest.raises(ValueError, match=r'^w: found 1 values that lie in another cell .* bfloat16'):
     serialize({'w': weights}, CompressionState({'w': fine}))
 
 
@@ -523,6 +689,10 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch, call):
 # ---- damaged and hostile files ----
 
 
+def version_of(data):
+  return json.loads(parts(data)[0][8:])['__metadata__']['version']
+
+
 def parts(data):
   """The header of a file, with its length, and where each tensor lies behind it."""
   end = 8 + int.from_bytes(data[:8], 'little')
@@ -538,15 +708,19 @@ def rebuilt(data, edit):
   text = edit(artifact_index.unpack(body[slice(*offsets['index'])], 1 << 20).decode()).encode()
   index = artifact_index.pack(text)
   sizes = (len(table) // 12, len(index), len(codes), len(blocks))
-  header = artifact_index.header(sizes, zlib.crc32(index, zlib.crc32(table)))
+  header = artifact_index.header(sizes, zlib.crc32(index, zlib.crc32(table)), version_of(data))
   return header + table + index + codes + blocks
+
+
+def index_text(data):
+  header, offsets = parts(data)
+  index = data[len(header) :][slice(*offsets['index'])]
+  return artifact_index.unpack(index, artifact_index.MAX_INDEX).decode()
 
 
 def index_size(data):
   """Bytes of the index once it is unpacked."""
-  header, offsets = parts(data)
-  index = data[len(header) :][slice(*offsets['index'])]
-  return len(artifact_index.unpack(index, artifact_index.MAX_INDEX))
+  return len(index_text(data))
 
 
 def edited(**changes):
@@ -612,12 +786,11 @@ def test_other_files_are_refused(tmp_path):
     load(tmp_path / 'none.opq')
 
 
-def test_other_versions_are_refused(monkeypatch):
-  monkeypatch.setattr(artifact_index, 'VERSION', '2')
+def test_other_versions_are_refused():
   data = serialize(*small())
-  monkeypatch.undo()
-  with pytest.raises(ValueError, match="found version '2', expected '1'"):
-    load(data)
+  assert data.count(b'"version":"1"') == 1
+  with pytest.raises(ValueError, match="found version '3', expected '1' or '2'"):
+    load(data.replace(b'"version":"1"', b'"version":"3"'))
 
 
 def nested(begin, end, depth):
@@ -708,14 +881,15 @@ def rebuilt_sizes(data, blocks_size):
   checksum = int(json.loads(header[8:])['__metadata__']['crc32'], 16)
   index, codes = (offsets[name][1] - offsets[name][0] for name in ('index', 'codes'))
   rows = (offsets['grids'][1] - offsets['grids'][0]) // 12
-  return artifact_index.header((rows, index, codes, blocks_size), checksum) + data[len(header) :]
+  sizes = rows, index, codes, blocks_size
+  return artifact_index.header(sizes, checksum, version_of(data)) + data[len(header) :]
 
 
 @given(st.binary(max_size=300))
 @settings(deadline=None)
 def test_noise_for_an_index_is_refused(noise):
   table = b''
-  header = artifact_index.header((0, len(noise), 0, 0), zlib.crc32(noise, zlib.crc32(table)))
+  header = artifact_index.header((0, len(noise), 0, 0), zlib.crc32(noise, zlib.crc32(table)), '1')
   with pytest.raises(ValueError):
     OpqFile(header + noise)
 

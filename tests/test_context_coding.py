@@ -1,12 +1,14 @@
 import itertools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from opq_jax import ans, context_coding, trellis
+from opq_jax import ans, artifact, context_coding, escapes, trellis
+from opq_jax.compression import LeafState, affine_codebook
 from opq_jax.entropy_coding import decode_codes, encode_codes, entropy
 
 RNG = np.random.default_rng
@@ -147,6 +149,34 @@ def test_the_decoder_of_a_trellis_is_the_one_that_is_described(shape):
   np.testing.assert_array_equal(context_coding.decode(payload, shape), codes)
   # all its levels, as if the codes before did not tell every other one, take more
   assert len(payload) < 0.9 * len(encode_codes(codes, contexts=False))
+
+
+def test_escapes_take_the_places_of_zeros_along_a_trellis():
+  codes = codes_along_the_trellis((96, 64))
+  zeros = np.flatnonzero(codes == 0)[::7]
+  escaped = codes.copy()
+  escaped.reshape(-1)[zeros] = -128
+  _, subsets = trellis.indices_and_subsets(codes)
+  indices, _ = trellis.indices_and_subsets(codes)
+  indices.reshape(-1)[zeros] = -128
+  bits = sum(ans.ideal_bits(ans.histogram(indices[subsets == q])) for q in (0, 1))
+  assert entropy(escaped) == pytest.approx(bits / codes.size)
+  assert entropy(escaped) > entropy(codes)
+
+  # a file codes them along the trellis still
+  record = LeafState(
+    kinds=np.ones(codes.shape, np.uint8),
+    codebook=affine_codebook(*map(jnp.float32, (1, 1)), jnp.int32(127)),
+    threshold=jnp.float32(0.5),
+    step=jnp.float32(1),
+    levels=jnp.int32(127),
+    dtype=np.dtype(np.float32),
+  )
+  values = np.full(zeros.size, 1000, np.float32)
+  written = artifact.written_leaf(escaped, values, record, contexts=True)
+  payload = encode_codes(codes)
+  assert written.payload == payload + escapes.encode(zeros, values)
+  assert ans.to_bits(payload, 8).startswith(context_coding.TRELLIS_MARKER)
 
 
 @pytest.mark.parametrize('at', range(0, 1200, 97))

@@ -22,7 +22,7 @@ import flax.serialization
 import msgpack
 import numpy as np
 import pytest
-from test_artifact import leaf_state, parts, rebuilt, same_bits, small, state_of
+from test_artifact import leaf_state, parts, rebuilt, same_bits, small, state_of, version_of
 
 import opq_jax
 from experiments.benchmarks import hostile_files
@@ -32,6 +32,9 @@ from opq_jax.compression import CompressionState
 MUTATIONS = {
   'opq': 400,
   'opq, resealed': 400,
+  'opq, escapes': 400,
+  'opq, escapes, resealed': 400,
+  'escapes': 2000,
   'codes': 2000,
   'codes, contexts': 2000,
   'codes, trellis': 2000,
@@ -47,7 +50,9 @@ def outcomes(kind, count):
   return collections.Counter(outcome for _, outcome, _ in hostile_files.tried(kind, 0, count))
 
 
-@pytest.mark.parametrize('kind', [kind for kind in MUTATIONS if 'codes' not in kind])
+@pytest.mark.parametrize(
+  'kind', [kind for kind in MUTATIONS if 'codes' not in kind and kind != 'escapes']
+)
 def test_mutations_are_refused_or_harmless(kind):
   if kind in ('h5', 'keras'):
     pytest.importorskip('h5py')
@@ -61,9 +66,10 @@ def test_the_native_coder_survives_hostile_words():
   code = (
     'import sys; sys.path[:0] = sys.argv[1:]\n'
     'import test_hostile_files as t\n'
-    'for kind in ("codes", "codes, contexts", "codes, trellis"):\n'
+    'for kind in ("codes", "codes, contexts", "codes, trellis", "escapes"):\n'
     '  found = t.outcomes(kind, t.MUTATIONS[kind])\n'
-    '  assert found["wrong"] == found["other"] == 0 and found["refused"] > 1900, found'
+    '  assert found["wrong"] == 0 and found["refused"] > 1000, found\n'
+    '  assert kind == "escapes" or found["other"] == 0 and found["refused"] > 1900, found'
   )
   tests = pathlib.Path(__file__).parent
   command = [sys.executable, '-c', code, str(tests), str(tests.parent)]
@@ -91,7 +97,7 @@ def with_grids(data, grids):
   sizes = [offsets[name][1] - offsets[name][0] for name in artifact_index.TENSORS]
   body = data[len(header) :]
   checksum = zlib.crc32(body[slice(*offsets['index'])], zlib.crc32(table))
-  header = artifact_index.header((sizes[0] // 12, *sizes[1:]), checksum)
+  header = artifact_index.header((sizes[0] // 12, *sizes[1:]), checksum, version_of(data))
   return header + table + body[len(table) :]
 
 
@@ -101,7 +107,7 @@ def with_grids(data, grids):
     *[(np.nan, 0.75, 0.5), (0.5, np.nan, 0.5), (0.5, 0.75, np.nan)],
     *[(np.inf, 0.75, 0.5), (0.5, np.inf, 0.5), (0.5, 0.75, np.inf)],
     *[(0.5, 0.75, -0.5), (0.5, 0.75, 0), (-1, 0.75, 0.5), (0.5, 3e38, 3e38)],
-    *[(0.5, 0.7, 0.3), (0.5, 0.75, 1e-45), (0.5, 16777216.0, 0.5)],
+    *[(0.5, 0.75, 0.7), (0.5, 0.75, 1e-45), (0.5, 16777216.0, 0.5)],
   ],
 )
 def test_grids_that_no_codebook_has_are_refused(grid):
@@ -119,6 +125,20 @@ def test_grids_that_no_codebook_has_are_refused(grid):
   )
   with pytest.raises(ValueError, match=r'^a: found a'):
     artifact.serialize(params, CompressionState({**state.tree, 'a': record}))
+
+
+def test_sums_that_round_are_none_of_version_1():
+  params, state = small()
+  first = np.float32(0.7)
+  record = state.tree['a'].replace(
+    codebook=np.asarray(artifact._affine_codebook(first, np.float32(0.5), np.int32(4)))
+  )
+  data = artifact.serialize(params, CompressionState({**state.tree, 'a': record}))
+  assert version_of(data) == '2' and same_bits(
+    opq_jax.load(data)[1].tree['a'].codebook, record.codebook
+  )
+  with pytest.raises(ValueError, match=r'a: found a grid .* in version 1'):
+    artifact.OpqFile(data.replace(b'"version":"2"', b'"version":"1"'))
 
 
 @pytest.mark.parametrize('grid', [(0.5, 0.25, 0.5), (0.5, 1.25, 0.5), (0.5, 0.75, 0.25)])
@@ -173,7 +193,7 @@ def test_more_zeros_than_memory_are_refused_unless_they_are_asked_for():
   index = artifact_index.pack(text.encode())
   table = body[: offsets['grids'][1]]
   header = artifact_index.header(
-    (1, len(index), len(words), 0), zlib.crc32(index, zlib.crc32(table))
+    (1, len(index), len(words), 0), zlib.crc32(index, zlib.crc32(table)), '1'
   )
   bomb = header + table + index + words
   refused(lambda: opq_jax.load(bomb), 'found leaves of 4398046511104 bytes in 3', memory=30 << 20)

@@ -53,6 +53,28 @@ def test_the_file_is_that_of_the_tree_in_memory(stored, tmp_path, targets):
   assert done.report == opq_jax.size_report(tree(), state, channel_axis=axis, metadata=metadata)
 
 
+@pytest.mark.filterwarnings('ignore:the Laplace density')
+@pytest.mark.parametrize('axis', [0, 1])
+def test_escaped_weights_are_those_of_the_tree_in_memory(tmp_path, monkeypatch, axis):
+  params = {'w': tree()['z.weight'].copy(), 'half': tree()['conv.weight'].reshape(32, -1).copy()}
+  params['w'][[3, 700, 1099], [9, 0, 999]] = 3000, -5000, 4000
+  params['half'][[0, 31], [5, 71]] = 900, -900
+  safetensors.numpy.save_file(params, tmp_path / 'net.safetensors')
+  stored = stored_leaves.open_weights(tmp_path / 'net.safetensors')
+  # an allocation whose grids end below the outliers
+  clipped = {name: np.clip(leaf, -6, 6) for name, leaf in params.items()}
+  allocation = opq_jax.allocate(clipped, compression_rate=8.0, channel_axis=axis)
+  monkeypatch.setattr(streaming.allocations, 'allocate', lambda *_, **__: allocation)
+  done = streaming.compress(stored, tmp_path / 'net.opq', compression_rate=8.0, channel_axis=axis)
+  state = opq_jax.init_state(params, allocation)
+  opq_jax.save(tmp_path / 'expected.opq', params, state)
+  assert (tmp_path / 'net.opq').read_bytes() == (tmp_path / 'expected.opq').read_bytes()
+  assert done.report == opq_jax.size_report(params, state, channel_axis=axis)
+  assert done.report.escaped >= 5
+  loaded, _ = opq_jax.load(tmp_path / 'net.opq')
+  assert loaded['w'][[3, 700, 1099], [9, 0, 999]].tolist() == [3000, -5000, 4000]
+
+
 @functools.cache
 def nested():
   """What Orbax may hold: no leaf without elements."""

@@ -6,11 +6,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from test_artifact import leaf_state, small, state_of
+from test_artifact import escaping, leaf_state, small, state_of, with_escapes
 from test_models import random_variables
 
 import opq_jax
-from opq_jax import artifact, cli, importers, models, networks, sizes
+from opq_jax import artifact, cli, importers, models, networks, sizes, verification
 from opq_jax.compression import CompressionState, encode
 from opq_jax.verification import verify
 
@@ -140,13 +140,69 @@ def test_codes_of_feedback_hold_against_the_weights_that_they_were_chosen_for():
 
 
 def test_a_payload_that_is_longer_than_its_codes_need_is_found(monkeypatch):
-  from opq_jax import verification
-
   params, state = small()
   data = artifact.serialize(params, state)
-  monkeypatch.setattr(verification, 'encode_codes', lambda codes, contexts=True: b'short')
+  short = artifact.WrittenLeaf(b'short', '', '1')
+  monkeypatch.setattr(verification, 'written_leaf', lambda *_, contexts: short)
   problems = verify(data, params).problems
   assert len(problems) == 2 and problems[0].startswith('a: found a payload of ')
+
+
+# ---- escaped weights ----
+
+
+@pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16])
+def test_escaped_weights_hold_and_are_counted(dtype):
+  params, state = escaping(dtype)
+  found = verify(artifact.serialize(params, state), params)
+  assert found.holds, found.problems
+  (row,) = found.compressed
+  assert row.escaped == 5 and row.worst <= 0.5 and 'escaped' in str(found)
+  # those beyond the last cell that do not escape are clipped
+  assert row.clipped == np.count_nonzero(np.abs(params['w'].astype(np.float32)) >= 2.5) - 4
+
+
+def test_escaped_weights_are_the_original_ones():
+  params, state = escaping()
+  data = artifact.serialize(params, state)
+  other = changed(params, 'w', (0, 0), np.nextafter(np.float32(40), np.float32(41)))
+  assert verify(data, other).problems == (
+    'w: found 1 escaped weights that are not the original ones, expected none',
+  )
+  assert not verify(data, params, coded=other).holds
+  assert verify(data, other, coded=params).holds
+
+
+def test_a_clipped_weight_is_told_from_an_escaped_one():
+  params, _ = escaping()
+  (row,) = verify(artifact.serialize(params, state_of(params)), params).compressed
+  assert row.escaped == 0
+  assert row.clipped == np.count_nonzero(np.abs(params['w']) >= 2.5)
+
+
+def test_weights_that_came_back_infinite_are_a_problem():
+  params, state = small()
+  values = np.array(opq_jax.apply_compression(params, state)['a'])
+  values[0, 0], values[0, 1] = np.inf, np.nan
+  codes, record = np.asarray(encode(params, state)['a']), state.tree['a']
+  row = verification._verified('a', params['a'], params['a'], codes, values, record, 0)
+  assert 'a: found 2 finite weights that came back infinite or NaN, expected none' in row.problems
+
+
+def test_a_mark_without_its_code_is_a_problem():
+  params, state = small()
+  codes = np.asarray(encode(params, state)['a'])
+  marked = with_escapes(state.tree['a'], (0, 0))
+  row = verification._verified('a', params['a'], params['a'], codes, params['a'], marked, 0)
+  assert 'a: found 1 escaped weights whose code and kind differ, expected none' in row.problems
+
+
+def test_the_byte_order_of_the_original_does_not_matter():
+  params, state = escaping()
+  data = artifact.serialize(params, state)
+  swapped = jax.tree.map(lambda leaf: leaf.astype(leaf.dtype.newbyteorder('>')), params)
+  found = verify(data, swapped, coded=swapped, corrected=swapped)
+  assert found.holds and found.exact == 1 and found.report is not None
 
 
 # ---- the command ----

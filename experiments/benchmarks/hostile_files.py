@@ -9,6 +9,8 @@ seconds, is counted and not survived.  The kinds:
     opq, bytes     every byte of it with every other value
     opq, resealed  mutations under checksums made right again, so that they reach the parsers and
                    the coder; in the index, of its text
+    opq, escapes   mutations of an .opq file of version 2, with escaped weights; and resealed
+    escapes        mutations of a section of escaped weights, half of them under the right checksum
     codes          mutations of payloads, random tables and random words for the ANS decoder; with
                    and without contexts, and along a trellis
     others         mutations of the same tree in a format that `opq_jax.read_weights` reads
@@ -19,7 +21,8 @@ An outcome is one of
     original  the arrays of the undamaged file, bit for bit
     other     another tree.  Of a format without checksums of its own (safetensors, msgpack, HDF5)
               that is what the bytes say.  A resealed .opq file is another file; then it must be
-              one that `opq_jax.save` writes again and `opq_jax.load` reads again, bit for bit
+              one that `opq_jax.save` writes again and `opq_jax.load` reads again, bit for bit; and
+              so is a resealed section of escaped weights
     wrong     anything else: a failure, as are crashes and hangs
 """
 
@@ -46,13 +49,14 @@ import numpy as np
 import safetensors.numpy
 
 import opq_jax
-from opq_jax import artifact, artifact_index, entropy_coding, trees, weight_files
+from opq_jax import artifact, artifact_index, entropy_coding, escapes, trees, weight_files
 from opq_jax.compression import CompressionState, LeafState, affine_codebook
 
 LIMIT = 10.0  # seconds of one read
 _START = 300.0  # seconds of a process up to its first
 KINDS = (
-  *('opq', 'opq, bytes', 'opq, resealed', 'codes', 'codes, contexts', 'codes, trellis'),
+  *('opq', 'opq, bytes', 'opq, resealed', 'opq, escapes', 'opq, escapes, resealed'),
+  *('codes', 'codes, contexts', 'codes, trellis', 'escapes'),
   *('safetensors', 'npz', 'msgpack', 'h5', 'keras'),
 )
 OUTCOMES = 'refused', 'original', 'other', 'wrong'
@@ -199,7 +203,8 @@ def resealed(data: bytes, rng: random.Random) -> bytes:
       text = json.dumps(content).encode()
   index = artifact_index.pack(text)
   sizes = len(table) // 12, len(index), len(codes), len(blocks)
-  sealed = artifact_index.header(sizes, zlib.crc32(index, zlib.crc32(table)))
+  version = header['__metadata__']['version']
+  sealed = artifact_index.header(sizes, zlib.crc32(index, zlib.crc32(table)), version)
   return sealed + table + index + codes + blocks
 
 
@@ -211,8 +216,18 @@ def _noise_or_mutation(data: bytes, rng: random.Random) -> bytes:
   return table + rng.randbytes(rng.choice((4, 40, 400)))
 
 
+def resealed_section(data: bytes, rng: random.Random) -> bytes:
+  """A mutation of a section of escaped weights, maybe under a checksum that is right."""
+  if rng.randrange(2):
+    return mutated(data, rng)
+  body = mutated(data[:-4], rng)
+  return body + zlib.crc32(body).to_bytes(4, 'little')
+
+
 _MUTATE = {
   'opq, resealed': resealed,
+  'opq, escapes, resealed': resealed,
+  'escapes': resealed_section,
   'codes': _noise_or_mutation,
   'codes, contexts': _noise_or_mutation,
   'codes, trellis': _noise_or_mutation,
@@ -232,8 +247,8 @@ def tree() -> dict[str, np.ndarray]:
   }
 
 
-def opq_file() -> bytes:
-  """The tree as an .opq file, with a leaf of bfloat16, a list and metadata."""
+def opq_file(has_escapes: bool) -> bytes:
+  """The tree as an .opq file, with a leaf of bfloat16, a list, metadata, and maybe escapes."""
   params = tree()
   params['brain'] = [params['conv/kernel'].astype(ml_dtypes.bfloat16), None]
   book = affine_codebook(jnp.float32(0.625), jnp.float32(0.25), jnp.int32(5))
@@ -242,8 +257,10 @@ def opq_file() -> bytes:
   def leaf_state(path: Any, leaf: np.ndarray) -> LeafState | None:
     if 'kernel' not in str(path) and leaf.dtype != ml_dtypes.bfloat16:
       return None
-    mask = np.abs(leaf.astype(np.float32)) > 0.5
-    return LeafState(mask=mask, codebook=book, dtype=leaf.dtype, **grid)
+    kinds = (np.abs(leaf.astype(np.float32)) > 0.5).astype(np.uint8)
+    if has_escapes:
+      kinds[np.abs(leaf.astype(np.float32)) > 1.75] = 2
+    return LeafState(kinds=kinds, codebook=book, dtype=leaf.dtype, **grid)
 
   state = CompressionState(jax.tree_util.tree_map_with_path(leaf_state, params))
   return artifact.serialize(params, state, {'from': 'experiments', 'é': '[{"'})
@@ -253,6 +270,13 @@ def _kind(
   kind: str, folder: pathlib.Path
 ) -> tuple[bytes, Callable[[bytes], Any], Callable[[bytes, Any], str]]:
   """The original bytes of a kind, how they are read, and what an accepted other tree is."""
+  if kind == 'escapes':
+    rng = np.random.default_rng(0)
+    positions = np.sort(rng.choice(4000, 60, replace=False))
+    values = rng.laplace(size=60).astype(np.float32)
+    read = lambda data: escapes.decode(data, 4000, 60, np.dtype(np.float32))
+    again = lambda _, found: 'other' if _same(read(escapes.encode(*found)), found) else 'wrong'
+    return escapes.encode(positions, values), read, again
   if kind.startswith('codes'):
     weights = np.random.default_rng(0).laplace(size=(3, 3, 8, 16)).astype(np.float32)
     if 'contexts' in kind:  # worth having where neighbours are alike
@@ -265,8 +289,8 @@ def _kind(
     payload = entropy_coding.encode_codes(codes, contexts=kind != 'codes')
     return payload, read, lambda *_: 'wrong'
   if kind.startswith('opq'):
-    check = _saved_again if kind == 'opq, resealed' else lambda *_: 'wrong'
-    return opq_file(), opq_jax.load, check
+    check = _saved_again if 'resealed' in kind else lambda *_: 'wrong'
+    return opq_file('escapes' in kind), opq_jax.load, check
   path = folder / f'net.{kind}'
   _write(path, tree())
 

@@ -1,22 +1,29 @@
-"""Makes the golden files of the present version of the format: `python tests/golden/make.py`.
+"""Makes the golden files of the format that are not there: `python tests/golden/make.py`.
 
     NAME.opq           a network of every kind of leaf and container, small
     NAME.safetensors   what `opq_jax.load` must make of it, for ever: the leaves by name, and
-                       <name>:mask, :codebook, :threshold, :step, :levels, :codes
+                       <name>:kinds, :codebook, :threshold, :step, :levels, :codes; of version 1,
+                       :mask in place of :kinds; float8 as uint8
 
-NAME is `version_N`, and `version_N_contexts` where codes are those of `context_coding`.  Run once
-for each version of the format, when it is made; files that are there are never made again.
+NAME is
+
+    version_1, version_1_contexts   made once by what wrote version 1; the codes of the second are
+                                    those of `context_coding`
+    version_2_escapes               escaped weights in five dtypes, and sums that round
+
+A field of the format brings a file.  Files that are there are never made again.
 """
 
 import pathlib
 
 import flax.core
+import jax
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
 import opq_jax
-from opq_jax import artifact_index
+from opq_jax import compression, trees
 
 FOLDER = pathlib.Path(__file__).parent
 METADATA = {'weights': 'golden', 'é': '[{"'}
@@ -51,22 +58,59 @@ def arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
   found = {}
   with opq_jax.OpqFile(path) as file:
     for name, leaf in file.items():
-      found[name] = leaf
+      is_float8 = leaf.dtype.name.startswith('float8')  # which safetensors writes and cannot read
+      found[name] = leaf.view(np.uint8) if is_float8 else leaf
       if (record := file.leaf_state(name)) is not None:
-        fields = ('mask', 'codebook', 'threshold', 'step', 'levels')
+        fields = ('kinds', 'codebook', 'threshold', 'step', 'levels')
         found |= {f'{name}:{field}': np.asarray(getattr(record, field)) for field in fields}
         found[f'{name}:codes'] = file.codes(name)
   return found
 
 
-def main() -> None:
-  for contexts, name in ((False, 'version_{}'), (True, 'version_{}_contexts')):
-    stem = FOLDER / name.format(artifact_index.VERSION)
-    if stem.with_suffix('.opq').exists():
+def escapes() -> tuple[dict[str, object], opq_jax.CompressionState]:
+  """The network with outliers that escape, and with a leaf of float8 and one of two levels."""
+  params = network(smooth=True)
+  draw = np.random.default_rng(1).laplace
+  params['float8'] = draw(size=(8, 16)).astype(ml_dtypes.float8_e4m3fn)
+  params['two'] = draw(size=(6, 7)).astype(np.float32)
+  params['all'] = draw(size=(2, 3)).astype(np.float16)
+  # threshold, step, first value, levels
+  grids = {
+    'params/conv/kernel': (0.5, 0.75, 0.875, 20),
+    'params/dense/kernel': (0.25, 0.375, 0.4375, 5),
+    'params/half/0': (0.25, 0.015625, 0.2578125, 127),
+    'params/zeros': (0.0, 1.0, 0.5, 0),
+    'float8': (0.125, 0.25, 0.25, 9),
+    'two': (0.3, 0.7, 0.6, 2),
+    'all': (0.0, 1.0, 0.5, 0),
+  }
+  states = []
+  for name, leaf in trees.named_leaves(params).items():
+    if name not in grids:
+      states.append(None)
       continue
-    params = network(smooth=contexts)
-    state = opq_jax.init_state(params, opq_jax.allocate(params, compression_rate=9.0))
-    opq_jax.save(stem.with_suffix('.opq'), params, state, METADATA, contexts=contexts)
+    threshold, step, first, levels = grids[name]
+    grid = np.float32(threshold), np.float32(step), np.int32(levels)
+    kinds = np.asarray(compression.kinds_of(leaf, *grid))
+    book = compression.affine_codebook(np.float32(first), grid[1], grid[2])
+    states.append(
+      opq_jax.LeafState(
+        kinds=kinds,
+        codebook=book,
+        threshold=grid[0],
+        step=grid[1],
+        levels=grid[2],
+        dtype=leaf.dtype,
+      )
+    )
+  structure = jax.tree.structure(params)
+  return params, opq_jax.CompressionState(jax.tree.unflatten(structure, states))
+
+
+def main() -> None:
+  stem = FOLDER / 'version_2_escapes'
+  if not stem.with_suffix('.opq').exists():
+    opq_jax.save(stem.with_suffix('.opq'), *escapes(), METADATA)
     data = safetensors.numpy.save(arrays(stem.with_suffix('.opq')))
     stem.with_suffix('.safetensors').write_bytes(data)
 

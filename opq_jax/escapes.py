@@ -1,0 +1,155 @@
+"""Escaped weights of a leaf <-> bytes: where they are, and what they are.
+
+m of the n weights of a leaf, in C order, at the ascending positions p_1 ... p_m, are stored as they
+are.  The gap before each is g_i = p_i - p_(i-1) - 1, with p_0 = -1, and its bucket the bit length
+of the gap: 0 for a gap of 0, else 1 + floor(log2 g).  A section is
+
+    u32                 the bytes of the buckets
+    buckets             a plain payload of `opq_jax.entropy_coding`, of m codes
+    bits                of every gap those below its leading one, the highest first; of 2**16 gaps
+                        at a time, padded with zeros to whole bytes
+    u8                  0: the values are plain; 1: they are LZMA
+    values              of the leaf's dtype
+    u32                 CRC-32 of all of the above
+
+with all numbers little-endian, and LZMA as `opq_jax.artifact_index.pack` makes it with the item
+size of the dtype for a period.  At random places an escape takes log2(n / m) + 1.5 bits and those
+of its value, and some 20 bytes go with them all.
+"""
+
+import zlib
+
+import numpy as np
+from jaxtyping import Int8, Int64, Shaped, UInt8
+
+from opq_jax import artifact_index
+from opq_jax.entropy_coding import decode_codes, encode_codes
+
+_PIECE = 1 << 16  # gaps whose bits are unpacked, and padded, together
+_WORD = 4  # bytes of the length and of the checksum
+
+
+def encode(positions: Int64[np.ndarray, ' m'], values: Shaped[np.ndarray, ' m']) -> bytes:
+  """The section of escaped weights.
+
+  Args:
+    positions: in the leaf, ascending.
+    values: of each, in the leaf's dtype.
+
+  Returns:
+    The section, empty where there are no escaped weights.  The same ones make the same bytes.
+
+  >>> section = encode(np.array([3, 70]), np.array([9.5, -8.0], np.float32))
+  >>> [part.tolist() for part in decode(section, 100, 2, np.dtype('float32'))]
+  [[3, 70], [9.5, -8.0]]
+  """
+  if positions.size == 0:
+    return b''
+  buckets, bits = np.empty(positions.size, np.int8), []
+  for start in range(0, positions.size, _PIECE):
+    piece = positions[start : start + _PIECE]
+    gaps = np.diff(piece, prepend=positions[start - 1] if start else -1) - 1
+    length = _bit_length(gaps)
+    buckets[start : start + _PIECE] = length
+    bits.append(_packed(gaps, np.maximum(length.astype(np.int64) - 1, 0)))
+  coded = encode_codes(buckets, contexts=False)
+  plain = values.tobytes()
+  packed = artifact_index.pack(plain, period=values.dtype.itemsize)
+  stored = b'\1' + packed if len(packed) < len(plain) else b'\0' + plain
+  section = b''.join([len(coded).to_bytes(_WORD, 'little'), coded, *bits, stored])
+  return section + zlib.crc32(section).to_bytes(_WORD, 'little')
+
+
+def decode(
+  data: bytes, size: int, count: int, dtype: np.dtype
+) -> tuple[Int64[np.ndarray, ' m'], Shaped[np.ndarray, ' m']]:
+  """The positions and the values of a section.
+
+  Args:
+    data: what `encode` returned.
+    size: weights of the leaf, n.
+    count: of its escaped weights, m.
+    dtype: of the leaf.
+
+  Raises:
+    ValueError: `data` is no section of so many weights of such a leaf.
+  """
+  if not 0 <= count <= size:
+    raise ValueError(f'found {count} escaped weights, expected 0 to {size}')
+  if count == 0:
+    if data:
+      raise ValueError(f'found {len(data)} bytes of escaped weights, expected none')
+    return np.zeros(0, np.int64), np.zeros(0, dtype)
+  body, checksum = data[:-_WORD], int.from_bytes(data[-_WORD:], 'little')
+  if (found := zlib.crc32(body)) != checksum or len(data) < 2 * _WORD:
+    raise ValueError(f'found CRC-32 {found:08x} of the escaped weights, expected {checksum:08x}')
+  end = _WORD + int.from_bytes(body[:_WORD], 'little')
+  if end > len(body):
+    raise ValueError(f'found {end - _WORD} bytes of buckets in {len(body)}, expected fewer')
+  buckets = decode_codes(body[_WORD:end], (count,))
+  least, largest, bound = int(buckets.min()), int(buckets.max()), (size - 1).bit_length()
+  if least < 0 or largest > bound:
+    raise ValueError(f'found buckets {least} to {largest}, expected 0 to {bound}')
+  positions, last = np.empty(count, np.int64), -1
+  for start in range(0, count, _PIECE):
+    length = buckets[start : start + _PIECE].astype(np.int64)
+    widths = np.maximum(length - 1, 0)
+    begin, end = end, end + -(-int(widths.sum()) // 8)
+    if end > len(body):
+      raise ValueError(f'found {len(body) - begin} bytes of gaps, expected {end - begin}')
+    gaps = _unpacked(body[begin:end], widths) + np.where(length > 0, 1 << widths, 0)
+    # in float64 first, where no sum wraps around
+    is_far = float(np.sum(gaps, dtype=np.float64)) > 1.5 * size
+    if is_far or last + int(gaps.sum()) + gaps.size >= size:
+      raise ValueError(f'found an escaped weight beyond the {size} of the leaf')
+    piece = positions[start : start + _PIECE]
+    np.cumsum(gaps + 1, out=piece)
+    piece += last
+    last = int(piece[-1])
+  return positions, _values(body[end:], count, dtype)
+
+
+def _values(data: bytes, count: int, dtype: np.dtype) -> Shaped[np.ndarray, ' m']:
+  kind, stored, expected = data[:1], data[1:], count * dtype.itemsize
+  if kind == b'\1':
+    stored = artifact_index.unpack(stored, expected, period=dtype.itemsize)
+  elif kind != b'\0':
+    raise ValueError(f'found escaped weights of kind {kind!r}, expected 0 or 1')
+  if len(stored) != expected:
+    raise ValueError(f'found {len(stored)} bytes of escaped weights, expected {expected}')
+  return np.frombuffer(stored, dtype)
+
+
+def _bit_length(numbers: Int64[np.ndarray, ' k']) -> Int8[np.ndarray, ' k']:
+  """Of numbers from 0 to 2**62; exact, which a logarithm in float64 is not."""
+  length = np.zeros(numbers.size, np.int8)
+  rest = numbers.copy()
+  for shift in (32, 16, 8, 4, 2, 1):
+    is_long = rest >> shift > 0
+    length[is_long] += shift
+    rest[is_long] >>= shift
+  return length + (rest > 0).astype(np.int8)
+
+
+def _places(
+  widths: Int64[np.ndarray, ' k'],
+) -> tuple[Int64[np.ndarray, ' bits'], Int64[np.ndarray, ' bits']]:
+  """Of every bit the number that it is of, and its place in that, the lowest 0."""
+  ends = np.cumsum(widths)
+  which = np.repeat(np.arange(widths.size), widths)
+  return which, ends[which] - 1 - np.arange(which.size)
+
+
+def _packed(numbers: Int64[np.ndarray, ' k'], widths: Int64[np.ndarray, ' k']) -> bytes:
+  which, place = _places(widths)
+  return np.packbits((numbers[which] >> place & 1).astype(np.uint8)).tobytes()
+
+
+def _unpacked(data: bytes, widths: Int64[np.ndarray, ' k']) -> Int64[np.ndarray, ' k']:
+  which, place = _places(widths)
+  bits: UInt8[np.ndarray, ' bits'] = np.unpackbits(np.frombuffer(data, np.uint8))
+  if bits[which.size :].any():
+    raise ValueError('found bits of gaps that are not padded with zeros')
+  sums = np.concatenate([[0], np.cumsum(bits[: which.size].astype(np.int64) << place)])
+  ends = np.cumsum(widths)
+  return sums[ends] - sums[ends - widths]

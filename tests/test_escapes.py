@@ -1,0 +1,212 @@
+import time
+import tracemalloc
+import zlib
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opq_jax import artifact_index, entropy_coding, escapes
+
+FLOAT32 = np.dtype(np.float32)
+DTYPES = [
+  np.dtype(scalar)
+  for scalar in (
+    *(np.float32, np.float16, np.float64),
+    *(ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2),
+  )
+]
+
+
+def outliers(count, dtype=FLOAT32, seed=0):
+  """Values of both signs whose exponents are much alike, as those beyond a grid are."""
+  rng = np.random.default_rng(seed)
+  return (rng.choice([-1, 1], count) * rng.uniform(8, 200, count)).astype(dtype)
+
+
+def somewhere(size, count, seed=0):
+  return np.sort(np.random.default_rng(seed).choice(size, count, replace=False))
+
+
+def assert_round_trip(positions, values, size):
+  data = escapes.encode(positions, values)
+  assert escapes.encode(positions, values) == data
+  places, found = escapes.decode(data, size, positions.size, values.dtype)
+  assert places.dtype == np.int64 and found.dtype == values.dtype
+  np.testing.assert_array_equal(places, positions)
+  assert found.tobytes() == values.tobytes()
+  return data
+
+
+@given(
+  st.sets(st.integers(0, 1 << 40), min_size=1, max_size=40),
+  st.integers(0, 1 << 30),
+  st.sampled_from(DTYPES),
+  st.data(),
+)
+@settings(deadline=None)
+def test_any_escapes_come_back(places, rest, dtype, data):
+  positions = np.array(sorted(places))
+  size = len(places) * dtype.itemsize
+  values = np.frombuffer(data.draw(st.binary(min_size=size, max_size=size)), dtype)
+  assert_round_trip(positions, values, int(positions[-1]) + 1 + rest)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5000), st.integers(1, 300)), min_size=1, max_size=20))
+@settings(deadline=None)
+def test_clusters_come_back(runs):
+  is_escaped = np.concatenate([np.repeat([False, True], pair) for pair in runs])
+  positions = np.flatnonzero(is_escaped)
+  data = assert_round_trip(positions, outliers(positions.size), is_escaped.size)
+  # a run costs some bits, whatever its length
+  assert len(data) - 4 * positions.size <= 40 + 6 * len(runs) + positions.size // 8
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('size', [1, 2, 100, 65_536, 65_537])
+def test_one_and_all_come_back(dtype, size):
+  assert_round_trip(np.arange(size), outliers(size, dtype), size)
+  for place in (0, size // 2, size - 1):
+    assert len(assert_round_trip(np.array([place]), outliers(1, dtype), size)) <= 32
+
+
+@pytest.mark.parametrize('size', [1 << 31, (1 << 62) - 1])
+def test_the_ends_of_a_huge_leaf_come_back(size):
+  positions = np.array([0, 1, size // 2, size - 2, size - 1])
+  assert_round_trip(positions, outliers(5), size)
+
+
+@pytest.mark.parametrize('share', [2, 30, 1000, 100_000])
+def test_cost_at_random_places(share):
+  count = 20_000
+  size = share * count
+  values = np.frombuffer(np.random.default_rng(1).bytes(4 * count), np.float32)
+  data = assert_round_trip(somewhere(size, count), values, size)
+  assert 8 * len(data) / count == pytest.approx(np.log2(share) + 1.5 + 32, rel=0.1)
+  # values that are noise hide what places cost
+  places = 8 * (len(data) - 4 * count) / count
+  assert places <= np.log2(share) + 1.6
+
+
+def test_values_that_repeat_themselves_take_less():
+  positions = somewhere(100_000, 1000)
+  assert len(escapes.encode(positions, outliers(1000))) < len(
+    escapes.encode(positions, np.frombuffer(np.random.default_rng(1).bytes(4000), np.float32))
+  )
+  assert len(escapes.encode(positions, np.full(1000, 9, np.float32))) < 1500
+
+
+def test_none_takes_nothing():
+  assert escapes.encode(np.zeros(0, np.int64), np.zeros(0, np.float32)) == b''
+  places, values = escapes.decode(b'', 10, 0, FLOAT32)
+  assert places.size == values.size == 0 and values.dtype == FLOAT32
+
+
+def test_ten_million_weights_in_bounded_memory():
+  size = 10_000_000
+  positions = np.arange(size)
+  values = np.zeros(size, np.float32)
+  tracemalloc.start()
+  data = escapes.encode(positions, values)
+  encoding = tracemalloc.get_traced_memory()[1]
+  tracemalloc.reset_peak()
+  places, found = escapes.decode(data, size, size, FLOAT32)
+  decoding = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert places[-1] == size - 1 and not found.any()
+  # of a weight: its bucket and its value; when decoded its place as well
+  assert encoding <= 7 * size + (20 << 20)
+  assert decoding <= 18 * size + (20 << 20)
+
+
+# ---- damaged and hostile sections ----
+
+
+def sealed(body):
+  return body + zlib.crc32(body).to_bytes(4, 'little')
+
+
+def section(buckets, bits=b'', values=b'\0' + bytes(8), length=None):
+  coded = entropy_coding.encode_codes(np.array(buckets, np.int8), contexts=False)
+  length = len(coded) if length is None else length
+  return sealed(length.to_bytes(4, 'little') + coded + bits + values)
+
+
+def test_a_section_by_hand():
+  # gaps 3 and 5: of 2 and 3 bits, below whose leading ones are 1 and 01
+  places, values = escapes.decode(section([2, 3], b'\xa0'), 100, 2, FLOAT32)
+  assert places.tolist() == [3, 9] and values.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize('mask', [0x01, 0x80, 0xFF])
+def test_every_flipped_byte_and_every_cut_is_found(mask):
+  data = escapes.encode(somewhere(1000, 20), outliers(20))
+  for i in range(len(data)):
+    damaged = bytearray(data)
+    damaged[i] ^= mask
+    for bad in (bytes(damaged), data[:i], data + data[: i + 1]):
+      with pytest.raises(ValueError):
+        escapes.decode(bad, 1000, 20, FLOAT32)
+
+
+HOSTILE = {
+  'empty': b'',
+  'only a checksum': sealed(b''),
+  'no buckets': sealed(bytes(4)),
+  'too many buckets': section([2, 3], b'\xa0', length=1 << 31),
+  'negative buckets': section([-1, 3], b'\xa0'),
+  'buckets of an int8': section([127, 127], bytes(32)),
+  'a gap beyond the end': section([2, 7], b'\xff'),
+  'gaps beyond the end': section([6, 6], b'\xff\xff'[:2]),
+  'the place after the last': section([0, 7], b'\x8c'),
+  'no bits': section([2, 3], b'', b''),
+  'bits that are not padded': section([2, 3], b'\xa1'),
+  'no values': section([2, 3], b'\xa0', b''),
+  'fewer values': section([2, 3], b'\xa0', b'\0' + bytes(7)),
+  'more values': section([2, 3], b'\xa0', b'\0' + bytes(9)),
+  'values of an unknown kind': section([2, 3], b'\xa0', b'\2' + bytes(8)),
+  'no LZMA': section([2, 3], b'\xa0', b'\1' + bytes(8)),
+  'LZMA of fewer': section([2, 3], b'\xa0', b'\1' + artifact_index.pack(bytes(7), period=4)),
+  'LZMA of more': section([2, 3], b'\xa0', b'\1' + artifact_index.pack(bytes(1 << 26), period=4)),
+}
+
+
+def refused(data, size, count, match='found'):
+  tracemalloc.start()
+  began = time.process_time()
+  with pytest.raises(ValueError, match=match):
+    escapes.decode(data, size, count, FLOAT32)
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert time.process_time() - began < 1 and peak < 4 << 20
+
+
+@pytest.mark.parametrize('name', HOSTILE)
+def test_sections_that_cannot_be_are_refused(name):
+  refused(HOSTILE[name], 100, 2)
+
+
+def test_sums_that_wrap_around_are_refused():
+  size = (1 << 62) - 1
+  count = 40
+  bits = np.packbits(np.ones(61 * count, np.uint8)).tobytes()
+  data = section([62] * count, bits, b'\0' + bytes(4 * count))
+  refused(data, size, count, 'found an escaped weight beyond')
+
+
+def test_counts_that_the_data_do_not_hold_are_refused():
+  data = escapes.encode(somewhere(1000, 20), outliers(20))
+  for size, count in ((1000, 19), (1000, 21), (10, 20), (1 << 60, 1 << 59), (5, -1)):
+    refused(data, size, count)
+  refused(b'', 1 << 60, 1 << 59)
+  with pytest.raises(ValueError, match='found 9 bytes of escaped weights, expected none'):
+    escapes.decode(bytes(9), 10, 0, FLOAT32)
+
+
+@given(st.binary(max_size=80), st.integers(1, 30), st.integers(0, 2000))
+@settings(deadline=None)
+def test_noise_is_refused(noise, count, rest):
+  with pytest.raises(ValueError):
+    escapes.decode(sealed(len(noise).to_bytes(4, 'little') + noise), count + rest, count, FLOAT32)
