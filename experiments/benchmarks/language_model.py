@@ -25,7 +25,6 @@ import argparse
 import json
 import pathlib
 import re
-import sys
 import tempfile
 import time
 import warnings
@@ -235,7 +234,7 @@ def main() -> None:
       axis = channel_axis(arguments.folder)
       for row in rows_of(kernels, judge, settings, axis, pathlib.Path(place)):
         made.append({'weights': label} | row)
-        print(json.dumps(made[-1]), file=sys.stdout if console.is_terminal else sys.stderr)
+        print(json.dumps(made[-1]), flush=True)
         progress.advance(task)
       return made
 
