@@ -234,6 +234,7 @@ TABLES = {
   'thresholds': lambda: benchmark('thresholds'),
   'synthetic_images': lambda: benchmark('synthetic_images'),
   'sentence_encoder': lambda: benchmark('sentence_encoder'),
+  'language_model': lambda: benchmark('language_model'),
   'uncompressed_leaves': lambda: benchmark('uncompressed_leaves'),
   'cell_rule': lambda: benchmark('cell_rule'),
   'large_trees': lambda: benchmark('large_trees'),

@@ -124,7 +124,7 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, 
         continue
       codes = codes_of(leaf, matrix, record, rule)
       values.append(np.asarray(compression.decode(codes, opq_jax.CompressionState(record))))
-      states.append(dataclasses.replace(record, mask=codes != 0))
+      states.append(dataclasses.replace(record, kinds=(codes != 0).astype(np.uint8)))
       total, size = total + codes.size * entropy_coding.entropy(codes), size + codes.size
     return values, states, total / size
 
