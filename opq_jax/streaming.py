@@ -17,11 +17,10 @@ import dataclasses
 import os
 import platform
 import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import numpy as np
@@ -32,7 +31,7 @@ from opq_jax import artifact, artifact_index, compression, files, sizes, trees
 from opq_jax import file_rate as file_rates
 from opq_jax.allocation import Allocation, LeafAllocation, is_compressible
 from opq_jax.compression import LeafState
-from opq_jax.sizes import ChannelAxis, SizeReport, UncompressedLeaf
+from opq_jax.sizes import ChannelAxis, CompressedLeaf, SizeReport, UncompressedLeaf
 from opq_jax.statistics import LeafStatistics, leaf_statistics
 from opq_jax.stored_leaves import StoredLeaf
 from opq_jax.trees import PyTree
@@ -76,8 +75,8 @@ def compress(
     compressible, channel_axis: as for `opq_jax.allocate`.
     metadata, contexts: as for `opq_jax.save`.
     stage: what its stages run in, by name.
-    **targets: the targets and `objective` of `opq_jax.allocate`.  For `file_rate` the file is
-      written a few times, beside its place.
+    **targets: the targets and `objective` of `opq_jax.allocate`.  For `file_rate` the
+      tree is coded a few times.
 
   Returns:
     The allocation and the sizes; the file is `opq_jax.save(output, params, state, metadata)` with
@@ -114,37 +113,52 @@ def compress(
     stats = {name: _statistics(leaves[name], axes[name]) for name in chosen}
   source = _Source(tree, leaves, stats, axes)
 
-  def written(path: str | os.PathLike[str], **targets: Any) -> Streamed:
+  def coded(**targets: Any) -> _Coded:
+    """The tree coded for these targets, in the place of what was coded before."""
+    kept.close()
     with stage('allocate'):
       allocation = source.allocation(**targets)
-    with stage('encode and write'):
-      return _written(source, allocation, path, metadata, contexts)
+    with stage('encode'):
+      writer = kept.enter_context(_Writer(output, contexts))
+      return source.coded(allocation, writer, metadata)
 
-  if file_rate is None:
-    return written(output, **targets)
-  folder, _ = os.path.split(os.path.abspath(output))
-  with files.errors_of(output):
-    descriptor, beside = tempfile.mkstemp(prefix='.opq-', dir=folder)
-  os.close(descriptor)
-  last: dict[float, Streamed] = {}
+  with contextlib.ExitStack() as kept:
+    if file_rate is None:
+      found = coded(**targets)
+    else:
+      last: dict[float, _Coded] = {}
 
-  def size_of(bits: float) -> int:
-    last.clear()
-    last[bits] = written(beside, bits_per_weight=bits, **targets)
-    return last[bits].report.file
+      def size_of(bits: float) -> int:
+        last.clear()
+        last[bits] = coded(bits_per_weight=bits, **targets)
+        return last[bits].writer.size
 
-  original = sum(leaf.nbytes for leaf in leaves.values())
-  weights = sum(leaf.size for leaf in leaves.values())
-  try:
-    bits = file_rates.bits_of_file(size_of, original, file_rate, weights)
-    if bits not in last:
-      size_of(bits)
-    with files.errors_of(output):
-      os.replace(beside, output)
-  finally:
-    if os.path.exists(beside):
-      os.unlink(beside)
-  return last[bits]
+      original = sum(leaf.nbytes for leaf in leaves.values())
+      weights = sum(leaf.size for leaf in leaves.values())
+      bits = file_rates.bits_of_file(size_of, original, file_rate, weights)
+      if bits not in last:
+        size_of(bits)
+      found = last[bits]
+    with stage('write'):
+      found.writer.place()
+  with artifact.OpqFile(output) as file:
+    stored = file.sizes()
+  located = lambda leaf: dataclasses.replace(leaf, file=stored[leaf.path])
+  report = SizeReport(
+    tuple(map(located, found.compressed)),
+    tuple(map(located, found.uncompressed)),
+    os.stat(output).st_size,
+  )
+  return Streamed(found.allocation, report)
+
+
+class _Coded(NamedTuple):
+  """A tree that is coded, and not yet in its place; the rows know nothing of bytes in the file."""
+
+  allocation: Allocation
+  writer: '_Writer'
+  compressed: list[CompressedLeaf]
+  uncompressed: list[UncompressedLeaf]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +175,7 @@ class _Source:
     return jax.tree.unflatten(jax.tree.structure(self.tree), leaves)
 
   def allocation(self, **targets: Any) -> Allocation:
+    """`opq_jax.allocate` of the leaves' statistics."""
     return allocations.allocate(
       self.like_tree([self.stats.get(name, leaf) for name, leaf in self.leaves.items()]),
       compressible=lambda name, _: name in self.stats,
@@ -168,35 +183,22 @@ class _Source:
       **targets,
     )
 
-
-def _written(
-  source: _Source,
-  allocation: Allocation,
-  output: str | os.PathLike[str],
-  metadata: dict[str, str],
-  contexts: bool,
-) -> Streamed:
-  """Writes the file of an allocation."""
-  asked = trees.records(source.tree, allocation.tree, LeafAllocation)
-  with _Writer(output, contexts) as writer:
-    compressed, uncompressed = [], []
-    for (name, leaf), wanted in zip(source.leaves.items(), asked, strict=True):
+  def coded(self, allocation: Allocation, writer: '_Writer', metadata: dict[str, str]) -> '_Coded':
+    """All leaves, given to the writer."""
+    asked = trees.records(self.tree, allocation.tree, LeafAllocation)
+    found = _Coded(allocation, writer, [], [])
+    for (name, leaf), wanted in zip(self.leaves.items(), asked, strict=True):
       if wanted is None:
         writer.add(name, leaf.read())
-        uncompressed.append(UncompressedLeaf(name, leaf.shape, leaf.dtype.name, leaf.nbytes, 0))
+        row = UncompressedLeaf(name, leaf.shape, leaf.dtype.name, leaf.nbytes, 0)
+        found.uncompressed.append(row)
         continue
-axis = source.axes[name]
+      axis = self.axes[name]
       record, codes, escaped, reach = _coded(name, leaf.read(), wanted, axis)
       writer.add_codes(name, record, codes, escaped)
-      compressed.append(sizes.compressed_leaf(name, record, codes, reach, axis, 0))
-    writer.finish(source.like_tree, metadata)
-  with artifact.OpqFile(output) as file:
-    stored = file.sizes()
-  located = lambda leaf: dataclasses.replace(leaf, file=stored[leaf.path])
-  report = SizeReport(
-    tuple(map(located, compressed)), tuple(map(located, uncompressed)), os.stat(output).st_size
-  )
-  return Streamed(allocation, report)
+      found.compressed.append(sizes.compressed_leaf(name, record, codes, reach, axis, 0))
+    writer.finish(self.like_tree, metadata)
+    return found
 
 
 def _return_large_blocks() -> None:
@@ -257,7 +259,7 @@ class _Writer:
     self._specs: list[str] = []
     self._grids: list[list[np.float32]] = []
     self._blocks: list[tuple[int, int]] = []
-    self._version = '1'
+    self._version, self._front = '1', b''
     self._raw, self._raw_size = bytearray(), 0
     self._packing: collections.deque[Future[bytes]] = collections.deque()
     self._open = contextlib.ExitStack()
@@ -299,16 +301,25 @@ class _Writer:
         self._pack(artifact_index.BLOCK)
 
   def finish(self, like_tree: Callable[[list[str]], PyTree], metadata: dict[str, str]) -> None:
-    """Puts the file together in its place; `like_tree` makes the tree of what its leaves have."""
+    """Makes what comes first in the file; `like_tree` makes the tree of what its leaves have."""
     if self._raw:
       self._pack(len(self._raw))
     while self._packing:
       self._write_block()
     codes_size = self._codes_file.tell()
     noted = like_tree(self._specs)
-    front = artifact.front(noted, self._grids, codes_size, self._blocks, metadata, self._version)
+    rest = self._grids, codes_size, self._blocks, metadata, self._version
+    self._front = artifact.front(noted, *rest)
+
+  @property
+  def size(self) -> int:
+    """Bytes of the file, once it is finished."""
+    return len(self._front) + self._codes_file.tell() + self._blocks_file.tell()
+
+  def place(self) -> None:
+    """Puts the file together in its place."""
     with files.replacing(self._output) as file:
-      file.write(front)
+      file.write(self._front)
       for spool in (self._codes_file, self._blocks_file):
         spool.seek(0)
         shutil.copyfileobj(spool, file, 1 << 20)
