@@ -272,7 +272,7 @@ def allocate(
     if not chosen:
       return Allocation(jax.tree.unflatten(structure, [None] * len(named)))
   numbers: list[np.ndarray | None] = [None] * len(stats)
-  if 'bits_per_weight' in targets and not is_traced:
+  if corrected and not is_traced:
     numbers = [
       numbers_of(s, look and look()) if has_few_magnitudes(s) else None
       for s, look in zip(stats, looks, strict=True)
@@ -435,7 +435,7 @@ def check_targets(
   if sparsity is None and not rates:
     compression_rate = DEFAULT_COMPRESSION_RATE
   # a code has at most 8 bits; beyond are escaped weights, of which closed forms do not know
-  least = 1.0 if corrected else 4.0
+  least = 0.5 if corrected else 4.0
   bounds = {
     'sparsity': (0.0, 1.0, '0 <= sparsity < 1'),
     'bits': (1.0, 1 + math.log2(MAX_LEVELS), '1 <= bits < 7.98, what 127 levels a sign can hold'),

@@ -156,12 +156,20 @@ def _leaves(tree: JoinedStatistics, channels: Channels, unit: Float[Array, 'leav
     log_mu = jnp.log(jnp.asarray(tree.sizes)) + jnp.log(jnp.maximum(sums.energy(), tiny))
   else:
     # mu = lambda / F', F = omega S^(power - 1) D, and S = 2 n t^2
-    energy = jnp.log(2 * tree.sizes) + 2 * jnp.log(unit)
-    log_mu = (1 - tree.power) * energy - jnp.log(tree.omegas) - 2 * jnp.log(own)
+    energy = jnp.log(2 * jnp.asarray(tree.sizes)) + 2 * jnp.log(unit)
+    log_mu = (1 - jnp.asarray(tree.power)) * energy - jnp.log(tree.omegas) - 2 * jnp.log(own)
   is_linear = tree.power is not None
   bits = jnp.where(tree.lattices.levels > 0, tree.lattices.bits, jnp.inf)
-  sizes = jnp.asarray(tree.sizes)
-  return Leaves(sums, sizes, channels.leaf_share(), tree.value_bits, log_mu, is_linear, bits)
+  return Leaves(
+    sums,
+    jnp.asarray(tree.sizes),
+    channels.leaf_share(),
+    tree.value_bits,
+    log_mu,
+    is_linear,
+    bits,
+    tree.lattices.error / own / own,
+  )
 
 
 def _cells(
@@ -262,7 +270,8 @@ def _describe(
     entropy, escaped = entropy_of(leaves.sums, at, width, levels, tree.value_bits)
     payload = payload_of(leaves, at, width, levels)
     on_lattice = grid.choice == ON_LATTICE
-    error = jnp.where(on_lattice, 0, error)
+    of_lattice = tree.lattices.error / jnp.square(own) / jnp.maximum(energy, 1e-30)
+    error = jnp.where(on_lattice, of_lattice, error)
     payload = jnp.where(on_lattice, tree.lattices.bits, payload)
   else:
     at, width = channels.of(at), channels.of(width)

@@ -33,6 +33,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int8, Int32, UInt8
 
 from opq_jax import trees
 from opq_jax.allocation import MAX_LEVELS, Allocation, LeafAllocation
+from opq_jax.rate_search import STEP_BITS
 from opq_jax.trees import PyTree
 
 ESCAPE = -128  # the code of an escaped weight
@@ -273,13 +274,13 @@ def exact_grid(
 ) -> tuple[Float32[Array, ''], Float32[Array, '']]:
   """`step` and `first` rounded so that `first + step * k`, k < levels, is exact in float32.
 
-  Both become multiples of one unit, a power of two: at most 2**15 units make a step, and at most
+  Both become multiples of one unit, a power of two: at most 2**17 units make a step, and at most
   2**24 the largest value, so neither product nor sum rounds, with or without a fused
   multiply-add.  Of at most two levels no product can round, and both are left as they are: their
   sum is rounded once, in the same way everywhere.
   """
   last = first + step * jnp.maximum(levels.astype(jnp.float32) - 1, 0)
-  exponent = jnp.maximum(jnp.frexp(step)[1] - 15, jnp.frexp(last)[1] - 24)
+  exponent = jnp.maximum(jnp.frexp(step)[1] - STEP_BITS, jnp.frexp(last)[1] - 24)
   unit = jnp.ldexp(jnp.float32(1), jnp.maximum(exponent, -126))
   is_exact = levels <= 2
   rounded = jnp.maximum(jnp.round(step / unit), 1) * unit, jnp.round(first / unit) * unit

@@ -63,7 +63,7 @@ def minimise_at_bits(
     channels.share * laplace.pruning_error(channels.of(threshold), channels.scale)
   )
   log_reach = jnp.log(jnp.maximum(reach, tiny))
-  most = channels.max(log_reach)
+  most = jnp.maximum(channels.max(log_reach), _LOG_LEAST)
   # far below any step that is of use: from 127 cells in a fraction of the leaf's scale to 127 that
   # hold its largest weight
   least = jnp.minimum(most - _LOG_MOST, _LOG_LEAST)

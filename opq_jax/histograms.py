@@ -230,7 +230,8 @@ def payload_bits(
   The zeroth-order entropy of the codes, where an escaped weight has the code of a pruned one, and
   what a file adds: `opq_jax.entropy_coding` writes a frequency f of P bits in about 2 + log2 f
   bits, the bounds of the alphabet, and a checksum; an escaped weight takes the bits of its value
-  and, m of n, log2(n / m) + log2 e for where it is.  In a small leaf this is not little.
+  and, as far as some are and others are not, those of where it is.  In a small leaf this is not
+  little.
 
   Args:
     pruned: share of the weights.
@@ -260,13 +261,14 @@ def payload_bits(
   table = first(jnp.sum(table, axis=1), 2 * 2 * 2.0)
   codes = first(jnp.cumsum(jnp.sum(surprise, axis=1), axis=1), 0.0)
   codes = codes - _times_log2(pruned[:, None] + escaped) + jnp.log2(1 + first(raised, 0.0))
-  beside = escaped * (value_bits[:, None] + _LOG2_E) - _times_log2(escaped)
+  beside = escaped * (value_bits[:, None] + _BITS_OF_PLACE)
+  beside = beside - _times_log2(escaped) - _times_log2(1 - escaped)
   beside = beside + jnp.where(escaped > 0, _BITS_OF_ESCAPES / sizes[:, None], 0)
   return codes + (44 + table) / sizes[:, None] + beside
 
 
-_LOG2_E = 1.4427
-_BITS_OF_ESCAPES = 200.0  # of a section of escaped weights: its checksum, table and entry
+_BITS_OF_PLACE = 0.06  # of an escaped weight, over the entropy of where escaped weights are
+_BITS_OF_ESCAPES = 160.0  # of a section of escaped weights: its checksum, table and entry
 
 
 def _times_log2(x: Float[Array, '...']) -> Float[Array, '...']:

@@ -14,9 +14,11 @@ from jaxtyping import Array, Bool, Float32
 
 from opq_jax import ans
 from opq_jax.histograms import BINS, bin_edge, bin_of
+from opq_jax.rate_search import STEP_BITS
 from opq_jax.statistics import LeafStatistics
 
 _MOST = 127  # magnitudes: levels a sign
+_NEAR = 2e-3  # of a step
 
 
 class Lattice(NamedTuple):
@@ -25,6 +27,7 @@ class Lattice(NamedTuple):
   Attributes:
     threshold, first, step, levels: of the grid.
     bits: per weight of its payload.
+    error: squared, per weight: 0 where it is exact, or next to nothing.
   """
 
   threshold: float | Array = 0.0
@@ -32,6 +35,7 @@ class Lattice(NamedTuple):
   step: float | Array = 0.0
   levels: float | Array = 0.0
   bits: float | Array = 0.0
+  error: float | Array = 0.0
 
 
 def has_few_magnitudes(stats: LeafStatistics) -> bool:
@@ -75,7 +79,11 @@ def lattice_of(stats: LeafStatistics, numbers: Float32[np.ndarray, ' bins']) -> 
   for sign, row in zip((1, -1), counts, strict=True):
     codes[sign * place] += row[occurs]
   bits = float(ans.ideal_bits(codes)) + len(ans.write_table(ans.fit(codes))) + 40
-  return Lattice(float(threshold), float(first), float(step), float(levels), bits / stats.size)
+  off = magnitudes.astype(np.float64) - _values(first, step, place - 1, np.dtype(stats.dtype))
+  error = float(np.sum(counts[:, occurs] * np.square(off)) / stats.size)
+  return Lattice(
+    float(threshold), float(first), float(step), float(levels), bits / stats.size, error
+  )
 
 
 @jax.jit
@@ -94,8 +102,8 @@ def _affine(
 ) -> tuple[np.float32, np.float32, np.float32, int] | None:
   """Threshold, first value, step and levels of a grid with a level at each of ascending magnitudes.
 
-  None where there is none: a value may be off by what float32 rounds in a few operations, which
-  is how such weights are made.
+  None where there is none.  Of three or more magnitudes a value may be off by next to nothing: a
+  multiple of .1, say, is rounded in float32, and no grid is made of such numbers.
   """
   first, last = magnitudes[0], magnitudes[-1]
   if len(magnitudes) == 1:
@@ -106,16 +114,23 @@ def _affine(
     return None
   step = np.float32((float(last) - float(first)) / (levels - 1))
   if levels > 2:
-    # at most 15 bits, so that no product rounds (`opq_jax.compression.exact_grid`)
+    # as `opq_jax.compression.exact_grid` would round them
     mantissa, exponent = math.frexp(step)
-    step = np.float32(math.ldexp(round(mantissa * 2**15), exponent - 15))
-    unit = math.ldexp(1.0, max(exponent - 15, math.frexp(last)[1] - 24))
+    step = np.float32(math.ldexp(round(mantissa * 2**STEP_BITS), exponent - STEP_BITS))
+    unit = math.ldexp(1.0, max(exponent - STEP_BITS, math.frexp(last)[1] - 24))
     first = np.float32(round(float(first) / unit) * unit)
   place = np.rint((magnitudes - first) / step)
-  values = (first + step * place.astype(np.float32)).astype(dtype).astype(np.float32)
-  # all of at most two magnitudes, and most of more, are exact
-  most = 0 if levels <= 2 else 2.0**-20 * last
+  values = _values(first, step, place, dtype)
+  # all of at most two magnitudes are exact
+  most = 0 if levels <= 2 else _NEAR * step
   if np.max(np.abs(values - magnitudes)) > most:
     return None
   # in the first half of the first cell, so that threshold + (first - threshold) is first
   return np.maximum(first / 2, first - step / 2), first, step, levels
+
+
+def _values(
+  first: np.float32, step: np.float32, place: np.ndarray, dtype: np.dtype
+) -> Float32[np.ndarray, ' k']:
+  """Of the cells of a grid, counted from 0, once they are of the dtype."""
+  return (first + step * place.astype(np.float32)).astype(dtype).astype(np.float32)

@@ -44,6 +44,7 @@ from opq_jax import laplace
 from opq_jax.histograms import Sums, code_entropy, payload_bits
 
 MAX_LEVELS = 127  # a code is one int8
+STEP_BITS = 17  # of a step: times up to 127 no product rounds in float32
 PRUNED, ON_GRID, ON_LATTICE, EXACT = range(4)
 _LOG2 = math.log(2.0)
 _ROUNDS = 14  # of threshold and step
@@ -66,7 +67,8 @@ class Leaves(NamedTuple):
     log_mu: of each leaf at lambda = 1, for an objective that is linear in the errors; up to a
       number that is the same for all.  Otherwise of F = -log(1 - D / energy) at D = 0.
     is_linear: whether it is.
-    lattice_bits: bits per weight of a leaf on its lattice; infinite where it has none.
+    lattice_bits, lattice_error: bits and squared error per weight of a leaf on its lattice; the
+      bits are infinite where it has none.
   """
 
   sums: Sums
@@ -76,6 +78,7 @@ class Leaves(NamedTuple):
   log_mu: Float[Array, 'leaves']
   is_linear: bool
   lattice_bits: Float[Array, 'leaves']
+  lattice_error: Float[Array, 'leaves']
 
 
 class Found(NamedTuple):
@@ -161,9 +164,8 @@ def minimise_at_bits_per_weight(leaves: Leaves, bits: Float[Array, '']) -> Found
       held=held,
     )
 
-  nothing = Found(
-    jnp.zeros(leaves.share.shape, jnp.int32), *[jnp.zeros_like(leaves.share)] * 4, bits
-  )
+  zeros = jnp.zeros_like(leaves.share)
+  nothing = Found(zeros.astype(jnp.int32), zeros, zeros, zeros, zeros, bits)
   start = _Search(
     jnp.int32(_FIRST),
     jnp.int32(0),
@@ -233,7 +235,7 @@ def _at(leaves: Leaves, at: _Point, bits: Array, held: Int32[Array, 'leaves']) -
       _payload(leaves, 1 - nonzero, nonzero),
     ]
   )
-  errors = jnp.stack([energy, error, nothing, nothing])
+  errors = jnp.stack([energy, error, leaves.lattice_error, nothing])
   if leaves.is_linear:
     costs = errors + price[None] * rates
   else:
@@ -241,7 +243,7 @@ def _at(leaves: Leaves, at: _Point, bits: Array, held: Int32[Array, 'leaves']) -
     left = jnp.maximum(left, jnp.finfo(left.dtype).tiny)
     costs = jnp.exp(log_mu)[None] * rates - energy[None] * jnp.log(left)
   # few values that somebody chose are kept where they take no more than what all have on average
-  is_kept = (leaves.lattice_bits <= bits)[None]
+  is_kept = ((leaves.lattice_bits <= bits) & (leaves.lattice_error == 0))[None]
   costs = jnp.where(is_kept & (np.arange(4)[:, None] != ON_LATTICE), jnp.inf, costs)
   best = jnp.argmin(costs, axis=0)
   choice = jnp.where(held < 0, best, jnp.where(held == _FURTHER, ON_GRID, held)).astype(jnp.int32)
@@ -297,7 +299,7 @@ def _grid(leaves: Leaves, log_mu: Array) -> tuple[Array, Array, Array]:
   step = _step(jnp.exp(log_price), scale)
   # as it will be (`opq_jax.compression.exact_grid`): many equal weights may lie beside an edge
   mantissa, exponent = jnp.frexp(step)
-  step = jnp.ldexp(jnp.round(mantissa * 2.0**15), exponent - 15)
+  step = jnp.ldexp(jnp.round(mantissa * 2.0**STEP_BITS), exponent - STEP_BITS)
   return threshold, step, log_price
 
 

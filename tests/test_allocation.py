@@ -15,7 +15,14 @@ from flax import nnx
 import opq_jax
 from opq_jax import allocate, allocation_solver, encode, init_state
 from opq_jax.allocation import OBJECTIVES, Allocation
+from opq_jax.compression import ESCAPE
 from opq_jax.entropy_coding import encode_codes
+
+# what small and odd trees lose is said, and is not what most of these tests are of
+pytestmark = [
+  pytest.mark.filterwarnings('ignore:all weights are pruned'),
+  pytest.mark.filterwarnings('ignore:.*all weights are zero'),
+]
 
 RNG = np.random.default_rng
 KINDS = {
@@ -43,10 +50,13 @@ def measured(params, allocation):
       continue
     code = np.asarray(codes[name])
     n += code.size
-    bits += 8 * len(encode_codes(code, contexts=False))
+    escaped = int(np.sum(code == ESCAPE))
+    bits += 8 * len(encode_codes(np.where(code == ESCAPE, np.int8(0), code), contexts=False))
+    value_bits = 8 * np.dtype(params[name].dtype).itemsize
+    bits += escaped * (value_bits + np.log2(code.size / max(escaped, 1)) + 1.44)
     zeros += np.sum(code == 0)
     survivors = (code != 0).reshape(-1, code.shape[-1]).sum(0)
-    width += np.sum(survivors * np.asarray(leaf.bits, float))
+    width += np.sum(survivors * np.asarray(leaf.bits, float)) + escaped * value_bits
     kept += survivors.sum()
   return bits / n, zeros / n, width / max(kept, 1)
 
@@ -56,11 +66,6 @@ def measured(params, allocation):
 @pytest.mark.filterwarnings('ignore:the Laplace density')  # Student's tails may be reported
 def test_rate_is_met(kind, rate):
   params = tree(kind)
-  if (kind, rate) == ('mixture', 6.0):
-    # scales so far apart that 127 levels of one grid cannot serve them all with 5.3 bits
-    with pytest.raises(ValueError, match=r'found at most .* bits per weight with 127 levels'):
-      allocate(params, compression_rate=rate)
-    return
   bits, _, _ = measured(params, allocate(params, compression_rate=rate))
   assert bits == pytest.approx(32 / rate, rel=6e-3)
 
@@ -251,16 +256,20 @@ def test_weights_far_from_the_density_are_named():
   params = tree()
   odd = np.full((64, 64), 0.01, np.float32)
   odd[::16, ::16] = 1.0  # a few weights hold nearly all of the energy
+  params['odd'] = jnp.asarray(odd)
   with pytest.warns(
     UserWarning, match=r'the Laplace density.*odd \(\d+\.\d+\): found E\[w\^2\]'
   ) as found:
-    allocation = allocate({**params, 'odd': jnp.asarray(odd)}, compression_rate=15.0)
+    allocation = allocate(params, sparsity=0.3, bits=3.0)
   assert found[0].filename == __file__
   assert float(allocation.tree['odd'].laplace_fit) > 3
   assert float(allocation.tree['a'].laplace_fit) == pytest.approx(1, abs=0.1)
   with warnings.catch_warnings():
     warnings.simplefilter('error')
+    # a rate is met from the weights themselves
     allocate(params, compression_rate=15.0)
+    params.pop('odd')
+    allocate(params, sparsity=0.3, bits=3.0)
 
 
 @pytest.mark.parametrize('targets', [{'compression_rate': 15.0}, {'sparsity': 0.5, 'bits': 3.0}])
@@ -269,17 +278,10 @@ def test_constant_leaves(targets):
   allocation = allocate(params, **targets)
   values = opq_jax.apply_compression(params, init_state(params, allocation))
   constant = np.asarray(values['constant'])
-  # the offset is known to a bin of the histogram
-  np.testing.assert_allclose(constant, -0.3, rtol=1 / 4096)
+  if 'compression_rate' in targets:
+    np.testing.assert_array_equal(constant, np.float32(-0.3))
+  np.testing.assert_allclose(constant, -0.3, rtol=1e-6)
   np.testing.assert_array_equal(values['zeros'], 0)
-
-
-def test_values_lie_deeper_in_their_cells_than_rounding_moves_them():
-  # all survivors of a cell are at its beginning
-  values = np.concatenate([np.zeros(2048), np.tile([1.0, 2.0], 1024)]) * np.tile([-1, 1], 2048)
-  leaf = allocate(jnp.asarray(values.reshape(64, 64), jnp.bfloat16), sparsity=0.501, bits=1.8).tree
-  rounding = 2.0**-8 * 2.0  # of the largest value
-  assert rounding < float(leaf.offset) < float(leaf.step) / 8
 
 
 @pytest.mark.parametrize('corrected', [False, True])
@@ -350,7 +352,8 @@ def test_odd_leaves(shape, fill):
   params = {'odd': jnp.asarray(odd, jnp.float32), 'a': tree()['a']}
   allocation = allocate(params, compression_rate=15.0)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(allocation)))
-  assert (allocation.tree['odd'] is None) == (0 in shape)
+  # a leaf of zeros passes through, and it is said
+  assert (allocation.tree['odd'] is None) == (not odd.any())
 
 
 A = np.ones((8, 8), np.float32) * np.linspace(-1, 1, 8, dtype=np.float32)
@@ -359,7 +362,12 @@ REFUSED = [
   ({'w': np.where(A > 0.9, np.inf, A)}, {}, 'w: found NaN or infinite'),
   ({}, {}, 'empty tree'),
   ({'b': A[0]}, {}, 'no leaf to compress'),
-  ({'w': A}, {'compression_rate': 1.0}, 'compression_rate: found 1.0, expected'),
+  ({'w': A}, {'compression_rate': 0.4}, 'compression_rate: found 0.4, expected'),
+  ({'w': A}, {'compression_rate': 3.9, 'corrected': False}, 'found 3.9, expected compression_rate'),
+  ({'w': A}, {'bits_per_weight': 0.0}, 'bits_per_weight: found 0.0, expected'),
+  ({'w': A}, {'bits_per_weight': 2.0, 'compression_rate': 16.0}, 'expected one of them'),
+  ({'w': A}, {'file_rate': 2.0, 'bits_per_weight': 16.0}, 'expected it alone'),
+  ({'w': A}, {'file_rate': -1.0}, 'file_rate: found -1.0, expected'),
   ({'w': A}, {'compression_rate': 9.0, 'bits': 3.0}, 'together'),
   ({'w': A}, {'sparsity': 0.5}, 'sparsity alone'),
   ({'w': A}, {'bits': 3.0}, 'bits alone'),
@@ -441,19 +449,60 @@ def test_squared_errors_of_any_unit_beside_a_leaf_of_zeros(targets, corrected):
   assert one['c'].entropy > one['a'].entropy
 
 
-def test_a_narrow_dtype_has_steps_down_to_eight_roundings():
-  params = {'w': jnp.asarray(RNG(0).uniform(-1, 1, (256, 64)), jnp.bfloat16)}
-  with warnings.catch_warnings():
-    warnings.simplefilter('ignore', UserWarning)  # uniform
-    leaf = allocate(params, sparsity=0.0, bits=7.9).tree['w']
-  largest = np.abs(np.asarray(params['w'], np.float32)).max()
-  assert float(leaf.step) == pytest.approx(largest * 8 * 2**-8, rel=1e-3)
-  assert int(leaf.levels) == 32
+def test_a_narrow_dtype_has_the_grid_of_the_same_values_in_float32():
+  wide = jnp.asarray(RNG(0).laplace(size=(256, 64)), jnp.bfloat16).astype(jnp.float32)
+  for bits in (2.0, 5.0, 6.5):
+    leaf, same = (
+      allocate({'w': w}, bits_per_weight=bits).tree['w'] for w in (wide.astype(jnp.bfloat16), wide)
+    )
+    assert float(leaf.error) <= 1.02 * float(same.error)
+    assert float(leaf.step) == pytest.approx(float(same.step), rel=0.03)
 
 
-def test_a_rate_that_tables_alone_exceed_is_refused():
-  with pytest.raises(ValueError, match=r'compression_rate: found at least .* expected 0.0032'):
+def test_fewer_bits_than_the_tables_take_are_refused_with_the_true_bound():
+  with pytest.raises(ValueError, match=r'found at least 0\.\d+ bits per weight.* expected 0.0032'):
     allocate({'w': A}, compression_rate=10_000.0)
+  # and just above the bound they are not
+  with pytest.raises(ValueError, match='found at least') as refused:
+    allocate({'w': A}, bits_per_weight=1e-4)
+  bound = float(str(refused.value).split()[3])
+  allocate({'w': A}, bits_per_weight=bound * 1.01)
+
+
+def test_what_becomes_all_zero_is_named():
+  rng = RNG(0)
+  scale = np.ones((50, 1)) * 0.1
+  scale[:10] = 1e-4
+  params = {
+    'embedding': (rng.laplace(size=(50, 64)) * scale).astype('f4'),
+    'layers': np.stack([rng.laplace(size=(16, 16)) * s for s in (1, 1e-5, 1)]).astype('f4'),
+    'adapter': np.zeros((16, 4), 'f4'),
+    'layer_scale': np.full((8, 8), 1e-6, 'f4') * rng.uniform(0.5, 1, (8, 8)).astype('f4'),
+  }
+  with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter('always')
+    allocation = allocate(params, compression_rate=10.0)
+  text = ' '.join(str(warning.message) for warning in said)
+  assert 'embedding (10 of 50 along its first axis)' in text
+  assert 'layers (1 of 3 along its first axis)' in text
+  assert 'adapter: all weights are zero' in text and allocation.tree['adapter'] is None
+  assert 'layer_scale (the whole leaf)' in text
+  assert int(allocation.tree['embedding'].dead_rows) == 10
+  values = opq_jax.apply_compression(params, init_state(params, allocation))
+  dead = lambda name: [i for i, row in enumerate(np.asarray(values[name])) if not row.any()]
+  assert dead('embedding') == list(range(10)) and dead('layers') == [1]
+
+
+def test_targets_are_one_and_the_same():
+  params = tree()
+  one, other = allocate(params, compression_rate=16.0), allocate(params, bits_per_weight=2.0)
+  for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+    np.testing.assert_array_equal(x, y)
+  variables = {'net': params}
+  allocation = allocate(variables, file_rate=12.0)
+  data = opq_jax.artifact.serialize(variables, init_state(variables, allocation))
+  original = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+  assert 12.0 <= original / len(data) <= 12.1
 
 
 @pytest.mark.parametrize('at', ['a', 'c'])

@@ -83,7 +83,7 @@ def test_a_weight_at_the_threshold_is_pruned_and_one_beyond_the_last_cell_is_cli
 def test_every_code_has_the_value_that_the_codebook_gives_it(levels):
   codes = jnp.arange(-127, 128, dtype=jnp.int8)
   leaf = LeafState(
-    mask=codes != 0,
+    kinds=(codes != 0).astype(np.uint8),
     codebook=affine_codebook(jnp.float32(0.75), jnp.float32(0.5), jnp.int32(levels)),
     threshold=jnp.float32(0.5),
     step=jnp.float32(0.5),

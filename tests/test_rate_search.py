@@ -1,5 +1,6 @@
 """Bits per weight that are met, whatever the weights; and at nearly the least cost."""
 
+import itertools
 import warnings
 
 import hypothesis
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import opq_jax
-from opq_jax import entropy_coding, rate_search
+from opq_jax import entropy_coding, escapes, rate_search
 from opq_jax.compression import ESCAPE
 from opq_jax.histograms import sums_of
 
@@ -70,17 +71,14 @@ def drawn(kind, dtype, seed=0):
   return weights.astype(dtype)
 
 
-def bits_in_a_file(codes, dtype):
+def bits_in_a_file(codes, values):
   """Of the payload that the coder writes, and of the escaped weights beside it."""
-  is_escaped = codes == ESCAPE
-  escaped = int(is_escaped.sum())
-  payload = entropy_coding.encode_codes(
-    np.where(is_escaped, 0, codes).astype(np.int8), contexts=False
-  )
-  bits = 8 * len(payload)
-  if escaped:
-    bits += escaped * (8 * np.dtype(dtype).itemsize + np.log2(codes.size / escaped) + 1.44)
-  return bits / codes.size
+  is_escaped = (codes == ESCAPE).reshape(-1)
+  on_grid = np.where(codes == ESCAPE, 0, codes).astype(np.int8)
+  size = len(entropy_coding.encode_codes(on_grid, contexts=False))
+  if is_escaped.any():
+    size += len(escapes.encode(np.flatnonzero(is_escaped), values.reshape(-1)[is_escaped]))
+  return 8 * size / codes.size
 
 
 def compressed(weights, **targets):
@@ -102,11 +100,11 @@ def test_search_meets_the_bits_or_says_what_it_met(kind, dtype, log_bits, seed):
   bits = 2.0**log_bits
   weights = drawn(kind, dtype, seed)
   codes, values, leaf, said = compressed(weights, bits_per_weight=bits)
-  found = bits_in_a_file(codes, dtype)
+  found = bits_in_a_file(codes, values)
   # a table of few codes is predicted to a few bytes
   slack = 0.005 * bits + 8 * 40 / codes.size
   assert found <= bits + slack
-  if found < bits - slack:
+  if float(leaf.payload) < 0.995 * bits:
     assert any('bits per weight' in text for text in said)
   # nothing is clipped, and nothing becomes infinite
   wide, exact = values.astype(np.float64), weights.astype(np.float64)
@@ -121,9 +119,9 @@ def test_more_bits_never_err_more(kind):
   weights = drawn(kind, np.float32)
   errors = [
     float(np.square(compressed(weights, bits_per_weight=b)[1] - weights).sum())
-    for b in (0.25, 0.5, 1, 2, 3, 4, 6, 8, 12, 20, 32)
+    for b in (0.25, 0.5, 1, 2, 3, 4, 6, 8, 12, 20, 33)
   ]
-  assert all(b <= a * 1.01 for a, b in zip(errors, errors[1:], strict=False)), errors
+  assert all(b <= a * 1.01 for a, b in itertools.pairwise(errors)), errors
   assert errors[-1] == 0
 
 
@@ -131,9 +129,9 @@ def test_more_bits_never_err_more(kind):
 def test_all_bits_of_the_dtype_are_exact(dtype):
   weights = drawn('student', dtype)
   bits = 8 * np.dtype(dtype).itemsize
-  codes, values, leaf, said = compressed(weights, bits_per_weight=min(bits + 1.0, 32.0))
-  assert values.tobytes() == weights.tobytes()
-  assert bits == 32 or any('all values are exact' in text for text in said)
+  _, values, _, said = compressed(weights, bits_per_weight=bits + 1.0)
+  np.testing.assert_array_equal(values, weights)
+  assert any('all values are exact' in text for text in said)
 
 
 def cost(weights, price, threshold, step):
@@ -160,7 +158,8 @@ def test_grid_in_closed_form_is_nearly_the_best_of_all(kind, price):
     jnp.full((1, statistics.histogram.shape[1]), jnp.nan),
     jnp.zeros(1, bool),
   )
-  leaves = rate_search.Leaves(sums, one(weights.size), one(1), one(32), one(0), True, one(jnp.inf))
+  sizes = one(weights.size), one(1), one(32), one(0)
+  leaves = rate_search.Leaves(sums, *sizes, True, one(jnp.inf), one(0))
   threshold, step, _ = (float(x[0]) for x in rate_search._grid(leaves, one(np.log(price))))
   factors = np.geomspace(0.6, 1.6, 13)
   best = min(cost(weights, price, threshold * f, step * g) for f in factors for g in factors)

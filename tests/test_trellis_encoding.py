@@ -176,8 +176,8 @@ def test_codes_do_not_depend_on_the_unit(exponent):
 def test_what_is_pruned_altogether_stays_so():
   kernel = laplace_kernel((32, 32))
   state = plain_state(kernel)
-  nothing = jnp.zeros(kernel.shape, bool)
-  record = dataclasses.replace(state.tree, threshold=jnp.float32(9.0), mask=nothing)
+  nothing = jnp.zeros(kernel.shape, jnp.uint8)
+  record = dataclasses.replace(state.tree, threshold=jnp.float32(9.0), kinds=nothing)
   coded, _ = opq_jax.encode_with_trellis(kernel, dataclasses.replace(state, tree=record))
   assert not np.asarray(coded).any()
 
