@@ -241,8 +241,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
       judge = Judge(arguments.folder, tokens, pathlib.Path(place))
       kernels = kernels_of(arguments.folder)
-      rows.append({'weights': 'float32', 'codes': '', 'bits': 32, 'perplexity': judge.perplexity()})
-      rows += measure('float32', kernels, judge, settings, place)
+      dtype = next(iter(kernels.values())).dtype
+      own = {'bits': 8 * dtype.itemsize, 'perplexity': judge.perplexity()}
+      rows.append({'weights': dtype.name} | own)
+      rows += measure(dtype.name, kernels, judge, settings, place)
       del judge, kernels
     if arguments.bfloat16:
       with tempfile.TemporaryDirectory() as place:
