@@ -17,6 +17,8 @@ one Lagrange multiplier for all; see `opq_jax.rate_search` and `opq_jax.optimiza
 import dataclasses
 import functools
 import math
+import os
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -583,4 +585,9 @@ def _warn_of_zeros(names: list[str]) -> None:
 
 
 def _warn(message: str) -> None:
-  warnings.warn(message, UserWarning, stacklevel=4)
+  """A UserWarning that points at the first caller from outside of the library."""
+  frame, depth = sys._getframe(1), 2
+  here = os.path.dirname(os.path.abspath(__file__)) + os.sep
+  while frame.f_back is not None and os.path.abspath(frame.f_code.co_filename).startswith(here):
+    frame, depth = frame.f_back, depth + 1
+  warnings.warn(message, UserWarning, stacklevel=depth)

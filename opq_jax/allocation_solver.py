@@ -168,7 +168,7 @@ def _leaves(tree: JoinedStatistics, channels: Channels, unit: Float[Array, 'leav
     log_mu,
     is_linear,
     bits,
-    tree.lattices.error / own / own,
+    tree.lattices.error * jnp.square(sums.largest),
   )
 
 
@@ -239,6 +239,7 @@ def _channels(tree: JoinedStatistics, block: int) -> tuple[Channels, Float[Array
     leaf=tree.leaf,
     leaves=tree.leaves,
     price=price,
+    min_step=jnp.where(is_alive, safe / MAX_LEVELS / unit, 1e-3),
     block=block,
   )
   return channels, unit
@@ -270,7 +271,7 @@ def _describe(
     entropy, escaped = entropy_of(leaves.sums, at, width, levels, tree.value_bits)
     payload = payload_of(leaves, at, width, levels)
     on_lattice = grid.choice == ON_LATTICE
-    of_lattice = tree.lattices.error / jnp.square(own) / jnp.maximum(energy, 1e-30)
+    of_lattice = leaves.lattice_error / jnp.maximum(energy, jnp.finfo(error.dtype).tiny)
     error = jnp.where(on_lattice, of_lattice, error)
     payload = jnp.where(on_lattice, tree.lattices.bits, payload)
   else:

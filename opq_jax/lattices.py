@@ -27,7 +27,8 @@ class Lattice(NamedTuple):
   Attributes:
     threshold, first, step, levels: of the grid.
     bits: per weight of its payload.
-    error: squared, per weight: 0 where it is exact, or next to nothing.
+    error: squared, per weight and over the square of the leaf's largest |w|: 0 where it is exact, or
+      next to nothing.
   """
 
   threshold: float | Array = 0.0
@@ -80,6 +81,7 @@ def lattice_of(stats: LeafStatistics, numbers: Float32[np.ndarray, ' bins']) -> 
     codes[sign * place] += row[occurs]
   bits = float(ans.ideal_bits(codes)) + len(ans.write_table(ans.fit(codes))) + 40
   off = magnitudes.astype(np.float64) - _values(first, step, place - 1, np.dtype(stats.dtype))
+  off /= float(stats.largest)
   error = float(np.sum(counts[:, occurs] * np.square(off)) / stats.size)
   return Lattice(
     float(threshold), float(first), float(step), float(levels), bits / stats.size, error

@@ -44,6 +44,7 @@ class Channels(NamedTuple):
     leaf: which leaf each channel belongs to, ascending.
     leaves: how many leaves.
     price: a_i of a linear objective, or None for `retained_signal`.
+    min_step: least Delta_i, in units of t_i: with 127 levels it reaches the largest weight.
     block: how many channels in a row are of one leaf, from the first on: sums are dense that far.
   """
 
@@ -52,6 +53,7 @@ class Channels(NamedTuple):
   leaf: Int[Array | np.ndarray, 'channels']
   leaves: int
   price: Float[Array, 'leaves'] | None
+  min_step: Float[Array, 'leaves']
   block: int = 1
 
   def sum(self, x: Float[Array, 'channels *more']) -> Float[Array, 'leaves *more']:
@@ -140,7 +142,8 @@ def minimise_at_rate(
 
   With a single scale the second line is mu = tau^2 ln 2 (d coth(d/2) - 2): the step in closed
   form.  That solution starts a Newton iteration on all leaves and lambda together, which is exact
-  for leaves of any scales.
+  for leaves of any scales.  Where the second line would ask for a step below `min_step`, the step
+  is `min_step`; where all steps are, no more bits are asked.
 
   Args:
     channels: the problem.
@@ -150,7 +153,9 @@ def minimise_at_rate(
   conditions = functools.partial(_rate_conditions, channels)
   z, multiplier = _single_scale_start(channels, bits)
 
-  z, _ = _newton(sums, conditions, z, multiplier, bits)
+  finest = channels.of(channels.min_step)
+  most = jnp.sum(channels.share * laplace.entropy(finest / 2, finest, channels.scale))
+  z, _ = _newton(sums, conditions, z, multiplier, jnp.minimum(bits, 0.99 * most))
   return jnp.exp(z[:, 0]), jnp.exp(z[:, 1])
 
 
@@ -189,6 +194,7 @@ def _rate_conditions(
   share = channels.leaf_share()
   prune = 1 - (errors + jnp.exp(z[:, 2]) * odds) / squares
   quantize = jnp.log(finer / coarser) - z[:, 2] + math.log(_LOG2)
+  quantize = jnp.minimum(quantize, z[:, 1] - jnp.log(channels.min_step))
   log_mu = jnp.log(2 * share) + multiplier - channels.log_price(retained / (2 * share))
   balance = z[:, 2] - jnp.minimum(
     log_mu, math.log(_ALL_PRUNED) + 2 * jnp.log(channels.max(channels.scale))

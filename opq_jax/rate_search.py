@@ -142,7 +142,9 @@ def minimise_at_bits_per_weight(leaves: Leaves, bits: Float[Array, '']) -> Found
     is_done = all_exact | (is_second & (off(state.under) > 0))
     # leaves that jump from a grid to next to nothing are pruned further on that grid: a stage of
     # thresholds; then all hold what they do, and lambda falls
-    jumps = (state.over.choice == ON_GRID) & (state.under.payload < 0.98 * state.over.payload)
+    on_grid, under = state.over.choice == ON_GRID, state.under
+    gap = (under.choice == ON_GRID) & (under.payload < 0.98 * state.over.payload)
+    jumps = on_grid & (gap | (under.choice == PRUNED))
     is_free, is_thresholds = state.stage < _FREE, state.stage == _FREE
     held = jnp.where(jumps, _FURTHER, state.over.choice)
     held = jnp.where(is_thresholds, held, state.under.choice)

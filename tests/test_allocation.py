@@ -253,7 +253,7 @@ def test_channels_first_are_channels_last_transposed():
 
 
 def test_weights_far_from_the_density_are_named():
-  params = tree()
+  params = dict(tree())
   odd = np.full((64, 64), 0.01, np.float32)
   odd[::16, ::16] = 1.0  # a few weights hold nearly all of the energy
   params['odd'] = jnp.asarray(odd)
@@ -304,10 +304,8 @@ def test_the_rate_of_a_small_tree_is_met_beside_a_leaf_of_zeros(rate):
   # whose table of some bytes is a percent of it, and counts neither as asked for nor as found
   params = {'a': tree()['b'][..., :2, :24], 'zeros': np.zeros((2, 2), np.float32)}
   leaves = allocate(params, compression_rate=rate).tree
-  weights = {name: math.prod(leaf.shape) for name, leaf in leaves.items()}
-  bits = sum(float(leaf.payload) * weights[name] for name, leaf in leaves.items())
-  assert leaves['zeros'].payload == 0
-  assert bits / sum(weights.values()) == pytest.approx(32 / rate, rel=5e-3)
+  assert leaves['zeros'] is None
+  assert float(leaves['a'].payload) == pytest.approx(32 / rate, rel=5e-3)
 
 
 @pytest.mark.filterwarnings('ignore:the Laplace density')
@@ -466,7 +464,9 @@ def test_fewer_bits_than_the_tables_take_are_refused_with_the_true_bound():
   with pytest.raises(ValueError, match='found at least') as refused:
     allocate({'w': A}, bits_per_weight=1e-4)
   bound = float(str(refused.value).split()[3])
-  allocate({'w': A}, bits_per_weight=bound * 1.01)
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')  # so small a tree has nothing but that
+    allocate({'w': A}, bits_per_weight=bound * 1.01)
 
 
 def test_what_becomes_all_zero_is_named():

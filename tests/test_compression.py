@@ -65,7 +65,7 @@ def test_values_are_the_codebook_at_the_codes(dtype):
   jax.tree.map(assert_same_bits, params, tree(dtype))
 
 
-def test_a_weight_at_the_threshold_is_pruned_and_one_beyond_the_last_cell_is_clipped():
+def test_a_weight_at_the_threshold_is_pruned_and_one_beyond_the_last_cell_escapes():
   params = {'w': jnp.array([[0.5, -0.5, 0.501, -0.501], [0.99, -1.01, 9.0, -9.0]])}
   leaf = allocate(params, sparsity=0.25, bits=2.0).tree['w']
   leaf = leaf.replace(
@@ -73,10 +73,18 @@ def test_a_weight_at_the_threshold_is_pruned_and_one_beyond_the_last_cell_is_cli
   )
   state = init_state(params, Allocation({'w': leaf}))
   codes = np.asarray(encode(params, state)['w'])
-  np.testing.assert_array_equal(codes, [[0, 0, 1, -1], [1, -2, 3, -3]])
-  expected = [[0, 0, 0.75, -0.75], [0.75, -1.25, 1.75, -1.75]]
+  np.testing.assert_array_equal(codes, [[0, 0, 1, -1], [1, -2, -128, -128]])
+  expected = [[0, 0, 0.75, -0.75], [0.75, -1.25, 9.0, -9.0]]
   np.testing.assert_array_equal(apply_compression(params, state)['w'], expected)
-  np.testing.assert_array_equal(decode({'w': codes}, state)['w'], expected)
+  np.testing.assert_array_equal(decode({'w': codes}, state, params)['w'], expected)
+  with pytest.raises(ValueError, match='w: found escaped weights and no params'):
+    decode({'w': codes}, state)
+  # what is escaped is trained as it is, and where it is does not change; what is not is clipped
+  trained = {'w': params['w'] + jnp.array([[0.0, 0.0, 0.0, 0.0], [9.0, 0.0, -5.0, 1.0]])}
+  expected = [[0, 0, 0.75, -0.75], [1.75, -1.25, 4.0, -8.0]]
+  np.testing.assert_array_equal(apply_compression(trained, state)['w'], expected)
+  gradient = jax.grad(lambda p: apply_compression(p, state)['w'].sum())(trained)['w']
+  np.testing.assert_array_equal(gradient, [[0, 0, 1, 1], [1, 1, 1, 1]])
 
 
 @pytest.mark.parametrize('levels', [0, 1, 2, 127])

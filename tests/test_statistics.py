@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opq_jax import histograms, statistics
+from opq_jax import escapes, histograms, rate_search, statistics
 from opq_jax.entropy_coding import encode_codes
 from opq_jax.histograms import BINS
 from opq_jax.statistics import leaf_statistics, merge_statistics
@@ -72,11 +72,12 @@ def test_histogram_counts_every_weight_once(shape, axis):
   assert counts.sum() == weights.size
   flat = np.asarray(weights, np.float64).ravel()
   np.testing.assert_array_equal(counts.sum(1), [(flat >= 0).sum(), (flat < 0).sum()])
-  # an edge may fall one rounding from where numpy puts it
-  edges = np.linspace(0, np.abs(flat).max(), BINS + 1)
+  # the bins begin at the numbers whose lower 16 bits are zero, up to the end of an octave
+  end = (np.float32(np.abs(flat).max()).view(np.uint32) >> 23) + 1 << 23
+  edges = (end - (np.arange(BINS, -1, -1, dtype=np.int64) << 16)).astype(np.uint32).view(np.float32)
+  edges = np.concatenate([[0], edges[1:].astype(np.float64)])
   for row, part in zip(counts, (flat[flat >= 0], -flat[flat < 0]), strict=True):
-    expected, _ = np.histogram(part, edges)
-    assert np.abs(np.cumsum(row) - np.cumsum(expected)).max() <= 1
+    np.testing.assert_array_equal(row, np.histogram(part, edges)[0])
 
 
 def test_histogram_of_zeros_is_all_in_one_bin():
@@ -96,11 +97,10 @@ def test_rank_is_that_of_a_sort(kind):
   magnitude = np.sort(np.abs(np.asarray(weights)).ravel())
   for rank in (0, 1, 17, 5000, 9000, len(magnitude) - 1, len(magnitude)):
     threshold = float(RANK(weights, stats, jnp.int32(rank)))
-    assert abs(int((magnitude <= np.float32(threshold)).sum()) - rank) <= 1
+    assert int((magnitude <= np.float32(threshold)).sum()) == rank
     if 0 < rank < len(magnitude):
       between = np.partition(magnitude, [rank - 1, rank])[rank - 1 : rank + 1]
-      width = magnitude[-1] / BINS**2
-      assert between[0] - 2 * width <= threshold <= between[1] + 2 * width
+      assert between[0] <= threshold < between[1]
 
 
 def test_rank_among_ties_is_the_nearest_that_can_be():
@@ -122,84 +122,71 @@ def test_survivors_per_channel(shape, axis):
   np.testing.assert_array_equal(found, (np.abs(by_channel(weights, axis)) > np.float32(0.8)).sum(0))
 
 
+def summed(stats):
+  """The sums of one leaf's histogram, in a unit of 1."""
+  unknown = jnp.full((1, BINS), jnp.nan)
+  is_coarse = jnp.asarray([jnp.finfo(stats.dtype).nmant <= 7])
+  return histograms.sums_of(stats.histogram[None], stats.largest[None], unknown, is_coarse)
+
+
+# none with an edge that is a number of few bits
+GRIDS = [(0.013, 0.11, 127), (0.21, 0.51, 127), (0.71, 1.31, 4), (2.53, 3.51, 2), (0.11, 0.051, 90)]
+
+
+def codes_on(weights, threshold, step, levels):
+  """Codes of a grid, -128 beyond its last level, on the host."""
+  flat = np.asarray(weights, np.float64).ravel()
+  cell = 1 + np.floor((np.abs(flat) - threshold) / step)
+  codes = np.where(np.abs(flat) > threshold, np.sign(flat) * np.minimum(cell, 127), 0)
+  return np.where((np.abs(flat) > threshold) & (cell > levels), -128, codes).astype(np.int8)
+
+
 @pytest.mark.parametrize('shape', [(3, 3, 16, 16), (40, 7, 36), (300, 500)], ids=str)
 def test_payload_is_that_of_the_coder(shape):
   weights = sample(shape)
-  stats = leaf_statistics(weights, -1)
-  flat = np.asarray(weights, np.float64).ravel()
-  payloads = jax.jit(
-    lambda histogram, *args: histograms.payload_of_shares(
-      *histograms.code_shares(histograms.counts_beyond(histogram), *args),
-      jnp.float32([weights.size]),
-    )
-  )
-  for threshold, step in [(0.0, 0.1), (0.2, 0.5), (0.7, 1.3), (2.5, 3.5)]:
-    largest = jnp.max(stats.maximum)
-    found = payloads(stats.histogram[None], *[jnp.float32([x]) for x in (largest, threshold, step)])
-    cell = 1 + np.floor((np.abs(flat) - threshold) / step)
-    codes = np.where(np.abs(flat) > threshold, np.sign(flat) * np.minimum(cell, 127), 0)
-    expected = 8 * len(encode_codes(codes.astype(np.int8))) / flat.size
-    assert float(found[0]) == pytest.approx(expected, rel=0.01)
+  sums = summed(leaf_statistics(weights, -1))
+  one = lambda x: jnp.float32([x])
+
+  @jax.jit
+  def payloads(threshold, step):
+    pruned, cells, escaped, _ = rate_search.shares_of(sums, threshold, step)
+    return histograms.payload_bits(pruned, cells, escaped, one(weights.size), one(32))
+
+  for threshold, step, levels in GRIDS:
+    codes = codes_on(weights, threshold, step, levels)
+    expected = 8 * len(encode_codes(np.where(codes == -128, 0, codes).astype(np.int8)))
+    places = np.flatnonzero(codes == -128)
+    if places.size:
+      expected += 8 * len(escapes.encode(places, np.asarray(weights).ravel()[places]))
+    found = float(payloads(one(threshold), one(step))[0, levels])
+    assert found == pytest.approx(expected / codes.size, rel=0.015)
 
 
 @pytest.mark.parametrize('kind', ['laplace', 'normal', 'student'])
-def test_entropy_and_moments_are_those_of_the_codes(kind):
-  weights = sample((40, 7, 36), kind)
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn])
+def test_entropy_and_moments_are_those_of_the_codes(kind, dtype):
+  weights = sample((40, 7, 36), kind).astype(dtype)
   stats = leaf_statistics(weights, -1)
-  flat = np.asarray(weights, np.float64).ravel()
-  largest = np.abs(flat).max()
-  entropies = jax.jit(
-    lambda histogram, *args: histograms.entropy_of_shares(
-      *histograms.code_shares(histograms.counts_beyond(histogram), *args)
-    )
-  )
+  sums = summed(stats)
+  one = lambda x: jnp.float32([x])
   moments = jax.jit(histograms.histogram_moments)
-  for threshold, step in [(0.0, 0.5), (0.7, 0.3), (1.5, 2.5), (0.2, 30.0), (largest / 8, 1.5)]:
-    levels = max(1, int(np.ceil((largest - threshold) / step)))
-    as_rows = [jnp.float32([x]) for x in (largest, threshold, step)]
-    found = entropies(stats.histogram[None], *as_rows)[0]
-    magnitude = np.abs(flat)
-    survives = magnitude > threshold
-    cell = np.minimum(np.floor((magnitude - threshold) / step), levels - 1)
-    codes = np.where(survives, np.sign(flat) * (1 + cell), 0)
-    assert float(found) == pytest.approx(entropy_of(codes), abs=2e-3)
-    energy, offset, error, sparsity = moments(
-      stats.histogram, *map(jnp.float32, (largest, threshold, step, levels))
+  for threshold, step, levels in GRIDS:
+    codes = codes_on(weights, threshold, step, levels)
+    found, escaped = rate_search.entropy_of(sums, one(threshold), one(step), one(levels), one(0))
+    slack = 5e-3 if dtype == jnp.float32 else 0.03  # many weights lie on an edge
+    assert float(found[0]) == pytest.approx(entropy_of(codes), abs=slack)
+    assert float(escaped[0]) == pytest.approx((codes == -128).mean(), abs=slack)
+    on_grid = (codes != 0) & (codes != -128)
+    flat = np.abs(np.asarray(weights, np.float64).ravel())
+    cell = np.abs(codes.astype(int)) - 1
+    rest = (flat - threshold - step * cell)[on_grid]
+    centre, mantissa = sums.centres()[0][0], jnp.finfo(dtype).nmant
+    energy, offset, _, sparsity = moments(
+      stats.histogram, centre, *map(jnp.float32, (threshold, step, levels, mantissa))
     )
-    rest = (magnitude - threshold - step * cell)[survives]
-    value = np.where(survives, threshold + step * cell + rest.mean(), 0)
     assert float(energy) == pytest.approx(np.mean(flat**2), rel=1e-3)
-    assert float(offset) == pytest.approx(rest.mean(), rel=1e-2, abs=1e-3 * step)
-    assert float(error) == pytest.approx(np.mean((magnitude - value) ** 2), rel=1e-2)
-    assert float(sparsity) == pytest.approx(1 - survives.mean(), abs=2e-3)
-
-
-def test_least_step_clips_a_lone_outlier_and_nothing_else():
-  least = jax.jit(histograms.histogram_min_step, static_argnums=2)
-  weights = sample((40, 7, 36))
-  largest = jnp.max(jnp.abs(weights))
-  step = least(leaf_statistics(weights, -1).histogram, largest, 127)
-  assert float(step) <= float(largest) / 127 * 1.001
-  weights = weights.at[0, 0, 0].set(1e3)
-  step = least(leaf_statistics(weights, -1).histogram, jnp.float32(1e3), 127)
-  assert float(step) <= 1e3 / 127
-  uniform = jnp.linspace(-1, 1, 10_080).reshape(40, 7, 36)
-  step = least(leaf_statistics(uniform, -1).histogram, jnp.float32(1), 127)
-  assert float(step) == pytest.approx(1 / 127, rel=5e-3)
-
-
-def test_least_step_is_the_best_of_all():
-  # the trade it claims: rounding of everything against clipping beyond 127 steps
-  weights = np.array(sample((40, 7, 36)))
-  weights[0, 0, :12] = 1e3
-  histogram = leaf_statistics(jnp.asarray(weights), -1).histogram
-  found = float(
-    jax.jit(histograms.histogram_min_step, static_argnums=2)(histogram, jnp.float32(1e3), 127)
-  )
-  steps = np.linspace(1e-3, 1, 500) * 1e3 / 127
-  beyond = np.maximum(np.abs(weights).ravel() - 127 * steps[:, None], 0)
-  cost = np.sum(beyond**2, 1) + weights.size * steps**2 / 12
-  assert found == pytest.approx(steps[np.argmin(cost)], rel=0.01)
+    assert float(offset) == pytest.approx(rest.mean(), rel=2e-2, abs=slack * step)
+    assert float(sparsity) == pytest.approx((codes == 0).mean(), abs=slack)
 
 
 @pytest.mark.parametrize('axis', [0, 1, 2])
@@ -219,12 +206,9 @@ def test_parts_merge_to_the_whole(axis, channel_axis):
       whole.dtype,
       whole.channel_axis,
     )
-    np.testing.assert_array_equal(found.histogram.sum(1), whole.histogram.sum(1))
-    # no weight is more than a bin away
-    ahead = np.cumsum(found.histogram, 1)
-    exactly = np.cumsum(whole.histogram, 1)
-    assert (ahead[:, 1:] >= exactly[:, :-1]).all() and (ahead[:, :-1] <= exactly[:, 1:]).all()
-  np.testing.assert_array_equal(merge_statistics(exact, axis).histogram, whole.histogram)
+    np.testing.assert_array_equal(found.histogram, whole.histogram)
+    if whole.leading is not None:
+      np.testing.assert_array_equal(found.leading, whole.leading)
 
 
 def test_parts_of_different_leaves_are_refused():
