@@ -57,7 +57,15 @@ LAPLACE_FIT_BOUNDS = (0.55, 3.0)
 
 
 class TooFewBitsError(ValueError):
-  """Fewer bits per weight are asked than everything pruned takes: the tables of the leaves."""
+  """Fewer bits per weight are asked than everything pruned takes: the tables of the leaves.
+
+  Attributes:
+    least: bits per weight that it takes.
+  """
+
+  def __init__(self, message: str, least: float):
+    super().__init__(message)
+    self.least = least
 
 
 @flax.struct.dataclass
@@ -533,7 +541,8 @@ def _check_values(
     if found > asked * 1.005:
       raise TooFewBitsError(
         f'found at least {rates}: so much take the tables of {len(stats)} leaves without any '
-        f'weight; expected {wanted}'
+        f'weight; expected {wanted}',
+        found,
       )
     if found < asked / 1.005:
       is_exact = not per_leaf['error'].any()

@@ -39,7 +39,12 @@ from opq_jax import (
   verification,
   weight_files,
 )
-from opq_jax.allocation import DEFAULT_COMPRESSION_RATE, OBJECTIVES, is_compressible
+from opq_jax.allocation import (
+  DEFAULT_COMPRESSION_RATE,
+  OBJECTIVES,
+  check_file_rate,
+  is_compressible,
+)
 from opq_jax.artifact import OpqFile
 from opq_jax.trees import PyTree
 
@@ -341,6 +346,9 @@ def _compress(arguments: argparse.Namespace) -> None:
     'channel_axis': mode,
     'opq_jax': opq_jax.__version__,
   }
+  if arguments.file_rate is not None:
+    check_file_rate(*(targets.pop('file_rate'), *targets.values()))
+    targets = {'file_rate': arguments.file_rate}
   console = _console(sys.stdout)
   if not is_known and not arguments.trellis and stored_leaves.is_streamable(source):
     _compress_leaf_by_leaf(arguments, source, output, targets, axis, metadata)
@@ -756,10 +764,18 @@ def _stages(console: Console) -> Iterator[Callable[[str], contextlib.AbstractCon
   console.print(Text(', '.join(lines), style='dim'))
 
 
-def _totals(report: sizes.SizeReport) -> dict[str, float]:
-  names = ('weights', 'survivors', 'sparsity', 'original', 'nominal', 'packed', 'entropy', 'file')
-  rates = ('nominal_rate', 'packed_rate', 'entropy_rate', 'file_rate')
-  return {name: getattr(report, name) for name in (*names, 'headers', *rates)}
+def _totals(report: sizes.SizeReport) -> dict[str, Any]:
+  names = ('weights', 'survivors', 'sparsity', 'escaped', 'original', 'as_float32', 'nominal')
+  more = ('packed', 'entropy', 'file', 'headers', 'bits_per_weight')
+  dead = ('dead_leaves', 'dead_channels', 'dead_rows')
+  rates = {
+    'nominal_rate': 'compressed leaves in float32',
+    'packed_rate': 'compressed leaves in float32',
+    'entropy_rate': 'compressed leaves in float32',
+    'file_rate': 'all leaves as they came',
+  }
+  found = {name: getattr(report, name) for name in (*names, *more, *dead, *rates)}
+  return {**found, 'rates_are_against': rates}
 
 
 def _as_json(path: str, metadata: dict[str, str], report: sizes.SizeReport) -> dict[str, Any]:

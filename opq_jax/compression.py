@@ -349,10 +349,9 @@ def value_table(leaf: LeafState) -> Float[Array, '256']:
   return jnp.where(codes == 0, jnp.zeros_like(values), values)
 
 
-def kinds_of_codes(codes: Int8[Array | np.ndarray, '...']) -> UInt8[np.ndarray, '...']:
-  """The kinds of the weights that have these codes, on the host."""
-  codes = np.asarray(codes)
-  return np.where(codes == ESCAPE, ESCAPED, codes != 0).astype(np.uint8)
+def kinds_of_codes(codes: Any) -> Any:
+  """The kinds of the weights that have these codes, where the codes are."""
+  return (codes != 0).astype(np.uint8) + (codes == ESCAPE).astype(np.uint8)
 
 
 def _unsigned(dtype: Any) -> Any:

@@ -122,9 +122,7 @@ def encode_leaf(
   else:
     codes = codes_of_leaf(kernel, moments, record, damping)
   values = compression.decode(codes, CompressionState(record), kernel.astype(record.dtype))
-  is_escaped = codes == compression.ESCAPE
-  kinds = jnp.where(is_escaped, compression.ESCAPED, codes != 0).astype(jnp.uint8)
-  return values, dataclasses.replace(record, kinds=kinds)
+  return values, dataclasses.replace(record, kinds=compression.kinds_of_codes(codes))
 
 
 def matrices_of(params: PyTree, moments: PyTree) -> list[Any]:
@@ -193,7 +191,7 @@ def allocate_for(
   encoder: Callable[[PyTree, CompressionState], tuple[PyTree, CompressionState, float]],
   params: PyTree,
   compression_rate: float | None,
-  bits_per_weight: float | None,
+  bits_per_weight: float | None = None,
   **options: Any,
 ) -> tuple[Allocation, PyTree, CompressionState]:
   """The allocation whose codes by an encoder have the entropy of plain codes of the target.

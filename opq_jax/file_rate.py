@@ -5,7 +5,6 @@ tables, headers), which matters for small networks, and less, for contexts make 
 """
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -119,8 +118,10 @@ def bits_of_file(
   for _ in range(_MAX_STEPS):
     try:
       sizes[bits] = size_of(bits)
-    except TooFewBitsError:
-      break  # next to nothing is too much
+    except TooFewBitsError as error:
+      bits = error.least * (1 + _TOLERANCE)
+      sizes[bits] = size_of(bits)
+      break  # next to nothing may be too much
     small = max((b for b, size in sizes.items() if size <= limit), default=None)
     large = min((b for b, size in sizes.items() if size > limit), default=None)
     if small is not None and (sizes[small] >= limit * (1 - _TOLERANCE) or small == _MOST_BITS):
@@ -135,7 +136,7 @@ def bits_of_file(
       bits = min(sizes) / 4
   small = max((b for b, size in sizes.items() if size <= limit), default=None)
   if small is None:
-    least = min(sizes.values(), default=math.ceil(limit) + 1)
+    least = min(sizes.values())
     raise ValueError(
       f'file_rate: found {file_rate:g}, a file of {limit:,.0f} bytes, expected one of {least:,} at '
       'least: uncompressed leaves, tables and headers take so much'

@@ -27,8 +27,7 @@ class Lattice(NamedTuple):
   Attributes:
     threshold, first, step, levels: of the grid.
     bits: per weight of its payload.
-    error: squared, per weight and over the square of the leaf's largest |w|: 0 where it is exact, or
-      next to nothing.
+    error: squared, per weight and over the square of the leaf's largest |w|; 0, or next to nothing.
   """
 
   threshold: float | Array = 0.0

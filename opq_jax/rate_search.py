@@ -247,7 +247,7 @@ def _at(leaves: Leaves, at: _Point, bits: Array, held: Int32[Array, 'leaves']) -
   # few values that somebody chose are kept where they take no more than what all have on average
   is_kept = ((leaves.lattice_bits <= bits) & (leaves.lattice_error == 0))[None]
   costs = jnp.where(is_kept & (np.arange(4)[:, None] != ON_LATTICE), jnp.inf, costs)
-  best = jnp.argmin(costs, axis=0)
+  best = jnp.argmin(costs, axis=0).astype(jnp.int32)
   choice = jnp.where(held < 0, best, jnp.where(held == _FURTHER, ON_GRID, held)).astype(jnp.int32)
   payload = jnp.take_along_axis(rates, choice[None], axis=0)[0]
   payload = jnp.where(sums.largest > 0, payload, 0)

@@ -45,7 +45,8 @@ class Printable:
 def summary(params: PyTree, allocation: Allocation) -> Printable:
   """What an allocation asks of every leaf, and what it predicts.
 
-  Columns: the share of weights pruned; levels a sign; bits of a survivor at a fixed width, mean
+  Columns: the share of weights pruned; levels a sign; where there are any, weights beyond the last
+  level, which are stored as they are; bits of a survivor at a fixed width, mean
   over channels; entropy-coded bits per weight, tables included; predicted relative squared error in
   per cent; and the Laplace fit, red and marked `!` outside the bounds within which the
   allocation's density describes a leaf.
@@ -96,33 +97,40 @@ def visible(text: str) -> str:
 
 
 def _summary_table(rows: list[tuple[str, LeafAllocation]], others: list[int]) -> Table:
-  columns = 'path', 'shape', 'weights', 'pruned', 'levels', 'bits', 'payload', 'error', 'fit'
+  columns: tuple[str, ...] = 'path', 'shape', 'weights', 'pruned', 'levels', 'bits', 'payload', 'error', 'fit'
   sizes = np.array([math.prod(leaf.shape) for _, leaf in rows])
+  escaped = np.rint([float(leaf.escaped) for _, leaf in rows] * sizes).astype(int)
+  has_escaped = bool(escaped.any())
+  if has_escaped:
+    columns = (*columns[:5], 'escaped', *columns[5:])
+  with_escaped = lambda line, count: (*line[:5], count, *line[5:]) if has_escaped else line
   low, high = LAPLACE_FIT_BOUNDS
   lines, styles = [], []
-  for (name, leaf), size in zip(rows, sizes, strict=True):
+  for (name, leaf), size, beyond in zip(rows, sizes, escaped, strict=True):
     fit = float(leaf.laplace_fit)
     is_misfit = fit < low or fit > high
     styles.append('red' if is_misfit else '')
-    lines.append(
-      (
-        name,
-        'x'.join(map(str, leaf.shape)),
-        f'{size:,}',
-        f'{float(leaf.sparsity):.1%}',
-        f'{int(leaf.levels)}',
-        f'{float(np.mean(np.asarray(leaf.bits))):.2f}',
-        f'{float(leaf.payload):.3f}',
-        f'{float(leaf.error):.2%}',
-        '-' if math.isnan(fit) else f'{fit:.2f}{"!" if is_misfit else " "}',
-      )
+    line = (
+      name,
+      'x'.join(map(str, leaf.shape)),
+      f'{size:,}',
+      f'{float(leaf.sparsity):.1%}',
+      f'{int(leaf.levels)}',
+      f'{float(np.mean(np.asarray(leaf.bits))):.2f}',
+      f'{float(leaf.payload):.3f}',
+      f'{float(leaf.error):.2%}',
+      '-' if math.isnan(fit) else f'{fit:.2f}{"!" if is_misfit else " "}',
     )
+    lines.append(with_escaped(line, f'{beyond:,}'))
   mean = lambda field: float(
     np.sum(sizes * [float(getattr(leaf, field)) for _, leaf in rows]) / max(sizes.sum(), 1)
   )
   pruned, payload = f'{mean("sparsity"):.1%}', mean('payload')
   totals = [
-    (f'{len(rows)} compressed', '', f'{sizes.sum():,}', pruned, '', '', f'{payload:.3f}'),
+    with_escaped(
+      (f'{len(rows)} compressed', '', f'{sizes.sum():,}', pruned, '', '', f'{payload:.3f}'),
+      f'{escaped.sum():,}',
+    ),
     (f'{len(others)} uncompressed', '', f'{sum(others):,}'),
   ]
   table = leaf_table('', columns, lines, styles, totals)
@@ -130,6 +138,15 @@ def _summary_table(rows: list[tuple[str, LeafAllocation]], others: list[int]) ->
   table.caption = (
     f'predicted: {payload:.3f} bits per weight with tables, {rate} times fewer than 32'
   )
+  dead = [name for name, leaf in rows if float(leaf.sparsity) == 1]
+  channels, axes = (
+    sum(int(getattr(leaf, field)) for _, leaf in rows) for field in ('dead_channels', 'dead_rows')
+  )
+  if channels or axes:
+    table.caption += (
+      f'\nall weights pruned of {channels:,} output channels, of {axes:,} indices of a first axis, '
+      f'and of {len(dead)} leaves{": " if dead else ""}{visible(", ".join(dead[:5]))}'
+    )
   if misfits := sum(style == 'red' for style in styles):
     table.caption += (
       f'\n! far from the Laplace density (fit outside {low} ... {high}): '

@@ -239,7 +239,7 @@ def _coded_leaf(
   if found is None or is_exact or not orders or _has_too_many_beyond(weights, found.grid, leaf):
     codes = _one_by_one(kernel, leaf, factor)
     state = dataclasses.replace(leaf, kinds=jnp.asarray(compression.kinds_of_codes(codes)))
-    is_plain = int(leaf.levels) > 0 and not is_exact
+    is_plain = bool(codes.any()) and int(leaf.levels) > 0 and not is_exact
     return _Coded(_decoded(kernel, codes, state), state, codes, is_plain)
 
   step, first = compression.exact_grid(

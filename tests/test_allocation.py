@@ -18,12 +18,6 @@ from opq_jax.allocation import OBJECTIVES, Allocation
 from opq_jax.compression import ESCAPE
 from opq_jax.entropy_coding import encode_codes
 
-# what small and odd trees lose is said, and is not what most of these tests are of
-pytestmark = [
-  pytest.mark.filterwarnings('ignore:all weights are pruned'),
-  pytest.mark.filterwarnings('ignore:.*all weights are zero'),
-]
-
 RNG = np.random.default_rng
 KINDS = {
   'laplace': lambda rng, shape: rng.laplace(size=shape),
@@ -280,7 +274,7 @@ def test_constant_leaves(targets):
   constant = np.asarray(values['constant'])
   if 'compression_rate' in targets:
     np.testing.assert_array_equal(constant, np.float32(-0.3))
-  np.testing.assert_allclose(constant, -0.3, rtol=1e-6)
+  np.testing.assert_allclose(constant, -0.3, rtol=1e-4)
   np.testing.assert_array_equal(values['zeros'], 0)
 
 

@@ -206,7 +206,7 @@ def test_float64_weights_are_compressed_as_float32(net):
   ('argv', 'message'),
   [
     (['compress', 'no.safetensors', 'out.opq'], 'no.safetensors'),
-    (['compress', 'net.safetensors', 'out.opq', '--rate', '2'], 'compression_rate: found 2'),
+    (['compress', 'net.safetensors', 'out.opq', '--rate', '.2'], 'compression_rate: found 0.2'),
     (['compress', 'net.safetensors', 'out.opq', '--bits', '3'], 'found bits alone'),
     (['compress', 'net.safetensors', 'out.opq', '--rate', '9', '--bits', '3'], 'together with'),
     (['compress', 'net.safetensors', 'out.opq', '--include', 'conv*'], "'conv*'"),
@@ -266,7 +266,7 @@ def test_errors_are_one_line_and_nothing_is_written(net, capsys, argv, message):
 
 def test_a_failure_keeps_the_file_that_was_there(net):
   (net / 'net.opq').write_bytes(b'old')
-  assert run('compress', 'net.safetensors', 'net.opq', '--rate', 2) == 2
+  assert run('compress', 'net.safetensors', 'net.opq', '--rate', 0.2) == 2
   assert (net / 'net.opq').read_bytes() == b'old'
   assert run('compress', 'net.safetensors', 'net.opq') == 0
   assert (net / 'net.opq').read_bytes() != b'old'

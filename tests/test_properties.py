@@ -104,7 +104,7 @@ def assert_contract(params, state):
   """What every compressed tree promises."""
   compressed = opq_jax.apply_compression(params, state)
   codes = opq_jax.encode(params, state)
-  assert_same(opq_jax.decode(codes, state), compressed)
+  assert_same(opq_jax.decode(codes, state, params), compressed)
   assert_same(opq_jax.apply_compression(compressed, state), compressed)
   assert_same(opq_jax.encode(compressed, state), codes)
   for record, value in zip(

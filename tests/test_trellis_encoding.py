@@ -3,11 +3,19 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 import opq_jax
-from opq_jax import artifact, context_coding, entropy_coding, laplace, trellis
+from opq_jax import (
+  artifact,
+  context_coding,
+  entropy_coding,
+  laplace,
+  trellis,
+  trellis_encoding,
+)
 
 RNG = np.random.default_rng
 
@@ -120,22 +128,44 @@ def test_groups_have_moments_of_their_own():
   assert output_error(coded) < 0.7 * output_error(alone)
 
 
-def test_a_leaf_that_the_grid_does_not_reach_keeps_its_own():
-  kernel = laplace_kernel((64, 64))
-  kernel[3, 5] = 14.0  # of 127 steps of the plain grid, not of that of the trellis
+@pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16])
+def test_weights_beyond_the_grid_escape(dtype):
+  x, kernel = inputs_and_kernel(width=80)
+  kernel[3, 5], kernel[70, 1] = 14.0, -1e3
+  kernel = kernel.astype(dtype)
   state = plain_state(kernel)
-  coded, coded_state = opq_jax.encode_with_trellis(kernel, state)
-  expected = opq_jax.apply_compression(kernel, state)
-  np.testing.assert_array_equal(np.asarray(coded), np.asarray(expected))
-  jax.tree.map(np.testing.assert_array_equal, coded_state, state)
+  moments = (x.T @ x / len(x))[None]
+  plain = opq_jax.apply_compression(kernel, state)
+  error = lambda values: float(
+    np.square(np.asarray(values, np.float64) - np.asarray(kernel, np.float64)).sum()
+  )
+  for given_moments in (None, moments):
+    coded, coded_state = opq_jax.encode_with_trellis(kernel, state, given_moments)
+    assert coded[3, 5] == kernel[3, 5] and coded[70, 1] == kernel[70, 1]
+    assert np.asarray(coded_state.tree.escaped)[[3, 70], [5, 1]].all()
+    codes = np.asarray(opq_jax.encode(coded, coded_state))
+    assert np.count_nonzero(codes == -128) < 10
+    # what is not escaped follows the trellis
+    on_grid = np.where(codes == -128, np.int8(0), codes)
+    assert trellis.indices_and_subsets(on_grid) is not None
+    loaded, _ = opq_jax.load(artifact.serialize(coded, coded_state))
+    np.testing.assert_array_equal(np.asarray(loaded), np.asarray(coded))
+    if given_moments is None:
+      assert error(coded) < 0.95 * error(plain)
+    else:
+      output_error = lambda values: float(
+        np.square(x @ (np.asarray(kernel, np.float32) - np.asarray(values, np.float32))).sum()
+      )
+      assert output_error(coded) < 0.7 * output_error(plain)
 
 
-def test_such_a_leaf_makes_its_errors_good_too():
+def test_a_leaf_that_the_trellis_does_not_serve_is_named_and_makes_its_errors_good(monkeypatch):
   x, kernel = inputs_and_kernel(width=80)  # more inputs than a block has
-  kernel[3, 5] = 14.0
+  monkeypatch.setattr(trellis_encoding, '_has_too_many_beyond', lambda *_: True)
   moments = (x.T @ x / len(x))[None]
   state = plain_state(kernel)
-  coded, coded_state = opq_jax.encode_with_trellis(kernel, state, moments)
+  with pytest.warns(UserWarning, match='the trellis does not serve'):
+    coded, coded_state = opq_jax.encode_with_trellis(kernel, state, moments)
   # one input after the other in float64, with the inverse that is left after each
   leaf = state.tree
   step, threshold, first = (float(v) for v in (leaf.step, leaf.threshold, leaf.codebook[1]))
