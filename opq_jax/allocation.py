@@ -134,12 +134,17 @@ class Allocation:
 def is_compressible(path: str, leaf: Any) -> bool:
   """The default choice of what is compressed: floating leaves of two or more dimensions.
 
+  Of dtypes of a byte or more, with a mantissa: no scales of float8_e8m0fnu, no float4.
+
   >>> is_compressible('params/kernel', jnp.zeros((3, 2))), is_compressible('bias', jnp.zeros(2))
   (True, False)
   """
   del path
   # numpy asks the leaf itself, which may be statistics, or weights that are still on disk
-  return np.ndim(leaf) >= 2 and _is_floating(leaf)
+  if np.ndim(leaf) < 2 or not _is_floating(leaf):
+    return False
+  about = jnp.finfo(leaf.dtype)
+  return bool(about.bits >= 8 and about.nmant >= 2)
 
 
 def allocate(
@@ -249,7 +254,9 @@ def allocate(
   is_statistics = lambda node: isinstance(node, LeafStatistics)
   # statistics are trees themselves: wrapped, each is the leaf that it stands for
   params = jax.tree.map(
-    lambda leaf: _Leaf(leaf) if is_statistics(leaf) else leaf, params, is_leaf=is_statistics
+    lambda leaf: _Leaf(leaf) if is_statistics(leaf) else trees.native(leaf),
+    params,
+    is_leaf=is_statistics,
   )
   named = {
     name: leaf.statistics if isinstance(leaf, _Leaf) else leaf

@@ -140,6 +140,7 @@ def init_state(params: PyTree, allocation: Allocation) -> CompressionState:
   >>> state.tree['bias'] is None, state.tree['kernel'].mask.shape
   (True, (64, 32))
   """
+  params = jax.tree.map(trees.native, params)
   found = trees.records(params, allocation.tree, LeafAllocation)
   states = [
     None if record is None else _init_leaf(name, leaf, record)
@@ -148,7 +149,7 @@ def init_state(params: PyTree, allocation: Allocation) -> CompressionState:
   return CompressionState(jax.tree.unflatten(jax.tree.structure(params), states))
 
 
-@jax.jit
+@trees.compiled
 def apply_compression(params: PyTree, state: CompressionState) -> PyTree:
   """The parameters as the compressed network holds them: pruned, and on the codebook.
 
@@ -177,7 +178,7 @@ def apply_compression(params: PyTree, state: CompressionState) -> PyTree:
   return trees.map_records(_compress_leaf, params, state.tree, LeafState)
 
 
-@jax.jit
+@trees.compiled
 def encode(params: PyTree, state: CompressionState) -> PyTree:
   """The integer codes of the parameters: int8 leaves where compressed, others as they are.
 
@@ -220,7 +221,7 @@ def _recorded(tree: PyTree, state: CompressionState) -> list[tuple[str, Any, Lea
   return [(name, leaf, record) for (name, leaf), record in named if record is not None]
 
 
-@jax.jit
+@trees.compiled
 def _decode(codes: PyTree, state: CompressionState, params: PyTree | None) -> PyTree:
   weights = {} if params is None else trees.named_leaves(params)
 

@@ -91,6 +91,7 @@ def encode_with_feedback(
   >>> error(coded) < 0.8 * error(opq_jax.apply_compression(kernel, state))
   True
   """
+  params = jax.tree.map(trees.native, params)
   leaves = trees.named_leaves(params)
   records = trees.records(params, state.tree, LeafState)
   matrices = matrices_of(params, moments)

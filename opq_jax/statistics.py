@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32, Int32
 
+from opq_jax import trees
 from opq_jax.histograms import BINS, BINS_AN_OCTAVE, FINE_BINS, bin_of, fine_bin_of
 
 _MOST_WEIGHTS = 2**31 - 1
@@ -113,6 +114,7 @@ def leaf_statistics(
   >>> stats.scale.tolist(), stats.maximum.tolist(), stats.per_channel
   ([2.0, 3.0], [3.0, 4.0], 2)
   """
+  weights = trees.native(weights)
   if np.size(weights) > _MOST_WEIGHTS:
     raise ValueError(
       f'found a leaf of {np.size(weights)} weights, expected at most {_MOST_WEIGHTS}: its counts '

@@ -109,7 +109,7 @@ def open_weights(path: str | os.PathLike[str]) -> PyTree:
 def _open_safetensors(path: str | os.PathLike[str]) -> dict[str, StoredLeaf]:
   def fetch(name: str) -> np.ndarray:
     with _opened(path) as file:
-      return file.get_tensor(name)
+      return weight_files.read_tensor(path, file, name)
 
   leaves = {}
   with _opened(path) as file:
@@ -117,8 +117,10 @@ def _open_safetensors(path: str | os.PathLike[str]) -> dict[str, StoredLeaf]:
       piece = file.get_slice(name)
       shape = tuple(piece.get_shape())
       # a slice tells NumPy's dtype without reading, where there is anything to slice
-      probe = piece[:1] if shape and math.prod(shape) else file.get_tensor(name)
-      leaves[name] = StoredLeaf(os.fspath(path), name, shape, probe.dtype, fetch)
+      dtype = weight_files.tensor_dtype(file, name)
+      if dtype is None:
+        dtype = (piece[:1] if shape and math.prod(shape) else file.get_tensor(name)).dtype
+      leaves[name] = StoredLeaf(os.fspath(path), name, shape, dtype, fetch)
   return leaves
 
 

@@ -97,7 +97,17 @@ def visible(text: str) -> str:
 
 
 def _summary_table(rows: list[tuple[str, LeafAllocation]], others: list[int]) -> Table:
-  columns: tuple[str, ...] = 'path', 'shape', 'weights', 'pruned', 'levels', 'bits', 'payload', 'error', 'fit'
+  columns: tuple[str, ...] = (
+    'path',
+    'shape',
+    'weights',
+    'pruned',
+    'levels',
+    'bits',
+    'payload',
+    'error',
+    'fit',
+  )
   sizes = np.array([math.prod(leaf.shape) for _, leaf in rows])
   escaped = np.rint([float(leaf.escaped) for _, leaf in rows] * sizes).astype(int)
   has_escaped = bool(escaped.any())

@@ -5,10 +5,12 @@ where a leaf is compressed and None where it passes through".  The functions her
 of a tree and walk two such trees together; what happens at a leaf is somebody else's business.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax import tree_util
 
 PyTree = Any
@@ -122,6 +124,30 @@ def _difference(tree: PyTree, record_tree: PyTree, kind: type) -> str:
       f'{jax.tree.structure(record_tree, is_leaf=is_leaf)}'
     )
   return '\n'.join(lines)
+
+
+def native(leaf: Any) -> Any:
+  """A leaf in the byte order of this machine, which is the only one that JAX takes.
+
+  >>> native(np.ones(2, '>f4')).dtype.isnative
+  True
+  """
+  dtype = getattr(leaf, 'dtype', None)
+  if isinstance(dtype, np.dtype) and not dtype.isnative:
+    return leaf.astype(dtype.newbyteorder('='))
+  return leaf
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+  """`jax.jit` of a function whose arrays may be numpy's, in any byte order."""
+  program = jax.jit(function)
+
+  @functools.wraps(function)
+  def call(*args: Any, **kwargs: Any) -> Any:
+    return program(*jax.tree.map(native, args), **jax.tree.map(native, kwargs))
+
+  call.lower = program.lower  # type: ignore[attr-defined]
+  return call
 
 
 def is_traced(tree: PyTree) -> bool:

@@ -183,6 +183,7 @@ def _coded_leaves(
   plain: Collection[str] = (),
 ) -> list[_Coded]:
   """All leaves, as `encode_with_trellis` has them; those in `plain` have plain codes."""
+  params = jax.tree.map(trees.native, params)
   leaves = trees.named_leaves(params)
   records = trees.records(params, state.tree, LeafState)
   matrices: list[Any] = [None] * len(records)

@@ -30,9 +30,17 @@ import msgpack
 import numpy as np
 import safetensors
 import safetensors.numpy
+from jaxtyping import Shaped
 
 from opq_jax import artifact, files, keras_files, orbax_files, trees
 from opq_jax.trees import PyTree
+
+# as safetensors calls them
+_FLOAT8 = {
+  'F8_E4M3': ml_dtypes.float8_e4m3fn,
+  'F8_E5M2': ml_dtypes.float8_e5m2,
+  'F8_E8M0': ml_dtypes.float8_e8m0fnu,
+}
 
 ChannelMode = Literal['auto', 'first', 'last']
 
@@ -225,7 +233,26 @@ def _read_safetensors(path: Path) -> PyTree:
     json.loads(text, object_pairs_hook=unique)
     if (file.metadata() or {}).get('format') == 'opq':
       return _read_opq(path)
-  return safetensors.numpy.load_file(path)
+    return {name: read_tensor(path, file, name) for name in file.keys()}  # noqa: SIM118
+
+
+def tensor_dtype(file: Any, name: str) -> np.dtype | None:
+  """The dtype of a tensor of an open safetensors file, where it is one that numpy has not."""
+  scalar = _FLOAT8.get(file.get_slice(name).get_dtype())
+  return None if scalar is None else np.dtype(scalar)
+
+
+def read_tensor(path: str | os.PathLike[str], file: Any, name: str) -> Shaped[np.ndarray, '...']:
+  """A tensor of an open safetensors file, which itself reads none of float8 into numpy."""
+  dtype = tensor_dtype(file, name)
+  if dtype is None:
+    return file.get_tensor(name)
+  with open(path, 'rb') as raw:
+    size = int.from_bytes(raw.read(8), 'little')
+    begin, end = json.loads(raw.read(size))[name]['data_offsets']
+    raw.seek(8 + size + begin)
+    data = raw.read(end - begin)
+  return np.frombuffer(data, dtype).reshape(file.get_slice(name).get_shape())
 
 
 def _read_npz(path: Path) -> PyTree:

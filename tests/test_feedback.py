@@ -143,7 +143,8 @@ def test_leaves_of_zeros_and_dead_inputs():
     small_networks.assert_compressed(coded, coded_state)
   kernel, _, _, matrix = problem()
   zeros = np.zeros_like(kernel)
-  allocation = opq_jax.allocate({'zeros': zeros, 'kernel': kernel}, compression_rate=16.0)
+  both = {'zeros': zeros, 'kernel': kernel}
+  allocation = opq_jax.allocate(both, compression_rate=16.0, corrected=False)
   state = opq_jax.init_state(zeros, opq_jax.Allocation(allocation.tree['zeros']))
   coded, coded_state = opq_jax.encode_with_feedback(zeros, state, matrix)
   assert not np.asarray(coded).any() and not np.asarray(coded_state.tree.mask).any()
