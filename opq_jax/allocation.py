@@ -319,6 +319,9 @@ def allocate(
   )
   if numpy is np:
     _check_values(chosen, stats, per_leaf, per_channel, targets)
+    if 'bits' in targets and seen is not None:
+      survivors = np.asarray(seen[1])[layout.place]
+      _check_width(stats, per_leaf, per_channel['bits'], survivors, targets)
   ends = np.cumsum([s.channels for s in stats])
   solved = {}
   for i, (name, s) in enumerate(zip(chosen, stats, strict=True)):
@@ -571,6 +574,31 @@ def _check_values(
       f'{", ".join(misfits)}: found E[w^2] over its value under the density, expected '
       f'{low} ... {high}'
     )
+
+
+def _check_width(
+  stats: list[LeafStatistics],
+  per_leaf: dict[str, np.ndarray],
+  bits: np.ndarray,
+  survivors: np.ndarray,
+  targets: dict[str, Array],
+) -> None:
+  """Says where the weights allow another sparsity or other widths than were asked."""
+  sizes = np.array([s.size for s in stats])
+  share = sizes / sizes.sum()
+  value_bits = np.array([8 * np.dtype(s.dtype).itemsize for s in stats])
+  kept = max(float(survivors.sum()), 1e-30)
+  width = float(np.sum(survivors * bits) + np.sum(share * per_leaf['escaped'] * value_bits)) / kept
+  found = {'sparsity': 1 - float(survivors.sum()), 'bits': width}
+  for name, value in found.items():
+    asked = float(targets[name])
+    if abs(value - asked) > 0.005 * (1 if name == 'sparsity' else asked):
+      why = (
+        'equal weights are pruned together'
+        if name == 'sparsity'
+        else 'the weights need no others, whatever the step'
+      )
+      _warn(f'{name}: found {value:.4g}, where {asked:.4g} was asked: {why}')
 
 
 def _warn_of_dead(

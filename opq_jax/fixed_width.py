@@ -97,9 +97,18 @@ def minimise_at_bits(
       sums = jax.lax.cumsum(sums, axis=1, reverse=True)[:, 1:]
       return sums[..., 0] - (log_step - low[:, None]) * sums[..., 1]
 
-    # an index of up to 127 cells, and no more
-    index = (index_bits(beyond) - index_bits(beyond - _LOG_MOST)) / _LOG2
-    return cost, (channels.sum(survivors)[:, None] + index + escape_bits(jnp.exp(log_step))) / total
+    def within(_: Array) -> Array:
+      return index_bits(beyond) / _LOG2
+
+    def limited(log_step: Array) -> Array:
+      # an index of up to 127 cells, and no more; and what is beyond
+      index = index_bits(beyond) - index_bits(beyond - _LOG_MOST)
+      return index / _LOG2 + escape_bits(jnp.exp(log_step))
+
+    # once the grids are nearly found, 127 cells mostly suffice
+    needs_more = jnp.any(most - low > _LOG_MOST)
+    more = jax.lax.cond(needs_more, limited, within, log_step)
+    return cost, (channels.sum(survivors)[:, None] + more) / total
 
   def is_open(carry: tuple) -> Array:
     i, _, _, best, bound = carry

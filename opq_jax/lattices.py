@@ -127,7 +127,11 @@ def _affine(
   if np.max(np.abs(values - magnitudes)) > most:
     return None
   # in the first half of the first cell, so that threshold + (first - threshold) is first
-  return np.maximum(first / 2, first - step / 2), first, step, levels
+  threshold = np.maximum(first / 2, first - step / 2)
+  # a first value that is next to nothing beside the step leaves rounding to say which cell is meant
+  if not np.array_equal(np.floor((magnitudes - threshold) * (1 / step)), place):
+    return None
+  return threshold, first, step, levels
 
 
 def _values(

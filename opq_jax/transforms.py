@@ -134,8 +134,8 @@ def clip_to_grid(state: CompressionState) -> optax.GradientTransformation:
   """Drops the gradient that would move a weight which is beyond the last cell further out.
 
   The last cell of a leaf ends at e = threshold + levels * step, and beyond it a weight has the
-  value of that cell however large it becomes.  The straight-through gradient does not know that.
-  Here the gradient g of a weight w is
+  value of that cell however large it becomes, unless it is escaped.  The straight-through gradient
+  does not know that.  Here the gradient g of a weight w is
 
       0    where |w| >= e and w g < 0,     for a descent would make |w| larger
       g    elsewhere, so that a weight may always come back
@@ -171,6 +171,7 @@ def clip_to_grid(state: CompressionState) -> optax.GradientTransformation:
     end = leaf.threshold + leaf.step * leaf.levels.astype(jnp.float32)
     is_beyond = jnp.abs(weight.astype(jnp.float32)) >= end
     is_outwards = jnp.sign(weight).astype(gradient.dtype) * gradient < 0
+    is_beyond &= ~leaf.escaped  # which is beyond by right, and is what it is
     return jnp.where(is_beyond & is_outwards, jnp.zeros_like(gradient), gradient)
 
   return _of_leaves(clip, state)

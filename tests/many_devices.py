@@ -98,6 +98,8 @@ def statistics_are_those_of_one_device():
         np.testing.assert_array_equal(found.maximum, expected.maximum)
         if histogram:
           np.testing.assert_array_equal(found.histogram, expected.histogram)
+        if expected.leading is not None:
+          np.testing.assert_array_equal(found.leading, expected.leading)
       count = statistics.per_channel_count(leaf, np.float32(0.8), axis)
       expected = statistics.per_channel_count(plain()[name], np.float32(0.8), axis)
       np.testing.assert_array_equal(count, expected)
@@ -179,6 +181,24 @@ def states_and_values_lie_as_the_weights_do():
   ):
     # nothing crosses between devices at all
     assert largest_moved(call.lower(*arguments).compile()) == 0
+
+
+def escaped_weights_are_those_of_one_device():
+  params = {name: leaf.copy() for name, leaf in plain().items()}
+  params['a/kernel'][[3, 700], [5, 900]] = 4000, -3000
+  params['d/kernel'][7, 39, 2] = 900
+  over_mesh = lay(params, SPECS, mesh())
+  allocation = opq_jax.allocate(params, compression_rate=8.0)
+  same(opq_jax.allocate(over_mesh, compression_rate=8.0), allocation, 1e-3)
+  state, expected = (opq_jax.init_state(tree, allocation) for tree in (over_mesh, params))
+  assert int(state.tree['a/kernel'].escaped.sum()) == 2
+  jax.tree.map(np.testing.assert_array_equal, state, expected)
+  lies_alike(state.tree['a/kernel'].kinds, over_mesh['a/kernel'])
+  values = opq_jax.apply_compression(over_mesh, state)
+  lies_alike(values, over_mesh)
+  decoded = opq_jax.decode(opq_jax.encode(over_mesh, state), state, over_mesh)
+  jax.tree.map(np.testing.assert_array_equal, decoded, values)
+  assert values['a/kernel'][3, 5] == 4000 and values['d/kernel'][7, 39, 2] == 900
 
 
 class Network(nn.Module):
@@ -273,6 +293,7 @@ CHECKS = (
   a_traced_allocation_gathers_nothing,
   explicit_axes_are_as_good_as_others,
   states_and_values_lie_as_the_weights_do,
+  escaped_weights_are_those_of_one_device,
   finetuning_is_that_of_one_device,
   a_state_is_restored_into_another_mesh,
 )
