@@ -316,3 +316,65 @@ def test_the_command_runs_as_a_module():
   result = subprocess.run(command, capture_output=True, text=True, check=False)
   assert result.returncode == 0
   assert result.stdout == f'opq_jax {opq_jax.__version__}\n'
+
+
+def test_rates_as_people_say_them(net, capsys):
+  assert run('compress', 'net.safetensors', 'rate.opq', '--rate', 16) == 0
+  assert run('compress', 'net.safetensors', 'bits.opq', '--bits-per-weight', 2) == 0
+  same = [opq_jax.load(name)[0]['fc1.weight'] for name in ('rate.opq', 'bits.opq')]
+  np.testing.assert_array_equal(*same)
+  original = sum(leaf.nbytes for leaf in tree().values())
+  capsys.readouterr()
+  # leaf by leaf from disk, and all in memory
+  np.savez('net.npz', **tree())
+  for source in ('net.safetensors', 'net.npz'):
+    assert run('compress', source, 'file.opq', '--file-rate', 9) == 0
+    assert 8.99 <= original / (net / 'file.opq').stat().st_size <= 9.06
+  out = capsys.readouterr().out
+  assert 'times smaller than in float32' in ' '.join(out.split())
+  assert files(net) == ['bits.opq', 'file.opq', 'net.npz', 'net.safetensors', 'rate.opq']
+  assert run('verify', 'file.opq', '--against', 'net.npz') == 0
+  assert run('inspect', 'file.opq', '--json') == 0
+  found = json.loads(capsys.readouterr().out.partition('{')[2].join(['{', '']))
+  totals = found['totals']
+  assert totals['rates_are_against']['file_rate'] == 'all leaves as they came'
+  assert totals['bits_per_weight'] < 32 / 9
+  assert found['metadata']['targets'].startswith('file_rate=9')
+
+
+def test_a_file_rate_along_the_trellis_holds_against_the_weights(net):
+  arguments = '--trellis', '--file-rate', 12
+  assert run('compress', 'net.safetensors', 'net.opq', *arguments) == 0
+  original = sum(leaf.nbytes for leaf in tree().values())
+  assert 12 <= original / (net / 'net.opq').stat().st_size <= 12.2
+  assert run('verify', 'net.opq', '--against', 'net.safetensors') == 0
+
+
+@pytest.mark.parametrize('options', [['--rate', 9], ['--bits', 3, '--sparsity', 0.5]])
+def test_a_file_rate_stands_alone(net, capsys, options):
+  assert run('compress', 'net.safetensors', 'net.opq', '--file-rate', 9, *options) == 2
+  assert 'found file_rate together with another target' in capsys.readouterr().err
+
+
+def test_what_is_lost_escaped_or_not_met_is_said(net, capsys):
+  params = tree()
+  params['fc1.weight'][3] *= 1e-6
+  params['fc2.weight'][5, 7] = 5e4
+  params['lora_B.weight'] = np.zeros((8, 4), np.float32)
+  safetensors.numpy.save_file(params, 'odd.safetensors')
+  assert run('compress', 'odd.safetensors', 'odd.opq') == 0
+  out, err = (' '.join(text.split()) for text in capsys.readouterr())
+  assert 'note: all weights are pruned of fc1.weight (1 of 96 along its first axis' in err or (
+    'fc1.weight (1 of 96 output channels)' in err
+  )
+  assert 'lora_B.weight: all weights are zero, and the leaf is left as it is' in err
+  assert 'escaped' in out and 'all weights pruned of 1 output channels' in out
+  assert run('inspect', 'odd.opq') == 0
+  assert 'escaped' in capsys.readouterr().out
+  loaded, _ = opq_jax.load('odd.opq')
+  assert loaded['fc2.weight'][5, 7] == 5e4
+  assert run('verify', 'odd.opq', '--against', 'odd.safetensors') == 0
+  # more than there is
+  assert run('compress', 'net.safetensors', 'exact.opq', '--rate', 0.8) == 0
+  assert 'all values are exact' in ' '.join(capsys.readouterr().err.split())
+  np.testing.assert_array_equal(opq_jax.load('exact.opq')[0]['fc1.weight'], tree()['fc1.weight'])
