@@ -54,6 +54,7 @@ _NARROW = 1e-5  # of lambda's logarithm, where a stage ends
 _FIRST, _SECOND, _FREE, _ENDED = 0, 1, 2, 5  # stages
 _FURTHER = len((PRUNED, ON_GRID, ON_LATTICE, EXACT))  # on a grid whose threshold is raised
 _FAR = 60.0  # of d, where coth is 1
+_FINE_STEP = math.sqrt(6 / _LOG2)  # over the root of mu, where steps are small beside the scale
 
 
 class Leaves(NamedTuple):
@@ -266,19 +267,13 @@ def _grid(leaves: Leaves, log_mu: Array) -> tuple[Array, Array, Array]:
   sums = leaves.sums
   energy = sums.energy()
   tiny = jnp.finfo(log_mu.dtype).tiny
-  # no weight is smaller
-  least = sums.largest * 2.0**-33
-  start = jnp.clip(1.5 * jnp.exp(log_mu / 2), least, sums.largest)
+  least = _least(sums)
+  step = _FINE_STEP * jnp.exp(log_mu / 2)
+  threshold = jnp.clip(step / 2, least, sums.largest)
 
-  def tail(threshold: Array) -> tuple[Array, Array, Array]:
-    positive, negative, magnitude, below = sums.at(threshold)
-    left = positive + negative
-    scale = magnitude / jnp.where(left > 0, left, 1) - threshold
-    return left, jnp.maximum(scale, jnp.maximum(threshold * 2.0**-9, least)), below
-
-  def better(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-    threshold, log_price = carry
-    left, scale, below = tail(threshold)
+  def better(_: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    threshold, step, log_price = carry
+    left, scale, below = _tail(sums, threshold, step)
     price = jnp.exp(log_price)
     step = _step(price, scale)
     offset = laplace.survivor_offset(step, scale)
@@ -294,15 +289,34 @@ def _grid(leaves: Leaves, log_mu: Array) -> tuple[Array, Array, Array]:
       error = below + left * laplace.survivor_error(step, scale)
       kept = jnp.maximum(1 - error / jnp.where(energy > 0, energy, 1), 1e-6)
       log_price = (log_price + log_mu + jnp.log(kept)) / 2
-    return threshold, log_price
+    return threshold, step, log_price
 
-  threshold, log_price = jax.lax.fori_loop(0, _ROUNDS, better, (start, log_mu))
-  _, scale, _ = tail(threshold)
-  step = _step(jnp.exp(log_price), scale)
+  start = threshold, step, log_mu
+  threshold, step, log_price = jax.lax.fori_loop(0, _ROUNDS, better, start)
+  step = _step(jnp.exp(log_price), _tail(sums, threshold, step)[1])
   # as it will be (`opq_jax.compression.exact_grid`): many equal weights may lie beside an edge
   mantissa, exponent = jnp.frexp(step)
   step = jnp.ldexp(jnp.round(mantissa * 2.0**STEP_BITS), exponent - STEP_BITS)
   return threshold, step, log_price
+
+
+def _least(sums: Sums) -> Array:
+  """Less than any weight that a histogram tells from zero."""
+  return sums.largest * 2.0**-33
+
+
+def _tail(sums: Sums, threshold: Array, step: Array) -> tuple[Array, Array, Array]:
+  """The share of the weights beyond a threshold, the scale of their excess, and the error below it.
+
+  What is beyond 127 cells, and escapes, has no say in the scale.
+  """
+  positive, negative, magnitude, below = sums.at(threshold)
+  left = positive + negative
+  far_positive, far_negative, far, _ = sums.at(threshold + MAX_LEVELS * step)
+  inside = left - far_positive - far_negative
+  scale = (magnitude - far) / jnp.where(inside > 0, inside, 1) - threshold
+  least = jnp.maximum(threshold * 2.0**-9, _least(sums))
+  return left, jnp.maximum(scale, least), below
 
 
 def _step(price: Array, scale: Array) -> Array:
@@ -329,8 +343,7 @@ def _levels(
   """The best number of levels of each leaf, and with it bits and squared error per weight."""
   sums = leaves.sums
   pruned, cells, escaped, below = shares_of(sums, threshold, step)
-  magnitude, left = sums.at(threshold)[2], escaped[:, 0]
-  scale = jnp.maximum(magnitude / jnp.where(left > 0, left, 1) - threshold, threshold * 2.0**-9)
+  left, scale, _ = _tail(sums, threshold, step)
   bits = payload_bits(pruned, cells, escaped, leaves.sizes, leaves.value_bits)
   # more levels than the largest weight needs hold nothing
   number = jnp.arange(MAX_LEVELS + 1, dtype=step.dtype)[None]

@@ -1,5 +1,6 @@
 """The grid that is best for codes along a trellis, at the slope of a plain grid."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -17,10 +18,6 @@ _FITS = 4
 _PRUNED = 0.0, 0.30, 0.54, 0.75, 0.89, 1.0
 _STEP = 0.59, 0.587, 0.568, 0.53, 0.54, 0.54
 _FIRST = 0.65, 0.69, 0.745, 0.813, 0.876, 0.9
-# of a plain grid for Laplace weights (METHOD.md section 4), by threshold over step: its slope over
-# step^2, ln(2) / 6 where it is fine
-_THRESHOLD = 0.5, 0.542, 0.560, 0.586, 0.636, 0.692, 0.763
-_SLOPE = 0.1155, 0.1148, 0.1139, 0.1122, 0.1075, 0.1, 0.0866
 
 
 class Fit(NamedTuple):
@@ -56,7 +53,7 @@ def fit(
   if survivors == 0:
     return None
   step = min(step, 2 * first)  # that of a grid of one level may say nothing
-  slope = step**2 * float(np.interp(threshold / step, _THRESHOLD, _SLOPE))
+  slope = _slope(magnitude, threshold, step)
   pruned = 1 - survivors / flat.size
   grid = trellis.Grid(
     first * float(np.interp(pruned, _PRUNED, _FIRST)),
@@ -83,6 +80,17 @@ def fit(
     bits[0] = np.log2(counts.sum(1, keepdims=True) / counts)
     grid = _refitted(grid, codes, sample)
   return Fit(grid, slope, bits)
+
+
+def _slope(magnitude: Float32[np.ndarray, ' n'], threshold: float, step: float) -> float:
+  """Squared error that a bit is worth where this step is the best one (`opq_jax.rate_search`)."""
+  inside = magnitude[(magnitude > threshold) & (magnitude < threshold + MAX_LEVELS * step)]
+  scale = (
+    max(float(inside.mean(dtype=np.float64)) - threshold, 1e-3 * step) if inside.size else step
+  )
+  d = step / scale
+  value = d * d / 6 if d < 0.01 else d / math.tanh(d / 2) - 2
+  return scale**2 * math.log(2) * value
 
 
 def is_beyond(weights: Float32[np.ndarray, '...'], grid: trellis.Grid) -> Bool[np.ndarray, '...']:
