@@ -21,6 +21,7 @@ import json
 import pathlib
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,7 +101,10 @@ def run(
   # masks and codebooks: made once, or read again
   checkpoints = Checkpoints(workdir / 'checkpoints')
   log = MetricLog(workdir)
-  like = jax.eval_shape(lambda tree: opq_jax.init_state(tree, opq_jax.allocate(tree)), variables)
+  # which leaves are compressed is known of the weights alone: those of zeros are not
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore', UserWarning)
+    like = jax.eval_shape(opq_jax.init_state, variables, opq_jax.allocate(variables))
   whole_state = checkpoints.restore_compression(like)
   images = []  # without BatchNorm, noise has nothing to correct
   if config.feedback or not networks.has_batch_norm(variables):

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 import opq_jax
 from opq_jax import statistics, training
-from opq_jax.histograms import BINS
+from opq_jax.histograms import BINS, FINE_BINS
 
 SPECS = {
   'a/kernel': P('data', 'model'),
@@ -116,7 +116,7 @@ def statistics_gather_nothing():
     assert 0 < largest_moved(compiled) <= 1024
   where = np.float32(9), np.int32(3)
   compiled = statistics._fine_histogram.lower(leaf, where, layout).compile()
-  assert 0 < largest_moved(compiled) <= BINS < shard
+  assert 0 < largest_moved(compiled) <= FINE_BINS < shard
 
 
 def allocation_is_that_of_one_device():
@@ -140,7 +140,7 @@ def a_traced_allocation_gathers_nothing():
     tree = {name: laid(kind)[name] for name in ('a/kernel', 'b/kernel')}
     call = jax.jit(functools.partial(opq_jax.allocate, **targets))
     compiled = call.lower(tree).compile()
-    assert 0 < largest_moved(compiled) < tree['b/kernel'].size // 4
+    assert 0 < largest_moved(compiled) <= FINE_BINS < tree['b/kernel'].size
     same(compiled(tree), opq_jax.allocate(tree, **targets), 2e-3)
 
 
@@ -177,7 +177,7 @@ def states_and_values_lie_as_the_weights_do():
     (opq_jax.apply_compression, (laid(), state)),
     (jax.jit(gradient), (laid(),)),
     (opq_jax.encode, (laid(), state)),
-    (opq_jax.decode, (codes, state)),
+    (jax.jit(opq_jax.decode), (codes, state)),
   ):
     # nothing crosses between devices at all
     assert largest_moved(call.lower(*arguments).compile()) == 0

@@ -139,7 +139,7 @@ def test_finetuning_starts_from_corrected_statistics_and_the_float_weights(tmp_p
   model, variables, _ = finetune.float_network(config)
   with finetune.Checkpoints(tmp_path / 'checkpoints') as checkpoints:
     state = checkpoints.restore_compression(
-      jax.eval_shape(lambda tree: opq_jax.init_state(tree, opq_jax.allocate(tree)), variables)
+      jax.eval_shape(opq_jax.init_state, variables, opq_jax.allocate(variables))
     )
   expected = opq_jax.correct_batch_norm(
     model.apply,
@@ -149,7 +149,7 @@ def test_finetuning_starts_from_corrected_statistics_and_the_float_weights(tmp_p
     config.noise_shape,
   )
   for name, leaf in trees.named_leaves(found).items():
-    is_latent = trees.named_leaves(state.tree).get(f'{name}/mask') is not None
+    is_latent = trees.named_leaves(state.tree).get(f'{name}/kinds') is not None
     source = variables if is_latent else expected
     np.testing.assert_array_equal(leaf, trees.named_leaves(source)[name], name)
   moved = jax.tree.map(

@@ -21,6 +21,9 @@ def leaf_allocation(shape=(4, 8), **fields):
     'entropy': jnp.float32(2.0),
     'payload': jnp.float32(2.0),
     'laplace_fit': jnp.float32(1.0),
+    'escaped': jnp.float32(0.0),
+    'dead_channels': jnp.int32(0),
+    'dead_rows': jnp.int32(0),
   }
   return LeafAllocation(**(values | fields), shape=shape, channel_axis=-1)
 
@@ -94,3 +97,12 @@ def test_summary_of_another_tree_is_refused():
 def test_abstract_parameters_have_a_summary():
   params = {'w': jax.ShapeDtypeStruct((4, 8), jnp.float32)}
   assert '4x8' in str(tables.summary(params, Allocation({'w': leaf_allocation()})))
+
+
+def test_escaped_weights_and_what_lost_all_of_them_are_counted():
+  params = {'a': np.zeros((4, 8)), 'b': np.zeros((16, 6))}
+  lost = leaf_allocation((16, 6), sparsity=jnp.float32(1), dead_channels=jnp.int32(6))
+  tree = {'a': leaf_allocation(escaped=jnp.float32(0.125), dead_rows=jnp.int32(2)), 'b': lost}
+  text = ' '.join(str(summary(params, Allocation(tree))).split())
+  assert 'levels escaped bits' in text
+  assert 'pruned of 6 output channels, of 2 indices of a first axis, and of 1 leaves: b' in text

@@ -53,7 +53,10 @@ def test_no_other_way_costs_less(seed):
   is_turned = rng.random(n) < 0.5
   bits = rng.uniform(0, 4, (3, 2, 2 * trellis.MOST_INDEX + 1)).astype(np.float32)
   codes = np.empty(n, np.int8)
-  end = trellis.search(weights, slopes, models, is_turned, bits, first, step, levels, 0, codes)
+  usable = np.ones(128, bool)
+  usable[4] = seed % 2 == 0
+  tables = slopes, models, is_turned, bits, usable
+  end = trellis.search(weights, *tables, first, step, levels, 0, codes)
 
   def cost(chosen):
     found = trellis.indices_and_subsets(np.array(chosen, np.int8))
@@ -72,7 +75,7 @@ def test_no_other_way_costs_less(seed):
     sign = -1 if w < 0 else 1
     near = []
     for least in (1, 2, 3, 4):
-      kind = list(range(least, levels + 1, 4))
+      kind = [c for c in range(least, levels + 1, 4) if usable[c]]
       below = [c for c in kind if first + step * (c - 1) <= abs(w)]
       at = len(below) - 1 if below else 0
       near += kind[at : at + 2]
@@ -91,7 +94,11 @@ def test_weights_to_come_have_a_say():
   bits = 1.0 + np.abs(np.arange(-64, 65, dtype=np.float32))
   bits = np.broadcast_to(bits, (1, 2, 129)).copy()
   whole = np.empty(4000, np.int8)
-  prices = lambda n: (np.full(n, 0.2, np.float32), np.zeros(n, np.uint8), np.zeros(n, bool), bits)
+  usable = np.ones(128, bool)
+  prices = lambda n: (
+    *(np.full(n, 0.2, np.float32), np.zeros(n, np.uint8), np.zeros(n, bool), bits),
+    usable,
+  )
   trellis.search(weights, *prices(4000), 0.9, 0.75, 40, 0, whole)
   pieces, state = np.empty(4000, np.int8), 0
   for start in range(0, 4000, 100):
@@ -100,3 +107,15 @@ def test_weights_to_come_have_a_say():
       part, *prices(part.size), 0.9, 0.75, 40, state, pieces[start : start + 100]
     )
   np.testing.assert_array_equal(pieces, whole)
+
+
+def test_an_escaped_weight_has_code_0_whatever_the_ways_around_it():
+  weights = RNG(2).laplace(size=3000).astype(np.float32)
+  places = RNG(3).choice(3000, 200, replace=False)
+  weights[places] = np.nan
+  bits = np.broadcast_to(1.0 + np.abs(np.arange(-64, 65, dtype=np.float32)), (1, 2, 129)).copy()
+  codes = np.empty(3000, np.int8)
+  tables = np.full(3000, 0.05, np.float32), np.zeros(3000, np.uint8), np.zeros(3000, bool), bits
+  trellis.search(weights, *tables, np.ones(128, bool), 0.9, 0.75, 40, 0, codes)
+  assert not codes[places].any() and np.count_nonzero(codes) > 500
+  assert trellis.indices_and_subsets(codes) is not None
