@@ -164,7 +164,7 @@ def _leaves(tree: JoinedStatistics, channels: Channels, unit: Float[Array, 'leav
     sums,
     jnp.asarray(tree.sizes),
     channels.leaf_share(),
-    tree.value_bits,
+    tree.mantissa,
     log_mu,
     is_linear,
     bits,

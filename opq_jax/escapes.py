@@ -8,13 +8,17 @@ of the gap: 0 for a gap of 0, else 1 + floor(log2 g).  A section is
     buckets             a plain payload of `opq_jax.entropy_coding`, of m codes
     bits                of every gap those below its leading one, the highest first; of 2**16 gaps
                         at a time, padded with zeros to whole bytes
-    u8                  0: the values are plain; 1: they are LZMA
-    values              of the leaf's dtype
+    u32                 the bytes of the heads
+    u8                  h, the head that most values have
+    heads               a plain payload of (head - h) mod 256, as int8
+    rests               of every value; those of one bit eight in a byte, the first the highest
     u32                 CRC-32 of all of the above
 
-with all numbers little-endian, and LZMA as `opq_jax.artifact_index.pack` makes it with the item
-size of the dtype for a period.  At random places an escape takes log2(n / m) + 1.5 bits and those
-of its value, and some 20 bytes go with them all.
+with all numbers little-endian.  The head of a value is the 8 bits (of a value of 8 bits, the 7)
+that follow its sign: the exponent of float32 and bfloat16, which repeats, and costs its entropy.
+The rest is the sign, then the bits below the head.  At random places an escape takes log2(n / m) + 1.5
+bits and those of its value, its head at its entropy, and some 30
+bytes go with them all.
 """
 
 import zlib
@@ -22,7 +26,6 @@ import zlib
 import numpy as np
 from jaxtyping import Int8, Int64, Shaped, UInt8
 
-from opq_jax import artifact_index
 from opq_jax.entropy_coding import decode_codes, encode_codes
 
 _PIECE = 1 << 16  # gaps whose bits are unpacked, and padded, together
@@ -53,10 +56,11 @@ def encode(positions: Int64[np.ndarray, ' m'], values: Shaped[np.ndarray, ' m'])
     buckets[start : start + _PIECE] = length
     bits.append(_packed(gaps, np.maximum(length.astype(np.int64) - 1, 0)))
   coded = encode_codes(buckets, contexts=False)
-  plain = values.tobytes()
-  packed = artifact_index.pack(plain, period=values.dtype.itemsize)
-  stored = b'\1' + packed if len(packed) < len(plain) else b'\0' + plain
-  section = b''.join([len(coded).to_bytes(_WORD, 'little'), coded, *bits, stored])
+  heads, rests = _cut(values)
+  usual = int(np.argmax(np.bincount(heads, minlength=256)))
+  relative = encode_codes((heads - np.uint8(usual)).view(np.int8), contexts=False)
+  parts = [_length(coded), coded, *bits, _length(relative), bytes([usual]), relative, *rests]
+  section = b''.join(parts)
   return section + zlib.crc32(section).to_bytes(_WORD, 'little')
 
 
@@ -110,14 +114,69 @@ def decode(
 
 
 def _values(data: bytes, count: int, dtype: np.dtype) -> Shaped[np.ndarray, ' m']:
-  kind, stored, expected = data[:1], data[1:], count * dtype.itemsize
-  if kind == b'\1':
-    stored = artifact_index.unpack(stored, expected, period=dtype.itemsize)
-  elif kind != b'\0':
-    raise ValueError(f'found escaped weights of kind {kind!r}, expected 0 or 1')
-  if len(stored) != expected:
-    raise ValueError(f'found {len(stored)} bytes of escaped weights, expected {expected}')
-  return np.frombuffer(stored, dtype)
+  head = _WORD + 1
+  end = head + int.from_bytes(data[:_WORD], 'little')
+  if len(data) < head or end > len(data):
+    raise ValueError(
+      f'found {len(data)} bytes of escaped values, expected {max(end, head)} and more'
+    )
+  relative = decode_codes(data[head:end], (count,)).view(np.uint8)
+  expected = count * (dtype.itemsize - 1) or -(-count // 8)
+  if len(data) - end != expected:
+    raise ValueError(f'found {len(data) - end} bytes of rests, expected {expected}')
+  heads, values, width = (
+    relative + np.uint8(data[_WORD]),
+    np.empty(count, dtype),
+    dtype.itemsize - 1,
+  )
+  for start in range(0, count, _PIECE):
+    stop = min(start + _PIECE, count)
+    part = slice(end + start * width, end + stop * width)
+    if not width:
+      part = slice(end + start // 8, end + -(-stop // 8))
+    values[start:stop] = _joined(heads[start:stop], data[part], dtype)
+  return values
+
+
+def _length(part: bytes) -> bytes:
+  return len(part).to_bytes(_WORD, 'little')
+
+
+def _cut(values: Shaped[np.ndarray, ' m']) -> tuple[UInt8[np.ndarray, ' m'], list[bytes]]:
+  """Heads of values, and their rests in pieces."""
+  size = values.dtype.itemsize
+  heads, rests = np.empty(values.size, np.uint8), []
+  for start in range(0, values.size, _PIECE):
+    bits = np.ascontiguousarray(values[start : start + _PIECE]).view(f'<u{size}')
+    if size == 1:
+      heads[start : start + _PIECE] = bits & np.uint8(127)
+      rests.append(np.packbits(bits >> 7).tobytes())
+      continue
+    below = bits.dtype.type(8 * size - 9)
+    heads[start : start + _PIECE] = (bits >> below).astype(np.uint8)
+    sign, low = bits >> bits.dtype.type(8 * size - 1), bits & bits.dtype.type((1 << int(below)) - 1)
+    rest = (sign << below | low).astype(f'<u{size}').view(np.uint8).reshape(-1, size)
+    rests.append(rest[:, : size - 1].tobytes())
+  return heads, rests
+
+
+def _joined(
+  heads: UInt8[np.ndarray, ' m'], rests: bytes, dtype: np.dtype
+) -> Shaped[np.ndarray, ' m']:
+  """The values of heads and rests."""
+  size, stored = dtype.itemsize, np.frombuffer(rests, np.uint8)
+  if size == 1:
+    signs = np.unpackbits(stored)
+    if (heads > 127).any() or signs[heads.size :].any():
+      raise ValueError('found heads or signs of escaped values that no value has')
+    return (heads | signs[: heads.size] << 7).view(dtype)
+  wide = np.zeros((heads.size, size), np.uint8)
+  wide[:, : size - 1] = stored.reshape(-1, size - 1)
+  bits = wide.view(f'<u{size}').reshape(-1)
+  number, below = bits.dtype.type, bits.dtype.type(8 * size - 9)
+  low = bits & number((1 << int(below)) - 1)
+  sign = (bits >> below) << number(8 * size - 1)
+  return (sign | heads.astype(bits.dtype) << below | low).view(dtype)
 
 
 def _bit_length(numbers: Int64[np.ndarray, ' k']) -> Int8[np.ndarray, ' k']:

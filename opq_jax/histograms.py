@@ -227,6 +227,8 @@ def payload_bits(
 ) -> Float[Array, 'leaves levels']:
   """Bits per weight of each leaf's payload in a file, for every number of levels a sign.
 
+  Those of escaped values are about right; `escaped_value_bits` has them exactly.
+
   The zeroth-order entropy of the codes, where an escaped weight has the code of a pruned one, and
   what a file adds: `opq_jax.entropy_coding` writes a frequency f of P bits in about 2 + log2 f
   bits, the bounds of the alphabet, and a checksum; an escaped weight takes the bits of its value
@@ -238,7 +240,7 @@ def payload_bits(
     cells: share of the weights in each cell of a sign.
     escaped: share of the weights beyond the last cell, for 0, 1, ... levels.
     sizes: weights of each leaf.
-    value_bits: of the dtype of each leaf.
+    value_bits: of an escaped value in each leaf, about.
   """
   dtype = cells.dtype
   # as many bits as the size has, up to where the precision ends
@@ -268,7 +270,20 @@ def payload_bits(
 
 
 _BITS_OF_PLACE = 0.06  # of an escaped weight, over the entropy of where escaped weights are
-_BITS_OF_ESCAPES = 160.0  # of a section of escaped weights: its checksum, table and entry
+_BITS_OF_ESCAPES = 260.0  # of a section of escaped weights: its checksum, tables and entry
+
+
+def escaped_value_bits(
+  sums: Sums, edge: Float[Array, 'leaves'], mantissa: Float[Array, 'leaves']
+) -> Float[Array, 'leaves']:
+  """Bits of the value of a weight beyond an edge: sign, mantissa, and its exponent's entropy."""
+  octaves = jnp.sum(sums.columns[:, ::BINS_AN_OCTAVE, :2], axis=2)
+  # zeros are in the first bin
+  octaves = octaves.at[:, 0].set(jnp.sum(sums.columns[:, 1, :2], axis=1))
+  positive, negative, *_ = sums.at(edge)
+  beyond = jnp.minimum(octaves, (positive + negative)[:, None])
+  share = (beyond[:, :-1] - beyond[:, 1:]) / jnp.maximum(beyond[:, :1], 1e-30)
+  return 1 + mantissa - jnp.sum(_times_log2(jnp.maximum(share, 0)), axis=1)
 
 
 def _times_log2(x: Float[Array, '...']) -> Float[Array, '...']:

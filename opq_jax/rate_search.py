@@ -41,7 +41,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from opq_jax import laplace
-from opq_jax.histograms import Sums, code_entropy, payload_bits
+from opq_jax.histograms import Sums, code_entropy, escaped_value_bits, payload_bits
 
 MAX_LEVELS = 127  # a code is one int8
 STEP_BITS = 17  # of a step: times up to 127 no product rounds in float32
@@ -64,7 +64,7 @@ class Leaves(NamedTuple):
     sums: of the histograms.
     sizes: weights of each leaf.
     share: of all weights.
-    value_bits: of the dtype of each leaf.
+    mantissa: bits of that of the dtype of each leaf.
     log_mu: of each leaf at lambda = 1, for an objective that is linear in the errors; up to a
       number that is the same for all.  Otherwise of F = -log(1 - D / energy) at D = 0.
     is_linear: whether it is.
@@ -75,7 +75,7 @@ class Leaves(NamedTuple):
   sums: Sums
   sizes: Float[Array | np.ndarray, 'leaves']
   share: Float[Array, 'leaves']
-  value_bits: Float[Array, 'leaves']
+  mantissa: Float[Array, 'leaves']
   log_mu: Float[Array, 'leaves']
   is_linear: bool
   lattice_bits: Float[Array, 'leaves']
@@ -235,7 +235,8 @@ def _at(leaves: Leaves, at: _Point, bits: Array, held: Int32[Array, 'leaves']) -
       _payload(leaves, nothing + 1, nothing),
       payload,
       leaves.lattice_bits,
-      _payload(leaves, 1 - nonzero, nonzero),
+      _payload(leaves, 1 - nonzero, nonzero)
+      + nonzero * (escaped_value_bits(sums, nothing, leaves.mantissa) - _about(leaves)),
     ]
   )
   errors = jnp.stack([energy, error, leaves.lattice_error, nothing])
@@ -259,7 +260,12 @@ def _payload(leaves: Leaves, pruned: Array, escaped: Array) -> Array:
   """Of a leaf without levels."""
   none = jnp.zeros((len(pruned), 2, 1), pruned.dtype)
   both = jnp.stack([escaped, escaped], axis=1)
-  return payload_bits(pruned, none, both, leaves.sizes, leaves.value_bits)[:, 0]
+  return payload_bits(pruned, none, both, leaves.sizes, _about(leaves))[:, 0]
+
+
+def _about(leaves: Leaves) -> Array:
+  """Bits of an escaped value, whose exponent has an entropy of a bit or two."""
+  return leaves.mantissa + 2.5
 
 
 def _grid(leaves: Leaves, log_mu: Array) -> tuple[Array, Array, Array]:
@@ -344,7 +350,7 @@ def _levels(
   sums = leaves.sums
   pruned, cells, escaped, below = shares_of(sums, threshold, step)
   left, scale, _ = _tail(sums, threshold, step)
-  bits = payload_bits(pruned, cells, escaped, leaves.sizes, leaves.value_bits)
+  bits = payload_bits(pruned, cells, escaped, leaves.sizes, _about(leaves))
   # more levels than the largest weight needs hold nothing
   number = jnp.arange(MAX_LEVELS + 1, dtype=step.dtype)[None]
   needed = jnp.ceil(jnp.maximum(sums.largest - threshold, 0) / step * (1 - 1e-5))
@@ -353,14 +359,19 @@ def _levels(
   cost = error + price[:, None] * bits
   best = jnp.argmin(cost, axis=1)[:, None]
   of_best = lambda x: jnp.take_along_axis(x, best, axis=1)[:, 0]
-  return best[:, 0].astype(threshold.dtype), of_best(bits), of_best(error)
+  levels = best[:, 0].astype(threshold.dtype)
+  exact = escaped_value_bits(sums, threshold + levels * step, leaves.mantissa) - _about(leaves)
+  return levels, of_best(bits) + of_best(escaped) * exact, of_best(error)
 
 
 def payload_of(leaves: Leaves, threshold: Array, step: Array, levels: Array) -> Array:
   """Bits per weight of each leaf in a file, with these levels."""
   pruned, cells, escaped, _ = shares_of(leaves.sums, threshold, step)
-  bits = payload_bits(pruned, cells, escaped, leaves.sizes, leaves.value_bits)
-  return jnp.take_along_axis(bits, levels.astype(jnp.int32)[:, None], axis=1)[:, 0]
+  bits = payload_bits(pruned, cells, escaped, leaves.sizes, _about(leaves))
+  at = levels.astype(jnp.int32)[:, None]
+  bits, escaped = (jnp.take_along_axis(x, at, axis=1)[:, 0] for x in (bits, escaped))
+  exact = escaped_value_bits(leaves.sums, threshold + levels * step, leaves.mantissa)
+  return bits + escaped * (exact - _about(leaves))
 
 
 def shares_of(

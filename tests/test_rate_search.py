@@ -158,7 +158,7 @@ def test_grid_in_closed_form_is_nearly_the_best_of_all(kind, price):
     jnp.full((1, statistics.histogram.shape[1]), jnp.nan),
     jnp.zeros(1, bool),
   )
-  sizes = one(weights.size), one(1), one(32), one(0)
+  sizes = one(weights.size), one(1), one(23), one(0)
   leaves = rate_search.Leaves(sums, *sizes, True, one(jnp.inf), one(0))
   threshold, step, _ = (float(x[0]) for x in rate_search._grid(leaves, one(np.log(price))))
   factors = np.geomspace(0.6, 1.6, 13)

@@ -130,7 +130,7 @@ def summed(stats):
 
 
 # none with an edge that is a number of few bits
-GRIDS = [(0.013, 0.11, 127), (0.21, 0.51, 127), (0.71, 1.31, 4), (2.53, 3.51, 2), (0.11, 0.051, 90)]
+GRIDS = [(0.013, 0.11, 127), (0.21, 0.51, 127), (0.71, 1.31, 4), (2.53, 3.51, 2), (0.11, 0.021, 60)]
 
 
 def codes_on(weights, threshold, step, levels):
@@ -148,9 +148,10 @@ def test_payload_is_that_of_the_coder(shape):
   one = lambda x: jnp.float32([x])
 
   @jax.jit
-  def payloads(threshold, step):
-    pruned, cells, escaped, _ = rate_search.shares_of(sums, threshold, step)
-    return histograms.payload_bits(pruned, cells, escaped, one(weights.size), one(32))
+  def payloads(threshold, step, levels):
+    sizes = one(weights.size), one(1), one(23), one(0)
+    leaves = rate_search.Leaves(sums, *sizes, True, one(jnp.inf), one(0))
+    return rate_search.payload_of(leaves, threshold, step, levels)
 
   for threshold, step, levels in GRIDS:
     codes = codes_on(weights, threshold, step, levels)
@@ -158,7 +159,7 @@ def test_payload_is_that_of_the_coder(shape):
     places = np.flatnonzero(codes == -128)
     if places.size:
       expected += 8 * len(escapes.encode(places, np.asarray(weights).ravel()[places]))
-    found = float(payloads(one(threshold), one(step))[0, levels])
+    found = float(payloads(one(threshold), one(step), one(levels))[0])
     assert found == pytest.approx(expected / codes.size, rel=0.015)
 
 
@@ -185,7 +186,7 @@ def test_entropy_and_moments_are_those_of_the_codes(kind, dtype):
       stats.histogram, centre, *map(jnp.float32, (threshold, step, levels, mantissa))
     )
     assert float(energy) == pytest.approx(np.mean(flat**2), rel=1e-3)
-    assert float(offset) == pytest.approx(rest.mean(), rel=2e-2, abs=slack * step)
+    assert float(offset) == pytest.approx(rest.mean(), rel=2e-2, abs=2 * slack * step)
     assert float(sparsity) == pytest.approx((codes == 0).mean(), abs=slack)
 
 

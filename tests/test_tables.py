@@ -103,6 +103,6 @@ def test_escaped_weights_and_what_lost_all_of_them_are_counted():
   params = {'a': np.zeros((4, 8)), 'b': np.zeros((16, 6))}
   lost = leaf_allocation((16, 6), sparsity=jnp.float32(1), dead_channels=jnp.int32(6))
   tree = {'a': leaf_allocation(escaped=jnp.float32(0.125), dead_rows=jnp.int32(2)), 'b': lost}
-  text = ' '.join(str(summary(params, Allocation(tree))).split())
+  text = ' '.join(str(tables.summary(params, Allocation(tree))).split())
   assert 'levels escaped bits' in text
   assert 'pruned of 6 output channels, of 2 indices of a first axis, and of 1 leaves: b' in text
