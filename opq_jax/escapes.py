@@ -16,9 +16,9 @@ of the gap: 0 for a gap of 0, else 1 + floor(log2 g).  A section is
 
 with all numbers little-endian.  The head of a value is the 8 bits (of a value of 8 bits, the 7)
 that follow its sign: the exponent of float32 and bfloat16, which repeats, and costs its entropy.
-The rest is the sign, then the bits below the head.  At random places an escape takes log2(n / m) + 1.5
-bits and those of its value, its head at its entropy, and some 30
-bytes go with them all.
+The rest is the sign, then the bits below the head.  At random places an escape takes
+log2(n / m) + 1.5 bits and those of its value, its head at its entropy, and some 30 bytes go with
+them all.
 """
 
 import zlib
@@ -124,11 +124,8 @@ def _values(data: bytes, count: int, dtype: np.dtype) -> Shaped[np.ndarray, ' m'
   expected = count * (dtype.itemsize - 1) or -(-count // 8)
   if len(data) - end != expected:
     raise ValueError(f'found {len(data) - end} bytes of rests, expected {expected}')
-  heads, values, width = (
-    relative + np.uint8(data[_WORD]),
-    np.empty(count, dtype),
-    dtype.itemsize - 1,
-  )
+  heads, width = relative + np.uint8(data[_WORD]), dtype.itemsize - 1
+  values = np.empty(count, dtype)
   for start in range(0, count, _PIECE):
     stop = min(start + _PIECE, count)
     part = slice(end + start * width, end + stop * width)

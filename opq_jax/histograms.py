@@ -327,10 +327,12 @@ def histogram_moments(
   counts = jnp.sum(histogram, axis=0).astype(centre.dtype)
   total = jnp.maximum(jnp.sum(counts), 1)
   energy = jnp.sum(counts * centre * centre) / total
-  place = jnp.floor((centre - threshold) / step)
+  cells = (centre - threshold) / step
+  place = jnp.minimum(jnp.floor(cells), jnp.maximum(levels - 1, 0))
   rest = centre - threshold - step * place
   is_pruned = (centre <= threshold) | (jnp.arange(BINS) == 0)
-  on_grid = jnp.where(is_pruned | (place >= levels), 0, counts)
+  # the largest weight may lie on the edge of the last cell
+  on_grid = jnp.where(is_pruned | (cells >= levels + 2.0**-10), 0, counts)
   offset = jnp.sum(on_grid * rest) / jnp.maximum(jnp.sum(on_grid), 1)
   pruned = jnp.where(is_pruned, counts, 0)
   # what the value of the weight's cell is off, in the dtype: rounded, and by one unit in the last

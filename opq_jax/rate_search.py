@@ -235,8 +235,7 @@ def _at(leaves: Leaves, at: _Point, bits: Array, held: Int32[Array, 'leaves']) -
       _payload(leaves, nothing + 1, nothing),
       payload,
       leaves.lattice_bits,
-      _payload(leaves, 1 - nonzero, nonzero)
-      + nonzero * (escaped_value_bits(sums, nothing, leaves.mantissa) - _about(leaves)),
+      _payload(leaves, 1 - nonzero, nonzero),
     ]
   )
   errors = jnp.stack([energy, error, leaves.lattice_error, nothing])
@@ -257,15 +256,11 @@ def _at(leaves: Leaves, at: _Point, bits: Array, held: Int32[Array, 'leaves']) -
 
 
 def _payload(leaves: Leaves, pruned: Array, escaped: Array) -> Array:
-  """Of a leaf without levels."""
+  """Of a leaf without levels, of which all that is not zero may be escaped."""
   none = jnp.zeros((len(pruned), 2, 1), pruned.dtype)
   both = jnp.stack([escaped, escaped], axis=1)
-  return payload_bits(pruned, none, both, leaves.sizes, _about(leaves))[:, 0]
-
-
-def _about(leaves: Leaves) -> Array:
-  """Bits of an escaped value, whose exponent has an entropy of a bit or two."""
-  return leaves.mantissa + 2.5
+  value_bits = escaped_value_bits(leaves.sums, jnp.zeros_like(pruned), leaves.mantissa)
+  return payload_bits(pruned, none, both, leaves.sizes, value_bits)[:, 0]
 
 
 def _grid(leaves: Leaves, log_mu: Array) -> tuple[Array, Array, Array]:
@@ -350,7 +345,10 @@ def _levels(
   sums = leaves.sums
   pruned, cells, escaped, below = shares_of(sums, threshold, step)
   left, scale, _ = _tail(sums, threshold, step)
-  bits = payload_bits(pruned, cells, escaped, leaves.sizes, _about(leaves))
+  # about right for any number of levels, those of the upper half; and exact for the best
+  upper = threshold + 0.6 * jnp.minimum(MAX_LEVELS * step, sums.largest - threshold)
+  about = escaped_value_bits(sums, upper, leaves.mantissa)
+  bits = payload_bits(pruned, cells, escaped, leaves.sizes, about)
   # more levels than the largest weight needs hold nothing
   number = jnp.arange(MAX_LEVELS + 1, dtype=step.dtype)[None]
   needed = jnp.ceil(jnp.maximum(sums.largest - threshold, 0) / step * (1 - 1e-5))
@@ -360,18 +358,16 @@ def _levels(
   best = jnp.argmin(cost, axis=1)[:, None]
   of_best = lambda x: jnp.take_along_axis(x, best, axis=1)[:, 0]
   levels = best[:, 0].astype(threshold.dtype)
-  exact = escaped_value_bits(sums, threshold + levels * step, leaves.mantissa) - _about(leaves)
+  exact = escaped_value_bits(sums, threshold + levels * step, leaves.mantissa) - about
   return levels, of_best(bits) + of_best(escaped) * exact, of_best(error)
 
 
 def payload_of(leaves: Leaves, threshold: Array, step: Array, levels: Array) -> Array:
   """Bits per weight of each leaf in a file, with these levels."""
   pruned, cells, escaped, _ = shares_of(leaves.sums, threshold, step)
-  bits = payload_bits(pruned, cells, escaped, leaves.sizes, _about(leaves))
-  at = levels.astype(jnp.int32)[:, None]
-  bits, escaped = (jnp.take_along_axis(x, at, axis=1)[:, 0] for x in (bits, escaped))
-  exact = escaped_value_bits(leaves.sums, threshold + levels * step, leaves.mantissa)
-  return bits + escaped * (exact - _about(leaves))
+  value_bits = escaped_value_bits(leaves.sums, threshold + levels * step, leaves.mantissa)
+  bits = payload_bits(pruned, cells, escaped, leaves.sizes, value_bits)
+  return jnp.take_along_axis(bits, levels.astype(jnp.int32)[:, None], axis=1)[:, 0]
 
 
 def shares_of(

