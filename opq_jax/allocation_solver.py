@@ -111,7 +111,9 @@ def solve(
         ends = tree.ends.astype(jnp.float32)
         threshold = interpolated_at_rank(tree.histogram, ends, rank).astype(dtype)
     reach = jnp.maximum(tree.maximum - channels.of(threshold), 0) / channels.of(unit)
-    escape_bits = functools.partial(_escape_bits, tree, channels, unit, threshold, leaves)
+    escape_bits = None
+    if leaves is not None:
+      escape_bits = functools.partial(_escape_bits, tree, channels, unit, threshold, leaves)
     bits = targets['bits'].astype(dtype)
     step = minimise_at_bits(channels, bits, threshold / unit, left, reach, escape_bits) * unit
     grid = _Grid(threshold, step, _cells(tree, threshold, step), jnp.full_like(step, ON_GRID))
@@ -186,17 +188,13 @@ def _escape_bits(
   channels: Channels,
   unit: Float[Array, 'leaves'],
   threshold: Float[Array, 'leaves'],
-  leaves: Leaves | None,
+  leaves: Leaves,
   step: Float[Array, 'leaves grid'],
 ) -> Float[Array, 'leaves grid']:
   """Bits, per weight of all, of the values of what lies beyond 127 cells of `step` units."""
   end = threshold[:, None] + MAX_LEVELS * step * unit[:, None]
-  if leaves is None:
-    at, scale = channels.of(end / unit[:, None]), channels.scale[:, None]
-    beyond = channels.sum(channels.share[:, None] * (1 - laplace.pruned_fraction(at, scale)))
-  else:
-    positive, negative, *_ = leaves.sums.at(end / _own_unit(unit)[:, None])
-    beyond = (positive + negative) * channels.leaf_share()[:, None]
+  positive, negative, *_ = leaves.sums.at(end / _own_unit(unit)[:, None])
+  beyond = (positive + negative) * channels.leaf_share()[:, None]
   beyond = jnp.where(end >= tree.largest()[:, None], 0, beyond)
   return beyond * tree.value_bits[:, None]
 

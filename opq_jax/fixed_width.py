@@ -32,7 +32,7 @@ def minimise_at_bits(
   threshold: Float[Array, 'leaves'],
   survivors: Float[Array, 'channels'],
   reach: Float[Array, 'channels'],
-  escape_bits: Callable[[Float[Array, 'leaves grid']], Float[Array, 'leaves grid']],
+  escape_bits: Callable[[Float[Array, 'leaves grid']], Float[Array, 'leaves grid']] | None = None,
 ) -> Float[Array, 'leaves']:
   """Steps Delta_i, in units of t_i, with which survivors need `bits` bits on average.
 
@@ -55,6 +55,7 @@ def minimise_at_bits(
     survivors: m_ij / n, the share of all weights that survives in each channel.
     reach: r_ij >= 0, largest surviving |w| - beta_i of each channel, in units of t_i.
     escape_bits: steps -> bits of the values of what is then beyond 127 cells, per weight of all.
+      Without, no step is so fine that anything is beyond.
   """
   tiny = jnp.finfo(survivors.dtype).tiny
   share, leaf = channels.leaf_share(), channels.leaf
@@ -66,7 +67,9 @@ def minimise_at_bits(
   most = jnp.maximum(channels.max(log_reach), _LOG_LEAST)
   # far below any step that is of use: from 127 cells in a fraction of the leaf's scale to 127 that
   # hold its largest weight
-  least = jnp.minimum(most - _LOG_MOST, _LOG_LEAST)
+  least = most - _LOG_MOST
+  if escape_bits is not None:
+    least = jnp.minimum(least, _LOG_LEAST)
   span = jnp.where(most > least, most - least, 1)
 
   # the error is a smooth function of the log step: tabulated once, the exponentials are few
@@ -101,13 +104,16 @@ def minimise_at_bits(
       return index_bits(beyond) / _LOG2
 
     def limited(log_step: Array) -> Array:
+      assert escape_bits is not None
       # an index of up to 127 cells, and no more; and what is beyond
       index = index_bits(beyond) - index_bits(beyond - _LOG_MOST)
       return index / _LOG2 + escape_bits(jnp.exp(log_step))
 
     # once the grids are nearly found, 127 cells mostly suffice
-    needs_more = jnp.any(most - low > _LOG_MOST)
-    more = jax.lax.cond(needs_more, limited, within, log_step)
+    needs_more = jnp.any(most - low > _LOG_MOST * (1 + 1e-6))
+    more = within(log_step)
+    if escape_bits is not None:
+      more = jax.lax.cond(needs_more, limited, lambda _: more, log_step)
     return cost, (channels.sum(survivors)[:, None] + more) / total
 
   def is_open(carry: tuple) -> Array:

@@ -47,12 +47,13 @@ MAX_LEVELS = 127  # a code is one int8
 STEP_BITS = 17  # of a step: times up to 127 no product rounds in float32
 PRUNED, ON_GRID, ON_LATTICE, EXACT = range(4)
 _LOG2 = math.log(2.0)
-_ROUNDS = 14  # of threshold and step
+_ROUNDS = 9  # of threshold and step
 _TOLERANCE = 1e-4  # of the bits
 _MOST_TRIALS = 40  # of one stage
 _NARROW = 1e-5  # of lambda's logarithm, where a stage ends
 _FIRST, _SECOND, _FREE, _ENDED = 0, 1, 2, 5  # stages
 _FURTHER = len((PRUNED, ON_GRID, ON_LATTICE, EXACT))  # on a grid whose threshold is raised
+_SLOPE = 2 * _LOG2  # of lambda's logarithm over the bits, where grids are fine
 _FAR = 60.0  # of d, where coth is 1
 _FINE_STEP = math.sqrt(6 / _LOG2)  # over the root of mu, where steps are small beside the scale
 
@@ -119,6 +120,12 @@ def minimise_at_bits_per_weight(leaves: Leaves, bits: Float[Array, '']) -> Found
     span = off(state.over) - off(state.under)
     part = jnp.clip(-off(state.under) / jnp.where(span > 0, span, 1), 0.02, 0.98)
     part = jnp.where(state.trials % 3 == 2, 0.5, part)
+    # first a guess, then by the slope of fine grids, a little too far so that both ends are near
+    distance = state.at_over.log_lambda - state.at_under.log_lambda
+    guess = jnp.where(state.trials == 0, _guess(leaves, bits), state.guess)
+    guess = (guess - state.at_under.log_lambda) / jnp.where(distance != 0, distance, 1)
+    is_guessed = (state.stage == _FREE) & (state.trials < 4) & (guess > 0) & (guess < 1)
+    part = jnp.where(is_guessed, guess, part)
     # the first two trials are the ends
     part = jnp.where(state.stage < _FREE, (state.stage == _FIRST).astype(part.dtype), part)
     at = jax.tree.map(lambda x, y: x + part * (y - x), state.at_under, state.at_over)
@@ -127,11 +134,11 @@ def minimise_at_bits_per_weight(leaves: Leaves, bits: Float[Array, '']) -> Found
     tried = at, found
     at_under, under = choose(is_under, tried, (state.at_under, state.under))
     at_over, over = choose(is_under, (state.at_over, state.over), tried)
-    state = state._replace(
-      trials=state.trials + 1, at_under=at_under, under=under, at_over=at_over, over=over
-    )
-    distance = sum(jnp.abs(x - y) for x, y in zip(at_under, at_over, strict=True))
-    is_narrow = (distance < _NARROW) | (state.trials >= _MOST_TRIALS)
+    guess = at.log_lambda + 1.1 * _SLOPE * (found.bits - bits)
+    both = {'at_under': at_under, 'under': under, 'at_over': at_over, 'over': over}
+    state = state._replace(trials=state.trials + 1, guess=guess, **both)
+    between = sum(jnp.abs(x - y) for x, y in zip(at_under, at_over, strict=True))
+    is_narrow = (between < _NARROW) | (state.trials >= _MOST_TRIALS)
     ends = (state.stage < _FREE) | is_narrow & (off(under) < -_TOLERANCE)
     return choose(ends, next_stage(state), state)
 
@@ -165,6 +172,7 @@ def minimise_at_bits_per_weight(leaves: Leaves, bits: Float[Array, '']) -> Found
       over=over,
       most=most,
       held=held,
+      guess=state.guess,
     )
 
   zeros = jnp.zeros_like(leaves.share)
@@ -178,6 +186,7 @@ def minimise_at_bits_per_weight(leaves: Leaves, bits: Float[Array, '']) -> Found
     nothing,
     nothing,
     jnp.full(leaves.share.shape, -1, jnp.int32),
+    zero,
   )
   return jax.lax.while_loop(is_open, step, start).under
 
@@ -199,6 +208,7 @@ class _Search(NamedTuple):
     at_under, under, at_over, over: the points, and what the leaves do there.
     most: all values exact.
     held: the choice that each leaf is held to, `_FURTHER` where its threshold is raised, or -1.
+    guess: of lambda's logarithm, by the last trial.
   """
 
   stage: Int32[Array, '']
@@ -209,6 +219,16 @@ class _Search(NamedTuple):
   over: Found
   most: Found
   held: Int32[Array, 'leaves']
+  guess: Float[Array, '']
+
+
+def _guess(leaves: Leaves, bits: Float[Array, '']) -> Float[Array, '']:
+  """log lambda at which fine grids on Laplace weights take these bits: mu = 3.41 tau^2 / 4^bits."""
+  scale = leaves.sums.columns[:, 0, 2]
+  log_mu = jnp.where(scale > 0, math.log(3.41) + 2 * jnp.log(jnp.where(scale > 0, scale, 1)), 0)
+  own = jnp.where(scale > 0, log_mu - leaves.log_mu, 0)
+  share = jnp.where(scale > 0, leaves.share, 0)
+  return jnp.sum(share * own) / jnp.sum(share) - _SLOPE * bits
 
 
 def _multipliers(leaves: Leaves) -> tuple[Array, Array]:

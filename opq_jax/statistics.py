@@ -40,7 +40,7 @@ class LeafStatistics:
     scale: mean |w| of every channel, the maximum-likelihood scale of a zero-mean Laplace density.
     maximum: largest |w| of every channel.
     leading: largest |w| at every index of the first axis (a row of a table, a layer of a stack);
-      None where that is the channels' own axis, or the leaf has one axis.
+      None where that is the channels' own axis, the leaf has one axis, or without a histogram.
     histogram: weights by sign (row 0: w >= 0, row 1: w < 0) and magnitude, in BINS bins of 128 an
       octave (`opq_jax.histograms`); None where only closed forms are asked for.
     largest: the leaf's largest |w|, or what was given in its place; the bins end with its octave.
@@ -140,7 +140,7 @@ def _leaf_statistics(
     counts = jnp.zeros((2, BINS), jnp.int32) if histogram else None
     return LeafStatistics(nothing, nothing, None, counts, jnp.zeros((), jnp.float32), **facts)
 
-  has_leading = weights.ndim > 1 and channel_axis % weights.ndim != 0
+  has_leading = histogram and weights.ndim > 1 and channel_axis % weights.ndim != 0
 
   def local(weights: Array, largest: Array | None, shards: _Shards) -> tuple:
     weights, others = _by_channel(weights, channel_axis)
