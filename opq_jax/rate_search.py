@@ -91,6 +91,7 @@ class Found(NamedTuple):
     threshold, step, levels: on a grid.
     payload: bits per weight of each leaf in a file.
     bits: per weight over all leaves.
+    cost: of the errors of all leaves, up to a factor.
   """
 
   choice: Int32[Array, 'leaves']
@@ -99,6 +100,7 @@ class Found(NamedTuple):
   levels: Float[Array, 'leaves']
   payload: Float[Array, 'leaves']
   bits: Float[Array, '']
+  cost: Float[Array, '']
 
 
 def minimise_at_bits_per_weight(leaves: Leaves, bits: Float[Array, '']) -> Found:
@@ -130,7 +132,10 @@ def minimise_at_bits_per_weight(leaves: Leaves, bits: Float[Array, '']) -> Found
     part = jnp.where(state.stage < _FREE, (state.stage == _FIRST).astype(part.dtype), part)
     at = jax.tree.map(lambda x, y: x + part * (y - x), state.at_under, state.at_over)
     found = _at(leaves, at, bits, state.held)
-    is_under = jnp.where(state.stage < _FREE, state.stage > _FIRST, off(found) <= _TOLERANCE)
+    # beyond the free stage, only what errs less is worth more bits
+    is_better = (state.stage <= _FREE) | (found.cost <= state.under.cost)
+    is_under = (off(found) <= _TOLERANCE) & is_better
+    is_under = jnp.where(state.stage < _FREE, state.stage > _FIRST, is_under)
     tried = at, found
     at_under, under = choose(is_under, tried, (state.at_under, state.under))
     at_over, over = choose(is_under, (state.at_over, state.over), tried)
@@ -176,7 +181,7 @@ def minimise_at_bits_per_weight(leaves: Leaves, bits: Float[Array, '']) -> Found
     )
 
   zeros = jnp.zeros_like(leaves.share)
-  nothing = Found(zeros.astype(jnp.int32), zeros, zeros, zeros, zeros, bits)
+  nothing = Found(zeros.astype(jnp.int32), zeros, zeros, zeros, zeros, bits, bits)
   start = _Search(
     jnp.int32(_FIRST),
     jnp.int32(0),
@@ -272,7 +277,9 @@ def _at(leaves: Leaves, at: _Point, bits: Array, held: Int32[Array, 'leaves']) -
   choice = jnp.where(held < 0, best, jnp.where(held == _FURTHER, ON_GRID, held)).astype(jnp.int32)
   payload = jnp.take_along_axis(rates, choice[None], axis=0)[0]
   payload = jnp.where(sums.largest > 0, payload, 0)
-  return Found(choice, threshold, step, levels, payload, jnp.sum(leaves.share * payload))
+  error = jnp.take_along_axis(errors, choice[None], axis=0)[0]
+  cost = jnp.sum(leaves.share * error * jnp.exp(jnp.min(leaves.log_mu) - leaves.log_mu))
+  return Found(choice, threshold, step, levels, payload, jnp.sum(leaves.share * payload), cost)
 
 
 def _payload(leaves: Leaves, pruned: Array, escaped: Array) -> Array:
@@ -364,7 +371,7 @@ def _levels(
   """The best number of levels of each leaf, and with it bits and squared error per weight."""
   sums = leaves.sums
   pruned, cells, escaped, below = shares_of(sums, threshold, step)
-  left, scale, _ = _tail(sums, threshold, step)
+  _, scale, _ = _tail(sums, threshold, step)
   # about right for any number of levels, those of the upper half; and exact for the best
   upper = threshold + 0.6 * jnp.minimum(MAX_LEVELS * step, sums.largest - threshold)
   about = escaped_value_bits(sums, upper, leaves.mantissa)
@@ -373,13 +380,32 @@ def _levels(
   number = jnp.arange(MAX_LEVELS + 1, dtype=step.dtype)[None]
   needed = jnp.ceil(jnp.maximum(sums.largest - threshold, 0) / step * (1 - 1e-5))
   bits = jnp.where(number <= needed[:, None], bits, jnp.inf)
-  error = below[:, None] + (left[:, None] - escaped) * laplace.survivor_error(step, scale)[:, None]
+  error = below[:, None] + _error_in_cells(sums, threshold, step, scale)
   cost = error + price[:, None] * bits
   best = jnp.argmin(cost, axis=1)[:, None]
   of_best = lambda x: jnp.take_along_axis(x, best, axis=1)[:, 0]
   levels = best[:, 0].astype(threshold.dtype)
   exact = escaped_value_bits(sums, threshold + levels * step, leaves.mantissa) - about
   return levels, of_best(bits) + of_best(escaped) * exact, of_best(error)
+
+
+def _error_in_cells(sums: Sums, threshold: Array, step: Array, scale: Array) -> Array:
+  """Squared error per weight in the first 0, 1, ... 127 cells, with the best offset for them."""
+  k = jnp.arange(MAX_LEVELS + 1, dtype=step.dtype)[None]
+  edge = threshold[:, None] + step[:, None] * k
+  positive, negative, magnitude, below = sums.at(edge)
+  inner, beyond = edge[:, :-1], positive + negative
+  count, first = beyond[:, :-1] - beyond[:, 1:], magnitude[:, :-1] - magnitude[:, 1:]
+  second = below[:, 1:] - below[:, :-1]
+  # of the excess over each cell's inner edge
+  rest = first - inner * count
+  square = second - 2 * inner * first + inner * inner * count
+  total = lambda x: jnp.pad(jnp.cumsum(x, axis=1), ((0, 0), (1, 0)))
+  count, rest, square = total(count), total(rest), total(square)
+  found = square - rest * rest / jnp.where(count > 0, count, 1)
+  # differences of large sums say nothing of small errors; those are of fine grids, and known
+  fine = count * laplace.survivor_error(step, scale)[:, None]
+  return jnp.where(found > 1e-4 * sums.energy()[:, None], found, fine)
 
 
 def payload_of(leaves: Leaves, threshold: Array, step: Array, levels: Array) -> Array:

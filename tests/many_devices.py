@@ -140,7 +140,7 @@ def a_traced_allocation_gathers_nothing():
     tree = {name: laid(kind)[name] for name in ('a/kernel', 'b/kernel')}
     call = jax.jit(functools.partial(opq_jax.allocate, **targets))
     compiled = call.lower(tree).compile()
-    assert 0 < largest_moved(compiled) <= FINE_BINS < tree['b/kernel'].size
+    assert 0 < largest_moved(compiled) <= 2 * BINS < tree['b/kernel'].size // 4
     same(compiled(tree), opq_jax.allocate(tree, **targets), 2e-3)
 
 
@@ -191,7 +191,7 @@ def escaped_weights_are_those_of_one_device():
   allocation = opq_jax.allocate(params, compression_rate=8.0)
   same(opq_jax.allocate(over_mesh, compression_rate=8.0), allocation, 1e-3)
   state, expected = (opq_jax.init_state(tree, allocation) for tree in (over_mesh, params))
-  assert int(state.tree['a/kernel'].escaped.sum()) == 2
+  assert state.tree['a/kernel'].escaped[np.array([3, 700]), np.array([5, 900])].all()
   jax.tree.map(np.testing.assert_array_equal, state, expected)
   lies_alike(state.tree['a/kernel'].kinds, over_mesh['a/kernel'])
   values = opq_jax.apply_compression(over_mesh, state)
