@@ -14,8 +14,8 @@ centroid.  This cell rule, not the nearest value, is what the error and the entr
 the same squared error for Laplace weights (`python -m experiments.benchmarks.cell_rule`).
 
 A weight beyond the last cell escapes: it is stored as it is, beside the codes.  A few outliers of
-1000 standard deviations then cost some 40 bits each, and neither a wide grid for all others nor
-their own values.
+1000 standard deviations then cost the bits of their values and places, and neither a wide grid for
+all others nor an error of their own.
 
 Which weights are pruned or escape, and the codebook, are computed once, from the pretrained
 weights, and never change.

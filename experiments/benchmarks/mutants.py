@@ -48,6 +48,7 @@ TESTS = {
   'laplace': ['test_laplace.py'],
   'allocation': ['test_allocation.py', 'test_compression.py'],
   'allocation_solver': ['test_allocation.py', 'test_compression.py'],
+  'rate_search': ['test_rate_search.py', 'test_lattices.py', 'test_allocation.py'],
   'compression': ['test_compression.py', 'test_artifact.py'],
   'artifact': ['test_artifact.py', 'test_hostile_files.py'],
   'context_coding': ['test_context_coding.py', 'test_entropy_coding.py'],
