@@ -34,6 +34,7 @@ _AHEAD = 256  # weights, at least, that have a say in the ways before them
 _BLOCK = 64  # inputs whose feedback is pushed on within a block that stays in the cache
 # bits a weight that the trellis is worth, at least, at the rates at which its levels do not suffice
 _GAIN = 0.1
+_MOST_NAMED = 10  # leaves that a warning lists
 _MOST_WORTH = 8.0  # of an input over the mean, and under
 
 Rows = Float32[np.ndarray, 'inputs outputs']
@@ -206,8 +207,9 @@ def _coded_leaves(
     found = list(pool.map(coded, zip(leaves.items(), records, matrices, strict=True)))
   plain = [name for name, leaf in zip(leaves, found, strict=True) if leaf.is_plain]
   if plain:
+    more = f' and {len(plain) - _MOST_NAMED} more' if len(plain) > _MOST_NAMED else ''
     warnings.warn(
-      f'{", ".join(plain)}: found leaves that the trellis does not serve, for their shape or their '
+      f'{", ".join(plain[:_MOST_NAMED])}{more}: found leaves that the trellis does not serve, for their shape or their '
       'many weights beyond its levels: they have plain codes',
       UserWarning,
       stacklevel=4,
