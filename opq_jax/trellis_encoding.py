@@ -209,8 +209,8 @@ def _coded_leaves(
   if plain:
     more = f' and {len(plain) - _MOST_NAMED} more' if len(plain) > _MOST_NAMED else ''
     warnings.warn(
-      f'{", ".join(plain[:_MOST_NAMED])}{more}: found leaves that the trellis does not serve, for their shape or their '
-      'many weights beyond its levels: they have plain codes',
+      f'{", ".join(plain[:_MOST_NAMED])}{more}: found leaves that the trellis does not '
+      'serve, for their shape or their many weights beyond its levels: they have plain codes',
       UserWarning,
       stacklevel=4,
     )
