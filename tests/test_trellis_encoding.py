@@ -241,22 +241,28 @@ class Network(nn.Module):
 
 
 def test_layer_by_layer_errs_less_along_the_trellis():
-  x = jnp.asarray(RNG(0).normal(size=(2048, 32)), jnp.float32)
-  variables = Network().init(jax.random.key(0), x)
-  moments = opq_jax.second_moments(Network().apply, variables, x)
-  allocation, one_by_one, _ = opq_jax.allocate_with_trellis(
-    variables, moments, compression_rate=20.0
-  )
-  state = opq_jax.init_state(variables, allocation)
-  coded, coded_state = opq_jax.encode_layer_by_layer(
-    Network().apply, variables, state, x, trellis=True
-  )
-  expected = Network().apply(variables, x)
-  distance = lambda tree: float(jnp.square(Network().apply(tree, x) - expected).sum())
-  assert distance(coded) < 0.9 * distance(one_by_one)
-  _, _, plain_state = opq_jax.allocate_with_feedback(variables, moments, compression_rate=20.0)
-  plain, _ = opq_jax.encode_layer_by_layer(Network().apply, variables, plain_state, x)
-  assert distance(coded) < distance(plain)
-  for name, record in coded_state.tree['params'].items():
-    values = np.asarray(coded['params'][name]['kernel'])
-    np.testing.assert_array_equal(np.asarray(record['kernel'].mask), values != 0)
+  # files so small differ by some percent in size and in error: the sums of four networks
+  distances = np.zeros(2)
+  for seed in range(4):
+    x = jnp.asarray(RNG(seed).normal(size=(2048, 32)), jnp.float32)
+    variables = Network().init(jax.random.key(seed), x)
+    moments = opq_jax.second_moments(Network().apply, variables, x)
+    allocation, one_by_one, _ = opq_jax.allocate_with_trellis(
+      variables, moments, compression_rate=20.0
+    )
+    state = opq_jax.init_state(variables, allocation)
+    coded, coded_state = opq_jax.encode_layer_by_layer(
+      Network().apply, variables, state, x, trellis=True
+    )
+    expected = Network().apply(variables, x)
+    distance = lambda tree, x=x, expected=expected: float(
+      jnp.square(Network().apply(tree, x) - expected).sum()
+    )
+    assert distance(coded) < 0.9 * distance(one_by_one)
+    _, _, plain_state = opq_jax.allocate_with_feedback(variables, moments, compression_rate=20.0)
+    plain, _ = opq_jax.encode_layer_by_layer(Network().apply, variables, plain_state, x)
+    distances += distance(coded), distance(plain)
+    for name, record in coded_state.tree['params'].items():
+      values = np.asarray(coded['params'][name]['kernel'])
+      np.testing.assert_array_equal(np.asarray(record['kernel'].mask), values != 0)
+  assert distances[0] < 0.97 * distances[1]
