@@ -271,8 +271,8 @@ def payload_bits(
   return codes + (44 + table) / sizes[:, None] + beside
 
 
-_BITS_OF_PLACE = 0.06  # of an escaped weight, over the entropy of where escaped weights are
-_BITS_OF_ESCAPES = 260.0  # of a section of escaped weights: its checksum, tables and entry
+_BITS_OF_PLACE = 0.02  # of an escaped weight, over the entropy of where escaped weights are
+_BITS_OF_ESCAPES = 190.0  # of a section of escaped weights: its checksum, tables and entry
 
 
 def escaped_value_bits(
