@@ -101,7 +101,7 @@ def run(
   # masks and codebooks: made once, or read again
   checkpoints = Checkpoints(workdir / 'checkpoints')
   log = MetricLog(workdir)
-  # which leaves are compressed is known of the weights alone: those of zeros are not
+  # only the weights say which leaves are compressed: leaves of zeros are not
   with warnings.catch_warnings():
     warnings.simplefilter('ignore', UserWarning)
     like = jax.eval_shape(opq_jax.init_state, variables, opq_jax.allocate(variables))

@@ -15,7 +15,7 @@ A leaf is one string: dtype, shape, and where it is compressed its levels and th
 payload.  Named fields may follow, sorted by name, each a space and `name=value` without spaces:
 
     escapes=COUNT,BYTES   so many weights are stored as they are, in the last BYTES of the payload,
-                          a section of `opq_jax.escapes`; what comes before it codes the array with
+                          a section of `opq_jax.escapes`; the bytes before it code the array with
                           0 in their places
 
 A reader refuses every other name: slices of a leaf, a leaf that equals another one, a palette, a
@@ -199,7 +199,7 @@ def written_leaf(
   Args:
     codes: of all of its weights.
     values: of those that are escaped, in C order.
-    record: its grid; what it says of weights is not read.
+    record: its grid; the kinds of its weights are not read.
     contexts: as for `opq_jax.entropy_coding.encode_codes`.
   """
   section = b''

@@ -249,7 +249,7 @@ def _parsed_leaf(text: str) -> LeafEntry:
 
 
 def _parsed_fields(text: str) -> dict[str, str]:
-  """The fields of an entry by name; those names alone that this reader knows."""
+  """The fields of an entry by name; with no name that this reader does not know."""
   pairs = [field.split('=', 1) for field in text.split()]
   names = [name for name, _ in pairs]
   for name in names:

@@ -1,4 +1,4 @@
-"""Escaped weights of a leaf <-> bytes: where they are, and what they are.
+"""Escaped weights of a leaf <-> bytes: their positions and their values.
 
 m of the n weights of a leaf, in C order, at the ascending positions p_1 ... p_m, are stored as they
 are.  The gap before each is g_i = p_i - p_(i-1) - 1, with p_0 = -1, and its bucket the bit length
@@ -11,7 +11,7 @@ of the gap: 0 for a gap of 0, else 1 + floor(log2 g).  A section is
     u32                 the bytes of the heads
     u8                  h, the head that most values have
     heads               a plain payload of (head - h) mod 256, as int8
-    rests               of every value; those of one bit eight in a byte, the first the highest
+    rests               of every value; rests of one bit lie eight in a byte, the first the highest
     u32                 CRC-32 of all of the above
 
 with all numbers little-endian.  The head of a value is the 8 bits (of a value of 8 bits, the 7)

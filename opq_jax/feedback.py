@@ -44,8 +44,8 @@ def encode_with_feedback(
       w_j  <-  w_j - (w_i - q_i) U_ij / U_ii           for all j that are still to come
 
   which is the least-squares answer of the weights to come to the error that was made.  Pruned is
-  one of the codes: the mask is decided on the way.  An escaped weight is what it is, and what the
-  weights before it have left to it is pushed on.  The rule of the cell stays that of
+  one of the codes: the mask is decided on the way.  An escaped weight keeps its value, and
+  the errors that earlier weights have pushed on to it are pushed on.  The rule of the cell stays that of
   `opq_jax.compression`, because it knows what a code costs: the edges of a grid that is optimal
   for its entropy are those of argmin_k (w - v_k)^2 + lambda bits_k, lambda the leaf's slope.
 
@@ -244,7 +244,7 @@ def codes_of_leaf(
   # so few inputs at a time, and inputs of nothing for the last block to be a whole one
   block = min(_BLOCK, width)
   padded = -(-width // block) * block
-  # what an escaped weight is, in the leaf's dtype; NaN where a weight is not escaped
+  # the value of an escaped weight, in the leaf's dtype; NaN where a weight is not escaped
   exact = jnp.where(leaf.escaped, kernel.astype(leaf.dtype).astype(jnp.float32), jnp.nan)
   exact = exact.reshape(width, groups, -1).swapaxes(0, 1)
 

@@ -105,7 +105,7 @@ def minimise_at_bits(
 
     def limited(log_step: Array) -> Array:
       assert escape_bits is not None
-      # an index of up to 127 cells, and no more; and what is beyond
+      # the index of a code of up to 127 cells, and the share of the weights beyond them
       index = index_bits(beyond) - index_bits(beyond - _LOG_MOST)
       return index / _LOG2 + escape_bits(jnp.exp(log_step))
 

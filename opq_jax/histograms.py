@@ -234,7 +234,7 @@ def payload_bits(
   The zeroth-order entropy of the codes, where an escaped weight has the code of a pruned one, and
   what a file adds: `opq_jax.entropy_coding` writes a frequency f of P bits in about 2 + log2 f
   bits, the bounds of the alphabet, and a checksum; an escaped weight takes the bits of its value
-  and, as far as some are and others are not, those of where it is.  In a small leaf this is not
+  and, unless all weights are escaped, the bits of its position.  In a small leaf this is not
   little.
 
   Args:

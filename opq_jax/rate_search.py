@@ -109,7 +109,7 @@ def minimise_at_bits_per_weight(leaves: Leaves, bits: Float[Array, '']) -> Found
   """What every leaf does, with at most `bits` bits per weight over all of them.
 
   The bits found are within 1e-4 of those asked, or the most below them that the search has met,
-  or, where everything pruned has more, those of everything pruned.
+  or, where everything pruned has more, the bits of everything pruned.
   """
   low, high = _multipliers(leaves)
   zero = jnp.zeros_like(low)
@@ -212,7 +212,7 @@ class _Search(NamedTuple):
     stage: the trials of all values exact and of everything pruned; then all leaves free, thresholds
       alone, grids alone; and ended.
     trials: of the stage.
-    at_under, under, at_over, over: the points, and what the leaves do there.
+    at_under, under, at_over, over: the points, and the choices of the leaves there.
     most: all values exact.
     held: the choice that each leaf is held to, `_FURTHER` where its threshold is raised, or -1.
     guess: of lambda's logarithm, by the last trial.
@@ -247,7 +247,7 @@ def _multipliers(leaves: Leaves) -> tuple[Array, Array]:
 
 
 def _at(leaves: Leaves, at: _Point, bits: Array, held: Int32[Array, 'leaves']) -> Found:
-  """What the leaves do at a multiplier; what is held, they do at any."""
+  """The choices of the leaves at a multiplier; a leaf that is held keeps its choice."""
   sums = leaves.sums
   log_mu = leaves.log_mu + at.log_lambda
   threshold, step, log_price = _grid(leaves, log_mu)
@@ -374,7 +374,7 @@ def _levels(
   sums = leaves.sums
   pruned, cells, escaped, below = shares_of(sums, threshold, step)
   _, scale, _ = _tail(sums, threshold, step)
-  # about right for any number of levels, those of the upper half; and exact for the best
+  # the bits of values in the upper half are about right for any number of levels
   upper = threshold + 0.6 * jnp.minimum(MAX_LEVELS * step, sums.largest - threshold)
   about = escaped_value_bits(sums, upper, leaves.mantissa)
   bits = payload_bits(pruned, cells, escaped, leaves.sizes, about)
@@ -405,7 +405,7 @@ def _error_in_cells(sums: Sums, threshold: Array, step: Array, scale: Array) -> 
   total = lambda x: jnp.pad(jnp.cumsum(x, axis=1), ((0, 0), (1, 0)))
   count, rest, square = total(count), total(rest), total(square)
   found = square - rest * rest / jnp.where(count > 0, count, 1)
-  # differences of large sums say nothing of small errors; those are of fine grids, and known
+  # differences of large sums say nothing of small errors; small errors are of fine grids, and known
   fine = count * laplace.survivor_error(step, scale)[:, None]
   return jnp.where(found > 1e-4 * sums.energy()[:, None], found, fine)
 

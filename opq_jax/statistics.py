@@ -245,7 +245,7 @@ def merge_statistics(parts: Sequence[LeafStatistics], axis: int) -> LeafStatisti
 def _widened(
   histogram: Int32[Array, '2 bins'], largest: Float32[Array, ''], to: Float32[Array, '']
 ) -> Int32[Array, '2 bins']:
-  """The counts in the bins that end with the octave of `to`; what is below them is in the first."""
+  """The counts in the bins that end with the octave of `to`; lower bins count in the first."""
   # the last bin of the old ones, among the new
   last = bin_of(jnp.asarray(largest, jnp.float32), to) | (BINS_AN_OCTAVE - 1)
   index = jnp.maximum(jnp.arange(BINS) - (BINS - 1) + last, 0)

@@ -183,7 +183,7 @@ def _coded_leaves(
   damping: float,
   plain: Collection[str] = (),
 ) -> list[_Coded]:
-  """All leaves, as `encode_with_trellis` has them; those in `plain` have plain codes."""
+  """All leaves, as `encode_with_trellis` has them; leaves in `plain` have plain codes."""
   params = jax.tree.map(trees.native, params)
   leaves = trees.named_leaves(params)
   records = trees.records(params, state.tree, LeafState)
@@ -459,7 +459,7 @@ class _Errors:
     most: float,
   ):
     self._rows, self._factor, self._is_escaped = rows, factor, is_escaped
-    # what escaped weights are, whatever has been pushed on to them
+    # the values of escaped weights, without the errors pushed on to them
     self._exact = rows.copy() if is_escaped.any() else rows
     self._by = values, most
     self._scaled = np.zeros(rows.shape, np.float32)

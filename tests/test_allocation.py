@@ -109,8 +109,9 @@ def test_units_of_length_cancel():
   for power in (-12, 9):
     moved = jax.tree.map(lambda x, k=power: x * 2.0**k, params)
     other = allocate(moved, compression_rate=15.0).tree['a']
-    np.testing.assert_allclose(other.threshold, one.threshold * 2.0**power, rtol=1e-5)
-    np.testing.assert_allclose(other.step, one.step * 2.0**power, rtol=1e-5)
+    # the search runs over the logarithm of the multiplier, of which float32 keeps a few 1e-6
+    np.testing.assert_allclose(other.threshold, one.threshold * 2.0**power, rtol=5e-6)
+    np.testing.assert_allclose(other.step, one.step * 2.0**power, rtol=5e-6)
 
 
 @pytest.mark.parametrize('targets', [{'compression_rate': 15.0}, {'sparsity': 0.7, 'bits': 3.0}])

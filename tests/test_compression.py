@@ -79,7 +79,7 @@ def test_a_weight_at_the_threshold_is_pruned_and_one_beyond_the_last_cell_escape
   np.testing.assert_array_equal(decode({'w': codes}, state, params)['w'], expected)
   with pytest.raises(ValueError, match='w: found escaped weights and no params'):
     decode({'w': codes}, state)
-  # what is escaped is trained as it is, and where it is does not change; what is not is clipped
+  # escaped weights are trained as they are, at places that do not change; the others are clipped
   trained = {'w': params['w'] + jnp.array([[0.0, 0.0, 0.0, 0.0], [9.0, 0.0, -5.0, 1.0]])}
   expected = [[0, 0, 0.75, -0.75], [1.75, -1.25, 4.0, -8.0]]
   np.testing.assert_array_equal(apply_compression(trained, state)['w'], expected)

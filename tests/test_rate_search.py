@@ -82,7 +82,7 @@ def bits_in_a_file(codes, values):
 
 
 def compressed(weights, **targets):
-  """Codes, values, allocation, and what was warned of."""
+  """Codes, values, allocation and the warnings."""
   with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter('always')
     allocation = opq_jax.allocate({'w': weights}, **targets)

@@ -145,7 +145,7 @@ def test_weights_beyond_the_grid_escape(dtype):
     assert np.asarray(coded_state.tree.escaped)[[3, 70], [5, 1]].all()
     codes = np.asarray(opq_jax.encode(coded, coded_state))
     assert np.count_nonzero(codes == -128) < 10
-    # what is not escaped follows the trellis
+    # weights that are not escaped follow the trellis
     on_grid = np.where(codes == -128, np.int8(0), codes)
     assert trellis.indices_and_subsets(on_grid) is not None
     loaded, _ = opq_jax.load(artifact.serialize(coded, coded_state))

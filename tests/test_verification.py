@@ -158,7 +158,7 @@ def test_escaped_weights_hold_and_are_counted(dtype):
   assert found.holds, found.problems
   (row,) = found.compressed
   assert row.escaped == 5 and row.worst <= 0.5 and 'escaped' in str(found)
-  # those beyond the last cell that do not escape are clipped
+  # weights beyond the last cell that do not escape are clipped
   assert row.clipped == np.count_nonzero(np.abs(params['w'].astype(np.float32)) >= 2.5) - 4
 
 
