@@ -45,7 +45,7 @@ def encode_with_feedback(
 
   which is the least-squares answer of the weights to come to the error that was made.  Pruned is
   one of the codes: the mask is decided on the way.  An escaped weight keeps its value, and
-  the errors that earlier weights have pushed on to it are pushed on.  The rule of the cell stays that of
+  the errors that earlier weights have pushed on to it are pushed on.  The cell is that of
   `opq_jax.compression`, because it knows what a code costs: the edges of a grid that is optimal
   for its entropy are those of argmin_k (w - v_k)^2 + lambda bits_k, lambda the leaf's slope.
 
