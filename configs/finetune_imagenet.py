@@ -11,7 +11,7 @@ gives    network.opq, results.json, metrics.jsonl, accuracy.png and checkpoints.
 After the colon a network and a target, `resnet50,paper`; `resnet50,paper,smoke` is two steps of
 a smaller one with random weights on noise, which needs nothing.  Targets:
 
-    paper        the paper's two, its pruning rate and bits (`opq_jax/paper.py`)
+    paper        the paper's two, its pruning rate and bits (`opq_jax/allocation/paper.py`)
     same_size    one compression rate, found such that the file has the size that `paper` gives
     15           any number: how many times smaller the whole file is to be
 
@@ -31,7 +31,7 @@ No accuracy is measured: the full dataset was not at hand, and nothing but `smok
 
 import ml_collections
 
-from opq_jax import paper
+from opq_jax.allocation import paper
 
 # networks without BatchNorm take smaller steps
 LEARNING_RATES = {'alexnet': 1e-3, 'vgg16': 1e-3, 'mobilenet_v1': 1e-2, 'resnet50': 1e-2}

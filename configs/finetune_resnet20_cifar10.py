@@ -25,7 +25,7 @@ learning_rate 0.01, weight_decay 1e-4 and growth 0.03 where nothing else is said
     :20, 2 epochs *                                   90.93 %    48,577 bytes   22.32
     :30, 2 epochs, feedback, growth 0 *               88.16 %    33,581 bytes   32.29
 
-* trained before files had contexts (`opq_jax.context_coding`) and saved again, so that it is
+* trained before files had contexts (`opq_jax.coding.contexts`) and saved again, so that it is
 smaller than was asked for; the same command now starts from a finer grid.  The more the weights
 move, the more the file grows, for which `config.growth` leaves room.  Commands and every epoch:
 experiments/results/finetune_resnet20_cifar10/.

@@ -3,8 +3,8 @@ r"""Top-1 and top-5 of a network on a split of any TFDS dataset in array_record 
     python experiments/evaluate.py --weights=resnet50.pth --model=resnet50 --data_dir=DIR
     python experiments/evaluate.py --weights=resnet50.opq --data_dir=DIR
 
-Weights are anything that `opq_jax.networks.load` reads: other frameworks' files, Flax's, .opq
-files; one that `opq compress --model` wrote says itself which network it holds.  Images are
+Weights are anything that `opq_jax.importers.networks.load` reads: other frameworks' files, Flax's,
+.opq files; one that `opq compress --model` wrote says itself which network it holds.  Images are
 prepared as the weights' source prepares them.
 """
 
@@ -18,7 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from opq_jax import accuracy, data, networks
+from opq_jax.data import datasets as data
+from opq_jax.importers import networks
+from opq_jax.report import accuracy
 
 
 def run(

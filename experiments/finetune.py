@@ -10,7 +10,7 @@ and ends as if nothing had happened; after SIGTERM it saves and exits with 0.  D
     metrics.jsonl    one line of training, or of evaluation, a line
     events.out.…     the same for TensorBoard: tensorboard --logdir DIR
     accuracy.png     test accuracy over the epochs
-    checkpoints/     see opq_jax/checkpoints.py
+    checkpoints/     see opq_jax/finetuning/checkpoints.py
 
 On many hosts, start it on each with --distributed and one DIR that all share: Slurm, Kubernetes,
 MPI and TPU pods say who is who; elsewhere add --coordinator=HOST:PORT --processes=N --process=I.
@@ -39,21 +39,16 @@ from rich.table import Table
 from tensorboardX import SummaryWriter
 
 import opq_jax
-from opq_jax import (
-  augmentation,
-  data,
-  file_rate,
-  importers,
-  losses,
-  models,
-  moments,
-  networks,
-  plots,
-  streams,
-  training,
-)
-from opq_jax.checkpoints import Checkpoints, StopRequest
-from opq_jax.compression import CompressionState
+from opq_jax import importers, models
+from opq_jax.compression.codes import CompressionState
+from opq_jax.data import augmentation, streams
+from opq_jax.data import datasets as data
+from opq_jax.file import rate as file_rate
+from opq_jax.finetuning import losses, training
+from opq_jax.finetuning.checkpoints import Checkpoints, StopRequest
+from opq_jax.importers import networks
+from opq_jax.network import moments
+from opq_jax.report import plots
 
 AUGMENTATIONS = {
   'cifar': augmentation.PadCropFlip(),

@@ -26,8 +26,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 import opq_jax
-from opq_jax import data, networks, plots, sizes
-from opq_jax.accuracy import scores
+from opq_jax.data import datasets as data
+from opq_jax.importers import networks
+from opq_jax.report import plots, sizes
+from opq_jax.report.accuracy import scores
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[str, Any]]:

@@ -10,10 +10,9 @@ The method is OPQ (Hu et al., AAAI 2021), with one joint target for pruning and 
 data-free correction of BatchNorm and an entropy-coded file of our own.
 """
 
-from opq_jax.allocation import Allocation, LeafAllocation, allocate, is_compressible
-from opq_jax.artifact import OpqFile, load, save
-from opq_jax.batch_norm import correct_batch_norm, correct_on_images
-from opq_jax.compression import (
+from opq_jax.allocation.allocator import Allocation, LeafAllocation, allocate, is_compressible
+from opq_jax.allocation.statistics import LeafStatistics, leaf_statistics, merge_statistics
+from opq_jax.compression.codes import (
   CompressionState,
   LeafState,
   apply_compression,
@@ -21,18 +20,19 @@ from opq_jax.compression import (
   encode,
   init_state,
 )
-from opq_jax.feedback import allocate_with_feedback, encode_with_feedback
-from opq_jax.inference import fold_batch_norm, round_uncompressed
-from opq_jax.layer_by_layer import encode_layer_by_layer
-from opq_jax.moments import mean_moments, second_moments
-from opq_jax.noise import natural_noise
-from opq_jax.sizes import SizeReport, file_report, size_report
-from opq_jax.statistics import LeafStatistics, leaf_statistics, merge_statistics
-from opq_jax.synthetic import synthetic_inputs
-from opq_jax.tables import summary
-from opq_jax.transforms import compressed, keep_compressed
-from opq_jax.trellis_encoding import allocate_with_trellis, encode_with_trellis
-from opq_jax.weight_files import read_weights, write_safetensors
+from opq_jax.compression.transforms import compressed, keep_compressed
+from opq_jax.correction.batch_norm import correct_batch_norm, correct_on_images
+from opq_jax.correction.inference import fold_batch_norm, round_uncompressed
+from opq_jax.correction.noise import natural_noise
+from opq_jax.correction.synthetic import synthetic_inputs
+from opq_jax.encoders.feedback import allocate_with_feedback, encode_with_feedback
+from opq_jax.encoders.layer_by_layer import encode_layer_by_layer
+from opq_jax.encoders.trellis_codes import allocate_with_trellis, encode_with_trellis
+from opq_jax.file.artifact import OpqFile, load, save
+from opq_jax.network.moments import mean_moments, second_moments
+from opq_jax.report.sizes import SizeReport, file_report, size_report
+from opq_jax.report.tables import summary
+from opq_jax.weights.files import read_weights, write_safetensors
 
 __version__ = '0.1.0'
 

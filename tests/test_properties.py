@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import opq_jax
-from opq_jax import artifact, trees
-from opq_jax.compression import LeafState
-from opq_jax.verification import verify
+from opq_jax.compression.codes import LeafState
+from opq_jax.core import trees
+from opq_jax.file import artifact
+from opq_jax.report.verification import verify
 
 Pair = collections.namedtuple('Pair', ['second', 'first'])
 DTYPES = [np.dtype(t) for t in (np.float32, ml_dtypes.bfloat16, np.float16)]

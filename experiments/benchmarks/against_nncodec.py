@@ -46,7 +46,8 @@ from experiments.benchmarks.nncodec_jobs import (
   kernels_of,
 )
 from experiments.benchmarks.nncodec_summary import RESULTS, UNLABELLED, report
-from opq_jax import accuracy, networks
+from opq_jax.importers import networks
+from opq_jax.report import accuracy
 
 COLUMNS = (
   *('network', 'method', 'setting', 'correction', 'file_bytes', 'times_smaller'),

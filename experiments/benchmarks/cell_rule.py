@@ -13,7 +13,7 @@ import math
 import numpy as np
 
 from experiments.benchmarks import harness
-from opq_jax import optimization
+from opq_jax.allocation import optimization
 
 
 def entropy_and_error(edges: np.ndarray, values: np.ndarray) -> tuple[float, float]:

@@ -17,7 +17,8 @@ import numpy as np
 
 import opq_jax
 from experiments.benchmarks import one_shot_images
-from opq_jax import networks, sizes
+from opq_jax.importers import networks
+from opq_jax.report import sizes
 
 BITS = {'resnet20': (2.0, 1.5, 1.0), 'resnet32': (2.0, 1.5, 1.0)}
 PHOTOGRAPHS = (2.5, 2.0)

@@ -18,7 +18,10 @@ import optax
 
 import opq_jax
 from experiments.benchmarks import harness
-from opq_jax import augmentation, data, models, streams, training
+from opq_jax import models
+from opq_jax.data import augmentation, streams
+from opq_jax.data import datasets as data
+from opq_jax.finetuning import training
 
 OPTIMIZER = optax.sgd(0.01, momentum=0.9)
 

@@ -49,8 +49,13 @@ import numpy as np
 import safetensors.numpy
 
 import opq_jax
-from opq_jax import artifact, artifact_index, entropy_coding, escapes, trees, weight_files
-from opq_jax.compression import CompressionState, LeafState, affine_codebook
+from opq_jax.coding import escapes
+from opq_jax.coding import payload as entropy_coding
+from opq_jax.compression.codes import CompressionState, LeafState, affine_codebook
+from opq_jax.core import trees
+from opq_jax.file import artifact
+from opq_jax.file import index as artifact_index
+from opq_jax.weights import files as weight_files
 
 LIMIT = 10.0  # seconds of one read
 _START = 300.0  # seconds of a process up to its first

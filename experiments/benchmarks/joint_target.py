@@ -2,7 +2,7 @@
 
     python -m experiments.benchmarks.joint_target TFDS_FOLDER RESNET_cifar10.safetensors ...
 
-For every file rate, `compression_rate` alone (`opq_jax.file_rate`), and a pruning rate with a
+For every file rate, `compression_rate` alone (`opq_jax.file.rate`), and a pruning rate with a
 number of bits for the survivors: for each of some bits, the pruning rate whose file is as large.
 BatchNorm corrected from noise; top-1 on CIFAR-10's 10,000 test images; relative squared error of
 all compressed weights.
@@ -17,7 +17,11 @@ import numpy as np
 
 import opq_jax
 from experiments.benchmarks import harness
-from opq_jax import accuracy, artifact, data, file_rate, networks
+from opq_jax.data import datasets as data
+from opq_jax.file import artifact
+from opq_jax.file import rate as file_rate
+from opq_jax.importers import networks
+from opq_jax.report import accuracy
 
 RATES = 10.0, 15.0, 20.0
 BITS = 2.0, 2.5, 3.0, 4.0

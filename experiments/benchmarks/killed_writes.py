@@ -39,7 +39,12 @@ import optax
 import safetensors.numpy
 
 import opq_jax
-from opq_jax import artifact, checkpoints, cli, data, files, streams, training
+from opq_jax.cli import command as cli
+from opq_jax.core import files
+from opq_jax.data import datasets as data
+from opq_jax.data import streams
+from opq_jax.file import artifact
+from opq_jax.finetuning import checkpoints, training
 
 WRITES = (
   'opq compress, in memory',
@@ -115,7 +120,13 @@ def _seconds(write: str, folder: pathlib.Path, kill_after: float | None) -> floa
   # forked of a process that has imported everything and started nothing
   context = multiprocessing.get_context('forkserver')
   context.set_forkserver_preload(
-    ['opq_jax.cli', 'opq_jax.checkpoints', 'opq_jax.streams', 'opq_jax.training', 'flax.linen']
+    [
+      'opq_jax.cli.command',
+      'opq_jax.finetuning.checkpoints',
+      'opq_jax.data.streams',
+      'opq_jax.finetuning.training',
+      'flax.linen',
+    ]
   )
   here, there = context.Pipe()
   process = context.Process(target=_write_once, args=(write, folder, there))

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from experiments.benchmarks import harness
-from opq_jax import plots
+from opq_jax.report import plots
 
 CHANNELS = 1000
 SOURCES = {'.safetensors': 'large_trees', 'Orbax': 'large_trees_orbax'}  # and their tables
@@ -89,7 +89,7 @@ def status(field: str) -> int:
 
 def measured(folder: str, suffix: str) -> dict[str, float]:
   """Compresses `net` of a suffix in a folder; called in a process of its own."""
-  from opq_jax import stored_leaves, streaming
+  from opq_jax.weights import stored_leaves, streaming
 
   path = pathlib.Path(folder)
   leaves = lambda name: stored_leaves.open_weights(path / f'{name}{suffix}')

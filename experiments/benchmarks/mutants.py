@@ -45,13 +45,17 @@ from typing import Any
 ROOT = pathlib.Path(__file__).parents[2]
 EXPLAINED = pathlib.Path(__file__).parent / 'equivalent_mutants.json'
 TESTS = {
-  'laplace': ['test_laplace.py'],
-  'allocation': ['test_allocation.py', 'test_compression.py'],
-  'allocation_solver': ['test_allocation.py', 'test_compression.py'],
-  'rate_search': ['test_rate_search.py', 'test_lattices.py', 'test_allocation.py'],
-  'compression': ['test_compression.py', 'test_artifact.py'],
-  'artifact': ['test_artifact.py', 'test_hostile_files.py'],
-  'context_coding': ['test_context_coding.py', 'test_entropy_coding.py'],
+  'allocation.laplace': ['allocation/test_laplace.py'],
+  'allocation.allocator': ['allocation/test_allocator.py', 'compression/test_codes.py'],
+  'allocation.solver': ['allocation/test_allocator.py', 'compression/test_codes.py'],
+  'allocation.rate_search': [
+    'allocation/test_rate_search.py',
+    'allocation/test_lattices.py',
+    'allocation/test_allocator.py',
+  ],
+  'compression.codes': ['compression/test_codes.py', 'file/test_artifact.py'],
+  'file.artifact': ['file/test_artifact.py', 'file/test_hostile_files.py'],
+  'coding.contexts': ['coding/test_contexts.py', 'coding/test_payload.py'],
 }
 IMPORTED = (
   *('jax', 'flax.core', 'flax.nnx', 'flax.struct', 'optax', 'safetensors.numpy', 'scipy.integrate'),
@@ -390,7 +394,7 @@ def tried_again(mutants: list[dict[str, str]], only: str, folder: str) -> None:
 
 
 def _source(module: str) -> str:
-  return (ROOT / 'opq_jax' / f'{module}.py').read_text()
+  return (ROOT / 'opq_jax' / f'{module.replace(".", "/")}.py').read_text()
 
 
 def _why(mutant: dict[str, str]) -> str:

@@ -17,7 +17,9 @@ import jax
 import numpy as np
 
 import opq_jax
-from opq_jax import artifact, networks, trees
+from opq_jax.core import trees
+from opq_jax.file import artifact
+from opq_jax.importers import networks
 
 BITS = {
   'resnet20': (3.5, 2.5, 2.0, 1.5, 1.1, 0.9, 0.75),

@@ -23,7 +23,7 @@ from experiments.benchmarks.nncodec_jobs import (
   TRELLIS,
   TUNED,
 )
-from opq_jax import plots
+from opq_jax.report import plots
 
 RESULTS = harness.RESULTS.parent / 'against_nncodec'
 UNLABELLED = 128

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 
 import opq_jax
 from experiments.benchmarks import one_shot_images
-from opq_jax import artifact, networks
-from opq_jax.allocation import OBJECTIVES
+from opq_jax.allocation.allocator import OBJECTIVES
+from opq_jax.file import artifact
+from opq_jax.importers import networks
 
 BITS = 2.0, 1.25  # per weight
 IMAGES = 5000

@@ -10,8 +10,10 @@ import ml_collections
 import numpy as np
 
 from experiments.benchmarks import harness
-from opq_jax import accuracy, data, networks
-from opq_jax.trees import PyTree
+from opq_jax.core.trees import PyTree
+from opq_jax.data import datasets as data
+from opq_jax.importers import networks
+from opq_jax.report import accuracy
 
 CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
 
@@ -53,7 +55,7 @@ class Judge:
     return np.concatenate([np.asarray(self._forward(variables, x)) for x in self._images])
 
   def scores(self, variables: PyTree) -> dict[str, float]:
-    """`opq_jax.accuracy.scores` against the float network."""
+    """`opq_jax.report.accuracy.scores` against the float network."""
     return accuracy.scores(self.logits(variables), self.labels, self.reference)
 
 

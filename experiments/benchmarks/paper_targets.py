@@ -2,10 +2,10 @@
 
     python -m experiments.benchmarks.paper_targets [NETWORK=WEIGHTS ...]
 
-`allocate` with the targets of `opq_jax/paper.py`, the four sizes of what comes out, and the one
-`compression_rate` that fills a file of the same size.  A network of which no file of weights is
-given has random ones: Laplace kernels with the scale of a trained network's, and random biases and
-BatchNorm statistics, which no packing makes smaller.
+`allocate` with the targets of `opq_jax/allocation/paper.py`, the four sizes of what comes out, and
+the one `compression_rate` that fills a file of the same size.  A network of which no file of
+weights is given has random ones: Laplace kernels with the scale of a trained network's, and random
+biases and BatchNorm statistics, which no packing makes smaller.
 """
 
 import gc
@@ -19,7 +19,11 @@ import numpy as np
 
 import opq_jax
 from experiments.benchmarks import harness
-from opq_jax import file_rate, models, networks, paper, trees
+from opq_jax import models
+from opq_jax.allocation import paper
+from opq_jax.core import trees
+from opq_jax.file import rate as file_rate
+from opq_jax.importers import networks
 
 
 def random_variables(name: str) -> dict[str, np.ndarray]:

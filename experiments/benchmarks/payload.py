@@ -18,7 +18,9 @@ import numpy as np
 
 import opq_jax
 from experiments.benchmarks import harness
-from opq_jax import compression, entropy_coding, weight_files
+from opq_jax.coding import payload as entropy_coding
+from opq_jax.compression import codes as compression
+from opq_jax.weights import files as weight_files
 
 _REPEATS = 3
 

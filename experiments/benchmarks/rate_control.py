@@ -21,7 +21,8 @@ import numpy as np
 
 import opq_jax
 from experiments.benchmarks import harness
-from opq_jax import artifact, weight_files
+from opq_jax.file import artifact
+from opq_jax.weights import files as weight_files
 
 RATES = (6, 8, 12, 20, 35, 60)
 ZEROS = (0.5, 0.7, 0.8, 0.9, 0.95)

@@ -36,7 +36,8 @@ from safetensors.numpy import load_file
 import opq_jax
 from experiments.benchmarks import harness
 from experiments.benchmarks.nncodec_jobs import LAMBDA, NNCodec
-from opq_jax import accuracy, trees
+from opq_jax.core import trees
+from opq_jax.report import accuracy
 
 BITS = 4.0, 3.0, 2.5, 2.0
 QPS = -33, -30, -27, -24

@@ -22,8 +22,10 @@ import numpy as np
 
 import opq_jax
 from experiments.benchmarks import one_shot_images
-from opq_jax import accuracy, networks, trees
-from opq_jax.compression import LeafState
+from opq_jax.compression.codes import LeafState
+from opq_jax.core import trees
+from opq_jax.importers import networks
+from opq_jax.report import accuracy
 
 BITS = {'resnet20': 1.1, 'resnet32': 1.1}  # a weight, where some points are lost; others
 OTHER_BITS = 2.0

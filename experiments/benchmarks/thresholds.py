@@ -2,8 +2,9 @@
 
     python -m experiments.benchmarks.thresholds TFDS_FOLDER WEIGHTS.safetensors ...
 
-With error feedback an error of the weight at input i costs 1 / U_ii^2 of `opq_jax.feedback`, and
-with a multiplier lambda the best code of a weight w is that of the least
+With error feedback an error of the weight at input i costs 1 / U_ii^2 of
+`opq_jax.encoders.feedback`, and with a multiplier lambda the best code of a weight w is that of
+the least
 
     gain (w - v_k)^2 + lambda bits_k
 
@@ -29,9 +30,13 @@ import numpy as np
 
 import opq_jax
 from experiments.benchmarks import one_shot_images
-from opq_jax import artifact, compression, entropy_coding, networks, trees
-from opq_jax.compression import LeafState
-from opq_jax.feedback import DAMPING
+from opq_jax.coding import payload as entropy_coding
+from opq_jax.compression import codes as compression
+from opq_jax.compression.codes import LeafState
+from opq_jax.core import trees
+from opq_jax.encoders.feedback import DAMPING
+from opq_jax.file import artifact
+from opq_jax.importers import networks
 
 BITS = 2.0, 1.5, 1.0
 IMAGES = 5000
@@ -81,7 +86,7 @@ def cheapest(w: np.ndarray, gain: np.ndarray, leaf: LeafState) -> np.ndarray:
 
 
 def codes_of(kernel: np.ndarray, moments: np.ndarray, leaf: LeafState, rule: str) -> np.ndarray:
-  """`opq_jax.feedback.codes_of_leaf` of one group, in float64, with a rule of gains."""
+  """`opq_jax.encoders.feedback.codes_of_leaf` of one group, in float64, with a rule of gains."""
   weights = kernel.reshape(len(moments), -1).astype(np.float64)
   energy = np.diagonal(moments)
   order = np.argsort(-energy, kind='stable')

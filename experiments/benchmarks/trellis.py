@@ -3,11 +3,11 @@
     python -m experiments.benchmarks.trellis WEIGHTS.safetensors ...
 
 Of a million Laplace weights, the bits are the entropy of the codes given their subsets, and plain
-bits those of the closed forms of `opq_jax.laplace`, at the threshold and step that are best for the
-error.  Of a network, both are bytes of files of the kernels alone, plain ones at the error in
-question by a line through the logarithms of the errors of files a little smaller and larger; all
-leaves have the same slope, `objective='squared_error'`.  Millions of weights a second are those of
-all cores' processor time: to choose the codes, and to read the file.
+bits those of the closed forms of `opq_jax.allocation.laplace`, at the threshold and step that are
+best for the error.  Of a network, both are bytes of files of the kernels alone, plain ones at the
+error in question by a line through the logarithms of the errors of files a little smaller and
+larger; all leaves have the same slope, `objective='squared_error'`.  Millions of weights a second
+are those of all cores' processor time: to choose the codes, and to read the file.
 """
 
 import pathlib
@@ -23,7 +23,9 @@ import opq_jax
 from experiments.benchmarks import harness
 from experiments.benchmarks.against_nncodec import squared_error
 from experiments.benchmarks.nncodec_jobs import kernels_of
-from opq_jax import artifact, entropy_coding, laplace
+from opq_jax.allocation import laplace
+from opq_jax.coding import payload as entropy_coding
+from opq_jax.file import artifact
 
 BITS = 0.5, 1.0, 2.0, 3.0, 4.0
 OPTIONS: dict[str, Any] = {'objective': 'squared_error'}

@@ -13,7 +13,8 @@ import sys
 
 import opq_jax
 from experiments.benchmarks import harness, one_shot_images
-from opq_jax import accuracy, networks, sizes
+from opq_jax.importers import networks
+from opq_jax.report import accuracy, sizes
 
 BITS = 2.0
 

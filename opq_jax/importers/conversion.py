@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opq_jax import models, trees
-from opq_jax.data import Preprocessing
-from opq_jax.trees import PyTree
+from opq_jax import models
+from opq_jax.core import trees
+from opq_jax.core.trees import PyTree
+from opq_jax.data.datasets import Preprocessing
 
 Shape = tuple[int, ...]
 

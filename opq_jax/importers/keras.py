@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from opq_jax import data
+from opq_jax.data import datasets as data
 from opq_jax.importers.conversion import Layer, Layout, Leaf, Source
 
 _NORM = {'scale': 'gamma', 'bias': 'beta', 'mean': 'moving_mean', 'var': 'moving_variance'}

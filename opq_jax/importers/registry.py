@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import numpy as np
 
-from opq_jax import models, trees, weight_files
+from opq_jax import models
+from opq_jax.core import trees
+from opq_jax.core.trees import PyTree
 from opq_jax.importers import conversion, keras, tf_slim, torch
 from opq_jax.importers.conversion import Leaf, Source
-from opq_jax.trees import PyTree
+from opq_jax.weights import files as weight_files
 
 _FAMILIES = (tf_slim.SOURCES, torch.SOURCES, keras.SOURCES)
 _WRAPPER = 'module.'  # how torch.nn.DataParallel begins every name

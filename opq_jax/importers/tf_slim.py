@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from opq_jax import data
+from opq_jax.data import datasets as data
 from opq_jax.importers import conversion
 from opq_jax.importers.conversion import Layer, Layout, Leaf, Source
 from opq_jax.models import mobilenet

@@ -42,7 +42,7 @@ class AlexNet(nn.Module):
     """Logits of images of at least 63 pixels each way.
 
     Args:
-      x: images as `opq_jax.data.TORCHVISION` prepares them.
+      x: images as `opq_jax.data.datasets.TORCHVISION` prepares them.
       train: whether dropout may take place.
     """
     layers.check_images(x)

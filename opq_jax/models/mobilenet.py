@@ -81,8 +81,8 @@ class MobileNetV1(nn.Module):
     """Logits of images of any size.
 
     Args:
-      x: images as `opq_jax.data.TF_SLIM` prepares them for the published weights, in [-1, 1].
-      train: BatchNorm normalises by the batch and updates its running statistics, for which
+      x: images as `opq_jax.data.datasets.TF_SLIM` prepares them for the published weights, in [-1,
+      1]. train: BatchNorm normalises by the batch and updates its running statistics, for which
         `apply` needs `mutable=['batch_stats']`.
     """
     layers.check_images(x)
@@ -134,7 +134,7 @@ class MobileNetV2(nn.Module):
     """Logits of images of any size.
 
     Args:
-      x: images as `opq_jax.data.TORCHVISION` prepares them for torchvision's weights.
+      x: images as `opq_jax.data.datasets.TORCHVISION` prepares them for torchvision's weights.
       train: BatchNorm normalises by the batch and updates its running statistics, for which
         `apply` needs `mutable=['batch_stats']`.  There is no dropout.
     """

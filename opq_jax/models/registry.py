@@ -8,11 +8,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from opq_jax.core.trees import PyTree
 from opq_jax.models.alexnet import AlexNet
 from opq_jax.models.mobilenet import MobileNetV1, MobileNetV2
 from opq_jax.models.resnet import ResNet
 from opq_jax.models.vgg import VGG16
-from opq_jax.trees import PyTree
 
 
 def _cifar_resnet(depth: int) -> Callable[..., nn.Module]:

@@ -62,7 +62,7 @@ class ResNet(nn.Module):
     """Logits of images of any size.
 
     Args:
-      x: images as `opq_jax.data.TORCHVISION` or `CIFAR` prepares them.
+      x: images as `opq_jax.data.datasets.TORCHVISION` or `CIFAR` prepares them.
       train: BatchNorm normalises by the batch and updates its running statistics, for which
         `apply` needs `mutable=['batch_stats']`.
     """

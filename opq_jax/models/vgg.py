@@ -57,7 +57,7 @@ class VGG16(nn.Module):
     """Logits of images of at least 32 pixels each way.
 
     Args:
-      x: images as `opq_jax.data.TORCHVISION` prepares them.
+      x: images as `opq_jax.data.datasets.TORCHVISION` prepares them.
       train: BatchNorm normalises by the batch and updates its running statistics, for which
         `apply` needs `mutable=['batch_stats']`; and dropout may take place.
     """

@@ -23,7 +23,8 @@ import numpy as np
 import safetensors.numpy
 
 import opq_jax
-from opq_jax import compression, trees
+from opq_jax.compression import codes as compression
+from opq_jax.core import trees
 
 FOLDER = pathlib.Path(__file__).parent
 METADATA = {'weights': 'golden', 'é': '[{"'}

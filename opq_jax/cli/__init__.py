@@ -1,0 +1,5 @@
+"""The `opq` command."""
+
+from opq_jax.cli.command import main
+
+__all__ = ['main']

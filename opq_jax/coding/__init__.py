@@ -1,0 +1,1 @@
+"""Integer codes to bytes and back."""

@@ -1,0 +1,111 @@
+"""Arrays of integer codes <-> bytes: at the cost of their entropy, or of less.
+
+One payload codes one array, in the shorter of two ways.  Plain, as if all codes were alike and in
+no order, which takes their zeroth-order entropy:
+
+    [table of frequencies][words of an ANS, little-endian uint32]
+
+with the table padded with zeros to whole bytes (`opq_jax.coding.ans`); or as
+`opq_jax.coding.contexts` says, which begins with what no table begins with, knows the axes of the
+kernel and takes less.
+
+The coder does not begin empty but with the checksum of the codes, which costs one byte more than
+beginning empty and which the decoder must find at the end.
+
+No symbol is ever certain, so the length of a payload bounds the number of codes in it:
+`decode_codes` refuses a shape that the payload cannot hold before it allocates anything.
+"""
+
+import math
+
+import numpy as np
+from jaxtyping import Int8
+
+from opq_jax.coding import ans, trellis
+from opq_jax.coding import contexts as context_coding
+
+_MAX_TABLE_BYTES = 1200  # 255 frequencies of at most 33 bits, the bounds of the alphabet, and P
+
+
+def entropy(codes: Int8[np.ndarray, '...']) -> float:
+  """The empirical zeroth-order entropy of `codes` in bits per code (METHOD.md section 6).
+
+  Where codes follow the trellis of `opq_jax.coding.trellis`, that given their subsets.  The code
+  -128 of an escaped weight is a symbol like any other; along a trellis it stands in the place of a
+  0.
+
+  >>> entropy(np.array([0, 0, 1, -1], np.int8))
+  1.5
+  """
+  escaped = codes == -128
+  on_grid = np.where(escaped, np.int8(0), codes) if escaped.any() else codes
+  for arrangement in context_coding.choices(codes.shape):
+    found = trellis.indices_and_subsets(context_coding.arranged(on_grid, arrangement)[0])
+    if found is not None:
+      indices, subsets = found
+      indices[context_coding.arranged(escaped, arrangement)[0]] = -128
+      bits = sum(float(ans.ideal_bits(ans.histogram(indices[subsets == q]))) for q in (0, 1))
+      return bits / max(codes.size, 1)
+  return float(ans.ideal_bits(ans.histogram(codes))) / max(codes.size, 1)
+
+
+def encode_codes(codes: Int8[np.ndarray, '...'], *, contexts: bool = True) -> bytes:
+  """The payload of `codes`.
+
+  Args:
+    codes: int8, of any shape and any values.
+    contexts: whether to try them; without, encoding is 6 to 60 times faster and takes the entropy
+      (`experiments.benchmarks.payload`).
+
+  Returns:
+    The payload, empty where `codes` is.  The same codes make the same bytes.
+
+  Raises:
+    ValueError: `codes` is not int8.
+
+  >>> payload = encode_codes(np.array([0, 3, 0, 0, -1, 0], np.int8))
+  >>> decode_codes(payload, (6,)).tolist()
+  [0, 3, 0, 0, -1, 0]
+  """
+  if codes.dtype != np.int8:
+    raise ValueError(f'found codes of dtype {codes.dtype}, expected int8')
+  if codes.size == 0:
+    return b''
+  codes = np.ascontiguousarray(codes)
+  model = ans.fit(ans.histogram(codes))
+  coder = ans.begin(codes)
+  model.encode(coder, codes.reshape(-1))
+  plain = ans.to_bytes(ans.write_table(model)) + ans.end(coder)
+  known = context_coding.encode(codes) if contexts else None
+  return plain if known is None or len(known) >= len(plain) else known
+
+
+def decode_codes(data: bytes | memoryview, shape: tuple[int, ...]) -> Int8[np.ndarray, '...']:
+  """The codes of a payload.
+
+  Args:
+    data: what `encode_codes` returned.
+    shape: of the codes that it was given.
+
+  Returns:
+    int8, of that shape.
+
+  Raises:
+    ValueError: `data` is no payload of codes of this shape.  Nothing larger than such a payload can
+      hold is ever allocated, whatever `shape` says.
+  """
+  size = math.prod(shape)
+  if size == 0 and len(data) == 0 and min(shape) >= 0:
+    return np.zeros(shape, np.int8)
+  if size <= 0 or min(shape, default=1) <= 0 or len(data) == 0:
+    raise ValueError(f'found {len(data)} bytes of codes, expected those of {size} codes')
+  bits = ans.to_bits(data, _MAX_TABLE_BYTES)
+  if bits.startswith((context_coding.MARKER, context_coding.TRELLIS_MARKER)):
+    return context_coding.decode(data, shape)
+  model, position = ans.read_table(bits, 0)
+  end = ans.end_of_bits(bits, position)
+  coder = ans.resume(bytes(data[end:]), size, model.least_bits)
+  codes = ans.room(shape)
+  model.decode(coder, codes.reshape(-1))
+  ans.check_end(coder, codes)
+  return codes

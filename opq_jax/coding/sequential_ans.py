@@ -1,0 +1,150 @@
+"""Symbols <-> words of an ANS, one after the other: the model of each depends on those before it.
+
+The words are those of `opq_jax.coding.ans`, so that a message may go on with either.
+`constriction` decodes many symbols of one model at once; along a trellis
+(`opq_jax.coding.trellis`) each symbol says which model the next one has, and what took a call of
+Python's has to take nanoseconds.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int8, Int64, UInt8, UInt32
+
+from opq_jax.coding import ans
+from opq_jax.coding.trellis import NEXT, SUBSET_OF
+from opq_jax.core import native
+
+_WORD = np.uint64(32)
+_LOW = np.uint64(0xFFFFFFFF)
+
+
+class Tables(NamedTuple):
+  """Models side by side: the symbols of each that occur, in the order of `ans.Frequencies`.
+
+  Attributes:
+    symbols: padded with zeros.
+    cumulative: where the share of each symbol of 2**precision begins, and the last one ends.
+    precisions: of each model.
+  """
+
+  symbols: Int8[np.ndarray, 'models most']
+  cumulative: Int64[np.ndarray, 'models most+1']
+  precisions: Int64[np.ndarray, ' models']
+
+
+def tables(models: list[ans.Frequencies]) -> Tables:
+  """The tables of models."""
+  occurring = [model.frequencies > 0 for model in models]
+  most = max(int(np.count_nonzero(o)) for o in occurring)
+  symbols = np.zeros((len(models), most), np.int8)
+  cumulative = np.zeros((len(models), most + 1), np.int64)
+  for row, (model, o) in enumerate(zip(models, occurring, strict=True)):
+    count = int(np.count_nonzero(o))
+    symbols[row, :count] = model.symbols[o]
+    cumulative[row, 1:] = 1 << model.precision
+    cumulative[row, 1 : count + 1] = np.cumsum(model.frequencies[o])
+  return Tables(symbols, cumulative, np.array([model.precision for model in models], np.int64))
+
+
+def encode(
+  words: UInt32[np.ndarray, ' words'],
+  symbols: Int8[np.ndarray, ' n'],
+  models: UInt8[np.ndarray, ' n'],
+  known: Tables,
+) -> UInt32[np.ndarray, ' more']:
+  """The words with symbols put onto them, the last one first; each must occur in its model."""
+  place = np.full((len(known.precisions), 256), -1, np.int64)
+  for row, (some, ends) in enumerate(zip(known.symbols, known.cumulative, strict=True)):
+    count = int(np.count_nonzero(np.diff(ends)))
+    place[row, some[:count].view(np.uint8)] = np.arange(count)
+  room = np.empty(len(words) + symbols.size + 1, np.uint32)
+  room[: len(words)] = words
+  return room[: _push(room, len(words), symbols, models, place, *known[1:])]
+
+
+def decode(
+  words: UInt32[np.ndarray, ' words'],
+  ranges: UInt8[np.ndarray, ' n'],
+  state: int,
+  known: Tables,
+  indices: Int8[np.ndarray, ' n'],
+  subsets: UInt8[np.ndarray, ' n'],
+) -> tuple[UInt32[np.ndarray, ' fewer'], int]:
+  """Takes indices of a trellis off words, each of the model 2 range + subset.
+
+  Args:
+    words: of the message; their room is used again.
+    ranges: of the weights.
+    state: of the trellis before the first.
+    known: the models.
+    indices, subsets: room for what is found.
+
+  Returns:
+    The words that are left, and the state after the last.
+  """
+  count, state = _pull(words, len(words), ranges, state, *known, indices, subsets)
+  return words[:count], state
+
+
+@native.compiled
+def _push(words, size, symbols, models, place, cumulative, precisions):  # type: ignore[no-untyped-def]
+  head, size = _taken(words, size)
+  for i in range(symbols.size - 1, -1, -1):
+    model = models[i]
+    at = place[model, np.uint8(symbols[i])]
+    precision = np.uint64(precisions[model])
+    begin = np.uint64(cumulative[model, at])
+    frequency = np.uint64(cumulative[model, at + 1]) - begin
+    if head >> (np.uint64(64) - precision) >= frequency:
+      words[size] = np.uint32(head & _LOW)
+      size += 1
+      head >>= _WORD
+    head = ((head // frequency) << precision) | (head % frequency + begin)
+  return _put(words, size, head)
+
+
+@native.compiled
+def _pull(  # type: ignore[no-untyped-def]
+  words, size, ranges, state, symbols, cumulative, precisions, indices, subsets
+):
+  head, size = _taken(words, size)
+  one = np.uint64(1)
+  for i in range(ranges.size):
+    subset = SUBSET_OF[state]
+    model = 2 * ranges[i] + subset
+    precision = np.uint64(precisions[model])
+    slot = head & ((one << precision) - one)
+    at = 0
+    while np.uint64(cumulative[model, at + 1]) <= slot:
+      at += 1
+    begin = np.uint64(cumulative[model, at])
+    frequency = np.uint64(cumulative[model, at + 1]) - begin
+    head = (head >> precision) * frequency + slot - begin
+    if head >> _WORD == 0 and size > 0:
+      size -= 1
+      head = (head << _WORD) | np.uint64(words[size])
+    index = symbols[model, at]
+    indices[i], subsets[i] = index, subset
+    state = NEXT[state, index & 1]
+  return _put(words, size, head), state
+
+
+@native.compiled
+def _taken(words, size):  # type: ignore[no-untyped-def]
+  """The last two words as the head of the coder, and how many are left."""
+  head = np.uint64(0)
+  for _ in range(min(size, 2)):
+    size -= 1
+    head = (head << _WORD) | np.uint64(words[size])
+  return head, size
+
+
+@native.compiled
+def _put(words, size, head):  # type: ignore[no-untyped-def]
+  """The inverse of `_taken`: how many words there are with those of the head."""
+  while head:
+    words[size] = np.uint32(head & _LOW)
+    size += 1
+    head >>= _WORD
+  return size

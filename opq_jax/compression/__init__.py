@@ -1,0 +1,1 @@
+"""Masks, codebooks and codes; and what makes a training loop use them."""

@@ -1,0 +1,1 @@
+"""Correcting a network after compression, without data or from unlabelled inputs."""

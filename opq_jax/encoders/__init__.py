@@ -1,0 +1,1 @@
+"""Which code a weight gets: rounding, error feedback, a trellis, layer by layer."""

@@ -1,0 +1,1 @@
+"""The .opq file: writing, reading and checking it."""

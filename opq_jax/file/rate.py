@@ -1,0 +1,151 @@
+"""The bits per weight that make the whole file so many times smaller.
+
+`opq_jax.allocate` is asked for the bits of the codes alone.  A file holds more (biases, BatchNorm,
+tables, headers), which matters for small networks, and less, for contexts make codes smaller.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from opq_jax.allocation.allocator import Allocation, TooFewBitsError, allocate
+from opq_jax.compression.codes import CompressionState, init_state
+from opq_jax.core.trees import PyTree
+from opq_jax.file import artifact
+
+_TOLERANCE = 3e-3  # of the size, towards smaller alone
+_MAX_STEPS = 10
+_MOST_BITS = 32.0
+
+
+@dataclasses.dataclass(frozen=True)
+class FileTarget:
+  """What `at_file_rate` found.
+
+  Attributes:
+    allocation, state: of the whole tree, such that the file is about as small as asked.
+    bits_per_weight: what `allocate` was asked for.
+    file_bytes: of the file.
+    file_rate: bytes of the tree in its own dtypes over those of the file.
+  """
+
+  allocation: Allocation
+  state: CompressionState
+  bits_per_weight: float
+  file_bytes: int
+  file_rate: float
+
+  @property
+  def compression_rate(self) -> float:
+    """32 over the bits per weight."""
+    return 32 / self.bits_per_weight
+
+
+def at_file_rate(variables: PyTree, file_rate: float, **options: Any) -> FileTarget:
+  """Allocates such that the `.opq` file is `file_rate` times smaller than the tree, or 0.3 % more.
+
+  Args:
+    variables: the whole network, as it will be saved.
+    file_rate: bytes of the tree over bytes of the file.
+    **options: of `opq_jax.allocate`, such as `objective`.
+
+  Returns:
+    A `FileTarget`.  Where no bits per weight give a file within 0.3 % (a very small tree, or one
+    whose values are exact in a smaller file), the largest that is smaller, and a warning says so.
+
+  Raises:
+    ValueError: what `allocate` raises, or the uncompressed leaves alone are larger than the file
+      may be.
+
+  >>> import jax.numpy as jnp
+  >>> kernel = jax.random.laplace(jax.random.key(0), (256, 256))
+  >>> found = at_file_rate({'kernel': kernel, 'bias': jnp.ones(256)}, 16.0)
+  >>> round(found.file_rate, 1), found.bits_per_weight < 2
+  (16.0, True)
+  """
+  leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(variables)]
+  original = sum(leaf.nbytes for leaf in leaves)
+  found: dict[float, tuple[Allocation, CompressionState, int, list[Warning | str]]] = {}
+
+  def size_of(bits: float) -> int:
+    with warnings.catch_warnings(record=True) as said:
+      warnings.simplefilter('always')
+      allocation = allocate(variables, bits_per_weight=bits, **options)
+    state = init_state(variables, allocation)
+    size = len(artifact.serialize(variables, state))
+    found[bits] = allocation, state, size, [warning.message for warning in said]
+    return size
+
+  bits = bits_of_file(size_of, original, file_rate, sum(leaf.size for leaf in leaves))
+  allocation, state, size, said = found[bits]
+  for message in said:
+    warnings.warn(message, stacklevel=3)
+  return FileTarget(allocation, state, bits, size, original / size)
+
+
+def bits_of_file(
+  size_of: Callable[[float], int], original: int, file_rate: float, weights: int
+) -> float:
+  """The bits per weight with which a file has the size that is asked, or the next smaller.
+
+  The size is nearly a line in the bits per weight b: size(b) = rest + n b / 8.  The first guess
+  takes the rest to be nothing; then a secant between the largest file that was small enough and the
+  smallest that was not, ten steps at the most.
+
+  Args:
+    size_of: bits per weight -> bytes of the file.
+    original: bytes of the tree as it came.
+    file_rate: these over the bytes that are asked.
+    weights: of the tree, about.
+
+  Returns:
+    Bits that `size_of` was called with.
+
+  Raises:
+    ValueError: the file is larger than asked whatever the bits.
+
+  >>> bits_of_file(lambda bits: 1000 + int(bits * 1000), 32000, 10.0, 8000) > 2.19
+  True
+  """
+  limit = original / file_rate
+  wanted = limit * (1 - _TOLERANCE / 2)
+  sizes: dict[float, int] = {}
+  bits, slope = min(8 * limit / max(weights, 1), _MOST_BITS), weights / 8
+  for _ in range(_MAX_STEPS):
+    try:
+      sizes[bits] = size_of(bits)
+    except TooFewBitsError as error:
+      bits = error.least * (1 + _TOLERANCE)
+      sizes[bits] = size_of(bits)
+      break  # next to nothing may be too much
+    small = max((b for b, size in sizes.items() if size <= limit), default=None)
+    large = min((b for b, size in sizes.items() if size > limit), default=None)
+    if small is not None and (sizes[small] >= limit * (1 - _TOLERANCE) or small == _MOST_BITS):
+      break
+    if small is not None and large is not None:
+      slope = max((sizes[large] - sizes[small]) / (large - small), 1e-9)
+      part = min(max((wanted - sizes[small]) / slope / (large - small), 0.05), 0.95)
+      bits = small + part * (large - small)
+    else:
+      bits = min(bits + (wanted - sizes[bits]) / slope, _MOST_BITS)
+    if bits <= 0:
+      bits = min(sizes) / 4
+  small = max((b for b, size in sizes.items() if size <= limit), default=None)
+  if small is None:
+    least = min(sizes.values())
+    raise ValueError(
+      f'file_rate: found {file_rate:g}, a file of {limit:,.0f} bytes, expected one of {least:,} at '
+      'least: uncompressed leaves, tables and headers take so much'
+    )
+  if sizes[small] < limit * (1 - 2 * _TOLERANCE):
+    found = f'{original / sizes[small]:.4g} times smaller, {sizes[small]:,} bytes'
+    warnings.warn(
+      f'file_rate: found {found}, where {file_rate:.4g} was asked: there is nothing between',
+      UserWarning,
+      stacklevel=4,
+    )
+  return small

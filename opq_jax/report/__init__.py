@@ -1,0 +1,1 @@
+"""What a file holds: sizes, tables, plots, verification, accuracy."""

@@ -1,0 +1,384 @@
+import json
+import os
+import subprocess
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import opq_jax
+from opq_jax import importers, models
+from opq_jax.cli import command as cli
+from opq_jax.core import trees
+from opq_jax.importers import networks
+from opq_jax.weights import files as weight_files
+from tests.helpers.variables import random_variables
+
+
+def tree():
+  draw = np.random.default_rng(0).laplace
+  return {
+    'fc1.weight': draw(size=(96, 64)).astype(np.float32),
+    'fc1.bias': draw(size=96).astype(np.float32),
+    'fc2.weight': draw(size=(64, 96)).astype(np.float32),
+    'steps': np.array([[3]], np.int32),
+  }
+
+
+@pytest.fixture
+def net(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  safetensors.numpy.save_file(tree(), 'net.safetensors')
+  return tmp_path
+
+
+def run(*argv):
+  return cli.main([str(word) for word in argv])
+
+
+def files(folder):
+  return sorted(path.name for path in folder.iterdir())
+
+
+def test_compress_inspect_decompress(net, capsys):
+  assert run('compress', 'net.safetensors', 'net.opq', '--rate', 12.8) == 0
+  out = capsys.readouterr().out
+  size = (net / 'net.opq').stat().st_size
+  assert 'fc1.weight' in out
+  assert f'{size:,}' in out
+  assert '2.500 bits per weight with tables, 12.80 times fewer' in ' '.join(out.split())
+  assert all(name in out for name in ('nominal', 'packed', 'entropy', 'file', 'bytes on disk'))
+
+  assert run('inspect', 'net.opq', '--json') == 0
+  found = json.loads(capsys.readouterr().out)
+  assert found['totals']['file'] == size
+  payload = sum(leaf['file'] for leaf in found['compressed']) - 12 * len(found['compressed'])
+  weights = found['totals']['weights']
+  assert 4 * weights / payload == pytest.approx(12.8, rel=0.01)
+  assert 12.8 < found['totals']['entropy_rate'] < 1.1 * 12.8
+  assert [leaf['path'] for leaf in found['compressed']] == ['fc1.weight', 'fc2.weight']
+  assert [leaf['path'] for leaf in found['uncompressed']] == ['fc1.bias', 'steps']
+  assert found['metadata'] == {
+    'weights': 'net.safetensors',
+    'targets': 'compression_rate=12.8',
+    'objective': 'balanced_error',
+    'channel_axis': 'auto',
+    'opq_jax': opq_jax.__version__,
+  }
+
+  assert run('inspect', 'net.opq') == 0
+  out = capsys.readouterr().out
+  assert f'{size:,}' in out
+  assert 'checksums hold' in out
+
+  assert run('decompress', 'net.opq', 'out.safetensors') == 0
+  decoded = safetensors.numpy.load_file('out.safetensors')
+  expected = tree()
+  assert set(decoded) == set(expected)
+  for name in ('fc1.bias', 'steps'):
+    assert decoded[name].tobytes() == expected[name].tobytes()
+  for name in ('fc1.weight', 'fc2.weight'):
+    assert np.mean((decoded[name] - expected[name]) ** 2) < 0.1 * np.mean(expected[name] ** 2)
+  assert files(net) == ['net.opq', 'net.safetensors', 'out.safetensors']
+
+
+@pytest.fixture
+def resnet(net):
+  variables = random_variables(models.create('resnet20', num_classes=5))
+  tensors = importers.to_tensors('resnet20', variables, 'akamaster')
+  safetensors.numpy.save_file(tensors, 'resnet.safetensors')
+  return variables
+
+
+def test_a_known_network_goes_home_from_a_file_that_knows_it(resnet, capsys):
+  command = 'compress', '--model', 'resnet20', 'resnet.safetensors', 'net.opq', '--rate', 8
+  assert run(*command) == 0
+  out = capsys.readouterr().out
+  assert 'resnet20, 5 classes, by the names of akamaster; BatchNorm corrected from noise' in out
+  assert run('inspect', 'net.opq', '--json') == 0
+  metadata = json.loads(capsys.readouterr().out)['metadata']
+  assert metadata['channel_axis'] == 'last'
+  network = {key: metadata[key] for key in networks.KEYS}
+  assert network == {'model': 'resnet20', 'source': 'akamaster', 'num_classes': '5'}
+  assert run('inspect', 'net.opq') == 0
+  assert 'source: akamaster' in capsys.readouterr().out
+
+  allocation = opq_jax.allocate(resnet, compression_rate=8.0)
+  state = opq_jax.init_state(resnet, allocation)
+  compressed = opq_jax.apply_compression(resnet, state)
+  network = networks.load('resnet.safetensors', name='resnet20')
+  expected = networks.correct_batch_norm(network, compressed)
+  jax.tree.map(np.testing.assert_array_equal, networks.load('net.opq').variables, expected)
+
+  # home, by the names that it came with; and by ours
+  assert run('decompress', 'net.opq', 'home.safetensors') == 0
+  home = importers.load('resnet20', 'home.safetensors', source='akamaster')
+  jax.tree.map(np.testing.assert_array_equal, home.variables, expected)
+  assert run('decompress', 'net.opq', 'flax.safetensors', '--to', 'flax') == 0
+  flax = safetensors.numpy.load_file('flax.safetensors')
+  assert flax.keys() == trees.named_leaves(resnet).keys()
+
+
+def test_a_network_is_compressed_again_as_what_it_is(resnet, capsys):
+  assert run('compress', '--model', 'resnet20', 'resnet.safetensors', 'net.opq', '--rate', 6) == 0
+  assert run('compress', 'net.opq', 'small.opq', '--rate', 7) == 0
+  assert 'resnet20, 5 classes, by the names of akamaster' in capsys.readouterr().out
+  assert networks.load('small.opq').model == networks.load('net.opq').model
+
+
+def test_batch_norm_stays_as_it_is_where_that_is_asked_for(resnet, capsys):
+  command = 'compress', '--model', 'resnet20', 'resnet.safetensors', 'net.opq', '--no-correction'
+  assert run(*command) == 0
+  assert 'BatchNorm not corrected' in capsys.readouterr().out
+  found = networks.load('net.opq').variables['batch_stats']
+  jax.tree.map(np.testing.assert_array_equal, found, resnet['batch_stats'])
+
+
+def test_a_file_for_inference_is_smaller_and_gives_the_same_answers(resnet):
+  command = 'compress', '--model', 'resnet20', 'resnet.safetensors', '--rate', 12
+  assert run(*command, 'net.opq') == 0
+  assert run(*command, 'small.opq', '--inference-only') == 0
+  sizes = [os.stat(name).st_size for name in ('net.opq', 'small.opq')]
+  assert sizes[1] < 0.95 * sizes[0]
+  whole, small = networks.load('net.opq'), networks.load('small.opq')
+  images = jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
+  expected, found = (n.model.apply(n.variables, images) for n in (whole, small))
+  np.testing.assert_allclose(found, expected, atol=0.05 * np.std(expected))
+
+
+@pytest.mark.parametrize('options', [(), ('--model', 'resnet20')], ids=['streamed', 'network'])
+def test_a_file_that_was_written_fast_is_the_same_network_and_larger(resnet, options):
+  tensors = safetensors.numpy.load_file('resnet.safetensors')
+  for name, tensor in tensors.items():
+    if tensor.ndim == 4:  # neighbours in the window are alike, as in a network that was trained
+      tensors[name] = np.ascontiguousarray(np.cumsum(tensor, -1) / 2)
+  safetensors.numpy.save_file(tensors, 'smooth.safetensors')
+  assert run('compress', *options, 'smooth.safetensors', 'net.opq', '--rate', 12) == 0
+  assert run('compress', *options, 'smooth.safetensors', 'fast.opq', '--rate', 12, '--fast') == 0
+  assert os.stat('net.opq').st_size < 0.97 * os.stat('fast.opq').st_size
+  with opq_jax.OpqFile('net.opq') as leaves, opq_jax.OpqFile('fast.opq') as fast:
+    for name, leaf in leaves.items():
+      np.testing.assert_array_equal(fast[name], leaf)
+
+
+def test_only_a_known_network_has_a_source(net, capsys):
+  assert run('compress', 'net.safetensors', 'net.opq') == 0
+  assert run('decompress', 'net.opq', 'out.safetensors', '--to', 'source') == 2
+  assert '--to: found no name of a network in net.opq' in capsys.readouterr().err
+
+
+def test_the_file_is_what_the_library_makes(net):
+  assert run('compress', 'net.safetensors', 'net.opq', '--sparsity', 0.5, '--bits', 3) == 0
+  params = tree()
+  allocation = opq_jax.allocate(
+    params, sparsity=0.5, bits=3.0, channel_axis=weight_files.channel_axis
+  )
+  state = opq_jax.init_state(params, allocation)
+  expected = opq_jax.apply_compression(params, state)
+  found, _ = opq_jax.load('net.opq')
+  for name, leaf in trees.named_leaves(expected).items():
+    np.testing.assert_array_equal(found[name], np.asarray(leaf))
+  with opq_jax.OpqFile('net.opq') as file:
+    assert file.metadata['targets'] == 'sparsity=0.5 bits=3'
+
+
+def test_rate_is_10_by_default_and_globs_choose(net):
+  assert run('compress', 'net.safetensors', 'net.opq', '--exclude', 'fc2*') == 0
+  with opq_jax.OpqFile('net.opq') as file:
+    assert file.metadata['targets'] == 'compression_rate=10'
+    assert file.leaf_state('fc1.weight') is not None
+    assert file.leaf_state('fc2.weight') is None
+    assert file['fc2.weight'].tobytes() == tree()['fc2.weight'].tobytes()
+  assert run('compress', 'net.safetensors', 'other.opq', '--include', 'fc1*', 'nothing*') == 2
+  assert run('compress', 'net.safetensors', 'other.opq', '--include', 'fc1*') == 0
+  with opq_jax.OpqFile('other.opq') as file:
+    assert file.leaf_state('fc2.weight') is None
+
+
+def test_float64_weights_are_compressed_as_float32(net):
+  np.savez('wide.npz', **{name: leaf.astype(np.float64) for name, leaf in tree().items()})
+  assert run('compress', 'wide.npz', 'wide.opq', '--exclude', 'steps') == 0
+  with opq_jax.OpqFile('wide.opq') as file:
+    assert file['fc1.weight'].dtype == np.float32
+    assert file['fc1.bias'].dtype == np.float64
+
+
+@pytest.mark.parametrize(
+  ('argv', 'message'),
+  [
+    (['compress', 'no.safetensors', 'out.opq'], 'no.safetensors'),
+    (['compress', 'net.safetensors', 'out.opq', '--rate', '.2'], 'compression_rate: found 0.2'),
+    (['compress', 'net.safetensors', 'out.opq', '--bits', '3'], 'found bits alone'),
+    (['compress', 'net.safetensors', 'out.opq', '--rate', '9', '--bits', '3'], 'together with'),
+    (['compress', 'net.safetensors', 'out.opq', '--include', 'conv*'], "'conv*'"),
+    (['compress', 'net.safetensors', 'out.opq', '--exclude', 'fc*'], 'no leaf to compress'),
+    (['compress', 'nan.npz', 'out.opq'], 'w: found NaN'),
+    (['compress', 'notes.txt', 'out.opq'], "found suffix '.txt'"),
+    (['compress', 'net.safetensors', 'no/out.opq'], 'found no folder no'),
+    (['compress', 'net.safetensors', '.'], 'found a folder'),
+    (['compress', 'net.safetensors', 'net.safetensors'], 'the input itself'),
+    (['compress', 'net.safetensors', 'out.opq', '--source', 'timm'], 'without --model'),
+    (['compress', 'net.safetensors', 'out.opq', '--no-correction'], 'without --model'),
+    (['compress', 'net.safetensors', 'out.opq', '--inference-only'], 'without --model'),
+    (['compress', 'net.safetensors', 'out.opq', '--feedback'], 'without --model'),
+    (
+      [
+        'compress',
+        'net.safetensors',
+        'out.opq',
+        '--model',
+        'vgg16',
+        '--feedback',
+        '--sparsity',
+        '.5',
+        '--bits',
+        '3',
+      ],
+      '--feedback: found it together with --sparsity or --bits',
+    ),
+    (
+      ['compress', 'net.safetensors', 'out.opq', '--trellis', '--sparsity', '.5', '--bits', '3'],
+      '--trellis: found it together with --sparsity or --bits',
+    ),
+    (['compress', 'net.safetensors', 'out.opq', '--trellis', '--fast'], 'together with --fast'),
+    (['compress', 'net.safetensors', 'out.opq', '--model', 'vgg'], "name: found 'vgg'"),
+    (['compress', 'net.safetensors', 'out.opq', '--model', 'resnet20'], 'found tensors fc1.bias'),
+    (
+      ['compress', 'net.safetensors', 'out.opq', '--model', 'vgg16', '--channel-axis', 'first'],
+      '--channel-axis: found first',
+    ),
+    (['inspect', 'notes.txt'], 'no .opq file'),
+    (['inspect', 'no.opq'], 'no.opq: No such file'),
+    (['decompress', 'notes.txt', 'out.safetensors'], 'no .opq file'),
+  ],
+)
+def test_errors_are_one_line_and_nothing_is_written(net, capsys, argv, message):
+  (net / 'notes.txt').write_text('no weights')
+  np.savez('nan.npz', w=np.full((96, 64), np.nan, np.float32))
+  before = {name: (net / name).read_bytes() for name in files(net)}
+  assert run(*argv) == 2
+  captured = capsys.readouterr()
+  assert captured.out == ''
+  (line,) = captured.err.splitlines()
+  assert line.startswith('opq: ')
+  assert message in line
+  assert {name: (net / name).read_bytes() for name in files(net)} == before
+
+
+def test_a_failure_keeps_the_file_that_was_there(net):
+  (net / 'net.opq').write_bytes(b'old')
+  assert run('compress', 'net.safetensors', 'net.opq', '--rate', 0.2) == 2
+  assert (net / 'net.opq').read_bytes() == b'old'
+  assert run('compress', 'net.safetensors', 'net.opq') == 0
+  assert (net / 'net.opq').read_bytes() != b'old'
+  assert files(net) == ['net.opq', 'net.safetensors']
+
+
+def test_inspect_finds_a_flipped_bit(net, capsys):
+  params = tree()
+  state = opq_jax.CompressionState(jax.tree.map(lambda _: None, params))
+  opq_jax.save('net.opq', params, state)
+  data = bytearray((net / 'net.opq').read_bytes())
+  data[-100] ^= 1
+  (net / 'net.opq').write_bytes(data)
+  assert run('inspect', 'net.opq') == 2
+  assert 'CRC' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('command', ['', 'compress', 'inspect', 'decompress', 'demo'])
+def test_help_teaches_by_examples(capsys, command):
+  assert run(*command.split(), '--help') == 0
+  out = capsys.readouterr().out
+  assert 'examples:' in out
+  assert f'opq {command}' in out
+  assert max(map(len, out.splitlines())) <= 100
+
+
+@pytest.mark.parametrize('argv', [[], ['shrink'], ['compress', 'one'], ['inspect', 'a', '--no']])
+def test_usage_errors_exit_with_2(capsys, argv):
+  assert run(*argv) == 2
+  assert 'usage: opq' in capsys.readouterr().err
+
+
+def test_demo_hands_over_what_was_given(monkeypatch):
+  calls = []
+  demo = types.ModuleType('opq_jax.cli.demo')
+  demo.run = lambda **options: calls.append(options)
+  monkeypatch.setitem(sys.modules, 'opq_jax.cli.demo', demo)
+  monkeypatch.setattr(opq_jax, 'demo', demo, raising=False)
+  assert run('demo') == 0
+  assert run('demo', '--seed', 3, '--rate', 16, '--output', 'net.opq') == 0
+  assert [sorted(call) for call in calls] == [[], ['output', 'rate', 'seed']]
+  assert calls[1]['seed'] == 3
+
+
+def test_the_command_runs_as_a_module():
+  command = [sys.executable, '-m', 'opq_jax.cli.command', '--version']
+  result = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert result.returncode == 0
+  assert result.stdout == f'opq_jax {opq_jax.__version__}\n'
+
+
+def test_rates_as_people_say_them(net, capsys):
+  assert run('compress', 'net.safetensors', 'rate.opq', '--rate', 16) == 0
+  assert run('compress', 'net.safetensors', 'bits.opq', '--bits-per-weight', 2) == 0
+  same = [opq_jax.load(name)[0]['fc1.weight'] for name in ('rate.opq', 'bits.opq')]
+  np.testing.assert_array_equal(*same)
+  original = sum(leaf.nbytes for leaf in tree().values())
+  capsys.readouterr()
+  # leaf by leaf from disk, and all in memory
+  np.savez('net.npz', **tree())
+  for source in ('net.safetensors', 'net.npz'):
+    assert run('compress', source, 'file.opq', '--file-rate', 9) == 0
+    assert 8.99 <= original / (net / 'file.opq').stat().st_size <= 9.06
+  out = capsys.readouterr().out
+  assert 'times smaller than in float32' in ' '.join(out.split())
+  assert files(net) == ['bits.opq', 'file.opq', 'net.npz', 'net.safetensors', 'rate.opq']
+  assert run('verify', 'file.opq', '--against', 'net.npz') == 0
+  assert run('inspect', 'file.opq', '--json') == 0
+  found = json.loads(capsys.readouterr().out.partition('{')[2].join(['{', '']))
+  totals = found['totals']
+  assert totals['rates_are_against']['file_rate'] == 'all leaves as they came'
+  assert totals['bits_per_weight'] < 32 / 9
+  assert found['metadata']['targets'].startswith('file_rate=9')
+
+
+def test_a_file_rate_along_the_trellis_holds_against_the_weights(net):
+  arguments = '--trellis', '--file-rate', 12
+  assert run('compress', 'net.safetensors', 'net.opq', *arguments) == 0
+  original = sum(leaf.nbytes for leaf in tree().values())
+  assert 12 <= original / (net / 'net.opq').stat().st_size <= 12.2
+  assert run('verify', 'net.opq', '--against', 'net.safetensors') == 0
+
+
+@pytest.mark.parametrize('options', [['--rate', 9], ['--bits', 3, '--sparsity', 0.5]])
+def test_a_file_rate_stands_alone(net, capsys, options):
+  assert run('compress', 'net.safetensors', 'net.opq', '--file-rate', 9, *options) == 2
+  assert 'found file_rate together with another target' in capsys.readouterr().err
+
+
+def test_what_is_lost_escaped_or_not_met_is_said(net, capsys):
+  params = tree()
+  params['fc1.weight'][3] *= 1e-6
+  params['fc2.weight'][5, 7] = 5e4
+  params['lora_B.weight'] = np.zeros((8, 4), np.float32)
+  safetensors.numpy.save_file(params, 'odd.safetensors')
+  assert run('compress', 'odd.safetensors', 'odd.opq') == 0
+  out, err = (' '.join(text.split()) for text in capsys.readouterr())
+  assert 'note: all weights are pruned of fc1.weight (1 of 96 along its first axis' in err or (
+    'fc1.weight (1 of 96 output channels)' in err
+  )
+  assert 'lora_B.weight: all weights are zero, and the leaf is left as it is' in err
+  assert 'escaped' in out and 'all weights pruned of 1 output channels' in out
+  assert run('inspect', 'odd.opq') == 0
+  assert 'escaped' in capsys.readouterr().out
+  loaded, _ = opq_jax.load('odd.opq')
+  assert loaded['fc2.weight'][5, 7] == 5e4
+  assert run('verify', 'odd.opq', '--against', 'odd.safetensors') == 0
+  # more than there is
+  assert run('compress', 'net.safetensors', 'exact.opq', '--rate', 0.8) == 0
+  assert 'all values are exact' in ' '.join(capsys.readouterr().err.split())
+  np.testing.assert_array_equal(opq_jax.load('exact.opq')[0]['fc1.weight'], tree()['fc1.weight'])

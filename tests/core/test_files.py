@@ -1,0 +1,260 @@
+"""Writes that are killed, run out of disk or are not allowed leave the old file, or the new one."""
+
+import contextlib
+import errno
+import io
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import opq_jax
+from experiments.benchmarks import killed_writes
+from opq_jax.cli import command as cli
+from opq_jax.core import files
+
+OLD, NEW = b'old', bytes(50_000)
+
+
+@contextlib.contextmanager
+def small_disk(size):
+  """No file grows beyond `size` bytes: what a full disk does, without one."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextlib.contextmanager
+def read_only_folder():
+  """A folder with an old file that this process, even root's, may not change."""
+  with tempfile.TemporaryDirectory(dir='/tmp') as folder:
+    user = os.geteuid()
+    with open(f'{folder}/net.opq', 'wb') as file:
+      file.write(OLD)
+    os.chmod(folder, 0o555)
+    if user == 0:
+      os.seteuid(65534)
+    try:
+      yield folder
+    finally:
+      os.seteuid(user)
+      os.chmod(folder, 0o755)
+      assert os.listdir(folder) == ['net.opq']
+      with open(f'{folder}/net.opq', 'rb') as file:
+        assert file.read() == OLD
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+  path = tmp_path / 'net.opq'
+  files.write_bytes(path, OLD)
+  with small_disk(10_000), pytest.raises(OSError, match=r"File too large: '.*/net\.opq'") as caught:
+    files.write_bytes(path, NEW)
+  assert caught.value.errno == errno.EFBIG
+  assert path.read_bytes() == OLD and os.listdir(tmp_path) == ['net.opq']
+  files.write_bytes(path, NEW)
+  assert path.read_bytes() == NEW and os.listdir(tmp_path) == ['net.opq']
+
+
+def test_a_read_only_folder_leaves_the_old_file():
+  denied = pytest.raises(PermissionError, match=r"Permission denied: '.*/net\.opq'")
+  with read_only_folder() as folder, denied:
+    files.write_bytes(f'{folder}/net.opq', NEW)
+
+
+def test_a_folder_in_the_place_of_the_file_is_named(tmp_path):
+  (tmp_path / 'net.opq').mkdir()
+  with pytest.raises(IsADirectoryError, match=r"'.*/net\.opq'"):
+    files.write_bytes(tmp_path / 'net.opq', NEW)
+  with pytest.raises(FileNotFoundError, match=r"'.*/no/net\.opq'"):
+    files.write_bytes(tmp_path / 'no' / 'net.opq', NEW)
+  assert os.listdir(tmp_path) == ['net.opq']
+
+
+def test_the_command_says_in_one_line_what_is_full_or_not_allowed(tmp_path, capfd):
+  weights = {
+    'kernel': np.ones((4, 4), np.float32),
+    'bias': np.random.default_rng(0).normal(size=9000),
+  }
+  state = opq_jax.CompressionState(dict.fromkeys(weights))
+  opq_jax.save(tmp_path / 'source.opq', weights, state)
+  path = tmp_path / 'net.safetensors'
+  path.write_bytes(OLD)
+  with small_disk(10_000):
+    code = cli.main(['decompress', str(tmp_path / 'source.opq'), str(path)])
+  assert code == 2
+  assert capfd.readouterr().err == f'opq: {path}: File too large\n'
+  assert path.read_bytes() == OLD and len(os.listdir(tmp_path)) == 2
+
+
+class FullDisk(io.FileIO):
+  """A file of a disk that has room for `LEFT` bytes of it."""
+
+  LEFT = 10_000
+
+  def write(self, data):
+    room = max(self.LEFT - self.tell(), 0)
+    if len(data) <= room:
+      return super().write(data)
+    super().write(memoryview(data)[:room])
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+WRITES = 'save', 'in memory', 'leaf by leaf'
+
+
+def write(kind, source, output):
+  """Writes a network of 20 kB of codes and 26 kB of biases."""
+  if kind == 'save':
+    state = opq_jax.init_state(weights(), opq_jax.allocate(weights()))
+    opq_jax.save(output, weights(), state)
+  else:
+    arguments = ['compress', str(source), str(output)]
+    assert cli.main(arguments) == 0
+
+
+def weights():
+  draw = np.random.default_rng(0).laplace
+  return {
+    'bias': draw(size=8000).astype(np.float32),
+    'kernel': draw(size=(512, 100)).astype(np.float32),
+  }
+
+
+def stored(folder, kind):
+  """The network's weights as a file of the format that is read so."""
+  path = folder / ('net.safetensors' if kind == 'leaf by leaf' else 'net.npz')
+  if kind == 'leaf by leaf':
+    safetensors.numpy.save_file(weights(), path)
+  else:
+    np.savez(path, **weights())
+  os.chmod(path, 0o644)
+  return path
+
+
+@contextlib.contextmanager
+def says_what_failed(kind, output, capfd, message):
+  """`save` raises it and the command says it in one line, either with the name of the file."""
+  if kind == 'save':
+    with pytest.raises(OSError, match=f'{message}: .*{output.name}') as caught:
+      yield
+    assert caught.value.filename == str(output)
+  else:
+    with pytest.raises(AssertionError):
+      yield
+    assert capfd.readouterr().err == f'opq: {output}: {message}\n'
+
+
+# of the streamed parts; of those, and then of the file that they make
+@pytest.mark.parametrize('room', [10_000, 30_000])
+@pytest.mark.parametrize('kind', WRITES)
+@pytest.mark.parametrize('error', ['ENOSPC', 'EFBIG'])
+def test_a_full_disk_is_named_whoever_writes(tmp_path, monkeypatch, capfd, kind, room, error):
+  source, output = stored(tmp_path, kind), tmp_path / 'net.opq'
+  write(kind, source, output)
+  assert output.stat().st_size > 40_000
+  capfd.readouterr()
+  output.write_bytes(OLD)
+  before = sorted(os.listdir(tmp_path))
+  message = 'No space left on device' if error == 'ENOSPC' else 'File too large'
+  with monkeypatch.context() as patch, contextlib.ExitStack() as stack:
+    stack.enter_context(says_what_failed(kind, output, capfd, message))
+    if error == 'ENOSPC':
+      patch.setattr(FullDisk, 'LEFT', room)
+      # what reads is as ever
+      full = lambda path, mode: (FullDisk if mode == 'xb' else open)(path, mode)
+      patch.setattr(files, 'open', full, raising=False)
+      unnamed = tempfile.TemporaryFile
+
+      def full_unnamed(dir):
+        with unnamed(dir=dir) as file:
+          return FullDisk(os.dup(file.fileno()), 'w+')
+
+      patch.setattr(tempfile, 'TemporaryFile', full_unnamed)
+    else:
+      stack.enter_context(small_disk(room))
+    write(kind, source, output)
+  assert output.read_bytes() == OLD and sorted(os.listdir(tmp_path)) == before
+  write(kind, source, output)
+  assert sorted(os.listdir(tmp_path)) == before and opq_jax.load(output)
+
+
+@pytest.mark.parametrize('kind', WRITES)
+def test_a_read_only_folder_is_named_whoever_writes(capfd, kind):
+  with tempfile.TemporaryDirectory(dir='/tmp') as readable:
+    os.chmod(readable, 0o755)
+    source = stored(pathlib.Path(readable), kind)
+    # what is imported late may be root's own
+    write(kind, source, pathlib.Path(readable) / 'net.opq')
+    capfd.readouterr()
+    with read_only_folder() as folder:
+      output = pathlib.Path(folder) / 'net.opq'
+      with says_what_failed(kind, output, capfd, 'Permission denied'):
+        write(kind, source, output)
+
+
+def test_weights_that_may_not_be_read_are_not_said_to_be_missing(capfd):
+  with tempfile.TemporaryDirectory(dir='/tmp') as readable:
+    os.chmod(readable, 0o755)
+    source = stored(pathlib.Path(readable), 'leaf by leaf')
+    write('leaf by leaf', source, pathlib.Path(readable) / 'net.opq')
+    capfd.readouterr()
+    os.chmod(source, 0)
+    with read_only_folder() as folder:
+      assert cli.main(['compress', str(source), f'{folder}/net.opq']) == 2
+      assert capfd.readouterr().err == f'opq: {source}: Permission denied\n'
+
+
+def test_names_of_every_length_are_written(tmp_path):
+  path = tmp_path / ('n' * 251 + '.opq')
+  files.write_bytes(path, NEW)
+  assert path.read_bytes() == NEW
+
+
+def test_what_killed_writes_left_is_removed_and_what_others_write_is_not(tmp_path):
+  pytest.importorskip('fcntl')
+  path = tmp_path / 'net.opq'
+  command = (
+    'import os, signal, sys; from opq_jax import files; '
+    'os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL); '
+    'files.write_bytes(sys.argv[1], b"new")'
+  )
+  killed = subprocess.run([sys.executable, '-c', command, path], check=False)
+  assert killed.returncode == -9
+  (left,) = tmp_path.iterdir()
+  files.write_bytes(path, OLD)
+  assert left.exists()  # it may be of a process that only just began
+  os.utime(left, (1, 1))
+  with open(left, 'rb') as file:
+    assert files._is_locked(file)  # as a process does that still writes
+    files.write_bytes(path, OLD)
+    assert left.exists()
+  files.write_bytes(tmp_path / 'other.opq', OLD)
+  assert left.exists()
+  files.write_bytes(path, NEW)
+  assert not left.exists() and path.read_bytes() == NEW
+
+
+def test_kills_leave_the_old_file_or_the_new_one(tmp_path):
+  found = killed_writes.killed('opq_jax.save', tmp_path, 3, unkilled=1)
+  assert found['old file'] + found['new file'] == found['kills'] == 3
+  assert found['neither'] == found['left after the next write'] == 0
+
+
+def test_an_old_file_is_not_opened_for_writing(tmp_path):
+  # a reader that has it open keeps what it reads
+  path = tmp_path / 'net.opq'
+  data = {'a': np.arange(300_000, dtype=np.float32)}
+  state = opq_jax.CompressionState({'a': None})
+  opq_jax.save(path, data, state)
+  with opq_jax.OpqFile(path) as file:
+    opq_jax.save(path, {'a': np.zeros(3)}, state)
+    np.testing.assert_array_equal(file['a'], data['a'])

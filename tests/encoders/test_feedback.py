@@ -1,0 +1,199 @@
+"""Error feedback against plain encoding, and against the same thing in plain NumPy."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+
+import opq_jax
+from opq_jax.compression import codes as compression
+from opq_jax.encoders import feedback
+from tests.helpers import small_networks
+
+
+def problem(seed=0, inputs=96, outputs=80, rate=16.0):
+  """A kernel, its state, and correlated inputs."""
+  rng = np.random.default_rng(seed)
+  mixing = rng.normal(size=(inputs, inputs)) * rng.uniform(0.1, 1, size=inputs)
+  x = (rng.normal(size=(2048, inputs)) @ mixing).astype(np.float32)
+  kernel = rng.laplace(size=(inputs, outputs)).astype(np.float32)
+  state = opq_jax.init_state(kernel, opq_jax.allocate(kernel, compression_rate=rate))
+  return kernel, state, x, (x.T @ x / len(x))[None]
+
+
+def entropy(codes):
+  _, counts = np.unique(np.asarray(codes), return_counts=True)
+  share = counts / counts.sum()
+  return -(share * np.log2(share)).sum()
+
+
+def reference(kernel, state, matrix, damping):
+  """Codes by the definition: after every input, solve for all that are still to come."""
+  leaf = state.tree
+  codebook = np.asarray(leaf.codebook)
+  matrix = matrix.astype(np.float64) / np.diagonal(matrix).mean()
+  matrix += damping * np.eye(len(matrix))
+  order = list(np.argsort(-np.diagonal(matrix), kind='stable'))
+  target, codes = kernel.astype(np.float64), np.zeros(kernel.shape, int)
+  values = np.zeros(kernel.shape)
+  for position, i in enumerate(order):
+    known, left = order[:position], order[position:]
+    # the best unrounded weights of all that are left, given the errors of all that are known
+    error = target[known] - values[known]
+    best = target[left] + scipy.linalg.solve(
+      matrix[np.ix_(left, left)], matrix[np.ix_(left, known)] @ error, assume_a='pos'
+    )
+    cell = np.floor((np.abs(best[0]) - float(leaf.threshold)) / float(leaf.step)) + 1
+    cell = np.clip(cell, 1, int(leaf.levels)).astype(int)
+    cell[np.abs(best[0]) <= float(leaf.threshold)] = 0
+    codes[i] = np.where(best[0] < 0, -cell, cell)
+    # what is pushed on; a weight beyond the grid would bend all others
+    most = max(float(leaf.step), float(leaf.threshold))
+    error = np.clip(best[0] - codebook[codes[i]], -most, most)
+    values[i] = best[0] - error
+  return codes
+
+
+@pytest.mark.parametrize('reach', [3, 127])  # in levels: weights beyond the grid, and none
+def test_equals_a_least_squares_solution_after_every_input(reach):
+  # more inputs than a block has, and no multiple of it
+  kernel, state, _, matrix = problem()
+  leaf = state.tree
+  levels = jnp.int32(reach)
+  codebook = compression.affine_codebook(leaf.codebook[1], leaf.step, levels)
+  state = opq_jax.CompressionState(dataclasses.replace(leaf, levels=levels, codebook=codebook))
+  coded, coded_state = opq_jax.encode_with_feedback(kernel, state, matrix)
+  found = np.asarray(opq_jax.encode(coded, coded_state))
+  expected = reference(kernel, state, matrix[0], feedback.DAMPING)
+  # rounding may move a weight over the edge of its cell, and that its channel's later ones
+  assert (found == expected).all(axis=0).mean() > 0.9
+
+
+@pytest.mark.parametrize('rate', [8.0, 16.0, 24.0])
+def test_outputs_err_less_at_no_more_bits(rate):
+  kernel, state, x, matrix = problem(rate=rate)
+  plain = np.asarray(opq_jax.apply_compression(kernel, state))
+  _, coded, coded_state = opq_jax.allocate_with_feedback(kernel, matrix, compression_rate=rate)
+  bits = entropy(opq_jax.encode(coded, coded_state)) / entropy(opq_jax.encode(kernel, state))
+  assert bits == pytest.approx(1, abs=0.01)
+  error = lambda values: np.square(x @ (kernel - values)).sum()
+  assert error(np.asarray(coded)) < 0.7 * error(plain)
+
+
+def test_independent_inputs_give_the_plain_codes():
+  kernel, state, _, _ = problem()
+  matrix = np.eye(96, dtype=np.float32)[None]
+  coded, coded_state = opq_jax.encode_with_feedback(kernel, state, matrix)
+  plain = opq_jax.apply_compression(kernel, state)
+  small_networks.assert_same_bits((coded, coded_state), (plain, state))
+
+
+def test_groups_are_encoded_each_by_its_own_moments():
+  kernel, _, _, _ = problem(inputs=9, outputs=32)
+  kernel = kernel.reshape(3, 3, 1, 32)
+  state = opq_jax.init_state(kernel, opq_jax.allocate(kernel, compression_rate=8.0))
+  rng = np.random.default_rng(1)
+  rows = rng.normal(size=(16, 64, 9)) @ rng.normal(size=(16, 9, 9))
+  matrices = (np.swapaxes(rows, 1, 2) @ rows / 64).astype(np.float32)
+  coded, coded_state = opq_jax.encode_with_feedback(kernel, state, matrices)
+  found = np.asarray(opq_jax.encode(coded, coded_state)).reshape(9, 16, 2)
+  for group in range(16):
+    part = kernel.reshape(9, 16, 2)[:, group]
+    expected = reference(part, state, matrices[group], feedback.DAMPING)
+    assert (found[:, group] == expected).mean() > 0.85
+
+
+def test_a_network_stays_on_its_codebooks_and_comes_back_from_a_file(tmp_path):
+  variables, _ = small_networks.compressed_network()
+  state = opq_jax.init_state(variables, opq_jax.allocate(variables, compression_rate=16.0))
+  x = np.stack([batch['image'] for batch in small_networks.batches(2)]).reshape(-1, 24)
+  found = opq_jax.second_moments(small_networks.Network().apply, variables, x)
+  # a layer without moments keeps its codes
+  found['params']['head']['kernel'] = None
+  coded, coded_state = opq_jax.encode_with_feedback(variables, state, found)
+  small_networks.assert_compressed(coded, coded_state)
+  small_networks.assert_same_bits(opq_jax.apply_compression(coded, coded_state), coded)
+  plain = opq_jax.apply_compression(variables, state)
+  head = lambda tree: tree['params']['head']
+  small_networks.assert_same_bits(head(coded), head(plain))
+  hidden = lambda tree: np.asarray(tree['params']['hidden']['kernel'])
+  assert (hidden(coded) != hidden(plain)).any()
+
+  opq_jax.save(tmp_path / 'net.opq', coded, coded_state)
+  loaded, loaded_state = opq_jax.load(tmp_path / 'net.opq', like=coded)
+  small_networks.assert_same_bits(loaded, coded)
+  small_networks.assert_same_bits(loaded_state, coded_state)
+
+
+def test_it_is_pure_and_may_be_traced():
+  kernel, state, _, matrix = problem(inputs=20, outputs=8)
+  found = jax.jit(opq_jax.encode_with_feedback)(kernel, state, matrix)
+  again = opq_jax.encode_with_feedback(kernel, state, matrix)
+  small_networks.assert_same_bits(found, again)
+
+
+def test_leaves_of_zeros_and_dead_inputs():
+  kernel, state, _, matrix = problem(inputs=20, outputs=8)
+  dead = matrix.copy()
+  dead[:, 3], dead[:, :, 3] = 0, 0
+  for moments in (np.zeros_like(matrix), dead):
+    coded, coded_state = opq_jax.encode_with_feedback(kernel, state, moments)
+    small_networks.assert_compressed(coded, coded_state)
+  kernel, _, _, matrix = problem()
+  zeros = np.zeros_like(kernel)
+  both = {'zeros': zeros, 'kernel': kernel}
+  allocation = opq_jax.allocate(both, compression_rate=16.0, corrected=False)
+  state = opq_jax.init_state(zeros, opq_jax.Allocation(allocation.tree['zeros']))
+  coded, coded_state = opq_jax.encode_with_feedback(zeros, state, matrix)
+  assert not np.asarray(coded).any() and not np.asarray(coded_state.tree.mask).any()
+
+
+def test_bfloat16_kernels_keep_their_dtype():
+  kernel, _, _, matrix = problem(inputs=20, outputs=64)
+  kernel = jnp.asarray(kernel, jnp.bfloat16)
+  state = opq_jax.init_state(kernel, opq_jax.allocate(kernel, compression_rate=16.0))
+  coded, coded_state = opq_jax.encode_with_feedback(kernel, state, matrix)
+  assert coded.dtype == jnp.bfloat16
+  small_networks.assert_same_bits(opq_jax.apply_compression(coded, coded_state), coded)
+
+
+def test_errors_name_the_leaf():
+  kernel, state, _, matrix = problem(inputs=20, outputs=8)
+  params, tree = {'kernel': kernel}, opq_jax.CompressionState({'kernel': state.tree})
+  with pytest.raises(ValueError, match=r'kernel: found moments of shape \(1, 19, 19\)'):
+    opq_jax.encode_with_feedback(params, tree, {'kernel': matrix[:, 1:, 1:]})
+  with pytest.raises(ValueError, match='kernel: found NaN or infinite moments'):
+    opq_jax.encode_with_feedback(params, tree, {'kernel': matrix * np.nan})
+  with pytest.raises(ValueError, match='moments: found'):
+    opq_jax.encode_with_feedback(params, tree, [matrix])
+
+
+def test_a_few_massive_rows_do_not_bend_a_leaf_for_the_rest():
+  kernel, _, _, _ = problem(inputs=256, outputs=64)
+  kernel[0, 0] = 100.0  # beyond the grid
+  leaf = opq_jax.init_state(kernel, opq_jax.allocate(kernel, compression_rate=20.0)).tree
+  levels = jnp.int32(12)
+  codebook = compression.affine_codebook(leaf.codebook[1], leaf.step, levels)
+  state = opq_jax.CompressionState(dataclasses.replace(leaf, levels=levels, codebook=codebook))
+  rng = np.random.default_rng(1)
+  x = rng.normal(size=(2048, 256)).astype(np.float32)
+  massive = 30 * np.abs(rng.normal(size=256)).astype(np.float32)
+  massive[0] = 900
+  rows = np.concatenate([x, np.tile(massive, (8, 1))])
+  coded, _ = opq_jax.encode_with_feedback(kernel, state, (rows.T @ rows / len(rows))[None])
+  plain = opq_jax.apply_compression(kernel, state)
+  error = lambda x, values: float(np.square(x @ (kernel - np.asarray(values))).sum())
+  assert error(rows, coded) < error(rows, plain)
+  # pushing the whole error of the weight beyond the grid on makes it many times larger
+  assert error(x, coded) < 1.02 * error(x, plain)
+
+
+def test_codes_that_have_too_few_bits_at_the_finest_grid_are_no_error():
+  kernel = np.random.default_rng(0).uniform(-1, 1, (64, 64)).astype(np.float32)
+  encoder = lambda params, state: (params, state, 4.0)  # whatever more it is asked for
+  allocation, coded, _ = feedback.allocate_for(encoder, kernel, 4.0)
+  assert float(allocation.tree.payload) == pytest.approx(8, rel=6e-3)
+  assert coded is kernel

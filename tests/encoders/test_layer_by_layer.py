@@ -1,0 +1,132 @@
+"""Codes chosen layer after layer, against least squares by NumPy and against feedback alone."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import opq_jax
+from opq_jax import encode_layer_by_layer
+from opq_jax.encoders import layer_by_layer
+
+
+class Dense(nn.Module):
+  widths: tuple[int, ...]
+
+  @nn.compact
+  def __call__(self, x):
+    for number, width in enumerate(self.widths):
+      x = nn.Dense(width, name=f'layer_{number}', use_bias=False)(x)
+    return x
+
+
+@pytest.fixture(scope='module')
+def inputs():
+  rng = np.random.default_rng(0)
+  # inputs that know of each other, as those of networks do
+  return jnp.asarray(rng.normal(size=(1024, 48)) @ rng.normal(size=(48, 48)), jnp.float32)
+
+
+def compressed(model, inputs, rate=16.0):
+  variables = model.init(jax.random.key(0), inputs)
+  moments = opq_jax.second_moments(model.apply, variables, inputs)
+  _, coded, state = opq_jax.allocate_with_feedback(variables, moments, compression_rate=rate)
+  return variables, coded, state
+
+
+def test_the_first_layer_is_that_of_feedback(inputs):
+  model = Dense((64,))
+  variables, coded, state = compressed(model, inputs)
+  found, found_state = encode_layer_by_layer(model.apply, variables, state, inputs)
+  jax.tree.map(np.testing.assert_array_equal, found, coded)
+  jax.tree.map(np.testing.assert_array_equal, found_state, state)
+
+
+def test_the_second_layer_makes_good_what_the_first_has_done(inputs):
+  model = Dense((64, 64))
+  variables, _, state = compressed(model, inputs, rate=12.0)
+  code = lambda share: encode_layer_by_layer(model.apply, variables, state, inputs, share=share)[0]
+  first, second = (np.asarray(variables['params'][f'layer_{i}']['kernel']) for i in (0, 1))
+  wanted = np.asarray(inputs, np.float64) @ first @ second
+  plain, found = code(0.0), code(1.0)
+  np.testing.assert_array_equal(*(t['params']['layer_0']['kernel'] for t in (plain, found)))
+  read = np.asarray(inputs @ found['params']['layer_0']['kernel'], np.float64)
+  error = lambda tree: np.square(read @ tree['params']['layer_1']['kernel'] - wanted).mean()
+  assert error(found) < 0.95 * error(plain)
+
+
+@pytest.mark.parametrize('share', [0.5, 1.0])
+def test_the_weights_for_other_inputs_are_those_of_least_squares(inputs, share):
+  rng = np.random.default_rng(1)
+  others = np.asarray(inputs) + rng.normal(size=inputs.shape).astype(np.float32)
+  kernel = rng.normal(size=(48, 8)).astype(np.float32)
+  moments, cross = ((others.T @ x / len(x))[None] for x in (others, np.asarray(inputs)))
+  best = np.linalg.lstsq(others, np.asarray(inputs) @ kernel)[0]
+  found = layer_by_layer._fitted(kernel, moments, cross, share, 0.0)
+  np.testing.assert_allclose(found, (1 - share) * kernel + share * best, atol=2e-4)
+
+
+class Convolutions(nn.Module):
+  """A depthwise convolution, a dense one with strides, BatchNorm, a sum of two branches."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    norm = lambda y: nn.relu(nn.BatchNorm(use_running_average=not train)(y))
+    x = norm(nn.Conv(32, (3, 3), use_bias=False)(x))
+    x = x + norm(nn.Conv(32, (3, 3), feature_group_count=32, use_bias=False)(x))
+    x = x + norm(nn.Conv(32, (3, 3), use_bias=False)(x))
+    x = norm(nn.Conv(64, (3, 3), strides=2, use_bias=False)(x))
+    return nn.Dense(10)(x.mean(axis=(1, 2)))
+
+
+def test_a_network_errs_less_on_inputs_that_it_has_not_seen():
+  model = Convolutions()
+  images, others = jnp.split(opq_jax.natural_noise(jax.random.key(1), (1024, 8, 8, 3)), 2)
+  variables, coded, state = compressed(model, images, rate=20.0)
+  found, found_state = encode_layer_by_layer(model.apply, variables, state, images)
+  # values and state belong together, and to the grids that were given
+  again = opq_jax.apply_compression(found, found_state)
+  jax.tree.map(np.testing.assert_array_equal, again, found)
+  jax.tree.map(np.testing.assert_array_equal, found['batch_stats'], variables['batch_stats'])
+
+  run = jax.jit(lambda tree: model.apply(tree, others, train=True, mutable=['batch_stats'])[0])
+  error = lambda tree: float(np.square(run(tree) - run(variables)).mean())
+  assert error(found) < 0.9 * error(coded)
+
+
+def test_what_is_not_compressed_stays(inputs):
+  model = Dense((64, 64))
+  variables = model.init(jax.random.key(0), inputs)
+  allocation = opq_jax.allocate(
+    variables, compression_rate=12.0, compressible=lambda name, _: 'layer_1' in name
+  )
+  state = opq_jax.init_state(variables, allocation)
+  found, _ = encode_layer_by_layer(model.apply, variables, state, inputs)
+  kernel = lambda tree: np.asarray(tree['params']['layer_0']['kernel'])
+  np.testing.assert_array_equal(kernel(found), kernel(variables))
+
+
+class Embedded(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    table = self.param('table', nn.initializers.normal(), (48, 48))
+    layer = nn.Dense(48, name='layer')
+    return layer(x @ table) if self.is_initializing() else layer(layer(x @ table))
+
+
+def test_what_cannot_be_done_is_refused(inputs):
+  model = Embedded()
+  variables = model.init(jax.random.key(0), inputs)
+  for chosen, message in (
+    ('table', 'params/table: found a compressed leaf of no layer that was called'),
+    ('layer', 'params/layer/kernel: found a layer that is called twice'),
+  ):
+    allocation = opq_jax.allocate(
+      variables,
+      compression_rate=12.0,
+      compressible=lambda name, _, chosen=chosen: chosen in name and 'bias' not in name,
+    )
+    state = opq_jax.init_state(variables, allocation)
+    with pytest.raises(ValueError, match=message):
+      encode_layer_by_layer(model.apply, variables, state, inputs)

@@ -1,0 +1,425 @@
+"""The finetuning experiment on noise: what it writes, and that it goes on where it was stopped."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+import opq_jax
+from opq_jax import importers
+from opq_jax.allocation import paper
+from opq_jax.core import trees
+from opq_jax.finetuning import training
+from opq_jax.importers import networks
+
+event_pb2 = pytest.importorskip('tensorboardX.proto.event_pb2')
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def load_module(path):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+finetune = load_module(ROOT / 'experiments/finetune.py')
+get_config = load_module(ROOT / 'configs/finetune_resnet20_cifar10.py').get_config
+get_imagenet_config = load_module(ROOT / 'configs/finetune_imagenet.py').get_config
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compilations(tmp_path_factory):
+  """Every run compiles the same network: once is enough, and no step is run often enough to pay
+  for a fast program; what the steps compute is for test_training.py."""
+  before = jax.config.jax_compilation_cache_dir
+  jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('compilations')))
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+  jax.config.update('jax_compilation_cache_dir', before)
+  # else the tests after these would go on reading it
+  compilation_cache.reset_cache()
+
+
+def environment(devices):
+  """Of a process that compiles as this one does."""
+  return {
+    **os.environ,
+    'JAX_NUM_CPU_DEVICES': str(devices),
+    'JAX_COMPILATION_CACHE_DIR': str(jax.config.jax_compilation_cache_dir),
+    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+    'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
+  }
+
+
+def smoke(**changes):
+  config = get_config('15,smoke')
+  config.fake_shape = (8, 8, 3)
+  config.update(changes)
+  return config
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  pytest.importorskip('matplotlib')
+  workdir = tmp_path_factory.mktemp('finished')
+  return finetune.run(smoke(steps=4), workdir), workdir
+
+
+def test_a_smoke_run_writes_what_it_says(finished):
+  result, workdir = finished
+  assert [row['network'] for row in result['rows']] == [
+    'float32',
+    'one shot',
+    'one shot, corrected',
+    'finetuned, its file',
+  ]
+  rows = result['rows']
+  assert rows[1]['file_rate'] == pytest.approx(15.45, rel=0.003)
+  path = workdir / 'network.opq'
+  assert path.stat().st_size == rows[-1]['file_bytes']
+  written = json.loads((workdir / 'results.json').read_text())
+  assert written == json.loads(json.dumps(result))
+  assert str(workdir) not in json.dumps(result)
+  assert (workdir / 'accuracy.png').read_bytes().startswith(b'\x89PNG')
+  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  losses = [line['loss'] for line in lines if line['kind'] == 'train']
+  assert len(losses) == 4 and np.isfinite(losses).all()
+
+
+def test_the_file_holds_the_masks_and_codebooks_of_the_beginning(finished):
+  _, workdir = finished
+  network, found = opq_jax.load(workdir / 'network.opq')
+  with finetune.Checkpoints(workdir / 'checkpoints') as checkpoints:
+    state = checkpoints.restore_compression(
+      jax.eval_shape(lambda tree: opq_jax.init_state(tree, opq_jax.allocate(tree)), network)
+    )
+  found, expected = (jax.tree.leaves(tree) for tree in (found, state))
+  assert len(found) == len(expected) > 20
+  for one, other in zip(found, expected, strict=True):
+    np.testing.assert_array_equal(one, other)
+
+
+def test_a_run_may_start_from_codes_of_feedback_in_a_file_of_the_same_size(finished, tmp_path):
+  plain = finished[0]['rows'][1]
+  result = finetune.run(smoke(steps=1, feedback=True, unlabelled_batches=1), tmp_path)
+  _, with_feedback, _, last = result['rows']
+  assert with_feedback['file_bytes'] == pytest.approx(plain['file_bytes'], rel=0.01)
+  assert last['file_bytes'] == (tmp_path / 'network.opq').stat().st_size
+  targets = {'file_rate': 0.0, 'sparsity': 0.5, 'bits': 3.0}
+  with pytest.raises(ValueError, match='feedback: found sparsity and bits'):
+    finetune.run(smoke(feedback=True, **targets), tmp_path / 'other')
+
+
+def test_finetuning_starts_from_corrected_statistics_and_the_float_weights(tmp_path, monkeypatch):
+  begun = []
+
+  class Stopped(Exception):
+    """Before the first step."""
+
+  def stop(variables, *_, **__):
+    begun.append(variables)
+    raise Stopped
+
+  monkeypatch.setattr(training, 'init_train_state', stop)
+  config = smoke()
+  with pytest.raises(Stopped):
+    finetune.run(config, tmp_path)
+  [found] = begun
+  model, variables, _ = finetune.float_network(config)
+  with finetune.Checkpoints(tmp_path / 'checkpoints') as checkpoints:
+    state = checkpoints.restore_compression(
+      jax.eval_shape(opq_jax.init_state, variables, opq_jax.allocate(variables))
+    )
+  expected = opq_jax.correct_batch_norm(
+    model.apply,
+    variables,
+    opq_jax.apply_compression(variables, state),
+    jax.random.key(config.seed),
+    config.noise_shape,
+  )
+  for name, leaf in trees.named_leaves(found).items():
+    is_latent = trees.named_leaves(state.tree).get(f'{name}/kinds') is not None
+    source = variables if is_latent else expected
+    np.testing.assert_array_equal(leaf, trees.named_leaves(source)[name], name)
+  moved = jax.tree.map(
+    lambda new, old: bool((new != old).any()), found['batch_stats'], variables['batch_stats']
+  )
+  assert all(jax.tree.leaves(moved))
+
+
+def test_a_run_that_is_stopped_by_sigterm_goes_on_and_ends_the_same(
+  finished, tmp_path, monkeypatch
+):
+  _, workdir = finished
+  pmap_train_step = training.pmap_train_step
+
+  def stopped_after_two(*arguments, **options):
+    step = pmap_train_step(*arguments, **options)
+
+    def with_signal(train_state, *rest):
+      if int(train_state.step) == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+      return step(train_state, *rest)
+
+    return with_signal
+
+  config = smoke(steps=4, checkpoint_every=100)
+  with monkeypatch.context() as patch:
+    patch.setattr(training, 'pmap_train_step', stopped_after_two)
+    assert finetune.run(config, tmp_path) is None
+  assert not (tmp_path / 'network.opq').exists()
+  assert (tmp_path / 'checkpoints' / '2').exists()
+  # a line that the killed run would not have been able to vouch for
+  finetune.MetricLog(tmp_path).write(3, kind='train', loss=0.0)
+  assert finetune.run(config, tmp_path) is not None
+  assert (tmp_path / 'network.opq').read_bytes() == (workdir / 'network.opq').read_bytes()
+  lines = lambda folder: [
+    {name: value for name, value in json.loads(line).items() if name != 'images_per_second'}
+    for line in (folder / 'metrics.jsonl').read_text().splitlines()
+  ]
+  assert lines(tmp_path) == lines(workdir)
+
+
+def test_a_run_that_is_killed_ends_with_the_same_file(finished, tmp_path):
+  _, workdir = finished
+  command = [
+    sys.executable,
+    str(ROOT / 'experiments/finetune.py'),
+    f'--config={ROOT}/configs/finetune_resnet20_cifar10.py:15,smoke',
+    f'--workdir={tmp_path}',
+    '--config.steps=4',
+    '--config.fake_shape=(8, 8, 3)',
+  ]
+  env = environment(jax.device_count())
+  with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL) as process:
+    while len(list((tmp_path / 'checkpoints').glob('[1-3]'))) == 0:
+      assert process.poll() is None
+      time.sleep(0.005)
+    process.kill()
+  assert process.returncode == -signal.SIGKILL
+  assert not (tmp_path / 'network.opq').exists()
+  subprocess.run(command, env=env, stdout=subprocess.DEVNULL, check=True)
+  assert (tmp_path / 'network.opq').read_bytes() == (workdir / 'network.opq').read_bytes()
+  lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  steps = [record['step'] for record in map(json.loads, lines) if record['kind'] == 'train']
+  assert steps == [1, 2, 3, 4]
+
+
+def test_two_processes_end_with_the_file_of_one_with_two_devices(tmp_path):
+  address = f'localhost:{free_port()}'
+  apart = ['--distributed', f'--coordinator={address}', '--processes=2']
+  commands = {'one': [[]], 'two': [[*apart, '--process=0'], [*apart, '--process=1']]}
+  for name, starts in commands.items():
+    processes = [
+      subprocess.Popen(
+        [
+          sys.executable,
+          str(ROOT / 'experiments/finetune.py'),
+          f'--config={ROOT}/configs/finetune_resnet20_cifar10.py:15,smoke',
+          f'--workdir={tmp_path / name}',
+          '--config.fake_shape=(8, 8, 3)',
+          *options,
+        ],
+        env=environment(2 // len(starts)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+      )
+      for options in starts
+    ]
+    for process in processes:
+      _, complaint = process.communicate(timeout=500)
+      assert process.returncode == 0, complaint
+  one, two = tmp_path / 'one', tmp_path / 'two'
+  assert (one / 'network.opq').read_bytes() == (two / 'network.opq').read_bytes()
+  rows, others = (
+    json.loads((folder / 'results.json').read_text())['rows'] for folder in (one, two)
+  )
+  assert rows == others
+
+
+def free_port():
+  with socket.socket() as server:
+    server.bind(('localhost', 0))
+    return server.getsockname()[1]
+
+
+def events(folder):
+  """Of TensorBoard's files: (step, name, value), or the step from which older ones are dropped."""
+  found = []
+  for path in sorted(folder.glob('events.out.tfevents.*'), key=os.path.getmtime):
+    rest = path.read_bytes()
+    while rest:
+      (size,) = struct.unpack('<Q', rest[:8])
+      event = event_pb2.Event.FromString(rest[12 : 12 + size])
+      rest = rest[16 + size :]
+      if event.HasField('session_log'):
+        found.append((event.step, 'start', None))
+      found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+  return found
+
+
+def test_tensorboard_sees_what_the_metric_log_has(finished):
+  _, workdir = finished
+  lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
+  expected = [
+    (line['step'], f'{line["kind"]}/{name}', pytest.approx(value, rel=1e-3, abs=1e-5))
+    for line in lines
+    for name, value in line.items()
+    if line['kind'] in ('train', 'test') and name not in ('step', 'kind')
+  ]
+  assert len(expected) > 12
+  assert events(workdir) == [(0, 'start', None), *expected]
+
+
+class Plain(nn.Module):
+  """No BatchNorm."""
+
+  num_classes: int = 10
+
+  @nn.compact
+  def __call__(self, x, train: bool = False):
+    x = nn.relu(nn.Conv(16, (3, 3), name='conv')(x))
+    return nn.Dense(self.num_classes, name='head')(x.reshape(len(x), -1))
+
+
+@pytest.mark.parametrize('optimizer', ['sgd', 'adamw'])
+def test_a_network_without_batch_norm_and_every_option_of_the_recipe(
+  tmp_path, monkeypatch, optimizer
+):
+  pytest.importorskip('matplotlib')
+  model = Plain()
+  variables = model.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))
+  imported = importers.Imported(model, variables, importers.sources('resnet20')[0])
+  monkeypatch.setattr(finetune, 'float_network', lambda config: imported)
+  config = smoke(
+    optimizer=optimizer,
+    steps=3,
+    distillation=0.5,
+    label_smoothing=0.1,
+    accumulation=2,
+    ema_decay=0.9,
+    eval_every=1,
+    file_rate=0.0,
+    sparsity=0.6,
+    bits=3.0,
+  )
+  result = finetune.run(config, tmp_path, ['--config.steps=3'])
+  assert result['command'].endswith('--config.steps=3')
+  network, state = opq_jax.load(tmp_path / 'network.opq')
+  assert set(network) == {'params'}
+  kernel = state.tree['params']['head']['kernel']
+  np.testing.assert_array_equal(network['params']['head']['kernel'] != 0, kernel.mask)
+  with opq_jax.OpqFile(tmp_path / 'network.opq') as file:
+    assert file.metadata['model'] == 'resnet20'
+  lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+  assert [line['step'] for line in lines if line['kind'] == 'test'] == [1, 2, 3]
+
+
+def test_the_metric_log_drops_a_torn_line(tmp_path):
+  log = finetune.MetricLog(tmp_path)
+  assert log.records() == []
+  for step in (1, 2, 3):
+    log.write(step, kind='train', loss=1 / 3)
+  with open(tmp_path / 'metrics.jsonl', 'a') as file:
+    file.write('{"step": 4, "lo')
+  assert [record['step'] for record in log.records()] == [1, 2, 3]
+  log.keep_until(2)
+  log.close()
+  record = {'kind': 'train', 'loss': 0.33333}
+  assert log.records() == [{'step': 1, **record}, {'step': 2, **record}]
+
+
+@pytest.mark.parametrize('argument', ['10', '12.5', '30,resnet32', '15,smoke'])
+def test_arguments_of_the_config(argument):
+  config = get_config(argument)
+  assert config.file_rate == float(argument.split(',')[0])
+  assert config.model == ('resnet32' if 'resnet32' in argument else 'resnet20')
+
+
+@pytest.mark.parametrize('argument', ['15,20', 'smok', ''])
+def test_an_unknown_argument_of_the_config_is_an_error(argument):
+  with pytest.raises(ValueError, match='argument: found'):
+    get_config(argument)
+
+
+def test_the_configs_have_the_same_fields():
+  config = get_imagenet_config('vgg16,paper')
+  assert set(config) == set(get_config())
+  assert (config.model, config.same_size, config.file_rate) == ('vgg16', False, 0.0)
+  assert (config.sparsity, config.bits) == paper.TARGETS['vgg16'][:2]
+  assert get_imagenet_config('vgg16,same_size').same_size
+  assert get_imagenet_config('resnet50,18').file_rate == 18.0
+  for argument in ('resnet50', 'paper', 'resnet50,paper,18', 'resnet51,paper'):
+    with pytest.raises(ValueError, match='argument: found'):
+      get_imagenet_config(argument)
+
+
+@pytest.mark.parametrize('name', paper.TARGETS)
+def test_the_paper_s_networks_run_on_noise_at_its_targets(name, tmp_path):
+  pytest.importorskip('matplotlib')
+  config = get_imagenet_config(f'{name},paper,smoke')
+  result = finetune.run(config, tmp_path)
+  assert result['steps'] == 2
+  _, state = opq_jax.load(tmp_path / 'network.opq')
+  masks = [leaf.mask for leaf in jax.tree.leaves(state.tree, is_leaf=is_record) if leaf is not None]
+  pruned = 1 - sum(mask.sum() for mask in masks) / sum(mask.size for mask in masks)
+  assert pruned == pytest.approx(paper.TARGETS[name].sparsity, abs=1e-3)
+
+
+def is_record(node):
+  return node is None or isinstance(node, opq_jax.LeafState)
+
+
+def test_one_target_fills_a_file_of_the_size_of_two():
+  two = smoke(file_rate=0.0, sparsity=0.6, bits=3.0)
+  one = smoke(same_size=True, sparsity=0.6, bits=3.0)
+  imported = finetune.float_network(two)
+  network = networks.Network('resnet20', *imported)
+  states = [finetune.compress(config, network, []) for config in (two, one)]
+  variables = finetune.to_save(two, network, network.variables)
+  reports = [opq_jax.size_report(variables, state) for state in states]
+  assert reports[1].file == pytest.approx(reports[0].file, rel=0.003)
+  assert reports[0].sparsity == pytest.approx(0.6, abs=1e-3)
+  assert abs(reports[1].sparsity - 0.6) > 0.02
+
+
+def test_resnet_32_runs_on_noise(tmp_path):
+  pytest.importorskip('matplotlib')
+  config = get_config('20,resnet32,smoke')
+  config.fake_shape = (8, 8, 3)
+  result = finetune.run(config, tmp_path)
+  assert result['steps'] == 2
+  room = 1 + config.growth
+  assert result['rows'][1]['file_rate'] == pytest.approx(20 * room, rel=0.003)
+
+
+@pytest.mark.parametrize('rate', [10, 30])
+def test_other_rates_are_those_of_the_file_with_room_to_grow(rate):
+  config = get_config(f'{rate},smoke')
+  imported = finetune.float_network(config)
+  network = networks.Network('resnet20', *imported)
+  state = finetune.compress(config, network, [])
+  variables = finetune.to_save(config, network, network.variables)
+  found = opq_jax.size_report(variables, state).file_rate
+  assert found == pytest.approx(rate * (1 + config.growth), rel=0.003)
+
+
+def test_an_unknown_optimizer_is_an_error():
+  with pytest.raises(ValueError, match="optimizer: found 'adagrad', expected sgd or adamw"):
+    finetune.make_optimizer(smoke(optimizer='adagrad'), lambda step: 0.1)

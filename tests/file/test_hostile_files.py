@@ -1,0 +1,395 @@
+"""Damaged and crafted files: the original, or a ValueError, soon, within little memory.
+
+The fuzz itself is `experiments/benchmarks/hostile_files.py`; this is a fast part of it, and what
+random mutations would not find.
+"""
+
+import collections
+import io
+import json
+import pathlib
+import re
+import struct
+import subprocess
+import sys
+import time
+import tracemalloc
+import warnings
+import zipfile
+import zlib
+
+import flax.serialization
+import msgpack
+import numpy as np
+import pytest
+
+import opq_jax
+from experiments.benchmarks import hostile_files
+from opq_jax.coding import payload as entropy_coding
+from opq_jax.compression.codes import CompressionState
+from opq_jax.file import artifact
+from opq_jax.file import index as artifact_index
+from opq_jax.weights import files as weight_files
+from tests.helpers.opq_files import (
+  leaf_state,
+  parts,
+  rebuilt,
+  same_bits,
+  small,
+  state_of,
+  version_of,
+)
+
+MUTATIONS = {
+  'opq': 400,
+  'opq, resealed': 400,
+  'opq, escapes': 400,
+  'opq, escapes, resealed': 400,
+  'escapes': 2000,
+  'codes': 2000,
+  'codes, contexts': 2000,
+  'codes, trellis': 2000,
+  'safetensors': 300,
+  'npz': 200,
+  'msgpack': 300,
+  'h5': 200,
+  'keras': 100,
+}
+
+
+def outcomes(kind, count):
+  return collections.Counter(outcome for _, outcome, _ in hostile_files.tried(kind, 0, count))
+
+
+@pytest.mark.parametrize(
+  'kind', [kind for kind in MUTATIONS if 'codes' not in kind and kind != 'escapes']
+)
+def test_mutations_are_refused_or_harmless(kind):
+  if kind in ('h5', 'keras'):
+    pytest.importorskip('h5py')
+  found = outcomes(kind, MUTATIONS[kind])
+  assert found['wrong'] == 0 and found['refused'] > MUTATIONS[kind] / 2, found
+  assert found.total() == MUTATIONS[kind]
+
+
+def test_the_native_coder_survives_hostile_words():
+  # in a process of its own, which a native crash would end
+  code = (
+    'import sys; sys.path[:0] = sys.argv[1:]\n'
+    'from tests.file import test_hostile_files as t\n'
+    'for kind in ("codes", "codes, contexts", "codes, trellis", "escapes"):\n'
+    '  found = t.outcomes(kind, t.MUTATIONS[kind])\n'
+    '  assert found["wrong"] == 0 and found["refused"] > 1000, found\n'
+    '  assert kind == "escapes" or found["other"] == 0 and found["refused"] > 1900, found'
+  )
+  root = pathlib.Path(__file__).parents[2]
+  command = [sys.executable, '-c', code, str(root)]
+  found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+  assert found.returncode == 0, (found.returncode, found.stderr)
+
+
+def refused(call, match, seconds=2.0, memory=20 << 20):
+  tracemalloc.start()
+  began = time.process_time()
+  with pytest.raises(ValueError, match=match):
+    call()
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert time.process_time() - began < seconds and peak < memory, peak
+
+
+# ---- .opq files whose checksums are right ----
+
+
+def with_grids(data, grids):
+  """The file with other grids under a checksum that is right."""
+  header, offsets = parts(data)
+  table = np.array(grids, '<f4').tobytes()
+  sizes = [offsets[name][1] - offsets[name][0] for name in artifact_index.TENSORS]
+  body = data[len(header) :]
+  checksum = zlib.crc32(body[slice(*offsets['index'])], zlib.crc32(table))
+  header = artifact_index.header((sizes[0] // 12, *sizes[1:]), checksum, version_of(data))
+  return header + table + body[len(table) :]
+
+
+@pytest.mark.parametrize(
+  'grid',
+  [
+    *[(np.nan, 0.75, 0.5), (0.5, np.nan, 0.5), (0.5, 0.75, np.nan)],
+    *[(np.inf, 0.75, 0.5), (0.5, np.inf, 0.5), (0.5, 0.75, np.inf)],
+    *[(0.5, 0.75, -0.5), (0.5, 0.75, 0), (-1, 0.75, 0.5), (0.5, 3e38, 3e38)],
+    *[(0.5, 0.75, 0.7), (0.5, 0.75, 1e-45), (0.5, 16777216.0, 0.5)],
+  ],
+)
+def test_grids_that_no_codebook_has_are_refused(grid):
+  data = serialize_small()
+  assert with_grids(data, [(0.5, 0.75, 0.5)] * 2) == data
+  with pytest.raises(ValueError, match=r'the file: b/1: found a grid of threshold'):
+    artifact.OpqFile(with_grids(data, [(0.5, 0.75, 0.5), grid]))
+  # and what would make such a file is not written
+  params, state = small()
+  threshold, first, step = map(np.float32, grid)
+  record = state.tree['a'].replace(
+    threshold=threshold,
+    step=step,
+    codebook=np.asarray(artifact._affine_codebook(first, step, np.int32(4))),
+  )
+  with pytest.raises(ValueError, match=r'^a: found a'):
+    artifact.serialize(params, CompressionState({**state.tree, 'a': record}))
+
+
+def test_sums_that_round_are_none_of_version_1():
+  params, state = small()
+  first = np.float32(0.7)
+  record = state.tree['a'].replace(
+    codebook=np.asarray(artifact._affine_codebook(first, np.float32(0.5), np.int32(4)))
+  )
+  data = artifact.serialize(params, CompressionState({**state.tree, 'a': record}))
+  assert version_of(data) == '2' and same_bits(
+    opq_jax.load(data)[1].tree['a'].codebook, record.codebook
+  )
+  with pytest.raises(ValueError, match=r'a: found a grid .* in version 1'):
+    artifact.OpqFile(data.replace(b'"version":"2"', b'"version":"1"'))
+
+
+@pytest.mark.parametrize('grid', [(0.5, 0.25, 0.5), (0.5, 1.25, 0.5), (0.5, 0.75, 0.25)])
+def test_values_outside_of_their_cells_are_refused(grid):
+  data = with_grids(serialize_small(), [(0.5, 0.75, 0.5), grid])
+  with pytest.raises(ValueError, match=r'^b/1: found \d+ values that lie in another cell'):
+    opq_jax.load(data)
+
+
+def serialize_small():
+  return artifact.serialize(*small())
+
+
+def test_path_names_that_fill_memory_are_refused():
+  params = {'x': np.zeros(0, bool)}
+  data = artifact.serialize(params, state_of(params))
+  tree = {'k' * 1_500_000: {str(i): 'bool[0]' for i in range(10_000)}}
+  bomb = rebuilt(data, lambda text: json.dumps({**json.loads(text), 'tree': tree}))
+  assert len(bomb) < 10_000
+  refused(lambda: artifact.OpqFile(bomb), 'path names of 15000', memory=60 << 20)
+
+
+@pytest.mark.parametrize('kind', ['list', 'dict'])
+def test_deep_trees_are_refused_both_ways(kind):
+  params = np.zeros(3, np.float32)
+  for _ in range(artifact_index.MAX_DEPTH):
+    params = [params] if kind == 'list' else {'a': params}
+  data = artifact.serialize(params, state_of(params))
+  assert len(artifact.OpqFile(data)) == 1
+  with pytest.raises(ValueError, match='deeper than 100'):
+    artifact.serialize([params], state_of([params]))
+  begin, end = ('["list",', ']') if kind == 'list' else ('{"a":', '}')
+  deeper = rebuilt(data, lambda text: text.replace('"tree":', f'"tree":{begin}')[:-1] + f'{end}}}')
+  with pytest.raises(ValueError, match='deeper than 100'):
+    artifact.OpqFile(deeper)
+
+
+def test_more_zeros_than_memory_are_refused_unless_they_are_asked_for():
+  payload = entropy_coding.encode_codes(np.zeros(1 << 22, np.int8))
+  refused(lambda: entropy_coding.decode_codes(payload, (1 << 40,)), 'expected 1099511627776')
+  # 3 MB of words do hold 2**40 codes that cost next to nothing each
+  params = {'w': np.zeros((8, 8), np.float32)}
+  data = artifact.serialize(params, state_of(params))
+  words = payload + b'\1' * 3_500_000
+  header, offsets = parts(data)
+  body = data[len(header) :]
+  index = body[slice(*offsets['index'])]
+  text = artifact_index.unpack(index, 1 << 20).decode()
+  old = offsets['codes'][1] - offsets['codes'][0]
+  text = text.replace(f'[8,8] 4 {old}', f'[1099511627776] 4 {len(words)}')
+  assert '[1099511627776]' in text
+  index = artifact_index.pack(text.encode())
+  table = body[: offsets['grids'][1]]
+  header = artifact_index.header(
+    (1, len(index), len(words), 0), zlib.crc32(index, zlib.crc32(table)), '1'
+  )
+  bomb = header + table + index + words
+  refused(lambda: opq_jax.load(bomb), 'found leaves of 4398046511104 bytes in 3', memory=30 << 20)
+
+
+def test_what_is_large_is_read_where_it_is_asked_for():
+  params = {'w': np.zeros((64, 64), np.float32)}
+  data = artifact.serialize(params, state_of(params))
+  loaded, _ = opq_jax.load(data, most_bytes=4 * 64 * 64)
+  assert same_bits(loaded['w'], params['w'])
+  with pytest.raises(
+    ValueError, match=r'found leaves of 16384 bytes in .*, expected at most 16383'
+  ):
+    opq_jax.load(data, most_bytes=4 * 64 * 64 - 1)
+
+
+@pytest.mark.parametrize('name', ['../../etc/passwd', '/etc/passwd', 'a\0b', '..', '', '\ud800'])
+def test_names_that_look_like_paths_are_names(tmp_path, name):
+  params = {name: np.ones((4, 5), np.float32)}
+  opq_jax.save(tmp_path / 'net.opq', params, CompressionState({name: leaf_state(params[name])}))
+  loaded, _ = opq_jax.load(tmp_path / 'net.opq')
+  assert list(loaded) == [name] and [path.name for path in tmp_path.iterdir()] == ['net.opq']
+
+
+def test_a_network_that_the_metadata_lie_about_is_refused(tmp_path, capsys):
+  from opq_jax.cli import command as cli
+
+  params, state = small()
+  for model, classes in (('resnet20', '5'), ('nonsense', '5'), ('resnet20', '9' * 30)):
+    metadata = {'model': model, 'source': 'akamaster', 'num_classes': classes}
+    opq_jax.save(tmp_path / 'net.opq', params, state, metadata)
+    assert (
+      cli.main(['decompress', str(tmp_path / 'net.opq'), str(tmp_path / 'out.safetensors')]) == 2
+    )
+    assert capsys.readouterr().err.startswith('opq: ')
+  assert [path.name for path in tmp_path.iterdir()] == ['net.opq']
+
+
+# ---- what is imported ----
+
+
+def safetensors_of(header, body):
+  return struct.pack('<Q', len(header)) + header + body
+
+
+def npy(shape, body=b''):
+  file = io.BytesIO()
+  header = {'descr': '<f4', 'fortran_order': False, 'shape': shape}
+  np.lib.format.write_array_header_1_0(file, header)
+  return file.getvalue() + body
+
+
+def zip_of(members, method=zipfile.ZIP_STORED):
+  file = io.BytesIO()
+  with warnings.catch_warnings(), zipfile.ZipFile(file, 'w', method) as archive:
+    warnings.filterwarnings('ignore', 'Duplicate name')
+    for name, data in members:
+      archive.writestr(name, data)
+  return file.getvalue()
+
+
+def packed(shape, dtype, data):
+  return msgpack.packb({'a': msgpack.ExtType(1, msgpack.packb((shape, dtype, data)))})
+
+
+ONE = b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+GOOD = flax.serialization.to_bytes({'a': np.ones(3, np.float32)})
+
+CRAFTED = {
+  'a name twice.safetensors': (
+    safetensors_of(b'{%s,%s}' % (ONE, ONE), bytes(4)),
+    'a: found two of this name',
+  ),
+  'two names for the same bytes.safetensors': (
+    safetensors_of(b'{%s,%s}' % (ONE, ONE.replace(b'"a"', b'"b"')), bytes(4)),
+    'offset',
+  ),
+  'a huge shape.safetensors': (
+    safetensors_of(b'{%s}' % ONE.replace(b'[1]', b'[1099511627776]'), bytes(4)),
+    'invalid shape',
+  ),
+  'an overflowing shape.safetensors': (
+    safetensors_of(b'{%s}' % ONE.replace(b'[1]', b'[4294967296,4294967296]'), bytes(4)),
+    'found this: ',
+  ),
+  'a huge header.safetensors': (struct.pack('<Q', 1 << 62) + b'{}', 'header too large'),
+  'a member twice.npz': (
+    zip_of([('a.npy', npy((1,), bytes(4)))] * 2),
+    'a.npy: found two members of this name',
+  ),
+  'a name twice.npz': (
+    zip_of([('a.npy', npy((1,), bytes(4))), ('a', npy((1,), bytes(4)))]),
+    'a: found two of this name',
+  ),
+  'a huge shape.npz': (
+    zip_of([('a.npy', npy((1 << 40,), bytes(100)))]),
+    'a.npy: found 100 bytes, expected 4398046511104 of shape',
+  ),
+  'a negative shape.npz': (zip_of([('a.npy', npy((-5,), bytes(20)))]), 'expected -20 of shape'),
+  'bytes behind.npz': (zip_of([('a.npy', npy((1,), bytes(8)))]), 'found 8 bytes, expected 4'),
+  'text.npz': (zip_of([('notes.txt', b'no array')]), 'notes.txt: '),
+  'a bomb.npz': (
+    zip_of([('a.npy', npy((1 << 22,), bytes(1 << 24)))], zipfile.ZIP_BZIP2),
+    'claim to be 16777344',
+  ),
+  'a name twice.msgpack': (b'\x82' + 2 * GOOD[1:], 'a: found two of this name'),
+  'a name of bytes.msgpack': (msgpack.packb({b'a': 1, 'b': 2}), "found b'a', expected a string"),
+  'a huge shape.msgpack': (packed((1 << 40,), 'float32', bytes(4)), 'cannot reshape'),
+  'objects.msgpack': (packed((1,), 'O', bytes(8)), 'OBJECT'),
+  'a huge list.msgpack': (b'\x81\xa1a\xdd\xff\xff\xff\xff', 'exceeds max_array_len'),
+  'deep lists.msgpack': (b'\x81\xa1a' + b'\x91' * 100_000 + b'\xc0', 'found this: StackError'),
+  'no chunks.msgpack': (
+    msgpack.packb(
+      {'a': {'__msgpack_chunked_array__': True, 'shape': {'0': 1 << 40}, 'chunks': {}}}
+    ),
+    'found this: ',
+  ),
+  'bytes behind.msgpack': (GOOD + b'\0', 'extra data'),
+  'a member twice.keras': (
+    zip_of([('model.weights.h5', b''), ('model.weights.h5', b'')]),
+    'found two members of this name',
+  ),
+  'a bomb.keras': (
+    zip_of([('model.weights.h5', bytes(1 << 22))], zipfile.ZIP_LZMA),
+    'claim to be 4194304',
+  ),
+}
+
+
+@pytest.mark.parametrize('name', CRAFTED)
+def test_crafted_files_are_refused(tmp_path, name):
+  if name.endswith('.keras'):
+    pytest.importorskip('h5py')
+  data, message = CRAFTED[name]
+  path = tmp_path / name
+  path.write_bytes(data)
+  expected = f'{re.escape(str(path))}: .*{re.escape(message)}'
+  refused(lambda: weight_files.read_weights(path), expected)
+
+
+def test_tensors_that_repeat_one_number_for_ever_are_refused(tmp_path):
+  torch = pytest.importorskip('torch')
+  torch.save({'a': torch.zeros(1).expand(1 << 40)}, tmp_path / 'net.pt')
+  with pytest.raises(ValueError, match=r'net.pt: .*found 4 bytes, expected those of shape'):
+    weight_files.read_weights(tmp_path / 'net.pt')
+  torch.save({'a': torch.zeros(1).expand(16)}, tmp_path / 'net.pt')
+  assert weight_files.read_weights(tmp_path / 'net.pt')['a'].shape == (16,)
+
+
+def test_the_name_that_safetensors_keeps_for_itself_is_not_written(tmp_path):
+  with pytest.raises(ValueError, match='__metadata__: found a name'):
+    weight_files.write_safetensors(tmp_path / 'x.safetensors', {'__metadata__': np.ones(2)})
+  assert not list(tmp_path.iterdir())
+
+
+# ---- nothing is executed ----
+
+EXECUTES = re.compile(
+  r'\b(pickle|cPickle|dill|joblib|marshal|shelve)\b(?!s)|allow_pickle\s*=\s*True|\beval\(|\bexec\('
+  r'|weights_only\s*=\s*False|yaml\.(unsafe_)?load\(|__reduce__|torch\.load\((?!.*weights_only=True)'
+)
+
+
+def test_no_module_unpickles_or_evaluates():
+  root = pathlib.Path(opq_jax.__file__).parent
+  lines = [
+    f'{path.relative_to(root)}:{number}: {line.strip()}'
+    for path in sorted(root.rglob('*.py'))
+    for number, line in enumerate(path.read_text().splitlines(), 1)
+    if EXECUTES.search(line)
+  ]
+  assert lines == []
+
+
+@pytest.mark.parametrize(
+  'line',
+  [
+    'import pickle',
+    'np.load(path, allow_pickle=True)',
+    'torch.load(path)',
+    'torch.load(path, weights_only=False)',
+    'eval(text)',
+    'yaml.load(text)',
+  ],
+)
+def test_the_scan_would_find(line):
+  assert EXECUTES.search(line)
+  assert not EXECUTES.search("torch.load(path, map_location='cpu', weights_only=True)")

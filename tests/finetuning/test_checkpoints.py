@@ -1,0 +1,183 @@
+"""What is restored is what was saved, and a killed run is one that was not killed."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import opq_jax
+from opq_jax.finetuning import training
+from opq_jax.finetuning.checkpoints import Checkpoints, StopRequest
+from tests.helpers import small_networks
+from tests.helpers.small_networks import assert_same_bits, batches
+
+SCRIPT = pathlib.Path(__file__).parents[1] / 'helpers/killed_run.py'
+OPTIMIZER = optax.adamw(1e-2)
+
+
+def trained(steps=2):
+  _, state = small_networks.compressed_network()
+  step = training.pmap_train_step(small_networks.Network().apply, OPTIMIZER)
+  train_state = training.replicate(small_networks.start(OPTIMIZER, with_average=True))
+  for batch in batches(steps):
+    train_state, _ = step(train_state, training.replicate(state), batch)
+  return train_state
+
+
+def test_an_empty_folder_has_nothing(tmp_path):
+  _, state = small_networks.compressed_network()
+  with Checkpoints(tmp_path / 'new' / 'folder') as checkpoints:
+    assert checkpoints.restore_compression(state) is None
+    assert checkpoints.restore(small_networks.start(OPTIMIZER)) is None
+
+
+def test_the_compression_state_comes_back_bit_for_bit_and_is_written_once(tmp_path):
+  variables, state = small_networks.compressed_network()
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save_compression(state)
+    with pytest.raises(ValueError, match='found a compression state, expected none'):
+      checkpoints.save_compression(state)
+  # a later process knows shapes and dtypes without allocating anything
+  like = jax.eval_shape(
+    lambda tree: opq_jax.init_state(tree, opq_jax.allocate(tree)), variables['params']
+  )
+  with Checkpoints(tmp_path) as checkpoints:
+    assert_same_bits(checkpoints.restore_compression(like), state)
+
+
+@pytest.mark.parametrize('count', [1, 2, 4])
+def test_a_train_state_comes_back_on_another_number_of_devices(tmp_path, count):
+  train_state = trained()
+  expected = jax.tree.map(
+    lambda leaf: leaf if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.array(leaf),
+    train_state,
+  )
+  position = {'next_index': 2}
+  devices = jax.devices()[:count]
+  step = training.pmap_train_step(small_networks.Network().apply, OPTIMIZER, devices=devices)
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(train_state, position)
+  with Checkpoints(tmp_path) as checkpoints:
+    like = small_networks.start(OPTIMIZER, with_average=True)
+    found = checkpoints.restore(like, devices)
+  assert found.position == position
+  assert_same_bits(found.train_state, expected)
+  assert len(found.train_state.params['head']['kernel'].sharding.device_set) == count
+  [batch] = batches(1)
+  after, _ = step(
+    found.train_state, training.replicate(small_networks.compressed_network()[1], devices), batch
+  )
+  assert int(after.step) == 3
+
+
+def test_a_state_may_be_donated_as_soon_as_save_returns(tmp_path):
+  _, state = small_networks.compressed_network()
+  step = training.pmap_train_step(small_networks.Network().apply, OPTIMIZER)
+  train_state, state = trained(steps=1), training.replicate(state)
+  copies = {}
+  with Checkpoints(tmp_path, keep=100) as checkpoints:
+    for batch in batches(20):
+      copies[int(train_state.step)] = np.array(train_state.params['hidden']['kernel'])
+      checkpoints.save(train_state, {})
+      train_state, _ = step(train_state, state, batch)
+  like = small_networks.start(OPTIMIZER, with_average=True)
+  for number in (20, 19):
+    with Checkpoints(tmp_path, keep=100) as checkpoints:
+      found = checkpoints.restore(like).train_state
+    assert int(found.step) == number
+    np.testing.assert_array_equal(found.params['hidden']['kernel'], copies[number])
+    remove(tmp_path / str(number))
+
+
+def remove(folder):
+  for path in sorted(folder.rglob('*'), reverse=True):
+    path.rmdir() if path.is_dir() else path.unlink()
+  folder.rmdir()
+
+
+def test_old_states_are_deleted_and_a_step_is_saved_once(tmp_path):
+  train_state = trained(steps=1)
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    for number in (1, 2, 3):
+      state = train_state.replace(step=train_state.step + number)
+      checkpoints.save(state, {'next_index': number}, wait=True)
+      checkpoints.save(state, {'next_index': -1}, wait=True)
+    assert checkpoints.restore(train_state).position == {'next_index': 3}
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['3', '4']
+
+
+def test_sigterm_is_heard_inside_alone():
+  before = signal.getsignal(signal.SIGTERM)
+  with StopRequest() as stop:
+    assert not stop.is_requested(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.is_requested(2)
+  assert signal.getsignal(signal.SIGTERM) is before
+
+
+def start(folder, *arguments, devices=1):
+  folder.mkdir(exist_ok=True)
+  environment = {
+    **os.environ,
+    'JAX_NUM_CPU_DEVICES': str(devices),
+    'PYTHONPATH': os.pathsep.join([str(SCRIPT.parents[2]), os.environ.get('PYTHONPATH', '')]),
+  }
+  return subprocess.Popen(
+    [sys.executable, str(SCRIPT), str(folder), *arguments],
+    stdout=subprocess.PIPE,
+    text=True,
+    env=environment,
+  )
+
+
+def wait_for_step(process, number):
+  for line in process.stdout:
+    if int(line) >= number:
+      return
+
+
+def final(folder):
+  with np.load(folder / 'final.npz') as arrays:
+    return [arrays[name] for name in arrays.files]
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('undisturbed')
+  with start(folder) as process:
+    process.communicate()
+  assert process.returncode == 0
+  return final(folder)
+
+
+def test_a_run_that_is_killed_again_and_again_ends_bit_identical(tmp_path, undisturbed):
+  for number in (2, 10, 19):
+    with start(tmp_path, '0.02') as process:
+      wait_for_step(process, number)
+      process.kill()
+    assert process.returncode == -signal.SIGKILL
+  with start(tmp_path) as process:
+    steps = [int(line) for line in process.stdout]
+  assert process.returncode == 0
+  assert 1 < steps[0] <= 20 and steps[-1] == 24
+  assert_same_bits(final(tmp_path), undisturbed)
+
+
+def test_sigterm_saves_and_exits_with_0_and_the_run_goes_on(tmp_path, undisturbed):
+  with start(tmp_path, '0.05') as process:
+    wait_for_step(process, 7)
+    process.terminate()
+    rest = [int(line) for line in process.stdout]
+  assert process.returncode == 0
+  assert not (tmp_path / 'final.npz').exists()
+  with start(tmp_path) as process:
+    steps = [int(line) for line in process.stdout]
+  # from the very step, which is no multiple of the interval
+  assert steps[0] == max([7, *rest]) + 1
+  assert_same_bits(final(tmp_path), undisturbed)
