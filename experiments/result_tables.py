@@ -1,15 +1,15 @@
-"""Writes the result tables of README.md from experiments/results.
+"""The tables of results, as Markdown, from what the experiments wrote to experiments/results.
 
-    python -m experiments.make_readme
-
-A table stands between `<!-- NAME -->` and `<!-- end of NAME -->`; everything else is left alone.
+Each function returns one table.  `experiments.make_results` puts them into the documentation.
 """
 
 import csv
+import functools
 import json
 import pathlib
 import re
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,8 +17,7 @@ import jax
 from opq_jax import importers, models
 from opq_jax.allocation.allocator import OBJECTIVES
 
-ROOT = pathlib.Path(__file__).parent.parent
-RESULTS = ROOT / 'experiments' / 'results'
+RESULTS = pathlib.Path(__file__).parent / 'results'
 
 
 def markdown(rows: list[dict[str, object]]) -> str:
@@ -217,50 +216,14 @@ def parameters(name: str) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(shapes['params']))
 
 
-TABLES = {
+TABLES: dict[str, Callable[[], str]] = {
+  path.stem: functools.partial(benchmark, path.stem)
+  for path in sorted((RESULTS / 'benchmarks').glob('*.json'))
+} | {
   'networks': networks,
-  'speed': lambda: benchmark('speed'),
-  'finetuning': lambda: benchmark('finetuning'),
-  'payload': lambda: benchmark('payload'),
-  'rate_control': lambda: benchmark('rate_control'),
-  'paper_targets': lambda: benchmark('paper_targets'),
-  'inference': lambda: benchmark('inference'),
-  'inference_layers': lambda: benchmark('inference_layers'),
-  'inference_profile': lambda: benchmark('inference_profile'),
-  'joint_target': lambda: benchmark('joint_target'),
-  'error_feedback': lambda: benchmark('error_feedback'),
-  'trellis': lambda: benchmark('trellis'),
-  'objectives': lambda: benchmark('objectives'),
-  'thresholds': lambda: benchmark('thresholds'),
-  'synthetic_images': lambda: benchmark('synthetic_images'),
-  'sentence_encoder': lambda: benchmark('sentence_encoder'),
-  'language_model': lambda: benchmark('language_model'),
-  'uncompressed_leaves': lambda: benchmark('uncompressed_leaves'),
-  'cell_rule': lambda: benchmark('cell_rule'),
-  'large_trees': lambda: benchmark('large_trees'),
-  'large_trees_orbax': lambda: benchmark('large_trees_orbax'),
-  'large_trees_in_memory': lambda: benchmark('large_trees_in_memory'),
-  'hostile_files': lambda: benchmark('hostile_files'),
-  'killed_writes': lambda: benchmark('killed_writes'),
-  'mutants': lambda: benchmark('mutants'),
   'against_nncodec': against_nncodec,
   'corrections': corrections,
   'one_shot_mobilenet_v1': lambda: one_shot('one_shot_mobilenet_v1'),
   'finetune_resnet20_cifar10': lambda: markdown(finetune(RESULTS / 'finetune_resnet20_cifar10')),
 }
-
-
-def main() -> None:
-  path = ROOT / 'README.md'
-  text = path.read_text()
-  for name, table in TABLES.items():
-    pattern = rf'<!-- {name} -->.*?<!-- end of {name} -->'
-    if not re.search(pattern, text, re.DOTALL):
-      raise ValueError(f'README.md: found no place for {name}, expected <!-- {name} -->')
-    new = f'<!-- {name} -->\n{table()}\n<!-- end of {name} -->'
-    text = re.sub(pattern, lambda _, new=new: new, text, flags=re.DOTALL)
-  path.write_text(text)
-
-
-if __name__ == '__main__':
-  main()
+"""The name that a page marks a table by -> the function that makes it."""

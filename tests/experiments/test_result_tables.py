@@ -1,8 +1,8 @@
-"""The README's table of finetuned networks: one line a command, over its seeds."""
+"""The table of finetuned networks: one line a command, over its seeds."""
 
 import json
 
-from experiments import make_readme
+from experiments import result_tables
 
 
 def write(folder, name, command, finetuned, *, inference_only=True, **last):
@@ -32,7 +32,7 @@ def test_seeds_of_a_command_are_one_line_with_their_mean_and_range(tmp_path):
   write(tmp_path, 'b', ' --config.epochs=3', (0.91, 40))
   # before files had contexts the same command gave another file
   write(tmp_path, 'old', ' --config.epochs=2', (0.86, 100), contexts='no')
-  old, three, other = make_readme.finetune(tmp_path)
+  old, three, other = result_tables.finetune(tmp_path)
   assert three == {
     'network': 'resnet20',
     'file, times smaller': '20.01',
