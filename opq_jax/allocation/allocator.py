@@ -18,9 +18,6 @@ one Lagrange multiplier for all; see `opq_jax.allocation.rate_search` and
 import dataclasses
 import functools
 import math
-import os
-import sys
-import warnings
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -32,7 +29,6 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from opq_jax.allocation.joined_statistics import JoinedStatistics, Layout, join, layout_of
 from opq_jax.allocation.lattices import Lattice, has_few_magnitudes, lattice_of, numbers_of
-from opq_jax.allocation.rate_search import MAX_LEVELS
 from opq_jax.allocation.solver import ranks, solve, thresholds
 from opq_jax.allocation.statistics import (
   LeafStatistics,
@@ -40,7 +36,8 @@ from opq_jax.allocation.statistics import (
   leaf_statistics,
   per_channel_count,
 )
-from opq_jax.core import trees
+from opq_jax.core import messages, trees
+from opq_jax.core.limits import MAX_LEVELS
 from opq_jax.core.trees import PyTree
 
 Objective = Literal['balanced_error', 'retained_signal', 'relative_error', 'squared_error']
@@ -558,7 +555,7 @@ def _check_values(
     if found < asked / 1.005:
       is_exact = not per_leaf['error'].any()
       why = 'all values are exact' if is_exact else 'the leaves have nothing between'
-      _warn(f'found {rates}, where {wanted} was asked: {why}, and the file is smaller')
+      messages.warn(f'found {rates}, where {wanted} was asked: {why}, and the file is smaller')
   _warn_of_dead(names, stats, per_leaf)
   if 'bits' not in targets:
     return
@@ -570,7 +567,7 @@ def _check_values(
     if (fit < low or fit > high) and s.size >= 32 * s.channels
   ]
   if misfits:
-    _warn(
+    messages.warn(
       'the Laplace density, on which the allocation rests, is far from the weights of '
       f'{", ".join(misfits)}: found E[w^2] over its value under the density, expected '
       f'{low} ... {high}'
@@ -599,7 +596,7 @@ def _check_width(
         if name == 'sparsity'
         else 'the weights need no others, whatever the step'
       )
-      _warn(f'{name}: found {value:.4g}, where {asked:.4g} was asked: {why}')
+      messages.warn(f'{name}: found {value:.4g}, where {asked:.4g} was asked: {why}')
 
 
 def _warn_of_dead(
@@ -618,21 +615,12 @@ def _warn_of_dead(
       lost.append(f'{name} ({" and ".join(parts)})')
   if lost:
     more = f', and {len(lost) - _MOST_NAMED} more leaves' if len(lost) > _MOST_NAMED else ''
-    _warn(f'all weights are pruned of {", ".join(lost[:_MOST_NAMED])}{more}')
+    messages.warn(f'all weights are pruned of {", ".join(lost[:_MOST_NAMED])}{more}')
 
 
 def _warn_of_zeros(names: list[str]) -> None:
   if names:
     more = f' and {len(names) - _MOST_NAMED} more' if len(names) > _MOST_NAMED else ''
-    _warn(
+    messages.warn(
       f'{", ".join(names[:_MOST_NAMED])}{more}: all weights are zero, and the leaf is left as it is'
     )
-
-
-def _warn(message: str) -> None:
-  """A UserWarning that points at the first caller from outside of the library."""
-  frame, depth = sys._getframe(1), 2
-  here = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-  while frame.f_back is not None and os.path.abspath(frame.f_code.co_filename).startswith(here):
-    frame, depth = frame.f_back, depth + 1
-  warnings.warn(message, UserWarning, stacklevel=depth)

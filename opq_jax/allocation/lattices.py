@@ -13,11 +13,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32
 
 from opq_jax.allocation.histograms import BINS, bin_edge, bin_of
-from opq_jax.allocation.rate_search import STEP_BITS
 from opq_jax.allocation.statistics import LeafStatistics
 from opq_jax.coding import ans
+from opq_jax.core.limits import MAX_LEVELS, STEP_BITS
 
-_MOST = 127  # magnitudes: levels a sign
 _NEAR = 2e-3  # of a step
 
 
@@ -43,7 +42,7 @@ def has_few_magnitudes(stats: LeafStatistics) -> bool:
   if stats.histogram is None or not np.isfinite(stats.largest) or stats.largest == 0:
     return False
   counts = np.asarray(stats.histogram).sum(axis=0)
-  return bool(0 < np.count_nonzero(counts[1:]) <= _MOST)
+  return bool(0 < np.count_nonzero(counts[1:]) <= MAX_LEVELS)
 
 
 def numbers_of(
@@ -111,7 +110,7 @@ def _affine(
     return first / 2, first, first, 1
   gap = float(np.min(np.diff(magnitudes.astype(np.float64))))
   levels = round((float(last) - float(first)) / gap) + 1
-  if levels > _MOST:
+  if levels > MAX_LEVELS:
     return None
   step = np.float32((float(last) - float(first)) / (levels - 1))
   if levels > 2:

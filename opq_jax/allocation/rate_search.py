@@ -44,9 +44,8 @@ from jaxtyping import Array, Float, Int32
 
 from opq_jax.allocation import laplace
 from opq_jax.allocation.histograms import Sums, code_entropy, escaped_value_bits, payload_bits
+from opq_jax.core.limits import MAX_LEVELS, STEP_BITS
 
-MAX_LEVELS = 127  # a code is one int8
-STEP_BITS = 17  # of a step: times up to 127 no product rounds in float32
 PRUNED, ON_GRID, ON_LATTICE, EXACT = range(4)
 _LOG2 = math.log(2.0)
 _ROUNDS = 9  # of threshold and step

@@ -23,7 +23,6 @@ from opq_jax.allocation.joined_statistics import JoinedStatistics
 from opq_jax.allocation.optimization import Channels, minimise_at_rate, minimise_at_sparsity
 from opq_jax.allocation.rate_search import (
   EXACT,
-  MAX_LEVELS,
   ON_GRID,
   ON_LATTICE,
   PRUNED,
@@ -32,6 +31,7 @@ from opq_jax.allocation.rate_search import (
   minimise_at_bits_per_weight,
   payload_of,
 )
+from opq_jax.core.limits import MAX_LEVELS
 
 # of all weights, what a leaf of zeros counts
 _SHARE_OF_ZEROS = 1e-7

@@ -1,1 +1,6 @@
-"""What every other package stands on: trees, files that appear whole, compiled loops."""
+"""Helpers of every room: parameter trees, files that appear whole, compiled loops, warnings.
+
+The door is a list of modules, and none of them imports JAX before it is used.
+"""
+
+__all__ = ['files', 'limits', 'messages', 'native', 'trees']

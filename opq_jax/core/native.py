@@ -1,4 +1,4 @@
-"""Loops compiled by numba, for what has to go one weight after the other."""
+"""Loops compiled by numba, for algorithms that take one weight after the other."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,21 +7,21 @@ import numba
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-  """The function in machine code, made when it is first called and kept on disk for next time.
+  """Returns `function` in machine code, compiled at its first call and kept on disk.
 
-  It runs without the interpreter's lock, so that threads work side by side.  Where nothing can be
-  kept (a package folder and a home that are read-only), every process compiles it again.
+  The machine code runs without the interpreter's lock, so threads run in parallel.  Where nothing
+  can be kept on disk (package folder and home are both read-only), every process compiles anew.
 
   >>> @compiled
   ... def total(n):
-  ...   found = 0
+  ...   result = 0
   ...   for i in range(n):
-  ...     found += i
-  ...   return found
+  ...     result += i
+  ...   return result
   >>> total(5)
   10
   """
   try:
     return numba.njit(cache=True, nogil=True)(function)
-  except RuntimeError:  # numba's way to say that it finds no place
+  except RuntimeError:  # raised by numba where no folder can hold the machine code
     return numba.njit(nogil=True)(function)

@@ -1,42 +1,50 @@
-"""Parameter trees beside trees that hold one record, or None, per leaf of them.
+"""Parameter trees, and trees of the same structure that hold one record per compressed leaf.
 
-An allocation and a compression state are both "the tree of the parameters, with a small struct
-where a leaf is compressed and None where it passes through".  The functions here name the leaves
-of a tree and walk two such trees together; what happens at a leaf is somebody else's business.
+An allocation and a compression state have the structure of the parameters, with a small struct
+where a leaf is compressed and None where it passes through.  The functions here name the leaves of
+a tree and walk a tree together with its records.
+
+JAX is imported by the functions that need it: a file can be opened and checked without it.
 """
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
-from jax import tree_util
+
+if TYPE_CHECKING:
+  from jax.tree_util import KeyPath
 
 PyTree = Any
 
+_MAX_LISTED = 10  # paths of each kind that an error lists: a large tree has thousands
 
-def path_name(path: tree_util.KeyPath) -> str:
-  """The readable name of a key path: `params/Conv_0/kernel`.
+
+def path_name(path: 'KeyPath') -> str:
+  """Returns the readable name of a key path: `params/Conv_0/kernel`.
 
   >>> import jax
   >>> [(path, _)] = jax.tree_util.tree_leaves_with_path({'params': [1.0]})
   >>> path_name(path)
   'params/0'
   """
+  from jax import tree_util
+
   return tree_util.keystr(path, simple=True, separator='/')
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
-  """The leaves of `tree` by path name, in the order in which JAX flattens them.
+  """Returns the leaves of `tree` by path name, in JAX's flattening order.
 
   Raises:
-    ValueError: two leaves have the same name (`{'a/b': …, 'a': {'b': …}}`), so that a name would
-      not say which is meant.
+    ValueError: two leaves have the same name, as in `{'a/b': …, 'a': {'b': …}}`.
 
   >>> named_leaves({'b': {'c': 1}, 'a': 2})
   {'a': 2, 'b/c': 1}
   """
+  from jax import tree_util
+
   named = {}
   for path, leaf in tree_util.tree_leaves_with_path(tree):
     name = path_name(path)
@@ -47,29 +55,33 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
 
 
 def beside(tree: PyTree, other: PyTree) -> list[Any]:
-  """What `other` has in the place of each leaf of `tree`, in flattening order.
+  """Returns the node of `other` at the place of each leaf of `tree`, in flattening order.
 
   Raises:
-    ValueError, TypeError or KeyError: `other` has other containers.
+    ValueError, TypeError or KeyError: the containers of `other` differ from those of `tree`.
 
   >>> beside({'a': 1, 'b': 2}, {'a': None, 'b': (3, 4)})
   [None, (3, 4)]
   """
+  import jax
+
   structure: Any = jax.tree.structure(tree)
   return structure.flatten_up_to(other)
 
 
 def replaced(tree: PyTree, new: Mapping[str, Any]) -> PyTree:
-  """`tree` with these leaves, by path name, and the rest as it is.
+  """Returns `tree` with the leaves named in `new` replaced.
 
   >>> replaced({'a': 1, 'b': 2}, {'b': 3})
   {'a': 1, 'b': 3}
   """
+  from jax import tree_util
+
   return tree_util.tree_map_with_path(lambda path, leaf: new.get(path_name(path), leaf), tree)
 
 
 def records(tree: PyTree, record_tree: PyTree, kind: type) -> list[Any]:
-  """What `record_tree` holds for each leaf of `tree`: a `kind` or None.
+  """Returns the record of each leaf of `tree`, or None.
 
   Args:
     tree: a parameter tree.
@@ -80,8 +92,11 @@ def records(tree: PyTree, record_tree: PyTree, kind: type) -> list[Any]:
     One entry per leaf of `tree`, in flattening order.
 
   Raises:
-    ValueError: the trees differ in structure; the message lists every path of one that is missing
-      from the other (at most ten of each).
+    ValueError: the trees differ in structure.  The message lists the paths of each tree that are
+      missing from the other, at most ten of each.
+
+  >>> records({'kernel': 1.0, 'bias': 2.0}, {'kernel': 'record', 'bias': None}, str)
+  [None, 'record']
   """
   try:
     found = beside(tree, record_tree)
@@ -99,25 +114,41 @@ def records(tree: PyTree, record_tree: PyTree, kind: type) -> list[Any]:
 def map_records(
   function: Callable[[str, Any, Any], Any], tree: PyTree, record_tree: PyTree, kind: type
 ) -> PyTree:
-  """`tree` with `function(name, leaf, record)` where a leaf has a record, and the rest as it is."""
+  """Applies `function(name, leaf, record)` to the leaves that have a record; others stay.
+
+  Raises:
+    ValueError: as `records`.
+
+  >>> double = lambda name, leaf, record: 2 * leaf
+  >>> map_records(double, {'kernel': 1.0, 'bias': 2.0}, {'kernel': 'record', 'bias': None}, str)
+  {'bias': 2.0, 'kernel': 2.0}
+  """
+  import jax
+
   leaves = named_leaves(tree)
-  found = records(tree, record_tree, kind)
   new = [
     leaf if record is None else function(name, leaf, record)
-    for (name, leaf), record in zip(leaves.items(), found, strict=True)
+    for (name, leaf), record in zip(leaves.items(), records(tree, record_tree, kind), strict=True)
   ]
   return jax.tree.unflatten(jax.tree.structure(tree), new)
 
 
 def _difference(tree: PyTree, record_tree: PyTree, kind: type) -> str:
-  """Which paths the two trees do not share, as one message."""
+  """Describes the paths that the two trees do not share."""
+  import jax
+
   is_leaf = lambda node: node is None or isinstance(node, kind)
-  have = [path_name(p) for p, _ in tree_util.tree_leaves_with_path(tree)]
-  want = [path_name(p) for p, _ in tree_util.tree_leaves_with_path(record_tree, is_leaf=is_leaf)]
-  missing, unexpected = sorted(set(want) - set(have)), sorted(set(have) - set(want))
+  names = lambda paths: {path_name(path) for path, _ in paths}
+  have = names(jax.tree_util.tree_leaves_with_path(tree))
+  want = names(jax.tree_util.tree_leaves_with_path(record_tree, is_leaf=is_leaf))
+  missing, unexpected = sorted(want - have), sorted(have - want)
   lines = ['the state was made for a tree of other structure:']
-  lines += [f'  {name}: not found in the tree, expected by the state' for name in missing[:10]]
-  lines += [f'  {name}: found in the tree, not expected by the state' for name in unexpected[:10]]
+  lines += [
+    f'  {name}: not found in the tree, expected by the state' for name in missing[:_MAX_LISTED]
+  ]
+  lines += [
+    f'  {name}: found in the tree, not expected by the state' for name in unexpected[:_MAX_LISTED]
+  ]
   if not missing and not unexpected:
     lines.append(
       f'  found containers {jax.tree.structure(tree)}, expected those of '
@@ -127,7 +158,7 @@ def _difference(tree: PyTree, record_tree: PyTree, kind: type) -> str:
 
 
 def native(leaf: Any) -> Any:
-  """A leaf in the byte order of this machine, which is the only one that JAX takes.
+  """Returns a leaf in this machine's byte order, the only one that JAX accepts.
 
   >>> native(np.ones(2, '>f4')).dtype.isnative
   True
@@ -139,7 +170,9 @@ def native(leaf: Any) -> Any:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-  """`jax.jit` of a function whose arrays may be numpy's, in any byte order."""
+  """Wraps `function` in `jax.jit`, and accepts numpy arrays of any byte order."""
+  import jax
+
   program = jax.jit(function)
 
   @functools.wraps(function)
@@ -151,10 +184,17 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def is_traced(tree: PyTree) -> bool:
-  """Whether some of its arrays stand for values that are not known yet."""
+  """Returns whether any leaf is a tracer, whose value is not known yet."""
+  import jax
+
   return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def on_host(tree: PyTree) -> PyTree:
-  """The arrays as numpy's, unless some are traced: leaves may lie on different devices."""
+  """Returns the leaves as numpy arrays, or unchanged inside of a trace.
+
+  Leaves may lie on different devices, and no program of JAX takes two such arrays.
+  """
+  import jax
+
   return tree if is_traced(tree) else jax.device_get(tree)

@@ -13,13 +13,14 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Array, Bool, Float32, Int8
 
-from opq_jax.allocation.allocator import MAX_LEVELS, Allocation
+from opq_jax.allocation.allocator import Allocation
 from opq_jax.coding import contexts as context_coding
 from opq_jax.coding import payload as entropy_coding
 from opq_jax.coding import trellis
 from opq_jax.compression import codes as compression
 from opq_jax.compression.codes import CompressionState, LeafState
 from opq_jax.core import native, trees
+from opq_jax.core.limits import MAX_LEVELS
 from opq_jax.core.trees import PyTree
 from opq_jax.encoders import feedback
 from opq_jax.encoders.feedback import DAMPING

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float32, Int8
 
-from opq_jax.allocation.allocator import MAX_LEVELS
 from opq_jax.coding import ans, trellis
 from opq_jax.coding.trellis import MOST_INDEX
+from opq_jax.core.limits import MAX_LEVELS
 
 _SAMPLE = 1 << 16  # weights that a grid is fitted to, in runs of
 _RUN = 256

@@ -55,13 +55,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32, Int8, Shaped, UInt8
 
-from opq_jax.allocation.allocator import MAX_LEVELS
 from opq_jax.coding import escapes
 from opq_jax.coding.ans import histogram
 from opq_jax.coding.payload import decode_codes, encode_codes
 from opq_jax.compression import codes as compression
 from opq_jax.compression.codes import ESCAPE, CompressionState, LeafState
 from opq_jax.core import files, trees
+from opq_jax.core.limits import MAX_LEVELS
 from opq_jax.core.trees import PyTree
 from opq_jax.file import index as artifact_index
 from opq_jax.file.index import LeafEntry

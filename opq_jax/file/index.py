@@ -15,8 +15,8 @@ import ml_dtypes
 import numpy as np
 from jax import tree_util
 
-from opq_jax.allocation.allocator import MAX_LEVELS
 from opq_jax.core import trees
+from opq_jax.core.limits import MAX_LEVELS
 from opq_jax.core.trees import PyTree
 
 VERSIONS = ('1', '2')

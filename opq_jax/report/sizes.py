@@ -22,10 +22,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from opq_jax.allocation.allocator import MAX_LEVELS
 from opq_jax.coding.payload import entropy
 from opq_jax.compression.codes import ESCAPE, CompressionState, LeafState
 from opq_jax.core import trees
+from opq_jax.core.limits import MAX_LEVELS
 from opq_jax.core.trees import PyTree
 from opq_jax.file import artifact
 from opq_jax.file.artifact import OpqFile

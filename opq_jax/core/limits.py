@@ -1,0 +1,7 @@
+"""Limits of a code and of its grid; both ends of the file format hold them, without JAX."""
+
+MAX_LEVELS = 127
+"""Levels a sign: a code is one int8, 0 is a pruned weight, and -128 an escaped one."""
+
+STEP_BITS = 17
+"""Significant bits of a step: times up to 127, it is a float32 of 24 bits without rounding."""
