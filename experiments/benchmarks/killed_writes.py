@@ -121,7 +121,7 @@ def _seconds(write: str, folder: pathlib.Path, kill_after: float | None) -> floa
   context = multiprocessing.get_context('forkserver')
   context.set_forkserver_preload(
     [
-      'opq_jax.cli.command',
+      'opq_jax.cli',
       'opq_jax.finetuning.checkpoints',
       'opq_jax.data.streams',
       'opq_jax.finetuning.training',

@@ -2,7 +2,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 
 import jax
 import numpy as np
@@ -10,8 +9,8 @@ import pytest
 import safetensors.numpy
 
 import opq_jax
-from opq_jax import importers, models
-from opq_jax.cli import command as cli
+from opq_jax import cli, importers, models
+from opq_jax.cli import digits
 from opq_jax.core import trees
 from opq_jax.importers import networks
 from opq_jax.weights import files as weight_files
@@ -220,10 +219,10 @@ def test_float64_weights_are_compressed_as_float32(net):
     (['compress', 'net.safetensors', 'no/out.opq'], 'found no folder no'),
     (['compress', 'net.safetensors', '.'], 'found a folder'),
     (['compress', 'net.safetensors', 'net.safetensors'], 'the input itself'),
-    (['compress', 'net.safetensors', 'out.opq', '--source', 'timm'], 'without --model'),
-    (['compress', 'net.safetensors', 'out.opq', '--no-correction'], 'without --model'),
-    (['compress', 'net.safetensors', 'out.opq', '--inference-only'], 'without --model'),
-    (['compress', 'net.safetensors', 'out.opq', '--feedback'], 'without --model'),
+    (['compress', 'net.safetensors', 'out.opq', '--source', 'timm'], 'needs --model'),
+    (['compress', 'net.safetensors', 'out.opq', '--no-correction'], 'needs --model'),
+    (['compress', 'net.safetensors', 'out.opq', '--inference-only'], 'needs --model'),
+    (['compress', 'net.safetensors', 'out.opq', '--feedback'], 'needs --model'),
     (
       [
         'compress',
@@ -305,10 +304,7 @@ def test_usage_errors_exit_with_2(capsys, argv):
 
 def test_demo_hands_over_what_was_given(monkeypatch):
   calls = []
-  demo = types.ModuleType('opq_jax.cli.demo')
-  demo.run = lambda **options: calls.append(options)
-  monkeypatch.setitem(sys.modules, 'opq_jax.cli.demo', demo)
-  monkeypatch.setattr(opq_jax, 'demo', demo, raising=False)
+  monkeypatch.setattr(digits, 'run', lambda **options: calls.append(options))
   assert run('demo') == 0
   assert run('demo', '--seed', 3, '--rate', 16, '--output', 'net.opq') == 0
   assert [sorted(call) for call in calls] == [[], ['output', 'rate', 'seed']]
@@ -316,7 +312,7 @@ def test_demo_hands_over_what_was_given(monkeypatch):
 
 
 def test_the_command_runs_as_a_module():
-  command = [sys.executable, '-m', 'opq_jax.cli.command', '--version']
+  command = [sys.executable, '-m', 'opq_jax.cli', '--version']
   result = subprocess.run(command, capture_output=True, text=True, check=False)
   assert result.returncode == 0
   assert result.stdout == f'opq_jax {opq_jax.__version__}\n'

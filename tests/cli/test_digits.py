@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 
 import opq_jax
-from opq_jax.cli import demo
+from opq_jax.cli import digits
 
 
 def test_the_table_is_true(tmp_path, capsys):
   pytest.importorskip('sklearn')
   path = tmp_path / 'digits.opq'
-  rows = demo.run(output=path, epochs=4)
+  rows = digits.run(output=path, epochs=4)
   floats, compressed, corrected, finetuned, loaded = rows
   assert floats.accuracy > 0.96
   assert corrected.accuracy > compressed.accuracy
   assert finetuned.accuracy > corrected.accuracy
   assert finetuned.accuracy > floats.accuracy - 0.05
-  assert loaded == demo.Row(loaded.network, finetuned.accuracy, path.stat().st_size, loaded.rate)
+  assert loaded == digits.Row(loaded.network, finetuned.accuracy, path.stat().st_size, loaded.rate)
   assert loaded.rate == floats.size / loaded.size > 28
   out = capsys.readouterr().out
   for row in rows:
@@ -27,34 +27,34 @@ def test_the_table_is_true(tmp_path, capsys):
 
   # who reads the file has a whole network
   variables, state = opq_jax.load(path)
-  images, labels = demo._digits(0)[1]
-  answers = np.argmax(demo.DigitNet().apply(variables, images), axis=-1)
+  images, labels = digits._digits(0)[1]
+  answers = np.argmax(digits.DigitNet().apply(variables, images), axis=-1)
   assert float(np.mean(answers == labels)) == loaded.accuracy
   again = opq_jax.apply_compression(variables, state)
-  demo._check_identical(variables, again)
+  digits._check_identical(variables, again)
 
 
 def test_test_images_are_held_out():
   pytest.importorskip('sklearn')
-  (images, labels), (test_images, test_labels) = demo._digits(3)
+  (images, labels), (test_images, test_labels) = digits._digits(3)
   assert len(images) == len(labels) == 1200
   assert len(test_images) == len(test_labels) == 597
   assert abs(float(images.mean())) < 1e-3
   assert abs(float(images.std()) - 1) < 1e-3
-  again = demo._digits(3)[1][0]
+  again = digits._digits(3)[1][0]
   np.testing.assert_array_equal(test_images, again)
 
 
 def test_a_changed_bit_is_noticed():
   tree = {'a': np.zeros(3, np.float32), 'b': np.ones(2, np.float32)}
-  demo._check_identical(tree, dict(tree))
+  digits._check_identical(tree, dict(tree))
   with pytest.raises(RuntimeError, match=r"\['b'\]"):
-    demo._check_identical(tree | {'b': -tree['b']}, tree)
+    digits._check_identical(tree | {'b': -tree['b']}, tree)
   with pytest.raises(RuntimeError, match=r"\['a'\]"):
-    demo._check_identical(tree | {'a': -tree['a']}, tree)  # -0.0 is not 0.0
+    digits._check_identical(tree | {'a': -tree['a']}, tree)  # -0.0 is not 0.0
 
 
 def test_without_scikit_learn_the_error_names_the_extra(monkeypatch):
   monkeypatch.setitem(sys.modules, 'sklearn.datasets', None)
   with pytest.raises(ValueError, match=r'opq_jax\[demo\]'):
-    demo.run()
+    digits.run()

@@ -1,0 +1,185 @@
+"""`opq compress`: weights of any kind to an .opq file."""
+
+import argparse
+import textwrap
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the options of `opq compress`, and the names of the known networks."""
+  from opq_jax import models
+  from opq_jax.allocation.allocator import DEFAULT_COMPRESSION_RATE, OBJECTIVES
+
+  names = ' '.join(models.names())
+  parser.description = f'{parser.description}\nnetworks:\n' + textwrap.fill(
+    names, 79, initial_indent='  ', subsequent_indent='  '
+  )
+  parser.add_argument('input', metavar='IN', help='weights: a file, or the folder of a checkpoint')
+  parser.add_argument('output', metavar='OUT', help='the .opq file; replaced if it exists')
+  parser.add_argument(
+    '--fast',
+    action='store_true',
+    help='encode faster, into a larger file: no context modelling of neighbouring codes',
+  )
+  parser.add_argument(
+    '--trellis',
+    action='store_true',
+    help='choose codes along a trellis: less error in a file of the same size (not for a network '
+    'that is finetuned; holds all weights in memory; not with --sparsity and --bits)',
+  )
+  add = parser.add_argument_group('network').add_argument
+  add('--model', metavar='NAME', help='import the weights of this network; see above')
+  add(
+    '--source',
+    metavar='NAME',
+    help='framework of the weights (default: detected from tensor names)',
+  )
+  add(
+    '--num-classes',
+    type=int,
+    metavar='N',
+    help='number of logits (default: all); one fewer than IN has drops the first, '
+    "TensorFlow's background class",
+  )
+  add(
+    '--no-correction',
+    action='store_true',
+    help='do not correct BatchNorm, for a network that is finetuned afterwards',
+  )
+  add(
+    '--feedback',
+    action='store_true',
+    help="minimise each layer's output error instead of each weight's (slower; not with "
+    '--sparsity and --bits; no data required)',
+  )
+  add(
+    '--inference-only',
+    action='store_true',
+    help='a smaller file that cannot be finetuned: two BatchNorm vectors instead of four, vectors '
+    'rounded to bfloat16',
+  )
+  add = parser.add_argument_group('targets').add_argument
+  add(
+    '--rate',
+    type=float,
+    metavar='R',
+    help=f'32 over the bits per weight of the compressed leaves (default '
+    f'{DEFAULT_COMPRESSION_RATE:g})',
+  )
+  add(
+    '--bits-per-weight',
+    type=float,
+    metavar='B',
+    help='bits per weight of the compressed leaves, with tables and escaped weights',
+  )
+  add(
+    '--file-rate',
+    type=float,
+    metavar='R',
+    help='size of IN over size of OUT, everything counted',
+  )
+  add('--sparsity', type=float, metavar='P', help='share of the weights to prune; with --bits')
+  add(
+    '--bits',
+    type=float,
+    metavar='B',
+    help='mean bits of a weight that is not pruned; with --sparsity',
+  )
+  add(
+    '--objective',
+    choices=OBJECTIVES,
+    default=OBJECTIVES[0],
+    help='error that the allocation minimises over all layers (default: %(default)s)',
+  )
+  add = parser.add_argument_group('leaves').add_argument
+  globs: dict[str, Any] = {'nargs': '+', 'action': 'extend', 'default': [], 'metavar': 'GLOB'}
+  add(
+    '--include',
+    **globs,
+    help='compress only leaves whose path matches one of these; each must match some leaf',
+  )
+  add('--exclude', **globs, help='store leaves whose path matches one of these as they are')
+  add(
+    '--channel-axis',
+    choices=('auto', 'first', 'last'),
+    default='auto',
+    help='axis of the output channels: detected from names (PyTorch: first), or the same for all '
+    'leaves (default: %(default)s)',
+  )
+
+
+def run(arguments: argparse.Namespace) -> None:
+  """Compresses IN into OUT and prints what became of every leaf."""
+  import opq_jax
+  from opq_jax.allocation.allocator import DEFAULT_COMPRESSION_RATE, check_file_rate
+  from opq_jax.cli.outputs import check_output
+  from opq_jax.cli.targets import targets_text
+  from opq_jax.importers import networks
+  from opq_jax.weights import files as weight_files
+  from opq_jax.weights import stored_leaves
+
+  source = Path(arguments.input)
+  check_output(source, Path(arguments.output))
+  _check_options(arguments)
+  is_known = arguments.model is not None or networks.identity_of(source) is not None
+  # kernels of known networks are Flax's
+  mode: weight_files.ChannelMode = 'last' if is_known else arguments.channel_axis
+  axis = partial(weight_files.channel_axis, mode=mode)
+  targets = {
+    'sparsity': arguments.sparsity,
+    'bits': arguments.bits,
+    'compression_rate': arguments.rate,
+    'bits_per_weight': arguments.bits_per_weight,
+    'file_rate': arguments.file_rate,
+  }
+  targets = {name: value for name, value in targets.items() if value is not None}
+  targets = targets or {'compression_rate': DEFAULT_COMPRESSION_RATE}
+  metadata = {
+    'weights': source.name,
+    'targets': targets_text(targets),
+    'objective': arguments.objective,
+    'channel_axis': mode,
+    'opq_jax': opq_jax.__version__,
+  }
+  if arguments.file_rate is not None:
+    check_file_rate(*(targets.pop('file_rate'), *targets.values()))
+    targets = {'file_rate': arguments.file_rate}
+  if not is_known and not arguments.trellis and stored_leaves.is_streamable(source):
+    from opq_jax.cli import leaf_by_leaf
+
+    leaf_by_leaf.compress(arguments, targets, axis, metadata)
+  else:
+    from opq_jax.cli import in_memory
+
+    in_memory.compress(arguments, is_known, targets, axis, metadata)
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+  """Refuses options that do not go together.
+
+  Raises:
+    ValueError: an option needs another one, or excludes it.
+  """
+  needs_model = {
+    '--source': arguments.source is not None,
+    '--num-classes': arguments.num_classes is not None,
+    '--no-correction': arguments.no_correction,
+    '--feedback': arguments.feedback,
+    '--inference-only': arguments.inference_only,
+  }
+  if arguments.model is None:
+    for option, is_given in needs_model.items():
+      if is_given:
+        raise ValueError(f'{option} needs --model')
+  for option, is_given in (('--feedback', arguments.feedback), ('--trellis', arguments.trellis)):
+    if is_given and (arguments.bits, arguments.sparsity) != (None, None):
+      raise ValueError(f'{option}: found it together with --sparsity or --bits, expected --rate')
+  if arguments.trellis and arguments.fast:
+    raise ValueError('--trellis: found it together with --fast, expected one of them')
+  if arguments.model is not None and arguments.channel_axis == 'first':
+    raise ValueError(
+      '--channel-axis: found first with --model, expected last: a network is compressed as Flax '
+      'has it'
+    )

@@ -1,0 +1,42 @@
+"""Consoles, one-line messages on stderr, and warnings as such messages."""
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from opq_jax.report import tables
+
+
+def console(stream: Any) -> Console:
+  """A console on a stream; one that is no terminal is as wide as the tables need."""
+  return Console(file=stream, width=None if stream.isatty() else tables.WIDTH)
+
+
+def complain(text: str, style: str = 'red') -> None:
+  """Prints one line on stderr."""
+  line = tables.visible(' '.join(text.split()))
+  console(sys.stderr).print(Text(f'opq: {line}', style=style), soft_wrap=True)
+
+
+def note(text: str) -> None:
+  """Prints one line on stderr about a result that differs from what was asked."""
+  complain(f'note: {text}', style='yellow')
+
+
+@contextlib.contextmanager
+def collected_warnings() -> Iterator[list[str]]:
+  """Collects the texts of UserWarnings, each once, into the list that it gives.
+
+  Warnings about the fit of the Laplace density are left out, because the table marks such leaves.
+  """
+  texts: list[str] = []
+  with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always', UserWarning)
+    yield texts
+  messages = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
+  texts += dict.fromkeys(text for text in messages if not text.startswith('the Laplace density'))

@@ -1,0 +1,48 @@
+"""`opq decompress`: the decoded weights of a file as plain arrays."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the options of `opq decompress`."""
+  parser.add_argument('file', metavar='FILE', help='an .opq file')
+  parser.add_argument('output', metavar='OUT', help='the .safetensors file; replaced if it exists')
+  parser.add_argument(
+    '--to',
+    choices=('source', 'flax'),
+    help='names under which the weights of a known network are written (default: source, the '
+    'framework that they came from)',
+  )
+
+
+def run(arguments: argparse.Namespace) -> None:
+  """Writes the weights of a file as safetensors."""
+  from rich.text import Text
+
+  from opq_jax import importers
+  from opq_jax.cli.console import console
+  from opq_jax.cli.outputs import check_output
+  from opq_jax.file.artifact import OpqFile
+  from opq_jax.importers import networks
+  from opq_jax.weights import files as weight_files
+
+  source, output = Path(arguments.file), Path(arguments.output)
+  check_output(source, output)
+  with OpqFile(source) as file:
+    identity = networks.identity(file.metadata)
+    params, _ = file.load()
+  names = 'the names in the file'
+  if identity is None or arguments.to == 'flax':
+    if arguments.to == 'source':
+      raise ValueError(
+        f'--to: found no name of a network in {source}, expected a file made with --model'
+      )
+  else:
+    params = importers.to_tensors(identity.name, params, identity.source)
+    names = f'the names of {identity.source}'
+  weight_files.write_safetensors(output, params)
+  size = os.stat(output).st_size
+  console(sys.stdout).print(Text(f'{output}: {size:,} bytes, by {names}'))

@@ -1,0 +1,118 @@
+"""What `opq --help` and `opq COMMAND --help` say around the lists of options."""
+
+OPQ = """\
+Compresses neural networks: one-shot pruning and quantization from the weights
+alone, without data or finetuning, into small .opq files."""
+
+OPQ_EXAMPLES = """\
+examples:
+  opq compress resnet50.safetensors resnet50.opq
+      3.2 bits per weight instead of 32
+  opq compress model.pth model.opq --bits-per-weight 2
+      2 bits per weight
+  opq compress --model resnet50 resnet50.pth resnet50.opq
+      a known network: its BatchNorm is corrected too
+  opq inspect model.opq
+      list the leaves and the four sizes
+  opq verify model.opq --against model.safetensors
+      recompute every claim of the file
+  opq decompress model.opq model.safetensors
+      back to plain arrays
+  opq demo
+      a tour in a minute
+
+`opq COMMAND --help` describes a command.
+"""
+
+COMPRESS = """\
+Reads weights, prunes and quantizes every floating-point leaf of two or more
+dimensions, and writes an .opq file. All other leaves (biases, BatchNorm) are
+stored bit for bit.
+
+IN is a .safetensors, .npz, .msgpack (Flax), .pt or .pth (needs torch), .h5 or
+.keras (needs h5py) or .opq file, or the folder of an Orbax checkpoint. float64
+leaves are compressed as float32.
+
+With --model, IN holds the weights of one of the networks below, from any
+framework that has it. The file then records which network it holds, so it can
+be evaluated, and decompressed under the original framework's names. Pruning
+and quantization shift the inputs of BatchNorm, so its statistics are corrected
+as well; this needs no data. Without the correction a network of few bits per
+weight is not usable before finetuning. Paths of leaves are those of Flax
+(params/conv_1/kernel).
+"""
+
+COMPRESS_EXAMPLES = """\
+examples:
+  opq compress model.safetensors model.opq
+      32 / 10 = 3.2 bits per weight; pruning and quantization chosen jointly
+  opq compress model.safetensors model.opq --bits-per-weight 2
+      2 bits per weight, the same as --rate 16
+  opq compress model.safetensors model.opq --file-rate 8
+      a file 8 times smaller than IN, everything counted
+  opq compress model.safetensors model.opq --sparsity 0.74 --bits 3
+      the paper's two targets: 74 % pruned, 3 bits per surviving weight
+  opq compress model.pth model.opq --exclude '*embed*' 'fc.*'
+      keep embeddings and the last layer as they are
+  opq compress checkpoints/ model.opq --include 'params/*'
+      compress only params of an Orbax CheckpointManager's latest step
+  opq compress --model resnet50 resnet50.pth resnet50.opq
+      detects the framework; the file records it
+  opq compress --model resnet20 --feedback --rate 16 net.pth net.opq
+      a more accurate network in a file of the same size
+  opq compress --model resnet20 --trellis --feedback --rate 16 net.pth net.opq
+      more accurate still
+  opq compress --model resnet20 --inference-only net.pth net.opq
+      about a tenth smaller where the network is small
+  opq compress --model resnet50 --source timm resnet50_a1.pth resnet50.opq
+      timm uses torchvision's names, but another preprocessing
+"""
+
+INSPECT = """\
+Lists the leaves and the four sizes of an .opq file. Reads every byte and checks
+every checksum."""
+
+INSPECT_EXAMPLES = """\
+examples:
+  opq inspect model.opq
+  opq inspect model.opq --json | jq .totals.file_rate
+"""
+
+VERIFY = """\
+Recomputes every claim of an .opq file from the original weights: names, shapes,
+dtypes, the code of every weight, errors and sizes, and that all other leaves
+are stored bit for bit. The exit code is 1 if a claim does not hold."""
+
+VERIFY_EXAMPLES = """\
+examples:
+  opq verify model.opq --against model.safetensors
+  opq verify model.opq --against model.safetensors --json | jq '.problems[]'
+  opq verify resnet50.opq --against resnet50.pth
+      for a file made with --model: imports the weights again and repeats the
+      BatchNorm correction; for one made with --feedback or --trellis, chooses
+      the codes again (on a platform that rounds as the first one did)
+"""
+
+DECOMPRESS = """\
+Writes the decoded weights as a .safetensors file. A file made with --model is
+written under the names that its weights came with."""
+
+DECOMPRESS_EXAMPLES = """\
+examples:
+  opq decompress model.opq model.safetensors
+      arrays by name; names of a nested tree are joined by '/'
+  opq decompress resnet50.opq resnet50.safetensors
+      for a file made with --model: the names of the original framework
+  opq decompress --to flax resnet50.opq resnet50.safetensors
+      Flax's names: params/stem/kernel, batch_stats/stem_bn/mean, ...
+"""
+
+DEMO = """\
+Trains a small network on handwritten digits, compresses, finetunes, writes,
+reads and evaluates it. Needs scikit-learn: pip install opq_jax[demo]."""
+
+DEMO_EXAMPLES = """\
+examples:
+  opq demo
+  opq demo --seed 1 --rate 16 --output digits.opq
+"""

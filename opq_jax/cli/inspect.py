@@ -1,0 +1,36 @@
+"""`opq inspect`: the leaves, the metadata and the four sizes of a file."""
+
+import argparse
+import json
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the options of `opq inspect`."""
+  parser.add_argument('file', metavar='FILE', help='an .opq file')
+  parser.add_argument(
+    '--json', action='store_true', help='print totals and leaves as JSON, for programs'
+  )
+
+
+def run(arguments: argparse.Namespace) -> None:
+  """Prints a table of a file's leaves, or JSON."""
+  from rich.text import Text
+
+  from opq_jax.cli.console import console
+  from opq_jax.cli.json_reports import sizes_as_json
+  from opq_jax.cli.leaves import channel_axis
+  from opq_jax.file.artifact import OpqFile
+  from opq_jax.report import sizes, tables
+
+  with OpqFile(arguments.file) as file:
+    metadata = file.metadata
+  report = sizes.file_report(arguments.file, channel_axis=channel_axis(metadata))
+  if arguments.json:
+    print(json.dumps(sizes_as_json(arguments.file, metadata, report), indent=2))
+    return
+  stdout = console(sys.stdout)
+  stdout.print(sizes.size_table(report), sizes.four_sizes(report))
+  for key, value in metadata.items():
+    stdout.print(Text(tables.visible(f'{key}: {value}'), style='dim'))
+  stdout.print(Text(f'{arguments.file}: all {report.file:,} bytes read, all checksums hold'))

@@ -1,0 +1,59 @@
+"""What `--json` prints of a file's sizes and of its verification."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from opq_jax.report.sizes import SizeReport
+from opq_jax.report.verification import Verification
+
+_TOTALS = (
+  *('weights', 'survivors', 'sparsity', 'escaped', 'original', 'as_float32', 'nominal', 'packed'),
+  *('entropy', 'file', 'headers', 'bits_per_weight', 'dead_leaves', 'dead_channels', 'dead_rows'),
+)
+_RATES = {
+  'nominal_rate': 'compressed leaves in float32',
+  'packed_rate': 'compressed leaves in float32',
+  'entropy_rate': 'compressed leaves in float32',
+  'file_rate': 'all leaves as they came',
+}
+"""The bytes that each rate is relative to."""
+
+
+def sizes_as_json(path: str, metadata: Mapping[str, str], report: SizeReport) -> dict[str, Any]:
+  """Returns the sizes of a file and of its leaves, for `json.dumps`."""
+  return {
+    'path': path,
+    'metadata': metadata,
+    'totals': _totals(report),
+    'compressed': [dataclasses.asdict(leaf) for leaf in report.compressed],
+    'uncompressed': [dataclasses.asdict(leaf) for leaf in report.uncompressed],
+  }
+
+
+def verification_as_json(
+  path: str, against: str, metadata: Mapping[str, str], verified: Verification
+) -> dict[str, Any]:
+  """Returns what a verification found, for `json.dumps` without infinities."""
+  # the relative error of a leaf of zeros that was decoded to anything else is infinite
+  finite = lambda leaf: {
+    name: value if not isinstance(value, float) or math.isfinite(value) else None
+    for name, value in dataclasses.asdict(leaf).items()
+  }
+  return {
+    'path': path,
+    'against': against,
+    'metadata': metadata,
+    'holds': verified.holds,
+    'problems': verified.problems,
+    'exact': verified.exact,
+    'corrected': verified.corrected,
+    'compressed': [finite(leaf) for leaf in verified.compressed],
+    'totals': verified.report and _totals(verified.report),
+  }
+
+
+def _totals(report: SizeReport) -> dict[str, Any]:
+  totals = {name: getattr(report, name) for name in (*_TOTALS, *_RATES)}
+  return {**totals, 'rates_are_against': _RATES}

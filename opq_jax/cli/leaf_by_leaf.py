@@ -1,0 +1,58 @@
+"""`opq compress` of a tree that need not fit into memory."""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.text import Text
+
+from opq_jax.cli.console import collected_warnings, console, note
+from opq_jax.cli.leaves import chosen_paths
+from opq_jax.cli.stages import timed_stages
+from opq_jax.core import trees
+from opq_jax.report import sizes, tables
+from opq_jax.weights import stored_leaves, streaming
+
+
+def compress(
+  arguments: argparse.Namespace,
+  targets: Mapping[str, float],
+  axis: Callable[[str, Any], int],
+  metadata: Mapping[str, str],
+) -> None:
+  """Reads, encodes and writes one leaf after the other, and prints the table of the whole.
+
+  Args:
+    arguments: of `opq compress`.
+    targets: as `opq_jax.allocate` or `file_rate` takes them.
+    axis: path, leaf -> the axis of its output channels.
+    metadata: of the file.
+  """
+  source, output = Path(arguments.input), Path(arguments.output)
+  stdout = console(sys.stdout)
+  tree = stored_leaves.open_weights(source)
+  chosen = chosen_paths(tree, arguments.include, arguments.exclude)
+  leaves = [
+    leaf.narrowed() if name in chosen else leaf for name, leaf in trees.named_leaves(tree).items()
+  ]
+  tree = jax.tree.unflatten(jax.tree.structure(tree), leaves)
+  with timed_stages(stdout) as stage, collected_warnings() as notes:
+    done = streaming.compress(
+      tree,
+      output,
+      compressible=lambda path, _: path in chosen,
+      channel_axis=axis,
+      metadata=metadata,
+      contexts=not arguments.fast,
+      objective=arguments.objective,
+      stage=stage,
+      **targets,
+    )
+  for text in notes:
+    note(text)
+  report = done.report
+  stdout.print(tables.summary(tree, done.allocation), sizes.four_sizes(report))
+  stdout.print(Text(f'{output}: {report.file:,} bytes, {report.file_rate:.2f} times smaller'))

@@ -1,0 +1,38 @@
+"""Progress and wall clock of a command's stages."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from opq_jax.cli.console import console
+
+Stage = Callable[[str], contextlib.AbstractContextManager]
+"""`with stage('read'): ...` runs a stage under that name; stages of one name add up."""
+
+
+@contextlib.contextmanager
+def timed_stages(stdout: Console) -> Iterator[Stage]:
+  """Shows progress on stderr while stages run, and prints one line of their times at the end."""
+  times: dict[str, float] = {}
+  columns = SpinnerColumn(), TextColumn('{task.description}'), TimeElapsedColumn()
+  stderr = console(sys.stderr)
+  # even a transient display leaves a blank line in a file
+  with Progress(
+    *columns, console=stderr, transient=True, disable=not stderr.is_terminal
+  ) as progress:
+
+    @contextlib.contextmanager
+    def stage(name: str) -> Iterator[None]:
+      task, begin = progress.add_task(name, total=1), time.perf_counter()
+      yield
+      progress.update(task, completed=1)
+      times[name] = times.get(name, 0) + time.perf_counter() - begin
+
+    yield stage
+  lines = [f'{name} {seconds:.1f} s' for name, seconds in times.items()]
+  stdout.print(Text(', '.join(lines), style='dim'))

@@ -1,0 +1,67 @@
+"""`opq verify`: a file against the weights that it was made of."""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+_MAX_PROBLEMS = 20  # lines on stderr; more would hide the first
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds the options of `opq verify`."""
+  parser.add_argument('file', metavar='FILE', help='an .opq file')
+  parser.add_argument(
+    '--against',
+    metavar='WEIGHTS',
+    required=True,
+    help='the original weights: a file, or the folder of an Orbax checkpoint',
+  )
+  parser.add_argument(
+    '--json',
+    action='store_true',
+    help='print the verdict, problems and leaves as JSON, for programs',
+  )
+
+
+def run(arguments: argparse.Namespace) -> int:
+  """Prints what holds and what does not; returns the exit code."""
+  from rich.text import Text
+
+  from opq_jax.cli.console import complain, console
+  from opq_jax.cli.json_reports import verification_as_json
+  from opq_jax.cli.leaves import channel_axis
+  from opq_jax.cli.recomputation import recomputed
+  from opq_jax.file.artifact import OpqFile
+  from opq_jax.report import sizes, verification
+
+  path, against = arguments.file, arguments.against
+  with OpqFile(path) as file:
+    metadata = file.metadata
+  expected = recomputed(path, against)
+  verified = verification.verify(
+    path,
+    expected.params,
+    coded=expected.coded,
+    corrected=expected.corrected,
+    channel_axis=channel_axis(metadata),
+  )
+  if arguments.json:
+    report: dict[str, Any] = verification_as_json(path, against, metadata, verified)
+    print(json.dumps(report, indent=2, allow_nan=False))
+    return 0 if verified.holds else 1
+  stdout = console(sys.stdout)
+  stdout.print(verified)
+  if verified.report is not None:
+    stdout.print(sizes.four_sizes(verified.report))
+  if verified.holds:
+    stdout.print(Text(f'{path}: every claim holds against {against}'))
+    return 0
+  for problem in verified.problems[:_MAX_PROBLEMS]:
+    complain(problem)
+  more = len(verified.problems) - _MAX_PROBLEMS
+  complain(
+    f'{path} does not hold what it claims'
+    + (f'; {more} more problems like these' if more > 0 else '')
+  )
+  return 1
