@@ -1,15 +1,20 @@
-"""Weights of other frameworks as variables of `opq_jax.models`; one module per framework."""
+"""Weights of other frameworks as variables of `opq_jax.models`; one module a framework."""
 
-from opq_jax.importers import keras, tf_slim, torch
-from opq_jax.importers.conversion import Source
-from opq_jax.importers.registry import (
-  Imported,
-  from_tensors,
-  from_variables,
-  load,
-  sources,
-  to_tensors,
-)
+from typing import TYPE_CHECKING
+
+from opq_jax.core import lazy
+
+if TYPE_CHECKING:
+  from opq_jax.importers import keras, tf_slim, torch
+  from opq_jax.importers.layouts import Source
+  from opq_jax.importers.registry import (
+    Imported,
+    from_tensors,
+    from_variables,
+    load,
+    sources,
+    to_tensors,
+  )
 
 __all__ = [
   'Imported',
@@ -23,3 +28,11 @@ __all__ = [
   'to_tensors',
   'torch',
 ]
+
+_REGISTRY = ('Imported', 'from_tensors', 'from_variables', 'load', 'sources', 'to_tensors')
+
+__getattr__, __dir__ = lazy.attributes(
+  __name__,
+  {'Source': 'layouts', **dict.fromkeys(_REGISTRY, 'registry')},
+  submodules=('keras', 'tf_slim', 'torch'),
+)

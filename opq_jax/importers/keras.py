@@ -1,38 +1,35 @@
 """Weights of `keras.applications`: ResNet50, VGG16, MobileNet and MobileNetV2.
 
-Keras' kernels are HWIO and its dense ones [in, out], as Flax's are; a depthwise kernel has its
-last two axes the other way round.  Two things differ in ResNet50 and VGG16, which Keras has from
-Caffe:
+Kernels are HWIO, those of dense layers [in, out], as in Flax; a depthwise kernel has its last two
+axes exchanged.  ResNet50 and VGG16 come from Caffe and differ in two more ways:
 
-  * Images have blue first.  The first kernel's input channels are turned around instead, so that
-    the network sees them as every other here does: exactly the same sum in another order.
-  * ResNet50's convolutions have a bias b in front of a BatchNorm of running mean m.  Since
-    (x + b) - m = x - (m - b), the mean takes the bias over; `opq_jax.models.ResNet` has none.
-    Weights that go home have biases of zero.
+  * Their images are BGR.  The importer reverses the input channels of the first kernel instead, so
+    that the network reads RGB images.
+  * ResNet50's convolutions have a bias b before a BatchNorm of running mean m.  Since
+    (x + b) - m = x - (m - b), the bias is subtracted from the mean; `opq_jax.models.ResNet` has no
+    such bias.  Exported weights have biases of zero.
 
-MobileNet's convolutions of stride 2 pad the right and the bottom by 1, as 'SAME' does for maps of
-even size: those of 224 pixels, and of all multiples of 32.
+MobileNet's convolutions of stride 2 pad the right and the bottom by 1, which equals 'SAME' for maps
+of even size: images of 224 pixels, or any multiple of 32.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 
 from opq_jax.data import datasets as data
-from opq_jax.importers.conversion import Layer, Layout, Leaf, Source
+from opq_jax.importers.layouts import Layer, Layout, Leaf, Source, Tensors
 
 _NORM = {'scale': 'gamma', 'bias': 'beta', 'mean': 'moving_mean', 'var': 'moving_variance'}
 _CONV, _MEAN = '_conv/', '_bn/moving_mean'
 
-Tensors = Mapping[str, np.ndarray]
-
 
 def place(layer: Layer, leaf: Leaf) -> tuple[str, Layout]:
-  """The name and the layout of a leaf in a file, as `opq_jax.read_weights` names it.
+  """Returns the name, as `opq_jax.weights.read_weights` returns it, and the layout of a leaf.
 
   >>> place(Layer('conv1', 'conv1_bn'), Leaf('var', (32,), is_norm=True))[0]
   'conv1_bn/moving_variance'
-  >>> place(Layer('conv_dw_1'), Leaf('kernel', (3, 3, 1, 32), is_depthwise=True))[1].theirs
+  >>> place(Layer('conv_dw_1'), Leaf('kernel', (3, 3, 1, 32), is_depthwise=True))[1].source_shape
   (3, 3, 32, 1)
   """
   if leaf.is_norm:
@@ -40,47 +37,48 @@ def place(layer: Layer, leaf: Leaf) -> tuple[str, Layout]:
   name = f'{layer.weights}/{leaf.kind}'
   if leaf.is_depthwise:
     return name, Layout.transposed(leaf.shape, (0, 1, 3, 2))
-  # MobileNet's head is a convolution there
+  # the last layer of Keras' MobileNet is a 1x1 convolution
   is_conv = layer.weights == 'conv_preds' and leaf.kind == 'kernel'
   return name, Layout.reshaped(leaf.shape, (1, 1, *leaf.shape) if is_conv else leaf.shape)
 
 
-def turned(first: str) -> Callable[[Tensors], dict[str, np.ndarray]]:
-  """A function that turns the input channels of the first kernel around; its own inverse.
+def reverse_channels(first: str) -> Callable[[Tensors], dict[str, np.ndarray]]:
+  """Returns a function that exchanges BGR and RGB in a network's first kernel; its own inverse.
 
   >>> kernel = np.arange(6).reshape(1, 1, 3, 2)
-  >>> turned('stem/kernel')({'stem/kernel': kernel})['stem/kernel'].tolist()
+  >>> reverse_channels('stem/kernel')({'stem/kernel': kernel})['stem/kernel'].tolist()
   [[[[4, 5], [2, 3], [0, 1]]]]
   """
 
-  def turn(tensors: Tensors) -> dict[str, np.ndarray]:
+  def reverse(tensors: Tensors) -> dict[str, np.ndarray]:
     kernel = tensors.get(first, np.zeros(0))
     return {**tensors, first: kernel[:, :, ::-1]} if np.ndim(kernel) == 4 else dict(tensors)
 
-  return turn
+  return reverse
 
 
-_turn_resnet, _turn_vgg = turned('conv1_conv/kernel'), turned('block1_conv1/kernel')
+_reverse_resnet = reverse_channels('conv1_conv/kernel')
+_reverse_vgg = reverse_channels('block1_conv1/kernel')
 
 
 def without_biases(tensors: Tensors) -> dict[str, np.ndarray]:
-  """ResNet50's tensors with the biases in the running means, and red first.
+  """Returns ResNet50's tensors for RGB images, with the biases inside the running means.
 
   >>> tensors = {'a_conv/bias': np.ones(2), 'a_bn/moving_mean': np.array([3.0, 4.0])}
   >>> without_biases(tensors)
   {'a_bn/moving_mean': array([2., 3.])}
   """
-  folded = _turn_resnet(tensors)
+  folded = _reverse_resnet(tensors)
   for name in [name for name in folded if name.endswith(f'{_CONV}bias')]:
     mean = name.removesuffix(f'{_CONV}bias') + _MEAN
-    # what does not fit stays, for the importer to name it
+    # a bias that fits no mean stays, so that the importer's error names it
     if mean in folded and np.shape(folded[mean]) == np.shape(folded[name]):
       folded[mean] = folded[mean] - folded.pop(name)
   return folded
 
 
 def with_biases(tensors: Tensors) -> dict[str, np.ndarray]:
-  """ResNet50's tensors with biases of zero, and blue first.
+  """Returns ResNet50's tensors for BGR images, with biases of zero.
 
   >>> sorted(with_biases({'a_conv/kernel': np.ones((1, 1, 8, 2), np.float32)}))
   ['a_conv/bias', 'a_conv/kernel']
@@ -90,7 +88,7 @@ def with_biases(tensors: Tensors) -> dict[str, np.ndarray]:
     name.removesuffix('kernel') + 'bias': np.zeros(np.shape(kernel)[-1:], kernel.dtype)
     for name, kernel in kernels.items()
   }
-  return _turn_resnet(tensors) | biases
+  return _reverse_resnet(tensors) | biases
 
 
 def _resnet(module: str) -> Layer:
@@ -98,7 +96,7 @@ def _resnet(module: str) -> Layer:
 
 
 def _v2_block(number: int, layer: str) -> Layer:
-  """The first block does not expand, and its name says so; the others are counted from it."""
+  """Returns a layer of a block; Keras calls block 1 `expanded_conv` and block 2 `block_1`."""
   module = 'expanded_conv' if number == 1 else f'block_{number - 1}'
   return Layer(f'{module}_{layer}', f'{module}_{layer}_BN')
 
@@ -127,8 +125,8 @@ VGG16 = Source(
   },
   place,
   data.CAFFE,
-  prepare=_turn_vgg,
-  restore=_turn_vgg,
+  prepare=_reverse_vgg,
+  restore=_reverse_vgg,
 )
 
 _TENSORFLOW = {'padding': 'SAME', 'epsilon': 0.001}
@@ -169,3 +167,4 @@ SOURCES: dict[str, tuple[Source, ...]] = {
   'mobilenet_v2': (MOBILENET_V2,),
   'resnet50': (RESNET50,),
 }
+"""The sources of each network of `opq_jax.models`."""

@@ -1,39 +1,41 @@
-"""Weights of any known source by the name of their network."""
+"""Weights of every known framework by the name of their network."""
 
 import os
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import flax.linen as nn
 import numpy as np
 
 from opq_jax import models
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 from opq_jax.importers import conversion, keras, tf_slim, torch
-from opq_jax.importers.conversion import Leaf, Source
+from opq_jax.importers.layouts import Leaf, Source, Tensors
+from opq_jax.models import registry as model_registry
 from opq_jax.weights import files as weight_files
 
+if TYPE_CHECKING:
+  import flax.linen as nn
+
 _FAMILIES = (tf_slim.SOURCES, torch.SOURCES, keras.SOURCES)
-_WRAPPER = 'module.'  # how torch.nn.DataParallel begins every name
+_WRAPPER = 'module.'  # prefix of every name in a checkpoint of torch.nn.DataParallel
 
 
 class Imported(NamedTuple):
-  """A network that computes what its source's does: `model.apply(variables, images)`.
+  """A network with imported weights, run as `model.apply(variables, images)`.
 
   Attributes:
-    model: with the padding, epsilon and stride placement that the weights were trained with.
+    model: the network with the padding, epsilon and stride placement of its training.
     variables: `{'params': …, 'batch_stats': …}`, float32.
-    source: where they are from; its `preprocessing` belongs to them.
+    source: the framework's names, layouts and preprocessing of images.
   """
 
-  model: nn.Module
+  model: 'nn.Module'
   variables: dict[str, Any]
   source: Source
 
 
 def sources(name: str) -> tuple[Source, ...]:
-  """Where weights of a network may come from.
+  """Returns the sources whose weights of a network can be imported.
 
   Raises:
     ValueError: the name is not one of `opq_jax.models.names()`.
@@ -41,7 +43,7 @@ def sources(name: str) -> tuple[Source, ...]:
   >>> [source.name for source in sources('mobilenet_v1')]
   ['tf_slim', 'huggingface', 'timm', 'keras']
   """
-  models.create(name)  # which knows what names there are
+  model_registry.check_name(name)
   return tuple(source for family in _FAMILIES for source in family.get(name, ()))
 
 
@@ -53,28 +55,27 @@ def load(
   num_classes: int | None = None,
   **options: Any,
 ) -> Imported:
-  """A network with the weights in a file, whatever framework they are from.
+  """Returns a network with the weights of a file, from any known framework.
 
       model, variables, source = importers.load('resnet50', 'resnet50.pth')
       logits = model.apply(variables, source.preprocessing(image)[None])
 
   Args:
     name: one of `opq_jax.models.names()`.
-    path: anything that `opq_jax.read_weights` reads.
-    source: the name of one of `sources(name)`; by default, the one whose names the file has most
-      of.  timm and torchvision's second weights have torchvision's names in a ResNet: they differ
-      in preprocessing alone, and only who says so gets theirs.
-    num_classes: logits, by default as many as the file has.  One fewer drops logit 0, which
-      TensorFlow's ImageNet networks (TF-slim's, and what Hugging Face has of them) keep for no
-      class.
+    path: any file that `opq_jax.weights.read_weights` reads.
+    source: the name of one of `sources(name)`; by default the source with the most tensor names in
+      common with the file.  timm and torchvision's second set of ResNet weights use torchvision's
+      names with another preprocessing: name these two sources to get their preprocessing.
+    num_classes: number of logits, by default that of the file.  One fewer drops logit 0, the
+      background class of TensorFlow's ImageNet networks (TF-slim, and Hugging Face's conversions).
     **options: further attributes of the model; see `opq_jax.models.create`.
 
   Returns:
     The model, its variables and the source.
 
   Raises:
-    ValueError: a name is not known, or tensors are missing, not expected or of other shape; the
-      message lists them all.
+    ValueError: a name is unknown, or tensors are missing, unexpected or of another shape; the
+      message lists all of them.
     OSError: the file cannot be read.
   """
   tensors = trees.named_leaves(weight_files.read_weights(path))
@@ -83,13 +84,13 @@ def load(
 
 def from_tensors(
   name: str,
-  tensors: Mapping[str, np.ndarray],
+  tensors: Tensors,
   *,
   source: str | None = None,
   num_classes: int | None = None,
   **options: Any,
 ) -> Imported:
-  """As `load`, from the tensors by their names.
+  """Returns a network with the given tensors as weights; see `load`.
 
   >>> from_tensors('resnet20', {'conv1.weight': np.zeros((16, 3, 3, 3))})  # doctest: +ELLIPSIS
   Traceback (most recent call last):
@@ -99,15 +100,15 @@ def from_tensors(
   """
   if tensors and all(key.startswith(_WRAPPER) for key in tensors):
     tensors = {key.removeprefix(_WRAPPER): tensor for key, tensor in tensors.items()}
-  chosen = _recognised(name, tensors) if source is None else _named(name, source)
-  found = _classes(chosen, tensors)
-  has_background = found is not None and num_classes == found - 1
-  if found is not None and (num_classes is None or has_background):
-    options |= {'num_classes': found}
+  chosen = _detected_source(name, tensors) if source is None else _source(name, source)
+  classes = _class_count(chosen, tensors)
+  has_background = classes is not None and num_classes == classes - 1
+  if classes is not None and (num_classes is None or has_background):
+    options |= {'num_classes': classes}
   elif num_classes is not None:
     options |= {'num_classes': num_classes}
   model = models.create(name, **{**chosen.options, **options})
-  variables = conversion.to_variables(model, chosen, tensors, _what(name, chosen, model))
+  variables = conversion.to_variables(model, chosen, tensors, _description(name, chosen, model))
   if has_background:
     model = model.clone(num_classes=num_classes)
     variables = conversion.without_background(variables)
@@ -122,23 +123,23 @@ def from_variables(
   num_classes: int | None = None,
   **options: Any,
 ) -> Imported:
-  """As `load`, from variables of this library, which a file of its own holds.
+  """Returns a network with the given Flax variables, such as those of an `.opq` file.
 
   Args:
     name: one of `opq_jax.models.names()`.
-    variables: of that network; or a flat dict of them by path, `params/head/kernel`.
-    source: the name of one of `sources(name)`, where they once came from.
-    num_classes: as in `load`.
+    variables: variables of that network, or a flat dict of them by path (`params/head/kernel`).
+    source: the name of one of `sources(name)`: the framework that the weights were imported from.
+    num_classes: see `load`.
     **options: further attributes of the model; see `opq_jax.models.create`.
 
   Raises:
-    ValueError: a name is not known, or leaves are missing, not expected or of other shape; the
-      message lists them all.
+    ValueError: a name is unknown, or leaves are missing, unexpected or of another shape; the
+      message lists all of them.
   """
-  chosen = _named(name, source)
-  options |= _own_classes(variables)
+  chosen = _source(name, source)
+  options |= _classes_option(variables)
   model = models.create(name, **{**chosen.options, **options})
-  tree = conversion.checked(model, variables, _what(name, chosen, model))
+  tree = conversion.checked(model, variables, _description(name, chosen, model))
   if num_classes is not None and num_classes == model.num_classes - 1:
     model = model.clone(num_classes=num_classes)
     tree = conversion.without_background(tree)
@@ -151,41 +152,42 @@ def from_variables(
 
 
 def to_tensors(name: str, variables: PyTree, source: str, **options: Any) -> dict[str, np.ndarray]:
-  """The way back: variables, compressed ones too, as a source's named tensors.
+  """Returns variables, compressed or not, as the named tensors of a framework.
 
       tensors = importers.to_tensors('resnet50', compressed, 'torchvision')
       torch_model.load_state_dict({key: torch.from_numpy(t) for key, t in tensors.items()})
 
   Args:
     name: one of `opq_jax.models.names()`.
-    variables: of that network, with any number of classes.
+    variables: variables of that network, with any number of classes.
     source: the name of one of `sources(name)`.
-    **options: attributes of the model, if `load` was given any.
+    **options: the attributes of the model that `load` was given.
 
   Returns:
-    The tensors by their names, float32 and bit for bit those of `variables`.  BatchNorm's
-    `num_batches_tracked` is not among them; PyTorch does without.  Keras' are `<layer>/<weight>`,
-    for `layer.set_weights([tensors[f'{layer.name}/{weight.name}'] for weight in layer.weights])`.
+    The tensors by name, float32, with the bits of `variables`.  BatchNorm's `num_batches_tracked`
+    is left out: PyTorch does not need it.  Tensors of Keras are named `<layer>/<weight>`, for
+    `layer.set_weights([tensors[f'{layer.name}/{weight.name}'] for weight in layer.weights])`.
 
   Raises:
-    ValueError: a name is not known, or leaves are missing, not expected or of other shape; the
-      message lists them all.
+    ValueError: a name is unknown, or leaves are missing, unexpected or of another shape; the
+      message lists all of them.
   """
-  chosen = _named(name, source)
-  options |= _own_classes(variables)
+  chosen = _source(name, source)
+  options |= _classes_option(variables)
   model = models.create(name, **{**chosen.options, **options})
-  return conversion.to_tensors(model, chosen, variables, _what(name, chosen, model))
+  return conversion.to_tensors(model, chosen, variables, _description(name, chosen, model))
 
 
-def _named(name: str, source: str) -> Source:
+def _source(name: str, source: str) -> Source:
+  """Returns a source of a network by its name, checked."""
   known = {candidate.name: candidate for candidate in sources(name)}
   if source not in known:
     raise ValueError(f'source: found {source!r}, expected one of {", ".join(known)} for {name}')
   return known[source]
 
 
-def _recognised(name: str, tensors: Mapping[str, np.ndarray]) -> Source:
-  """The source that gives the most tensors the names which they have."""
+def _detected_source(name: str, tensors: Tensors) -> Source:
+  """Returns the source with the most tensor names in common with `tensors`; on ties the first."""
   candidates = sources(name)
   shapes = models.variable_shapes(models.create(name))
   names = [[key for key, _ in source.places(shapes).values()] for source in candidates]
@@ -200,18 +202,19 @@ def _recognised(name: str, tensors: Mapping[str, np.ndarray]) -> Source:
   return candidates[shared.index(max(shared))]
 
 
-def _classes(source: Source, tensors: Mapping[str, np.ndarray]) -> int | None:
-  """How many logits the tensors have, None if that of their bias is not among them."""
+def _class_count(source: Source, tensors: Tensors) -> int | None:
+  """Returns the number of logits, None if the tensors lack the bias of the last layer."""
   name, _ = source.place(source.layers['head'](), Leaf('bias', (1,)))
   shape = np.shape(tensors[name]) if name in tensors else ()
   return shape[0] if len(shape) == 1 else None
 
 
-def _own_classes(variables: PyTree) -> dict[str, int]:
-  """How many logits variables have, as an option of their model."""
+def _classes_option(variables: PyTree) -> dict[str, int]:
+  """Returns the number of logits of variables as an option of their model."""
   shape = np.shape(trees.named_leaves(variables).get(conversion.HEAD_BIAS, 0))
   return {'num_classes': shape[0]} if len(shape) == 1 else {}
 
 
-def _what(name: str, source: Source, model: nn.Module) -> str:
+def _description(name: str, source: Source, model: 'nn.Module') -> str:
+  """Returns the words for a source's network in error messages."""
   return f"{source.name}'s {name} ({model.num_classes} classes)"

@@ -1,7 +1,7 @@
-"""Weights of PyTorch networks: torchvision's names, timm's, Hugging Face's, and CIFAR ResNets'.
+"""Weights of PyTorch networks, by the names of torchvision, timm, Hugging Face and akamaster.
 
-PyTorch's kernels are OIHW and its dense ones [out, in].  Where a dense layer reads a flattened
-map, PyTorch flattens [channels, rows, columns] and this library [rows, columns, channels].
+PyTorch's kernels are OIHW, those of dense layers [out, in].  Before a dense layer PyTorch flattens
+a map in the order [channels, rows, columns], Flax in the order [rows, columns, channels].
 """
 
 import bisect
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from opq_jax.data import datasets as data
-from opq_jax.importers.conversion import Layer, Layout, Leaf, Source
+from opq_jax.importers.layouts import Layer, Layout, Leaf, Source
 
 _WEIGHTS = {'kernel': 'weight', 'bias': 'bias'}
 _NORM = {'scale': 'weight', 'bias': 'bias', 'mean': 'running_mean', 'var': 'running_var'}
@@ -20,12 +20,12 @@ Layers = dict[str, Callable[..., Layer]]
 
 
 def place(layer: Layer, leaf: Leaf) -> tuple[str, Layout]:
-  """The name and the layout of a leaf in a state dict.
+  """Returns the name and the layout of a leaf in a state dict.
 
   >>> place(Layer('conv1', 'bn1'), Leaf('var', (64,), is_norm=True))[0]
   'bn1.running_var'
   >>> name, layout = place(Layer('classifier.1', pixels=36), Leaf('kernel', (9216, 4096)))
-  >>> name, layout.view, layout.theirs
+  >>> name, layout.view, layout.source_shape
   ('classifier.1.weight', (36, 256, 4096), (4096, 9216))
   """
   if leaf.is_norm:
@@ -40,7 +40,7 @@ def place(layer: Layer, leaf: Leaf) -> tuple[str, Layout]:
 
 
 def _sequential(weights: str) -> Layer:
-  """A layer of a `torch.nn.Sequential`, which has its BatchNorm in the next place."""
+  """Returns a layer of a `torch.nn.Sequential`, whose BatchNorm has the next index."""
   module, _, index = weights.rpartition('.')
   return Layer(weights, f'{module}.{int(index) + 1}')
 
@@ -60,7 +60,7 @@ _VGG_DENSE_LAYERS: Layers = {
   'head': lambda: Layer('classifier.6'),
 }
 
-# a convolution and its ReLU, or those with a BatchNorm between; a pooling behind every stack
+# indices of a torch.nn.Sequential: convolution, (BatchNorm,) ReLU; a pooling after every stack
 _VGG_LAYERS: Layers = _VGG_DENSE_LAYERS | {
   'conv_#_#': lambda s, n: Layer(f'features.{(0, 5, 10, 17, 24)[s - 1] + 2 * (n - 1)}'),
 }
@@ -101,7 +101,7 @@ _TIMM_V1_LAYERS: Layers = {
   'head': lambda: Layer('classifier'),
 }
 
-# block 1 does not expand, and its other layers are one place further in front
+# block 1 has no expansion: the indices of its other layers are lower by one
 _TORCHVISION_V2_LAYERS: Layers = {
   'stem': lambda: _sequential('features.0.0'),
   'block_#/expand': lambda b: _sequential(f'features.{b}.conv.0.0'),
@@ -121,8 +121,8 @@ _HUGGINGFACE_V2_LAYERS: Layers = {
 
 
 def _timm_block(number: int) -> str:
-  """timm groups the thirteen blocks by the size of their map; this is where each group begins."""
-  starts = (1, 2, 4, 6, 12)
+  """Returns the module of a block; timm groups the 13 blocks by the size of their maps."""
+  starts = (1, 2, 4, 6, 12)  # first block of each group
   group = bisect.bisect(starts, number) - 1
   return f'blocks.{group}.{number - starts[group]}'
 
@@ -132,12 +132,12 @@ def _huggingface_block(number: int) -> str:
 
 
 def _source(name: str, layers: Layers, preprocessing: data.Preprocessing, **options: Any) -> Source:
-  # what is ignored is BatchNorm's count of training steps
+  # BatchNorm's count of training steps is ignored
   return Source(name, layers, place, preprocessing, options, ignored=('num_batches_tracked',))
 
 
 _BICUBIC = dataclasses.replace(data.TORCHVISION, resample='bicubic')
-# torchvision's second set of weights (IMAGENET1K_V2) has the names of the first
+# torchvision's second set of weights (IMAGENET1K_V2) differs in preprocessing, not in names
 _TORCHVISION_2 = dataclasses.replace(data.TORCHVISION, resize=232)
 _TIMM = dataclasses.replace(_BICUBIC, resize=235)
 _TIMM_V1 = dataclasses.replace(data.TF_SLIM, resample='bicubic')
@@ -176,4 +176,4 @@ SOURCES: dict[str, tuple[Source, ...]] = {
     for depth in (20, 32, 44, 56, 110)
   },
 }
-"""The sources of each network's weights; where names are the same, the first is assumed."""
+"""The sources of each network of `opq_jax.models`; of two with equal names the first is assumed."""

@@ -1,7 +1,7 @@
 """AlexNet: five convolutions and three dense layers.
 
 Krizhevsky, "One weird trick for parallelizing convolutional neural networks", 2014, arXiv
-1404.5997: AlexNet on one device, without local response normalisation, as torchvision has it.
+1404.5997: the variant for one device and without local response normalisation, as in torchvision.
 """
 
 import functools
@@ -15,13 +15,13 @@ from opq_jax.models import layers
 
 
 class AlexNet(nn.Module):
-  """AlexNet, with torchvision's adaptive pooling in front of the dense layers.
+  """AlexNet with torchvision's adaptive pooling before the dense layers.
 
   Attributes:
-    num_classes: logits.
-    hidden: outputs of the first two dense layers.
-    dropout: the rate in front of them, in training; see `layers.dropout`.
-    dtype: of the computation, float32 or bfloat16; parameters and logits are float32.
+    num_classes: number of logits.
+    hidden: outputs of each of the first two dense layers.
+    dropout: dropout rate before each of these two layers in training; see `layers.dropout`.
+    dtype: dtype of the computation, float32 or bfloat16; parameters and logits are float32.
 
   >>> import jax
   >>> image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
@@ -39,11 +39,11 @@ class AlexNet(nn.Module):
   def __call__(
     self, x: Float[Array, 'batch height width 3'], train: bool = False
   ) -> Float[Array, 'batch classes']:
-    """Logits of images of at least 63 pixels each way.
+    """Returns the logits of images of at least 63 x 63 pixels.
 
     Args:
-      x: images as `opq_jax.data.datasets.TORCHVISION` prepares them.
-      train: whether dropout may take place.
+      x: images prepared as by `opq_jax.data.datasets.TORCHVISION`.
+      train: enables dropout if `apply` gets `rngs={'dropout': key}`.
     """
     layers.check_images(x)
     layer = functools.partial(layers.conv, padding='HALF', use_bias=True, dtype=self.dtype)

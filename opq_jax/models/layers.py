@@ -1,8 +1,8 @@
-"""The building blocks that all families share.
+"""Building blocks that all families share.
 
-Functions and no modules, for the inside of a compact `__call__`, so that the parameters lie flat
-in the caller: `<name>/kernel`, `<name>_bn/scale`.  The output channel is the last axis of every
-kernel.
+They are functions, called inside a compact `__call__`, and not Linen modules, so that the
+parameters lie flat in the caller: `<name>/kernel`, `<name>_bn/scale`.  The output channel is the
+last axis of every kernel.
 """
 
 import functools
@@ -36,19 +36,20 @@ def conv(
   use_bias: bool = False,
   dtype: Any,
 ) -> Float[Array, 'batch rows columns features']:
-  """A convolution with a square window.
+  """Applies a convolution with a square kernel.
 
   Args:
     x: the input.
-    name: of its parameters.
-    features: output channels; as many as x has if `depthwise`.
-    kernel_size: height and width of the kernel.
-    strides: in both directions.
-    padding: zeros around the image: so many on every side; 'HALF' for kernel_size // 2, as in
-      PyTorch's networks; or 'SAME', TensorFlow's, which for strides of 2 is asymmetric.
-    depthwise: each channel is convolved for itself; the kernel is [rows, columns, 1, channels].
-    use_bias: add one.
-    dtype: of the computation and of the result.
+    name: name of the parameters in the calling module.
+    features: output channels; equal to the channels of x if `depthwise`.
+    kernel_size: height and width of the kernel in pixels.
+    strides: stride in both directions.
+    padding: rows and columns of zeros on every side of the image: a number; 'HALF' for
+      kernel_size // 2, as in PyTorch's networks; or 'SAME' for TensorFlow's rule, which is
+      asymmetric for strides of 2.
+    depthwise: convolves each channel by itself; the kernel is [rows, columns, 1, channels].
+    use_bias: adds a bias.
+    dtype: dtype of the computation and of the result.
   """
   return nn.Conv(
     features,
@@ -75,17 +76,17 @@ def conv_bn(
   dtype: Any,
   **convolution: Any,
 ) -> Float[Array, 'batch rows columns features']:
-  """`activation(BatchNorm(convolution(x)))`.
+  """Computes `activation(BatchNorm(convolution(x)))`.
 
   Args:
     x: the input.
-    name: of the convolution; its BatchNorm gets the suffix `_bn`.
+    name: name of the convolution; its BatchNorm has the suffix `_bn`.
     features: output channels.
-    activation: None leaves BatchNorm's output as it is.
+    activation: applied to BatchNorm's output; None for no activation.
     epsilon: added to the variance.
-    momentum: what a training step keeps of the running statistics.
-    train: normalise by the batch.
-    dtype: of the convolution and of the result; BatchNorm computes in float32.
+    momentum: weight of the old running statistics in a training step.
+    train: normalises by the statistics of the batch instead of the running ones.
+    dtype: dtype of the convolution and of the result; BatchNorm computes in float32.
     **convolution: the other arguments of `conv`.
   """
   x = conv(x, name, features, dtype=dtype, **convolution)
@@ -106,21 +107,21 @@ def depthwise_conv(
   padding: Any,
   **options: Any,
 ) -> Float[Array, 'batch rows_out columns_out channels']:
-  """`jax.lax.conv_general_dilated` of one NHWC channel at a time, quick on the CPU too.
+  """Computes a depthwise `jax.lax.conv_general_dilated` in NHWC, efficiently on the CPU too.
 
-  XLA's CPU backend walks grouped convolutions one number after the other.  There, the same sum
-  over the kernel's positions is written as shifted products, which XLA fuses into one loop over
-  vectors of channels.  Other platforms get the convolution itself.
+  XLA's CPU backend computes grouped convolutions in scalar loops.  On the CPU the sum over the
+  kernel's positions is therefore written as shifted products, which XLA fuses into one loop that
+  is vectorised over the channels.  Other platforms get the convolution itself.
 
   Args:
     x: the input.
-    kernel: one filter per channel.
-    window_strides: of the output's rows and columns.
-    padding: 'SAME', 'VALID' or a pair of amounts per direction.
-    **options: of `jax.lax.conv_general_dilated`, as `flax.linen.Conv` passes them.
+    kernel: one filter a channel.
+    window_strides: strides along rows and columns.
+    padding: 'SAME', 'VALID' or a pair of amounts for each direction.
+    **options: options of `jax.lax.conv_general_dilated`, as `flax.linen.Conv` passes them.
 
   Returns:
-    The output, in the dtype of x; on the CPU summed in float32.
+    The output in the dtype of x; on the CPU it is summed in float32.
 
   Raises:
     ValueError: a dilation is not 1.
@@ -138,7 +139,7 @@ def depthwise_conv(
       (size + sum(pad) - width) // stride
       for size, pad, width, stride in zip(x.shape[1:3], pads, window, window_strides, strict=True)
     )
-    # in bfloat16 the sum would be rounded after every position
+    # float32: a bfloat16 sum would be rounded after every position
     padded = jnp.pad(x, ((0, 0), *pads, (0, 0))).astype(jnp.float32)
     weights = kernel.astype(jnp.float32)
     down, right = window_strides
@@ -158,12 +159,12 @@ def depthwise_conv(
 def max_pool_by_two(
   x: Float[Array, 'batch height width channels'],
 ) -> Float[Array, 'batch rows columns channels']:
-  """The largest of every 2x2 pixels; a last odd row or column is left out.
+  """Returns the maximum of each 2x2 pixels; a last odd row or column is dropped.
 
-  XLA's CPU backend fuses a pooling with the dense layer that reads it into one call of the library
-  YNNPACK, which takes many times as long as both do apart
-  (`experiments/benchmarks/inference_layers.py`).  There, the same maximum is written as that of
-  four subsampled images, which is not fused so.  Other platforms get the pooling itself.
+  XLA's CPU backend fuses a pooling and the dense layer after it into one call of the library
+  YNNPACK, which takes many times as long as the two calls (the benchmark `inference_layers`).  On
+  the CPU the maximum is therefore taken over four subsampled images, which XLA does not fuse this
+  way.  Other platforms get the pooling itself.
 
   >>> max_pool_by_two(jnp.arange(15.0).reshape(1, 3, 5, 1)).ravel().tolist()
   [6.0, 8.0]
@@ -183,10 +184,11 @@ def max_pool_by_two(
 def adaptive_average_pool(
   x: Float[Array, 'batch height width channels'], rows: int, columns: int
 ) -> Float[Array, 'batch rows columns channels']:
-  """PyTorch's `adaptive_avg_pool2d`: means over rows x columns windows that cover the image.
+  """Averages over rows x columns windows that cover the image, like `adaptive_avg_pool2d`.
 
-  Window i of n over a side of s pixels is [floor(i s / n), ceil((i + 1) s / n)): windows of one
-  size where n divides s, overlapping ones elsewhere, and single pixels again where s < n.
+  The definition is PyTorch's: window i of n along a side of s pixels is [floor(i s / n),
+  ceil((i + 1) s / n)).  The windows have one size if n divides s, overlap if it does not, and
+  repeat single pixels if s < n.
 
   >>> x = jnp.arange(5.0).reshape(1, 5, 1, 1)
   >>> adaptive_average_pool(x, 2, 1).ravel().tolist()
@@ -195,7 +197,7 @@ def adaptive_average_pool(
   if x.shape[1:3] == (rows, columns):
     return x
   down, right = (_averages(size, n) for size, n in zip(x.shape[1:3], (rows, columns), strict=True))
-  # on a TPU, the default precision would round the image to bfloat16
+  # the default precision of a TPU would round the image to bfloat16
   pooled = jnp.einsum(
     'bhwc,ih,jw->bijc', x.astype(jnp.float32), down, right, precision=lax.Precision.HIGHEST
   )
@@ -203,7 +205,7 @@ def adaptive_average_pool(
 
 
 def _averages(size: int, windows: int) -> Float[np.ndarray, 'windows size']:
-  """The matrix that averages a side of `size` pixels over the windows."""
+  """Returns the matrix that averages a side of `size` pixels over the windows."""
   matrix = np.zeros((windows, size), np.float32)
   for i in range(windows):
     begin, end = i * size // windows, -(-(i + 1) * size // windows)
@@ -214,9 +216,9 @@ def _averages(size: int, windows: int) -> Float[np.ndarray, 'windows size']:
 def dropout(
   module: nn.Module, x: Float[Array, '...'], rate: float, train: bool
 ) -> Float[Array, '...']:
-  """Dropout where `module` is trained and its `apply` was given `rngs={'dropout': key}`.
+  """Applies dropout if `train` is set and `apply` got `rngs={'dropout': key}`.
 
-  Without that key, training is without dropout: what only wants the batch statistics of a
-  network, as `opq_jax.correct_batch_norm` does, calls it with `train=True` and has no key.
+  Without a key there is no dropout, in training too: `opq_jax.correction.correct_batch_norm` runs
+  networks with `train=True` for their batch statistics alone, and has no key.
   """
   return nn.Dropout(rate, deterministic=not (train and module.has_rng('dropout')))(x)

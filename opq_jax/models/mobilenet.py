@@ -1,9 +1,10 @@
-"""MobileNets: depthwise and pointwise convolutions in turn.
+"""MobileNets: alternating depthwise and pointwise convolutions.
 
 MobileNet-V1 is Howard et al., "MobileNets: Efficient Convolutional Neural Networks for Mobile
 Vision Applications", 2017, arXiv 1704.04861.  MobileNet-V2 is Sandler et al., "MobileNetV2:
-Inverted Residuals and Linear Bottlenecks", CVPR 2018, arXiv 1801.04381.  Both were published with
-TensorFlow's padding and were trained again with PyTorch's: `padding` and `epsilon` say which.
+Inverted Residuals and Linear Bottlenecks", CVPR 2018, arXiv 1801.04381.  Both exist as weights
+trained in TensorFlow and as weights trained in PyTorch, which pad differently and use another
+epsilon in BatchNorm: `padding` and `epsilon` select the variant.
 """
 
 import functools
@@ -16,7 +17,7 @@ from jaxtyping import Array, Float
 
 from opq_jax.models import layers
 
-# output channels before the width multiplier, and stride, of V1's thirteen separable blocks
+# output channels (before the width multiplier) and stride of V1's 13 separable blocks (table 1)
 _SEPARABLE = (
   (64, 1),
   (128, 2),
@@ -28,9 +29,9 @@ _SEPARABLE = (
   (1024, 2),
   (1024, 1),
 )
-_MIN_CHANNELS = 8
+_MIN_CHANNELS = 8  # of any layer, as in TF-slim's implementation
 
-# V2's bottlenecks, seventeen: expansion, output channels, how many, stride of the first (table 2)
+# V2's 17 bottlenecks (table 2): expansion, output channels, number of blocks, stride of the first
 _INVERTED = (
   (1, 16, 1, 1),
   (6, 24, 2, 2),
@@ -40,23 +41,24 @@ _INVERTED = (
   (6, 160, 3, 2),
   (6, 320, 1, 1),
 )
-_DIVISOR = 8  # of V2's channel counts
+_DIVISOR = 8  # V2's channel counts are multiples of it, as in TF-slim's implementation
 
 
 class MobileNetV1(nn.Module):
-  """MobileNet-V1: a 3x3 stem, thirteen separable blocks, a global mean and one dense layer.
+  """MobileNet-V1: a 3x3 stem, 13 separable blocks, a global mean and one dense layer.
 
   The output channel is the last axis of every kernel.  Depthwise kernels are [3, 3, 1, channels].
 
   Attributes:
-    num_classes: logits.
-    width: the paper's multiplier of all channel counts, which never fall below 8.
-    padding: 'SAME' as TensorFlow pads, which the published TF-slim weights expect, or 'HALF' as
-      PyTorch does.
-    epsilon: of BatchNorm, added to the variance; the default is TF-slim's.
-    momentum: of BatchNorm, what a training step keeps of the running statistics; likewise.
-    dtype: of convolutions and the dense layer, float32 or bfloat16; parameters, BatchNorm and
-      logits are float32.
+    num_classes: number of logits.
+    width: the paper's multiplier of all channel counts, which are 8 or more.
+    padding: 'SAME' for TensorFlow's padding, which the published TF-slim weights need, or 'HALF'
+      for PyTorch's.
+    epsilon: BatchNorm's addition to the variance; the default is TF-slim's.
+    momentum: weight of the old running statistics in a training step of BatchNorm; the default is
+      TF-slim's.
+    dtype: dtype of convolutions and the dense layer, float32 or bfloat16; parameters, BatchNorm
+      and logits are float32.
 
   >>> import jax
   >>> model = MobileNetV1(num_classes=10, width=0.25)
@@ -78,12 +80,13 @@ class MobileNetV1(nn.Module):
   def __call__(
     self, x: Float[Array, 'batch height width 3'], train: bool = False
   ) -> Float[Array, 'batch classes']:
-    """Logits of images of any size.
+    """Returns the logits of images of any size.
 
     Args:
-      x: images as `opq_jax.data.datasets.TF_SLIM` prepares them for the published weights, in [-1,
-      1]. train: BatchNorm normalises by the batch and updates its running statistics, for which
-        `apply` needs `mutable=['batch_stats']`.
+      x: images in [-1, 1], prepared as by `opq_jax.data.datasets.TF_SLIM` for the published
+        weights.
+      train: normalises by the statistics of the batch and updates the running statistics, which
+        takes `apply(..., mutable=['batch_stats'])`.
     """
     layers.check_images(x)
     layer = _layer(self, train)
@@ -99,17 +102,18 @@ class MobileNetV1(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-  """MobileNet-V2: a 3x3 stem, seventeen inverted bottlenecks, a pointwise layer, mean and dense.
+  """MobileNet-V2: a 3x3 stem, 17 inverted bottlenecks, a pointwise, a mean and a dense layer.
 
   Attributes:
-    num_classes: logits.
+    num_classes: number of logits.
     width: the paper's multiplier of all channel counts, which are rounded to multiples of 8; the
-      last pointwise layer never falls below its 1280.
-    padding: 'HALF' as PyTorch pads, or 'SAME' as TensorFlow does.
-    epsilon: of BatchNorm, added to the variance; the default is torchvision's.
-    momentum: of BatchNorm, what a training step keeps of the running statistics; likewise.
-    dtype: of convolutions and the dense layer, float32 or bfloat16; parameters, BatchNorm and
-      logits are float32.
+      last pointwise layer has 1280 channels or more.
+    padding: 'HALF' for PyTorch's padding or 'SAME' for TensorFlow's.
+    epsilon: BatchNorm's addition to the variance; the default is torchvision's.
+    momentum: weight of the old running statistics in a training step of BatchNorm; the default is
+      torchvision's.
+    dtype: dtype of convolutions and the dense layer, float32 or bfloat16; parameters, BatchNorm
+      and logits are float32.
 
   >>> import jax
   >>> model = MobileNetV2(num_classes=10)
@@ -131,12 +135,12 @@ class MobileNetV2(nn.Module):
   def __call__(
     self, x: Float[Array, 'batch height width 3'], train: bool = False
   ) -> Float[Array, 'batch classes']:
-    """Logits of images of any size.
+    """Returns the logits of images of any size.
 
     Args:
-      x: images as `opq_jax.data.datasets.TORCHVISION` prepares them for torchvision's weights.
-      train: BatchNorm normalises by the batch and updates its running statistics, for which
-        `apply` needs `mutable=['batch_stats']`.  There is no dropout.
+      x: images prepared as by `opq_jax.data.datasets.TORCHVISION` for torchvision's weights.
+      train: normalises by the statistics of the batch and updates the running statistics, which
+        takes `apply(..., mutable=['batch_stats'])`.  There is no dropout.
     """
     layers.check_images(x)
     layer = _layer(self, train)
@@ -152,14 +156,14 @@ class MobileNetV2(nn.Module):
     return nn.Dense(self.num_classes, dtype=self.dtype, name='head')(x).astype(jnp.float32)
 
   def _channels(self, channels: int) -> int:
-    """The nearest multiple of 8, but never a tenth less than asked."""
-    asked = channels * self.width
-    rounded = max(int(asked + _DIVISOR / 2) // _DIVISOR, 1) * _DIVISOR
-    return rounded if rounded >= 0.9 * asked else rounded + _DIVISOR
+    """Rounds scaled channels to a multiple of 8, upwards if rounding takes more than 10 % off."""
+    scaled = channels * self.width
+    rounded = max(int(scaled + _DIVISOR / 2) // _DIVISOR, 1) * _DIVISOR
+    return rounded if rounded >= 0.9 * scaled else rounded + _DIVISOR
 
 
 class SeparableBlock(nn.Module):
-  """A 3x3 depthwise convolution, then a pointwise one; each as `layer` has it."""
+  """A 3x3 depthwise convolution and a pointwise one, each made by `layer` (see `_layer`)."""
 
   features: int
   layer: Callable[..., Array]
@@ -174,7 +178,7 @@ class SeparableBlock(nn.Module):
 
 
 class InvertedBottleneck(nn.Module):
-  """Pointwise to more channels, 3x3 depthwise, pointwise to fewer; plus the input where it fits."""
+  """Pointwise expansion, 3x3 depthwise, pointwise projection; adds the input if shapes agree."""
 
   features: int
   layer: Callable[..., Array]
@@ -193,7 +197,7 @@ class InvertedBottleneck(nn.Module):
 
 
 def _layer(model: MobileNetV1 | MobileNetV2, train: bool) -> Callable[..., Array]:
-  """`layers.conv_bn` with the options of a model."""
+  """Returns `layers.conv_bn` with the options of a model."""
   return functools.partial(
     layers.conv_bn,
     padding=model.padding,

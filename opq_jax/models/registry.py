@@ -1,60 +1,78 @@
-"""Networks by name."""
+"""Networks by name.  Neither Flax nor JAX is imported before a network is made."""
 
-import functools
-from collections.abc import Callable
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
+if TYPE_CHECKING:
+  import flax.linen as nn
 
-from opq_jax.core.trees import PyTree
-from opq_jax.models.alexnet import AlexNet
-from opq_jax.models.mobilenet import MobileNetV1, MobileNetV2
-from opq_jax.models.resnet import ResNet
-from opq_jax.models.vgg import VGG16
+  from opq_jax.core.trees import PyTree
 
 
-def _cifar_resnet(depth: int) -> Callable[..., nn.Module]:
-  """Of 6 n + 2 layers: three stages of n blocks of two, the stem and the head."""
+class Architecture(NamedTuple):
+  """A class of this room and the attributes that differ from its defaults.
+
+  Attributes:
+    module: the module of the class, relative to `opq_jax.models`.
+    class_name: the name of the class.
+    attributes: keyword arguments of the class.
+  """
+
+  module: str
+  class_name: str
+  attributes: dict[str, Any]
+
+
+def _cifar_resnet(depth: int) -> Architecture:
+  """Returns the ResNet of 6 n + 2 layers for CIFAR: stem, three stages of n blocks, dense layer."""
   blocks = ((depth - 2) // 6,) * 3
-  return functools.partial(ResNet, blocks=blocks, cifar=True, width=16, num_classes=10)
+  attributes = {'blocks': blocks, 'cifar': True, 'width': 16, 'num_classes': 10}
+  return Architecture('resnet', 'ResNet', attributes)
 
 
-_NETWORKS: dict[str, Callable[..., nn.Module]] = {
-  'alexnet': AlexNet,
-  'vgg16': VGG16,
-  'vgg16_bn': functools.partial(VGG16, batch_norm=True),
-  'mobilenet_v1': MobileNetV1,
-  'mobilenet_v1_075': functools.partial(MobileNetV1, width=0.75),
-  'mobilenet_v1_050': functools.partial(MobileNetV1, width=0.5),
-  'mobilenet_v2': MobileNetV2,
-  'resnet18': functools.partial(ResNet, blocks=(2, 2, 2, 2)),
-  'resnet34': functools.partial(ResNet, blocks=(3, 4, 6, 3)),
-  'resnet50': functools.partial(ResNet, blocks=(3, 4, 6, 3), bottleneck=True),
-  'resnet101': functools.partial(ResNet, blocks=(3, 4, 23, 3), bottleneck=True),
+_NETWORKS: dict[str, Architecture] = {
+  'alexnet': Architecture('alexnet', 'AlexNet', {}),
+  'vgg16': Architecture('vgg', 'VGG16', {}),
+  'vgg16_bn': Architecture('vgg', 'VGG16', {'batch_norm': True}),
+  'mobilenet_v1': Architecture('mobilenet', 'MobileNetV1', {}),
+  'mobilenet_v1_075': Architecture('mobilenet', 'MobileNetV1', {'width': 0.75}),
+  'mobilenet_v1_050': Architecture('mobilenet', 'MobileNetV1', {'width': 0.5}),
+  'mobilenet_v2': Architecture('mobilenet', 'MobileNetV2', {}),
+  'resnet18': Architecture('resnet', 'ResNet', {'blocks': (2, 2, 2, 2)}),
+  'resnet34': Architecture('resnet', 'ResNet', {'blocks': (3, 4, 6, 3)}),
+  'resnet50': Architecture('resnet', 'ResNet', {'blocks': (3, 4, 6, 3), 'bottleneck': True}),
+  'resnet101': Architecture('resnet', 'ResNet', {'blocks': (3, 4, 23, 3), 'bottleneck': True}),
   **{f'resnet{depth}': _cifar_resnet(depth) for depth in (20, 32, 44, 56, 110)},
 }
 
 
 def names() -> tuple[str, ...]:
-  """Every name that `create` knows; `resnet20`, 32, 44, 56 and 110 are the paper's for CIFAR."""
+  """Returns the names that `create` takes.
+
+  `resnet20`, 32, 44, 56 and 110 are the CIFAR-10 networks of He et al. (arXiv 1512.03385).
+  """
   return tuple(_NETWORKS)
 
 
-def create(name: str, **options: Any) -> nn.Module:
-  """A network by its name.
+def check_name(name: str) -> None:
+  """Raises a ValueError that lists the known names unless `name` is one of `names()`."""
+  if name not in _NETWORKS:
+    raise ValueError(f'name: found {name!r}, expected one of {", ".join(_NETWORKS)}')
+
+
+def create(name: str, **options: Any) -> 'nn.Module':
+  """Returns a network by its name.
 
   Args:
     name: one of `names()`.
-    **options: attributes of its class, such as `num_classes` (1000 by default, 10 for CIFAR's)
-      or `dtype=jnp.bfloat16` (computation; parameters stay float32).
+    **options: attributes of its class, such as `num_classes` (default 1000, or 10 for CIFAR) or
+      `dtype=jnp.bfloat16` (the dtype of the computation; parameters stay float32).
 
   Returns:
-    A Linen module, to be called as `model.apply(variables, images, train=False)`.
+    A Linen module, called as `model.apply(variables, images, train=False)`.
 
   Raises:
-    ValueError: the name is not known; the message lists those that are.
+    ValueError: the name is unknown; the message lists the known ones.
 
   >>> create('resnet50', num_classes=37).num_classes
   37
@@ -62,17 +80,22 @@ def create(name: str, **options: Any) -> nn.Module:
   Traceback (most recent call last):
   ValueError: name: found 'resnet5', expected one of alexnet, vgg16, ..., resnet110
   """
-  if name not in _NETWORKS:
-    raise ValueError(f'name: found {name!r}, expected one of {", ".join(_NETWORKS)}')
-  return _NETWORKS[name](**options)
+  check_name(name)
+  module, class_name, attributes = _NETWORKS[name]
+  family = importlib.import_module(f'opq_jax.models.{module}')
+  return getattr(family, class_name)(**{**attributes, **options})
 
 
-def variable_shapes(model: nn.Module) -> PyTree:
-  """The variables of a network as shapes and dtypes, without computing any.
+def variable_shapes(model: 'nn.Module') -> 'PyTree':
+  """Returns the shapes and dtypes of a network's variables without computing any of them.
 
+  >>> import jax
   >>> tree = variable_shapes(create('resnet20'))
   >>> sum(leaf.size for leaf in jax.tree.leaves(tree['params']))
   269722
   """
+  import jax
+  import jax.numpy as jnp
+
   image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
   return jax.eval_shape(model.init, jax.random.key(0), image)

@@ -14,26 +14,28 @@ from jaxtyping import Array, Float
 
 from opq_jax.models import layers
 
-_EXPANSION = 4  # output channels of a bottleneck over those inside
+_EXPANSION = 4  # output channels of a bottleneck / channels of its 3x3 convolution (the paper)
 
 
 class ResNet(nn.Module):
-  """A stem, stages of residual blocks that each halve the image, a global mean, one dense layer.
+  """A stem, stages of residual blocks, a global mean and one dense layer.
+
+  Each stage after the first halves height and width.
 
   Attributes:
-    blocks: how many each stage has.
-    bottleneck: blocks of 1x1, 3x3 and 1x1 convolutions, with four times the channels outside, in
-      place of two 3x3 convolutions.
-    stride_first: in a bottleneck, whether the stride is in the first 1x1 (the paper, Keras) or in
-      the 3x3 ("v1.5": torchvision, timm, Hugging Face).
-    cifar: the paper's form for CIFAR: a 3x3 stem with neither stride nor pooling, and shortcuts
-      without parameters (its option A) in place of projections.
-    width: channels of the first stage; every further stage has twice as many.
-    num_classes: logits.
-    epsilon: of BatchNorm, added to the variance.
-    momentum: of BatchNorm, what a training step keeps of the running statistics.
-    dtype: of convolutions and the dense layer, float32 or bfloat16; parameters, BatchNorm and
-      logits are float32.
+    blocks: number of residual blocks of each stage.
+    bottleneck: makes a block of 1x1, 3x3 and 1x1 convolutions, the last with four times the
+      channels, instead of two 3x3 convolutions.
+    stride_first: puts the stride of a bottleneck into its first 1x1 convolution (the paper, Keras)
+      instead of its 3x3 convolution ("v1.5": torchvision, timm, Hugging Face).
+    cifar: selects the paper's variant for CIFAR: a 3x3 stem without stride and pooling, and
+      shortcuts without parameters (the paper's option A) instead of projections.
+    width: channels of the first stage; they double from stage to stage.
+    num_classes: number of logits.
+    epsilon: BatchNorm's addition to the variance.
+    momentum: weight of the old running statistics in a training step of BatchNorm.
+    dtype: dtype of convolutions and the dense layer, float32 or bfloat16; parameters, BatchNorm
+      and logits are float32.
 
   >>> import jax
   >>> model = ResNet((3, 4, 6, 3), bottleneck=True)
@@ -59,12 +61,12 @@ class ResNet(nn.Module):
   def __call__(
     self, x: Float[Array, 'batch height width 3'], train: bool = False
   ) -> Float[Array, 'batch classes']:
-    """Logits of images of any size.
+    """Returns the logits of images of any size.
 
     Args:
-      x: images as `opq_jax.data.datasets.TORCHVISION` or `CIFAR` prepares them.
-      train: BatchNorm normalises by the batch and updates its running statistics, for which
-        `apply` needs `mutable=['batch_stats']`.
+      x: images prepared as by `opq_jax.data.datasets.TORCHVISION` or `CIFAR`.
+      train: normalises by the statistics of the batch and updates the running statistics, which
+        takes `apply(..., mutable=['batch_stats'])`.
     """
     layers.check_images(x)
     layer = functools.partial(
@@ -102,7 +104,7 @@ class ResNet(nn.Module):
 
 
 class Convolution(NamedTuple):
-  """One layer of a residual block."""
+  """Output channels, kernel side and stride of one convolution of a residual block."""
 
   features: int
   kernel_size: int
@@ -110,13 +112,16 @@ class Convolution(NamedTuple):
 
 
 class ResidualBlock(nn.Module):
-  """`relu(convolutions(x) + shortcut(x))`, each convolution with BatchNorm, and ReLU in between.
+  """Computes `relu(convolutions(x) + shortcut(x))`.
+
+  Every convolution has a BatchNorm; there is a ReLU after each but the last.
 
   Attributes:
-    convolutions: in their order.
+    convolutions: the convolutions in their order.
     layer: `layers.conv_bn` with the network's options.
-    projects: where the shapes of x and the sum differ, whether the shortcut is a 1x1 convolution
-      with BatchNorm, or x subsampled and padded with channels of zeros on both sides.
+    projects: selects the shortcut where the shapes of x and of the convolutions' output differ: a
+      1x1 convolution with BatchNorm if True, else x subsampled and padded with channels of zeros
+      on both sides.
   """
 
   convolutions: Sequence[Convolution]

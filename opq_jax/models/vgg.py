@@ -1,7 +1,7 @@
-"""VGG: stacks of 3x3 convolutions, each followed by a pooling, and three dense layers.
+"""VGG: stacks of 3x3 convolutions with max pooling after each stack, and three dense layers.
 
 Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition", ICLR
-2015, arXiv 1409.1556; with BatchNorm as torchvision adds it.
+2015, arXiv 1409.1556; BatchNorm is placed as in torchvision.
 """
 
 import functools
@@ -19,17 +19,17 @@ _VGG16 = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
 
 
 class VGG16(nn.Module):
-  """VGG-16, with torchvision's adaptive pooling in front of the dense layers.
+  """VGG-16 with torchvision's adaptive pooling before the dense layers.
 
   Attributes:
-    num_classes: logits.
-    batch_norm: whether a BatchNorm follows each convolution, which keeps its bias.
-    stacks: convolutions of each stack, and their channels.
-    hidden: outputs of the first two dense layers.
-    dropout: the rate behind them, in training; see `layers.dropout`.
-    epsilon: of BatchNorm, added to the variance.
-    momentum: of BatchNorm, what a training step keeps of the running statistics.
-    dtype: of convolutions and dense layers, float32 or bfloat16; parameters, BatchNorm and
+    num_classes: number of logits.
+    batch_norm: adds a BatchNorm after each convolution; the convolution keeps its bias.
+    stacks: number of convolutions and output channels of each stack.
+    hidden: outputs of each of the first two dense layers.
+    dropout: dropout rate after each of these two layers in training; see `layers.dropout`.
+    epsilon: BatchNorm's addition to the variance.
+    momentum: weight of the old running statistics in a training step of BatchNorm.
+    dtype: dtype of convolutions and dense layers, float32 or bfloat16; parameters, BatchNorm and
       logits are float32.
 
   >>> import jax
@@ -54,12 +54,13 @@ class VGG16(nn.Module):
   def __call__(
     self, x: Float[Array, 'batch height width 3'], train: bool = False
   ) -> Float[Array, 'batch classes']:
-    """Logits of images of at least 32 pixels each way.
+    """Returns the logits of images of at least 32 x 32 pixels.
 
     Args:
-      x: images as `opq_jax.data.datasets.TORCHVISION` prepares them.
-      train: BatchNorm normalises by the batch and updates its running statistics, for which
-        `apply` needs `mutable=['batch_stats']`; and dropout may take place.
+      x: images prepared as by `opq_jax.data.datasets.TORCHVISION`.
+      train: normalises by the statistics of the batch and updates the running statistics, which
+        takes `apply(..., mutable=['batch_stats'])`; enables dropout if `apply` gets
+        `rngs={'dropout': key}`.
     """
     layers.check_images(x)
     options: dict[str, Any] = {'padding': 'HALF', 'use_bias': True, 'dtype': self.dtype}
