@@ -1,7 +1,7 @@
 r"""Top-1 and top-5 of a network on a split of any TFDS dataset in array_record format.
 
-    python experiments/evaluate.py --weights=resnet50.pth --model=resnet50 --data_dir=DIR
-    python experiments/evaluate.py --weights=resnet50.opq --data_dir=DIR
+    python -m experiments.evaluate --weights=resnet50.pth --model=resnet50 --data_dir=DIR
+    python -m experiments.evaluate --weights=resnet50.opq --data_dir=DIR
 
 Weights are anything that `opq_jax.importers.networks.load` reads: other frameworks' files, Flax's,
 .opq files; one that `opq compress --model` wrote says itself which network it holds.  Images are

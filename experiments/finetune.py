@@ -1,6 +1,6 @@
 r"""Compresses a pretrained network in one shot and finetunes it with masks and codebooks frozen.
 
-    python experiments/finetune.py --config=configs/finetune_resnet20_cifar10.py:15 --workdir=DIR
+    python -m experiments.finetune --config=configs/finetune_resnet20_cifar10.py:15 --workdir=DIR
 
 Killed at any moment and started again with the same command, it goes on from its last checkpoint
 and ends as if nothing had happened; after SIGTERM it saves and exits with 0.  DIR then holds
@@ -403,7 +403,7 @@ class MetricLog:
 
 
 def command(config: ml_collections.ConfigDict) -> str:
-  return f'python experiments/finetune.py --config=configs/{config.name} --workdir=DIR'
+  return f'python -m experiments.finetune --config=configs/{config.name} --workdir=DIR'
 
 
 def public(config: ml_collections.ConfigDict) -> dict[str, Any]:

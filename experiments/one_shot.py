@@ -1,6 +1,6 @@
 r"""What one shot costs a pretrained network, before and after correcting BatchNorm.
 
-    python experiments/one_shot.py --config=configs/one_shot_NETWORK.py --workdir=DIR
+    python -m experiments.one_shot --config=configs/one_shot.py:NETWORK --workdir=DIR
 
 For every objective and every number of bits per weight: allocate, compress, and correct BatchNorm,
 from noise and from unlabelled images; accuracy, with each file's true size.  In a network without
@@ -147,7 +147,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[s
   )
   draw(workdir / 'top1_over_file_size.png', rows, title)
   record = {
-    'command': f'python experiments/one_shot.py --config=configs/one_shot_{name}.py --workdir=DIR',
+    'command': f'python -m experiments.one_shot --config=configs/one_shot.py:{name} --workdir=DIR',
     'config': config.to_dict(),
     'images': len(labels),
     'seconds': round(time.perf_counter() - begin),

@@ -188,7 +188,7 @@ def spread(shares: list[float]) -> str:
 def arguments(command: str) -> str:
   """Of a command of `experiments/finetune.py`: what is its own, but for the seed.
 
-  >>> start = 'python experiments/finetune.py --config=configs/finetune_resnet20_cifar10.py:15'
+  >>> start = 'python -m experiments.finetune --config=configs/finetune_resnet20_cifar10.py:15'
   >>> arguments(f'{start} --workdir=DIR --config.epochs=2 --config.seed=1')
   ':15 epochs=2'
   """

@@ -67,7 +67,7 @@ def random_tree(shapes: list[tuple[int, ...]], seed: int = 0) -> dict[str, jax.A
 
 
 def report(name: str, title: str, command: str, rows: list[dict[str, object]]) -> None:
-  """Prints rows as a table, and writes them beside the command that made them, for the README."""
+  """Prints rows as a table, and writes them with their command for `experiments.make_results`."""
   columns = list(dict.fromkeys(column for row in rows for column in row))
   table = Table(*columns, title=title)
   for row in rows:

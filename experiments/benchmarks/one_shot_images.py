@@ -1,6 +1,5 @@
-"""The images that `configs/one_shot_NETWORK.py` judges a network by, for benchmarks of many."""
+"""The images that `configs/one_shot.py:NETWORK` judges a network by, for benchmarks of many."""
 
-import importlib.util
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,17 +13,6 @@ from opq_jax.core.trees import PyTree
 from opq_jax.data import datasets as data
 from opq_jax.importers import networks
 from opq_jax.report import accuracy
-
-CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
-
-
-def config_of(name: str) -> ml_collections.ConfigDict:
-  """The images and their number that `configs/one_shot_NAME.py` judges a network by."""
-  spec = importlib.util.spec_from_file_location(name, CONFIGS / f'one_shot_{name}.py')
-  assert spec is not None and spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config()
 
 
 def batches_of(
@@ -75,10 +63,10 @@ def main(
   compare: Callable[[str, pathlib.Path, str], Iterator[dict[str, object]]],
   usage: str | None,
 ) -> None:
-  """The command `python -m experiments.benchmarks.NAME TFDS_FOLDER WEIGHTS.safetensors ...`.
+  """The command `python -m experiments.benchmarks.FOLDER.NAME TFDS_FOLDER WEIGHTS.safetensors ...`.
 
   Args:
-    name: of the benchmark, and of its results.
+    name: FOLDER.NAME of the benchmark; NAME is also that of its results.
     title: of its table.
     compare: (network, its weights, TFDS folder) -> rows.
     usage: what to say where arguments are missing.
@@ -93,4 +81,4 @@ def main(
       print(*row.values(), sep='  ', flush=True)
   words = ' '.join(pathlib.Path(path).name for path in paths)
   command = f'python -m experiments.benchmarks.{name} TFDS_FOLDER {words}'
-  harness.report(name, title, command, rows)
+  harness.report(name.split('.')[-1], title, command, rows)

@@ -60,7 +60,7 @@ def correct_batch_norm(
   parameters layer by layer and needs to know which BatchNorm feeds which layer; Cai et al.,
   "ZeroQ: A Novel Zero Shot Quantization Framework", CVPR 2020, which optimises synthetic inputs
   until they match the statistics stored in BatchNorm, as `opq_jax.synthetic_inputs` does; for this
-  correction they are no better than noise (`experiments/benchmarks/error_feedback.py`).
+  correction they are no better than noise (`experiments/benchmarks/accuracy/error_feedback.py`).
 
   Args:
     apply_fn: `model.apply` of a Flax Linen module, or any function called as

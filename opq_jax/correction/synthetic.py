@@ -45,8 +45,9 @@ def synthetic_inputs(
   quadratic form of just that, and there are as many as channels.  To the eye the inputs are noise
   still; as inputs of `opq_jax.mean_moments`, `opq_jax.encode_layer_by_layer` and, after them,
   `opq_jax.correct_on_images` they are better than noise, and not as good as images of the training
-  set (`experiments/benchmarks/error_feedback.py`).  Make several batches, with other keys: a layer
-  of 1,000 inputs needs as many examples or places at least, or its moments have no full rank.
+  set (`experiments/benchmarks/accuracy/error_feedback.py`).  Make several batches, with other keys:
+  a layer of 1,000 inputs needs as many examples or places at least, or its moments have no full
+  rank.
 
   Such inputs are those of Cai et al., "ZeroQ: A Novel Zero Shot Quantization Framework", CVPR 2020,
   and Yin et al., "Dreaming to Distill: Data-free Knowledge Transfer via DeepInversion", CVPR 2020.

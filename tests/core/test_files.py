@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 
 import opq_jax
-from experiments.benchmarks import killed_writes
+from experiments.benchmarks.robustness import killed_writes
 from opq_jax.cli import command as cli
 from opq_jax.core import files
 

@@ -5,8 +5,8 @@ import doctest
 import numpy as np
 import pytest
 
-from experiments.benchmarks import against_nncodec, nncodec_jobs, nncodec_summary
-from experiments.benchmarks.nncodec_summary import Point
+from experiments.benchmarks.rivals import against_nncodec, nncodec_jobs, nncodec_summary
+from experiments.benchmarks.rivals.nncodec_summary import Point
 
 
 def rows(method, correction, sizes, tops, **more):

@@ -3,14 +3,13 @@
 import numpy as np
 import pytest
 
+from experiments import evaluate
 from opq_jax.cli import command as cli
 from opq_jax.data import datasets as data
 from opq_jax.importers import networks
 from opq_jax.report import accuracy
 from tests.helpers import assets
-from tests.helpers.modules import ROOT, load_module
 
-evaluate = load_module(ROOT / 'experiments/evaluate.py')
 CIFAR = {'dataset': 'cifar10:3.0.2', 'split': 'test[:300]', 'batch_size': 128}
 
 

@@ -1,6 +1,5 @@
 """The finetuning experiment on noise: what it writes, and that it goes on where it was stopped."""
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -18,6 +17,9 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 import opq_jax
+from configs.finetune_imagenet import get_config as get_imagenet_config
+from configs.finetune_resnet20_cifar10 import get_config
+from experiments import finetune
 from opq_jax import importers
 from opq_jax.allocation import paper
 from opq_jax.core import trees
@@ -27,18 +29,6 @@ from opq_jax.importers import networks
 event_pb2 = pytest.importorskip('tensorboardX.proto.event_pb2')
 
 ROOT = pathlib.Path(__file__).parents[2]
-
-
-def load_module(path):
-  spec = importlib.util.spec_from_file_location(path.stem, path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
-finetune = load_module(ROOT / 'experiments/finetune.py')
-get_config = load_module(ROOT / 'configs/finetune_resnet20_cifar10.py').get_config
-get_imagenet_config = load_module(ROOT / 'configs/finetune_imagenet.py').get_config
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -199,7 +189,8 @@ def test_a_run_that_is_killed_ends_with_the_same_file(finished, tmp_path):
   _, workdir = finished
   command = [
     sys.executable,
-    str(ROOT / 'experiments/finetune.py'),
+    '-m',
+    'experiments.finetune',
     f'--config={ROOT}/configs/finetune_resnet20_cifar10.py:15,smoke',
     f'--workdir={tmp_path}',
     '--config.steps=4',
@@ -229,7 +220,8 @@ def test_two_processes_end_with_the_file_of_one_with_two_devices(tmp_path):
       subprocess.Popen(
         [
           sys.executable,
-          str(ROOT / 'experiments/finetune.py'),
+          '-m',
+          'experiments.finetune',
           f'--config={ROOT}/configs/finetune_resnet20_cifar10.py:15,smoke',
           f'--workdir={tmp_path / name}',
           '--config.fake_shape=(8, 8, 3)',

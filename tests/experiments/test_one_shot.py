@@ -13,11 +13,10 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import opq_jax
+from configs.one_shot import NETWORKS, get_config
+from experiments import one_shot
 from opq_jax import importers, models
 from opq_jax.importers import networks
-from tests.helpers.modules import ROOT, load_module
-
-one_shot = load_module(ROOT / 'experiments/one_shot.py')
 
 
 @pytest.fixture
@@ -70,7 +69,7 @@ def test_a_small_run_writes_what_it_says(tmp_path, data_dir, capsys, monkeypatch
   pytest.importorskip('matplotlib')
   monkeypatch.setattr(networks, 'noise_shape', lambda source: (4, 32, 32, 3))  # quicker
   save_file(random_tensors(), tmp_path / 'net.safetensors')
-  config = load_module(ROOT / 'configs/one_shot_resnet20.py').get_config()
+  config = get_config('resnet20')
   config.update(
     {
       'weights': str(tmp_path / 'net.safetensors'),
@@ -135,7 +134,7 @@ def test_without_batch_norm_images_correct_the_biases(tmp_path, data_dir, monkey
     return networks.Network('resnet20', Plain(), found, source)
 
   monkeypatch.setattr(networks, 'load', load)
-  config = load_module(ROOT / 'configs/one_shot_resnet20.py').get_config()
+  config = get_config('resnet20')
   config.update({'dataset': 'photographs', 'split': 'train', 'unlabelled_split': 'train'})
   config.update({'data_dir': str(data_dir), 'batch_size': 2, 'bits': (2.0,)})
   rows = one_shot.run(config, tmp_path / 'out')
@@ -151,3 +150,10 @@ def test_without_batch_norm_images_correct_the_biases(tmp_path, data_dir, monkey
   for layer, leaves in network['params'].items():
     np.testing.assert_array_equal(leaves['kernel'], plain['params'][layer]['kernel'])
     assert (leaves['bias'] != plain['params'][layer]['bias']).any()
+
+
+def test_get_config_knows_its_networks():
+  for network in NETWORKS:
+    assert get_config(network).model == network
+  with pytest.raises(ValueError, match="network: found 'resnet21', expected one of mobilenet_v1,"):
+    get_config('resnet21')

@@ -17,7 +17,7 @@ def write(folder, name, command, finetuned, *, inference_only=True, **last):
   ]
   rows[-1] |= last
   document = {
-    'command': f'python experiments/finetune.py --config=configs/x.py:20 --workdir=DIR{command}',
+    'command': f'python -m experiments.finetune --config=configs/x.py:20 --workdir=DIR{command}',
     'config': {'model': 'resnet20', 'inference_only': inference_only},
     'rows': rows,
   }

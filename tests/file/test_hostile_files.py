@@ -1,7 +1,7 @@
 """Damaged and crafted files: the original, or a ValueError, soon, within little memory.
 
-The fuzz itself is `experiments/benchmarks/hostile_files.py`; this is a fast part of it, and what
-random mutations would not find.
+The fuzz itself is `experiments/benchmarks/robustness/hostile_files.py`; this is a fast part of it,
+and what random mutations would not find.
 """
 
 import collections
@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 
 import opq_jax
-from experiments.benchmarks import hostile_files
+from experiments.benchmarks.robustness import hostile_files
 from opq_jax.coding import payload as entropy_coding
 from opq_jax.compression.codes import CompressionState
 from opq_jax.file import artifact

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 import opq_jax
-from experiments.benchmarks import large_trees
+from experiments.benchmarks.resources import large_trees
 from opq_jax.weights import orbax as orbax_files
 from opq_jax.weights import stored_leaves, streaming
 

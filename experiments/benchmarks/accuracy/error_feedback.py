@@ -1,0 +1,71 @@
+"""What the choice of codes is worth at the same bytes: each for itself, by feedback, in turn.
+
+    python -m experiments.benchmarks.accuracy.error_feedback TFDS_FOLDER WEIGHTS.safetensors ...
+
+`feedback` is `opq_jax.allocate_with_feedback`, every layer for the inputs of the float network's;
+`layer by layer` is `opq_jax.encode_layer_by_layer` on the grids that it found.  Moments, and the
+correction of BatchNorm after it, are from noise of photographs' spectrum, from synthetic images
+(`opq_jax.synthetic_inputs`) or from the unlabelled images of `configs/one_shot.py:NETWORK`; each
+file is named as a network (`mobilenet_v1.safetensors`).
+"""
+
+import functools
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+
+import opq_jax
+from configs import one_shot
+from experiments.benchmarks import one_shot_images
+from opq_jax.importers import networks
+from opq_jax.report import sizes
+
+BITS = {'resnet20': (2.0, 1.5, 1.0), 'resnet32': (2.0, 1.5, 1.0)}
+PHOTOGRAPHS = (2.5, 2.0)
+
+
+def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, object]]:
+  config = one_shot.get_config(name)
+  network = networks.load(path, name=name, num_classes=config.num_classes)
+  model, variables = network.model, network.variables
+
+  batches_of = functools.partial(one_shot_images.batches_of, config, network, data_dir)
+  judge = one_shot_images.Judge(network, batches_of(config.split))
+  images_of = {
+    'noise': [networks.noise_images(network)],
+    'synthetic images': networks.synthetic_batches(network),
+    'images': [batch['image'] for batch in batches_of(config.unlabelled_split)],
+  }
+  matrices = {
+    kind: opq_jax.mean_moments(model.apply, variables, images) for kind, images in images_of.items()
+  }
+
+  for bits in BITS.get(name, PHOTOGRAPHS):
+    state = opq_jax.init_state(variables, opq_jax.allocate(variables, compression_rate=32 / bits))
+    for kind, images in images_of.items():
+      _, coded, coded_state = opq_jax.allocate_with_feedback(
+        variables, matrices[kind], compression_rate=32 / bits
+      )
+      for codes, tree, its in (
+        ('each weight', opq_jax.apply_compression(variables, state), state),
+        ('feedback', coded, coded_state),
+        (
+          'layer by layer',
+          *opq_jax.encode_layer_by_layer(
+            model.apply, variables, coded_state, np.concatenate(images)
+          ),
+        ),
+      ):
+        corrected = networks.correct_batch_norm(network, tree, images=images)
+        yield {
+          'network': name,
+          'bits per weight': bits,
+          'from': kind,
+          'codes': codes,
+          'file, bytes': f'{sizes.size_report(corrected, its).file:,}',
+        } | one_shot_images.cells(judge.scores(corrected))
+
+
+if __name__ == '__main__':
+  one_shot_images.main('accuracy.error_feedback', 'the choice of codes', compare, __doc__)

@@ -1,0 +1,242 @@
+"""A network that no default was chosen on: a BERT encoder of sentences, against NNCodec.
+
+    pip install tokenizers
+    python -m experiments.benchmarks.accuracy.sentence_encoder MODEL_FOLDER \
+      --nncodec_python NNCODEC/bin/python
+
+The folder is that of a sentence-transformers model such as all-MiniLM-L6-v2: `model.safetensors`
+and `tokenizer.json`.  There is no BatchNorm, no window and no image: nothing is corrected, and
+feedback has its moments from tokens drawn at random, or from sentences that are not judged, one
+after the other without padding.  A row of tokens that are padding would count as any other.
+
+Every codec is judged by the embeddings of the same sentences, means of the last layer over tokens,
+normalised: their cosine with those of the float32 network (mean, and the 5 % worst), and how many
+sentences keep their nearest neighbour among the others.  The sentences are those that the modules
+of Python's standard library say of themselves.
+"""
+
+import argparse
+import functools
+import importlib
+import inspect
+import json
+import pathlib
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file
+
+import opq_jax
+from experiments.benchmarks import harness
+from experiments.benchmarks.rivals.nncodec_jobs import LAMBDA, NNCodec
+from opq_jax.core import trees
+from opq_jax.report import accuracy
+
+BITS = 4.0, 3.0, 2.5, 2.0
+QPS = -33, -30, -27, -24
+TUNED_QPS = -30, -27, -24
+JUDGED, UNLABELLED, LENGTH = 512, 256, 48
+BEGIN, END, FIRST_WORD = 101, 102, 999  # of BERT's uncased vocabulary
+HEADS, EPSILON = 12, 1e-12
+MODULES = (
+  *('argparse', 'ast', 'asyncio', 'calendar', 'collections', 'configparser', 'csv', 'datetime'),
+  *('decimal', 'difflib', 'email.message', 'fractions', 'functools', 'gzip', 'heapq'),
+  *('http.client', 'inspect', 'ipaddress', 'json', 'logging', 'mailbox', 'os', 'pathlib', 'pdb'),
+  *('random', 're', 'shutil', 'smtplib', 'socket', 'sqlite3', 'ssl', 'statistics', 'string'),
+  *('subprocess', 'tarfile', 'tempfile', 'textwrap', 'threading', 'turtle', 'typing', 'unittest'),
+  *('urllib.request', 'uuid', 'wave', 'weakref', 'xml.dom.minidom', 'xml.etree.ElementTree'),
+  'zipfile',
+)
+
+
+class Encoder(nn.Module):
+  """BERT (Devlin et al., NAACL 2019) up to its last hidden states."""
+
+  layers: int
+  features: int = 384
+  hidden: int = 1536
+  vocabulary: int = 30522
+  positions: int = 512
+
+  @nn.compact
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    """[sentences, length] tokens, 0 where there are none, to embeddings [sentences, features]."""
+    is_there = tokens > 0
+    norm = functools.partial(nn.LayerNorm, epsilon=EPSILON)
+    x = nn.Embed(self.vocabulary, self.features, name='word')(tokens)
+    x += nn.Embed(self.positions, self.features, name='position')(jnp.arange(tokens.shape[1]))[None]
+    x += nn.Embed(2, self.features, name='type')(jnp.zeros_like(tokens))
+    x = norm(name='norm')(x)
+    for i in range(self.layers):
+      dense = lambda width, name, i=i: nn.Dense(width, name=f'{i}_{name}')
+      query, key, value = (
+        dense(self.features, name)(x).reshape(*x.shape[:2], HEADS, -1)
+        for name in ('query', 'key', 'value')
+      )
+      attended = nn.dot_product_attention(query, key, value, mask=is_there[:, None, None])
+      x = norm(name=f'{i}_norm')(x + dense(self.features, 'out')(attended.reshape(x.shape)))
+      inner = nn.gelu(dense(self.hidden, 'up')(x), approximate=False)
+      x = norm(name=f'{i}_last_norm')(x + dense(self.features, 'down')(inner))
+    mean = jnp.where(is_there[..., None], x, 0).sum(1) / is_there.sum(1)[:, None]
+    return mean / jnp.linalg.norm(mean, axis=-1, keepdims=True)
+
+
+def variables_of(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  """The encoder's variables from tensors named as in PyTorch."""
+
+  def dense(name: str) -> dict[str, np.ndarray]:
+    return {'kernel': tensors[f'{name}.weight'].T.copy(), 'bias': tensors[f'{name}.bias']}
+
+  def norm(name: str) -> dict[str, np.ndarray]:
+    return {'scale': tensors[f'{name}.weight'], 'bias': tensors[f'{name}.bias']}
+
+  params: dict[str, Any] = {'norm': norm('embeddings.LayerNorm')}
+  for ours, theirs in (('word', 'word'), ('position', 'position'), ('type', 'token_type')):
+    params[ours] = {'embedding': tensors[f'embeddings.{theirs}_embeddings.weight']}
+  layers = 1 + max(int(name.split('.')[2]) for name in tensors if name.startswith('encoder.'))
+  for i in range(layers):
+    place = f'encoder.layer.{i}'
+    for name in ('query', 'key', 'value'):
+      params[f'{i}_{name}'] = dense(f'{place}.attention.self.{name}')
+    params[f'{i}_out'] = dense(f'{place}.attention.output.dense')
+    params[f'{i}_norm'] = norm(f'{place}.attention.output.LayerNorm')
+    params[f'{i}_up'] = dense(f'{place}.intermediate.dense')
+    params[f'{i}_down'] = dense(f'{place}.output.dense')
+    params[f'{i}_last_norm'] = norm(f'{place}.output.LayerNorm')
+  return {'params': params}
+
+
+def sentences() -> list[str]:
+  """What Python's modules say of themselves, in sentences of 6 to 40 words, in a fixed order.
+
+  >>> found = sentences()
+  >>> len(found) > 1000, len(set(found)) == len(found)
+  (True, True)
+  """
+  found: dict[str, None] = {}
+  for name in MODULES:
+    module = importlib.import_module(name)
+    texts = [inspect.getdoc(module) or '']
+    for _, thing in sorted(vars(module).items()):
+      if inspect.isclass(thing) or inspect.isfunction(thing):
+        texts.append(inspect.getdoc(thing) or '')
+    for text in texts:
+      for sentence in re.split(r'(?<=[.!?])\s+|\n\n', text):
+        words = sentence.split()
+        if 6 <= len(words) <= 40 and words[0][:1].isupper() and sentence.endswith('.'):
+          found[' '.join(words)] = None
+  return list(found)
+
+
+def tokens_of(texts: list[str], path: pathlib.Path) -> np.ndarray:
+  from tokenizers import Tokenizer
+
+  tokenizer = Tokenizer.from_file(str(path))
+  tokenizer.enable_truncation(LENGTH)
+  tokenizer.enable_padding(length=LENGTH, pad_id=0)
+  return np.array([encoded.ids for encoded in tokenizer.encode_batch(texts)], np.int32)
+
+
+def scores(found: np.ndarray, expected: np.ndarray) -> dict[str, object]:
+  """How like embeddings are to those of the float32 network.
+
+  >>> scores(np.eye(3), np.eye(3))['cosine']
+  1.0
+  """
+  cosine = np.sum(found * expected, axis=1)
+  nearest = lambda x: np.argmax(x @ x.T - 2 * np.eye(len(x)), axis=1)
+  same = nearest(found) == nearest(expected)
+  low, high = accuracy.interval(int(same.sum()), len(same))
+  return {
+    'cosine': round(float(cosine.mean()), 4),
+    'cosine of the worst 5 %': round(float(np.quantile(cosine, 0.05)), 4),
+    'same neighbour, % (95 %)': f'{100 * same.mean():.1f} ({100 * low:.1f} to {100 * high:.1f})',
+  }
+
+
+def compare(folder: pathlib.Path, python: str) -> Iterator[dict[str, object]]:
+  variables = variables_of(load_file(folder / 'model.safetensors'))
+  model = Encoder(layers=sum(name.endswith('_query') for name in variables['params']))
+  texts = sentences()
+  # of every module some: those that are judged, and those that moments are from
+  rng = np.random.default_rng(0)
+  tokens = tokens_of([texts[i] for i in rng.permutation(len(texts))], folder / 'tokenizer.json')
+  judged, others = tokens[:JUDGED], tokens[JUDGED:]
+  unlabelled = others[others > 0][: UNLABELLED * LENGTH].reshape(-1, LENGTH)
+  drawn = rng.integers(FIRST_WORD, model.vocabulary, unlabelled.shape)
+  drawn[:, 0], drawn[:, -1] = BEGIN, END
+  forward = jax.jit(model.apply)
+  embeddings = lambda tree: np.concatenate(
+    [np.asarray(forward(tree, part)) for part in np.split(judged, 8)]
+  )
+  expected = embeddings(variables)
+  leaves = {name: np.asarray(leaf) for name, leaf in trees.named_leaves(variables).items()}
+  whole = sum(leaf.nbytes for leaf in leaves.values())
+
+  def row(method: str, setting: str, tree: Any, size: int) -> dict[str, object]:
+    sizes = {'file, bytes': f'{size:,}', 'times smaller': round(whole / size, 2)}
+    return {'codec': method, 'setting': setting} | sizes | scores(embeddings(tree), expected)
+
+  moments = {
+    'random tokens': opq_jax.second_moments(model.apply, variables, drawn),
+    'sentences': opq_jax.second_moments(model.apply, variables, unlabelled),
+  }
+  with tempfile.TemporaryDirectory() as place:
+    path = pathlib.Path(place) / 'encoder.opq'
+
+    def decoded(tree: Any, state: opq_jax.CompressionState) -> tuple[Any, int]:
+      opq_jax.save(path, tree, state)
+      return opq_jax.load(path)[0], path.stat().st_size
+
+    for bits in BITS:
+      setting = f'{bits:g} bits'
+      state = opq_jax.init_state(variables, opq_jax.allocate(variables, compression_rate=32 / bits))
+      yield row('opq_jax', setting, *decoded(variables, state))
+      for label, matrices in (
+        ('trellis', None),
+        *((f'trellis, feedback from {kind}', matrices) for kind, matrices in moments.items()),
+      ):
+        _, tree, state = opq_jax.allocate_with_trellis(
+          variables, matrices, compression_rate=32 / bits
+        )
+        yield row(f'opq_jax, {label}', setting, *decoded(tree, state))
+    nncodec = NNCodec(python, pathlib.Path(place))
+    for method, qps, more in (
+      ('NNCodec', QPS, {}),
+      ('NNCodec, tuned', TUNED_QPS, {'lambda_scale': LAMBDA}),
+    ):
+      for qp in qps:
+        found, answer = nncodec(leaves, {'qp': qp, **more})
+        yield row(method, f'qp={qp}', trees.replaced(variables, found), answer['bytes'])
+    nncodec.close()
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
+  parser.add_argument('folder', type=pathlib.Path, help='of a sentence-transformers model')
+  parser.add_argument('--nncodec_python', default=sys.executable)
+  arguments = parser.parse_args()
+  rows = []
+  for row in compare(arguments.folder, arguments.nncodec_python):
+    rows.append(row)
+    print(json.dumps(row), flush=True)
+  command = 'python -m experiments.benchmarks.accuracy.sentence_encoder MODEL_FOLDER'
+  harness.report(
+    'sentence_encoder',
+    'a BERT encoder of sentences',
+    f'{command} --nncodec_python NNCODEC/bin/python',
+    rows,
+  )
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,294 @@
+"""What the rows of `against_nncodec` say: curves of accuracy over bytes, and where they meet."""
+
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import opq_jax
+from experiments.benchmarks import harness
+from experiments.benchmarks.rivals.nncodec_jobs import (
+  FEEDBACK,
+  HALVES,
+  IMAGES,
+  INFERENCE,
+  KERNELS,
+  LAYERS,
+  OURS,
+  RECIPE,
+  SHIPPED,
+  TRELLIS,
+  TUNED,
+)
+from opq_jax.report import plots
+
+RESULTS = harness.RESULTS.parent / 'against_nncodec'
+UNLABELLED = 128
+_TINY = 1e-9  # what arithmetic takes off the ends of a curve
+_RIVALS = SHIPPED, TUNED
+# what is compared, by its correction, with which of NNCodec's files, and by which of theirs
+_WITHOUT_DATA = (
+  (OURS, 'noise', _RIVALS, 'noise'),
+  (TRELLIS, 'noise', _RIVALS, 'noise'),
+  (FEEDBACK, 'synthetic', _RIVALS, 'synthetic'),
+  (LAYERS, 'synthetic', _RIVALS, 'synthetic'),
+  (LAYERS + HALVES, 'synthetic', (SHIPPED,), 'synthetic'),
+  (LAYERS + INFERENCE, 'synthetic', (SHIPPED + INFERENCE,), 'synthetic'),
+)
+_FROM_IMAGES = (
+  (FEEDBACK + IMAGES, 'images', _RIVALS, 'synthetic'),
+  (LAYERS + IMAGES, 'images', _RIVALS, 'synthetic'),
+  (LAYERS + IMAGES + HALVES, 'images', (SHIPPED,), 'synthetic'),
+  (LAYERS + IMAGES + INFERENCE, 'images', (SHIPPED + INFERENCE,), 'synthetic'),
+)
+
+
+class Point(NamedTuple):
+  """A file: how large, and how good."""
+
+  size: float
+  score: float
+
+
+def monotone(points: Sequence[Point]) -> list[Point]:
+  """Points of rising size, neighbours that fall pooled until the score rises too.
+
+  Least squares among rising curves: the noise of a sample of images neither helps nor hurts.
+
+  >>> curve = monotone([Point(100, 0.8), Point(50, 0.5), Point(200, 0.7)])
+  >>> [(round(point.size, 2), round(point.score, 2)) for point in curve]
+  [(50.0, 0.5), (141.42, 0.75)]
+  """
+  pools: list[list[Point]] = []
+  mean = lambda pool: sum(point.score for point in pool) / len(pool)
+  for point in sorted(points):
+    pools.append([point])
+    while len(pools) > 1 and mean(pools[-2]) >= mean(pools[-1]):
+      last = pools.pop()
+      pools[-1] += last
+  return [Point(geometric_mean([point.size for point in pool]), mean(pool)) for pool in pools]
+
+
+def size_at(points: Sequence[Point], score: float) -> float | None:
+  """The size at which a curve has a score, its logarithm between points; None beyond them.
+
+  >>> size_at([Point(100, 0.5), Point(400, 0.7)], 0.6)
+  200.0
+  >>> size_at([Point(100, 0.5), Point(400, 0.7)], 0.8) is None
+  True
+  """
+  curve = monotone(points)
+  if not curve or not curve[0].score - _TINY <= score <= curve[-1].score + _TINY:
+    return None
+  sizes = [np.log(point.size) for point in curve]
+  return round(float(np.exp(np.interp(score, [point.score for point in curve], sizes))), 6)
+
+
+def score_at(points: Sequence[Point], size: float) -> float | None:
+  """The score that a curve has at a size; None beyond its points.
+
+  >>> round(score_at([Point(100, 0.5), Point(400, 0.7)], 200), 6)
+  0.6
+  """
+  curve = monotone(points)
+  sizes = [np.log(point.size) for point in curve]
+  if not curve or not sizes[0] - _TINY <= np.log(size) <= sizes[-1] + _TINY:
+    return None
+  return float(np.interp(np.log(size), sizes, [point.score for point in curve]))
+
+
+def ratios(ours: Sequence[Point], theirs: Sequence[Point], sizes: Sequence[float]) -> list[float]:
+  """Our size over theirs at the score that they have at each of these sizes, where both reach."""
+  found = []
+  for size in sizes:
+    score = score_at(theirs, size)
+    mine = None if score is None else size_at(ours, score)
+    if mine is not None:
+      found.append(mine / size)
+  return found
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+  return float(np.exp(np.mean(np.log(values))))
+
+
+def points(
+  rows: Sequence[Mapping[str, str]], method: str, correction: str, by: str = 'top1'
+) -> list[Point]:
+  """The curve of a method; `divergence` counts as the better the lower, on a logarithmic scale."""
+  score = lambda row: -np.log(float(row[by])) if by == 'divergence' else float(row[by])
+  chosen = [row for row in rows if (row['method'], row['correction']) == (method, correction)]
+  return [Point(float(row['file_bytes']), float(score(row))) for row in chosen]
+
+
+def answer(
+  network: str,
+  question: str,
+  ours: str,
+  theirs: str,
+  values: Mapping[str, float | None],
+  goal: float,
+) -> dict[str, object]:
+  """A line of the summary; whether `ratio` meets the goal, if there is one."""
+  number = values['ratio']
+  is_met = '' if number is None else 'yes' if number <= goal else 'no'
+  numbers = {name: '' if value is None else round(value, 3) for name, value in values.items()}
+  line: dict[str, object] = {'network': network, 'question': question, 'ours': ours}
+  return line | {'NNCodec': theirs} | numbers | {'goal': goal, 'met': is_met}
+
+
+def summary(rows: Sequence[Mapping[str, str]]) -> list[dict[str, object]]:
+  """The answers for every network: bytes and seconds of ours over NNCodec's."""
+  lines: list[dict[str, object]] = []
+  for name in dict.fromkeys(row['network'] for row in rows):
+    found = [row for row in rows if row['network'] == name]
+    whole = next(row for row in found if row['method'] == 'float32')
+    sizes = [float(whole['file_bytes']) / rate for rate in (8, 10, 12, 14, 16)]
+
+    loss = float(whole['top1']) - 0.1
+    for method, correction, *_ in _WITHOUT_DATA:
+      ours, theirs = points(found, method, correction), points(found, SHIPPED, 'none')
+      if ours and theirs:
+        pair = size_at(ours, loss), size_at(theirs, loss)
+        ratio = pair[0] / pair[1] if pair[0] and pair[1] else None
+        names = name, 'a: loss of 10 points', f'{method}, {correction}', 'as it ships'
+        lines.append(answer(*names, {'ratio': ratio}, 0.55))
+    for question, goal, cases in (
+      ('b: both corrected without data', 0.95, _WITHOUT_DATA),
+      ('c: unlabelled images', 0.8, _FROM_IMAGES),
+    ):
+      for method, correction, rivals, theirs_by in cases:
+        for rival in rivals:
+          values: dict[str, float | None] = {}
+          for key, by in (
+            ('ratio', 'top1'),
+            ('at equal divergence', 'divergence'),
+            ('of images that c has not seen', 'top1_unseen'),
+          ):
+            ours = points(found, method, correction, by)
+            theirs = points(found, rival, theirs_by, by)
+            several = ratios(ours, theirs, sizes)
+            values[key] = geometric_mean(several) if several else None
+          if ours and theirs:
+            names = name, question, f'{method}, {correction}', f'{rival}, {theirs_by}'
+            lines.append(answer(*names, values, goal))
+    lines += errors(name, found)
+    lines += seconds(name, found)
+  return lines
+
+
+def errors(name: str, rows: Sequence[Mapping[str, str]]) -> list[dict[str, object]]:
+  """Bits over NNCodec's tuned ones at the squared error of our 1, 2 and 3 bits."""
+  curve = [
+    Point(float(row['bits_per_weight']), -np.log(float(row['squared_error'])))
+    for row in rows
+    if row['method'] == TUNED + KERNELS
+  ]
+  lines: list[dict[str, object]] = []
+  for row in rows:
+    if row['method'] not in (OURS + KERNELS, TRELLIS + KERNELS):
+      continue
+    bits, goal = float(row['bits_per_weight']), 1.0 if bits_asked(row) <= 1 else 1.03
+    theirs = bits_at(curve, -np.log(float(row['squared_error'])))
+    if theirs:
+      ratio = round(bits / theirs, 3)
+      question = f'd: equal squared error, {bits_asked(row):g} bits'
+      method = row['method'].removesuffix(KERNELS)
+      line = {'network': name, 'question': question, 'ours': method, 'NNCodec': 'tuned'}
+      met = 'yes' if ratio <= goal else 'no'
+      lines.append({**line, 'ratio': ratio, 'goal': goal, 'met': met})
+  return lines
+
+
+def bits_asked(row: Mapping[str, str]) -> float:
+  return float(row['setting'].removeprefix('bits='))
+
+
+def bits_at(curve: Sequence[Point], score: float) -> float | None:
+  """Bits at which the logarithm of the error, nearly a line in them, is this.
+
+  >>> bits_at([Point(1.0, 2.0), Point(2.0, 4.0)], 3.0)
+  1.5
+  """
+  bits, scores = zip(*sorted(curve), strict=True) if curve else ((), ())
+  if not curve or not scores[0] <= score <= scores[-1]:
+    return None
+  return float(np.interp(score, scores, bits))
+
+
+def seconds(name: str, rows: Sequence[Mapping[str, str]]) -> list[dict[str, object]]:
+  """Median seconds of files, and the first of ours, with its compilation, by the clock.
+
+  The ratio is of the processor's seconds, which other programs disturb less; ours may be those of
+  several cores.
+  """
+
+  def of(method: str, column: str) -> list[float]:
+    corrections = ('none',) if method == SHIPPED else ('none', 'noise', 'synthetic')
+    same = [row for row in rows if row['method'] == method and row['correction'] in corrections]
+    # with the correction, which either side may have, only where there is no row without
+    plain = [row for row in same if row['correction'] == 'none'] or same
+    return [float(row[column]) for row in plain]
+
+  lines: list[dict[str, object]] = []
+  for what, method in (
+    *(('encode', method) for method in (OURS, TRELLIS, FEEDBACK)),
+    *(('decode', method) for method in (OURS, TRELLIS)),
+  ):
+    columns = f'{what}_seconds', f'{what}_processor'
+    if not of(method, columns[0]) or not of(SHIPPED, columns[0]):
+      continue
+    clock, theirs = of(method, columns[0]), of(SHIPPED, columns[0])
+    first = next(float(row[columns[0]]) for row in rows if row['method'] == method)
+    ratio = float(np.median(of(method, columns[1])) / np.median(of(SHIPPED, columns[1])))
+    limit = 60 if method == FEEDBACK else None
+    is_met = np.median(clock) <= limit if limit else ratio <= 1
+    line: dict[str, object] = {'network': name, 'question': f'e: seconds to {what}'}
+    line |= {'ours': method, 'NNCodec': 'as it ships', 'ratio': round(ratio, 3)}
+    line |= {'goal': f'{limit} s' if limit else 1.0, 'met': 'yes' if is_met else 'no'}
+    line |= {'ours, s': round(float(np.median(clock)), 2), 'ours, first, s': round(first, 2)}
+    lines.append(line | {'NNCodec, s': round(float(np.median(theirs)), 2)})
+  return lines
+
+
+def draw(rows: Sequence[Mapping[str, str]]) -> None:
+  for name in dict.fromkeys(row['network'] for row in rows):
+    found = [row for row in rows if row['network'] == name]
+    whole = next(row for row in found if row['method'] == 'float32')
+    curves = []
+    for label, method, correction in (
+      (OURS, OURS, 'noise'),
+      (TRELLIS, TRELLIS, 'noise'),
+      (FEEDBACK, FEEDBACK, 'synthetic'),
+      (LAYERS, LAYERS, 'synthetic'),
+      (LAYERS + IMAGES, LAYERS + IMAGES, 'images'),
+      (SHIPPED, SHIPPED, 'noise'),
+      (TUNED, TUNED, 'noise'),
+      (RECIPE, RECIPE, 'noise'),
+      (OURS, OURS, 'none'),
+      (SHIPPED, SHIPPED, 'none'),
+    ):
+      curve = points(found, method, correction)
+      if curve:
+        sizes, tops = zip(*curve, strict=True)
+        variant = 'BatchNorm not corrected' if correction == 'none' else ''
+        curves.append(plots.Curve(label, sizes, tops, variant=variant))
+    if curves:
+      title = f'{name} ({int(whole["file_bytes"]) / 1e6:.1f} MB as float32), one shot'
+      path = RESULTS / f'{name}.png'
+      plots.accuracy_over_size(path, curves, baseline=float(whole['top1']), title=title)
+
+
+def report(rows: Sequence[Mapping[str, str]], command: str) -> None:
+  draw(rows)
+  record: dict[str, Any] = {'command': command, 'tables': 'results.csv', 'unlabelled': UNLABELLED}
+  versions = {'opq_jax': opq_jax.__version__, 'jax': jax.__version__, 'nncodec': '2.1.3'}
+  try:
+    versions['qwix'] = importlib.metadata.version('qwix')
+  except importlib.metadata.PackageNotFoundError:
+    versions['qwix'] = 'not installed'
+  (RESULTS / 'run.json').write_text(json.dumps(record | {'versions': versions}, indent=1) + '\n')
+  harness.report('against_nncodec', 'ours over NNCodec', command, summary(rows))
