@@ -32,7 +32,8 @@ from opq_jax.file.artifact import OpqFile, load, save
 from opq_jax.network.moments import mean_moments, second_moments
 from opq_jax.report.sizes import SizeReport, file_report, size_report
 from opq_jax.report.tables import summary
-from opq_jax.weights.files import read_weights, write_safetensors
+from opq_jax.weights.reading import read_weights
+from opq_jax.weights.safetensors import write_safetensors
 
 __version__ = '0.1.0'
 

@@ -117,16 +117,15 @@ def run(arguments: argparse.Namespace) -> None:
   from opq_jax.cli.outputs import check_output
   from opq_jax.cli.targets import targets_text
   from opq_jax.importers import networks
-  from opq_jax.weights import files as weight_files
-  from opq_jax.weights import stored_leaves
+  from opq_jax.weights import ChannelMode, channel_axis, is_streamable
 
   source = Path(arguments.input)
   check_output(source, Path(arguments.output))
   _check_options(arguments)
   is_known = arguments.model is not None or networks.identity_of(source) is not None
   # kernels of known networks are Flax's
-  mode: weight_files.ChannelMode = 'last' if is_known else arguments.channel_axis
-  axis = partial(weight_files.channel_axis, mode=mode)
+  mode: ChannelMode = 'last' if is_known else arguments.channel_axis
+  axis = partial(channel_axis, mode=mode)
   targets = {
     'sparsity': arguments.sparsity,
     'bits': arguments.bits,
@@ -146,7 +145,7 @@ def run(arguments: argparse.Namespace) -> None:
   if arguments.file_rate is not None:
     check_file_rate(*(targets.pop('file_rate'), *targets.values()))
     targets = {'file_rate': arguments.file_rate}
-  if not is_known and not arguments.trellis and stored_leaves.is_streamable(source):
+  if not is_known and not arguments.trellis and is_streamable(source):
     from opq_jax.cli import leaf_by_leaf
 
     leaf_by_leaf.compress(arguments, targets, axis, metadata)

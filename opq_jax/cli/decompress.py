@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
   from opq_jax.cli.outputs import check_output
   from opq_jax.file.artifact import OpqFile
   from opq_jax.importers import networks
-  from opq_jax.weights import files as weight_files
+  from opq_jax.weights import write_safetensors
 
   source, output = Path(arguments.file), Path(arguments.output)
   check_output(source, output)
@@ -43,6 +43,6 @@ def run(arguments: argparse.Namespace) -> None:
   else:
     params = importers.to_tensors(identity.name, params, identity.source)
     names = f'the names of {identity.source}'
-  weight_files.write_safetensors(output, params)
+  write_safetensors(output, params)
   size = os.stat(output).st_size
   console(sys.stdout).print(Text(f'{output}: {size:,} bytes, by {names}'))

@@ -29,7 +29,7 @@ from opq_jax.core.trees import PyTree
 from opq_jax.correction.batch_norm import correct_batch_norm
 from opq_jax.file import artifact
 from opq_jax.finetuning import training
-from opq_jax.weights import files as weight_files
+from opq_jax.weights import write_safetensors
 
 _TEST = 597  # images that training never sees, a third
 _BATCH = 60
@@ -120,7 +120,7 @@ def run(
   accuracy = lambda network: float(np.mean(np.argmax(logits(network, images), axis=-1) == labels))
   with tempfile.TemporaryDirectory() as folder:
     floats, path = Path(folder) / 'network.safetensors', Path(output or f'{folder}/network.opq')
-    weight_files.write_safetensors(floats, variables)
+    write_safetensors(floats, variables)
     artifact.save(path, finetuned, state)
     loaded, _ = artifact.load(path)
     sizes = [

@@ -23,7 +23,7 @@ from opq_jax.file import artifact
 from opq_jax.file import rate as file_rate
 from opq_jax.importers import networks
 from opq_jax.report import sizes, tables
-from opq_jax.weights import files as weight_files
+from opq_jax.weights import read_weights
 
 FROM_NOISE = 'corrected from noise'
 FROM_SYNTHETIC = 'corrected from synthetic images'
@@ -62,7 +62,7 @@ def compress(
           num_classes=arguments.num_classes,
         )
         metadata |= networks.metadata(network)
-      params = weight_files.read_weights(source) if network is None else network.variables
+      params = read_weights(source) if network is None else network.variables
       chosen = chosen_paths(params, arguments.include, arguments.exclude)
       original = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params))
       params = narrowed(params, chosen)

@@ -14,7 +14,7 @@ from opq_jax.cli.leaves import chosen_paths
 from opq_jax.cli.stages import timed_stages
 from opq_jax.core import trees
 from opq_jax.report import sizes, tables
-from opq_jax.weights import stored_leaves, streaming
+from opq_jax.weights import compress_stored, open_weights
 
 
 def compress(
@@ -33,14 +33,14 @@ def compress(
   """
   source, output = Path(arguments.input), Path(arguments.output)
   stdout = console(sys.stdout)
-  tree = stored_leaves.open_weights(source)
+  tree = open_weights(source)
   chosen = chosen_paths(tree, arguments.include, arguments.exclude)
   leaves = [
     leaf.narrowed() if name in chosen else leaf for name, leaf in trees.named_leaves(tree).items()
   ]
   tree = jax.tree.unflatten(jax.tree.structure(tree), leaves)
   with timed_stages(stdout) as stage, collected_warnings() as notes:
-    done = streaming.compress(
+    done = compress_stored(
       tree,
       output,
       compressible=lambda path, _: path in chosen,

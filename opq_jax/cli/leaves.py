@@ -11,7 +11,7 @@ import numpy as np
 from opq_jax.allocation.allocator import is_compressible
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
-from opq_jax.weights import files as weight_files
+from opq_jax.weights import channels
 
 
 def chosen_paths(params: PyTree, include: Sequence[str], exclude: Sequence[str]) -> set[str]:
@@ -51,6 +51,6 @@ def channel_axis(metadata: Mapping[str, str]) -> Callable[[str, Any], int]:
   """Returns the function that gives the output-channel axis of a file's leaves."""
   mode = metadata.get('channel_axis')
   return partial(
-    weight_files.channel_axis,
+    channels.channel_axis,
     mode='first' if mode == 'first' else 'last' if mode == 'last' else 'auto',
   )

@@ -20,7 +20,7 @@ from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 from opq_jax.file.artifact import OpqFile
 from opq_jax.importers import networks
-from opq_jax.weights import files as weight_files
+from opq_jax.weights import read_weights
 
 
 class Recomputed(NamedTuple):
@@ -50,7 +50,7 @@ def recomputed(path: str, weights: str) -> Recomputed:
   identity = networks.identity(metadata)
   coded = corrected = images = moments = None
   if identity is None:
-    params = weight_files.read_weights(weights)
+    params = read_weights(weights)
   else:
     network = networks.load(
       weights, name=identity.name, source=identity.source, num_classes=identity.num_classes

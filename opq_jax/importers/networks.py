@@ -19,7 +19,7 @@ from opq_jax.core.trees import PyTree
 from opq_jax.correction import batch_norm, inference, noise, synthetic
 from opq_jax.file.artifact import OpqFile
 from opq_jax.importers import Source
-from opq_jax.weights import files as weight_files
+from opq_jax.weights import read_weights
 
 KEYS = _NAME, _SOURCE, _CLASSES = 'model', 'source', 'num_classes'
 """What the metadata of a file call the three."""
@@ -136,7 +136,7 @@ def load(
   if said is not None and name in (None, said.name):
     name, source = said.name, source or said.source
   assert name is not None
-  leaves = trees.named_leaves(weight_files.read_weights(path))
+  leaves = trees.named_leaves(read_weights(path))
   if not any(leaf.startswith('params/') for leaf in leaves):
     imported = importers.from_tensors(name, leaves, source=source, num_classes=num_classes)
     return Network(name, *imported)

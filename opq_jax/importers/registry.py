@@ -11,7 +11,7 @@ from opq_jax.core.trees import PyTree
 from opq_jax.importers import conversion, keras, tf_slim, torch
 from opq_jax.importers.layouts import Leaf, Source, Tensors
 from opq_jax.models import registry as model_registry
-from opq_jax.weights import files as weight_files
+from opq_jax.weights import read_weights
 
 if TYPE_CHECKING:
   import flax.linen as nn
@@ -78,7 +78,7 @@ def load(
       message lists all of them.
     OSError: the file cannot be read.
   """
-  tensors = trees.named_leaves(weight_files.read_weights(path))
+  tensors = trees.named_leaves(read_weights(path))
   return from_tensors(name, tensors, source=source, num_classes=num_classes, **options)
 
 

@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from opq_jax.core import extras
+
 # Okabe and Ito's colours, which the colour-blind tell apart too
 _COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#F0E442')
 
@@ -168,8 +170,4 @@ def seconds_over_weights(
 
 
 def _matplotlib_figure() -> Any:
-  try:
-    from matplotlib.figure import Figure
-  except ImportError as error:
-    raise ValueError('found no matplotlib, expected it: pip install opq_jax[plots]') from error
-  return Figure
+  return extras.require('matplotlib.figure', 'plots', 'plots').Figure

@@ -1,8 +1,8 @@
-"""Folders of Orbax: the tree of arrays in one, as a whole or leaf by leaf.
+"""Reads Orbax folders: the tree of arrays of one, as a whole or leaf by leaf.
 
-A folder is a checkpoint of one tree, or a CheckpointManager's, of which the latest step is read,
-and in it the default item.  Orbax takes seconds to import, which no other format needs: it is
-imported when there is a folder to read.
+A folder is a checkpoint of one tree or the folder of a CheckpointManager; of the latter the default
+item of the latest step is read.  Orbax takes seconds to import and is imported when there is a
+folder to read.
 """
 
 import contextlib
@@ -18,18 +18,18 @@ import numpy as np
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 
-_TREE = '_METADATA'  # the file that every folder has in which Orbax keeps one tree
+_TREE = '_METADATA'  # a file in every folder in which Orbax stores one tree
 _STEP = re.compile(r'(?:.*[_-])?(\d+)', re.ASCII)
 
 
 class OrbaxFolder:
-  """One tree of arrays.
+  """A stored tree of arrays.
 
   Args:
-    path: the folder, or one above it.
+    path: its folder, or a folder above it.
 
   Attributes:
-    tree: Orbax's metadata of every leaf, which have a shape and a dtype.
+    tree: Orbax's metadata at every leaf, with a shape and a dtype.
 
   Raises:
     ValueError: there is no tree, or more than one.
@@ -42,35 +42,37 @@ class OrbaxFolder:
     self.tree: PyTree = getattr(metadata, 'tree', metadata)
 
   def read(self) -> PyTree:
-    """All leaves, as host arrays."""
+    """Returns the tree as host arrays."""
     return self._restored(self.tree)
 
   def read_leaf(self, name: str) -> np.ndarray:
-    """The leaf of a path name, and nothing else of the folder."""
+    """Returns the leaf of a path name and reads no other."""
     import orbax.checkpoint as ocp
 
     named = trees.named_leaves(self.tree)
-    wanted = [leaf if other == name else ocp.PLACEHOLDER for other, leaf in named.items()]
-    found = self._restored(jax.tree.unflatten(jax.tree.structure(self.tree), wanted))
-    return trees.named_leaves(found)[name]
+    requested = [leaf if other == name else ocp.PLACEHOLDER for other, leaf in named.items()]
+    restored = self._restored(jax.tree.unflatten(jax.tree.structure(self.tree), requested))
+    return trees.named_leaves(restored)[name]
 
-  def _restored(self, wanted: PyTree) -> PyTree:
+  def _restored(self, requested: PyTree) -> PyTree:
+    """Returns the arrays of a tree of metadata; Orbax leaves its placeholders out."""
     import orbax.checkpoint as ocp
 
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), self.tree)
-    arguments = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy)
+    arguments = ocp.args.PyTreeRestore(item=requested, restore_args=as_numpy)
     with _checkpointer() as checkpointer:
       return checkpointer.restore(self._folder, args=arguments)
 
 
 @contextlib.contextmanager
 def _checkpointer() -> Iterator[Any]:
+  """Opens a checkpointer that does not log warnings."""
   import orbax.checkpoint as ocp
 
   logger = logging.getLogger('absl')
   level = logger.level
   try:
-    # a step's items have no metadata of a whole checkpoint, and Orbax warns of it
+    # Orbax warns that the items of a step lack the metadata of a whole checkpoint
     logger.setLevel(logging.ERROR)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
       yield checkpointer
@@ -79,21 +81,21 @@ def _checkpointer() -> Iterator[Any]:
 
 
 def _tree_folder(path: Path) -> Path:
-  """The folder of one tree at or below `path`: the latest step, and in it the default item."""
+  """Returns the folder of one tree at or below `path`: the default item of the latest step."""
   if (path / _TREE).is_file():
     return path
   folders = sorted(child for child in path.iterdir() if child.is_dir())
-  trees_in = {child.name: child for child in folders if (child / _TREE).is_file()}
+  items = {child.name: child for child in folders if (child / _TREE).is_file()}
   steps = {
     int(match[1]): child for child in folders if (match := _STEP.fullmatch(child.name)) is not None
   }
-  if 'default' in trees_in:
-    return trees_in['default']
+  if 'default' in items:
+    return items['default']
   if steps:
     return _tree_folder(steps[max(steps)])
-  if len(trees_in) == 1:
-    return next(iter(trees_in.values()))
+  if len(items) == 1:
+    return next(iter(items.values()))
   raise ValueError(
-    f'{path}: found items {list(trees_in)} among {[child.name for child in folders][:10]}, '
+    f'{path}: found items {list(items)} among {[child.name for child in folders][:10]}, '
     'expected an Orbax checkpoint of one tree, or one that is called default'
   )

@@ -1,25 +1,22 @@
-"""Weights that stay on disk until they are asked for, leaf by leaf.
+"""Trees of leaves that stay on disk until they are read, one by one.
 
 .safetensors   a flat dict by name
-a folder       an Orbax checkpoint, or a CheckpointManager's folder: its latest step
+a folder       an Orbax checkpoint, or the latest step of a CheckpointManager
 """
 
-import contextlib
 import dataclasses
 import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-import safetensors
 from jaxtyping import Shaped
 
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
-from opq_jax.weights import files as weight_files
+from opq_jax.weights import checks, safetensors
 from opq_jax.weights.orbax import OrbaxFolder
 
 
@@ -28,11 +25,11 @@ class StoredLeaf:
   """An array on disk.
 
   Attributes:
-    path: of the file or folder.
-    name: of the array there.
-    shape: its own.
-    dtype: in which it is read; float64 may be asked for as float32.
-    fetch: reads the array of a name, and nothing else.
+    path: the file or folder.
+    name: the name of the array in it.
+    shape: the shape of the array.
+    dtype: the dtype that `read` returns; see `narrowed`.
+    fetch: reads the array of a name and no other.
   """
 
   path: str
@@ -43,29 +40,30 @@ class StoredLeaf:
 
   @property
   def ndim(self) -> int:
-    """Dimensions."""
+    """Number of axes."""
     return len(self.shape)
 
   @property
   def size(self) -> int:
-    """Weights."""
+    """Number of weights."""
     return math.prod(self.shape)
 
   @property
   def nbytes(self) -> int:
-    """Bytes once read."""
+    """Bytes of the array in memory."""
     return self.size * self.dtype.itemsize
 
   def narrowed(self) -> 'StoredLeaf':
-    """Itself, read as float32 where it is float64: JAX has no wider ones by default."""
+    """Returns the leaf with float32 in the place of float64, which JAX disables by default."""
     is_wide = self.dtype == np.float64
     return dataclasses.replace(self, dtype=np.dtype(np.float32)) if is_wide else self
 
   def read(self) -> Shaped[np.ndarray, '...']:
-    """The array.
+    """Reads the array.
 
     Raises:
-      ValueError: the file is not what it was when it was opened.
+      ValueError: the file has changed since it was opened.
+      OSError: it cannot be read.
     """
     array = self.fetch(self.name)
     if array.shape != self.shape:
@@ -74,24 +72,24 @@ class StoredLeaf:
 
 
 def is_streamable(path: str | os.PathLike[str]) -> bool:
-  """Whether a path is a folder, or .safetensors of plain arrays: no other format, no `.opq`."""
+  """Returns whether `open_weights` takes a path: a folder, or .safetensors that is no `.opq`."""
   path = Path(path)
   if path.is_dir():
     return True
   if path.suffix.lower() != '.safetensors' or not path.is_file():
     return False
-  with _opened(path) as file:
-    return (file.metadata() or {}).get('format') != 'opq'
+  with safetensors.opened(path) as file:
+    return not safetensors.is_opq(file)
 
 
 def open_weights(path: str | os.PathLike[str]) -> PyTree:
-  """The tree of a file or folder with a `StoredLeaf` in the place of every array.
+  """Returns the tree of a file or folder with a `StoredLeaf` for every array.
 
   Args:
     path: a `.safetensors` file, or a folder of Orbax.
 
   Raises:
-    ValueError: this is no whole one of its format, or has no weights.
+    ValueError: the file is damaged or of another format, or has no weights.
     OSError: it cannot be read.
 
   >>> import tempfile, safetensors.numpy
@@ -109,16 +107,16 @@ def open_weights(path: str | os.PathLike[str]) -> PyTree:
 
 def _open_safetensors(path: str | os.PathLike[str]) -> dict[str, StoredLeaf]:
   def fetch(name: str) -> np.ndarray:
-    with _opened(path) as file:
-      return weight_files.read_tensor(path, file, name)
+    with safetensors.opened(path) as file:
+      return safetensors.read_tensor(path, file, name)
 
   leaves = {}
-  with _opened(path) as file:
+  with safetensors.opened(path) as file:
     for name in file.keys():  # noqa: SIM118, it is no mapping
       piece = file.get_slice(name)
       shape = tuple(piece.get_shape())
-      # a slice tells NumPy's dtype without reading, where there is anything to slice
-      dtype = weight_files.tensor_dtype(file, name)
+      # a slice has NumPy's dtype and reads one row; an empty array has nothing to slice
+      dtype = safetensors.extended_dtype(file, name)
       if dtype is None:
         dtype = (piece[:1] if shape and math.prod(shape) else file.get_tensor(name)).dtype
       leaves[name] = StoredLeaf(os.fspath(path), name, shape, dtype, fetch)
@@ -126,26 +124,14 @@ def _open_safetensors(path: str | os.PathLike[str]) -> dict[str, StoredLeaf]:
 
 
 def _open_orbax(path: Path) -> PyTree:
-  what = 'an Orbax checkpoint'
-  folder = weight_files.guarded(OrbaxFolder, path, what)
+  expected = 'an Orbax checkpoint'
+  folder = checks.guarded(OrbaxFolder, path, expected)
 
   def fetch(name: str) -> np.ndarray:
-    return weight_files.guarded(lambda _: folder.read_leaf(name), path, what)
+    return checks.guarded(lambda _: folder.read_leaf(name), path, expected)
 
   leaves = []
   for name, leaf in trees.named_leaves(folder.tree).items():
-    dtype = weight_files.dtype_of_numbers(path, name, leaf)
+    dtype = checks.dtype_of_numbers(path, name, leaf)
     leaves.append(StoredLeaf(os.fspath(path), name, tuple(leaf.shape), dtype, fetch))
   return jax.tree.unflatten(jax.tree.structure(folder.tree), leaves)
-
-
-@contextlib.contextmanager
-def _opened(path: str | os.PathLike[str]) -> Any:
-  """A file of safetensors, read and not mapped: what was read of it need not stay in memory."""
-  # safetensors would say of a file that may not be read that there is none
-  open(path, 'rb').close()
-  try:
-    with safetensors.safe_open(path, 'np', backend='pread') as file:
-      yield file
-  except safetensors.SafetensorError as error:
-    raise ValueError(f'{path}: expected a safetensors file, found this: {error}') from error

@@ -48,8 +48,8 @@ _kinds_of = jax.jit(compression.kinds_of)
 
 
 @dataclasses.dataclass(frozen=True)
-class Streamed:
-  """What `compress` did.
+class StreamedFile:
+  """The result of `compress_stored`.
 
   Attributes:
     allocation: of the leaves, by name.
@@ -60,7 +60,7 @@ class Streamed:
   report: SizeReport
 
 
-def compress(
+def compress_stored(
   tree: PyTree,
   output: str | os.PathLike[str],
   *,
@@ -70,7 +70,7 @@ def compress(
   contexts: bool = True,
   stage: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
   **targets: Any,
-) -> Streamed:
+) -> StreamedFile:
   """Prunes, quantizes and writes a tree that need not fit into memory.
 
   Args:
@@ -96,7 +96,7 @@ def compress(
   >>> with tempfile.TemporaryDirectory() as folder:
   ...   safetensors.numpy.save_file({'w': kernel}, f'{folder}/net.safetensors')
   ...   leaves = open_weights(f'{folder}/net.safetensors')
-  ...   report = compress(leaves, f'{folder}/net.opq', compression_rate=16.0).report
+  ...   report = compress_stored(leaves, f'{folder}/net.opq', compression_rate=16.0).report
   ...   print(report.file == os.stat(f'{folder}/net.opq').st_size, round(report.entropy_rate))
   True 16
   """
@@ -153,7 +153,7 @@ def compress(
     tuple(map(located, found.uncompressed)),
     os.stat(output).st_size,
   )
-  return Streamed(found.allocation, report)
+  return StreamedFile(found.allocation, report)
 
 
 class _Coded(NamedTuple):

@@ -72,12 +72,12 @@ def test_float8_checkpoints_are_read_and_compressed(tmp_path, name):
   import safetensors.numpy
 
   from opq_jax.cli import command as cli
-  from opq_jax.weights import files as weight_files
+  from opq_jax.weights import read_weights
 
   weights = (RNG(0).laplace(size=(96, 64)) * 20).astype(getattr(ml_dtypes, name))
   path = tmp_path / 'f8.safetensors'
   safetensors.numpy.save_file({'w': weights, 'b': np.ones(3, 'f4')}, path)
-  read = weight_files.read_weights(path)['w']
+  read = read_weights(path)['w']
   assert read.dtype == weights.dtype and read.tobytes() == weights.tobytes()
   assert cli.main(['compress', str(path), str(tmp_path / 'f8.opq'), '--bits-per-weight', '9']) == 0
   loaded, _ = opq_jax.load(tmp_path / 'f8.opq')

@@ -13,7 +13,7 @@ from opq_jax import cli, importers, models
 from opq_jax.cli import digits
 from opq_jax.core import trees
 from opq_jax.importers import networks
-from opq_jax.weights import files as weight_files
+from opq_jax.weights import channel_axis
 from tests.helpers.variables import random_variables
 
 
@@ -172,9 +172,7 @@ def test_only_a_known_network_has_a_source(net, capsys):
 def test_the_file_is_what_the_library_makes(net):
   assert run('compress', 'net.safetensors', 'net.opq', '--sparsity', 0.5, '--bits', 3) == 0
   params = tree()
-  allocation = opq_jax.allocate(
-    params, sparsity=0.5, bits=3.0, channel_axis=weight_files.channel_axis
-  )
+  allocation = opq_jax.allocate(params, sparsity=0.5, bits=3.0, channel_axis=channel_axis)
   state = opq_jax.init_state(params, allocation)
   expected = opq_jax.apply_compression(params, state)
   found, _ = opq_jax.load('net.opq')

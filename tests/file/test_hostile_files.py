@@ -29,7 +29,7 @@ from opq_jax.coding import payload as entropy_coding
 from opq_jax.compression.codes import CompressionState
 from opq_jax.file import artifact
 from opq_jax.file import index as artifact_index
-from opq_jax.weights import files as weight_files
+from opq_jax.weights import read_weights, write_safetensors
 from tests.helpers.opq_files import (
   leaf_state,
   parts,
@@ -342,21 +342,21 @@ def test_crafted_files_are_refused(tmp_path, name):
   path = tmp_path / name
   path.write_bytes(data)
   expected = f'{re.escape(str(path))}: .*{re.escape(message)}'
-  refused(lambda: weight_files.read_weights(path), expected)
+  refused(lambda: read_weights(path), expected)
 
 
 def test_tensors_that_repeat_one_number_for_ever_are_refused(tmp_path):
   torch = pytest.importorskip('torch')
   torch.save({'a': torch.zeros(1).expand(1 << 40)}, tmp_path / 'net.pt')
   with pytest.raises(ValueError, match=r'net.pt: .*found 4 bytes, expected those of shape'):
-    weight_files.read_weights(tmp_path / 'net.pt')
+    read_weights(tmp_path / 'net.pt')
   torch.save({'a': torch.zeros(1).expand(16)}, tmp_path / 'net.pt')
-  assert weight_files.read_weights(tmp_path / 'net.pt')['a'].shape == (16,)
+  assert read_weights(tmp_path / 'net.pt')['a'].shape == (16,)
 
 
 def test_the_name_that_safetensors_keeps_for_itself_is_not_written(tmp_path):
   with pytest.raises(ValueError, match='__metadata__: found a name'):
-    weight_files.write_safetensors(tmp_path / 'x.safetensors', {'__metadata__': np.ones(2)})
+    write_safetensors(tmp_path / 'x.safetensors', {'__metadata__': np.ones(2)})
   assert not list(tmp_path.iterdir())
 
 

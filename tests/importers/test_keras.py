@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from opq_jax import importers, models
-from opq_jax.weights import files as weight_files
+from opq_jax.weights import read_weights
 from tests.helpers.variables import random_variables
 
 h5py = pytest.importorskip('h5py')
@@ -88,14 +88,14 @@ def assert_equal(found, expected):
 
 def test_files_of_all_ages_hold_the_same_tensors(tmp_path):
   tensors = tensors_of('mobilenet_v1', width=0.25)
-  assert_equal(weight_files.read_weights(write_keras_2(tmp_path / 'a.h5', tensors)), tensors)
+  assert_equal(read_weights(write_keras_2(tmp_path / 'a.h5', tensors)), tensors)
   path = write_keras_2(tmp_path / 'b.h5', tensors, root='model_weights', scope='mobilenet/')
-  assert_equal(weight_files.read_weights(path), tensors)
+  assert_equal(read_weights(path), tensors)
   write_keras_3(tmp_path / 'c.weights.h5', tensors)
-  assert_equal(weight_files.read_weights(tmp_path / 'c.weights.h5'), tensors)
+  assert_equal(read_weights(tmp_path / 'c.weights.h5'), tensors)
   for has_names in (True, False):
     path = zipped(tmp_path, tensors, has_names=has_names)
-    assert_equal(weight_files.read_weights(path), tensors)
+    assert_equal(read_weights(path), tensors)
 
 
 @pytest.mark.parametrize(
@@ -213,24 +213,24 @@ def test_files_that_reach_beyond_themselves_are_refused(tmp_path, damage, messag
     if damage is damage_raw:
       file['layers/conv2d/vars'].attrs['name'] = 'stem'
   with pytest.raises(ValueError, match=re.escape(message)):
-    weight_files.read_weights(tmp_path / 'net.weights.h5')
+    read_weights(tmp_path / 'net.weights.h5')
 
 
 def test_damaged_bytes_are_an_error_that_names_the_file(tmp_path):
   for name in ('net.h5', 'net.keras'):
     (tmp_path / name).write_bytes(b'\x89HDF\r\n\x1a\n' + bytes(100))
     with pytest.raises(ValueError, match=f'{name}: expected a'):
-      weight_files.read_weights(tmp_path / name)
+      read_weights(tmp_path / name)
   with zipfile.ZipFile(tmp_path / 'net.keras', 'w') as archive:
     archive.writestr('config.json', '{}')
   with pytest.raises(ValueError, match=r"net.keras: found \['config.json'\], expected"):
-    weight_files.read_weights(tmp_path / 'net.keras')
+    read_weights(tmp_path / 'net.keras')
 
 
 def test_without_h5py_the_error_says_what_to_install(tmp_path, monkeypatch):
   monkeypatch.setitem(__import__('sys').modules, 'h5py', None)
   with pytest.raises(ValueError, match=r'pip install opq_jax\[keras\]'):
-    weight_files.read_weights(tmp_path / 'net.h5')
+    read_weights(tmp_path / 'net.h5')
 
 
 @pytest.mark.filterwarnings('ignore')

@@ -10,7 +10,7 @@ import pytest
 
 from opq_jax import importers
 from opq_jax.data import datasets as data
-from opq_jax.weights import files as weight_files
+from opq_jax.weights import read_weights
 from tests.helpers import assets
 
 torch = pytest.importorskip('torch')
@@ -154,7 +154,7 @@ def test_logits_are_those_of_transformers(name, config, network):
 
 def test_pretrained_mobilenet_v2_recognises_photographs_with_pytorchs_logits():
   model, variables, source = importers.load('mobilenet_v2', assets.real_weights('mobilenet_v2'))
-  tensors = networks.Tensors(weight_files.read_weights(assets.real_weights('mobilenet_v2')))
+  tensors = networks.Tensors(read_weights(assets.real_weights('mobilenet_v2')))
   hits = []
   apply = jax.jit(model.apply)
   for batch in data.batches(

@@ -1,5 +1,6 @@
-import builtins
+import os
 import pickle
+import sys
 
 import flax.serialization
 import jax
@@ -11,8 +12,7 @@ import safetensors.numpy
 import opq_jax
 from opq_jax.compression.codes import CompressionState
 from opq_jax.core import trees
-from opq_jax.weights import files as weight_files
-from opq_jax.weights.files import channel_axis, read_weights, write_safetensors
+from opq_jax.weights import channel_axis, read_weights, write_safetensors
 
 
 def flat_tree():
@@ -140,15 +140,8 @@ def test_torch_pickles_are_not_executed(tmp_path):
 
 
 def test_without_torch_the_message_says_what_to_install(tmp_path, monkeypatch):
-  original = builtins.__import__
-
-  def without_torch(name, *args, **kwargs):
-    if name == 'torch':
-      raise ImportError(name)
-    return original(name, *args, **kwargs)
-
   (tmp_path / 'net.pt').write_bytes(b'')
-  monkeypatch.setattr(builtins, '__import__', without_torch)
+  monkeypatch.setitem(sys.modules, 'torch', None)
   with pytest.raises(ValueError, match=r'net\.pt: .*pip install opq_jax\[torch\]'):
     read_weights(tmp_path / 'net.pt')
 
@@ -203,7 +196,7 @@ def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
   def fail(*_):
     raise OSError('the disk is full')
 
-  monkeypatch.setattr(weight_files.os, 'replace', fail)
+  monkeypatch.setattr(os, 'replace', fail)
   with pytest.raises(OSError, match='the disk is full'):
     write_safetensors(path, flat_tree())
   assert path.read_bytes() == b'old'

@@ -11,8 +11,8 @@ import safetensors.numpy
 
 import opq_jax
 from experiments.benchmarks.resources import large_trees
+from opq_jax.weights import compress_stored, is_streamable, open_weights, streaming
 from opq_jax.weights import orbax as orbax_files
-from opq_jax.weights import stored_leaves, streaming
 
 TARGETS = [{'compression_rate': 12.8}, {'sparsity': 0.6, 'bits': 3.0}]
 
@@ -37,14 +37,14 @@ def tree():
 @pytest.fixture
 def stored(tmp_path):
   safetensors.numpy.save_file(tree(), tmp_path / 'net.safetensors')
-  return stored_leaves.open_weights(tmp_path / 'net.safetensors')
+  return open_weights(tmp_path / 'net.safetensors')
 
 
 @pytest.mark.filterwarnings('ignore:the Laplace density')
 @pytest.mark.parametrize('targets', TARGETS, ids=['rate', 'sparsity'])
 def test_the_file_is_that_of_the_tree_in_memory(stored, tmp_path, targets):
   axis = lambda path, _: 0 if path == 'conv.weight' else -1
-  done = streaming.compress(
+  done = compress_stored(
     stored, tmp_path / 'net.opq', channel_axis=axis, metadata={'a': 'b'}, **targets
   )
   state = opq_jax.init_state(tree(), opq_jax.allocate(tree(), channel_axis=axis, **targets))
@@ -61,12 +61,12 @@ def test_escaped_weights_are_those_of_the_tree_in_memory(tmp_path, monkeypatch, 
   params['w'][[3, 700, 1099], [9, 0, 999]] = 3000, -5000, 4000
   params['half'][[0, 31], [5, 71]] = 900, -900
   safetensors.numpy.save_file(params, tmp_path / 'net.safetensors')
-  stored = stored_leaves.open_weights(tmp_path / 'net.safetensors')
+  stored = open_weights(tmp_path / 'net.safetensors')
   # an allocation whose grids end below the outliers
   clipped = {name: np.clip(leaf, -6, 6) for name, leaf in params.items()}
   allocation = opq_jax.allocate(clipped, compression_rate=8.0, channel_axis=axis)
   monkeypatch.setattr(streaming.allocations, 'allocate', lambda *_, **__: allocation)
-  done = streaming.compress(stored, tmp_path / 'net.opq', compression_rate=8.0, channel_axis=axis)
+  done = compress_stored(stored, tmp_path / 'net.opq', compression_rate=8.0, channel_axis=axis)
   state = opq_jax.init_state(params, allocation)
   opq_jax.save(tmp_path / 'expected.opq', params, state)
   assert (tmp_path / 'net.opq').read_bytes() == (tmp_path / 'expected.opq').read_bytes()
@@ -104,8 +104,8 @@ def test_a_folder_of_orbax_is_read_leaf_by_leaf(folder, tmp_path, monkeypatch):
   targets, axis = TARGETS[0], lambda path, _: 0 if 'conv' in path else -1
   whole = opq_jax.read_weights(folder)
   monkeypatch.delattr(orbax_files.OrbaxFolder, 'read')
-  leaves = stored_leaves.open_weights(folder)
-  streaming.compress(leaves, tmp_path / 'net.opq', channel_axis=axis, **targets)
+  leaves = open_weights(folder)
+  compress_stored(leaves, tmp_path / 'net.opq', channel_axis=axis, **targets)
   allocation = opq_jax.allocate(whole, channel_axis=axis, **targets)
   opq_jax.save(tmp_path / 'expected.opq', whole, opq_jax.init_state(whole, allocation))
   assert (tmp_path / 'net.opq').read_bytes() == (tmp_path / 'expected.opq').read_bytes()
@@ -113,11 +113,11 @@ def test_a_folder_of_orbax_is_read_leaf_by_leaf(folder, tmp_path, monkeypatch):
 
 
 def test_what_is_no_checkpoint_is_named(folder, tmp_path):
-  leaf = stored_leaves.open_weights(folder)['params']['conv']['bias']
+  leaf = open_weights(folder)['params']['conv']['bias']
   np.testing.assert_array_equal(leaf.read(), tree()['conv.bias'])
   shutil.rmtree(folder)
   folder.mkdir()
-  for call in (stored_leaves.open_weights, lambda _: leaf.read()):
+  for call in (open_weights, lambda _: leaf.read()):
     with pytest.raises((ValueError, OSError), match=f'{folder}'):
       call(folder)
 
@@ -126,14 +126,14 @@ def test_text_among_the_weights_is_named(tmp_path):
   ocp = pytest.importorskip('orbax.checkpoint')
   with ocp.PyTreeCheckpointer() as checkpointer:
     checkpointer.save(tmp_path / 'net', {'w': np.ones((2, 2)), 'name': 'resnet'})
-  for read in (stored_leaves.open_weights, opq_jax.read_weights):
+  for read in (open_weights, opq_jax.read_weights):
     with pytest.raises(ValueError, match=r'net: name: found .* expected an array of numbers'):
       read(tmp_path / 'net')
 
 
 def test_metadata_that_are_no_strings_are_refused_before_anything_is_read(stored, tmp_path):
   with pytest.raises(ValueError, match=r"metadata: found \{'a': 1\}, expected strings only"):
-    streaming.compress(stored, tmp_path / 'net.opq', metadata={'a': 1})
+    compress_stored(stored, tmp_path / 'net.opq', metadata={'a': 1})
   assert os.listdir(tmp_path) == ['net.safetensors']
 
 
@@ -142,9 +142,9 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
   weights[3, 3] = np.nan
   safetensors.numpy.save_file({'w': weights}, tmp_path / 'net.safetensors')
   (tmp_path / 'net.opq').write_bytes(b'old')
-  leaves = stored_leaves.open_weights(tmp_path / 'net.safetensors')
+  leaves = open_weights(tmp_path / 'net.safetensors')
   with pytest.raises(ValueError, match='w: found NaN'):
-    streaming.compress(leaves, tmp_path / 'net.opq')
+    compress_stored(leaves, tmp_path / 'net.opq')
   assert (tmp_path / 'net.opq').read_bytes() == b'old'
   assert sorted(os.listdir(tmp_path)) == ['net.opq', 'net.safetensors']
 
@@ -153,7 +153,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
 def test_a_damaged_file_is_named(tmp_path, damage):
   path = tmp_path / 'net.safetensors'
   safetensors.numpy.save_file({'w': np.ones((64, 64), np.float32)}, path)
-  leaf = stored_leaves.open_weights(path)['w']
+  leaf = open_weights(path)['w']
   if damage == 'changed':
     safetensors.numpy.save_file({'w': np.ones((4, 64), np.float32)}, path)
     with pytest.raises(ValueError, match=r'net.safetensors: w: found \(4, 64\), expected'):
@@ -161,7 +161,7 @@ def test_a_damaged_file_is_named(tmp_path, damage):
     return
   contents = {'cut': path.read_bytes()[:-1], 'text': b'no weights', 'empty': b''}
   path.write_bytes(contents[damage])
-  for call in (stored_leaves.open_weights, stored_leaves.is_streamable, lambda _: leaf.read()):
+  for call in (open_weights, is_streamable, lambda _: leaf.read()):
     with pytest.raises(ValueError, match=r'net.safetensors: expected a safetensors file'):
       call(path)
 
@@ -170,8 +170,8 @@ def test_an_opq_file_is_not_taken_for_weights(tmp_path):
   params = {'w': np.ones((8, 8), np.float32)}
   state = opq_jax.CompressionState({'w': None})
   opq_jax.save(tmp_path / 'net.safetensors', params, state)
-  assert not stored_leaves.is_streamable(tmp_path / 'net.safetensors')
-  assert not stored_leaves.is_streamable(tmp_path / 'net.npz')
+  assert not is_streamable(tmp_path / 'net.safetensors')
+  assert not is_streamable(tmp_path / 'net.npz')
 
 
 @pytest.mark.parametrize('source', ['.safetensors', 'Orbax'])

@@ -20,7 +20,7 @@ import opq_jax
 from experiments.benchmarks import harness
 from opq_jax.coding import payload as entropy_coding
 from opq_jax.compression import codes as compression
-from opq_jax.weights import files as weight_files
+from opq_jax.weights import channel_axis, read_weights
 
 _REPEATS = 3
 
@@ -28,13 +28,11 @@ _REPEATS = 3
 def main(paths: list[str]) -> None:
   rows = []
   for path in paths:
-    params = weight_files.read_weights(path)
+    params = read_weights(path)
     for bits in (4.0, 2.5, 1.5):
       with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)
-        allocation = opq_jax.allocate(
-          params, compression_rate=32 / bits, channel_axis=weight_files.channel_axis
-        )
+        allocation = opq_jax.allocate(params, compression_rate=32 / bits, channel_axis=channel_axis)
       state = opq_jax.init_state(params, allocation)
       codes = opq_jax.encode(params, state)
       leaves = [np.asarray(codes[k]) for k, s in state.tree.items() if s is not None]

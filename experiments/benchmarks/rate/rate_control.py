@@ -22,7 +22,7 @@ import numpy as np
 import opq_jax
 from experiments.benchmarks import harness
 from opq_jax.file import artifact
-from opq_jax.weights import files as weight_files
+from opq_jax.weights import channel_axis
 
 RATES = (6, 8, 12, 20, 35, 60)
 ZEROS = (0.5, 0.7, 0.8, 0.9, 0.95)
@@ -48,9 +48,7 @@ def measure(params: dict[str, np.ndarray], rate: float) -> tuple[object, bool, s
   try:
     with warnings.catch_warnings(record=True) as caught:
       warnings.simplefilter('always', UserWarning)
-      allocation = opq_jax.allocate(
-        params, compression_rate=rate, channel_axis=weight_files.channel_axis
-      )
+      allocation = opq_jax.allocate(params, compression_rate=rate, channel_axis=channel_axis)
       state = opq_jax.init_state(params, allocation)
       data = artifact.serialize(params, state, contexts=False)
   except ValueError as error:

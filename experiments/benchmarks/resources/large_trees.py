@@ -89,17 +89,17 @@ def status(field: str) -> int:
 
 def measured(folder: str, suffix: str) -> dict[str, float]:
   """Compresses `net` of a suffix in a folder; called in a process of its own."""
-  from opq_jax.weights import stored_leaves, streaming
+  from opq_jax.weights import compress_stored, open_weights
 
   path = pathlib.Path(folder)
-  leaves = lambda name: stored_leaves.open_weights(path / f'{name}{suffix}')
-  streaming.compress(leaves('small'), path / 'small.opq')
+  leaves = lambda name: open_weights(path / f'{name}{suffix}')
+  compress_stored(leaves('small'), path / 'small.opq')
   constant = status('VmHWM')
-  streaming.compress(leaves('one'), path / 'one.opq', compression_rate=12.8)
+  compress_stored(leaves('one'), path / 'one.opq', compression_rate=12.8)
   one = status('VmHWM')
   tree = leaves('net')
   start, cpu = time.perf_counter(), time.process_time()
-  report = streaming.compress(tree, path / 'net.opq', compression_rate=12.8).report
+  report = compress_stored(tree, path / 'net.opq', compression_rate=12.8).report
   return {
     'seconds': time.perf_counter() - start,
     'cpu': time.process_time() - cpu,

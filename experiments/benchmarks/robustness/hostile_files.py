@@ -56,7 +56,7 @@ from opq_jax.compression.codes import CompressionState, LeafState, affine_codebo
 from opq_jax.core import trees
 from opq_jax.file import artifact
 from opq_jax.file import index as artifact_index
-from opq_jax.weights import files as weight_files
+from opq_jax.weights import read_weights
 
 MODULE = 'experiments.benchmarks.robustness.hostile_files'
 ROOT = pathlib.Path(__file__).parents[3]
@@ -303,7 +303,7 @@ def _kind(
 
   def read(data: bytes) -> Any:
     path.write_bytes(data)
-    return weight_files.read_weights(path)
+    return read_weights(path)
 
   return path.read_bytes(), read, lambda *_: 'other'
 

@@ -1,0 +1,95 @@
+"""Reads weights in files of any known format into trees of host arrays.
+
+    .safetensors   a flat dict by name
+    .npz           a flat dict by name
+    .msgpack       Flax's `serialization.to_bytes`: nested dicts
+    a folder       an Orbax checkpoint, or the latest step of a CheckpointManager
+    .opq           the decoded network
+    .pt, .pth      a PyTorch state dict; needs PyTorch (`pip install opq_jax[torch]`)
+    .h5, .keras    a Keras file, by `<layer>/<weight>`; needs h5py (`pip install opq_jax[keras]`)
+
+Nothing in a file is executed: NumPy's pickles are refused, and PyTorch's are read by its
+`weights_only` unpickler.  A name that occurs twice is an error, and so is an array that claims more
+bytes than the file can hold: the memory that a file takes is bounded by its own size.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from opq_jax.core import trees
+from opq_jax.core.trees import PyTree
+from opq_jax.file import artifact as reader
+from opq_jax.weights import checks, keras, msgpack, npz, orbax, safetensors, torch
+
+
+def read_weights(path: str | os.PathLike[str]) -> PyTree:
+  """Returns the weights of a file as a tree of host arrays, bit for bit.
+
+  Args:
+    path: a file with one of the suffixes above, or a folder of Orbax.
+
+  Returns:
+    A tree of NumPy arrays (bfloat16 and the like as `ml_dtypes`): a flat dict if the format is one
+    of names, nested dicts if it is one of trees.
+
+  Raises:
+    ValueError: the format is unknown, or the file is damaged; the message names the file.
+    OSError: the file cannot be read.
+
+  >>> import tempfile
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   np.savez(f'{folder}/net.npz', kernel=np.ones((3, 2), np.float32))
+  ...   tree = read_weights(f'{folder}/net.npz')
+  >>> tree['kernel'].shape
+  (3, 2)
+  """
+  path = Path(path)
+  if path.is_dir():
+    return _checked(path, checks.guarded(_read_orbax, path, 'an Orbax checkpoint'))
+  if path.suffix.lower() not in _READERS:
+    known = ', '.join(_READERS)
+    raise ValueError(
+      f'{path}: found suffix {path.suffix!r}, expected {known}, or a folder of Orbax'
+    )
+  read, expected = _READERS[path.suffix.lower()]
+  return _checked(path, checks.guarded(read, path, expected))
+
+
+def _checked(path: Path, tree: PyTree) -> PyTree:
+  """Returns the tree with every leaf a host array of numbers."""
+  leaves = trees.named_leaves(tree)
+  if not leaves:
+    raise ValueError(f'{path}: found no weights, expected at least one')
+  arrays = []
+  for name, leaf in leaves.items():
+    array = np.asarray(leaf)
+    checks.dtype_of_numbers(path, name, array)
+    arrays.append(array)
+  return jax.tree.unflatten(jax.tree.structure(tree), arrays)
+
+
+def _read_opq(path: Path) -> PyTree:
+  return reader.load(path)[0]
+
+
+def _read_orbax(path: Path) -> PyTree:
+  folder = orbax.OrbaxFolder(path)
+  for name, leaf in trees.named_leaves(folder.tree).items():
+    checks.dtype_of_numbers(path, name, leaf)
+  return folder.read()
+
+
+_READERS: dict[str, tuple[Callable[[Path], PyTree], str]] = {
+  '.safetensors': (safetensors.read, 'a safetensors file'),
+  '.npz': (npz.read, 'a NumPy archive without pickles'),
+  '.msgpack': (msgpack.read, "Flax's msgpack"),
+  '.opq': (_read_opq, 'an .opq file'),
+  '.pt': (torch.read, 'a PyTorch state dict that loads with weights_only=True'),
+  '.pth': (torch.read, 'a PyTorch state dict that loads with weights_only=True'),
+  '.h5': (keras.read, 'an HDF5 file of Keras'),
+  '.keras': (keras.read, 'a Keras file'),
+}
