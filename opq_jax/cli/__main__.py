@@ -1,5 +1,5 @@
 import sys
 
-from opq_jax.cli.command import main
+from opq_jax.cli.command import run_process
 
-sys.exit(main())
+sys.exit(run_process())

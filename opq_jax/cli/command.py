@@ -6,6 +6,7 @@ that a command pays for nothing that it does not use.
 """
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
@@ -17,11 +18,12 @@ from opq_jax.cli import help_texts
 
 
 class _Command(NamedTuple):
-  """How a command is listed, described and found."""
+  """How a command is listed and described, and whether it compiles programs."""
 
   short: str
   about: str
   examples: str
+  compiles: bool = True
 
 
 _COMMANDS = {
@@ -29,7 +31,10 @@ _COMMANDS = {
     'write weights as an .opq file', help_texts.COMPRESS, help_texts.COMPRESS_EXAMPLES
   ),
   'inspect': _Command(
-    'show the contents of an .opq file', help_texts.INSPECT, help_texts.INSPECT_EXAMPLES
+    'show the contents of an .opq file',
+    help_texts.INSPECT,
+    help_texts.INSPECT_EXAMPLES,
+    compiles=False,
   ),
   'verify': _Command(
     'check an .opq file against its original weights',
@@ -45,11 +50,18 @@ _COMMANDS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the command.
+def run_process() -> int:
+  """Runs the command of this process, which keeps its compiled programs for the next one."""
+  return main(keep_programs=True)
+
+
+def main(argv: Sequence[str] | None = None, *, keep_programs: bool = False) -> int:
+  """Runs a command.
 
   Args:
     argv: its arguments; by default those of the process.
+    keep_programs: whether JAX keeps its compiled programs on disk (`program_cache`) from now on,
+      for a process that does nothing else.
 
   Returns:
     The exit code.  0: success.  2: an argument, an input or an output is at fault; one line on
@@ -61,7 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
   except SystemExit as exit_:
     return int(exit_.code or 0)
   try:
-    code = _module(arguments.command).run(arguments)
+    with contextlib.ExitStack() as stack:
+      if keep_programs and _COMMANDS[arguments.command].compiles:
+        from opq_jax.cli.program_cache import kept_programs
+
+        stack.enter_context(kept_programs())
+      code = _module(arguments.command).run(arguments)
     sys.stdout.flush()
   except BrokenPipeError:
     # `opq inspect net.opq | head`: Python would report the closed pipe once more at its exit

@@ -11,6 +11,12 @@ from rich.text import Text
 
 from opq_jax.report import tables
 
+_LEFT_OUT = (
+  'the Laplace density',
+  'Error reading persistent compilation cache',
+  'Error writing persistent compilation cache',
+)
+
 
 def console(stream: Any) -> Console:
   """A console on a stream; one that is no terminal is as wide as the tables need."""
@@ -32,11 +38,12 @@ def note(text: str) -> None:
 def collected_warnings() -> Iterator[list[str]]:
   """Collects the texts of UserWarnings, each once, into the list that it gives.
 
-  Warnings about the fit of the Laplace density are left out, because the table marks such leaves.
+  Left out are warnings about the fit of the Laplace density, because the table marks such leaves,
+  and about kept programs that JAX could not read or write, because it then compiles them.
   """
   texts: list[str] = []
   with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter('always', UserWarning)
     yield texts
   messages = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
-  texts += dict.fromkeys(text for text in messages if not text.startswith('the Laplace density'))
+  texts += dict.fromkeys(text for text in messages if not text.startswith(_LEFT_OUT))
