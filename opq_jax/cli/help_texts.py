@@ -21,6 +21,10 @@ examples:
   opq demo
       a tour in a minute
 
+environment:
+  OPQ_JAX_CACHE    folder of compiled programs, which later runs use again
+                   (default: opq_jax in $XDG_CACHE_HOME or ~/.cache); 0: none
+
 `opq COMMAND --help` describes a command.
 """
 
