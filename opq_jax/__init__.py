@@ -28,7 +28,8 @@ from opq_jax.correction.synthetic import synthetic_inputs
 from opq_jax.encoders.feedback import allocate_with_feedback, encode_with_feedback
 from opq_jax.encoders.layer_by_layer import encode_layer_by_layer
 from opq_jax.encoders.trellis_codes import allocate_with_trellis, encode_with_trellis
-from opq_jax.file.artifact import OpqFile, load, save
+from opq_jax.file.reader import OpqFile, load
+from opq_jax.file.writer import save
 from opq_jax.network.moments import mean_moments, second_moments
 from opq_jax.report.sizes import SizeReport, file_report, size_report
 from opq_jax.report.tables import summary

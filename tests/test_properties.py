@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import opq_jax
 from opq_jax.compression.codes import LeafState
 from opq_jax.core import trees
-from opq_jax.file import artifact
+from opq_jax.file import writer
 from opq_jax.report.verification import verify
 
 Pair = collections.namedtuple('Pair', ['second', 'first'])
@@ -114,13 +114,13 @@ def assert_contract(params, state):
     if record is not None:
       assert np.isfinite(np.asarray(value, np.float32)).all()
       assert ((np.asarray(value) != 0) <= np.asarray(record.mask)).all()
-  data = artifact.serialize(params, state)
-  assert artifact.serialize(params, state) == data
+  data = writer.serialize(params, state)
+  assert writer.serialize(params, state) == data
   loaded, loaded_state = opq_jax.load(data, like=params)
   assert jax.tree.structure(loaded) == jax.tree.structure(params)
   assert_same(loaded, compressed)
   assert_same(opq_jax.apply_compression(loaded, loaded_state), compressed)
-  assert artifact.serialize(loaded, loaded_state) == data
+  assert writer.serialize(loaded, loaded_state) == data
   found = verify(data, params)
   assert found.holds, found.problems
 

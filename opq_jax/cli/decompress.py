@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> None:
   from opq_jax import importers
   from opq_jax.cli.console import console
   from opq_jax.cli.outputs import check_output
-  from opq_jax.file.artifact import OpqFile
+  from opq_jax.file.reader import OpqFile
   from opq_jax.importers import networks
   from opq_jax.weights import write_safetensors
 

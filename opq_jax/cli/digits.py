@@ -27,7 +27,7 @@ from opq_jax.compression.codes import CompressionState, apply_compression, init_
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 from opq_jax.correction.batch_norm import correct_batch_norm
-from opq_jax.file import artifact
+from opq_jax.file import reader, writer
 from opq_jax.finetuning import training
 from opq_jax.weights import write_safetensors
 
@@ -121,12 +121,12 @@ def run(
   with tempfile.TemporaryDirectory() as folder:
     floats, path = Path(folder) / 'network.safetensors', Path(output or f'{folder}/network.opq')
     write_safetensors(floats, variables)
-    artifact.save(path, finetuned, state)
-    loaded, _ = artifact.load(path)
+    writer.save(path, finetuned, state)
+    loaded, _ = reader.load(path)
     sizes = [
       floats.stat().st_size,
-      len(artifact.serialize(compressed, state)),
-      len(artifact.serialize(corrected, state)),
+      len(writer.serialize(compressed, state)),
+      len(writer.serialize(corrected, state)),
       *[path.stat().st_size] * 2,
     ]
   _check_identical(loaded, finetuned)

@@ -19,8 +19,8 @@ from opq_jax.cli.stages import Stage, timed_stages
 from opq_jax.cli.targets import targets_text
 from opq_jax.core import files
 from opq_jax.core.trees import PyTree
-from opq_jax.file import artifact
 from opq_jax.file import rate as file_rate
+from opq_jax.file import writer
 from opq_jax.importers import networks
 from opq_jax.report import sizes, tables
 from opq_jax.weights import read_weights
@@ -154,7 +154,7 @@ class _Compressor:
       metadata['inference_only'] = INFERENCE_ONLY
       stored = networks.for_inference(network, stored)
     with self.stage('encode'):
-      data = artifact.serialize(stored, state, metadata, contexts=not arguments.fast)
+      data = writer.serialize(stored, state, metadata, contexts=not arguments.fast)
     return _Compressed(data, allocation, state, metadata, notes)
 
   @functools.cached_property

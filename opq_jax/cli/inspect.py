@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> None:
   from opq_jax.cli.console import console
   from opq_jax.cli.json_reports import sizes_as_json
   from opq_jax.cli.leaves import channel_axis
-  from opq_jax.file.artifact import OpqFile
+  from opq_jax.file.reader import OpqFile
   from opq_jax.report import sizes, tables
 
   with OpqFile(arguments.file) as file:

@@ -18,7 +18,7 @@ from opq_jax.cli.in_memory import (
 from opq_jax.cli.leaves import channel_axis, narrowed
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
-from opq_jax.file.artifact import OpqFile
+from opq_jax.file.reader import OpqFile
 from opq_jax.importers import networks
 from opq_jax.weights import read_weights
 

@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
   from opq_jax.cli.json_reports import verification_as_json
   from opq_jax.cli.leaves import channel_axis
   from opq_jax.cli.recomputation import recomputed
-  from opq_jax.file.artifact import OpqFile
+  from opq_jax.file.reader import OpqFile
   from opq_jax.report import sizes, verification
 
   path, against = arguments.file, arguments.against

@@ -90,7 +90,7 @@ def encode_with_trellis(
   >>> error = lambda values: float(jnp.square(values - kernel).sum())
   >>> error(coded) < 0.95 * error(opq_jax.apply_compression(kernel, state))
   True
-  >>> size = lambda *network: len(opq_jax.file.artifact.serialize(*network))
+  >>> size = lambda *network: len(opq_jax.file.serialize(*network))
   >>> size(coded, coded_state) < 0.98 * size(kernel, state)
   True
   """

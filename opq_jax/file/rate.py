@@ -15,7 +15,7 @@ import numpy as np
 from opq_jax.allocation.allocator import Allocation, TooFewBitsError, allocate
 from opq_jax.compression.codes import CompressionState, init_state
 from opq_jax.core.trees import PyTree
-from opq_jax.file import artifact
+from opq_jax.file import writer
 
 _TOLERANCE = 3e-3  # of the size, towards smaller alone
 _MAX_STEPS = 10
@@ -76,7 +76,7 @@ def at_file_rate(variables: PyTree, file_rate: float, **options: Any) -> FileTar
       warnings.simplefilter('always')
       allocation = allocate(variables, bits_per_weight=bits, **options)
     state = init_state(variables, allocation)
-    size = len(artifact.serialize(variables, state))
+    size = len(writer.serialize(variables, state))
     found[bits] = allocation, state, size, [warning.message for warning in said]
     return size
 

@@ -17,7 +17,7 @@ from opq_jax import importers
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 from opq_jax.correction import batch_norm, inference, noise, synthetic
-from opq_jax.file.artifact import OpqFile
+from opq_jax.file.reader import OpqFile
 from opq_jax.importers import Source
 from opq_jax.weights import read_weights
 

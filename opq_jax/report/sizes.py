@@ -27,8 +27,8 @@ from opq_jax.compression.codes import ESCAPE, CompressionState, LeafState
 from opq_jax.core import trees
 from opq_jax.core.limits import MAX_LEVELS
 from opq_jax.core.trees import PyTree
-from opq_jax.file import artifact
-from opq_jax.file.artifact import OpqFile
+from opq_jax.file import writer
+from opq_jax.file.reader import OpqFile
 from opq_jax.report import tables
 
 ChannelAxis = int | Callable[[str, Any], int]
@@ -289,14 +289,14 @@ def size_report(
   >>> report.original, report.file < report.original / 12
   (65792, True)
   """
-  data = artifact.serialize(params, state, metadata)
+  data = writer.serialize(params, state, metadata)
   return payload_report(data, params, state, channel_axis=channel_axis)
 
 
 def payload_report(
   data: bytes, params: PyTree, state: CompressionState, *, channel_axis: ChannelAxis = -1
 ) -> SizeReport:
-  """`size_report` of bytes that `opq_jax.file.artifact.serialize` has made already."""
+  """`size_report` of bytes that `opq_jax.file.serialize` has made already."""
   with OpqFile(data) as file:
     return _report(file, len(data), params, state, channel_axis)
 

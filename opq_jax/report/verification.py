@@ -28,7 +28,8 @@ from rich.table import Table
 from opq_jax.compression.codes import ESCAPE, ESCAPED, LeafState
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
-from opq_jax.file.artifact import OpqFile, escaped_values, written_leaf
+from opq_jax.file.reader import OpqFile
+from opq_jax.file.writer import escaped_values, written_leaf
 from opq_jax.report import tables
 from opq_jax.report.sizes import SizeReport, payload_report
 
@@ -139,7 +140,7 @@ def verify(
   >>> kernel = jax.random.laplace(jax.random.key(0), (64, 32))
   >>> params = {'kernel': kernel, 'bias': np.zeros(32, np.float32)}
   >>> state = opq_jax.init_state(params, opq_jax.allocate(params, compression_rate=16.0))
-  >>> data = opq_jax.file.artifact.serialize(params, state)
+  >>> data = opq_jax.file.serialize(params, state)
   >>> verify(data, params).holds
   True
   >>> verify(data, {**params, 'bias': np.ones(32, np.float32)}).problems

@@ -22,7 +22,7 @@ import numpy as np
 
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
-from opq_jax.file import artifact as reader
+from opq_jax.file import reader
 from opq_jax.weights import checks, keras, msgpack, npz, orbax, safetensors, torch
 
 

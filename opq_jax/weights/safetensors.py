@@ -15,7 +15,7 @@ from jaxtyping import Shaped
 
 from opq_jax.core import files, trees
 from opq_jax.core.trees import PyTree
-from opq_jax.file import artifact as reader
+from opq_jax.file import reader
 from opq_jax.weights import checks
 
 # safetensors' names of the dtypes that it does not read into NumPy

@@ -33,9 +33,9 @@ from opq_jax.compression import codes as compression
 from opq_jax.compression.codes import LeafState
 from opq_jax.core import files, trees
 from opq_jax.core.trees import PyTree
-from opq_jax.file import artifact
-from opq_jax.file import index as artifact_index
+from opq_jax.file import index as file_index
 from opq_jax.file import rate as file_rates
+from opq_jax.file import reader, writer
 from opq_jax.report import sizes
 from opq_jax.report.sizes import ChannelAxis, CompressedLeaf, SizeReport, UncompressedLeaf
 from opq_jax.weights.stored_leaves import StoredLeaf
@@ -106,10 +106,10 @@ def compress_stored(
     allocations.check_targets(*asked)
   else:
     allocations.check_file_rate(file_rate, *asked)
-  metadata = artifact.checked_metadata(metadata)
+  metadata = writer.checked_metadata(metadata)
   _return_large_blocks()
-  tree = artifact_index.plain_tree(tree)
-  artifact_index.check_names(tree)
+  tree = writer.plain_tree(tree)
+  file_index.check_names(tree)
   leaves = trees.named_leaves(tree)
   chosen = allocations.choose(leaves, compressible)
   axes = {name: allocations.axis_of(name, leaves[name], channel_axis) for name in chosen}
@@ -145,7 +145,7 @@ def compress_stored(
       found = last[bits]
     with stage('write'):
       found.writer.place()
-  with artifact.OpqFile(output) as file:
+  with reader.OpqFile(output) as file:
     stored = file.sizes()
   located = lambda leaf: dataclasses.replace(leaf, file=stored[leaf.path])
   report = SizeReport(
@@ -232,7 +232,7 @@ def _coded(
 
   Codes are made in pieces of one size, compiled once.
   """
-  array = artifact.host_array(name, array)
+  array = writer.host_array(name, array)
   none = dataclasses.replace(asked, shape=(0,), channel_axis=0)
   tree = {name: np.zeros(0, array.dtype)}
   record = compression.init_state(tree, Allocation({name: none})).tree[name]
@@ -244,10 +244,10 @@ def _coded(
     padded = np.pad(piece, (0, size - piece.size))
     kinds = _kinds_of(padded, record.threshold, record.step, record.levels)
     whole = dataclasses.replace(record, kinds=np.asarray(kinds))
-    codes[start : start + size] = artifact.checked_codes(name, padded, whole)[: piece.size]
+    codes[start : start + size] = writer.checked_codes(name, padded, whole)[: piece.size]
   shaped = codes.reshape(array.shape)
   reach = sizes.largest_on_grid(array, shaped, axis)
-  return record, shaped, artifact.escaped_values(shaped, array), reach
+  return record, shaped, writer.escaped_values(shaped, array), reach
 
 
 class _Writer:
@@ -284,25 +284,25 @@ class _Writer:
     escaped: Shaped[np.ndarray, ' m'],
   ) -> None:
     """Writes a compressed leaf."""
-    written = artifact.written_leaf(codes, escaped, record, contexts=self._contexts)
+    written = writer.written_leaf(codes, escaped, record, contexts=self._contexts)
     with files.errors_of(self._output):
       self._codes_file.write(written.payload)
-    self._grids.append(artifact.grid(name, record))
+    self._grids.append(writer.checked_grid(name, record))
     self._specs.append(written.spec)
     self._version = max(self._version, written.version)
 
   def add(self, name: str, array: Shaped[np.ndarray, '...']) -> None:
     """Writes an uncompressed leaf."""
-    array = artifact.host_array(name, array)
-    self._specs.append(artifact_index.spec(array.dtype, array.shape))
+    array = writer.host_array(name, array)
+    self._specs.append(file_index.spec(array.dtype, array.shape))
     padding = -self._raw_size % array.dtype.itemsize
     as_bytes = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     self._raw_size += padding + as_bytes.size
     self._raw += bytes(padding)
-    for start in range(0, as_bytes.size, artifact_index.BLOCK):
-      self._raw += as_bytes[start : start + artifact_index.BLOCK].data
-      while len(self._raw) >= artifact_index.BLOCK:
-        self._pack(artifact_index.BLOCK)
+    for start in range(0, as_bytes.size, file_index.BLOCK):
+      self._raw += as_bytes[start : start + file_index.BLOCK].data
+      while len(self._raw) >= file_index.BLOCK:
+        self._pack(file_index.BLOCK)
 
   def finish(self, like_tree: Callable[[list[str]], PyTree], metadata: dict[str, str]) -> None:
     """Makes what comes first in the file; `like_tree` makes the tree of what its leaves have."""
@@ -313,7 +313,7 @@ class _Writer:
     codes_size = self._codes_file.tell()
     noted = like_tree(self._specs)
     rest = self._grids, codes_size, self._blocks, metadata, self._version
-    self._front = artifact.front(noted, *rest)
+    self._front = writer.front(noted, *rest)
 
   @property
   def size(self) -> int:
@@ -331,7 +331,7 @@ class _Writer:
   def _pack(self, size: int) -> None:
     block = bytes(self._raw[:size])
     del self._raw[:size]
-    self._packing.append(self._pool.submit(artifact_index.pack, block, period=4))
+    self._packing.append(self._pool.submit(file_index.pack, block, period=4))
     if len(self._packing) > _AHEAD:
       self._write_block()
 

@@ -201,7 +201,7 @@ class Layer:
 def through_a_file(params):
   """What comes back of the compressed parameters, and what they were."""
   state = init_state(params, allocate(params, compression_rate=15.0))
-  loaded, _ = opq_jax.load(opq_jax.file.artifact.serialize(params, state), like=params)
+  loaded, _ = opq_jax.load(opq_jax.file.serialize(params, state), like=params)
   return loaded, opq_jax.apply_compression(params, state)
 
 
@@ -499,7 +499,7 @@ def test_targets_are_one_and_the_same():
     np.testing.assert_array_equal(x, y)
   variables = {'net': params}
   allocation = allocate(variables, file_rate=12.0)
-  data = opq_jax.file.artifact.serialize(variables, init_state(variables, allocation))
+  data = opq_jax.file.serialize(variables, init_state(variables, allocation))
   original = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
   assert 12.0 <= original / len(data) <= 12.1
 

@@ -40,7 +40,7 @@ def test_leaves_of_two_or_three_values_are_exact(kind, rate, dtype):
   state = opq_jax.init_state(params, allocation)
   values = opq_jax.apply_compression(params, state)
   np.testing.assert_array_equal(np.asarray(values['few']), few)
-  loaded, _ = opq_jax.load(opq_jax.file.artifact.serialize(params, state))
+  loaded, _ = opq_jax.load(opq_jax.file.serialize(params, state))
   np.testing.assert_array_equal(loaded['few'], few)
   # at the bits of its own entropy, and the other leaf has what is left
   _, counts = np.unique(few, return_counts=True)
@@ -96,7 +96,7 @@ def test_arrays_of_the_other_byte_order_are_the_same(dtype):
     codes = opq_jax.encode(params, state)
     values = opq_jax.apply_compression(params, state)
     np.testing.assert_array_equal(opq_jax.decode(codes, state, params)['w'], values['w'])
-    results.append((np.asarray(values['w']), opq_jax.file.artifact.serialize(params, state)))
+    results.append((np.asarray(values['w']), opq_jax.file.serialize(params, state)))
   np.testing.assert_array_equal(results[0][0], results[1][0])
   assert results[0][1] == results[1][1]
 

@@ -11,7 +11,7 @@ from opq_jax.coding import ans, escapes, trellis
 from opq_jax.coding import contexts as context_coding
 from opq_jax.coding.payload import decode_codes, encode_codes, entropy
 from opq_jax.compression.codes import LeafState, affine_codebook
-from opq_jax.file import artifact
+from opq_jax.file import writer
 
 RNG = np.random.default_rng
 CODE = st.integers(-127, 127)
@@ -175,7 +175,7 @@ def test_escapes_take_the_places_of_zeros_along_a_trellis():
     dtype=np.dtype(np.float32),
   )
   values = np.full(zeros.size, 1000, np.float32)
-  written = artifact.written_leaf(escaped, values, record, contexts=True)
+  written = writer.written_leaf(escaped, values, record, contexts=True)
   payload = encode_codes(codes)
   assert written.payload == payload + escapes.encode(zeros, values)
   assert ans.to_bits(payload, 8).startswith(context_coding.TRELLIS_MARKER)

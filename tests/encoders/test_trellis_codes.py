@@ -13,7 +13,7 @@ from opq_jax.coding import contexts as context_coding
 from opq_jax.coding import payload as entropy_coding
 from opq_jax.coding import trellis
 from opq_jax.encoders import trellis_codes as trellis_encoding
-from opq_jax.file import artifact
+from opq_jax.file import writer
 
 RNG = np.random.default_rng
 
@@ -51,8 +51,8 @@ def test_the_rate_is_the_one_that_is_asked():
   tree = {'a': laplace_kernel((3, 3, 32, 64)), 'b': laplace_kernel((256, 128), 1, 0.02)}
   state = opq_jax.init_state(tree, opq_jax.allocate(tree, compression_rate=20.0))
   _, coded, coded_state = opq_jax.allocate_with_trellis(tree, compression_rate=20.0)
-  plain = len(artifact.serialize(tree, state))
-  assert len(artifact.serialize(coded, coded_state)) == pytest.approx(plain, rel=0.03)
+  plain = len(writer.serialize(tree, state))
+  assert len(writer.serialize(coded, coded_state)) == pytest.approx(plain, rel=0.03)
   for name, kernel in tree.items():
     assert error(kernel, coded[name]) < 0.95 * error(
       kernel, opq_jax.apply_compression(tree, state)[name]
@@ -66,7 +66,7 @@ def test_the_rate_is_the_one_that_is_asked():
 def test_a_file_of_codes_along_the_trellis_loads_exactly(shape, dtype):
   kernel = jnp.asarray(laplace_kernel(shape), dtype)
   coded, state = opq_jax.encode_with_trellis({'w': kernel}, plain_state({'w': kernel}))
-  data = artifact.serialize(coded, state)
+  data = writer.serialize(coded, state)
   loaded, loaded_state = opq_jax.load(data)
   assert loaded['w'].dtype == kernel.dtype
   np.testing.assert_array_equal(loaded['w'], np.asarray(coded['w']))
@@ -146,7 +146,7 @@ def test_weights_beyond_the_grid_escape(dtype):
     # weights that are not escaped follow the trellis
     on_grid = np.where(codes == -128, np.int8(0), codes)
     assert trellis.indices_and_subsets(on_grid) is not None
-    loaded, _ = opq_jax.load(artifact.serialize(coded, coded_state))
+    loaded, _ = opq_jax.load(writer.serialize(coded, coded_state))
     np.testing.assert_array_equal(np.asarray(loaded), np.asarray(coded))
     if given_moments is None:
       assert error(coded) < 0.95 * error(plain)

@@ -32,8 +32,9 @@ from opq_jax.compression.codes import (
   exact_grid,
 )
 from opq_jax.core import trees
-from opq_jax.file import index as artifact_index
-from opq_jax.file.artifact import OpqFile, load, save, serialize
+from opq_jax.file import index as file_index
+from opq_jax.file.reader import OpqFile, load
+from opq_jax.file.writer import save, serialize
 from tests.helpers.opq_files import (
   escaping,
   laplace,
@@ -124,7 +125,7 @@ def test_the_order_of_keys_changes_nothing():
   assert serialize(other, state_of(other)) == serialize(params, state_of(params))
 
 
-DTYPES = list(artifact_index.DTYPES.values())
+DTYPES = list(file_index.DTYPES.values())
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
@@ -189,7 +190,7 @@ def test_any_tree_comes_back(params):
 )
 @pytest.mark.parametrize('step', [0.5, 0.013])
 def test_escaped_weights_come_back(dtype, step):
-  dtype = artifact_index.DTYPES[dtype]
+  dtype = file_index.DTYPES[dtype]
   params, state = escaping(dtype, step=step, levels=4 if step == 0.5 else 127)
   book = state.tree['w']
   if step == 0.013:
@@ -300,7 +301,7 @@ def test_every_flipped_byte_of_escapes_is_found(mask):
 
 @pytest.mark.parametrize('dtype', ['float4_e2m1fn', 'float6_e2m3fn', 'float8_e8m0fnu'])
 def test_floats_that_cannot_be_compressed_are_named(dtype):
-  weights = np.ones((4, 4), artifact_index.DTYPES[dtype])
+  weights = np.ones((4, 4), file_index.DTYPES[dtype])
   with pytest.raises(ValueError, match=rf'^w: found dtype {dtype}, expected floats of whole bytes'):
     serialize({'w': weights}, CompressionState({'w': leaf_state(weights)}))
   data = rebuilt(serialize(*small()), replaced('"float32[12,5] 4', f'"{dtype}[12,5] 4'))
@@ -309,7 +310,7 @@ def test_floats_that_cannot_be_compressed_are_named(dtype):
 
 
 @pytest.mark.parametrize(
-  'dtype', [d for d in DTYPES if artifact_index.can_be_compressed(d) and d.itemsize < 8], ids=str
+  'dtype', [d for d in DTYPES if file_index.can_be_compressed(d) and d.itemsize < 8], ids=str
 )
 def test_every_float_is_compressed(dtype):
   params, state = escaping(dtype, levels=3)
@@ -379,7 +380,7 @@ def test_all_weights_pruned():
 
 
 def test_leaves_across_blocks(monkeypatch):
-  monkeypatch.setattr(artifact_index, 'BLOCK', 1 << 12)
+  monkeypatch.setattr(file_index, 'BLOCK', 1 << 12)
   params = {
     'a': laplace(3000),
     'b': np.int8(1),
@@ -602,7 +603,7 @@ def test_metadata_that_are_no_strings_are_refused(metadata):
 def test_what_no_reader_would_take_is_not_written(tmp_path):
   path = tmp_path / 'net.opq'
   params, state = small()
-  longest = artifact_index.MAX_INDEX - index_size(serialize(params, state, {'notes': ''}))
+  longest = file_index.MAX_INDEX - index_size(serialize(params, state, {'notes': ''}))
   with OpqFile(serialize(params, state, {'notes': 'x' * longest})) as file:
     assert len(file.metadata['notes']) == longest
   with pytest.raises(ValueError, match=r'found an index of \d+ bytes, expected at most'):
@@ -641,7 +642,7 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch, call):
 def index_text(data):
   header, offsets = parts(data)
   index = data[len(header) :][slice(*offsets['index'])]
-  return artifact_index.unpack(index, artifact_index.MAX_INDEX).decode()
+  return file_index.unpack(index, file_index.MAX_INDEX).decode()
 
 
 def index_size(data):
@@ -780,20 +781,20 @@ def test_an_index_that_lies_is_refused_at_once(edit):
 
 
 def test_an_index_that_unpacks_for_ever_is_refused():
-  data = rebuilt(serialize(*small()), lambda text: text + ' ' * artifact_index.MAX_INDEX)
+  data = rebuilt(serialize(*small()), lambda text: text + ' ' * file_index.MAX_INDEX)
   assert len(data) < 10_000
   tracemalloc.start()
   with pytest.raises(ValueError, match='do not end within'):
     OpqFile(data)
   _, peak = tracemalloc.get_traced_memory()
   tracemalloc.stop()
-  assert peak < 4 * artifact_index.MAX_INDEX
+  assert peak < 4 * file_index.MAX_INDEX
 
 
 def test_a_block_that_unpacks_to_more_than_its_leaves_is_refused():
   params = {'a': laplace(7)}
   data = serialize(params, state_of(params))
-  bomb = artifact_index.pack(bytes(1 << 24), period=4)
+  bomb = file_index.pack(bytes(1 << 24), period=4)
   header, offsets = parts(data)
   data = data[: len(header) + offsets['codes'][1]] + bomb
   data = rebuilt_sizes(data, len(bomb))
@@ -808,14 +809,14 @@ def rebuilt_sizes(data, blocks_size):
   index, codes = (offsets[name][1] - offsets[name][0] for name in ('index', 'codes'))
   rows = (offsets['grids'][1] - offsets['grids'][0]) // 12
   sizes = rows, index, codes, blocks_size
-  return artifact_index.header(sizes, checksum, version_of(data)) + data[len(header) :]
+  return file_index.header(sizes, checksum, version_of(data)) + data[len(header) :]
 
 
 @given(st.binary(max_size=300))
 @settings(deadline=None)
 def test_noise_for_an_index_is_refused(noise):
   table = b''
-  header = artifact_index.header((0, len(noise), 0, 0), zlib.crc32(noise, zlib.crc32(table)), '1')
+  header = file_index.header((0, len(noise), 0, 0), zlib.crc32(noise, zlib.crc32(table)), '1')
   with pytest.raises(ValueError):
     OpqFile(header + noise)
 

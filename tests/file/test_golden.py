@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 
 import opq_jax
-from opq_jax.file import index as artifact_index
+from opq_jax.file import index as file_index
 from tests.helpers import fresh_run
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
@@ -21,7 +21,7 @@ VERSIONS = sorted(path.stem for path in GOLDEN.glob('*.opq'))
 
 def test_every_version_has_a_golden_file():
   assert {'version_1', 'version_1_contexts', 'version_2_escapes'} <= set(VERSIONS)
-  assert {name.split('_')[1] for name in VERSIONS} == set(artifact_index.VERSIONS)
+  assert {name.split('_')[1] for name in VERSIONS} == set(file_index.VERSIONS)
 
 
 @pytest.mark.parametrize('version', VERSIONS)
@@ -51,7 +51,7 @@ def test_golden_files_load_for_ever(version):
   assert type(half) is list and half[1] is None and type(half[2]) is tuple
   assert set(numbers) == {7, -1} and set(numbers[-1]) == {':'}
   assert (
-    opq_jax.file.artifact.serialize(params, state, file.metadata, contexts=version != 'version_1')
+    opq_jax.file.serialize(params, state, file.metadata, contexts=version != 'version_1')
     == (GOLDEN / f'{version}.opq').read_bytes()
   )
   kernel = params['params']['conv']['kernel']

@@ -26,9 +26,9 @@ import pytest
 import opq_jax
 from experiments.benchmarks.robustness import hostile_files
 from opq_jax.coding import payload as entropy_coding
-from opq_jax.compression.codes import CompressionState
-from opq_jax.file import artifact
-from opq_jax.file import index as artifact_index
+from opq_jax.compression.codes import CompressionState, affine_codebook
+from opq_jax.file import index as file_index
+from opq_jax.file import reader, writer
 from opq_jax.weights import read_weights, write_safetensors
 from tests.helpers.opq_files import (
   leaf_state,
@@ -105,10 +105,10 @@ def with_grids(data, grids):
   """The file with other grids under a checksum that is right."""
   header, offsets = parts(data)
   table = np.array(grids, '<f4').tobytes()
-  sizes = [offsets[name][1] - offsets[name][0] for name in artifact_index.TENSORS]
+  sizes = [offsets[name][1] - offsets[name][0] for name in file_index.TENSORS]
   body = data[len(header) :]
   checksum = zlib.crc32(body[slice(*offsets['index'])], zlib.crc32(table))
-  header = artifact_index.header((sizes[0] // 12, *sizes[1:]), checksum, version_of(data))
+  header = file_index.header((sizes[0] // 12, *sizes[1:]), checksum, version_of(data))
   return header + table + body[len(table) :]
 
 
@@ -125,31 +125,31 @@ def test_grids_that_no_codebook_has_are_refused(grid):
   data = serialize_small()
   assert with_grids(data, [(0.5, 0.75, 0.5)] * 2) == data
   with pytest.raises(ValueError, match=r'the file: b/1: found a grid of threshold'):
-    artifact.OpqFile(with_grids(data, [(0.5, 0.75, 0.5), grid]))
+    reader.OpqFile(with_grids(data, [(0.5, 0.75, 0.5), grid]))
   # and what would make such a file is not written
   params, state = small()
   threshold, first, step = map(np.float32, grid)
   record = state.tree['a'].replace(
     threshold=threshold,
     step=step,
-    codebook=np.asarray(artifact._affine_codebook(first, step, np.int32(4))),
+    codebook=np.asarray(affine_codebook(first, step, np.int32(4))),
   )
   with pytest.raises(ValueError, match=r'^a: found a'):
-    artifact.serialize(params, CompressionState({**state.tree, 'a': record}))
+    writer.serialize(params, CompressionState({**state.tree, 'a': record}))
 
 
 def test_sums_that_round_are_none_of_version_1():
   params, state = small()
   first = np.float32(0.7)
   record = state.tree['a'].replace(
-    codebook=np.asarray(artifact._affine_codebook(first, np.float32(0.5), np.int32(4)))
+    codebook=np.asarray(affine_codebook(first, np.float32(0.5), np.int32(4)))
   )
-  data = artifact.serialize(params, CompressionState({**state.tree, 'a': record}))
+  data = writer.serialize(params, CompressionState({**state.tree, 'a': record}))
   assert version_of(data) == '2' and same_bits(
     opq_jax.load(data)[1].tree['a'].codebook, record.codebook
   )
   with pytest.raises(ValueError, match=r'a: found a grid .* in version 1'):
-    artifact.OpqFile(data.replace(b'"version":"2"', b'"version":"1"'))
+    reader.OpqFile(data.replace(b'"version":"2"', b'"version":"1"'))
 
 
 @pytest.mark.parametrize('grid', [(0.5, 0.25, 0.5), (0.5, 1.25, 0.5), (0.5, 0.75, 0.25)])
@@ -160,31 +160,31 @@ def test_values_outside_of_their_cells_are_refused(grid):
 
 
 def serialize_small():
-  return artifact.serialize(*small())
+  return writer.serialize(*small())
 
 
 def test_path_names_that_fill_memory_are_refused():
   params = {'x': np.zeros(0, bool)}
-  data = artifact.serialize(params, state_of(params))
+  data = writer.serialize(params, state_of(params))
   tree = {'k' * 1_500_000: {str(i): 'bool[0]' for i in range(10_000)}}
   bomb = rebuilt(data, lambda text: json.dumps({**json.loads(text), 'tree': tree}))
   assert len(bomb) < 10_000
-  refused(lambda: artifact.OpqFile(bomb), 'path names of 15000', memory=60 << 20)
+  refused(lambda: reader.OpqFile(bomb), 'path names of 15000', memory=60 << 20)
 
 
 @pytest.mark.parametrize('kind', ['list', 'dict'])
 def test_deep_trees_are_refused_both_ways(kind):
   params = np.zeros(3, np.float32)
-  for _ in range(artifact_index.MAX_DEPTH):
+  for _ in range(file_index.MAX_DEPTH):
     params = [params] if kind == 'list' else {'a': params}
-  data = artifact.serialize(params, state_of(params))
-  assert len(artifact.OpqFile(data)) == 1
+  data = writer.serialize(params, state_of(params))
+  assert len(reader.OpqFile(data)) == 1
   with pytest.raises(ValueError, match='deeper than 100'):
-    artifact.serialize([params], state_of([params]))
+    writer.serialize([params], state_of([params]))
   begin, end = ('["list",', ']') if kind == 'list' else ('{"a":', '}')
   deeper = rebuilt(data, lambda text: text.replace('"tree":', f'"tree":{begin}')[:-1] + f'{end}}}')
   with pytest.raises(ValueError, match='deeper than 100'):
-    artifact.OpqFile(deeper)
+    reader.OpqFile(deeper)
 
 
 def test_more_zeros_than_memory_are_refused_unless_they_are_asked_for():
@@ -192,18 +192,18 @@ def test_more_zeros_than_memory_are_refused_unless_they_are_asked_for():
   refused(lambda: entropy_coding.decode_codes(payload, (1 << 40,)), 'expected 1099511627776')
   # 3 MB of words do hold 2**40 codes that cost next to nothing each
   params = {'w': np.zeros((8, 8), np.float32)}
-  data = artifact.serialize(params, state_of(params))
+  data = writer.serialize(params, state_of(params))
   words = payload + b'\1' * 3_500_000
   header, offsets = parts(data)
   body = data[len(header) :]
   index = body[slice(*offsets['index'])]
-  text = artifact_index.unpack(index, 1 << 20).decode()
+  text = file_index.unpack(index, 1 << 20).decode()
   old = offsets['codes'][1] - offsets['codes'][0]
   text = text.replace(f'[8,8] 4 {old}', f'[1099511627776] 4 {len(words)}')
   assert '[1099511627776]' in text
-  index = artifact_index.pack(text.encode())
+  index = file_index.pack(text.encode())
   table = body[: offsets['grids'][1]]
-  header = artifact_index.header(
+  header = file_index.header(
     (1, len(index), len(words), 0), zlib.crc32(index, zlib.crc32(table)), '1'
   )
   bomb = header + table + index + words
@@ -212,7 +212,7 @@ def test_more_zeros_than_memory_are_refused_unless_they_are_asked_for():
 
 def test_what_is_large_is_read_where_it_is_asked_for():
   params = {'w': np.zeros((64, 64), np.float32)}
-  data = artifact.serialize(params, state_of(params))
+  data = writer.serialize(params, state_of(params))
   loaded, _ = opq_jax.load(data, most_bytes=4 * 64 * 64)
   assert same_bits(loaded['w'], params['w'])
   with pytest.raises(

@@ -14,7 +14,7 @@ from opq_jax.compression.codes import (
   LeafState,
   affine_codebook,
 )
-from opq_jax.file import index as artifact_index
+from opq_jax.file import index as file_index
 
 
 def leaf_state(weights, threshold=0.5, step=0.5, levels=4, offset=0.5):
@@ -101,8 +101,8 @@ def rebuilt(data, edit):
   header, offsets = parts(data)
   body = data[len(header) :]
   table, codes, blocks = (body[slice(*offsets[k])] for k in ('grids', 'codes', 'uncompressed'))
-  text = edit(artifact_index.unpack(body[slice(*offsets['index'])], 1 << 20).decode()).encode()
-  index = artifact_index.pack(text)
+  text = edit(file_index.unpack(body[slice(*offsets['index'])], 1 << 20).decode()).encode()
+  index = file_index.pack(text)
   sizes = (len(table) // 12, len(index), len(codes), len(blocks))
-  header = artifact_index.header(sizes, zlib.crc32(index, zlib.crc32(table)), version_of(data))
+  header = file_index.header(sizes, zlib.crc32(index, zlib.crc32(table)), version_of(data))
   return header + table + index + codes + blocks

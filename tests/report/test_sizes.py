@@ -8,7 +8,7 @@ import pytest
 
 import opq_jax
 from opq_jax.compression.codes import CompressionState, LeafState, affine_codebook, encode
-from opq_jax.file import artifact
+from opq_jax.file import writer
 from opq_jax.report import sizes
 
 
@@ -162,7 +162,7 @@ def test_escaped_weights_count_in_all_sizes():
   assert leaf.entropy == pytest.approx(entropy + 3 * 4)
   assert leaf.entropy <= leaf.file <= leaf.entropy + 90
 
-  data = artifact.serialize(params, escaped)
+  data = writer.serialize(params, escaped)
   again = row(sizes.file_report(data), 'conv/kernel')
   assert dataclasses.replace(again, nominal=leaf.nominal) == leaf
   assert again.nominal <= leaf.nominal
@@ -218,7 +218,7 @@ def test_dead_channels_rows_and_leaves_are_counted():
   state = CompressionState(
     jax.tree.map(lambda leaf: leaf_state(leaf) if np.ndim(leaf) > 1 else None, params)
   )
-  report = sizes.file_report(artifact.serialize(params, state))
+  report = sizes.file_report(writer.serialize(params, state))
   conv, head = report.compressed
   assert (conv.dead_channels, conv.dead_rows) == (3, 1)
   assert (head.dead_channels, head.dead_rows) == (10, 16)
@@ -227,7 +227,7 @@ def test_dead_channels_rows_and_leaves_are_counted():
   assert ' dead ' in text and ' 3/1 ' in text and ' 13/17 ' in text
   assert 'all codes are 0: head/kernel' in text
   assert all(len(line) <= 100 for line in text.splitlines())
-  first = sizes.file_report(artifact.serialize(params, state), channel_axis=0)
+  first = sizes.file_report(writer.serialize(params, state), channel_axis=0)
   assert [leaf.dead_channels for leaf in first.compressed] == [1, 16]
   assert 'dead' not in str(sizes.size_report(*network()))
 
@@ -249,5 +249,5 @@ def test_a_report_prints_its_four_sizes():
 
 def test_bytes_that_exist_are_not_made_again():
   params, state = network()
-  data = artifact.serialize(params, state)
+  data = writer.serialize(params, state)
   assert sizes.payload_report(data, params, state) == sizes.size_report(params, state)

@@ -11,7 +11,7 @@ import opq_jax
 from opq_jax import importers, models
 from opq_jax.cli import command as cli
 from opq_jax.compression.codes import CompressionState, encode
-from opq_jax.file import artifact
+from opq_jax.file import writer
 from opq_jax.importers import networks
 from opq_jax.report import sizes, verification
 from opq_jax.report.verification import verify
@@ -67,7 +67,7 @@ def test_a_file_holds_against_its_own_weights(tmp_path):
 def test_one_other_weight_is_found(path, index, value, problem):
   params, _ = small()
   params['a'][0, 0], params['a'][0, 1] = 0.25, -0.6
-  data = artifact.serialize(params, state_of(params))
+  data = writer.serialize(params, state_of(params))
   assert verify(data, params).holds
   found = verify(data, changed(params, path, index, value))
   assert not found.holds and len(found.problems) >= 1
@@ -76,7 +76,7 @@ def test_one_other_weight_is_found(path, index, value, problem):
 
 def test_other_trees_are_found():
   params, state = small()
-  data = artifact.serialize(params, state)
+  data = writer.serialize(params, state)
   other = {**params, 'd': np.zeros(2), 'a': params['a'].T, 'c': np.int16(3)}
   del other['b']
   found = verify(data, other)
@@ -93,7 +93,7 @@ def test_other_trees_are_found():
 def test_float64_may_be_compressed_as_float32_and_stays_float64_elsewhere():
   params = {'w': np.random.default_rng(0).laplace(size=(6, 5)), 'b': np.ones(3)}
   narrow = {**params, 'w': params['w'].astype(np.float32)}
-  data = artifact.serialize(narrow, state_of(narrow))
+  data = writer.serialize(narrow, state_of(narrow))
   assert verify(data, params).holds
   assert verify(data, {**params, 'b': np.ones(3, np.float32)}).problems == (
     'b: found float64[3], expected float32[3]',
@@ -110,7 +110,7 @@ def test_narrow_dtypes_and_leaves_of_zeros_hold():
   }
   allocation = opq_jax.allocate(params, compression_rate=12.0, corrected=False)
   state = opq_jax.init_state(params, allocation)
-  found = verify(artifact.serialize(params, state), params)
+  found = verify(writer.serialize(params, state), params)
   assert found.holds, found.problems
   assert [row.error for row in found.compressed if row.path == 'zeros'] == [0.0]
 
@@ -119,7 +119,7 @@ def test_corrected_leaves_are_near_the_corrected():
   params, state = small()
   corrected = changed(params, 'b/0', 2, 7.0)
   stored = changed(params, 'b/0', 2, np.float32(7.0) * (1 + 1e-5))
-  data = artifact.serialize(stored, state)
+  data = writer.serialize(stored, state)
   assert not verify(data, params).holds
   found = verify(data, params, corrected=corrected)
   assert found.holds and (found.exact, found.corrected) == (1, 1)
@@ -132,7 +132,7 @@ def test_codes_of_feedback_hold_against_the_weights_that_they_were_chosen_for():
   params = {'w': rng.laplace(size=(48, 32)).astype(np.float32), 'bias': np.ones(3, np.float32)}
   moments = {'w': (inputs.T @ inputs / 256)[None], 'bias': None}
   _, coded, state = opq_jax.allocate_with_feedback(params, moments, compression_rate=12.0)
-  data = artifact.serialize(coded, state)
+  data = writer.serialize(coded, state)
   assert not verify(data, params).holds
   found = verify(data, params, coded=coded)
   assert found.holds, found.problems
@@ -145,8 +145,8 @@ def test_codes_of_feedback_hold_against_the_weights_that_they_were_chosen_for():
 
 def test_a_payload_that_is_longer_than_its_codes_need_is_found(monkeypatch):
   params, state = small()
-  data = artifact.serialize(params, state)
-  short = artifact.WrittenLeaf(b'short', '', '1')
+  data = writer.serialize(params, state)
+  short = writer.WrittenLeaf(b'short', '', '1')
   monkeypatch.setattr(verification, 'written_leaf', lambda *_, contexts: short)
   problems = verify(data, params).problems
   assert len(problems) == 2 and problems[0].startswith('a: found a payload of ')
@@ -158,7 +158,7 @@ def test_a_payload_that_is_longer_than_its_codes_need_is_found(monkeypatch):
 @pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16])
 def test_escaped_weights_hold_and_are_counted(dtype):
   params, state = escaping(dtype)
-  found = verify(artifact.serialize(params, state), params)
+  found = verify(writer.serialize(params, state), params)
   assert found.holds, found.problems
   (row,) = found.compressed
   assert row.escaped == 5 and row.worst <= 0.5 and 'escaped' in str(found)
@@ -168,7 +168,7 @@ def test_escaped_weights_hold_and_are_counted(dtype):
 
 def test_escaped_weights_are_the_original_ones():
   params, state = escaping()
-  data = artifact.serialize(params, state)
+  data = writer.serialize(params, state)
   other = changed(params, 'w', (0, 0), np.nextafter(np.float32(40), np.float32(41)))
   assert verify(data, other).problems == (
     'w: found 1 escaped weights that are not the original ones, expected none',
@@ -179,7 +179,7 @@ def test_escaped_weights_are_the_original_ones():
 
 def test_a_clipped_weight_is_told_from_an_escaped_one():
   params, _ = escaping()
-  (row,) = verify(artifact.serialize(params, state_of(params)), params).compressed
+  (row,) = verify(writer.serialize(params, state_of(params)), params).compressed
   assert row.escaped == 0
   assert row.clipped == np.count_nonzero(np.abs(params['w']) >= 2.5)
 
@@ -203,7 +203,7 @@ def test_a_mark_without_its_code_is_a_problem():
 
 def test_the_byte_order_of_the_original_does_not_matter():
   params, state = escaping()
-  data = artifact.serialize(params, state)
+  data = writer.serialize(params, state)
   swapped = jax.tree.map(lambda leaf: leaf.astype(leaf.dtype.newbyteorder('>')), params)
   found = verify(data, swapped, coded=swapped, corrected=swapped)
   assert found.holds and found.exact == 1 and found.report is not None
@@ -350,6 +350,6 @@ def test_names_are_shown_without_what_a_terminal_obeys(tmp_path, capsys):
 
 def test_the_results_are_frozen():
   params, state = small()
-  found = verify(artifact.serialize(params, state), params)
+  found = verify(writer.serialize(params, state), params)
   with pytest.raises(dataclasses.FrozenInstanceError):
     found.problems = ()

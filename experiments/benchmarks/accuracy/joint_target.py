@@ -18,8 +18,8 @@ import numpy as np
 import opq_jax
 from experiments.benchmarks import harness
 from opq_jax.data import datasets as data
-from opq_jax.file import artifact
 from opq_jax.file import rate as file_rate
+from opq_jax.file import writer
 from opq_jax.importers import networks
 from opq_jax.report import accuracy
 
@@ -40,7 +40,7 @@ def of_two_targets(variables, bits: float, most_bytes: int):
       high = sparsity
       continue
     state = opq_jax.init_state(variables, allocation)
-    size = len(artifact.serialize(variables, state))
+    size = len(writer.serialize(variables, state))
     if size <= most_bytes:
       high, found = sparsity, state if size >= 0.99 * most_bytes else None
     else:

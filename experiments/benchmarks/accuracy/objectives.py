@@ -16,7 +16,7 @@ import opq_jax
 from configs import one_shot
 from experiments.benchmarks import one_shot_images
 from opq_jax.allocation.allocator import OBJECTIVES
-from opq_jax.file import artifact
+from opq_jax.file import writer
 from opq_jax.importers import networks
 
 BITS = 2.0, 1.25  # per weight
@@ -46,7 +46,7 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, 
           'bits per weight': bits,
           'codes': codes,
           'objective': objective,
-          'file, bytes': f'{len(artifact.serialize(corrected, its)):,}',
+          'file, bytes': f'{len(writer.serialize(corrected, its)):,}',
         } | one_shot_images.cells(judge.scores(corrected))
 
 

@@ -36,7 +36,7 @@ from opq_jax.compression import codes as compression
 from opq_jax.compression.codes import LeafState
 from opq_jax.core import trees
 from opq_jax.encoders.feedback import DAMPING
-from opq_jax.file import artifact
+from opq_jax.file import writer
 from opq_jax.importers import networks
 
 BITS = 2.0, 1.5, 1.0
@@ -150,7 +150,7 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, 
         'network': name,
         'threshold': rule,
         'entropy, bits per weight': round(found, 3),
-        'file, bytes': f'{len(artifact.serialize(corrected, state)):,}',
+        'file, bytes': f'{len(writer.serialize(corrected, state)):,}',
       } | one_shot_images.cells(judge.scores(corrected))
 
 

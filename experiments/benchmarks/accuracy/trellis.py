@@ -24,7 +24,7 @@ from experiments.benchmarks import harness
 from experiments.benchmarks.kernels import kernels_of, squared_error
 from opq_jax.allocation import laplace
 from opq_jax.coding import payload as entropy_coding
-from opq_jax.file import artifact
+from opq_jax.file import writer
 
 BITS = 0.5, 1.0, 2.0, 3.0, 4.0
 OPTIONS: dict[str, Any] = {'objective': 'squared_error'}
@@ -49,7 +49,7 @@ def row(
   )
   weights = sum(leaf.size for leaf in tree.values())
   plain_state = opq_jax.init_state(tree, allocation)
-  data = artifact.serialize(coded, state)
+  data = writer.serialize(coded, state)
   seconds = harness.in_turn(
     {
       'choose': lambda: opq_jax.encode_with_trellis(tree, plain_state),
@@ -89,7 +89,7 @@ def against_plain_files(
   for factor in _AROUND:
     allocation = opq_jax.allocate(tree, compression_rate=32 / (factor * bits), **OPTIONS)
     plain = opq_jax.init_state(tree, allocation)
-    sizes.append(8 * len(artifact.serialize(tree, plain)) / weights)
+    sizes.append(8 * len(writer.serialize(tree, plain)) / weights)
     errors.append(np.log(squared_error(tree, opq_jax.apply_compression(tree, plain))))
   line = np.polyfit(errors, sizes, 1)
   return bits, float(np.polyval(line, np.log(error)))

@@ -21,7 +21,7 @@ import numpy as np
 
 import opq_jax
 from experiments.benchmarks import harness
-from opq_jax.file import artifact
+from opq_jax.file import writer
 from opq_jax.weights import channel_axis
 
 RATES = (6, 8, 12, 20, 35, 60)
@@ -50,7 +50,7 @@ def measure(params: dict[str, np.ndarray], rate: float) -> tuple[object, bool, s
       warnings.simplefilter('always', UserWarning)
       allocation = opq_jax.allocate(params, compression_rate=rate, channel_axis=channel_axis)
       state = opq_jax.init_state(params, allocation)
-      data = artifact.serialize(params, state, contexts=False)
+      data = writer.serialize(params, state, contexts=False)
   except ValueError as error:
     return 'refused', False, str(error)
   with opq_jax.OpqFile(data) as file:

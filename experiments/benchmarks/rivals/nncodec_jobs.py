@@ -19,7 +19,7 @@ import numpy as np
 import opq_jax
 from experiments.benchmarks.kernels import kernels_of, vectors_of
 from opq_jax.core import trees
-from opq_jax.file import artifact
+from opq_jax.file import writer
 from opq_jax.importers import networks
 
 BITS = {
@@ -386,9 +386,9 @@ def jobs_of_errors(
     def run() -> bytes:
       if trellis:
         _, *coded = opq_jax.allocate_with_trellis(kernels, **options)
-        return artifact.serialize(*coded)
+        return writer.serialize(*coded)
       state = opq_jax.init_state(kernels, opq_jax.allocate(kernels, **options))
-      return artifact.serialize(kernels, state)
+      return writer.serialize(kernels, state)
 
     stored, seconds = timed(run)
     (decoded, _), loading = timed(lambda: opq_jax.load(stored))

@@ -54,8 +54,8 @@ from opq_jax.coding import escapes
 from opq_jax.coding import payload as entropy_coding
 from opq_jax.compression.codes import CompressionState, LeafState, affine_codebook
 from opq_jax.core import trees
-from opq_jax.file import artifact
-from opq_jax.file import index as artifact_index
+from opq_jax.file import index as file_index
+from opq_jax.file import reader, writer
 from opq_jax.weights import read_weights
 
 MODULE = 'experiments.benchmarks.robustness.hostile_files'
@@ -192,9 +192,9 @@ def resealed(data: bytes, rng: random.Random) -> bytes:
   header = json.loads(data[8:end])
   table, index, codes, blocks = (
     data[end + header[name]['data_offsets'][0] : end + header[name]['data_offsets'][1]]
-    for name in artifact_index.TENSORS
+    for name in file_index.TENSORS
   )
-  text = artifact_index.unpack(index, artifact_index.MAX_INDEX)
+  text = file_index.unpack(index, file_index.MAX_INDEX)
   match rng.randrange(4):
     case 0:
       table = mutated(table, rng)
@@ -208,10 +208,10 @@ def resealed(data: bytes, rng: random.Random) -> bytes:
       content = json.loads(text)
       content['blocks'] = [len(blocks), zlib.crc32(blocks)]
       text = json.dumps(content).encode()
-  index = artifact_index.pack(text)
+  index = file_index.pack(text)
   sizes = len(table) // 12, len(index), len(codes), len(blocks)
   version = header['__metadata__']['version']
-  sealed = artifact_index.header(sizes, zlib.crc32(index, zlib.crc32(table)), version)
+  sealed = file_index.header(sizes, zlib.crc32(index, zlib.crc32(table)), version)
   return sealed + table + index + codes + blocks
 
 
@@ -270,7 +270,7 @@ def opq_file(has_escapes: bool) -> bytes:
     return LeafState(kinds=kinds, codebook=book, dtype=leaf.dtype, **grid)
 
   state = CompressionState(jax.tree_util.tree_map_with_path(leaf_state, params))
-  return artifact.serialize(params, state, {'from': 'experiments', 'é': '[{"'})
+  return writer.serialize(params, state, {'from': 'experiments', 'é': '[{"'})
 
 
 def _kind(
@@ -344,7 +344,7 @@ def _write(path: pathlib.Path, params: dict[str, np.ndarray]) -> None:
 
 def _saved_again(data: bytes, found: Any) -> str:
   """Whether a resealed file that loads is one that could have been written."""
-  again = artifact.load(artifact.serialize(*found))
+  again = reader.load(writer.serialize(*found))
   return 'other' if _same(again, found) else 'wrong'
 
 

@@ -44,7 +44,7 @@ from opq_jax.cli import command as cli
 from opq_jax.core import files
 from opq_jax.data import datasets as data
 from opq_jax.data import streams
-from opq_jax.file import artifact
+from opq_jax.file import writer
 from opq_jax.finetuning import checkpoints, training
 
 WRITES = (
@@ -227,9 +227,7 @@ def _finetune(folder: pathlib.Path, path: pathlib.Path) -> None:
       if step % EVERY == 0:
         manager.save(train_state, batches.get_state())
   leaves = jax.device_get(jax.tree.leaves((train_state.replace(rng=None), state)))
-  files.write_bytes(
-    path, artifact.serialize(leaves, opq_jax.CompressionState([None] * len(leaves)))
-  )
+  files.write_bytes(path, writer.serialize(leaves, opq_jax.CompressionState([None] * len(leaves))))
 
 
 if __name__ == '__main__':

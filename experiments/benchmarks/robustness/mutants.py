@@ -54,7 +54,10 @@ TESTS = {
     'allocation/test_allocator.py',
   ],
   'compression.codes': ['compression/test_codes.py', 'file/test_artifact.py'],
-  'file.artifact': ['file/test_artifact.py', 'file/test_hostile_files.py'],
+  'file.checks': ['file/test_artifact.py', 'file/test_hostile_files.py'],
+  'file.grids': ['file/test_grids.py', 'file/test_artifact.py', 'file/test_hostile_files.py'],
+  'file.reader': ['file/test_artifact.py', 'file/test_hostile_files.py'],
+  'file.writer': ['file/test_artifact.py', 'file/test_hostile_files.py'],
   'coding.contexts': ['coding/test_contexts.py', 'coding/test_payload.py'],
 }
 IMPORTED = (

@@ -1,0 +1,72 @@
+"""What must hold of the grid and the codes of a leaf, of a file to write and of one that is read.
+
+Files of any origin are held to these rules: what a reader takes, a writer could have written.
+"""
+
+import numpy as np
+from jaxtyping import Int8
+
+from opq_jax.coding.ans import histogram
+from opq_jax.core.limits import ESCAPE
+from opq_jax.file.grids import ALL_CODES, Grid
+
+
+def check_grid(name: str, grid: Grid, version: str) -> None:
+  """Raises where no cells and values can be those of a grid.
+
+  Raises:
+    ValueError: a number is not finite, the threshold is negative, the step is not positive, a
+      multiple of the step rounds in float32, the values do not rise, or, in version 1, a value
+      rounds.
+  """
+  with np.errstate(over='ignore', invalid='ignore'):
+    values, rounds, has_exact_products = grid.level_values()
+  is_finite = bool(np.isfinite([grid.threshold, grid.step, values[-1]]).all())
+  is_rising = bool((values[1:] > values[:-1]).all())
+  is_positive = grid.threshold >= 0 and grid.step > 0
+  found = (
+    f'{name}: found a grid of threshold {grid.threshold}, first value {grid.first}, step '
+    f'{grid.step} and {grid.levels} levels'
+  )
+  if not (is_finite and has_exact_products and is_rising and is_positive):
+    raise ValueError(
+      f'{found}, expected finite numbers, threshold >= 0, step > 0, multiples of step that float32 '
+      'holds exactly, and values that rise'
+    )
+  if rounds and version == '1':
+    raise ValueError(f'{found}, expected values that float32 holds exactly in version 1')
+
+
+def check_levels(codes: Int8[np.ndarray, '...'], levels: int) -> None:
+  """Raises where a code is beyond the last level.
+
+  Raises:
+    ValueError: the largest |code| is more than `levels`.
+  """
+  largest = max(int(codes.max(initial=0)), -int(codes.min(initial=0)))
+  if largest > levels:
+    raise ValueError(f'found code {largest}, expected at most {levels}')
+
+
+def check_cells(name: str, codes: Int8[np.ndarray, '...'], grid: Grid) -> None:
+  """Raises where encoding the values of codes again would give other codes.
+
+  Raises:
+    ValueError: the value of a code that occurs is not finite in the leaf's dtype, or lies in
+      another cell than the code's own.
+  """
+  is_on_grid = (ALL_CODES != 0) & (ALL_CODES != ESCAPE)
+  counts = np.where(is_on_grid, histogram(codes), 0)
+  values = grid.value_table().astype(np.float32)
+  if bad := int(counts[~np.isfinite(values)].sum()):
+    raise ValueError(
+      f'{name}: found {bad} values that are NaN or infinite once they are {grid.dtype}, expected '
+      'none'
+    )
+  cells = np.clip(grid.cell(np.abs(values)), 0, max(grid.levels - 1, 0))
+  codes_again = np.where(values < 0, -1, 1) * (1 + cells)
+  if moved := int(counts[codes_again != ALL_CODES].sum()):
+    raise ValueError(
+      f'{name}: found {moved} values that lie in another cell once they are {grid.dtype}, expected '
+      f'none: step {float(grid.step)} is too fine for this dtype, or the grid is damaged'
+    )

@@ -1,0 +1,293 @@
+"""Writes `.opq` files: a compressed network in few bytes, exact and checked.
+
+`opq_jax.file.index` describes the format.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import tree_util
+from jaxtyping import Int8, Shaped
+
+from opq_jax.coding import escapes
+from opq_jax.coding.payload import encode_codes
+from opq_jax.compression.codes import CompressionState, LeafState
+from opq_jax.compression.codes import encode as encode_weights
+from opq_jax.core import files, trees
+from opq_jax.core.limits import ESCAPE, MAX_LEVELS
+from opq_jax.core.trees import PyTree
+from opq_jax.file import checks
+from opq_jax.file import index as file_index
+from opq_jax.file.grids import Grid
+
+
+def save(
+  path: str | os.PathLike[str],
+  params: PyTree,
+  state: CompressionState,
+  metadata: Mapping[str, str] | None = None,
+  *,
+  contexts: bool = True,
+) -> None:
+  """Writes the compressed network that `params` and `state` are.
+
+  The file appears whole or not at all: it is written beside its place and moved there, and a file
+  that was there before stays until then.  The same input makes the same bytes.
+
+  Args:
+    path: where to; `.opq` is the customary suffix.
+    params: the tree, latent weights included; what is stored is `apply_compression(params, state)`.
+    state: its masks and codebooks.
+    metadata: a few strings to find again as `OpqFile(path).metadata`.
+    contexts: as for `opq_jax.coding.payload.encode_codes`: False writes sooner and takes more.
+
+  Raises:
+    ValueError: `state` was made for another tree; a leaf is no numeric array; a compressed leaf
+      holds NaN or an infinity; a key is neither str nor int; or a leaf's dtype is too coarse for
+      its codebook, so that compressing the stored values again would change them.  Nothing is
+      written then.
+
+  >>> import tempfile, opq_jax
+  >>> kernel = jax.random.laplace(jax.random.key(0), (64, 32))
+  >>> params = {'kernel': kernel, 'bias': np.zeros(32, np.float32)}
+  >>> state = opq_jax.init_state(params, opq_jax.allocate(params, compression_rate=16.0))
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   save(f'{folder}/small.opq', params, state)
+  ...   loaded, _ = opq_jax.load(f'{folder}/small.opq')
+  >>> compressed = opq_jax.apply_compression(params, state)
+  >>> bool((loaded['kernel'] == compressed['kernel']).all())
+  True
+  """
+  files.write_bytes(path, serialize(params, state, metadata, contexts=contexts))
+
+
+def serialize(
+  params: PyTree,
+  state: CompressionState,
+  metadata: Mapping[str, str] | None = None,
+  *,
+  contexts: bool = True,
+) -> bytes:
+  """The bytes of the file that `save` would write; `load` and `OpqFile` take them as well.
+
+  Raises:
+    ValueError: as `save`.
+  """
+  metadata = checked_metadata(metadata)
+  found = trees.records(params, state.tree, LeafState)
+  records = dict(zip(trees.named_leaves(params), found, strict=True))
+  tree = plain_tree(params)
+  file_index.check_names(tree)
+  specs, grids, payloads, raw, versions = [], [], [], bytearray(), ['1']
+  for name, leaf in trees.named_leaves(tree).items():
+    array, record = host_array(name, leaf), records[name]
+    if record is None:
+      raw += bytes(-len(raw) % array.dtype.itemsize) + array.tobytes()
+      specs.append(file_index.spec(array.dtype, array.shape))
+      continue
+    grids.append(checked_grid(name, record))
+    codes = checked_codes(name, array, record)
+    written = written_leaf(codes, escaped_values(codes, array), record, contexts=contexts)
+    payloads.append(written.payload)
+    specs.append(written.spec)
+    versions.append(written.version)
+
+  pieces = [raw[start : start + file_index.BLOCK] for start in range(0, len(raw), file_index.BLOCK)]
+  with ThreadPoolExecutor() as pool:
+    blocks = list(pool.map(lambda piece: file_index.pack(piece, period=4), pieces))
+  noted = jax.tree.unflatten(jax.tree.structure(tree), specs)
+  checked = [(len(block), zlib.crc32(block)) for block in blocks]
+  return b''.join(
+    [
+      front(noted, grids, sum(map(len, payloads)), checked, metadata, max(versions)),
+      *payloads,
+      *blocks,
+    ]
+  )
+
+
+def plain_tree(node: PyTree, path: tree_util.KeyPath = ()) -> PyTree:
+  """The tree with dicts in place of all containers but lists, tuples and None."""
+  if node is None:
+    return None
+  children = tree_util.tree_leaves_with_path(node, is_leaf=lambda inner: inner is not node)
+  if len(children) == 1 and children[0][0] == ():
+    return node
+  plain = {}
+  for (key,), child in children:
+    known = key.key if isinstance(key, tree_util.DictKey) else trees.path_name((key,))
+    if type(known) not in (str, int):
+      name = trees.path_name((*path, key))
+      raise ValueError(f'{name}: found a key of type {type(known).__name__}, expected str or int')
+    plain[known] = plain_tree(child, (*path, key))
+  return type(node)(plain.values()) if type(node) in (list, tuple) else plain
+
+
+class WrittenLeaf(NamedTuple):
+  """A compressed leaf as a file holds it.
+
+  Attributes:
+    payload: its bytes in `codes`.
+    spec: its notation in the index.
+    version: of the format that it needs.
+  """
+
+  payload: bytes
+  spec: str
+  version: str
+
+
+def escaped_values(
+  codes: Int8[np.ndarray, '...'], array: Shaped[np.ndarray, '...']
+) -> Shaped[np.ndarray, ' m']:
+  """The escaped weights of an array, in C order."""
+  return array[codes == ESCAPE]
+
+
+def written_leaf(
+  codes: Int8[np.ndarray, '...'],
+  values: Shaped[np.ndarray, ' m'],
+  record: LeafState,
+  *,
+  contexts: bool,
+) -> WrittenLeaf:
+  """The bytes of a leaf.
+
+  Args:
+    codes: of all of its weights.
+    values: of those that are escaped, in C order.
+    record: its grid; the kinds of its weights are not read.
+    contexts: as for `opq_jax.coding.payload.encode_codes`.
+  """
+  section = b''
+  if values.size:
+    positions = np.flatnonzero(codes == ESCAPE)
+    section = escapes.encode(positions, values)
+    codes = codes.copy()
+    codes.reshape(-1)[positions] = 0
+  payload = encode_codes(codes, contexts=contexts) + section
+  levels = int(record.levels)
+  spec = file_index.compressed_spec(
+    record.dtype, codes.shape, levels, len(payload), values.size, len(section)
+  )
+  rounds = _grid_of(record).level_values().rounds
+  return WrittenLeaf(payload, spec, '2' if section or rounds else '1')
+
+
+def checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
+  """The metadata of a file, none by default.
+
+  Raises:
+    ValueError: not all of them are strings.
+  """
+  checked = dict(metadata or {})
+  if not all(type(text) is str for item in checked.items() for text in item):
+    raise ValueError(f'metadata: found {checked}, expected strings only')
+  return checked
+
+
+def front(
+  tree: PyTree,
+  grids: list[list[np.float32]],
+  codes_size: int,
+  blocks: list[tuple[int, int]],
+  metadata: dict[str, str],
+  version: str,
+) -> bytes:
+  """All that comes before the payloads: header, grids and index.
+
+  Args:
+    tree: what the index notes of every leaf.
+    grids: of the compressed leaves.
+    codes_size: bytes of all payloads.
+    blocks: bytes and checksum of every block.
+    metadata: of the user.
+    version: of the format; the largest that a leaf needs.
+
+  Raises:
+    ValueError: the index is larger than a reader would take.
+  """
+  content = {
+    'blocks': [n for block in blocks for n in block],
+    'metadata': metadata,
+    'tree': file_index.to_json(tree),
+  }
+  text = json.dumps(content, separators=(',', ':')).encode('ascii')
+  if len(text) > file_index.MAX_INDEX:
+    raise ValueError(
+      f'found an index of {len(text)} bytes, expected at most {file_index.MAX_INDEX}'
+    )
+  index = file_index.pack(text)
+  table = np.array(grids, '<f4').tobytes()
+  sizes = (len(grids), len(index), codes_size, sum(size for size, _ in blocks))
+  return file_index.header(sizes, zlib.crc32(index, zlib.crc32(table)), version) + table + index
+
+
+def host_array(name: str, leaf: Any) -> Shaped[np.ndarray, '...']:
+  """A leaf on the host, in the byte order of this machine."""
+  try:
+    array = np.asarray(leaf)
+  except TypeError as error:  # keys of random numbers, tracers
+    raise ValueError(f'{name}: found {type(leaf).__name__}, expected an array: {error}') from error
+  dtype = file_index.DTYPES.get(array.dtype.name)
+  if dtype is None:
+    raise ValueError(
+      f'{name}: found {type(leaf).__name__} of dtype {array.dtype}, expected an array of numbers'
+    )
+  return array.astype(dtype, copy=False)
+
+
+def checked_grid(name: str, record: LeafState) -> list[np.float32]:
+  """Returns the row of `grids` that says, with the levels, all of a state but its kinds.
+
+  Returns:
+    Threshold, first value and step.
+
+  Raises:
+    ValueError: the levels, the grid or the codebook are none that a file can hold.
+  """
+  levels, codebook = int(record.levels), np.asarray(record.codebook)
+  if not 0 <= levels <= MAX_LEVELS:
+    raise ValueError(f'{name}: found {levels} levels, expected 0 to {MAX_LEVELS}')
+  grid = _grid_of(record)
+  checks.check_grid(name, grid, file_index.VERSIONS[-1])
+  if codebook.tobytes() != grid.codebook().tobytes():
+    raise ValueError(
+      f'{name}: found another codebook than the affine one of first value {grid.first}, step '
+      f'{grid.step} and {levels} levels, expected that one'
+    )
+  return [grid.threshold, grid.first, grid.step]
+
+
+def _grid_of(record: LeafState) -> Grid:
+  return Grid(
+    threshold=np.float32(record.threshold),
+    first=np.asarray(record.codebook)[1],
+    step=np.float32(record.step),
+    levels=int(record.levels),
+    dtype=np.dtype(record.dtype),
+  )
+
+
+def checked_codes(
+  name: str, array: Shaped[np.ndarray, '...'], record: LeafState
+) -> Int8[np.ndarray, '...']:
+  """The codes of a leaf, made sure to be those of their own values as well."""
+  if not file_index.can_be_compressed(array.dtype):
+    raise ValueError(f'{name}: found dtype {array.dtype}, expected floats of whole bytes')
+  if bad := array.size - int(np.count_nonzero(np.isfinite(array))):
+    raise ValueError(f'{name}: found {bad} weights that are NaN or infinite, expected none')
+  try:
+    codes = np.asarray(encode_weights(array, CompressionState(record)))
+    checks.check_levels(np.where(codes == ESCAPE, np.int8(0), codes), int(record.levels))
+  except ValueError as error:
+    # `encode` was given a tree that is one leaf, whose path name is empty
+    raise ValueError(f'{name}: {str(error).removeprefix(": ")}') from error
+  checks.check_cells(name, codes, _grid_of(record))
+  return codes

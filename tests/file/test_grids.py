@@ -1,0 +1,46 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opq_jax.compression.codes import LeafState, affine_codebook, exact_grid, value_table
+from opq_jax.file import index as file_index
+from opq_jax.file.grids import Grid
+
+DTYPES = [dtype for dtype in file_index.DTYPES.values() if file_index.can_be_compressed(dtype)]
+
+codebook_in_jax = jax.jit(affine_codebook)
+value_table_in_jax = jax.jit(value_table)
+
+
+def random_grids(dtype, count=40):
+  """Grids as `init_state` makes them, within the range of the dtype and beyond it."""
+  rng = np.random.default_rng(0)
+  for number in range(count):
+    scale = 10.0 ** (rng.uniform(-36, 30) if number % 2 else rng.uniform(-4, 4))
+    levels = int(rng.choice([0, 1, 2, 3, 16, 63, 127]))
+    threshold = np.float32(scale * rng.choice([0, 0.3, 1, 5]))
+    first = threshold + np.float32(scale * rng.uniform(0.1, 0.9))
+    step, first = exact_grid(jnp.float32(scale), jnp.float32(first), jnp.int32(levels))
+    yield Grid(threshold, np.float32(first), np.float32(step), levels, dtype)
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+def test_value_table_equals_jax(dtype):
+  for grid in random_grids(dtype):
+    codebook = np.asarray(codebook_in_jax(grid.first, grid.step, np.int32(grid.levels)))
+    assert grid.codebook().tobytes() == codebook.tobytes(), grid
+    if dtype.itemsize == 8:
+      expected = codebook[np.arange(256).astype(np.int8)].astype(dtype)
+    else:
+      record = LeafState(
+        kinds=np.ones(256, np.uint8),
+        codebook=codebook,
+        threshold=grid.threshold,
+        step=grid.step,
+        levels=np.int32(grid.levels),
+        dtype=dtype,
+      )
+      expected = np.array(value_table_in_jax(record))
+    expected[128] = 0
+    assert grid.value_table().tobytes() == expected.tobytes(), grid
