@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from opq_jax.data import datasets as data
+from opq_jax import data
 from opq_jax.importers import networks
 from opq_jax.report import accuracy
 

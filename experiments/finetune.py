@@ -39,13 +39,10 @@ from rich.table import Table
 from tensorboardX import SummaryWriter
 
 import opq_jax
-from opq_jax import importers, models
+from opq_jax import data, finetuning, importers, models
 from opq_jax.compression.codes import CompressionState
 from opq_jax.data import augmentation, streams
-from opq_jax.data import datasets as data
 from opq_jax.file import rate as file_rate
-from opq_jax.finetuning import losses, training
-from opq_jax.finetuning.checkpoints import Checkpoints, StopRequest
 from opq_jax.importers import networks
 from opq_jax.network import moments
 from opq_jax.report import plots
@@ -79,10 +76,10 @@ def run(
     0.0, config.learning_rate, config.warmup_steps, steps
   )
   optimizer = make_optimizer(config, schedule)
-  step_fn = training.pmap_train_step(
+  step_fn = finetuning.pmap_train_step(
     model.apply,
     optimizer,
-    loss_fn=losses.classification_loss(
+    loss_fn=finetuning.classification_loss(
       label_smoothing=config.label_smoothing,
       distillation=config.distillation,
       temperature=config.temperature,
@@ -91,10 +88,10 @@ def run(
     ema_decay=config.ema_decay,
     clip_to_grid=config.clip_to_grid,
   )
-  eval_fn = training.pmap_eval_step(model.apply)
+  eval_fn = finetuning.pmap_eval_step(model.apply)
 
   # masks and codebooks: made once, or read again
-  checkpoints = Checkpoints(workdir / 'checkpoints')
+  checkpoints = finetuning.Checkpoints(workdir / 'checkpoints')
   log = MetricLog(workdir)
   # only the weights say which leaves are compressed: leaves of zeros are not
   with warnings.catch_warnings():
@@ -129,7 +126,7 @@ def run(
   # with what the correction moved
   codes_of = compressed if config.feedback else variables
   start = {**corrected, 'params': latent(codes_of, corrected, whole_state)}
-  train_state = training.init_train_state(
+  train_state = finetuning.init_train_state(
     start, optimizer, jax.random.key(config.seed), with_average=config.ema_decay is not None
   )
   batches = streams.stream(
@@ -146,7 +143,7 @@ def run(
     batches.set_state(position)
     log.keep_until(int(train_state.step))
   else:
-    train_state = training.replicate(train_state)
+    train_state = finetuning.replicate(train_state)
     log.keep_until(-1)
     for name, network in (
       ('float32', variables),
@@ -161,11 +158,11 @@ def run(
       log.write(0, kind='network', network=name, file_bytes=size, **scores)
       console.print(f'{name}: top-1 {scores["top1"]:.2%}, {size:,} bytes')
 
-  state = training.replicate(CompressionState(whole_state.tree['params']))
-  teacher = training.replicate(variables) if config.distillation else None
+  state = finetuning.replicate(CompressionState(whole_state.tree['params']))
+  teacher = finetuning.replicate(variables) if config.distillation else None
   columns = TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn()
   with (
-    StopRequest() as stop,
+    finetuning.StopRequest() as stop,
     Progress(*columns, TimeRemainingColumn(), console=console) as progress,
   ):
     task = progress.add_task('finetuning', total=steps, completed=int(train_state.step))
@@ -181,7 +178,7 @@ def run(
         description = f'finetuning, loss {values["loss"]:.3f}, {speed:.0f} images/s'
         progress.update(task, completed=step, description=description)
       if step % (config.eval_every or steps_per_epoch) == 0 and step < steps:
-        network, _ = training.network(train_state, state, averaged=config.ema_decay is not None)
+        network, _ = finetuning.network(train_state, state, averaged=config.ema_decay is not None)
         network = to_save(config, original, network)
         scores = evaluate(eval_fn, network, test_batches)
         size = opq_jax.size_report(network, whole_state).file
@@ -198,7 +195,7 @@ def run(
   checkpoints.close()
 
   # what is quoted is what a reader of the file gets
-  network, network_state = training.network(
+  network, network_state = finetuning.network(
     train_state, state, averaged=config.ema_decay is not None
   )
   network = to_save(config, original, network)
@@ -280,7 +277,7 @@ def examples_and_test_batches(
       shard=(0, 1),
     )
   rows = slice(index * size // count, (index + 1) * size // count)
-  padded = [training.pad_batch(batch, size) for batch in loader]
+  padded = [finetuning.pad_batch(batch, size) for batch in loader]
   return train, [{name: leaf[rows] for name, leaf in batch.items()} for batch in padded]
 
 
@@ -289,11 +286,11 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
   if config.optimizer == 'sgd':
     return optax.chain(
-      optax.add_decayed_weights(config.weight_decay, mask=training.kernels),
+      optax.add_decayed_weights(config.weight_decay, mask=finetuning.kernels),
       optax.sgd(schedule, momentum=config.momentum, nesterov=config.nesterov),
     )
   if config.optimizer == 'adamw':
-    return optax.adamw(schedule, weight_decay=config.weight_decay, mask=training.kernels)
+    return optax.adamw(schedule, weight_decay=config.weight_decay, mask=finetuning.kernels)
   raise ValueError(f'optimizer: found {config.optimizer!r}, expected sgd or adamw')
 
 
@@ -356,7 +353,7 @@ def latent(variables: Any, corrected: Any, state: CompressionState) -> Any:
 
 
 def evaluate(eval_fn: Any, network: Any, batches: list[dict[str, Any]]) -> dict[str, float]:
-  network = training.replicate(network)
+  network = finetuning.replicate(network)
   counts = [eval_fn(network, batch) for batch in batches]
   total = jax.tree.map(lambda *values: sum(int(value) for value in values), *counts)
   return {name: total[name] / total['examples'] for name in ('top1', 'top5')}

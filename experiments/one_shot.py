@@ -26,7 +26,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import opq_jax
-from opq_jax.data import datasets as data
+from opq_jax import data
 from opq_jax.importers import networks
 from opq_jax.report import plots, sizes
 from opq_jax.report.accuracy import scores

@@ -9,8 +9,8 @@ import ml_collections
 import numpy as np
 
 from experiments.benchmarks import harness
+from opq_jax import data
 from opq_jax.core.trees import PyTree
-from opq_jax.data import datasets as data
 from opq_jax.importers import networks
 from opq_jax.report import accuracy
 

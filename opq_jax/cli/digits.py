@@ -22,13 +22,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from opq_jax import finetuning
 from opq_jax.allocation.allocator import allocate
 from opq_jax.compression.codes import CompressionState, apply_compression, init_state
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 from opq_jax.correction.batch_norm import correct_batch_norm
 from opq_jax.file import reader, writer
-from opq_jax.finetuning import training
 from opq_jax.weights import write_safetensors
 
 _TEST = 597  # images that training never sees, a third
@@ -112,7 +112,7 @@ def run(
   trained = _train(
     model, corrected, params_state, train, seed, epochs // 2, _PEAK_RATE / 3, console
   )
-  finetuned, state = training.network(trained, params_state)
+  finetuned, state = finetuning.network(trained, params_state)
 
   # weights are arguments: compiled once, for every network
   logits = jax.jit(model.apply)
@@ -172,14 +172,14 @@ def _train(
   epochs: int,
   peak: float,
   console: Console,
-) -> training.TrainState:
+) -> finetuning.TrainState:
   """What training ends with; the params are latent if there is a compression state."""
   images, labels = train
   steps = len(labels) // _BATCH
   optimizer = optax.adamw(optax.cosine_decay_schedule(peak, epochs * steps))
-  train_state = training.init_train_state(variables, optimizer, jax.random.key(seed))
+  train_state = finetuning.init_train_state(variables, optimizer, jax.random.key(seed))
   # one step a call: XLA's CPU backend runs convolutions inside of a scan several times slower
-  step = jax.jit(partial(training.train_step, apply_fn=model.apply, optimizer=optimizer))
+  step = jax.jit(partial(finetuning.train_step, apply_fn=model.apply, optimizer=optimizer))
   what = 'training on handwritten digits' if state is None else 'finetuning, masks frozen'
   columns = TextColumn('{task.description}'), BarColumn(), TimeElapsedColumn()
   rng = np.random.default_rng(seed)

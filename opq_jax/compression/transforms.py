@@ -85,7 +85,7 @@ def compressed(apply_fn: Callable[..., Any], state: CompressionState) -> Callabl
     apply_fn: any function whose first argument is the tree that `state` was made for: `params`,
       or whole Flax variables with `model.apply`.
     state: its masks and codebooks.  Inside a `jit` they are constants of the compiled program;
-      `opq_jax.finetuning.training.train_step` passes them as an argument instead.
+      `opq_jax.finetuning.train_step` passes them as an argument instead.
 
   Returns:
     A function of the same arguments.  Its derivative by the tree is straight-through: the identity

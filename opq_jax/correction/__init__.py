@@ -1,1 +1,37 @@
-"""Correcting a network after compression, without data or from unlabelled inputs."""
+"""Corrects a compressed network, without data or from unlabelled inputs, and prepares its file.
+
+`correct_batch_norm` needs no data, `correct_on_images` a few unlabelled inputs; `natural_noise` and
+`synthetic_inputs` make inputs from nothing.  `fold_batch_norm` and `round_uncompressed` make the
+uncompressed leaves of a network for inference smaller in a file.
+"""
+
+from typing import TYPE_CHECKING
+
+from opq_jax.core import lazy
+
+if TYPE_CHECKING:
+  from opq_jax.correction.batch_norm import correct_batch_norm, correct_on_images
+  from opq_jax.correction.inference import fold_batch_norm, round_uncompressed
+  from opq_jax.correction.noise import natural_noise
+  from opq_jax.correction.synthetic import synthetic_inputs
+
+__all__ = [
+  'correct_batch_norm',
+  'correct_on_images',
+  'fold_batch_norm',
+  'natural_noise',
+  'round_uncompressed',
+  'synthetic_inputs',
+]
+
+__getattr__, __dir__ = lazy.attributes(
+  __name__,
+  {
+    'correct_batch_norm': 'batch_norm',
+    'correct_on_images': 'batch_norm',
+    'fold_batch_norm': 'inference',
+    'natural_noise': 'noise',
+    'round_uncompressed': 'inference',
+    'synthetic_inputs': 'synthetic',
+  },
+)

@@ -75,7 +75,7 @@ def correct_batch_norm(
     key: of the noise.
     input_shape: of the noise, with its batch: (16, 224, 224, 3) or (128, 32, 32, 3) say, which is
       `opq_jax.natural_noise`.  Inputs that are no images, of other than four axes, are x ~ N(0, 1).
-      Channels are standardised inputs, such as `opq_jax.data.datasets.TORCHVISION` makes them of
+      Channels are standardised inputs, such as `opq_jax.data.TORCHVISION` makes them of
       images.
 
   Returns:

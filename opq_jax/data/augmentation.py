@@ -1,7 +1,8 @@
-"""Random views of training images, decided by numbers that are handed in.
+"""Augmented views of training images, determined by uniform numbers from the caller.
 
-An augmentation is a function (image, uniforms) -> image of 8-bit images.  It draws nothing: the
-uniform numbers say which view, so that an example's view does not depend on who prepares it.
+An augmentation is a function (image, uniforms) -> image of 8-bit images.  It draws no random
+numbers of its own: the uniform numbers determine the view, so that the view of an example does not
+depend on the process or thread that prepares it.
 """
 
 import dataclasses
@@ -10,29 +11,33 @@ from typing import Protocol
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image
 
-UNIFORMS = 32  # numbers in [0, 1) for every example
+from opq_jax.core.extras import require
+
+UNIFORMS = 32
+"""Uniform numbers in [0, 1) that an augmentation may use for one example."""
+
+# windows drawn by RandomResizedCrop: two numbers each, beside three for its place and the flip
 _ATTEMPTS = (UNIFORMS - 3) // 2
 
 Pixels = UInt8[np.ndarray, 'height width channels']
 
 
 class Augmentation(Protocol):
-  """Makes a view of an image from `UNIFORMS` numbers in [0, 1)."""
+  """Returns a view of an image, determined by `UNIFORMS` numbers in [0, 1)."""
 
   def __call__(self, image: Pixels, uniforms: Float[np.ndarray, ' numbers']) -> Pixels: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class PadCropFlip:
-  """CIFAR's standard: zeros around the image, a random window of its own size, a random flip.
+  """CIFAR's standard: a random crop of the zero-padded image, and a random horizontal flip.
 
   He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
 
   Attributes:
-    padding: pixels on every side.
-    flip: whether half of the views are mirrored.
+    padding: zeros on every side, in pixels.
+    flip: True to mirror half of the views.
 
   >>> image = np.arange(16, dtype=np.uint8).reshape(4, 4, 1)
   >>> PadCropFlip(padding=1)(image, np.array([0.0, 0.5, 0.9]))[:, :, 0].tolist()
@@ -56,18 +61,18 @@ class PadCropFlip:
 
 @dataclasses.dataclass(frozen=True)
 class RandomResizedCrop:
-  """ImageNet's standard: a window of random area and proportion, resized to a square, flipped.
+  """ImageNet's standard: a window of random area and aspect ratio, resized to a square, flipped.
 
-  Area a ~ U(area) of the image's and proportion r, log r ~ U(log ratio): the first of 14 such
-  windows that fits is placed at random; if none does, the largest window in the middle whose
-  proportion is allowed.  Szegedy et al., "Going Deeper with Convolutions", CVPR 2015; the form is
-  torchvision's `RandomResizedCrop`, which tries 10.
+  The window has the share a ~ U(area) of the image's area and the aspect ratio r, log r ~
+  U(log ratio).  The first of 14 draws that fits into the image is placed at random.  If none fits,
+  the window is the largest central one with an allowed aspect ratio.  Szegedy et al., "Going Deeper
+  with Convolutions", CVPR 2015, in the form of torchvision's `RandomResizedCrop`, which draws 10.
 
   Attributes:
     size: side of the view in pixels.
     area: range of the window's share of the image.
-    ratio: range of width over height.
-    flip: whether half of the views are mirrored.
+    ratio: range of the aspect ratio, width over height.
+    flip: True to mirror half of the views.
   """
 
   size: int = 224
@@ -77,9 +82,10 @@ class RandomResizedCrop:
 
   def __call__(self, image: Pixels, uniforms: Float[np.ndarray, ' numbers']) -> Pixels:
     left, top, width, height = self.window(image.shape[0], image.shape[1], uniforms)
-    view = Image.fromarray(image).resize(
+    pillow = require('PIL.Image', 'data', 'resizing an image')
+    view = pillow.fromarray(image).resize(
       (self.size, self.size),
-      Image.Resampling.BILINEAR,
+      pillow.Resampling.BILINEAR,
       box=(left, top, left + width, top + height),
     )
     pixels = np.asarray(view)
@@ -88,7 +94,7 @@ class RandomResizedCrop:
   def window(
     self, height: int, width: int, uniforms: Float[np.ndarray, ' numbers']
   ) -> tuple[int, int, int, int]:
-    """Left, top, width and height of the window in an image of this size."""
+    """Returns (left, top, width, height) of the window, in pixels of an image of this size."""
     low, high = (math.log(bound) for bound in self.ratio)
     for u, v in uniforms[3 : 3 + 2 * _ATTEMPTS].reshape(-1, 2):
       area = height * width * (self.area[0] + u * (self.area[1] - self.area[0]))

@@ -1,31 +1,33 @@
-"""The endless stream of training batches, the same whoever reads it and from wherever.
+"""The endless stream of training batches, identical for any number of processes and threads.
 
-Batch k of a stream is a function of (seed, k) alone: which examples it holds (a permutation of all
-in every epoch, batches running on from one into the next) and which view of each.  A process of
-many reads its own rows of it.  So a stream's position is one number, and training continues with
-other processes, devices or threads on the very same images.
+Batch k of a stream is a function of (seed, k) alone: its examples (a new permutation of all in
+every epoch; a batch may span two epochs) and the view of each.  Each process reads its own rows of
+the batch.  A stream's position is therefore one number, and training resumes on exactly the same
+images with other processes, devices or threads.
 
 Examples are any sequence of {'image': uint8 [height, width, 3], 'label': a whole number}: a TFDS
-source (`opq_jax.data.datasets.source`), one held in memory (`in_memory`), or random numbers
-(`fake`).
+source (`opq_jax.data.source`), one held in memory (`in_memory`), or random numbers (`fake`).
 """
 
 import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grain
 import jax
 import numpy as np
 
+from opq_jax.core.extras import require
 from opq_jax.data.augmentation import UNIFORMS, Augmentation, Pixels
-from opq_jax.data.datasets import Preprocessing
+from opq_jax.data.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+  import grain
 
 Examples = Sequence[dict[str, Any]]
 
-_CHUNK = 500  # examples that a thread decodes at a time
-_FAKE_IMAGES = 64
+_CHUNK = 500  # examples decoded by a thread at a time, so that threads finish together
+_FAKE_IMAGES = 64  # distinct images of `fake`, which repeat: memory stays small for any count
 
 
 def stream(
@@ -38,28 +40,28 @@ def stream(
   shard: tuple[int, int] | None = None,
   threads: int = 2,
   prefetch: int = 4,
-) -> grain.DatasetIterator:
-  """Endless shuffled batches for training: this process's rows of them.
+) -> 'grain.DatasetIterator':
+  """Makes an iterator of this process's rows of endless shuffled training batches.
 
   Args:
-    examples: all of them, in every process.
+    examples: the whole dataset, in every process.
     batch_size: examples in a batch of all processes together.
-    preprocessing: from the view to the network's input.
-    augmentation: from the image to a view of it; None leaves it as it is.
+    preprocessing: from a view to the network's input.
+    augmentation: from an image to a view of it; None for none.
     seed: of the order and of the views.
     shard: (index, count) of this share of every batch; by default this JAX process among all.
-    threads: that prepare whole batches ahead, while the caller trains.
-    prefetch: batches that are prepared ahead; at least one a thread.
+    threads: number of threads that prepare whole batches ahead while the caller trains.
+    prefetch: batches prepared ahead; at least one a thread.
 
   Returns:
     An iterator of {'image': float32 [rows, height, width, 3], 'label': int32 [rows]}.  Its
-    `get_state()` is a small dict that JSON can hold, the position after the last batch that was
-    taken, whatever is prepared ahead; `set_state` of any stream with the same examples, batch size
-    and seed goes there at once.
+    `get_state()` is a small JSON-serializable dict, the position after the last batch that was
+    taken; batches prepared ahead do not count.  `set_state` of any stream with the same examples,
+    batch size and seed continues from there, without reading the batches before.
 
   Raises:
-    ValueError: there are no examples, or the batch size is not a positive multiple of the number
-      of shards.
+    ValueError: there are no examples; the batch size is not a positive multiple of the number of
+      shards; or grain cannot be imported.
 
   >>> examples = fake((8, 8, 3), classes=5, count=10)
   >>> plain = Preprocessing(mean=(0.0,) * 3, std=(1.0,) * 3)
@@ -74,12 +76,13 @@ def stream(
     )
   if not len(examples):
     raise ValueError('examples: found none, expected at least one')
+  grain = require('grain', 'data', 'a stream of batches')
   rows = slice(index * batch_size // count, (index + 1) * batch_size // count)
-  # grain takes 32 bits
+  # two of 32 bits, which is what grain takes
   order_seed, view_seed = (int(n) for n in np.random.SeedSequence(seed).generate_state(2))
 
   def batch(number: int, ids: Sequence[int]) -> dict[str, np.ndarray]:
-    # drawn for the whole batch, so that no view depends on the number of processes
+    # drawn for all rows, so that no view depends on the number of processes
     uniforms = np.random.default_rng((view_seed, number)).random((batch_size, UNIFORMS))[rows]
     found = _take(examples, [int(i) for i in ids[rows]])
     images = [example['image'] for example in found]
@@ -101,14 +104,17 @@ def stream(
 def in_order(
   examples: Examples, *, batch_size: int, preprocessing: Preprocessing
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Every example once, as it is: for evaluation.  The last batch may be smaller."""
+  """Yields batches of every example once, not augmented: for evaluation.
+
+  The last batch may be smaller.
+  """
   for begin in range(0, len(examples), batch_size):
     found = _take(examples, range(begin, min(begin + batch_size, len(examples))))
     yield _batch(found, [example['image'] for example in found], preprocessing)
 
 
 def in_memory(examples: Examples, *, threads: int = 4) -> Examples:
-  """The same examples, all decoded now: for a dataset like CIFAR, which then costs 150 MB."""
+  """Decodes all examples at once, for small datasets: CIFAR then takes 150 MB of memory."""
 
   def decoded(begin: int) -> list[dict[str, Any]]:
     ids = range(begin, min(begin + _CHUNK, len(examples)))
@@ -121,7 +127,7 @@ def in_memory(examples: Examples, *, threads: int = 4) -> Examples:
 def fake(
   shape: tuple[int, int, int], *, classes: int, count: int = 1024, seed: int = 0
 ) -> Examples:
-  """Noise with random labels, of the right shapes: for tests and for measuring speed."""
+  """Makes examples of noise with random labels, for tests and for measuring speed."""
   rng = np.random.default_rng(seed)
   images = rng.integers(0, 256, (min(count, _FAKE_IMAGES), *shape), np.uint8)
   labels = rng.integers(0, classes, count)
@@ -129,7 +135,7 @@ def fake(
 
 
 def _take(examples: Examples, ids: Sequence[int]) -> list[dict[str, Any]]:
-  """The examples of these numbers; at once, where the source can."""
+  """Returns the examples of these indices, in one read where the source allows that."""
   together = getattr(examples, '__getitems__', None)
   return list(together(ids)) if together else [examples[i] for i in ids]
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from opq_jax.data import datasets as data
+from opq_jax import data
 from opq_jax.importers.layouts import Layer, Layout, Leaf, Source, Tensors
 
 _NORM = {'scale': 'gamma', 'bias': 'beta', 'mean': 'moving_mean', 'var': 'moving_variance'}

@@ -14,7 +14,7 @@ import numpy as np
 
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
-from opq_jax.data.datasets import Preprocessing
+from opq_jax.data import Preprocessing
 
 Shape = tuple[int, ...]
 Tensors = Mapping[str, np.ndarray]

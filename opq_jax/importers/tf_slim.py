@@ -6,8 +6,7 @@ and logit 0 is a background class that ImageNet does not have.
 
 from typing import Any
 
-from opq_jax import models
-from opq_jax.data import datasets as data
+from opq_jax import data, models
 from opq_jax.importers import conversion
 from opq_jax.importers.layouts import Layer, Layout, Leaf, Source, Tensors
 

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from opq_jax.data import datasets as data
+from opq_jax import data
 from opq_jax.importers.layouts import Layer, Layout, Leaf, Source
 
 _WEIGHTS = {'kernel': 'weight', 'bias': 'bias'}

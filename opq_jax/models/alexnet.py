@@ -42,7 +42,7 @@ class AlexNet(nn.Module):
     """Returns the logits of images of at least 63 x 63 pixels.
 
     Args:
-      x: images prepared as by `opq_jax.data.datasets.TORCHVISION`.
+      x: images prepared as by `opq_jax.data.TORCHVISION`.
       train: enables dropout if `apply` gets `rngs={'dropout': key}`.
     """
     layers.check_images(x)

@@ -83,7 +83,7 @@ class MobileNetV1(nn.Module):
     """Returns the logits of images of any size.
 
     Args:
-      x: images in [-1, 1], prepared as by `opq_jax.data.datasets.TF_SLIM` for the published
+      x: images in [-1, 1], prepared as by `opq_jax.data.TF_SLIM` for the published
         weights.
       train: normalises by the statistics of the batch and updates the running statistics, which
         takes `apply(..., mutable=['batch_stats'])`.
@@ -138,7 +138,7 @@ class MobileNetV2(nn.Module):
     """Returns the logits of images of any size.
 
     Args:
-      x: images prepared as by `opq_jax.data.datasets.TORCHVISION` for torchvision's weights.
+      x: images prepared as by `opq_jax.data.TORCHVISION` for torchvision's weights.
       train: normalises by the statistics of the batch and updates the running statistics, which
         takes `apply(..., mutable=['batch_stats'])`.  There is no dropout.
     """

@@ -64,7 +64,7 @@ class ResNet(nn.Module):
     """Returns the logits of images of any size.
 
     Args:
-      x: images prepared as by `opq_jax.data.datasets.TORCHVISION` or `CIFAR`.
+      x: images prepared as by `opq_jax.data.TORCHVISION` or `CIFAR`.
       train: normalises by the statistics of the batch and updates the running statistics, which
         takes `apply(..., mutable=['batch_stats'])`.
     """

@@ -57,7 +57,7 @@ class VGG16(nn.Module):
     """Returns the logits of images of at least 32 x 32 pixels.
 
     Args:
-      x: images prepared as by `opq_jax.data.datasets.TORCHVISION`.
+      x: images prepared as by `opq_jax.data.TORCHVISION`.
       train: normalises by the statistics of the batch and updates the running statistics, which
         takes `apply(..., mutable=['batch_stats'])`; enables dropout if `apply` gets
         `rngs={'dropout': key}`.

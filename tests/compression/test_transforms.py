@@ -10,7 +10,7 @@ import pytest
 
 import opq_jax
 from opq_jax.compression.transforms import clip_to_grid
-from opq_jax.finetuning import training
+from opq_jax.finetuning import parallel, training
 from tests.helpers import small_networks
 
 
@@ -100,9 +100,9 @@ def test_updates_of_survivors_and_of_other_leaves_are_as_they_were():
 def test_in_the_step_of_the_library():
   _, state = small_networks.compressed_network()
   optimizer = optax.chain(optax.adam(1e-2), opq_jax.keep_compressed(state))
-  step = training.pmap_train_step(small_networks.Network().apply, optimizer)
-  train_state = training.replicate(small_networks.start(optimizer))
-  replicated = training.replicate(state)
+  step = parallel.pmap_train_step(small_networks.Network().apply, optimizer)
+  train_state = parallel.replicate(small_networks.start(optimizer))
+  replicated = parallel.replicate(state)
   for batch in small_networks.batches(3):
     train_state, _ = step(train_state, replicated, batch)
   mask = np.asarray(state.tree['hidden']['kernel'].mask)

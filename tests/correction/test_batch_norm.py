@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from opq_jax import data
 from opq_jax.core.trees import named_leaves
 from opq_jax.correction.batch_norm import correct_batch_norm, correct_on_images
-from opq_jax.data import datasets as data
 from opq_jax.importers import tf_slim
 from opq_jax.models import MobileNetV1
 from tests.helpers import assets

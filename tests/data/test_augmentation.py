@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from opq_jax.data.augmentation import UNIFORMS, PadCropFlip, RandomResizedCrop
+from opq_jax.data import UNIFORMS, PadCropFlip, RandomResizedCrop
 
 IMAGE = np.random.default_rng(0).integers(1, 256, (32, 32, 3), np.uint8)
 

@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 from absl import flags
 from PIL import Image
 
-from opq_jax.data import datasets as data
+from opq_jax import data
 from tests.helpers import assets
 
 PLAIN = data.Preprocessing(mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))

@@ -6,9 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from opq_jax.data import datasets as data
-from opq_jax.data import streams
-from opq_jax.data.augmentation import PadCropFlip
+from opq_jax import data
+from opq_jax.data import PadCropFlip, streams
 from tests.helpers import assets
 
 PLAIN = data.Preprocessing(mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))

@@ -20,10 +20,9 @@ import opq_jax
 from configs.finetune_imagenet import get_config as get_imagenet_config
 from configs.finetune_resnet20_cifar10 import get_config
 from experiments import finetune
-from opq_jax import importers
+from opq_jax import finetuning, importers
 from opq_jax.allocation import paper
 from opq_jax.core import trees
-from opq_jax.finetuning import training
 from opq_jax.importers import networks
 
 event_pb2 = pytest.importorskip('tensorboardX.proto.event_pb2')
@@ -94,7 +93,7 @@ def test_a_smoke_run_writes_what_it_says(finished):
 def test_the_file_holds_the_masks_and_codebooks_of_the_beginning(finished):
   _, workdir = finished
   network, found = opq_jax.load(workdir / 'network.opq')
-  with finetune.Checkpoints(workdir / 'checkpoints') as checkpoints:
+  with finetuning.Checkpoints(workdir / 'checkpoints') as checkpoints:
     state = checkpoints.restore_compression(
       jax.eval_shape(lambda tree: opq_jax.init_state(tree, opq_jax.allocate(tree)), network)
     )
@@ -125,13 +124,13 @@ def test_finetuning_starts_from_corrected_statistics_and_the_float_weights(tmp_p
     begun.append(variables)
     raise Stopped
 
-  monkeypatch.setattr(training, 'init_train_state', stop)
+  monkeypatch.setattr(finetuning, 'init_train_state', stop)
   config = smoke()
   with pytest.raises(Stopped):
     finetune.run(config, tmp_path)
   [found] = begun
   model, variables, _ = finetune.float_network(config)
-  with finetune.Checkpoints(tmp_path / 'checkpoints') as checkpoints:
+  with finetuning.Checkpoints(tmp_path / 'checkpoints') as checkpoints:
     state = checkpoints.restore_compression(
       jax.eval_shape(opq_jax.init_state, variables, opq_jax.allocate(variables))
     )
@@ -156,7 +155,7 @@ def test_a_run_that_is_stopped_by_sigterm_goes_on_and_ends_the_same(
   finished, tmp_path, monkeypatch
 ):
   _, workdir = finished
-  pmap_train_step = training.pmap_train_step
+  pmap_train_step = finetuning.pmap_train_step
 
   def stopped_after_two(*arguments, **options):
     step = pmap_train_step(*arguments, **options)
@@ -170,7 +169,7 @@ def test_a_run_that_is_stopped_by_sigterm_goes_on_and_ends_the_same(
 
   config = smoke(steps=4, checkpoint_every=100)
   with monkeypatch.context() as patch:
-    patch.setattr(training, 'pmap_train_step', stopped_after_two)
+    patch.setattr(finetuning, 'pmap_train_step', stopped_after_two)
     assert finetune.run(config, tmp_path) is None
   assert not (tmp_path / 'network.opq').exists()
   assert (tmp_path / 'checkpoints' / '2').exists()

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import opq_jax
-from opq_jax.finetuning import training
+from opq_jax.finetuning import parallel
 from opq_jax.finetuning.checkpoints import Checkpoints, StopRequest
 from tests.helpers import small_networks
 from tests.helpers.small_networks import assert_same_bits, batches
@@ -23,10 +23,10 @@ OPTIMIZER = optax.adamw(1e-2)
 
 def trained(steps=2):
   _, state = small_networks.compressed_network()
-  step = training.pmap_train_step(small_networks.Network().apply, OPTIMIZER)
-  train_state = training.replicate(small_networks.start(OPTIMIZER, with_average=True))
+  step = parallel.pmap_train_step(small_networks.Network().apply, OPTIMIZER)
+  train_state = parallel.replicate(small_networks.start(OPTIMIZER, with_average=True))
   for batch in batches(steps):
-    train_state, _ = step(train_state, training.replicate(state), batch)
+    train_state, _ = step(train_state, parallel.replicate(state), batch)
   return train_state
 
 
@@ -60,7 +60,7 @@ def test_a_train_state_comes_back_on_another_number_of_devices(tmp_path, count):
   )
   position = {'next_index': 2}
   devices = jax.devices()[:count]
-  step = training.pmap_train_step(small_networks.Network().apply, OPTIMIZER, devices=devices)
+  step = parallel.pmap_train_step(small_networks.Network().apply, OPTIMIZER, devices=devices)
   with Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(train_state, position)
   with Checkpoints(tmp_path) as checkpoints:
@@ -71,15 +71,15 @@ def test_a_train_state_comes_back_on_another_number_of_devices(tmp_path, count):
   assert len(found.train_state.params['head']['kernel'].sharding.device_set) == count
   [batch] = batches(1)
   after, _ = step(
-    found.train_state, training.replicate(small_networks.compressed_network()[1], devices), batch
+    found.train_state, parallel.replicate(small_networks.compressed_network()[1], devices), batch
   )
   assert int(after.step) == 3
 
 
 def test_a_state_may_be_donated_as_soon_as_save_returns(tmp_path):
   _, state = small_networks.compressed_network()
-  step = training.pmap_train_step(small_networks.Network().apply, OPTIMIZER)
-  train_state, state = trained(steps=1), training.replicate(state)
+  step = parallel.pmap_train_step(small_networks.Network().apply, OPTIMIZER)
+  train_state, state = trained(steps=1), parallel.replicate(state)
   copies = {}
   with Checkpoints(tmp_path, keep=100) as checkpoints:
     for batch in batches(20):

@@ -10,12 +10,13 @@ import pytest
 from jax.sharding import Mesh
 
 import opq_jax
-from opq_jax.finetuning import losses, training
+from opq_jax.finetuning import evaluation, losses, parallel, training
+from opq_jax.finetuning.batches import pad_batch
 from opq_jax.finetuning.checkpoints import Checkpoints
 from tests.helpers import small_networks
 from tests.helpers.small_networks import Network, assert_compressed, assert_same_bits, batches
 
-SYNCHRONISED = Network(axis_name=training.AXIS)
+SYNCHRONISED = Network(axis_name=parallel.AXIS)
 SGD = optax.chain(
   optax.add_decayed_weights(1e-3, mask=training.kernels), optax.sgd(0.05, momentum=0.9)
 )
@@ -25,14 +26,14 @@ ADAMW = optax.adamw(1e-2, weight_decay=0.1, mask=training.kernels)
 def step_of(kind, count, model, optimizer, **options):
   devices = jax.devices()[:count]
   if kind == 'pmap':
-    return training.pmap_train_step(model.apply, optimizer, devices=devices, **options)
-  mesh = Mesh(np.array(devices), (training.AXIS,))
-  return training.shard_map_train_step(mesh, model.apply, optimizer, **options)
+    return parallel.pmap_train_step(model.apply, optimizer, devices=devices, **options)
+  mesh = Mesh(np.array(devices), (parallel.AXIS,))
+  return parallel.shard_map_train_step(mesh, model.apply, optimizer, **options)
 
 
 def train(step, train_state, state, steps, devices=None, seed=0):
-  train_state = training.replicate(train_state, devices)
-  state = training.replicate(state, devices)
+  train_state = parallel.replicate(train_state, devices)
+  state = parallel.replicate(state, devices)
   history = []
   for batch in batches(steps, seed=seed):
     train_state, metrics = step(train_state, state, batch)
@@ -276,8 +277,8 @@ def test_dropout_differs_by_step_and_device_and_not_by_run():
 def test_the_train_state_is_donated_and_the_compression_state_is_not():
   _, state = small_networks.compressed_network()
   step = step_of('pmap', 4, Network(), SGD)
-  train_state = training.replicate(small_networks.start(SGD))
-  state = training.replicate(state)
+  train_state = parallel.replicate(small_networks.start(SGD))
+  state = parallel.replicate(state)
   [batch] = batches(1)
   step(train_state, state, batch)
   assert train_state.params['head']['kernel'].is_deleted()
@@ -293,9 +294,9 @@ def test_evaluation_counts_over_devices_and_leaves_padding_out():
     [[9, 1, 2, 3, 4, 5], [9, 1, 2, 3, 4, 5], [9, 1, 2, 3, 4, 5], [9, 1, 2, 3, 4, 5]], np.float32
   )
   apply_fn = lambda variables, images, train: images
-  step = training.pmap_eval_step(apply_fn, devices=jax.devices()[:2])
+  step = parallel.pmap_eval_step(apply_fn, devices=jax.devices()[:2])
   batch = {'image': logits[:3], 'label': np.array([0, 5, 1], np.int32)}
-  counts = step({}, training.pad_batch(batch, 4))
+  counts = step({}, pad_batch(batch, 4))
   assert {name: int(count) for name, count in counts.items()} == {
     'top1': 1,
     'top5': 2,
@@ -306,10 +307,10 @@ def test_evaluation_counts_over_devices_and_leaves_padding_out():
 def test_equal_logits_are_ranked_by_class_and_nan_answers_nothing():
   apply_fn = lambda variables, images, train: images
   equal = {'image': np.zeros((3, 7), np.float32), 'label': np.array([0, 4, 5], np.int32)}
-  counts = training.eval_step({}, equal, apply_fn=apply_fn)
+  counts = evaluation.eval_step({}, equal, apply_fn=apply_fn)
   assert (int(counts['top1']), int(counts['top5'])) == (1, 2)
   nan = {'image': np.full((2, 7), np.nan, np.float32), 'label': np.array([0, 4], np.int32)}
-  counts = training.eval_step({}, nan, apply_fn=apply_fn)
+  counts = evaluation.eval_step({}, nan, apply_fn=apply_fn)
   assert (int(counts['top1']), int(counts['top5']), int(counts['examples'])) == (0, 0, 2)
 
 

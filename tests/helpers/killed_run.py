@@ -12,9 +12,9 @@ import numpy as np
 import optax
 
 import opq_jax
-from opq_jax.data import datasets as data
+from opq_jax import data
 from opq_jax.data import streams
-from opq_jax.finetuning import checkpoints, training
+from opq_jax.finetuning import checkpoints, parallel
 from tests.helpers import small_networks
 
 STEPS, EVERY = 24, 3
@@ -24,7 +24,7 @@ PLAIN = data.Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3)
 def main(folder, pause):
   optimizer = optax.adamw(1e-2)
   variables, like = small_networks.compressed_network()
-  step_fn = training.pmap_train_step(apply_fn, optimizer)
+  step_fn = parallel.pmap_train_step(apply_fn, optimizer)
   with (
     checkpoints.Checkpoints(folder / 'checkpoints') as manager,
     checkpoints.StopRequest() as stop,
@@ -35,7 +35,7 @@ def main(folder, pause):
         variables['params'], opq_jax.allocate(variables['params'], compression_rate=16.0)
       )
       manager.save_compression(state)
-    train_state = training.replicate(small_networks.start(optimizer, with_average=True))
+    train_state = parallel.replicate(small_networks.start(optimizer, with_average=True))
     batches = streams.stream(
       streams.fake((2, 4, 3), classes=5, count=50), batch_size=8, preprocessing=PLAIN
     )

@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 import opq_jax
 from opq_jax.allocation import statistics
 from opq_jax.allocation.histograms import BINS, FINE_BINS
-from opq_jax.finetuning import training
+from opq_jax.finetuning import parallel, training
 
 SPECS = {
   'a/kernel': P('data', 'model'),
@@ -232,7 +232,7 @@ def finetuning(where):
       variables['params'],
       LAYOUT,
     )
-    step = training.sharded_train_step(where, network.apply, optimizer)
+    step = parallel.sharded_train_step(where, network.apply, optimizer)
   state = opq_jax.init_state(params, opq_jax.allocate(params, compression_rate=12.0))
   train_state = training.init_train_state({'params': params}, optimizer, jax.random.key(1))
   for _ in range(3):

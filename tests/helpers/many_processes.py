@@ -12,9 +12,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from opq_jax.data import datasets as data
+from opq_jax import data
 from opq_jax.data import streams
-from opq_jax.finetuning import training
+from opq_jax.finetuning import parallel, training
 from opq_jax.finetuning.checkpoints import Checkpoints, StopRequest
 from tests.helpers import small_networks
 
@@ -28,13 +28,13 @@ def main(kind, folder, index, count, port):
   assert jax.device_count() == 2
   if kind != 'shard_map':
     devices = jax.local_devices()
-    step_fn = training.pmap_train_step(apply_fn, OPTIMIZER)
+    step_fn = parallel.pmap_train_step(apply_fn, OPTIMIZER)
   else:
     devices = jax.devices()
-    mesh = Mesh(np.array(devices), (training.AXIS,))
-    step_fn = training.shard_map_train_step(mesh, apply_fn, OPTIMIZER)
-  train_state = training.replicate(small_networks.start(OPTIMIZER), devices)
-  state = training.replicate(small_networks.compressed_network()[1], devices)
+    mesh = Mesh(np.array(devices), (parallel.AXIS,))
+    step_fn = parallel.shard_map_train_step(mesh, apply_fn, OPTIMIZER)
+  train_state = parallel.replicate(small_networks.start(OPTIMIZER), devices)
+  state = parallel.replicate(small_networks.compressed_network()[1], devices)
   batches = streams.stream(
     streams.fake((2, 4, 3), classes=5, count=50), batch_size=8, preprocessing=PLAIN
   )
@@ -59,7 +59,7 @@ def main(kind, folder, index, count, port):
     train_state, metrics = step_fn(train_state, state, next(batches))
   if kind == 'pmap':
     variables, _ = training.network(train_state, state)
-    counts = training.pmap_eval_step(apply_fn)(variables, next(batches))
+    counts = parallel.pmap_eval_step(apply_fn)(variables, next(batches))
     assert int(counts['examples']) == 8
   if index == 0:
     leaves = jax.tree.leaves((train_state.replace(rng=None), metrics))

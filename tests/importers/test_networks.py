@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 import opq_jax
-from opq_jax import importers, models
-from opq_jax.data import datasets as data
+from opq_jax import data, importers, models
 from opq_jax.importers import networks
 from tests.helpers.variables import random_variables
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from opq_jax.data import datasets as data
+from opq_jax import data
 from opq_jax.importers import tf_slim
 from opq_jax.models import MobileNetV1
 from tests.helpers import assets

@@ -8,8 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from opq_jax import importers
-from opq_jax.data import datasets as data
+from opq_jax import data, importers
 from opq_jax.weights import read_weights
 from tests.helpers import assets
 

@@ -17,7 +17,7 @@ import numpy as np
 
 import opq_jax
 from experiments.benchmarks import harness
-from opq_jax.data import datasets as data
+from opq_jax import data
 from opq_jax.file import rate as file_rate
 from opq_jax.file import writer
 from opq_jax.importers import networks

@@ -18,10 +18,8 @@ import optax
 
 import opq_jax
 from experiments.benchmarks import harness
-from opq_jax import models
+from opq_jax import data, finetuning, models
 from opq_jax.data import augmentation, streams
-from opq_jax.data import datasets as data
-from opq_jax.finetuning import training
 
 OPTIMIZER = optax.sgd(0.01, momentum=0.9)
 
@@ -32,13 +30,15 @@ def step_rows(name: str, side: int, batch_size: int, rounds: int) -> list[dict[s
   variables = jax.jit(model.init)(jax.random.key(0), image)
   params = variables['params']
   state = opq_jax.init_state(params, opq_jax.allocate(params, compression_rate=16.0))
-  train_state = training.init_train_state(variables, OPTIMIZER, jax.random.key(0))
+  train_state = finetuning.init_train_state(variables, OPTIMIZER, jax.random.key(0))
   rng = np.random.default_rng(0)
   batch = {
     'image': jnp.asarray(rng.normal(size=(batch_size, side, side, 3)), jnp.float32),
     'label': jnp.asarray(rng.integers(0, 10, batch_size), jnp.int32),
   }
-  step = jax.jit(functools.partial(training.train_step, apply_fn=model.apply, optimizer=OPTIMIZER))
+  step = jax.jit(
+    functools.partial(finetuning.train_step, apply_fn=model.apply, optimizer=OPTIMIZER)
+  )
   compiled = {
     'with': step.lower(train_state, state, batch).compile(),
     'without': step.lower(train_state, None, batch).compile(),

@@ -40,12 +40,11 @@ import safetensors.numpy
 
 import opq_jax
 from experiments.benchmarks import harness
+from opq_jax import data, finetuning
 from opq_jax.cli import command as cli
 from opq_jax.core import files
-from opq_jax.data import datasets as data
 from opq_jax.data import streams
 from opq_jax.file import writer
-from opq_jax.finetuning import checkpoints, training
 
 WRITES = (
   'opq compress, in memory',
@@ -205,14 +204,14 @@ def _finetune(folder: pathlib.Path, path: pathlib.Path) -> None:
   optimizer = optax.adamw(1e-2)
   variables = _Network().init(jax.random.key(0), np.zeros((1, 24), np.float32))
   compressed = lambda tree: opq_jax.init_state(tree, opq_jax.allocate(tree, compression_rate=12.0))
-  step_fn = training.pmap_train_step(_Network().apply, optimizer)
-  with checkpoints.Checkpoints(folder) as manager:
+  step_fn = finetuning.pmap_train_step(_Network().apply, optimizer)
+  with finetuning.Checkpoints(folder) as manager:
     state = manager.restore_compression(jax.eval_shape(compressed, variables['params']))
     if state is None:
       state = compressed(variables['params'])
       manager.save_compression(state)
-    train_state = training.replicate(
-      training.init_train_state(variables, optimizer, jax.random.key(1), with_average=True)
+    train_state = finetuning.replicate(
+      finetuning.init_train_state(variables, optimizer, jax.random.key(1), with_average=True)
     )
     plain = data.Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3)
     batches = streams.stream(

@@ -1,0 +1,49 @@
+"""Counts how many examples of a batch a network classifies correctly."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Int32
+
+from opq_jax.core.trees import PyTree
+from opq_jax.finetuning.batches import Batch
+
+
+def eval_step(
+  variables: Mapping[str, PyTree],
+  batch: Batch,
+  *,
+  apply_fn: Callable[..., Any],
+  axis_name: str | tuple[str, ...] | None = None,
+) -> dict[str, Int32[Array, '']]:
+  """Counts the correct answers of a network on one batch.
+
+  Args:
+    variables: of the network to judge; a compressed network's are compressed already.
+    batch: {'image', 'label'}, and 'is_example' where the batch was padded (`pad_batch`).
+    apply_fn: called as `apply_fn(variables, images, train=False)`.
+    axis_name: of the enclosing `pmap` or `shard_map`, over which counts are summed.
+
+  Returns:
+    {'top1', 'top5', 'examples'}: whole numbers, to be summed over batches.  A label is among the
+    top k if fewer than k other logits are larger; equal logits are ranked by their class.  NaN
+    logits are never correct.
+  """
+  rank = label_rank(apply_fn(variables, batch['image'], train=False), batch['label'])
+  is_example = batch.get('is_example', jnp.ones(rank.shape, bool))
+  count = lambda is_counted: jnp.sum((is_counted & is_example).astype(jnp.int32))
+  counts = {'top1': count(rank < 1), 'top5': count(rank < 5), 'examples': count(rank >= 0)}
+  return counts if axis_name is None else lax.psum(counts, axis_name)
+
+
+def label_rank(
+  logits: Float[Array, 'batch classes'], labels: Int[Array, ' batch']
+) -> Int32[Array, ' batch']:
+  """Returns how many classes rank before the label's, equal logits by class."""
+  target = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+  is_later = jnp.arange(logits.shape[-1])[None] >= labels[:, None]
+  # counted by the classes surely behind: comparisons with NaN are false, so NaN ranks last
+  is_behind: Bool[Array, 'batch classes'] = (logits < target) | ((logits == target) & is_later)
+  return jnp.sum((~is_behind).astype(jnp.int32), axis=-1)
