@@ -1,33 +1,36 @@
-"""A network of `opq_jax.models` with weights in any file, and `.opq` files that say which it is.
+"""Networks of `opq_jax.models` with weights from any file, and what a file says of its network.
 
-An `.opq` file that `opq compress --model` wrote has the network's name, the source of its weights
-and the number of its classes among its metadata: whoever has the file needs nothing else to run
-it, to prepare images for it, or to hand it back to the framework that it came from.
+The metadata of an `.opq` file that `opq compress --model` wrote name the network, the source of its
+weights and the number of its classes.  With the file alone the network can be run, images can be
+prepared for it, and its weights can be written under the names of the framework they came from.
 """
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import flax.linen as nn
-import jax
 import numpy as np
 
 from opq_jax import importers
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
-from opq_jax.correction import batch_norm, inference, noise, synthetic
 from opq_jax.file.reader import OpqFile
-from opq_jax.importers import Source
 from opq_jax.weights import read_weights
 
-KEYS = _NAME, _SOURCE, _CLASSES = 'model', 'source', 'num_classes'
-"""What the metadata of a file call the three."""
+if TYPE_CHECKING:
+  import flax.linen as nn
+  import jax
 
-_CIFAR_SIDE = 32  # pixels of images that no preprocessing resizes or crops
-_CIFAR_BATCH = 128
-_RAW_STD = 1 / 255  # of a preprocessing that leaves an image in units of its bytes
-_IMAGE_STD = 0.226  # of photographs, in units where white is 1: the mean of ImageNet's three
+  from opq_jax.importers.layouts import Source
+
+KEYS = _NAME, _SOURCE, _CLASSES = 'model', 'source', 'num_classes'
+"""Metadata keys of a network's name, source and number of classes."""
+
+_CIFAR_SIDE = 32  # pixels: images of a preprocessing without resizing and cropping
+_CIFAR_BATCH = 128  # images of 32 pixels, about the arithmetic of three of 224
+_LARGE_BATCH = 16  # images of 224 pixels
+_RAW_STD = 1 / 255  # std of a preprocessing that keeps an image in units of its bytes
+_IMAGE_STD = 0.226  # std of photographs where white is 1: the mean of ImageNet's three channels
 
 
 class Network(NamedTuple):
@@ -35,19 +38,19 @@ class Network(NamedTuple):
 
   Attributes:
     name: one of `opq_jax.models.names()`.
-    model: with the padding, epsilon and stride placement that the weights were trained with.
+    model: the module, with the padding, epsilon and strides that the weights were trained with.
     variables: `{'params': …, 'batch_stats': …}`.
-    source: where the weights are from; its `preprocessing` belongs to them.
+    source: origin of the weights, with their `preprocessing`.
   """
 
   name: str
-  model: nn.Module
+  model: 'nn.Module'
   variables: Any
-  source: Source
+  source: 'Source'
 
 
 class Identity(NamedTuple):
-  """What a file says about the network in it."""
+  """Name, source and number of classes of the network in a file."""
 
   name: str
   source: str
@@ -55,7 +58,7 @@ class Identity(NamedTuple):
 
 
 def metadata(network: Network) -> dict[str, str]:
-  """What a file must say for `identity` to find the network again."""
+  """Returns the metadata from which `identity` finds the network again."""
   return {
     _NAME: network.name,
     _SOURCE: network.source.name,
@@ -64,10 +67,10 @@ def metadata(network: Network) -> dict[str, str]:
 
 
 def identity(found: Mapping[str, str]) -> Identity | None:
-  """The network that the metadata of a file name, None where they name none.
+  """Returns the network that the metadata of a file name, None where they name none.
 
   Raises:
-    ValueError: they name one by halves, or its classes are no number.
+    ValueError: one of the three keys is missing, or the number of classes is no number.
 
   >>> identity({'model': 'resnet50', 'source': 'timm', 'num_classes': '1000'})
   Identity(name='resnet50', source='timm', num_classes=1000)
@@ -85,11 +88,11 @@ def identity(found: Mapping[str, str]) -> Identity | None:
 
 
 def identity_of(path: str | os.PathLike[str]) -> Identity | None:
-  """The network that a file names, None where it names none or is no `.opq` file.
+  """Returns the network that a file names, None where it names none or is no `.opq` file.
 
   Raises:
-    ValueError: as `identity`, or the file is damaged.
-    OSError: it cannot be read.
+    ValueError: the metadata are not complete (`identity`), or the file is damaged.
+    OSError: the file cannot be read.
   """
   if not os.fspath(path).lower().endswith('.opq'):
     return None
@@ -107,34 +110,35 @@ def load(
   source: str | None = None,
   num_classes: int | None = None,
 ) -> Network:
-  """A network with the weights of any file: an `.opq` file, or what `importers.load` reads.
+  """Loads a network from any file: an `.opq` file, or a file that `importers.load` reads.
 
       network = networks.load('resnet50.opq')
       network = networks.load('resnet50.pth', name='resnet50')
 
   Args:
-    path: anything that `opq_jax.read_weights` reads, by the names of a source or by Flax's.
-    name: of the network; an `.opq` file may know it.
-    source: of its weights; by default what the `.opq` file says, or the one whose names the file
-      has.  Flax's names belong to no source: then it is the first of `importers.sources(name)`.
-    num_classes: logits, by default as many as the file has; one fewer drops logit 0, as in
+    path: a file that `opq_jax.weights.read_weights` reads, under the names of a source or Flax's.
+    name: name of the network; not needed for an `.opq` file that names it.
+    source: name of the weights' source.  By default the one in the `.opq` file's metadata, else
+      the source whose tensor names the file has; for Flax's names, which belong to no source, the
+      first of `importers.sources(name)`.
+    num_classes: number of logits, by default that of the file; one fewer drops logit 0, as in
       `importers.load`.
 
   Returns:
-    The network, float32 where its weights were another framework's and bit for bit otherwise.
+    The network: float32 from another framework's weights, bit for bit from Flax's.
 
   Raises:
-    ValueError: nobody says which network it is; a name is not known; or weights are missing, not
-      expected or of other shape, all of which the message lists.
+    ValueError: neither `name` nor the file names the network; a name is not known; or weights are
+      missing, not expected or of other shape, and the message lists them all.
     OSError: the file cannot be read.
   """
-  said = identity_of(path)
-  if name is None and said is None:
+  named = identity_of(path)
+  if name is None and named is None:
     raise ValueError(
       f'{os.fspath(path)}: found no name of a network in it, expected one to be given (--model)'
     )
-  if said is not None and name in (None, said.name):
-    name, source = said.name, source or said.source
+  if named is not None and name in (None, named.name):
+    name, source = named.name, source or named.source
   assert name is not None
   leaves = trees.named_leaves(read_weights(path))
   if not any(leaf.startswith('params/') for leaf in leaves):
@@ -146,15 +150,17 @@ def load(
   )
 
 
-def noise_shape(source: Source) -> tuple[int, int, int, int]:
-  """The noise that `opq_jax.correct_batch_norm` wants: 16 images at 224 pixels, 128 at CIFAR's 32.
+def noise_shape(source: 'Source') -> tuple[int, int, int, int]:
+  """Returns the shape of the noise batch for the BatchNorm correction.
+
+  16 images of 224 pixels, or 128 of CIFAR's 32.
 
   >>> noise_shape(importers.sources('resnet50')[0])
   (16, 224, 224, 3)
   """
   side = source.preprocessing.crop or _CIFAR_SIDE
-  # as many pixels cost about as much; below 128 the variances of the last maps are noisy at 32
-  return (_CIFAR_BATCH if side <= 2 * _CIFAR_SIDE else 16, side, side, 3)
+  # below 128 images of 32 pixels the variances of the last, smallest maps are noisy
+  return (_CIFAR_BATCH if side <= 2 * _CIFAR_SIDE else _LARGE_BATCH, side, side, 3)
 
 
 def correct_batch_norm(
@@ -162,16 +168,26 @@ def correct_batch_norm(
   compressed: PyTree,
   seed: int = 0,
   *,
-  images: Iterable[jax.Array] | None = None,
+  images: 'Iterable[jax.Array] | None' = None,
 ) -> PyTree:
-  """`opq_jax.correct_batch_norm` of a network, with noise of its own size and units.
+  """Corrects the BatchNorm statistics of a compressed network.
+
+  `opq_jax.correction.correct_batch_norm` with noise of the network's own size and units, or
+  `opq_jax.correction.correct_on_images`.
 
   Args:
-    network: before compression, with BatchNorm.
-    compressed: its variables after.
-    seed: of the noise.
-    images: batches in the place of the noise, for `opq_jax.correct_on_images`.
+    network: the network before compression, with BatchNorm.
+    compressed: the variables after compression.
+    seed: seed of the noise.
+    images: batches of images, as the network reads them, in the place of the noise.
+
+  Returns:
+    `compressed` with corrected statistics and a corrected bias of the last layer.
   """
+  import jax
+
+  from opq_jax.correction import batch_norm
+
   if images is not None:
     return batch_norm.correct_on_images(network.model.apply, network.variables, compressed, images)
   noise_key = jax.random.key(seed)
@@ -181,30 +197,39 @@ def correct_batch_norm(
   )
 
 
-def noise_images(network: Network, seed: int = 0) -> jax.Array:
-  """`opq_jax.natural_noise` of a network's own size and units.
+def noise_images(network: Network, seed: int = 0) -> 'jax.Array':
+  """Returns a batch of `opq_jax.correction.natural_noise` in a network's own size and units.
 
   Args:
-    network: whose images they are to stand for.
-    seed: of the noise.
+    network: the network that will read the batch.
+    seed: seed of the noise.
   """
+  import jax
+
+  from opq_jax.correction import noise
+
   images = noise.natural_noise(jax.random.key(seed), noise_shape(network.source))
   return images * _noise_scale(network)
 
 
-def synthetic_batches(network: Network, seed: int = 0) -> list[jax.Array]:
-  """Batches of `opq_jax.synthetic_inputs` in a network's own units: 128 images, or 256 of CIFAR's.
+def synthetic_batches(network: Network, seed: int = 0) -> 'list[jax.Array]':
+  """Returns batches of synthetic calibration images in a network's own units.
 
-  Large images have 5/7 of its own side, 160 pixels of 224, which is half of the pixels, and take
-  two steps: a layer behind the pooling reads one row of an image, and may have 1,280 inputs whose
-  moments many rough images tell better than few exact ones
-  (`experiments/benchmarks/synthetic_images.py`).  A network without BatchNorm has stored nothing of
-  its inputs: then they are one of `noise_images`.
+  128 images of `opq_jax.correction.synthetic_inputs`, or 256 of CIFAR's size.  Large images have
+  5/7 of the network's own side, 160 pixels of 224, which is half of the pixels, and take
+  two steps: a layer behind the pooling reads one row of an image, and may have 1,280 inputs, whose
+  moments are estimated better from many rough images than from few exact ones
+  (`experiments/benchmarks/accuracy/synthetic_images.py`).
+  A network without BatchNorm stores no statistics of its inputs, so its batch is `noise_images`.
 
   Args:
-    network: before compression.
-    seed: of the noise at the start.
+    network: the network before compression.
+    seed: seed of the noise that the images begin as.
   """
+  import jax
+
+  from opq_jax.correction import synthetic
+
   if not has_batch_norm(network.variables):
     return [noise_images(network, seed)]
   examples, side, _, channels = noise_shape(network.source)
@@ -222,36 +247,38 @@ def synthetic_batches(network: Network, seed: int = 0) -> list[jax.Array]:
 
 
 def for_inference(network: Network, variables: PyTree) -> PyTree:
-  """Variables of a network whose file is only to be used: a fifth less of a small network's.
+  """Returns variables for inference only, whose file is smaller: a fifth for a small network.
 
-  `opq_jax.fold_batch_norm`, where there is a BatchNorm, and `opq_jax.round_uncompressed`.
+  Applies `opq_jax.correction.fold_batch_norm`, where there is BatchNorm, and `round_uncompressed`.
 
   Args:
-    network: what the variables are of.
-    variables: float or compressed, with BatchNorm as it is to be.
+    network: the network that the variables belong to.
+    variables: its variables, compressed or not, with BatchNorm already corrected.
   """
+  from opq_jax.correction import inference
+
   if has_batch_norm(variables):
     variables = inference.fold_batch_norm(variables, epsilon=network.model.epsilon)
   return inference.round_uncompressed(variables)
 
 
 def _apply_to_noise(network: Network) -> Callable[..., Any]:
-  """The network's `apply` for inputs of variance 1."""
+  """Returns the network's `apply` for inputs of variance 1."""
   apply_fn, scale = network.model.apply, _noise_scale(network)
-  # one that is recognised, so that it is compiled once
+  # `model.apply` itself hashes alike in every call, so that it is compiled once
   if (scale == 1).all():
     return apply_fn
   return lambda tree, x, **options: apply_fn(tree, x * scale, **options)
 
 
 def _noise_scale(network: Network) -> np.ndarray:
-  """What inputs of variance 1 are to be multiplied by, [1, 1, 1, 3]."""
+  """Returns the factor from inputs of variance 1 to the network's units, [1, 1, 1, 3]."""
   std = np.asarray(network.source.preprocessing.std)
-  # in units of bytes, noise of variance 1 would be so faint that BatchNorm's epsilon weighs
+  # in units of bytes, noise of variance 1 is so faint that BatchNorm's epsilon distorts it
   scale = _IMAGE_STD / std if (std <= _RAW_STD).all() else np.ones(3)
   return scale.astype(np.float32).reshape(1, 1, 1, 3)
 
 
 def has_batch_norm(variables: Mapping[str, PyTree]) -> bool:
-  """Whether there is a BatchNorm to correct."""
-  return bool(jax.tree.leaves(variables.get('batch_stats', {})))
+  """Returns whether variables have BatchNorm statistics."""
+  return bool(trees.named_leaves(variables.get('batch_stats', {})))

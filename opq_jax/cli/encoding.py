@@ -1,0 +1,187 @@
+"""What the metadata of a file say of how it was made, as a record instead of texts.
+
+A file that `opq compress` wrote has these keys; `opq verify` repeats what they say.
+
+    compression_rate, bits_per_weight, sparsity, bits, file_rate
+                     targets, as numbers; beside file_rate the bits_per_weight that met it
+    objective        of the allocation
+    channel_axis     auto, first or last
+    encoder          rounding, feedback, trellis or layer_by_layer
+    first            of layer_by_layer: the encoder of each layer
+    moments          of an encoder that reads moments: the images that they are from, synthetic or
+                     images
+    inputs           of layer_by_layer: the images that the networks read, synthetic or images
+    images           number of images from a folder
+    images_digest    of their files
+    batch_norm       noise, synthetic or images, from which it was corrected; or uncorrected
+    inference_only   true, where BatchNorm is two vectors and vectors are rounded to bfloat16
+
+Files up to version 0.1.0 have sentences in their place, which are still read.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+TARGETS = ('sparsity', 'bits', 'compression_rate', 'bits_per_weight', 'file_rate')
+"""Keys of targets, named as the arguments of `opq_jax.compress`."""
+
+SYNTHETIC, IMAGES, NOISE, UNCORRECTED = 'synthetic', 'images', 'noise', 'uncorrected'
+FEEDBACK, TRELLIS, ROUNDING, LAYER_BY_LAYER = 'feedback', 'trellis', 'rounding', 'layer_by_layer'
+_VERSION = 'opq_jax'  # the key with which the command line marks its files
+
+_CHOICES = {
+  'channel_axis': ('auto', 'first', 'last'),
+  'encoder': (ROUNDING, FEEDBACK, TRELLIS, LAYER_BY_LAYER),
+  'first': (ROUNDING, FEEDBACK, TRELLIS),
+  'moments': (SYNTHETIC, IMAGES),
+  'inputs': (SYNTHETIC, IMAGES),
+  'batch_norm': (NOISE, SYNTHETIC, IMAGES, UNCORRECTED),
+}
+
+
+class ImageSet(NamedTuple):
+  """Images from a folder: how many, and a digest of their files."""
+
+  number: int
+  digest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+  """How a file was made; the attributes are the keys of its metadata (see the module).
+
+  Attributes:
+    targets: by the names of `TARGETS`.
+    objective: of the allocation.
+    channel_axis: `auto`, `first` or `last`.
+    encoder: name of the encoder.
+    first: name of the encoder of each layer, for `layer_by_layer`.
+    moments, inputs: where calibration images are from, None where none are read.
+    images: the images from a folder, None where there are none.
+    batch_norm: what BatchNorm was corrected from, None where there is no BatchNorm.
+    inference_only: whether BatchNorm is two vectors, and vectors are rounded to bfloat16.
+
+  >>> encoding = Encoding(targets={'compression_rate': 16.0}, encoder='trellis')
+  >>> encoding.metadata()
+  {'compression_rate': '16', 'channel_axis': 'auto', 'encoder': 'trellis'}
+  >>> Encoding.of({**encoding.metadata(), 'opq_jax': '0.2.0'}) == encoding
+  True
+  """
+
+  targets: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  objective: str | None = None
+  channel_axis: str = 'auto'
+  encoder: str = ROUNDING
+  first: str | None = None
+  moments: str | None = None
+  inputs: str | None = None
+  images: ImageSet | None = None
+  batch_norm: str | None = None
+  inference_only: bool = False
+
+  def metadata(self) -> dict[str, str]:
+    """Returns the keys of this record."""
+    texts: dict[str, str | None] = {
+      **{name: _number(value) for name, value in self.targets.items()},
+      'objective': self.objective,
+      'channel_axis': self.channel_axis,
+      'encoder': self.encoder,
+      'first': self.first,
+      'moments': self.moments,
+      'inputs': self.inputs,
+      'images': None if self.images is None else str(self.images.number),
+      'images_digest': None if self.images is None else self.images.digest,
+      'batch_norm': self.batch_norm,
+      'inference_only': 'true' if self.inference_only else None,
+    }
+    return {key: text for key, text in texts.items() if text is not None}
+
+  @classmethod
+  def of(cls, metadata: Mapping[str, str]) -> 'Encoding':
+    """Parses the metadata of a file; those of a file that `opq compress` did not write say nothing.
+
+    Raises:
+      ValueError: a value is none of those that its key can have.
+    """
+    if _VERSION not in metadata:
+      return cls(channel_axis=_axis_mode(metadata))
+    texts = _without_sentences(metadata)
+    for key, expected in _CHOICES.items():
+      if key in texts and texts[key] not in expected:
+        raise ValueError(
+          f'metadata: {key}: found {texts[key]!r}, expected one of {", ".join(expected)}'
+        )
+    return cls(
+      targets={name: _parsed(texts, name, float) for name in TARGETS if name in texts},
+      objective=texts.get('objective'),
+      channel_axis=texts.get('channel_axis', 'auto'),
+      encoder=texts.get('encoder', ROUNDING),
+      first=texts.get('first'),
+      moments=texts.get('moments'),
+      inputs=texts.get('inputs'),
+      images=ImageSet(_parsed(texts, 'images', int), texts.get('images_digest', ''))
+      if 'images' in texts
+      else None,
+      batch_norm=texts.get('batch_norm'),
+      inference_only=texts.get('inference_only') == 'true',
+    )
+
+
+def channel_axis(metadata: Mapping[str, str]) -> Callable[[str, Any], int]:
+  """Returns the function that gives the output-channel axis of a file's leaves."""
+  from opq_jax.weights import channels
+
+  mode: Any = _axis_mode(metadata)
+  return partial(channels.channel_axis, mode=mode)
+
+
+def _axis_mode(metadata: Mapping[str, str]) -> str:
+  mode = metadata.get('channel_axis', 'auto')
+  return mode if mode in _CHOICES['channel_axis'] else 'auto'
+
+
+_FEEDBACK_CODES = {'encoder': FEEDBACK, 'moments': SYNTHETIC}
+_SENTENCES: dict[str, dict[str, dict[str, str]]] = {
+  'codes': {
+    'by error feedback, moments from synthetic images': _FEEDBACK_CODES,
+    'along a trellis': {'encoder': TRELLIS},
+    'along a trellis, by error feedback, moments from synthetic images': {
+      **_FEEDBACK_CODES,
+      'encoder': TRELLIS,
+    },
+  },
+  'batch_norm': {
+    'corrected from noise': {'batch_norm': NOISE},
+    'corrected from synthetic images': {'batch_norm': SYNTHETIC},
+    'not corrected': {'batch_norm': UNCORRECTED},
+  },
+  'inference_only': {
+    'BatchNorm in two vectors, vectors rounded to bfloat16': {'inference_only': 'true'},
+  },
+}
+"""The sentences of files up to version 0.1.0, and the keys that say the same."""
+
+
+def _without_sentences(metadata: Mapping[str, str]) -> dict[str, str]:
+  """Returns metadata with the keys of today in the place of old sentences."""
+  texts = dict(metadata)
+  for key, sentences in _SENTENCES.items():
+    if texts.get(key) in sentences:
+      texts |= sentences[texts[key]]
+  pairs = (part.partition('=') for part in texts.pop('targets', '').split())
+  return texts | {name: value for name, _, value in pairs if name in TARGETS}
+
+
+def _parsed(texts: Mapping[str, str], key: str, kind: Callable[[str], Any]) -> Any:
+  try:
+    return kind(texts[key])
+  except ValueError as error:
+    raise ValueError(f'metadata: {key}: found {texts[key]!r}, expected a number') from error
+
+
+def _number(value: float) -> str:
+  """Returns the shortest text that parses back to the same float."""
+  short = f'{value:g}'
+  return short if float(short) == value else repr(value)
