@@ -39,7 +39,7 @@ from rich.table import Table
 from tensorboardX import SummaryWriter
 
 import opq_jax
-from opq_jax import data, finetuning, importers, models
+from opq_jax import data, encoders, finetuning, importers, models
 from opq_jax.compression.codes import CompressionState
 from opq_jax.data import augmentation, streams
 from opq_jax.file import rate as file_rate
@@ -106,19 +106,19 @@ def run(
     whole_state = compress(config, original, images)
   if config.feedback:
     # it chooses masks too, which are kept from the start
-    compressed, chosen = opq_jax.encode_layer_by_layer(
-      model.apply, variables, whole_state, np.concatenate(images)
-    )
+    # feedback without moments of its own: those of each layer's inputs are measured on the way
+    encoder = encoders.LayerByLayer(model.apply, np.concatenate(images), encoders.Feedback({}))
+    compressed, chosen = encoder.choose_codes(variables, whole_state)
     whole_state = chosen if is_new else whole_state
   else:
     compressed = opq_jax.apply_compression(variables, whole_state)
   if is_new:
     checkpoints.save_compression(whole_state)
   if images:
-    corrected = opq_jax.correct_on_images(model.apply, variables, compressed, images)
+    corrected = opq_jax.correction.correct_on_images(model.apply, variables, compressed, images)
   else:
     key = jax.random.key(config.seed)
-    corrected = opq_jax.correct_batch_norm(
+    corrected = opq_jax.correction.correct_batch_norm(
       model.apply, variables, compressed, key, config.noise_shape
     )
 
@@ -332,8 +332,8 @@ def compress(
       'config.feedback: found sparsity and bits, expected file_rate or compression_rate'
     )
   matrices = moments.mean_moments(network.model.apply, network.variables, images)
-  _, _, state = opq_jax.allocate_with_feedback(variables, matrices, **targets, **options)
-  return state
+  encoder = encoders.Feedback(matrices)
+  return opq_jax.compress(variables, encoder=encoder, **targets, **options).state
 
 
 def to_save(config: ml_collections.ConfigDict, network: networks.Network, variables: Any) -> Any:
@@ -348,7 +348,7 @@ def latent(variables: Any, corrected: Any, state: CompressionState) -> Any:
     state.tree['params'],
     variables['params'],
     corrected['params'],
-    is_leaf=lambda node: node is None or isinstance(node, opq_jax.LeafState),
+    is_leaf=lambda node: node is None or isinstance(node, opq_jax.compression.LeafState),
   )
 
 

@@ -90,7 +90,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[s
   corrections = {
     'none': lambda network: network,
     'noise': lambda network: networks.correct_batch_norm(pretrained, network, config.noise_seed),
-    'images': lambda network: opq_jax.correct_on_images(
+    'images': lambda network: opq_jax.correction.correct_on_images(
       model.apply, variables, network, unlabelled
     ),
   }
@@ -100,7 +100,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[s
   if 'synthetic' in config.moments:
     images_of['synthetic'] = networks.synthetic_batches(pretrained, config.noise_seed)
   matrices_of = {
-    kind: opq_jax.mean_moments(model.apply, variables, images_of[kind]) for kind in config.moments
+    kind: opq_jax.network.mean_moments(model.apply, variables, images_of[kind])
+    for kind in config.moments
   }
 
   settings = [(objective, bits) for objective in config.objectives for bits in config.bits]
@@ -124,11 +125,12 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[s
         np.testing.assert_array_equal(logits_of(found), logits_of(expected), f'{path} differs')
 
       for kind, matrices in matrices_of.items() if objective == config.objectives[0] else ():
-        _, coded, coded_state = opq_jax.allocate_with_feedback(variables, matrices, **options)
+        encoder = opq_jax.encoders.Feedback(matrices)
+        coded, coded_state, _ = opq_jax.compress(variables, encoder=encoder, **options)
         corrected = {'none': coded}
         # without BatchNorm there is nothing that synthetic images could know of biases
         if kind == 'images' or networks.has_batch_norm(variables):
-          corrected[kind] = opq_jax.correct_on_images(
+          corrected[kind] = opq_jax.correction.correct_on_images(
             model.apply, variables, coded, images_of[kind]
           )
         add({**setting, 'moments': kind}, corrected, coded_state)

@@ -175,11 +175,11 @@ def allocate(
   Args:
     params: any pytree of arrays: params, or whole Flax variables.  Leaves over a mesh
       (`NamedSharding`) are never gathered.  Their histograms and maxima are those of one device,
-      their scales sums in another order (`opq_jax.leaf_statistics`), and so every field of the
-      answer is the same up to 1e-3, since the search for a rate ends within 1e-4 of it.  With
-      `bits` it is so up to 5e-3: the least cost, which is the same up to 5e-4, is flat.  In the
-      place of a leaf may be its `LeafStatistics`, computed before or elsewhere: allocate(params)
-      is allocate(jax.tree.map(opq_jax.leaf_statistics, params)).
+      their scales sums in another order (`opq_jax.allocation.leaf_statistics`), and so every field
+      of the answer is the same up to 1e-3, since the search for a rate ends within 1e-4 of it.
+      With `bits` it is so up to 5e-3: the least cost, which is the same up to 5e-4, is flat.  In
+      the place of a leaf may be its `LeafStatistics`, computed before or elsewhere:
+      allocate(params) is allocate(jax.tree.map(opq_jax.allocation.leaf_statistics, params)).
     sparsity: share of all compressed weights to prune, in [0, 1).  Together with `bits`.
     bits: mean bits of a surviving weight at a fixed width, its sign included; 1 ... 7.98.  A weight
       beyond 127 cells counts the bits of its value too.

@@ -90,7 +90,7 @@ def leaf_statistics(
   All that `opq_jax.allocate` reads of a leaf, so that they may be computed elsewhere, leaf by leaf
   or (`merge_statistics`) part by part:
 
-      statistics = jax.tree.map(opq_jax.leaf_statistics, params)
+      statistics = jax.tree.map(opq_jax.allocation.leaf_statistics, params)
       opq_jax.allocate(statistics, compression_rate=16.0)     # is allocate(params, ...)
 
   Args:

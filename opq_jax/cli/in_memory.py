@@ -13,6 +13,7 @@ import numpy as np
 from rich.text import Text
 
 import opq_jax
+from opq_jax import encoders
 from opq_jax.cli.console import collected_warnings, console, note
 from opq_jax.cli.leaves import chosen_paths, narrowed
 from opq_jax.cli.stages import Stage, timed_stages
@@ -131,18 +132,12 @@ class _Compressor:
         'channel_axis': self.axis,
         **targets,
       }
+      encoder: encoders.Encoder = encoders.Rounding()
       if arguments.trellis:
-        allocation, compressed, state = opq_jax.allocate_with_trellis(
-          self.params, moments, **options
-        )
-      elif moments is None:
-        allocation = opq_jax.allocate(self.params, **options)
-        state = opq_jax.init_state(self.params, allocation)
-        compressed = opq_jax.apply_compression(self.params, state)
-      else:
-        allocation, compressed, state = opq_jax.allocate_with_feedback(
-          self.params, moments, **options
-        )
+        encoder = encoders.Trellis(moments)
+      elif moments is not None:
+        encoder = encoders.Feedback(moments)
+      compressed, state, allocation = opq_jax.compress(self.params, encoder=encoder, **options)
     stored = compressed if 'codes' in metadata else self.params
     if network is not None and networks.has_batch_norm(self.params):
       metadata['batch_norm'] = 'not corrected'
@@ -171,7 +166,7 @@ class _Compressor:
       return None
     with self.stage('moments'):
       return jax.block_until_ready(
-        opq_jax.mean_moments(self.network.model.apply, self.params, self._images)
+        opq_jax.network.mean_moments(self.network.model.apply, self.params, self._images)
       )
 
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 
 import opq_jax
+from opq_jax import encoders
 from opq_jax.allocation.allocator import OBJECTIVES
 from opq_jax.cli.console import collected_warnings
 from opq_jax.cli.in_memory import (
@@ -58,11 +59,11 @@ def recomputed(path: str, weights: str) -> Recomputed:
     params = network.variables
     if metadata.get('codes') in (BY_FEEDBACK, BY_BOTH):
       images = networks.synthetic_batches(network)
-      moments = opq_jax.mean_moments(network.model.apply, params, images)
+      moments = opq_jax.network.mean_moments(network.model.apply, params, images)
     if metadata.get('codes') == BY_FEEDBACK:
       with OpqFile(path) as file:
         state = file.load(like=params)[1]
-      coded, _ = opq_jax.encode_with_feedback(params, state, moments)
+      coded, _ = encoders.Feedback(moments).choose_codes(params, state)
     if metadata.get('batch_norm') in (FROM_NOISE, FROM_SYNTHETIC):
       compressed = _compressed_in(path, params)
       corrected = networks.correct_batch_norm(network, compressed, images=images)
@@ -82,17 +83,17 @@ def _along_trellis(
   targets = dict(part.partition('=')[::2] for part in metadata.get('targets', '').split())
   names = 'bits_per_weight', 'compression_rate'
   try:
-    target = next({name: float(targets[name])} for name in names if name in targets)
+    target: dict[str, Any] = next({name: float(targets[name])} for name in names if name in targets)
   except (StopIteration, ValueError) as error:
     raise ValueError(
       f'{path}: found targets {metadata.get("targets")!r}, expected the compression_rate or '
       'bits_per_weight of codes along a trellis'
     ) from error
   with collected_warnings():
-    _, coded, _ = opq_jax.allocate_with_trellis(
+    coded, *_ = opq_jax.compress(
       narrowed(params, chosen),
-      moments,
       **target,
+      encoder=encoders.Trellis(moments),
       objective=metadata.get('objective', OBJECTIVES[0]),
       compressible=lambda path, _: path in chosen,
       channel_axis=channel_axis(metadata),

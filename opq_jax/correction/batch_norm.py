@@ -59,8 +59,9 @@ def correct_batch_norm(
   Equalization and Bias Correction", ICCV 2019, whose bias correction follows from BatchNorm's
   parameters layer by layer and needs to know which BatchNorm feeds which layer; Cai et al.,
   "ZeroQ: A Novel Zero Shot Quantization Framework", CVPR 2020, which optimises synthetic inputs
-  until they match the statistics stored in BatchNorm, as `opq_jax.synthetic_inputs` does; for this
-  correction they are no better than noise (`experiments/benchmarks/accuracy/error_feedback.py`).
+  until they match the statistics stored in BatchNorm, as `opq_jax.correction.synthetic_inputs`
+  does; for this correction they are no better than noise
+  (`experiments/benchmarks/accuracy/error_feedback.py`).
 
   Args:
     apply_fn: `model.apply` of a Flax Linen module, or any function called as
@@ -74,8 +75,8 @@ def correct_batch_norm(
     compressed: the same tree with compressed weights, as `opq_jax.apply_compression` returns it.
     key: of the noise.
     input_shape: of the noise, with its batch: (16, 224, 224, 3) or (128, 32, 32, 3) say, which is
-      `opq_jax.natural_noise`.  Inputs that are no images, of other than four axes, are x ~ N(0, 1).
-      Channels are standardised inputs, such as `opq_jax.data.TORCHVISION` makes them of
+      `opq_jax.correction.natural_noise`.  Inputs that are no images, of other than four axes, are x
+      ~ N(0, 1). Channels are standardised inputs, such as `opq_jax.data.TORCHVISION` makes them of
       images.
 
   Returns:

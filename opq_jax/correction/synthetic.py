@@ -37,17 +37,17 @@ def synthetic_inputs(
 
   twice the Kullback-Leibler divergence of normal distributions of these moments, by `steps` steps
   of Adam whose rate falls to 0 as a cosine.  All BatchNorms run on batch statistics, as in
-  `opq_jax.correct_batch_norm`, so that each stands for itself.  To v and s is added a thousandth
-  of the BatchNorm's mean v.
+  `opq_jax.correction.correct_batch_norm`, so that each stands for itself.  To v and s is added a
+  thousandth of the BatchNorm's mean v.
 
   Noise alone has the variance that each channel had (that is what batch statistics see to); what
   it does not know is how channels go together.  The variance of a channel before BatchNorm is a
   quadratic form of just that, and there are as many as channels.  To the eye the inputs are noise
-  still; as inputs of `opq_jax.mean_moments`, `opq_jax.encode_layer_by_layer` and, after them,
-  `opq_jax.correct_on_images` they are better than noise, and not as good as images of the training
-  set (`experiments/benchmarks/accuracy/error_feedback.py`).  Make several batches, with other keys:
-  a layer of 1,000 inputs needs as many examples or places at least, or its moments have no full
-  rank.
+  still; as inputs of `opq_jax.network.mean_moments`, `opq_jax.encoders.LayerByLayer` and, after
+  them, `opq_jax.correction.correct_on_images` they are better than noise, and not as good as images
+  of the training set (`experiments/benchmarks/accuracy/error_feedback.py`).  Make several batches,
+  with other keys: a layer of 1,000 inputs needs as many examples or places at least, or its moments
+  have no full rank.
 
   Such inputs are those of Cai et al., "ZeroQ: A Novel Zero Shot Quantization Framework", CVPR 2020,
   and Yin et al., "Dreaming to Distill: Data-free Knowledge Transfer via DeepInversion", CVPR 2020.
@@ -55,12 +55,12 @@ def synthetic_inputs(
   statistics and that five steps do is ours.
 
   Args:
-    apply_fn: of a network with BatchNorm, as for `opq_jax.correct_batch_norm`.  Compiled once for
-      each such function.
+    apply_fn: of a network with BatchNorm, as for `opq_jax.correction.correct_batch_norm`.  Compiled
+      once for each such function.
     variables: of the network, before compression.
     key: of the noise at the start.
-    input_shape: with the batch, as for `opq_jax.correct_batch_norm`: (16, 224, 224, 3) or
-      (128, 32, 32, 3) say.
+    input_shape: with the batch, as for `opq_jax.correction.correct_batch_norm`: (16, 224, 224, 3)
+      or (128, 32, 32, 3) say.
     steps: of Adam, each a forward and a backward pass; 0 returns the noise.
     learning_rate: of the first step, in units of the input's standard deviation.
 

@@ -1,1 +1,28 @@
-"""Which code a weight gets: rounding, error feedback, a trellis, layer by layer."""
+"""Chooses the code of every weight: by rounding, error feedback, a trellis, or layer by layer.
+
+An encoder is a value that is handed to one verb:
+
+    opq_jax.compress(params, compression_rate=16.0, encoder=opq_jax.encoders.Trellis())
+"""
+
+from opq_jax.encoders.encoder import DAMPING, Encoded, Encoder, LeafEncoder, Trial
+from opq_jax.encoders.feedback import Feedback
+from opq_jax.encoders.layer_by_layer import SHARE, LayerByLayer
+from opq_jax.encoders.rounding import Rounding
+from opq_jax.encoders.search import CompressedNetwork, compress
+from opq_jax.encoders.trellis import Trellis
+
+__all__ = [
+  'DAMPING',
+  'SHARE',
+  'CompressedNetwork',
+  'Encoded',
+  'Encoder',
+  'Feedback',
+  'LayerByLayer',
+  'LeafEncoder',
+  'Rounding',
+  'Trellis',
+  'Trial',
+  'compress',
+]

@@ -5,232 +5,119 @@ error of one weight can be made good by the weights that are still to be rounded
 """
 
 import dataclasses
-import math
-import warnings
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from opq_jax.allocation.allocator import Allocation, LeafAllocation, allocate, check_targets
 from opq_jax.compression import codes as compression
 from opq_jax.compression.codes import CompressionState, LeafState
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
+from opq_jax.encoders.encoder import (
+  DAMPING,
+  Encoded,
+  LeafEncoder,
+  Trial,
+  encoded,
+  leaves_to_code,
+)
 
-DAMPING = 0.05
 _BLOCK = 64  # inputs whose feedback is pushed on within a block that stays in the cache
-_TOLERANCE = 3e-3  # of the bits, either way
-_MAX_STEPS = 4
-_MOST_BITS = 8.0  # of a code, the most that `allocate` may be asked for
 
 
-def encode_with_feedback(
-  params: PyTree, state: CompressionState, moments: PyTree, *, damping: float = DAMPING
-) -> tuple[PyTree, CompressionState]:
-  r"""Other codes of the same codebooks, with which the layers' outputs err less.
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Feedback(LeafEncoder):
+  r"""Chooses codes that minimise the error of each layer's output, by error feedback (GPTQ).
 
-  Of a layer y = x W with second moments H = E[x^T x] the codes are to make
+  A layer y = x W whose inputs have second moments H = E[x^T x] errs, with decoded weights Q, by
 
       E |x W - x Q|^2 = tr((W - Q)^T H (W - Q))
 
-  small, all Q on the leaf's codebook.  With the upper triangular U of H^-1 = U^T U, one input i
-  after the other, those of most energy first, and all output channels at once:
+  With the upper triangular U of H^-1 = U^T U, inputs are coded one after the other, inputs of most
+  energy first, for all output channels at once:
 
-      q_i  =  the cell that w_i lies in, 0 where |w_i| <= threshold
-      w_j  <-  w_j - (w_i - q_i) U_ij / U_ii           for all j that are still to come
+      q_i  =  the value of the cell that w_i lies in, 0 where |w_i| <= threshold
+      w_j  <-  w_j - (w_i - q_i) U_ij / U_ii           for all inputs j that are still to come
 
-  which is the least-squares answer of the weights to come to the error that was made.  Pruned is
-  one of the codes: the mask is decided on the way.  An escaped weight keeps its value, and
-  the errors that earlier weights have pushed on to it are pushed on.  The cell is that of
-  `opq_jax.compression.codes`, because it knows what a code costs: the edges of a grid that is
-  optimal for its entropy are those of argmin_k (w - v_k)^2 + lambda bits_k, lambda the leaf's
-  slope.
+  The update is the least-squares answer of the remaining weights to the error of w_i.  Pruning is
+  one of the codes, so the mask is decided on the way.  An escaped weight keeps its value, and
+  passes on the errors that were pushed to it.  The cell is that of `opq_jax.encode` (not the
+  nearest value), because its edges know what a code costs: they are those of
+  argmin_k (w - v_k)^2 + lambda bits_k, with lambda the slope of a grid that is optimal for its
+  entropy.  For independent inputs of equal energy the codes are those of `Rounding`.
 
-  The corrections make weights a little larger, and files by a few percent;
-  `allocate_with_feedback` asks for so much coarser grids that they are not.
+  An error w_i - q_i is pushed on only up to the larger of step and threshold.  A larger error
+  belongs to a weight out of the grid's reach, and the remaining weights would all be bent for it:
+  where a few massive rows of x dominate H, all other rows would lose more than those gain
+  (`tests/encoders/test_feedback.py`).
 
-  Where H says that inputs are independent and alike, this is `opq_jax.encode`.
+  The update is that of Hassibi and Stork, "Second Order Derivatives for Network Pruning: Optimal
+  Brain Surgeon", NIPS 1992, in the form of Frantar et al., "GPTQ: Accurate Post-Training
+  Quantization for Generative Pre-trained Transformers", ICLR 2023.  Ours are the entropy-coded
+  grid and mask of a whole leaf, and moments without data (`opq_jax.correction.synthetic_inputs`).
 
-  An error w_i - q_i beyond one step, or the threshold where that is larger, is pushed on as if it
-  were no more: it comes from a weight out of the grid's reach, and the weights to come would all
-  be bent for it.  Where a few massive rows of x rule H, that costs all other rows more than it
-  gives (`tests/test_feedback.py`).
+  Pushed errors make weights a little larger, and codes on the same grid dearer by a few percent.
+  `opq_jax.compress` therefore searches for coarser grids, whose codes have the bits asked.
 
-  The feedback is that of Hassibi and Stork, "Second Order Derivatives for Network Pruning:
-  Optimal Brain Surgeon", NIPS 1992, in the form of Frantar et al., "GPTQ: Accurate Post-Training
-  Quantization for Generative Pre-trained Transformers", ICLR 2023.  That codes, codebook and mask
-  are entropy-coded ones of a whole leaf, and that the moments need no data
-  (`opq_jax.synthetic_inputs`), is ours.
-
-  Args:
-    params: the original weights.
-    state: their state, from `opq_jax.init_state`.
-    moments: `opq_jax.second_moments`: the tree of the params with a matrix [groups, K, K], or None
-      where the codes stay as they are.
+  Attributes:
+    moments: second moments of each layer's inputs, from `opq_jax.network.second_moments`: a tree
+      like the params, with a matrix [groups, K, K], or None where weights are rounded.
     damping: added to the diagonal of H, times its mean: how far to distrust the moments.
-
-  Returns:
-    `(params, state)`: the decoded values, and the same grids with the masks of these codes.  For
-    these two, as for any others, `encode` finds the codes and `save` writes them.  The call is pure
-    and may be traced.
-
-  Raises:
-    ValueError: a tree is made for another one, a matrix has another shape than its kernel needs,
-      or (outside of a trace) is not finite.
 
   >>> import numpy as np, opq_jax
   >>> rng = np.random.default_rng(0)
   >>> x = (rng.normal(size=(512, 64)) @ rng.normal(size=(64, 64))).astype(np.float32)
-  >>> kernel = rng.laplace(size=(64, 32)).astype(np.float32)
-  >>> state = opq_jax.init_state(kernel, opq_jax.allocate(kernel, compression_rate=16.0))
-  >>> coded, coded_state = encode_with_feedback(kernel, state, (x.T @ x / 512)[None])
-  >>> error = lambda values: float(np.square(x @ (kernel - np.asarray(values))).sum())
-  >>> error(coded) < 0.8 * error(opq_jax.apply_compression(kernel, state))
-  True
-  """
-  params = jax.tree.map(trees.native, params)
-  leaves = trees.named_leaves(params)
-  records = trees.records(params, state.tree, LeafState)
-  matrices = matrices_of(params, moments)
-  values: list[Array] = []
-  masks: list[LeafState | None] = []
-  for (name, leaf), record, matrix in zip(leaves.items(), records, matrices, strict=True):
-    if record is None:
-      values.append(leaf)
-      masks.append(None)
-      continue
-    if matrix is not None:
-      check_moments(name, leaf, matrix)
-    value, mask = encode_leaf(leaf, record, matrix, damping)
-    values.append(value)
-    masks.append(mask)
-  structure = jax.tree.structure(params)
-  return (
-    jax.tree.unflatten(structure, values),
-    CompressionState(jax.tree.unflatten(structure, masks)),
-  )
-
-
-def encode_leaf(
-  kernel: Array, record: LeafState, moments: Array | None, damping: float
-) -> tuple[Array, LeafState]:
-  """Decoded values of one kernel, and its grid with their kinds; plain codes without moments."""
-  if moments is None:
-    codes = compression.encode(kernel, CompressionState(record))
-  else:
-    codes = codes_of_leaf(kernel, moments, record, damping)
-  values = compression.decode(codes, CompressionState(record), kernel.astype(record.dtype))
-  return values, dataclasses.replace(record, kinds=compression.kinds_of_codes(codes))
-
-
-def matrices_of(params: PyTree, moments: PyTree) -> list[Any]:
-  """The moments of every leaf, None where there are none.
-
-  Raises:
-    ValueError: they are those of another tree.
-  """
-  try:
-    return trees.beside(params, moments)
-  except (ValueError, TypeError, KeyError) as error:
-    raise ValueError(
-      f'moments: found {jax.tree.structure(moments)}, expected the tree of the parameters with a '
-      'matrix or None at every leaf'
-    ) from error
-
-
-def allocate_with_feedback(
-  params: PyTree,
-  moments: PyTree,
-  *,
-  compression_rate: float | None = None,
-  bits_per_weight: float | None = None,
-  damping: float = DAMPING,
-  **options: Any,
-) -> tuple[Allocation, PyTree, CompressionState]:
-  """Allocates such that the codes with feedback, not the plain ones, have the rate that is asked.
-
-  Feedback costs a leaf a few percent of entropy at the same grid.  A grid that much coarser wins
-  by far over the same grid with dearer codes, and is found by asking for a higher rate: in
-  proportion at first, then by the secant of the last two, to 0.3 % or for the fourth time.
-
-  Args:
-    params: the original weights.
-    moments: as for `encode_with_feedback`.
-    compression_rate, bits_per_weight: of `allocate`: the entropy of the codes is that of plain ones
-      of that target.
-    damping: as for `encode_with_feedback`.
-    **options: of `opq_jax.allocate`, such as `objective`.
-
-  Returns:
-    The allocation that was found, and `(params, state)` of `encode_with_feedback`.
-
-  Raises:
-    ValueError: as `allocate` and `encode_with_feedback`.
-
-  >>> import numpy as np
-  >>> rng = np.random.default_rng(0)
-  >>> x = (rng.normal(size=(512, 64)) @ rng.normal(size=(64, 64))).astype(np.float32)
   >>> kernel = rng.laplace(size=(64, 256)).astype(np.float32)
-  >>> allocation, coded, state = allocate_with_feedback(
-  ...   kernel, (x.T @ x / 512)[None], compression_rate=16.0
-  ... )
-  >>> bool(allocation.tree.step > allocate(kernel, compression_rate=16.0).tree.step)
+  >>> error = lambda params: float(np.square(x @ (kernel - np.asarray(params))).sum())
+  >>> feedback = Feedback((x.T @ x / 512)[None])
+  >>> coded = opq_jax.compress(kernel, compression_rate=16.0, encoder=feedback)
+  >>> error(coded.params) < 0.7 * error(opq_jax.compress(kernel, compression_rate=16.0).params)
   True
+  >>> feedback
+  Feedback(moments=<float32[1, 64, 64]>, damping=0.05)
   """
 
-  def encoder(params: PyTree, state: CompressionState) -> tuple[PyTree, CompressionState, float]:
-    coded, coded_state = encode_with_feedback(params, state, moments, damping=damping)
-    return coded, coded_state, _entropy(coded, coded_state)
+  moments: PyTree
+  damping: float = DAMPING
 
-  return allocate_for(encoder, params, compression_rate, bits_per_weight, **options)
+  def __post_init__(self) -> None:
+    if self.moments is None:
+      raise ValueError('moments: found None, expected a tree of matrices: without, use Rounding()')
 
+  def choose_codes(self, params: PyTree, grids: CompressionState) -> Encoded:
+    """Chooses the codes of a tree on its plain grids; pure, and may be traced.
 
-def allocate_for(
-  encoder: Callable[[PyTree, CompressionState], tuple[PyTree, CompressionState, float]],
-  params: PyTree,
-  compression_rate: float | None,
-  bits_per_weight: float | None = None,
-  **options: Any,
-) -> tuple[Allocation, PyTree, CompressionState]:
-  """The allocation whose codes by an encoder have the entropy of plain codes of the target.
+    Raises:
+      ValueError: grids or moments were made for another tree, a matrix has another shape than its
+        leaf needs, or (outside of a trace) is not finite.
+    """
+    chosen = [
+      (leaf.weights, None)
+      if leaf.grid is None
+      else self.choose_leaf(leaf.weights, leaf.grid, leaf.moments, self.damping)
+      for leaf in leaves_to_code(params, grids, self.moments)
+    ]
+    return encoded(params, chosen)
 
-  Args:
-    encoder: (params, plain grids) -> params, their state, and bits per weight.
-    params, compression_rate, bits_per_weight, **options: of `opq_jax.allocate`.
-  """
-  targets = check_targets(compression_rate=compression_rate, bits_per_weight=bits_per_weight)
-  log_asked, log_off, elasticity = math.log(float(targets['bits_per_weight'])), None, 1.0
-  for _ in range(_MAX_STEPS):
-    with warnings.catch_warnings(record=True) as said:
-      warnings.simplefilter('always')
-      allocation = allocate(params, bits_per_weight=math.exp(log_asked), **options)
-      if log_off is None:
-        wanted = _predicted_entropy(params, allocation)
-      coded, coded_state, found = encoder(params, compression.init_state(params, allocation))
-    last, log_off = log_off, math.log(max(found, 1e-9) / max(wanted, 1e-9))
-    if abs(log_off) <= _TOLERANCE:
-      break
-    if last is not None:
-      elasticity = min(max((log_off - last) / moved, 0.5), 2.0)
-    moved = min(-log_off / elasticity, math.log(_MOST_BITS) - log_asked)
-    if moved == 0:  # no grid has more bits
-      break
-    log_asked += moved
-  for warning in said:  # of the last allocation alone
-    warnings.warn(warning.message, stacklevel=3)
-  return allocation, coded, coded_state
+  def choose_leaf(
+    self, weights: Array, grid: LeafState, moments: Array | None, damping: float
+  ) -> tuple[Array, LeafState]:
+    if moments is None:
+      codes = compression.encode(weights, CompressionState(grid))
+    else:
+      codes = codes_of_leaf(weights, moments, grid, damping)
+    values = compression.decode(codes, CompressionState(grid), weights.astype(grid.dtype))
+    return values, dataclasses.replace(grid, kinds=compression.kinds_of_codes(codes))
 
+  def trials(self) -> Callable[[PyTree, CompressionState], Trial]:
+    def trial(params: PyTree, grids: CompressionState) -> Trial:
+      coded = self.choose_codes(params, grids)
+      return Trial(*coded, _entropy(*coded))
 
-def _predicted_entropy(params: PyTree, allocation: Allocation) -> float:
-  """Bits per weight of the plain codes of all compressed leaves."""
-  records = trees.records(params, allocation.tree, LeafAllocation)
-  leaves = [(math.prod(r.shape), float(r.entropy)) for r in records if r is not None]
-  return sum(size * bits for size, bits in leaves) / max(sum(size for size, _ in leaves), 1)
+    return trial
 
 
 @jax.jit
@@ -240,7 +127,7 @@ def codes_of_leaf(
   leaf: LeafState,
   damping: Float[Array, ''],
 ) -> Array:
-  """The int8 codes of one kernel, as `encode_with_feedback` chooses them."""
+  """Returns the int8 codes of one leaf by error feedback (`Feedback`)."""
   groups, width, _ = moments.shape
   weights = kernel.astype(jnp.float32).reshape(width, groups, -1).swapaxes(0, 1)
   # so few inputs at a time, and inputs of nothing for the last block to be a whole one
@@ -355,20 +242,3 @@ def _leaf_bits(codes: Array, value_bits: Float[Array, '']) -> Float32[Array, '']
   share = counts / codes.size
   entropy = -jnp.sum(share * jnp.log2(jnp.where(share > 0, share, 1)))
   return codes.size * entropy + counts[0] * value_bits
-
-
-def check_moments(name: str, kernel: Array, moments: Array | np.ndarray) -> None:
-  """Raises ValueError where a matrix has another shape than its kernel needs, or is not finite."""
-  groups = moments.shape[0] if moments.ndim == 3 else 0
-  width = kernel.size // kernel.shape[-1] if kernel.ndim else 0
-  if groups == 0 or moments.shape[1:] != (width, width) or kernel.shape[-1] % groups:
-    raise ValueError(
-      f'{name}: found moments of shape {moments.shape}, expected [groups, {width}, {width}] with '
-      f'groups that divide {kernel.shape[-1]} channels'
-    )
-  if isinstance(moments, jax.core.Tracer):
-    return
-  # where it is: XLA would compile a program for every shape
-  numpy = np if isinstance(moments, np.ndarray) else jnp
-  if not numpy.isfinite(moments).all():
-    raise ValueError(f'{name}: found NaN or infinite moments, expected finite ones')

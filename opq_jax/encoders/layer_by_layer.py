@@ -1,14 +1,14 @@
-r"""Codes chosen layer after layer, each for what the compressed layers before it give.
+"""Codes chosen layer after layer, each for the inputs that the compressed layers before it give.
 
-`opq_jax.encode_with_feedback` takes every layer for itself: it reads what the float network's
-layer reads.  In the compressed network it reads x' instead of x, and can make good a part of what
-the layers before it have done.
+`Feedback` and `Trellis` minimise each layer's error on the inputs that the layer reads in the float
+network.  In the compressed network it reads x' instead of x, and can make good a part of the error
+that the layers before it have made.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -17,90 +17,107 @@ from jaxtyping import Array, Float, Float32
 from opq_jax.compression.codes import CompressionState, LeafState
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
-from opq_jax.encoders import feedback
-from opq_jax.encoders import trellis_codes as trellis_encoding
-from opq_jax.encoders.feedback import DAMPING
+from opq_jax.encoders.encoder import DAMPING, Encoded, Encoder, LeafEncoder, encoded
 from opq_jax.network.moments import layer_moments
 
+if TYPE_CHECKING:
+  import flax.linen as nn
+
+# of the way from the weights to those that fit the compressed network's inputs
 SHARE = 0.5
 
 
-def encode_layer_by_layer(
-  apply_fn: Callable[..., Any],
-  variables: Mapping[str, PyTree],
-  state: CompressionState,
-  inputs: Float[Array, 'batch ...'],
-  *,
-  share: float = SHARE,
-  damping: float = DAMPING,
-  trellis: bool = False,
-) -> tuple[PyTree, CompressionState]:
-  r"""Other codes of the same codebooks, with which the whole network errs less.
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class LayerByLayer(Encoder):
+  r"""Chooses the codes of one layer after the other, given what the compressed layers before give.
 
   A layer gives x W in the float network and x' Q in the compressed one.  With the moments
   H = E[x'^T x'] and C = E[x'^T x],
 
-      E |x W - x' Q|^2 = tr((V - Q)^T H (V - Q)) + what Q does not change       V = H^-1 C W
+      E |x W - x' Q|^2 = tr((V - Q)^T H (V - Q)) + (a term without Q)       V = H^-1 C W
 
-  so that the best weights for the inputs that there are, before rounding, are V and not W.  The
-  codes are those of `encode_with_feedback` with H for
+  so the best weights for the inputs x', before rounding, are V instead of W.  The codes are those
+  of the encoder `first`, with moments H, for
 
       W + share (V - W)
 
-  since from few inputs V is fitted to their noise too, and more so the more weights it has.
+  because V is fitted to the noise of a few inputs too, the more so the more weights it has.
 
-  Both networks run side by side on the same inputs, once: as soon as a layer's inputs are known
-  its codes are chosen, and the next layer reads what they give.  BatchNorm runs on the statistics
-  of the batch, each network's on its own, as in `opq_jax.second_moments`.
+  Both networks run side by side on the same inputs, once: a layer's codes are chosen as soon as its
+  inputs are known, and the next layer reads what they give.  BatchNorm runs on the statistics of
+  the batch, each network's on its own, as in `opq_jax.network.second_moments`; it is not corrected.
 
-  Args:
-    apply_fn: `model.apply` of a Flax Linen module, as for `opq_jax.second_moments`.
-    variables: of the float network.
-    state: its grids; those of `opq_jax.allocate_with_feedback` give a file of the size that was
-      asked, or a little less.
-    inputs: unlabelled, prepared as the network expects them, all in one batch, of which two copies
-      are in memory; or `opq_jax.synthetic_inputs`.  Noise will not do: what the compressed layers
-      make of it is not what they make of images (`experiments/benchmarks/error_feedback.py`).
-    share: of the way from the weights to those that fit the compressed inputs; 0 ignores that
-      other inputs are what the float layer saw.
-    damping: as for `encode_with_feedback`.
-    trellis: whether the codes are those of `opq_jax.encode_with_trellis`.  Then `state` are plain
-      grids: of `opq_jax.init_state(variables, allocation)` with the allocation of
-      `opq_jax.allocate_with_trellis`.
+  The encoder `first` has two roles: `opq_jax.compress` searches for the allocation whose codes by
+  `first` alone have the bits asked, and on the plain grids of this allocation codes are then chosen
+  layer by layer, the way that `first` chooses them: `Trellis` or `Feedback` with the moments H in
+  the place of their own; `Rounding` rounds W + share (V - W).  The file has the size asked, or a
+  little less.
 
-  Returns:
-    `(variables, state)` as of `encode_with_feedback`; BatchNorm is not corrected.
+  Attributes:
+    fn: `model.apply` of a Flax Linen module, as for `opq_jax.network.second_moments`.
+    inputs: calibration inputs, unlabelled, prepared as the network expects them, or
+      `opq_jax.correction.synthetic_inputs`; one batch, of which two copies are in memory.  Noise
+      will not do: compressed layers make of it something else than of images
+      (`experiments/benchmarks/error_feedback.py`).
+    first: `Rounding()`, `Feedback(moments)` or `Trellis(moments)`.
+    share: how far to go from W to V; 0 ignores that the float layer saw other inputs.
+    damping: of H, as in `Feedback`.
 
-  Raises:
-    ValueError: a tree is made for another one; a compressed leaf is no kernel of an `nn.Dense` or
-      `nn.Conv` that is called; or a layer is called twice.
-
-  >>> import numpy as np, opq_jax
+  >>> import flax.linen as nn, numpy as np, opq_jax
   >>> class Network(nn.Module):
   ...   @nn.compact
   ...   def __call__(self, x):
   ...     for width in (64, 64, 8):
   ...       x = nn.Dense(width)(nn.relu(x))
   ...     return x
+  >>> fn = Network().apply
   >>> x = jnp.asarray(np.random.default_rng(0).normal(size=(2048, 32)), jnp.float32)
   >>> variables = Network().init(jax.random.key(0), x)
-  >>> moments = opq_jax.second_moments(Network().apply, variables, x)
-  >>> _, one_by_one, state = opq_jax.allocate_with_feedback(
-  ...   variables, moments, compression_rate=20.0
-  ... )
-  >>> coded, _ = encode_layer_by_layer(Network().apply, variables, state, x)
-  >>> error = lambda tree: float(jnp.square(
-  ...   Network().apply(tree, x) - Network().apply(variables, x)).sum())
-  >>> error(coded) < 0.9 * error(one_by_one)
+  >>> feedback = opq_jax.encoders.Feedback(opq_jax.network.second_moments(fn, variables, x))
+  >>> error = lambda encoder: float(jnp.square(fn(variables, x) - fn(
+  ...   opq_jax.compress(variables, compression_rate=20.0, encoder=encoder).params, x)).sum())
+  >>> error(LayerByLayer(fn, x, first=feedback)) < 0.9 * error(feedback)
   True
   """
+
+  fn: Callable[..., Any]
+  inputs: Float[Array, 'batch ...']
+  first: LeafEncoder
+  share: float = SHARE
+  damping: float = DAMPING
+
+  def __post_init__(self) -> None:
+    if not isinstance(self.first, LeafEncoder):
+      raise ValueError(
+        f'first: found {self.first!r}, expected Rounding(), Feedback(moments) or Trellis(moments)'
+      )
+
+  def choose_codes(self, params: Mapping[str, PyTree], grids: CompressionState) -> Encoded:
+    """Chooses the codes of a network on its plain grids.
+
+    Args:
+      params: the variables of the float network.
+      grids: plain grids, from `opq_jax.init_state(params, allocation)`.
+
+    Raises:
+      ValueError: grids were made for another tree; a compressed leaf is not the kernel of an
+        `nn.Dense` or `nn.Conv` that is called; or a layer is called twice.
+    """
+    return _choose(self, params, grids)
+
+
+def _choose(
+  encoder: LayerByLayer, variables: Mapping[str, PyTree], state: CompressionState
+) -> Encoded:
+  import flax.linen as nn
+
   leaves = trees.named_leaves(variables)
   records = dict(zip(leaves, trees.records(variables, state.tree, LeafState), strict=True))
   values, masks = dict(leaves), dict(records)
   seen: set[str] = set()
   is_nested = False
 
-  def compressed(module: nn.Module, replaced: dict[str, Any], *args: Any, **kwargs: Any) -> Array:
+  def compressed(module: 'nn.Module', replaced: dict[str, Any], *args: Any, **kwargs: Any) -> Array:
     """The layer on its own, with other parameters; what it would update is dropped."""
     nonlocal is_nested
     is_nested = True
@@ -125,7 +142,7 @@ def encode_layer_by_layer(
         raise ValueError(f'{name}: found a layer that is called twice, expected once')
       seen.add(name)
       values[name], masks[name] = _chosen(
-        module, leaves[name], records[name], first, second, share, damping, trellis
+        encoder, module, leaves[name], records[name], first, second
       )
       replaced = {'kernel': values[name]}
     outputs = (
@@ -134,34 +151,28 @@ def encode_layer_by_layer(
     )
     return jnp.concatenate(outputs)
 
-  doubled = jnp.concatenate([inputs, inputs])
+  doubled = jnp.concatenate([encoder.inputs, encoder.inputs])
   with nn.intercept_methods(side_by_side):
     if trees.named_leaves(variables.get('batch_stats', {})):
-      apply_fn(variables, doubled, train=True, mutable=['batch_stats'])
+      encoder.fn(variables, doubled, train=True, mutable=['batch_stats'])
     else:
-      apply_fn(variables, doubled)
+      encoder.fn(variables, doubled)
   missing = [name for name, record in records.items() if record is not None and name not in seen]
   if missing:
     raise ValueError(
       f'{missing[0]}: found a compressed leaf of no layer that was called, expected the kernel of '
       'an nn.Dense or nn.Conv'
     )
-  structure = jax.tree.structure(variables)
-  return (
-    jax.tree.unflatten(structure, values.values()),
-    CompressionState(jax.tree.unflatten(structure, masks.values())),
-  )
+  return encoded(variables, [(values[name], masks[name]) for name in leaves])
 
 
 def _chosen(
-  module: nn.Module,
+  encoder: LayerByLayer,
+  module: 'nn.Module',
   kernel: Float[Array, '... channels'],
   record: LeafState,
   inputs: Float[Array, 'batch ... channels'],
   compressed: Float[Array, 'batch ... channels'],
-  share: float,
-  damping: float,
-  trellis: bool,
 ) -> tuple[Array, LeafState]:
   """One layer's decoded weights, and its grid with their mask."""
   # a layer that belongs to no network is the same for all that are alike: compiled once
@@ -170,9 +181,8 @@ def _chosen(
   target = kernel
   if moments is not None:
     cross = _layer_moments(alone, compressed, inputs)
-    target = _fitted(kernel, moments, cross, share, damping)
-  encoder = trellis_encoding if trellis else feedback
-  return encoder.encode_leaf(target, record, moments, damping)
+    target = _fitted(kernel, moments, cross, encoder.share, encoder.damping)
+  return encoder.first.choose_leaf(target, record, moments, encoder.damping)
 
 
 _layer_moments = jax.jit(layer_moments, static_argnums=0)

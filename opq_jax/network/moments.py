@@ -5,7 +5,7 @@ dense layer.  Of the inputs, its squared error under other weights Q depends on 
 
     E |x W - x Q|^2 = tr((W - Q)^T H (W - Q))          H = E[x^T x]
 
-and that matrix is all that `opq_jax.encode_with_feedback` needs to know.
+and that matrix is all that error feedback (`opq_jax.encoders.Feedback`) needs to know.
 """
 
 import functools
@@ -38,8 +38,8 @@ def second_moments(
   rows, columns and input channels of the window.  The expectation is over the examples and, of a
   convolution, over all places of the window, with the zeros that it sees beyond the border.
 
-  A network with BatchNorm runs on batch statistics, as in `opq_jax.correct_batch_norm`, and for
-  the same reason: then every layer sees, per channel, the first two moments that it had in
+  A network with BatchNorm runs on batch statistics, as in `opq_jax.correction.correct_batch_norm`,
+  and for the same reason: then every layer sees, per channel, the first two moments that it had in
   training, even if the inputs are noise.  What noise does not know is how channels and neighbours
   go together; `natural_noise` knows it of the neighbours, `synthetic_inputs` much of both.
 

@@ -125,8 +125,9 @@ def verify(
     params: the original weights, before compression, in any byte order; for a network that was
       finetuned, the latent weights no longer know which of them were pruned, and its file does not
       hold against them.
-    coded: `params` as `opq_jax.encode_with_feedback` returned them with the file's own grids, for a
-      file of those codes: it is their cells that the codes must name.
+    coded: for a file whose codes an encoder has chosen, the decoded values that
+      `encoder.choose_codes(params, grids)` returns on the file's own grids: codes must name their
+      cells.
     corrected: `params` with BatchNorm as it was corrected, for a file that holds it so.
     channel_axis: as in `opq_jax.size_report`, for the nominal size.
 

@@ -90,7 +90,7 @@ def test_omegas_matter_by_their_ratios():
 
 def test_balanced_error_weighs_a_leaf_by_the_root_of_its_energy():
   params = {**tree(), 'c': 10 * tree()['c']}
-  energy = lambda leaf: 2 * leaf.size * np.mean(opq_jax.leaf_statistics(leaf).scale ** 2)
+  energy = lambda leaf: 2 * leaf.size * np.mean(opq_jax.allocation.leaf_statistics(leaf).scale ** 2)
   omegas = {
     name: None if name == 'bias' else float(energy(leaf)) ** -0.5 for name, leaf in params.items()
   }
@@ -118,7 +118,7 @@ def test_units_of_length_cancel():
 @pytest.mark.parametrize('targets', [{'compression_rate': 15.0}, {'sparsity': 0.7, 'bits': 3.0}])
 def test_statistics_stand_for_their_leaves(targets):
   params = tree('mixture')
-  stats = jax.tree.map(opq_jax.leaf_statistics, params)
+  stats = jax.tree.map(opq_jax.allocation.leaf_statistics, params)
   expected = allocate(params, **targets)
   found = allocate(stats, read=params.__getitem__, **targets)
   assert jax.tree.structure(found) == jax.tree.structure(expected)
@@ -134,7 +134,7 @@ def test_statistics_stand_for_their_leaves(targets):
 
 
 def test_statistics_without_a_histogram_are_refused():
-  stats = {'w': opq_jax.leaf_statistics(tree()['a'], histogram=False)}
+  stats = {'w': opq_jax.allocation.leaf_statistics(tree()['a'], histogram=False)}
   with pytest.raises(ValueError, match='w: found statistics without a histogram'):
     allocate(stats, compression_rate=15.0)
   found = allocate(stats, compression_rate=15.0, corrected=False)
@@ -318,7 +318,7 @@ def test_rate_is_met_where_the_density_is_far_off(rate):
 
 @functools.cache
 def mobilenet_v1() -> dict[str, np.ndarray]:
-  return opq_jax.read_weights(assets.real_weights('mobilenet_v1'))
+  return opq_jax.weights.read_weights(assets.real_weights('mobilenet_v1'))
 
 
 def without_warnings(params, **options) -> Allocation:

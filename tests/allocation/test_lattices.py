@@ -63,7 +63,8 @@ def test_a_grid_of_integers_is_kept_to_float32s_last_bits(steps):
 def test_a_trellis_leaves_what_is_exact_as_it_is():
   params = {'few': drawn(FEW['ternary']).astype('f4'), 'dense': RNG(1).laplace(size=(128, 128))}
   params['dense'] = params['dense'].astype('f4')
-  _, coded, _ = opq_jax.allocate_with_trellis(params, bits_per_weight=2.5)
+  trellis = opq_jax.encoders.Trellis()
+  coded, *_ = opq_jax.compress(params, bits_per_weight=2.5, encoder=trellis)
   np.testing.assert_array_equal(np.asarray(coded['few']), params['few'])
 
 

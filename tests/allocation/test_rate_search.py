@@ -154,7 +154,7 @@ def cost(weights, price, threshold, step):
 def test_grid_in_closed_form_is_nearly_the_best_of_all(kind, price):
   weights = drawn(kind, np.float32)
   weights = weights / np.abs(weights).mean()
-  statistics = opq_jax.leaf_statistics(weights)
+  statistics = opq_jax.allocation.leaf_statistics(weights)
   one = lambda x: jnp.asarray(x, jnp.float32)[None]
   sums = sums_of(
     statistics.histogram[None],

@@ -26,7 +26,7 @@ def test_a_folded_network_has_the_same_logits_and_half_the_vectors(name):
   model = models.create(name, num_classes=10)
   image = jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
   variables = random_variables(model, image)
-  folded = opq_jax.fold_batch_norm(variables, epsilon=model.epsilon)
+  folded = opq_jax.correction.fold_batch_norm(variables, epsilon=model.epsilon)
   apply = jax.jit(model.apply)
   before, after = (np.asarray(apply(tree, image)) for tree in (variables, folded))
   np.testing.assert_allclose(after, before, atol=2e-5 * np.abs(before).max())
@@ -41,13 +41,13 @@ def test_a_file_of_folded_and_rounded_vectors_is_smaller_and_exact(tmp_path):
   model = models.create('resnet20', num_classes=10)
   variables = random_variables(model, jnp.zeros((1, 32, 32, 3)))
   state = opq_jax.init_state(variables, opq_jax.allocate(variables, compression_rate=16.0))
-  folded = opq_jax.fold_batch_norm(variables, epsilon=model.epsilon)
+  folded = opq_jax.correction.fold_batch_norm(variables, epsilon=model.epsilon)
   vectors = sum(leaf.nbytes for leaf in jax.tree.leaves(variables) if leaf.ndim == 1)
   sizes = {}
   for what, tree in (
     ('as it is', variables),
     ('folded', folded),
-    ('both', opq_jax.round_uncompressed(folded)),
+    ('both', opq_jax.correction.round_uncompressed(folded)),
   ):
     opq_jax.save(tmp_path / 'network.opq', tree, state)
     sizes[what] = (tmp_path / 'network.opq').stat().st_size
@@ -63,7 +63,7 @@ def test_a_batch_norm_without_scale_or_bias_stays():
   for missing in ('scale', 'bias'):
     norm = nn.BatchNorm(use_running_average=True, **{f'use_{missing}': False})
     variables = norm.init(jax.random.key(0), jnp.ones((1, 3)))
-    folded = opq_jax.fold_batch_norm(variables, epsilon=1e-5)
+    folded = opq_jax.correction.fold_batch_norm(variables, epsilon=1e-5)
     assert all(
       one is other
       for one, other in zip(jax.tree.leaves(folded), jax.tree.leaves(variables), strict=True)
@@ -78,25 +78,25 @@ def test_rounding_keeps_dtypes_and_leaves_what_is_compressed_or_narrow():
     'count': jnp.arange(3),
     'norm': {'scale': jnp.full(3, 1e30)},
   }
-  rounded = opq_jax.round_uncompressed(tree)
+  rounded = opq_jax.correction.round_uncompressed(tree)
   dtypes = lambda tree: jax.tree.map(lambda leaf: leaf.dtype, tree)
   assert dtypes(rounded) == dtypes(tree)
   for name in ('kernel', 'half', 'count'):
     assert rounded[name] is tree[name]
   np.testing.assert_array_equal(rounded['bias'].view(jnp.uint32) & 0xFFFF, np.zeros(3, np.uint32))
-  finer = opq_jax.round_uncompressed({'bias': tree['bias']}, jnp.float16)
+  finer = opq_jax.correction.round_uncompressed({'bias': tree['bias']}, jnp.float16)
   assert 0 < abs(float(finer['bias'][0]) - 0.1) < abs(float(rounded['bias'][0]) - 0.1)
-  assert jax.jit(opq_jax.round_uncompressed)(tree)['bias'][0] == rounded['bias'][0]
-  all_of_them = opq_jax.round_uncompressed(tree, compressible=lambda path, leaf: False)
+  assert jax.jit(opq_jax.correction.round_uncompressed)(tree)['bias'][0] == rounded['bias'][0]
+  all_of_them = opq_jax.correction.round_uncompressed(tree, compressible=lambda path, leaf: False)
   assert all_of_them['kernel'][0, 0] == rounded['bias'][0]
 
 
 def test_errors_name_what_was_found():
   with pytest.raises(ValueError, match=r'norm/scale: found 1e\+30, expected at most 65504'):
-    opq_jax.round_uncompressed({'norm': {'scale': jnp.full(3, 1e30)}}, jnp.float16)
+    opq_jax.correction.round_uncompressed({'norm': {'scale': jnp.full(3, 1e30)}}, jnp.float16)
   with pytest.raises(ValueError, match='dtype: found int8, expected a floating one'):
-    opq_jax.round_uncompressed({}, jnp.int8)
+    opq_jax.correction.round_uncompressed({}, jnp.int8)
   with pytest.raises(ValueError, match='expected batch_stats too'):
-    opq_jax.fold_batch_norm({'params': {}}, epsilon=1e-5)
+    opq_jax.correction.fold_batch_norm({'params': {}}, epsilon=1e-5)
   with pytest.raises(ValueError, match='epsilon: found -1'):
-    opq_jax.fold_batch_norm({'params': {}, 'batch_stats': {}}, epsilon=-1)
+    opq_jax.correction.fold_batch_norm({'params': {}, 'batch_stats': {}}, epsilon=-1)

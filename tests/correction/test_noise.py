@@ -5,7 +5,7 @@ import opq_jax
 
 
 def test_natural_noise_has_the_spectrum_it_says():
-  noise = np.asarray(opq_jax.natural_noise(jax.random.key(0), (64, 32, 32, 3)))
+  noise = np.asarray(opq_jax.correction.natural_noise(jax.random.key(0), (64, 32, 32, 3)))
   assert noise.dtype == np.float32
   spectrum = np.square(np.abs(np.fft.fft2(noise, axes=(1, 2)))).mean((0, 3))
   # amplitudes fall as 1 / f: powers as 1 / f^2

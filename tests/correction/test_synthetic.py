@@ -66,8 +66,9 @@ def test_codes_chosen_for_them_err_less_on_the_training_set():
   kernel = variables['params']['first']['kernel']
 
   def error(inputs):
-    moments = opq_jax.second_moments(model.apply, variables, inputs)
-    _, coded, _ = opq_jax.allocate_with_feedback(variables, moments, compression_rate=16.0)
+    moments = opq_jax.network.second_moments(model.apply, variables, inputs)
+    encoder = opq_jax.encoders.Feedback(moments)
+    coded, *_ = opq_jax.compress(variables, compression_rate=16.0, encoder=encoder)
     return float(np.square(x @ (coded['params']['first']['kernel'] - kernel)).sum())
 
   noise, synthetic, real = (
@@ -106,7 +107,7 @@ def test_images_start_from_the_spectrum_of_photographs():
   model = Images()
   variables = model.init(KEY, jnp.zeros((1, 8, 8, 3)))
   found = synthetic_inputs(model.apply, variables, KEY, (4, 8, 8, 3), steps=0)
-  np.testing.assert_array_equal(found, opq_jax.natural_noise(KEY, (4, 8, 8, 3)))
+  np.testing.assert_array_equal(found, opq_jax.correction.natural_noise(KEY, (4, 8, 8, 3)))
 
 
 def test_a_channel_that_never_varied_does_no_harm():

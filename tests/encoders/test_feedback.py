@@ -9,8 +9,9 @@ import pytest
 import scipy.linalg
 
 import opq_jax
+from opq_jax import encoders
 from opq_jax.compression import codes as compression
-from opq_jax.encoders import feedback
+from opq_jax.encoders import search
 from tests.helpers import small_networks
 
 
@@ -65,9 +66,9 @@ def test_equals_a_least_squares_solution_after_every_input(reach):
   levels = jnp.int32(reach)
   codebook = compression.affine_codebook(leaf.codebook[1], leaf.step, levels)
   state = opq_jax.CompressionState(dataclasses.replace(leaf, levels=levels, codebook=codebook))
-  coded, coded_state = opq_jax.encode_with_feedback(kernel, state, matrix)
+  coded, coded_state = encoders.Feedback(matrix).choose_codes(kernel, state)
   found = np.asarray(opq_jax.encode(coded, coded_state))
-  expected = reference(kernel, state, matrix[0], feedback.DAMPING)
+  expected = reference(kernel, state, matrix[0], encoders.DAMPING)
   # rounding may move a weight over the edge of its cell, and that its channel's later ones
   assert (found == expected).all(axis=0).mean() > 0.9
 
@@ -76,7 +77,9 @@ def test_equals_a_least_squares_solution_after_every_input(reach):
 def test_outputs_err_less_at_no_more_bits(rate):
   kernel, state, x, matrix = problem(rate=rate)
   plain = np.asarray(opq_jax.apply_compression(kernel, state))
-  _, coded, coded_state = opq_jax.allocate_with_feedback(kernel, matrix, compression_rate=rate)
+  coded, coded_state, _ = opq_jax.compress(
+    kernel, compression_rate=rate, encoder=encoders.Feedback(matrix)
+  )
   bits = entropy(opq_jax.encode(coded, coded_state)) / entropy(opq_jax.encode(kernel, state))
   assert bits == pytest.approx(1, abs=0.01)
   error = lambda values: np.square(x @ (kernel - values)).sum()
@@ -86,7 +89,7 @@ def test_outputs_err_less_at_no_more_bits(rate):
 def test_independent_inputs_give_the_plain_codes():
   kernel, state, _, _ = problem()
   matrix = np.eye(96, dtype=np.float32)[None]
-  coded, coded_state = opq_jax.encode_with_feedback(kernel, state, matrix)
+  coded, coded_state = encoders.Feedback(matrix).choose_codes(kernel, state)
   plain = opq_jax.apply_compression(kernel, state)
   small_networks.assert_same_bits((coded, coded_state), (plain, state))
 
@@ -98,11 +101,11 @@ def test_groups_are_encoded_each_by_its_own_moments():
   rng = np.random.default_rng(1)
   rows = rng.normal(size=(16, 64, 9)) @ rng.normal(size=(16, 9, 9))
   matrices = (np.swapaxes(rows, 1, 2) @ rows / 64).astype(np.float32)
-  coded, coded_state = opq_jax.encode_with_feedback(kernel, state, matrices)
+  coded, coded_state = encoders.Feedback(matrices).choose_codes(kernel, state)
   found = np.asarray(opq_jax.encode(coded, coded_state)).reshape(9, 16, 2)
   for group in range(16):
     part = kernel.reshape(9, 16, 2)[:, group]
-    expected = reference(part, state, matrices[group], feedback.DAMPING)
+    expected = reference(part, state, matrices[group], encoders.DAMPING)
     assert (found[:, group] == expected).mean() > 0.85
 
 
@@ -110,10 +113,10 @@ def test_a_network_stays_on_its_codebooks_and_comes_back_from_a_file(tmp_path):
   variables, _ = small_networks.compressed_network()
   state = opq_jax.init_state(variables, opq_jax.allocate(variables, compression_rate=16.0))
   x = np.stack([batch['image'] for batch in small_networks.batches(2)]).reshape(-1, 24)
-  found = opq_jax.second_moments(small_networks.Network().apply, variables, x)
+  found = opq_jax.network.second_moments(small_networks.Network().apply, variables, x)
   # a layer without moments keeps its codes
   found['params']['head']['kernel'] = None
-  coded, coded_state = opq_jax.encode_with_feedback(variables, state, found)
+  coded, coded_state = encoders.Feedback(found).choose_codes(variables, state)
   small_networks.assert_compressed(coded, coded_state)
   small_networks.assert_same_bits(opq_jax.apply_compression(coded, coded_state), coded)
   plain = opq_jax.apply_compression(variables, state)
@@ -130,8 +133,9 @@ def test_a_network_stays_on_its_codebooks_and_comes_back_from_a_file(tmp_path):
 
 def test_it_is_pure_and_may_be_traced():
   kernel, state, _, matrix = problem(inputs=20, outputs=8)
-  found = jax.jit(opq_jax.encode_with_feedback)(kernel, state, matrix)
-  again = opq_jax.encode_with_feedback(kernel, state, matrix)
+  choose = lambda *args: encoders.Feedback(args[2]).choose_codes(*args[:2])
+  found = jax.jit(choose)(kernel, state, matrix)
+  again = choose(kernel, state, matrix)
   small_networks.assert_same_bits(found, again)
 
 
@@ -140,14 +144,14 @@ def test_leaves_of_zeros_and_dead_inputs():
   dead = matrix.copy()
   dead[:, 3], dead[:, :, 3] = 0, 0
   for moments in (np.zeros_like(matrix), dead):
-    coded, coded_state = opq_jax.encode_with_feedback(kernel, state, moments)
+    coded, coded_state = encoders.Feedback(moments).choose_codes(kernel, state)
     small_networks.assert_compressed(coded, coded_state)
   kernel, _, _, matrix = problem()
   zeros = np.zeros_like(kernel)
   both = {'zeros': zeros, 'kernel': kernel}
   allocation = opq_jax.allocate(both, compression_rate=16.0, corrected=False)
   state = opq_jax.init_state(zeros, opq_jax.Allocation(allocation.tree['zeros']))
-  coded, coded_state = opq_jax.encode_with_feedback(zeros, state, matrix)
+  coded, coded_state = encoders.Feedback(matrix).choose_codes(zeros, state)
   assert not np.asarray(coded).any() and not np.asarray(coded_state.tree.mask).any()
 
 
@@ -155,7 +159,7 @@ def test_bfloat16_kernels_keep_their_dtype():
   kernel, _, _, matrix = problem(inputs=20, outputs=64)
   kernel = jnp.asarray(kernel, jnp.bfloat16)
   state = opq_jax.init_state(kernel, opq_jax.allocate(kernel, compression_rate=16.0))
-  coded, coded_state = opq_jax.encode_with_feedback(kernel, state, matrix)
+  coded, coded_state = encoders.Feedback(matrix).choose_codes(kernel, state)
   assert coded.dtype == jnp.bfloat16
   small_networks.assert_same_bits(opq_jax.apply_compression(coded, coded_state), coded)
 
@@ -164,11 +168,11 @@ def test_errors_name_the_leaf():
   kernel, state, _, matrix = problem(inputs=20, outputs=8)
   params, tree = {'kernel': kernel}, opq_jax.CompressionState({'kernel': state.tree})
   with pytest.raises(ValueError, match=r'kernel: found moments of shape \(1, 19, 19\)'):
-    opq_jax.encode_with_feedback(params, tree, {'kernel': matrix[:, 1:, 1:]})
+    encoders.Feedback({'kernel': matrix[:, 1:, 1:]}).choose_codes(params, tree)
   with pytest.raises(ValueError, match='kernel: found NaN or infinite moments'):
-    opq_jax.encode_with_feedback(params, tree, {'kernel': matrix * np.nan})
+    encoders.Feedback({'kernel': matrix * np.nan}).choose_codes(params, tree)
   with pytest.raises(ValueError, match='moments: found'):
-    opq_jax.encode_with_feedback(params, tree, [matrix])
+    encoders.Feedback([matrix]).choose_codes(params, tree)
 
 
 def test_a_few_massive_rows_do_not_bend_a_leaf_for_the_rest():
@@ -183,7 +187,7 @@ def test_a_few_massive_rows_do_not_bend_a_leaf_for_the_rest():
   massive = 30 * np.abs(rng.normal(size=256)).astype(np.float32)
   massive[0] = 900
   rows = np.concatenate([x, np.tile(massive, (8, 1))])
-  coded, _ = opq_jax.encode_with_feedback(kernel, state, (rows.T @ rows / len(rows))[None])
+  coded, _ = encoders.Feedback((rows.T @ rows / len(rows))[None]).choose_codes(kernel, state)
   plain = opq_jax.apply_compression(kernel, state)
   error = lambda x, values: float(np.square(x @ (kernel - np.asarray(values))).sum())
   assert error(rows, coded) < error(rows, plain)
@@ -193,7 +197,7 @@ def test_a_few_massive_rows_do_not_bend_a_leaf_for_the_rest():
 
 def test_codes_that_have_too_few_bits_at_the_finest_grid_are_no_error():
   kernel = np.random.default_rng(0).uniform(-1, 1, (64, 64)).astype(np.float32)
-  encoder = lambda params, state: (params, state, 4.0)  # whatever more it is asked for
-  allocation, coded, _ = feedback.allocate_for(encoder, kernel, 4.0)
+  trial = lambda params, grids: encoders.Trial(params, grids, 4.0)  # whatever more it is asked for
+  coded, _, allocation = search.search_allocation(trial, kernel, 8.0, {})
   assert float(allocation.tree.payload) == pytest.approx(8, rel=6e-3)
   assert coded is kernel

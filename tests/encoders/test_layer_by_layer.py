@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import opq_jax
-from opq_jax import encode_layer_by_layer
+from opq_jax import encoders
 from opq_jax.encoders import layer_by_layer
 
 
@@ -30,9 +30,15 @@ def inputs():
 
 def compressed(model, inputs, rate=16.0):
   variables = model.init(jax.random.key(0), inputs)
-  moments = opq_jax.second_moments(model.apply, variables, inputs)
-  _, coded, state = opq_jax.allocate_with_feedback(variables, moments, compression_rate=rate)
+  moments = opq_jax.network.second_moments(model.apply, variables, inputs)
+  encoder = encoders.Feedback(moments)
+  coded, state, _ = opq_jax.compress(variables, compression_rate=rate, encoder=encoder)
   return variables, coded, state
+
+
+def encode_layer_by_layer(fn, variables, state, inputs, **options):
+  first = encoders.Feedback({})  # of which only the way to choose codes is asked here
+  return encoders.LayerByLayer(fn, inputs, first, **options).choose_codes(variables, state)
 
 
 def test_the_first_layer_is_that_of_feedback(inputs):
@@ -82,7 +88,9 @@ class Convolutions(nn.Module):
 
 def test_a_network_errs_less_on_inputs_that_it_has_not_seen():
   model = Convolutions()
-  images, others = jnp.split(opq_jax.natural_noise(jax.random.key(1), (1024, 8, 8, 3)), 2)
+  images, others = jnp.split(
+    opq_jax.correction.natural_noise(jax.random.key(1), (1024, 8, 8, 3)), 2
+  )
   variables, coded, state = compressed(model, images, rate=20.0)
   found, found_state = encode_layer_by_layer(model.apply, variables, state, images)
   # values and state belong together, and to the grids that were given

@@ -134,7 +134,7 @@ def test_finetuning_starts_from_corrected_statistics_and_the_float_weights(tmp_p
     state = checkpoints.restore_compression(
       jax.eval_shape(opq_jax.init_state, variables, opq_jax.allocate(variables))
     )
-  expected = opq_jax.correct_batch_norm(
+  expected = opq_jax.correction.correct_batch_norm(
     model.apply,
     variables,
     opq_jax.apply_compression(variables, state),
@@ -374,7 +374,7 @@ def test_the_paper_s_networks_run_on_noise_at_its_targets(name, tmp_path):
 
 
 def is_record(node):
-  return node is None or isinstance(node, opq_jax.LeafState)
+  return node is None or isinstance(node, opq_jax.compression.LeafState)
 
 
 def test_one_target_fills_a_file_of_the_size_of_two():

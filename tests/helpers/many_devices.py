@@ -93,8 +93,8 @@ def statistics_are_those_of_one_device():
   for name, leaf in laid().items():
     for axis in (0, leaf.ndim - 1):
       for histogram in (True, False) if axis else (True,):
-        found = opq_jax.leaf_statistics(leaf, axis, histogram=histogram)
-        expected = opq_jax.leaf_statistics(plain()[name], axis, histogram=histogram)
+        found = opq_jax.allocation.leaf_statistics(leaf, axis, histogram=histogram)
+        expected = opq_jax.allocation.leaf_statistics(plain()[name], axis, histogram=histogram)
         np.testing.assert_allclose(found.scale, expected.scale, rtol=2e-6)
         np.testing.assert_array_equal(found.maximum, expected.maximum)
         if histogram:

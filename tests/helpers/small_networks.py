@@ -81,7 +81,7 @@ def assert_same_bits(found, expected):
 def assert_compressed(params, state):
   """Support is the mask, and every value is in the codebook of its leaf, or escaped."""
   values = opq_jax.apply_compression(params, state)
-  is_record = lambda node: node is None or isinstance(node, opq_jax.LeafState)
+  is_record = lambda node: node is None or isinstance(node, opq_jax.compression.LeafState)
 
   def check(record, value):
     if record is None:

@@ -44,7 +44,7 @@ def test_who_names_a_network_needs_no_file_that_does(tmp_path, network):
   tensors = importers.to_tensors('resnet20', network.variables, 'akamaster')
   path = save(tmp_path / 'torch.opq', tensors)
   assert networks.load(path, name='resnet20').model == network.model
-  opq_jax.write_safetensors(tmp_path / 'flax.safetensors', network.variables)
+  opq_jax.weights.write_safetensors(tmp_path / 'flax.safetensors', network.variables)
   found = networks.load(tmp_path / 'flax.safetensors', name='resnet20')
   jax.tree.map(np.testing.assert_array_equal, found.variables, network.variables)
 

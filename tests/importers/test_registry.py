@@ -168,7 +168,7 @@ def test_a_compressed_network_goes_home_bit_for_bit(tmp_path):
   opq_jax.save(tmp_path / 'net.opq', compressed, state)
   stored, _ = opq_jax.load(tmp_path / 'net.opq')
   tensors = importers.to_tensors('alexnet', stored, 'torchvision', hidden=8)
-  opq_jax.write_safetensors(tmp_path / 'home.safetensors', tensors)
+  opq_jax.weights.write_safetensors(tmp_path / 'home.safetensors', tensors)
   again = importers.load('alexnet', tmp_path / 'home.safetensors', hidden=8)
   jax.tree.map(np.testing.assert_array_equal, again.variables, compressed)
 

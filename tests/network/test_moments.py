@@ -48,7 +48,7 @@ def test_convolutions(options, size, strides, pads, dilation, groups):
   x = np.random.default_rng(0).normal(size=(2, 6, 6, 4)).astype(np.float32)
   model = Convolution(options)
   variables = model.init(jax.random.key(0), x)
-  found = opq_jax.second_moments(model.apply, variables, x)['params']['conv']
+  found = opq_jax.network.second_moments(model.apply, variables, x)['params']['conv']
   assert found['bias'] is None
   seen = windows(x, size, strides, pads, dilation)
   # what is found fits the layer: its own output is the same weighted sum
@@ -91,7 +91,9 @@ def test_a_network_runs_on_batch_statistics():
   x = jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
   variables = Separable().init(jax.random.key(1), x)
   shifted = jax.tree.map(lambda leaf: leaf + 3, variables['batch_stats'])
-  found = opq_jax.second_moments(Separable().apply, {**variables, 'batch_stats': shifted}, x)
+  found = opq_jax.network.second_moments(
+    Separable().apply, {**variables, 'batch_stats': shifted}, x
+  )
   assert found['batch_stats']['stem_bn']['mean'] is None
   depthwise = found['params']['depthwise']['kernel']
   assert depthwise.shape == (8, 9, 9)
@@ -108,7 +110,9 @@ def test_what_cannot_be_had_is_none_or_an_error():
   ):
     model = Convolution(options)
     variables = model.init(jax.random.key(0), x)
-    assert opq_jax.second_moments(model.apply, variables, x)['params']['conv']['kernel'] is None
+    assert (
+      opq_jax.network.second_moments(model.apply, variables, x)['params']['conv']['kernel'] is None
+    )
 
   class Twice(nn.Module):
     @nn.compact
@@ -119,4 +123,4 @@ def test_what_cannot_be_had_is_none_or_an_error():
   model = Twice()
   variables = model.init(jax.random.key(0), x)
   with pytest.raises(ValueError, match='params/layer/kernel: found a layer that is called twice'):
-    opq_jax.second_moments(model.apply, variables, x)
+    opq_jax.network.second_moments(model.apply, variables, x)

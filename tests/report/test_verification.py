@@ -131,7 +131,8 @@ def test_codes_of_feedback_hold_against_the_weights_that_they_were_chosen_for():
   inputs = (rng.normal(size=(256, 48)) @ rng.normal(size=(48, 48))).astype(np.float32)
   params = {'w': rng.laplace(size=(48, 32)).astype(np.float32), 'bias': np.ones(3, np.float32)}
   moments = {'w': (inputs.T @ inputs / 256)[None], 'bias': None}
-  _, coded, state = opq_jax.allocate_with_feedback(params, moments, compression_rate=12.0)
+  encoder = opq_jax.encoders.Feedback(moments)
+  coded, state, _ = opq_jax.compress(params, compression_rate=12.0, encoder=encoder)
   data = writer.serialize(coded, state)
   assert not verify(data, params).holds
   found = verify(data, params, coded=coded)

@@ -102,7 +102,7 @@ def folder(request, tmp_path):
 @pytest.mark.filterwarnings('ignore:the Laplace density')
 def test_a_folder_of_orbax_is_read_leaf_by_leaf(folder, tmp_path, monkeypatch):
   targets, axis = TARGETS[0], lambda path, _: 0 if 'conv' in path else -1
-  whole = opq_jax.read_weights(folder)
+  whole = opq_jax.weights.read_weights(folder)
   monkeypatch.delattr(orbax_files.OrbaxFolder, 'read')
   leaves = open_weights(folder)
   compress_stored(leaves, tmp_path / 'net.opq', channel_axis=axis, **targets)
@@ -126,7 +126,7 @@ def test_text_among_the_weights_is_named(tmp_path):
   ocp = pytest.importorskip('orbax.checkpoint')
   with ocp.PyTreeCheckpointer() as checkpointer:
     checkpointer.save(tmp_path / 'net', {'w': np.ones((2, 2)), 'name': 'resnet'})
-  for read in (open_weights, opq_jax.read_weights):
+  for read in (open_weights, opq_jax.weights.read_weights):
     with pytest.raises(ValueError, match=r'net: name: found .* expected an array of numbers'):
       read(tmp_path / 'net')
 

@@ -2,11 +2,11 @@
 
     python -m experiments.benchmarks.accuracy.error_feedback TFDS_FOLDER WEIGHTS.safetensors ...
 
-`feedback` is `opq_jax.allocate_with_feedback`, every layer for the inputs of the float network's;
-`layer by layer` is `opq_jax.encode_layer_by_layer` on the grids that it found.  Moments, and the
+`feedback` is `opq_jax.encoders.Feedback`, every layer for the inputs of the float network's;
+`layer by layer` is `opq_jax.encoders.LayerByLayer` on the grids that it found.  Moments, and the
 correction of BatchNorm after it, are from noise of photographs' spectrum, from synthetic images
-(`opq_jax.synthetic_inputs`) or from the unlabelled images of `configs/one_shot.py:NETWORK`; each
-file is named as a network (`mobilenet_v1.safetensors`).
+(`opq_jax.correction.synthetic_inputs`) or from the unlabelled images of
+`configs/one_shot.py:NETWORK`; each file is named as a network (`mobilenet_v1.safetensors`).
 """
 
 import functools
@@ -18,6 +18,7 @@ import numpy as np
 import opq_jax
 from configs import one_shot
 from experiments.benchmarks import one_shot_images
+from opq_jax import encoders
 from opq_jax.importers import networks
 from opq_jax.report import sizes
 
@@ -38,23 +39,25 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, 
     'images': [batch['image'] for batch in batches_of(config.unlabelled_split)],
   }
   matrices = {
-    kind: opq_jax.mean_moments(model.apply, variables, images) for kind, images in images_of.items()
+    kind: opq_jax.network.mean_moments(model.apply, variables, images)
+    for kind, images in images_of.items()
   }
 
   for bits in BITS.get(name, PHOTOGRAPHS):
     state = opq_jax.init_state(variables, opq_jax.allocate(variables, compression_rate=32 / bits))
     for kind, images in images_of.items():
-      _, coded, coded_state = opq_jax.allocate_with_feedback(
-        variables, matrices[kind], compression_rate=32 / bits
+      feedback = encoders.Feedback(matrices[kind])
+      coded, coded_state, allocation = opq_jax.compress(
+        variables, compression_rate=32 / bits, encoder=feedback
       )
+      grids = opq_jax.init_state(variables, allocation)
+      layer_by_layer = encoders.LayerByLayer(model.apply, np.concatenate(images), first=feedback)
       for codes, tree, its in (
         ('each weight', opq_jax.apply_compression(variables, state), state),
         ('feedback', coded, coded_state),
         (
           'layer by layer',
-          *opq_jax.encode_layer_by_layer(
-            model.apply, variables, coded_state, np.concatenate(images)
-          ),
+          *layer_by_layer.choose_codes(variables, grids),
         ),
       ):
         corrected = networks.correct_batch_norm(network, tree, images=images)

@@ -116,7 +116,9 @@ def kernels_of(folder: pathlib.Path) -> dict[str, np.ndarray]:
   paths = sorted(folder.glob('model*.safetensors'))
   if not paths:
     raise ValueError(f'{folder}: found no model*.safetensors, expected weights of that name')
-  leaves = {name: leaf for path in paths for name, leaf in opq_jax.read_weights(path).items()}
+  leaves = {
+    name: leaf for path in paths for name, leaf in opq_jax.weights.read_weights(path).items()
+  }
   return {
     name: leaf for name, leaf in leaves.items() if leaf.ndim == 2 and re.search(r'\.\d+\.', name)
   }
@@ -133,7 +135,7 @@ def compress(
 ) -> tuple[Any, opq_jax.CompressionState]:
   options: dict[str, Any] = {'compression_rate': 32 / bits, 'channel_axis': axis}
   if kind == 'trellis':
-    return opq_jax.allocate_with_trellis(kernels, **options)[1:]
+    return opq_jax.compress(kernels, **options, encoder=opq_jax.encoders.Trellis())[:2]
   return kernels, opq_jax.init_state(kernels, opq_jax.allocate(kernels, **options))
 
 

@@ -4,9 +4,9 @@
 
 Each file is named as a network (`mobilenet_v1.safetensors`) and judged on the images of
 `configs/one_shot.py:NETWORK`, of CIFAR-10 the first 5,000.  Nothing but noise is used: codes by
-`opq_jax.allocate_with_feedback`, and each weight for itself, then `opq_jax.correct_batch_norm`.
-`divergence` is the mean Kullback-Leibler divergence, in nats, from the float network's answers:
-with few images it tells more than top-1.
+`opq_jax.encoders.Feedback`, and each weight for itself, then
+`opq_jax.correction.correct_batch_norm`. `divergence` is the mean Kullback-Leibler divergence, in
+nats, from the float network's answers: with few images it tells more than top-1.
 """
 
 import pathlib
@@ -30,12 +30,13 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, 
   batches = one_shot_images.batches_of(config, network, data_dir, config.split)
   judge = one_shot_images.Judge(network, batches[: IMAGES // config.batch_size])
   images = networks.noise_images(network)
-  moments = opq_jax.second_moments(network.model.apply, variables, images)
+  moments = opq_jax.network.second_moments(network.model.apply, variables, images)
   for bits in BITS:
     for objective in OBJECTIVES:
       options = {'compression_rate': 32 / bits, 'objective': objective}
       state = opq_jax.init_state(variables, opq_jax.allocate(variables, **options))
-      _, coded, coded_state = opq_jax.allocate_with_feedback(variables, moments, **options)
+      feedback = opq_jax.encoders.Feedback(moments)
+      coded, coded_state, _ = opq_jax.compress(variables, encoder=feedback, **options)
       for codes, tree, its in (
         ('each weight', opq_jax.apply_compression(variables, state), state),
         ('feedback', coded, coded_state),

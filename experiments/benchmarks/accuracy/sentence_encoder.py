@@ -185,8 +185,8 @@ def compare(folder: pathlib.Path, python: str) -> Iterator[dict[str, object]]:
     return {'codec': method, 'setting': setting} | sizes | scores(embeddings(tree), expected)
 
   moments = {
-    'random tokens': opq_jax.second_moments(model.apply, variables, drawn),
-    'sentences': opq_jax.second_moments(model.apply, variables, unlabelled),
+    'random tokens': opq_jax.network.second_moments(model.apply, variables, drawn),
+    'sentences': opq_jax.network.second_moments(model.apply, variables, unlabelled),
   }
   with tempfile.TemporaryDirectory() as place:
     path = pathlib.Path(place) / 'encoder.opq'
@@ -203,9 +203,8 @@ def compare(folder: pathlib.Path, python: str) -> Iterator[dict[str, object]]:
         ('trellis', None),
         *((f'trellis, feedback from {kind}', matrices) for kind, matrices in moments.items()),
       ):
-        _, tree, state = opq_jax.allocate_with_trellis(
-          variables, matrices, compression_rate=32 / bits
-        )
+        trellis = opq_jax.encoders.Trellis(matrices)
+        tree, state, _ = opq_jax.compress(variables, compression_rate=32 / bits, encoder=trellis)
         yield row(f'opq_jax, {label}', setting, *decoded(tree, state))
     nncodec = NNCodec(python, pathlib.Path(place))
     for method, qps, more in (

@@ -2,8 +2,8 @@
 
     python -m experiments.benchmarks.accuracy.synthetic_images TFDS_FOLDER WEIGHTS.safetensors ...
 
-`opq_jax.synthetic_inputs` takes a forward and a backward pass a step, so that images times steps
-is what they cost to make.  From images and steps of each setting are moments, and from
+`opq_jax.correction.synthetic_inputs` takes a forward and a backward pass a step, so that images
+times steps is what they cost to make.  From images and steps of each setting are moments, and from
 these codes along a trellis on the grids of one allocation; they differ in nothing else.
 
 Judged are images that no codes have seen: the divergence from the float network's answers, both
@@ -57,7 +57,7 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, 
   large = [path for path in coded if leaves[path].size >= weights / 100]
 
   def scores(moments: Any) -> dict[str, object]:
-    tree, _ = opq_jax.encode_with_trellis(variables, state, moments)
+    tree, _ = opq_jax.encoders.Trellis(moments).choose_codes(variables, state)
     found = trees.named_leaves(tree)
     one_by_one = [divergence(trees.replaced(variables, {path: found[path]})) for path in large]
     return {
@@ -73,10 +73,12 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, 
   for times, steps in SETTINGS:
     count = round(times * IMAGES.get(name, OTHER_IMAGES) / examples)
     synthetic = [
-      opq_jax.synthetic_inputs(apply_fn, variables, key, (examples, side, side, 3), steps=steps)
+      opq_jax.correction.synthetic_inputs(
+        apply_fn, variables, key, (examples, side, side, 3), steps=steps
+      )
       for key in jax.random.split(jax.random.key(0), count)
     ]
-    moments = opq_jax.mean_moments(apply_fn, variables, synthetic)
+    moments = opq_jax.network.mean_moments(apply_fn, variables, synthetic)
     yield row | {'images': count * examples, 'steps': steps} | scores(moments)
 
 

@@ -11,7 +11,7 @@ the least
 The grid's own cells are those for gain 1: its threshold and the place of its values in their cells
 say what lambda bits_k is.  Other gains move the edges of the cells, and the threshold most:
 
-    one         gain 1, as `opq_jax.encode_with_feedback`
+    one         gain 1, as `opq_jax.encoders.Feedback`
     by input    1 / U_ii^2: inputs that count for less are pruned sooner
     by output   one over the channel's mean square: small channels are kept
     root        of either
@@ -35,7 +35,7 @@ from opq_jax.coding import payload as entropy_coding
 from opq_jax.compression import codes as compression
 from opq_jax.compression.codes import LeafState
 from opq_jax.core import trees
-from opq_jax.encoders.feedback import DAMPING
+from opq_jax.encoders import DAMPING
 from opq_jax.file import writer
 from opq_jax.importers import networks
 
@@ -115,7 +115,7 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, 
   leaves = {k: np.asarray(leaf) for k, leaf in trees.named_leaves(variables).items()}
   images = networks.synthetic_batches(network)
   apply_fn = network.model.apply
-  matrices = trees.beside(variables, opq_jax.mean_moments(apply_fn, variables, images))
+  matrices = trees.beside(variables, opq_jax.network.mean_moments(apply_fn, variables, images))
   matrices = [None if matrix is None else np.asarray(matrix[0]) for matrix in matrices]
 
   def encoded(rule: str, bits: float) -> tuple[list, list, float]:

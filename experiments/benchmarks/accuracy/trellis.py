@@ -44,15 +44,16 @@ def plain_bits_of_laplace(distortion: float) -> float:
 def row(
   name: str, tree: dict[str, Any], asked: float, compare: Callable[..., tuple[float, float]]
 ) -> dict[str, object]:
-  allocation, coded, state = opq_jax.allocate_with_trellis(
-    tree, compression_rate=32 / asked, **OPTIONS
+  trellis = opq_jax.encoders.Trellis()
+  coded, state, allocation = opq_jax.compress(
+    tree, compression_rate=32 / asked, encoder=trellis, **OPTIONS
   )
   weights = sum(leaf.size for leaf in tree.values())
   plain_state = opq_jax.init_state(tree, allocation)
   data = writer.serialize(coded, state)
   seconds = harness.in_turn(
     {
-      'choose': lambda: opq_jax.encode_with_trellis(tree, plain_state),
+      'choose': lambda: trellis.choose_codes(tree, plain_state),
       'read': lambda: opq_jax.load(data),
     },
     rounds=1,
@@ -101,7 +102,7 @@ def rows(paths: list[pathlib.Path]) -> Iterator[dict[str, object]]:
     yield row('Laplace', {'w': sample}, bits, against_closed_forms)
   for path in paths:
     name = path.stem.removesuffix('_cifar10')
-    tree = kernels_of(opq_jax.read_weights(path))
+    tree = kernels_of(opq_jax.weights.read_weights(path))
     for bits in BITS:
       yield row(name, tree, bits, against_plain_files)
 

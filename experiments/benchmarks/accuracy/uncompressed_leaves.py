@@ -5,8 +5,9 @@ r"""What BatchNorm and biases cost in a file, and what fewer bits for them cost 
 
 Networks at 2 bits a weight, BatchNorm corrected from noise; each file named as a network
 (`mobilenet_v1.safetensors`), with the images of `configs/one_shot.py:NETWORK`.  `folded` is
-`opq_jax.fold_batch_norm`, bfloat16 and float16 are `opq_jax.round_uncompressed`.  `same answer` is
-how often the network as it is says the same.
+`opq_jax.correction.fold_batch_norm`, bfloat16 and float16 are
+`opq_jax.correction.round_uncompressed`.  `same answer` is how often the network as it is says the
+same.
 """
 
 import pathlib
@@ -31,11 +32,11 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> list[dict[str, obje
   state = opq_jax.init_state(variables, opq_jax.allocate(variables, compression_rate=32 / BITS))
   compressed = opq_jax.apply_compression(variables, state)
   corrected = networks.correct_batch_norm(network, compressed)
-  folded = opq_jax.fold_batch_norm(corrected, epsilon=model.epsilon)
+  folded = opq_jax.correction.fold_batch_norm(corrected, epsilon=model.epsilon)
   variants = {'as it is': corrected, 'folded': folded}
   for dtype in ('bfloat16', 'float16'):
-    variants[dtype] = opq_jax.round_uncompressed(corrected, dtype)
-    variants[f'folded, {dtype}'] = opq_jax.round_uncompressed(folded, dtype)
+    variants[dtype] = opq_jax.correction.round_uncompressed(corrected, dtype)
+    variants[f'folded, {dtype}'] = opq_jax.correction.round_uncompressed(folded, dtype)
 
   before = judge.logits(corrected)
   rows = []

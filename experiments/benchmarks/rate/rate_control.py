@@ -84,8 +84,10 @@ def main() -> None:
   arguments = parser.parse_args()
 
   def compressed(path: pathlib.Path) -> dict[str, np.ndarray]:
-    leaves = opq_jax.read_weights(path)
-    return {name: leaf for name, leaf in leaves.items() if opq_jax.is_compressible(name, leaf)}
+    leaves = opq_jax.weights.read_weights(path)
+    return {
+      name: leaf for name, leaf in leaves.items() if opq_jax.allocation.is_compressible(name, leaf)
+    }
 
   rows = [row_of(path.stem, compressed(path)) for path in arguments.weights]
   for path in arguments.pruned:

@@ -10,12 +10,12 @@ with the images of `configs/one_shot.py:NETWORK`.  Rows that experiments/results
 already holds are not made again.
 
 What is judged is what was decoded, from files that were written and read back; kernels alone stay
-in memory on our side.  `noise` is `opq_jax.correct_batch_norm` and `synthetic` is
-`opq_jax.correct_on_images` with `opq_jax.synthetic_inputs`, for either side; NNCodec's
-corrected vectors are a stream of their own, quantized at QP -75 as all its vectors, whose bytes
-count in place of those of the vectors before.  Seconds are those from the weights to the file,
-correction and moments included, the first of a kind with XLA's compilation; those of the processor
-hold on a busy machine too.
+in memory on our side.  `noise` is `opq_jax.correction.correct_batch_norm` and `synthetic` is
+`opq_jax.correction.correct_on_images` with `opq_jax.correction.synthetic_inputs`, for either side;
+NNCodec's corrected vectors are a stream of their own, quantized at QP -75 as all its vectors, whose
+bytes count in place of those of the vectors before.  Seconds are those from the weights to the
+file, correction and moments included, the first of a kind with XLA's compilation; those of the
+processor hold on a busy machine too.
 """
 
 import argparse

@@ -18,6 +18,7 @@ import numpy as np
 
 import opq_jax
 from experiments.benchmarks.kernels import kernels_of, vectors_of
+from opq_jax import encoders
 from opq_jax.core import trees
 from opq_jax.file import writer
 from opq_jax.importers import networks
@@ -238,13 +239,15 @@ def jobs_of_ours(
   @functools.lru_cache(maxsize=1)
   def measured(kind: str) -> Any:
     images, before = images_of(kind)
-    matrices, seconds = timed(lambda: opq_jax.mean_moments(network.model.apply, variables, images))
+    matrices, seconds = timed(
+      lambda: opq_jax.network.mean_moments(network.model.apply, variables, images)
+    )
     return matrices, before.plus(seconds)
 
   @functools.lru_cache(maxsize=1)
   def trellis(bits: float) -> Any:
-    (_, tree, state), seconds = timed(
-      lambda: opq_jax.allocate_with_trellis(variables, compression_rate=32 / bits)
+    (tree, state, _), seconds = timed(
+      lambda: opq_jax.compress(variables, compression_rate=32 / bits, encoder=encoders.Trellis())
     )
     return tree, state, seconds
 
@@ -252,24 +255,26 @@ def jobs_of_ours(
   def allocated(bits: float, kind: str) -> Any:
     matrices, before = measured(kind)
     found, seconds = timed(
-      lambda: opq_jax.allocate_with_trellis(variables, matrices, compression_rate=32 / bits)
+      lambda: opq_jax.compress(
+        variables, compression_rate=32 / bits, encoder=encoders.Trellis(matrices)
+      )
     )
     return found, before.plus(seconds)
 
   def feedback(bits: float, kind: str) -> Any:
-    (_, tree, state), seconds = allocated(bits, kind)
+    (tree, state, _), seconds = allocated(bits, kind)
     return tree, state, seconds
 
   @functools.lru_cache(maxsize=1)
   def layer_by_layer(bits: float, kind: str) -> Any:
-    (allocation, *_), before = allocated(bits, kind)
+    network_of_first, before = allocated(bits, kind)
     images = np.concatenate(images_of(kind)[0])
 
     def run() -> Any:
-      plain = opq_jax.init_state(variables, allocation)
-      return opq_jax.encode_layer_by_layer(
-        network.model.apply, variables, plain, images, trellis=True
-      )
+      # on the grids that were found before: `opq_jax.compress` would search for them again
+      grids = opq_jax.init_state(variables, network_of_first.allocation)
+      encoder = encoders.LayerByLayer(network.model.apply, images, first=encoders.Trellis())
+      return encoder.choose_codes(variables, grids)
 
     (tree, state), seconds = timed(run)
     return tree, state, before.plus(seconds)
@@ -284,7 +289,7 @@ def jobs_of_ours(
       found = networks.correct_batch_norm(network, tree, images=images)
       if leaves == INFERENCE:
         return networks.for_inference(network, found)
-      return opq_jax.round_uncompressed(found) if leaves == HALVES else found
+      return opq_jax.correction.round_uncompressed(found) if leaves == HALVES else found
 
     result, more = timed(run)
     return coded(result, state, seconds.plus(more))
@@ -385,8 +390,8 @@ def jobs_of_errors(
 
     def run() -> bytes:
       if trellis:
-        _, *coded = opq_jax.allocate_with_trellis(kernels, **options)
-        return writer.serialize(*coded)
+        coded = opq_jax.compress(kernels, **options, encoder=encoders.Trellis())
+        return writer.serialize(coded.params, coded.state)
       state = opq_jax.init_state(kernels, opq_jax.allocate(kernels, **options))
       return writer.serialize(kernels, state)
 

@@ -13,7 +13,7 @@ seconds, is counted and not survived.  The kinds:
     escapes        mutations of a section of escaped weights, half of them under the right checksum
     codes          mutations of payloads, random tables and random words for the ANS decoder; with
                    and without contexts, and along a trellis
-    others         mutations of the same tree in a format that `opq_jax.read_weights` reads
+    others         mutations of the same tree in a format that `opq_jax.weights.read_weights` reads
 
 An outcome is one of
 
@@ -291,7 +291,8 @@ def _kind(
     codes = np.rint(2 * weights).astype(np.int8)
     if 'trellis' in kind:
       state = opq_jax.init_state(weights, opq_jax.allocate(weights, compression_rate=12.0))
-      codes = np.asarray(opq_jax.encode(*opq_jax.encode_with_trellis(weights, state)))
+      coded = opq_jax.encoders.Trellis().choose_codes(weights, state)
+      codes = np.asarray(opq_jax.encode(*coded))
     read = lambda data: entropy_coding.decode_codes(data, codes.shape)
     payload = entropy_coding.encode_codes(codes, contexts=kind != 'codes')
     return payload, read, lambda *_: 'wrong'

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 import opq_jax
+from opq_jax import encoders
 from opq_jax.allocation import laplace
 from opq_jax.coding import contexts as context_coding
 from opq_jax.coding import payload as entropy_coding
 from opq_jax.coding import trellis
-from opq_jax.encoders import trellis_codes as trellis_encoding
+from opq_jax.encoders import trellis as trellis_encoding
 from opq_jax.file import writer
 
 RNG = np.random.default_rng
@@ -34,7 +35,7 @@ def error(kernel, values):
 def test_laplace_weights_take_fewer_bits_than_the_best_plain_codes_at_that_error(rate):
   # the bits of the best plain codes of an error from the closed forms, not from our encoder
   kernel = laplace_kernel((1024, 512))
-  _, coded, state = opq_jax.allocate_with_trellis(kernel, compression_rate=rate)
+  coded, state, _ = opq_jax.compress(kernel, compression_rate=rate, encoder=encoders.Trellis())
   bits = entropy_coding.entropy(np.asarray(opq_jax.encode(coded, state)))
   distortion = error(kernel, coded) / kernel.size / np.mean(np.abs(kernel)) ** 2
   threshold, step = np.meshgrid(np.linspace(0.2, 3.5, 331), np.linspace(0.3, 4.5, 421))
@@ -50,7 +51,7 @@ def test_laplace_weights_take_fewer_bits_than_the_best_plain_codes_at_that_error
 def test_the_rate_is_the_one_that_is_asked():
   tree = {'a': laplace_kernel((3, 3, 32, 64)), 'b': laplace_kernel((256, 128), 1, 0.02)}
   state = opq_jax.init_state(tree, opq_jax.allocate(tree, compression_rate=20.0))
-  _, coded, coded_state = opq_jax.allocate_with_trellis(tree, compression_rate=20.0)
+  coded, coded_state, _ = opq_jax.compress(tree, compression_rate=20.0, encoder=encoders.Trellis())
   plain = len(writer.serialize(tree, state))
   assert len(writer.serialize(coded, coded_state)) == pytest.approx(plain, rel=0.03)
   for name, kernel in tree.items():
@@ -65,7 +66,7 @@ def test_the_rate_is_the_one_that_is_asked():
 )
 def test_a_file_of_codes_along_the_trellis_loads_exactly(shape, dtype):
   kernel = jnp.asarray(laplace_kernel(shape), dtype)
-  coded, state = opq_jax.encode_with_trellis({'w': kernel}, plain_state({'w': kernel}))
+  coded, state = encoders.Trellis().choose_codes({'w': kernel}, plain_state({'w': kernel}))
   data = writer.serialize(coded, state)
   loaded, loaded_state = opq_jax.load(data)
   assert loaded['w'].dtype == kernel.dtype
@@ -92,9 +93,13 @@ def test_feedback_makes_the_outputs_err_less_at_the_same_entropy():
   x, kernel = inputs_and_kernel()
   moments = (x.T @ x / len(x))[None]
   output_error = lambda values: float(np.square(x @ (kernel - np.asarray(values))).sum())
-  _, alone, _ = opq_jax.allocate_with_trellis(kernel, compression_rate=20.0)
-  _, coded, state = opq_jax.allocate_with_trellis(kernel, moments, compression_rate=20.0)
-  _, without, _ = opq_jax.allocate_with_feedback(kernel, moments, compression_rate=20.0)
+  alone, _, _ = opq_jax.compress(kernel, compression_rate=20.0, encoder=encoders.Trellis())
+  coded, state, _ = opq_jax.compress(
+    kernel, compression_rate=20.0, encoder=encoders.Trellis(moments)
+  )
+  without, _, _ = opq_jax.compress(
+    kernel, compression_rate=20.0, encoder=encoders.Feedback(moments)
+  )
   assert output_error(coded) < 0.7 * output_error(alone)
   assert output_error(coded) < 0.9 * output_error(without)
   codes = np.asarray(opq_jax.encode(coded, state))
@@ -104,8 +109,8 @@ def test_feedback_makes_the_outputs_err_less_at_the_same_entropy():
 def test_independent_inputs_have_nothing_to_make_good():
   kernel = laplace_kernel((64, 96))
   state = plain_state(kernel)
-  coded, _ = opq_jax.encode_with_trellis(kernel, state, np.eye(64, dtype=np.float32)[None])
-  alone, _ = opq_jax.encode_with_trellis(kernel, state)
+  coded, _ = encoders.Trellis(np.eye(64, dtype=np.float32)[None]).choose_codes(kernel, state)
+  alone, _ = encoders.Trellis().choose_codes(kernel, state)
   assert error(kernel, coded) == pytest.approx(error(kernel, alone), rel=0.01)
   assert np.mean(np.asarray(coded) == np.asarray(alone)) > 0.9
 
@@ -121,8 +126,8 @@ def test_groups_have_moments_of_their_own():
   output_error = lambda values: float(
     np.square(np.einsum('gni,ig->gn', x, (kernel - np.asarray(values)).reshape(9, 64))).sum()
   )
-  coded, _ = opq_jax.encode_with_trellis(kernel, state, moments)
-  alone, _ = opq_jax.encode_with_trellis(kernel, state)
+  coded, _ = encoders.Trellis(moments).choose_codes(kernel, state)
+  alone, _ = encoders.Trellis().choose_codes(kernel, state)
   assert output_error(coded) < 0.7 * output_error(alone)
 
 
@@ -138,7 +143,7 @@ def test_weights_beyond_the_grid_escape(dtype):
     np.square(np.asarray(values, np.float64) - np.asarray(kernel, np.float64)).sum()
   )
   for given_moments in (None, moments):
-    coded, coded_state = opq_jax.encode_with_trellis(kernel, state, given_moments)
+    coded, coded_state = encoders.Trellis(given_moments).choose_codes(kernel, state)
     assert coded[3, 5] == kernel[3, 5] and coded[70, 1] == kernel[70, 1]
     assert np.asarray(coded_state.tree.escaped)[[3, 70], [5, 1]].all()
     codes = np.asarray(opq_jax.encode(coded, coded_state))
@@ -163,12 +168,12 @@ def test_a_leaf_that_the_trellis_does_not_serve_is_named_and_makes_its_errors_go
   moments = (x.T @ x / len(x))[None]
   state = plain_state(kernel)
   with pytest.warns(UserWarning, match='the trellis does not serve'):
-    coded, coded_state = opq_jax.encode_with_trellis(kernel, state, moments)
+    coded, coded_state = encoders.Trellis(moments).choose_codes(kernel, state)
   # one input after the other in float64, with the inverse that is left after each
   leaf = state.tree
   step, threshold, first = (float(v) for v in (leaf.step, leaf.threshold, leaf.codebook[1]))
   energy = np.diagonal(moments[0]).astype(np.float64).mean()
-  inverse = np.linalg.inv(moments[0] / energy + opq_jax.encoders.feedback.DAMPING * np.eye(80))
+  inverse = np.linalg.inv(moments[0] / energy + encoders.DAMPING * np.eye(80))
   weights, expected = kernel.astype(np.float64), np.zeros(kernel.shape)
   for i in range(80):
     cell = np.clip((np.abs(weights[i]) - threshold) // step, 0, int(leaf.levels) - 1)
@@ -189,7 +194,7 @@ def test_a_leaf_that_the_trellis_does_not_serve_is_named_and_makes_its_errors_go
 def test_codes_do_not_depend_on_the_unit(exponent):
   kernel = laplace_kernel((3, 3, 16, 24))
   unit = np.float32(2.0**exponent)
-  encoded = lambda weights: opq_jax.encode(*opq_jax.encode_with_trellis(*weights))
+  encoded = lambda weights: opq_jax.encode(*encoders.Trellis().choose_codes(*weights))
   state = plain_state(kernel)
   record = dataclasses.replace(
     state.tree,
@@ -206,7 +211,7 @@ def test_what_is_pruned_altogether_stays_so():
   state = plain_state(kernel)
   nothing = jnp.zeros(kernel.shape, jnp.uint8)
   record = dataclasses.replace(state.tree, threshold=jnp.float32(9.0), kinds=nothing)
-  coded, _ = opq_jax.encode_with_trellis(kernel, dataclasses.replace(state, tree=record))
+  coded, _ = encoders.Trellis().choose_codes(kernel, dataclasses.replace(state, tree=record))
   assert not np.asarray(coded).any()
 
 
@@ -216,7 +221,7 @@ def test_what_is_not_finite_is_refused(found):
   state = plain_state({'w': kernel})
   kernel[1, 2] = found
   with pytest.raises(ValueError, match='w: found NaN or an infinity, expected finite weights'):
-    opq_jax.encode_with_trellis({'w': kernel}, state)
+    encoders.Trellis().choose_codes({'w': kernel}, state)
 
 
 def test_moments_of_another_kernel_are_refused():
@@ -225,9 +230,9 @@ def test_moments_of_another_kernel_are_refused():
   with pytest.raises(
     ValueError, match=r'w: found moments of shape \(1, 9, 9\), expected \[groups, 32'
   ):
-    opq_jax.encode_with_trellis({'w': kernel}, state, {'w': np.zeros((1, 9, 9), np.float32)})
+    encoders.Trellis({'w': np.zeros((1, 9, 9), np.float32)}).choose_codes({'w': kernel}, state)
   with pytest.raises(ValueError, match='moments: found'):
-    opq_jax.encode_with_trellis({'w': kernel}, state, {'other': None})
+    encoders.Trellis({'other': None}).choose_codes({'w': kernel}, state)
 
 
 class Network(nn.Module):
@@ -244,21 +249,19 @@ def test_layer_by_layer_errs_less_along_the_trellis():
   for seed in range(4):
     x = jnp.asarray(RNG(seed).normal(size=(2048, 32)), jnp.float32)
     variables = Network().init(jax.random.key(seed), x)
-    moments = opq_jax.second_moments(Network().apply, variables, x)
-    allocation, one_by_one, _ = opq_jax.allocate_with_trellis(
-      variables, moments, compression_rate=20.0
+    moments = opq_jax.network.second_moments(Network().apply, variables, x)
+    fn = Network().apply
+    coded_by = lambda encoder, variables=variables: opq_jax.compress(
+      variables, compression_rate=20.0, encoder=encoder
     )
-    state = opq_jax.init_state(variables, allocation)
-    coded, coded_state = opq_jax.encode_layer_by_layer(
-      Network().apply, variables, state, x, trellis=True
-    )
-    expected = Network().apply(variables, x)
-    distance = lambda tree, x=x, expected=expected: float(
-      jnp.square(Network().apply(tree, x) - expected).sum()
+    one_by_one, *_ = coded_by(encoders.Trellis(moments))
+    coded, coded_state, _ = coded_by(encoders.LayerByLayer(fn, x, encoders.Trellis(moments)))
+    plain, *_ = coded_by(encoders.LayerByLayer(fn, x, encoders.Feedback(moments)))
+    expected = fn(variables, x)
+    distance = lambda tree, x=x, fn=fn, expected=expected: float(
+      jnp.square(fn(tree, x) - expected).sum()
     )
     assert distance(coded) < 0.9 * distance(one_by_one)
-    _, _, plain_state = opq_jax.allocate_with_feedback(variables, moments, compression_rate=20.0)
-    plain, _ = opq_jax.encode_layer_by_layer(Network().apply, variables, plain_state, x)
     distances += distance(coded), distance(plain)
     for name, record in coded_state.tree['params'].items():
       values = np.asarray(coded['params'][name]['kernel'])

@@ -2,8 +2,7 @@ r"""Codes chosen along a trellis: fewer bits at the same error, from the same ki
 
 import dataclasses
 import math
-import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -13,17 +12,24 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Array, Bool, Float32, Int8
 
-from opq_jax.allocation.allocator import Allocation
 from opq_jax.coding import contexts as context_coding
 from opq_jax.coding import payload as entropy_coding
 from opq_jax.coding import trellis
 from opq_jax.compression import codes as compression
 from opq_jax.compression.codes import CompressionState, LeafState
-from opq_jax.core import native, trees
+from opq_jax.core import messages, native, trees
 from opq_jax.core.limits import MAX_LEVELS
 from opq_jax.core.trees import PyTree
 from opq_jax.encoders import feedback
-from opq_jax.encoders.feedback import DAMPING
+from opq_jax.encoders.encoder import (
+  DAMPING,
+  Encoded,
+  LeafEncoder,
+  LeafToCode,
+  Trial,
+  encoded,
+  leaves_to_code,
+)
 from opq_jax.encoders.trellis_grids import Fit, fit, is_beyond
 
 _AT_ONCE = 1 << 16  # weights, where no error is pushed on
@@ -39,107 +45,76 @@ Rows = Float32[np.ndarray, 'inputs outputs']
 Factor = Float32[np.ndarray, 'groups K K']
 
 
-def encode_with_trellis(
-  params: PyTree,
-  state: CompressionState,
-  moments: PyTree | None = None,
-  *,
-  damping: float = DAMPING,
-) -> tuple[PyTree, CompressionState]:
-  r"""Grids twice as fine, of which the codes before a weight leave it every other level.
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Trellis(LeafEncoder):
+  r"""Chooses codes along a trellis: a finer grid, of which each state allows every other level.
 
   The codes of a leaf, in the order in which they are coded, follow the trellis of
-  `opq_jax.coding.trellis`.  Of all ways through it those codes are taken that make
+  `opq_jax.coding.trellis`: at each weight, the codes before it say which half of the levels may be
+  chosen.  Viterbi's algorithm finds the path of least
 
       sum_i (w_i - v_i)^2  +  (slope / h_i) bits_i
 
-  small, by Viterbi's algorithm; `bits` are those that `opq_jax.coding.contexts` charges, by scores
-  of inputs, outputs and neighbouring taps, for codes chosen a first time at one price for all.
-  The slope is that of the plain grid, dD/dR of the Laplace density that it is the best one for.
+  where `bits` are those that `opq_jax.coding.contexts` charges, by scores of inputs, outputs and
+  neighbouring taps, given the codes of a first walk at one price for all.  The slope is that of the
+  plain grid: dD/dR of the Laplace density for which the grid is optimal.
 
-  With moments the errors of a row of weights are pushed on to the inputs to come, as
-  `opq_jax.encode_with_feedback` does, input after input in the order of the file.  An error of
-  input i costs h_i = 1 / U_ii^2 in what the layer gives, once those to come have made good what
-  they can; h_i is that over the geometric mean of all inputs, and 1 without moments.
+  With moments, the errors of a row of weights are pushed on to the inputs to come as by `Feedback`,
+  input after input in the order of the file.  An error of input i then costs h_i = 1 / U_ii^2 in
+  the layer's output, relative to the geometric mean over inputs; h_i is 1 without moments.
 
-  A file of such codes is smaller and errs less than that of the plain codes of `state`;
-  `allocate_with_trellis` asks for a grid with which it has the size of those instead.  It loads
-  as any other: a leaf has one codebook and one mask.  Whoever trains on, though, moves weights out
-  of the trellis, and pays the bits of all levels: finetune from plain codes.
+  On the same plain grid, the file is smaller and errs less than one of rounded codes;
+  `opq_jax.compress` searches for the grid with which it has the bits asked.  The file loads as any
+  other: a leaf has one codebook and one mask.  To finetune, start from `Rounding` or `Feedback`:
+  training moves weights off the trellis, and all levels then cost bits.
 
-  Args:
-    params: the original weights.
-    state: their plain grids, from `opq_jax.init_state`.
-    moments: as for `encode_with_feedback`; None, of all leaves or of one, where there are none.
-    damping: as for `encode_with_feedback`.
-
-  Returns:
-    `(params, state)`: the decoded values, and the new grids with the masks of these codes.  Weights
-    beyond 127 such levels are escaped.  A leaf that would have too many of them, or whose shape the
-    coder has no order for, keeps its grid, and its errors are pushed on all the same; a warning
-    names it.  Runs on the host, and cannot be traced.
-
-  Raises:
-    ValueError: a tree is made for another one, a matrix has another shape than its kernel needs,
-      or a leaf or matrix is not finite.
+  Attributes:
+    moments: as in `Feedback`; None, of a leaf or of all, where errors are not pushed on.
+    damping: as in `Feedback`.
 
   >>> import opq_jax
   >>> kernel = jax.random.laplace(jax.random.key(0), (256, 256))
-  >>> state = opq_jax.init_state(kernel, opq_jax.allocate(kernel, compression_rate=16.0))
-  >>> coded, coded_state = encode_with_trellis(kernel, state)
-  >>> error = lambda values: float(jnp.square(values - kernel).sum())
-  >>> error(coded) < 0.95 * error(opq_jax.apply_compression(kernel, state))
-  True
-  >>> size = lambda *network: len(opq_jax.file.serialize(*network))
-  >>> size(coded, coded_state) < 0.98 * size(kernel, state)
-  True
-  """
-  return _trees(params, _coded_leaves(params, state, moments, damping))
-
-
-def allocate_with_trellis(
-  params: PyTree,
-  moments: PyTree | None = None,
-  *,
-  compression_rate: float | None = None,
-  bits_per_weight: float | None = None,
-  damping: float = DAMPING,
-  **options: Any,
-) -> tuple[Allocation, PyTree, CompressionState]:
-  """Allocates such that codes along a trellis have the rate that is asked.
-
-  Args:
-    params, moments, damping: as for `encode_with_trellis`.
-    compression_rate, bits_per_weight: of `allocate`: the entropy of the codes, given their subsets,
-      is that of plain codes of that target.
-    **options: of `opq_jax.allocate`, such as `objective`.
-
-  Returns:
-    The allocation of plain grids that was found, and `(params, state)` of `encode_with_trellis`.
-
-  Raises:
-    ValueError: as `allocate` and `encode_with_trellis`.
-
-  >>> import opq_jax
-  >>> kernel = jax.random.laplace(jax.random.key(0), (256, 256))
-  >>> _, coded, state = allocate_with_trellis(kernel, compression_rate=16.0)
-  >>> plain = opq_jax.init_state(kernel, opq_jax.allocate(kernel, compression_rate=16.0))
-  >>> error = lambda values: float(jnp.square(values - kernel).sum())
-  >>> error(coded) < 0.9 * error(opq_jax.apply_compression(kernel, plain))
+  >>> error = lambda network: float(jnp.square(network.params - kernel).sum())
+  >>> coded = opq_jax.compress(kernel, compression_rate=16.0, encoder=Trellis())
+  >>> error(coded) < 0.9 * error(opq_jax.compress(kernel, compression_rate=16.0))
   True
   """
 
-  plain: set[str] = set()  # else a search for the rate would go to and fro
+  moments: PyTree | None = None
+  damping: float = DAMPING
 
-  def encoder(params: PyTree, state: CompressionState) -> tuple[PyTree, CompressionState, float]:
-    coded = _coded_leaves(params, state, moments, damping, plain)
-    named = zip(trees.named_leaves(params), coded, strict=True)
-    plain.update(name for name, leaf in named if leaf.is_plain)
-    codes = [leaf.codes for leaf in coded if leaf.codes is not None]
-    bits = sum(_bits(leaf) for leaf in coded)
-    return *_trees(params, coded), bits / max(sum(code.size for code in codes), 1)
+  def choose_codes(self, params: PyTree, grids: CompressionState) -> Encoded:
+    """Chooses the codes of a tree, and the grids that the trellis refines.
 
-  return feedback.allocate_for(encoder, params, compression_rate, bits_per_weight, **options)
+    A weight beyond 127 levels of the new grid escapes.  A leaf that would have too many of them,
+    or whose shape the coder has no order for, keeps its plain grid, and pushes its errors on all
+    the same; a warning names it.  Runs on the host, and cannot be traced.
+
+    Raises:
+      ValueError: grids or moments were made for another tree, a matrix has another shape than its
+        leaf needs, or a leaf or matrix is not finite.
+    """
+    return _trees(params, _coded_leaves(params, grids, self.moments, self.damping))
+
+  def choose_leaf(
+    self, weights: Array, grid: LeafState, moments: Array | None, damping: float
+  ) -> tuple[Array, LeafState]:
+    values, state, *_ = _coded_leaf(weights, grid, moments, damping)
+    assert state is not None
+    return values, state
+
+  def trials(self) -> Callable[[PyTree, CompressionState], Trial]:
+    plain: set[str] = set()  # once plain, a leaf stays so: a search would go to and fro otherwise
+
+    def trial(params: PyTree, grids: CompressionState) -> Trial:
+      coded = _coded_leaves(params, grids, self.moments, self.damping, plain)
+      named = zip(trees.named_leaves(params), coded, strict=True)
+      plain.update(name for name, leaf in named if leaf.is_plain)
+      codes = [leaf.codes for leaf in coded if leaf.codes is not None]
+      bits = sum(_bits(leaf) for leaf in coded)
+      return Trial(*_trees(params, coded), bits / max(sum(code.size for code in codes), 1))
+
+    return trial
 
 
 class _Coded(NamedTuple):
@@ -165,63 +140,39 @@ def _bits(leaf: _Coded) -> float:
   return bits + escaped * (value_bits + math.log2(size / escaped)) if escaped else bits
 
 
-def _trees(params: PyTree, coded: list[_Coded]) -> tuple[PyTree, CompressionState]:
-  """Values and state of all leaves, as trees like the params."""
-  structure = jax.tree.structure(params)
-  return (
-    jax.tree.unflatten(structure, [leaf.values for leaf in coded]),
-    CompressionState(jax.tree.unflatten(structure, [leaf.state for leaf in coded])),
-  )
+def _trees(params: PyTree, coded: list[_Coded]) -> Encoded:
+  return encoded(params, [(leaf.values, leaf.state) for leaf in coded])
 
 
 def _coded_leaves(
   params: PyTree,
-  state: CompressionState,
+  grids: CompressionState,
   moments: PyTree | None,
   damping: float,
   plain: Collection[str] = (),
 ) -> list[_Coded]:
-  """All leaves, as `encode_with_trellis` has them; leaves in `plain` have plain codes."""
-  params = jax.tree.map(trees.native, params)
-  leaves = trees.named_leaves(params)
-  records = trees.records(params, state.tree, LeafState)
-  matrices: list[Any] = [None] * len(records)
-  if moments is not None:
-    matrices = feedback.matrices_of(params, moments)
+  """All leaves, as `Trellis.choose_codes` has them; leaves in `plain` have plain codes."""
 
-  def coded(item: tuple[tuple[str, Array], LeafState | None, Any]) -> _Coded:
-    (name, leaf), record, matrix = item
-    if record is None:
-      return _Coded(leaf, None, None)
-    if not np.isfinite(np.asarray(leaf, np.float32)).all():
-      raise ValueError(f'{name}: found NaN or an infinity, expected finite weights')
-    if matrix is not None:
-      matrix = np.asarray(matrix)
-      feedback.check_moments(name, leaf, matrix)
-    return _coded_leaf(leaf, record, matrix, damping, may_have_trellis=name not in plain)
+  def coded(leaf: LeafToCode) -> _Coded:
+    if leaf.grid is None:
+      return _Coded(leaf.weights, None, None)
+    if not np.isfinite(np.asarray(leaf.weights, np.float32)).all():
+      raise ValueError(f'{leaf.name}: found NaN or an infinity, expected finite weights')
+    moments = None if leaf.moments is None else np.asarray(leaf.moments)
+    return _coded_leaf(leaf.weights, leaf.grid, moments, damping, leaf.name not in plain)
 
+  leaves = list(leaves_to_code(params, grids, moments))
   # all but Python itself runs without its lock
   with ThreadPoolExecutor() as pool:
-    found = list(pool.map(coded, zip(leaves.items(), records, matrices, strict=True)))
-  plain = [name for name, leaf in zip(leaves, found, strict=True) if leaf.is_plain]
+    chosen = list(pool.map(coded, leaves))
+  plain = [leaf.name for leaf, code in zip(leaves, chosen, strict=True) if code.is_plain]
   if plain:
     more = f' and {len(plain) - _MOST_NAMED} more' if len(plain) > _MOST_NAMED else ''
-    warnings.warn(
+    messages.warn(
       f'{", ".join(plain[:_MOST_NAMED])}{more}: found leaves that the trellis does not '
-      'serve, for their shape or their many weights beyond its levels: they have plain codes',
-      UserWarning,
-      stacklevel=4,
+      'serve, for their shape or their many weights beyond its levels: they have plain codes'
     )
-  return found
-
-
-def encode_leaf(
-  kernel: Array, leaf: LeafState, moments: Array | None, damping: float
-) -> tuple[Array, LeafState]:
-  """Values and grid of one kernel, as `encode_with_trellis` has them."""
-  values, state, *_ = _coded_leaf(kernel, leaf, moments, damping)
-  assert state is not None
-  return values, state
+  return chosen
 
 
 def _coded_leaf(

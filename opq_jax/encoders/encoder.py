@@ -1,0 +1,180 @@
+"""What all encoders have in common: values that choose the code of every weight.
+
+An encoder is a frozen dataclass.  It holds what its choice rests on (moments of the inputs, a
+network and its calibration inputs), and no state.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from opq_jax.compression.codes import CompressionState, LeafState
+from opq_jax.core import trees
+from opq_jax.core.trees import PyTree
+
+# Added to the diagonal of a matrix of moments, over its mean.  Moments of few, or of synthetic,
+# inputs are noisy, and error feedback without damping would fit their noise.
+DAMPING = 0.05
+
+
+class Encoded(NamedTuple):
+  """The answer of an encoder.
+
+  Attributes:
+    params: the decoded values of compressed leaves; the other leaves as they came.
+    state: grids with the masks of these codes.  `opq_jax.encode(params, state)` gives the codes,
+      and `opq_jax.save(path, params, state)` writes them.
+  """
+
+  params: PyTree
+  state: CompressionState
+
+
+class Trial(NamedTuple):
+  """The answer of an encoder to the grids that a search proposes.
+
+  Attributes:
+    params, state: as in `Encoded`.
+    bits_per_weight: entropy of the codes, per weight of the compressed leaves.
+  """
+
+  params: PyTree
+  state: CompressionState
+  bits_per_weight: float
+
+
+class Encoder(abc.ABC):
+  """Chooses the code of every weight: the base class of all encoders."""
+
+  @abc.abstractmethod
+  def choose_codes(self, params: PyTree, grids: CompressionState) -> Encoded:
+    """Chooses the codes of a tree.
+
+    Args:
+      params: the original weights.
+      grids: their plain grids, from `opq_jax.init_state(params, allocation)`.
+
+    Returns:
+      An `Encoded`: decoded values, and their state.
+
+    Raises:
+      ValueError: `grids` were made for a tree of other structure, shapes or dtypes.
+    """
+
+  def __repr__(self) -> str:
+    """Returns the class and its fields; of a tree of arrays, the number of arrays."""
+    fields = dataclasses.fields(self)  # type: ignore[arg-type]
+    shown = [f'{field.name}={_short(getattr(self, field.name))}' for field in fields]
+    return f'{type(self).__name__}({", ".join(shown)})'
+
+
+class LeafEncoder(Encoder):
+  """An encoder that codes each leaf by itself, from the leaf and the moments of its inputs."""
+
+  @abc.abstractmethod
+  def choose_leaf(
+    self, weights: Array, grid: LeafState, moments: Array | None, damping: float
+  ) -> tuple[Array, LeafState]:
+    """Chooses the codes of one leaf, whatever moments the encoder itself holds.
+
+    Args:
+      weights: of the leaf, in its dtype or in float32.
+      grid: its plain grid.
+      moments: second moments of its inputs, [groups, K, K], or None.
+      damping: of the moments, as in `Feedback`.
+
+    Returns:
+      The decoded values, in the dtype of the grid, and the grid with the mask of these codes.
+    """
+
+  def trials(self) -> Callable[[PyTree, CompressionState], Trial] | None:
+    """Returns the function of (params, plain grids) that one search for an allocation calls.
+
+    None where the codes have the bits that `opq_jax.allocate` predicts: nothing is to be searched.
+    """
+    return None
+
+
+class LeafToCode(NamedTuple):
+  """A leaf of a tree, beside all that an encoder has to know of it.
+
+  Attributes:
+    name: its path.
+    weights: its values.
+    grid: its plain grid; None where it passes through.
+    moments: second moments of its inputs, [groups, K, K], or None.
+  """
+
+  name: str
+  weights: Any
+  grid: LeafState | None
+  moments: Any
+
+
+def leaves_to_code(
+  params: PyTree, grids: CompressionState, moments: PyTree | None = None
+) -> Iterator[LeafToCode]:
+  """Walks a tree, its plain grids and its moments together.
+
+  Raises:
+    ValueError: one of them has the structure of another tree; a matrix of moments has another
+      shape than its leaf needs or (outside of a trace) is not finite.
+  """
+  leaves = trees.named_leaves(params)
+  records = trees.records(params, grids.tree, LeafState)
+  matrices = [None] * len(records) if moments is None else _matrices(params, moments)
+  for (name, leaf), grid, matrix in zip(leaves.items(), records, matrices, strict=True):
+    if grid is not None and matrix is not None:
+      _check_moments(name, leaf, matrix)
+    yield LeafToCode(name, leaf if grid is None else trees.native(leaf), grid, matrix)
+
+
+def encoded(params: PyTree, chosen: Sequence[tuple[Any, LeafState | None]]) -> Encoded:
+  """Returns values and grids of all leaves as trees like `params`."""
+  structure = jax.tree.structure(params)
+  values, grids = zip(*chosen, strict=True) if chosen else ((), ())
+  return Encoded(
+    jax.tree.unflatten(structure, values), CompressionState(jax.tree.unflatten(structure, grids))
+  )
+
+
+def _matrices(params: PyTree, moments: PyTree) -> list[Any]:
+  try:
+    return trees.beside(params, moments)
+  except (ValueError, TypeError, KeyError) as error:
+    raise ValueError(
+      f'moments: found {jax.tree.structure(moments)}, expected the tree of the parameters with a '
+      'matrix or None at every leaf'
+    ) from error
+
+
+def _check_moments(name: str, weights: Array, moments: Array | np.ndarray) -> None:
+  groups = moments.shape[0] if moments.ndim == 3 else 0
+  width = weights.size // weights.shape[-1] if weights.ndim else 0
+  if groups == 0 or moments.shape[1:] != (width, width) or weights.shape[-1] % groups:
+    raise ValueError(
+      f'{name}: found moments of shape {moments.shape}, expected [groups, {width}, {width}] with '
+      f'groups that divide {weights.shape[-1]} channels'
+    )
+  if isinstance(moments, jax.core.Tracer):
+    return
+  # each where it is: for arrays of numpy, XLA would compile a program for every shape
+  numpy = np if isinstance(moments, np.ndarray) else jax.numpy
+  if not numpy.isfinite(moments).all():
+    raise ValueError(f'{name}: found NaN or infinite moments, expected finite ones')
+
+
+def _short(value: Any) -> str:
+  if isinstance(value, Encoder | int | float | str | None):
+    return repr(value)
+  if callable(value):
+    return getattr(value, '__qualname__', type(value).__name__)
+  arrays = jax.tree.leaves(value)
+  if len(arrays) == 1 and hasattr(arrays[0], 'shape'):
+    return f'<{arrays[0].dtype}{list(arrays[0].shape)}>'
+  return f'<{len(arrays)} arrays>'

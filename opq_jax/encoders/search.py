@@ -1,0 +1,237 @@
+"""Compresses a network to a target, whatever the encoder: the verb `opq_jax.compress`.
+
+Allocation predicts the bits of rounded codes.  Codes by error feedback, or along a trellis, have
+other bits on the same grids, so the allocation whose codes have the bits asked is searched for.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from opq_jax.allocation.allocator import (
+  Allocation,
+  LeafAllocation,
+  Objective,
+  allocate,
+  check_file_rate,
+  check_targets,
+  is_compressible,
+)
+from opq_jax.compression.codes import CompressionState, init_state
+from opq_jax.core import messages, trees
+from opq_jax.core.trees import PyTree
+from opq_jax.encoders.encoder import Encoder, LeafEncoder
+from opq_jax.encoders.layer_by_layer import LayerByLayer
+from opq_jax.encoders.rounding import Rounding
+from opq_jax.file import writer
+from opq_jax.file.rate import bits_of_file
+
+_TOLERANCE = 3e-3  # of the bits asked, either way
+_MAX_STEPS = 4  # allocations; each takes a run of the encoder
+_MOST_BITS = 8.0  # bits per weight: all that the codes of a grid can have
+_ROUNDING = Rounding()
+
+
+class CompressedNetwork(NamedTuple):
+  """A compressed network.
+
+  Attributes:
+    params: the tree with decoded values at compressed leaves; the other leaves as they came.
+    state: grids and masks of the compressed leaves, for `opq_jax.save(path, params, state)`.
+    allocation: what the plain grids were made from, `opq_jax.init_state(params, allocation)`.
+  """
+
+  params: PyTree
+  state: CompressionState
+  allocation: Allocation
+
+
+def compress(
+  params: PyTree,
+  *,
+  sparsity: float | None = None,
+  bits: float | None = None,
+  compression_rate: float | None = None,
+  bits_per_weight: float | None = None,
+  file_rate: float | None = None,
+  encoder: Encoder = _ROUNDING,
+  objective: Objective | PyTree = 'balanced_error',
+  compressible: Callable[[str, Any], bool] = is_compressible,
+  channel_axis: int | Callable[[str, Any], int] = -1,
+  corrected: bool = True,
+) -> CompressedNetwork:
+  """Compresses a parameter tree to one target, with the codes that an encoder chooses.
+
+  With the default encoder this is `allocate`, `init_state` and `apply_compression`.  With another,
+  it searches for the allocation whose codes by that encoder have the bits of the target.
+
+  Args:
+    params: any pytree of arrays: params, or whole Flax variables.
+    sparsity, bits: the share of weights to prune, and bits per surviving weight: the targets of the
+      paper (`opq_jax.allocate`).  Only with `Rounding()`, since other encoders choose the mask.
+    compression_rate: 32 over `bits_per_weight`; 10 where no target is given.
+    bits_per_weight: entropy of the codes, per weight of the compressed leaves.
+    file_rate: bytes of the tree over bytes of its `.opq` file; the file is that small, or up to
+      0.3 % smaller.  Searched for by writing files in memory, ten at the most.
+    encoder: a value of `opq_jax.encoders`: `Rounding()`, `Feedback(moments)`, `Trellis(moments)` or
+      `LayerByLayer(fn, inputs, first)`.
+    objective, compressible, channel_axis, corrected: as in `opq_jax.allocate`.
+
+  Returns:
+    A `CompressedNetwork(params, state, allocation)`.
+
+  Raises:
+    ValueError: `encoder` is not an encoder, or does not go with the target; and where `allocate` or
+      the encoder raises it.
+
+  >>> import opq_jax
+  >>> params = {'kernel': jax.random.laplace(jax.random.key(0), (256, 256))}
+  >>> network = compress(params, compression_rate=16.0, encoder=opq_jax.encoders.Trellis())
+  >>> round(opq_jax.size_report(network.params, network.state).entropy_rate)
+  16
+  """
+  if not isinstance(encoder, Encoder):
+    raise ValueError(
+      f'encoder: found {encoder!r}, expected a value of opq_jax.encoders: Rounding(), '
+      'Feedback(moments), Trellis(moments) or LayerByLayer(fn, inputs, first)'
+    )
+  targets: dict[str, Any] = {
+    'sparsity': sparsity,
+    'bits': bits,
+    'compression_rate': compression_rate,
+    'bits_per_weight': bits_per_weight,
+  }
+  options: dict[str, Any] = {
+    'objective': objective,
+    'compressible': compressible,
+    'channel_axis': channel_axis,
+    'corrected': corrected,
+  }
+  if isinstance(encoder, Rounding):
+    allocation = allocate(params, **targets, file_rate=file_rate, **options)
+    return CompressedNetwork(
+      *encoder.choose_codes(params, init_state(params, allocation)), allocation
+    )
+  if sparsity is not None or bits is not None:
+    raise ValueError(
+      f'encoder: found {encoder!r} together with sparsity and bits, expected Rounding() for them, '
+      'or compression_rate, bits_per_weight or file_rate: this encoder chooses masks of its own'
+    )
+  if file_rate is not None:
+    check_file_rate(file_rate, *targets.values())
+    return _at_file_rate(encoder, params, float(file_rate), options)
+  target = float(check_targets(**targets)['bits_per_weight'])
+  return _at_bits(encoder, params, target, options)
+
+
+def _at_file_rate(
+  encoder: Encoder, params: PyTree, file_rate: float, options: dict[str, Any]
+) -> CompressedNetwork:
+  """Compresses to a size of the whole file."""
+  tried: dict[float, tuple[CompressedNetwork, list[Any]]] = {}
+
+  def size_of(bits: float) -> int:
+    tried[bits] = _quietly(_at_bits, encoder, params, bits, options)
+    network, _ = tried[bits]
+    return len(writer.serialize(network.params, network.state))
+
+  leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
+  original = sum(leaf.nbytes for leaf in leaves)
+  bits = bits_of_file(size_of, original, file_rate, sum(leaf.size for leaf in leaves))
+  network, notes = tried[bits]
+  for note in notes:
+    messages.warn(note)
+  return network
+
+
+def _at_bits(
+  encoder: Encoder, params: PyTree, bits_per_weight: float, options: dict[str, Any]
+) -> CompressedNetwork:
+  """Compresses to an entropy of the codes."""
+  if isinstance(encoder, LayerByLayer):
+    _, _, allocation = _at_bits(encoder.first, params, bits_per_weight, options)
+    coded = encoder.choose_codes(params, init_state(params, allocation))
+    return CompressedNetwork(*coded, allocation)
+  assert isinstance(encoder, LeafEncoder)
+  trial = encoder.trials()
+  if trial is None:
+    allocation = allocate(params, bits_per_weight=bits_per_weight, **options)
+    coded = encoder.choose_codes(params, init_state(params, allocation))
+    return CompressedNetwork(*coded, allocation)
+  return search_allocation(trial, params, bits_per_weight, options)
+
+
+class _Step(NamedTuple):
+  """One step of the search: the excess that it began with, and its move; both logarithms."""
+
+  log_excess: float
+  move: float
+
+
+def search_allocation(
+  trial: Callable[[PyTree, CompressionState], Any],
+  params: PyTree,
+  bits_per_weight: float,
+  options: dict[str, Any],
+) -> CompressedNetwork:
+  """Searches for the allocation whose codes have the entropy of rounded codes at the target.
+
+  Error feedback costs a leaf a few percent of entropy at the same grid, and a trellis has a finer
+  one.  `allocate` is asked for other bits per weight: at first in proportion to the excess, then by
+  the secant of the last two steps in logarithms, until the codes have the bits within 0.3 %, or for
+  the fourth time.
+
+  Args:
+    trial: (params, plain grids) -> `Trial`, from an encoder's `trials()`.
+    params: the original weights.
+    bits_per_weight: the target, as for `allocate`.
+    options: of `allocate`, such as `objective`.
+  """
+  log_asked, elasticity = math.log(bits_per_weight), 1.0
+  wanted, last = None, None
+  for _ in range(_MAX_STEPS):
+    (allocation, coded), notes = _quietly(_tried, trial, params, math.exp(log_asked), options)
+    if wanted is None:
+      wanted = _predicted_entropy(params, allocation)
+    # logarithm of the bits of the codes over the bits that they are to have
+    log_excess = math.log(max(coded.bits_per_weight, 1e-9) / max(wanted, 1e-9))
+    if abs(log_excess) <= _TOLERANCE:
+      break
+    if last is not None:
+      elasticity = min(max((log_excess - last.log_excess) / last.move, 0.5), 2.0)
+    move = min(-log_excess / elasticity, math.log(_MOST_BITS) - log_asked)
+    if move == 0:  # no grid has more bits
+      break
+    log_asked, last = log_asked + move, _Step(log_excess, move)
+  for note in notes:  # of the last allocation alone
+    messages.warn(note)
+  return CompressedNetwork(coded.params, coded.state, allocation)
+
+
+def _tried(
+  trial: Callable[[PyTree, CompressionState], Any],
+  params: PyTree,
+  bits_per_weight: float,
+  options: dict[str, Any],
+) -> tuple[Allocation, Any]:
+  allocation = allocate(params, bits_per_weight=bits_per_weight, **options)
+  return allocation, trial(params, init_state(params, allocation))
+
+
+def _predicted_entropy(params: PyTree, allocation: Allocation) -> float:
+  """Bits per weight of the rounded codes of all compressed leaves."""
+  records = trees.records(params, allocation.tree, LeafAllocation)
+  leaves = [(math.prod(r.shape), float(r.entropy)) for r in records if r is not None]
+  return sum(size * bits for size, bits in leaves) / max(sum(size for size, _ in leaves), 1)
+
+
+def _quietly(function: Callable[..., Any], *args: Any) -> tuple[Any, list[str | Warning]]:
+  """Calls a function that is one of several trials; returns its answer and its warnings."""
+  with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always')
+    answer = function(*args)
+  return answer, [warning.message for warning in caught]
