@@ -23,7 +23,7 @@ from opq_jax.core.trees import PyTree
 from opq_jax.file import rate as file_rate
 from opq_jax.file import writer
 from opq_jax.importers import networks
-from opq_jax.report import sizes, tables
+from opq_jax.report import four_sizes, payload_report, summary
 from opq_jax.weights import read_weights
 
 FROM_NOISE = 'corrected from noise'
@@ -82,12 +82,12 @@ def compress(
     else:
       result = compressor.compressed(**targets)
     with stage('encode'):
-      report = sizes.payload_report(result.data, params, result.state, channel_axis=axis)
+      report = payload_report(result.data, params, channel_axis=axis)
     with stage('write'):
       files.write_bytes(output, result.data)
   for text in result.notes:
     note(text)
-  stdout.print(tables.summary(params, result.allocation), sizes.four_sizes(report))
+  stdout.print(summary(params, result.allocation), four_sizes(report))
   if network is not None:
     stdout.print(Text(_network_line(result.metadata)))
   stdout.print(Text(f'{output}: {report.file:,} bytes, {report.file_rate:.2f} times smaller'))

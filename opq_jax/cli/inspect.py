@@ -21,16 +21,16 @@ def run(arguments: argparse.Namespace) -> None:
   from opq_jax.cli.json_reports import sizes_as_json
   from opq_jax.cli.leaves import channel_axis
   from opq_jax.file.reader import OpqFile
-  from opq_jax.report import sizes, tables
+  from opq_jax.report import file_report, four_sizes, size_table, tables
 
   with OpqFile(arguments.file) as file:
     metadata = file.metadata
-  report = sizes.file_report(arguments.file, channel_axis=channel_axis(metadata))
+  report = file_report(arguments.file, channel_axis=channel_axis(metadata))
   if arguments.json:
     print(json.dumps(sizes_as_json(arguments.file, metadata, report), indent=2))
     return
   stdout = console(sys.stdout)
-  stdout.print(sizes.size_table(report), sizes.four_sizes(report))
+  stdout.print(size_table(report), four_sizes(report))
   for key, value in metadata.items():
     stdout.print(Text(tables.visible(f'{key}: {value}'), style='dim'))
   stdout.print(Text(f'{arguments.file}: all {report.file:,} bytes read, all checksums hold'))

@@ -5,8 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from opq_jax.report.sizes import SizeReport
-from opq_jax.report.verification import Verification
+from opq_jax.report import SizeReport, Verification
 
 _TOTALS = (
   *('weights', 'survivors', 'sparsity', 'escaped', 'original', 'as_float32', 'nominal', 'packed'),

@@ -13,7 +13,7 @@ from opq_jax.cli.console import collected_warnings, console, note
 from opq_jax.cli.leaves import chosen_paths
 from opq_jax.cli.stages import timed_stages
 from opq_jax.core import trees
-from opq_jax.report import sizes, tables
+from opq_jax.report import four_sizes, summary
 from opq_jax.weights import compress_stored, open_weights
 
 
@@ -54,5 +54,5 @@ def compress(
   for text in notes:
     note(text)
   report = done.report
-  stdout.print(tables.summary(tree, done.allocation), sizes.four_sizes(report))
+  stdout.print(summary(tree, done.allocation), four_sizes(report))
   stdout.print(Text(f'{output}: {report.file:,} bytes, {report.file_rate:.2f} times smaller'))

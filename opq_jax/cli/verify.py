@@ -33,13 +33,13 @@ def run(arguments: argparse.Namespace) -> int:
   from opq_jax.cli.leaves import channel_axis
   from opq_jax.cli.recomputation import recomputed
   from opq_jax.file.reader import OpqFile
-  from opq_jax.report import sizes, verification
+  from opq_jax.report import four_sizes, verify
 
   path, against = arguments.file, arguments.against
   with OpqFile(path) as file:
     metadata = file.metadata
   expected = recomputed(path, against)
-  verified = verification.verify(
+  verified = verify(
     path,
     expected.params,
     coded=expected.coded,
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
   stdout = console(sys.stdout)
   stdout.print(verified)
   if verified.report is not None:
-    stdout.print(sizes.four_sizes(verified.report))
+    stdout.print(four_sizes(verified.report))
   if verified.holds:
     stdout.print(Text(f'{path}: every claim holds against {against}'))
     return 0

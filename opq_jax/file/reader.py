@@ -162,6 +162,15 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
       raise ValueError(f'{name}: found a leaf that is not compressed, expected one that has codes')
     return self._coded(name, leaf, leaf.levels).codes
 
+  def grid(self, name: str) -> Grid | None:
+    """Returns the grid of a compressed leaf, None where it is not compressed; decodes nothing.
+
+    Raises:
+      KeyError: the file has no such leaf.
+    """
+    leaf = self._leaf(name)
+    return None if leaf.levels is None else self._grid(leaf, leaf.levels)
+
   def leaf_state(self, name: str) -> 'LeafState | None':
     """Returns kinds and codebook of a leaf, None where it is not compressed.
 

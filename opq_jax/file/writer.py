@@ -176,7 +176,7 @@ def written_leaf(
   spec = file_index.compressed_spec(
     record.dtype, codes.shape, levels, len(payload), values.size, len(section)
   )
-  rounds = _grid_of(record).level_values().rounds
+  rounds = grid_of(record).level_values().rounds
   return WrittenLeaf(payload, spec, '2' if section or rounds else '1')
 
 
@@ -255,7 +255,7 @@ def checked_grid(name: str, record: LeafState) -> list[np.float32]:
   levels, codebook = int(record.levels), np.asarray(record.codebook)
   if not 0 <= levels <= MAX_LEVELS:
     raise ValueError(f'{name}: found {levels} levels, expected 0 to {MAX_LEVELS}')
-  grid = _grid_of(record)
+  grid = grid_of(record)
   checks.check_grid(name, grid, file_index.VERSIONS[-1])
   if codebook.tobytes() != grid.codebook().tobytes():
     raise ValueError(
@@ -265,7 +265,8 @@ def checked_grid(name: str, record: LeafState) -> list[np.float32]:
   return [grid.threshold, grid.first, grid.step]
 
 
-def _grid_of(record: LeafState) -> Grid:
+def grid_of(record: LeafState) -> Grid:
+  """Returns the grid of a leaf's state."""
   return Grid(
     threshold=np.float32(record.threshold),
     first=np.asarray(record.codebook)[1],
@@ -289,5 +290,5 @@ def checked_codes(
   except ValueError as error:
     # `encode` was given a tree that is one leaf, whose path name is empty
     raise ValueError(f'{name}: {str(error).removeprefix(": ")}') from error
-  checks.check_cells(name, codes, _grid_of(record))
+  checks.check_cells(name, codes, grid_of(record))
   return codes

@@ -1,7 +1,54 @@
-"""What a file holds: sizes, tables, plots, verification, accuracy."""
+"""What a compressed network takes and loses: sizes, tables, verification, accuracy, plots.
 
-from opq_jax.report.sizes import SizeReport, file_report, four_sizes, size_report
-from opq_jax.report.tables import summary
-from opq_jax.report.verification import verify
+JAX is imported by `size_report`, `summary` and `verify` alone: `file_report` and the tables of
+sizes need none.
+"""
 
-__all__ = ['SizeReport', 'file_report', 'four_sizes', 'size_report', 'summary', 'verify']
+from typing import TYPE_CHECKING
+
+from opq_jax.core import lazy
+
+if TYPE_CHECKING:
+  from opq_jax.report import accuracy, plots
+  from opq_jax.report.allocation_tables import summary
+  from opq_jax.report.cell_checks import VerifiedLeaf
+  from opq_jax.report.records import CompressedLeaf, SizeReport, UncompressedLeaf
+  from opq_jax.report.size_tables import four_sizes, size_table
+  from opq_jax.report.sizes import file_report, payload_report, size_report
+  from opq_jax.report.verification import Verification, verify
+
+__all__ = [
+  'CompressedLeaf',
+  'SizeReport',
+  'UncompressedLeaf',
+  'Verification',
+  'VerifiedLeaf',
+  'accuracy',
+  'file_report',
+  'four_sizes',
+  'payload_report',
+  'plots',
+  'size_report',
+  'size_table',
+  'summary',
+  'verify',
+]
+
+__getattr__, __dir__ = lazy.attributes(
+  __name__,
+  {
+    'CompressedLeaf': 'records',
+    'SizeReport': 'records',
+    'UncompressedLeaf': 'records',
+    'Verification': 'verification',
+    'VerifiedLeaf': 'cell_checks',
+    'file_report': 'sizes',
+    'four_sizes': 'size_tables',
+    'payload_report': 'sizes',
+    'size_report': 'sizes',
+    'size_table': 'size_tables',
+    'summary': 'allocation_tables',
+    'verify': 'verification',
+  },
+  submodules=('accuracy', 'plots', 'tables'),
+)

@@ -1,4 +1,4 @@
-"""How often a classifier is right, how near another its answers are, and how sure a sample is."""
+"""Accuracy of a classifier, its agreement with another, and the confidence of a sample."""
 
 import math
 import statistics
@@ -11,7 +11,9 @@ from jaxtyping import Bool, Float, Integer
 def hits(
   logits: Float[np.ndarray, 'images classes'], labels: Integer[np.ndarray, ' images'], k: int = 1
 ) -> Bool[np.ndarray, ' images']:
-  """Whether the label of each image is among its k largest logits; of equal ones, the first.
+  """Returns for each image whether its label is among the k largest logits.
+
+  Of equal logits the first counts as the largest.
 
   >>> logits = np.array([[0.1, 0.7, 0.2], [0.5, 0.5, 0.0]])
   >>> hits(logits, np.array([2, 1])).tolist(), hits(logits, np.array([2, 1]), k=2).tolist()
@@ -26,16 +28,20 @@ def scores(
   labels: Integer[np.ndarray, ' images'],
   reference: Float[np.ndarray, 'images classes'],
 ) -> dict[str, float]:
-  """Top-1 with its interval, top-5, and how near the answers are to those of the float network.
+  """Returns accuracy, its confidence interval, and the agreement with the float network.
 
   Args:
-    logits: of the network that is judged.
-    labels: what is right.
-    reference: the float network's logits of the same images.
+    logits: logits of the compressed network.
+    labels: the right classes.
+    reference: logits of the float network for the same images.
 
   Returns:
-    `top1`, `top1_low`, `top1_high`, `top5` and `agreement` (the same answer as the float network's)
-    as shares of the images, and `divergence` in nats.
+    `top1`, `top1_low`, `top1_high` (95 % interval), `top5` and `agreement` (the compressed and the
+    float network choose one class), as shares of the images, and `divergence` in nats.
+
+  >>> logits = np.array([[0.0, 2.0, 1.0], [3.0, 0.0, 0.0]])
+  >>> scores(logits, np.array([1, 1]), reference=logits)['top1']
+  0.5
   """
   right = hits(logits, labels)
   low, high = interval(int(right.sum()), len(labels))
@@ -52,7 +58,11 @@ def scores(
 def divergence(
   logits: Float[np.ndarray, 'images classes'], reference: Float[np.ndarray, 'images classes']
 ) -> float:
-  """Mean Kullback-Leibler divergence KL(reference || logits) of the classes' chances, in nats.
+  """Returns the mean over images of KL(reference || logits) of the class probabilities, in nats.
+
+  Args:
+    logits: logits of the compressed network.
+    reference: logits of the float network for the same images.
 
   >>> divergence(np.log([[0.5, 0.5]]), np.log([[0.5, 0.5]]))
   0.0
@@ -62,7 +72,14 @@ def divergence(
 
 
 def interval(hits: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-  """Wilson's interval of a binomial share, which holds near 0 and 1 too.
+  """Returns Wilson's confidence interval of a binomial share, valid near 0 and 1 too.
+
+  E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 1927.
+
+  Args:
+    hits: number of successes.
+    trials: number of trials.
+    confidence: probability that the interval covers the share.
 
   >>> low, high = interval(181, 200)
   >>> round(low, 3), round(high, 3)

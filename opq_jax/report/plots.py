@@ -1,4 +1,4 @@
-"""What a person looks at; needs matplotlib (`pip install opq_jax[plots]`)."""
+"""Plots of results; needs matplotlib (`pip install opq_jax[plots]`)."""
 
 import dataclasses
 import itertools
@@ -8,21 +8,21 @@ from typing import Any
 
 from opq_jax.core import extras
 
-# Okabe and Ito's colours, which the colour-blind tell apart too
+# Okabe and Ito's palette, distinct for colour-blind readers too
 _COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#F0E442')
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-  """Accuracy over size for one way of compressing.
+  """Accuracy over size for one method of compression.
 
   Attributes:
-    label: what the legend calls it; curves of equal label share a colour.
+    label: the method's name in the legend; curves of one label share a colour.
     sizes: bytes of the files, in any order.
-    accuracies: of each, 0 ... 1.
+    accuracies: the accuracy of each file, 0 ... 1.
     bounds: lower and upper end of each accuracy's interval, drawn as a band; none by default.
-    variant: what else the legend should say of it: dashed, and named once for all curves of equal
-      variant.  The empty one is solid.
+    variant: the name of a variant of several methods, drawn dashed and named once in the legend;
+      '' for a solid curve.
   """
 
   label: str
@@ -40,18 +40,18 @@ def accuracy_over_size(
   title: str = '',
   ylabel: str = 'top-1 accuracy',
 ) -> None:
-  """Draws curves of accuracy over file size.
+  """Plots accuracy over file size.
 
   Args:
-    path: of the picture; its suffix says the format.
-    curves: what to draw.
-    baseline: accuracy of the uncompressed network: a dotted line.
-    title: above the picture.
-    ylabel: what the accuracy is.
+    path: the picture; its suffix selects the format.
+    curves: the curves.
+    baseline: accuracy of the uncompressed network, drawn as a dotted line.
+    title: the title.
+    ylabel: the name of the accuracy.
 
   Raises:
-    ValueError: there is nothing to draw, or a curve's sizes, accuracies and bounds differ in
-      number, or matplotlib is missing.
+    ValueError: there is no curve, the sizes, accuracies and bounds of a curve differ in number, or
+      matplotlib is missing.
   """
   if not curves:
     raise ValueError('curves: found none, expected at least one')
@@ -62,7 +62,7 @@ def accuracy_over_size(
         f'{curve.label}: found {counts[0]} sizes, {counts[1]} accuracies and {len(curve.bounds)} '
         'bounds, expected equally many (or no bounds)'
       )
-  # a Figure of its own: no pyplot, so no backend is chosen and no global state changed
+  # Figure instead of pyplot, which would choose a backend and change global state
   figure = _matplotlib_figure()(figsize=(7.2, 4.5), dpi=120, layout='constrained')
   axes = figure.subplots()
   colours = dict(zip(dict.fromkeys(c.label for c in curves), _COLOURS * len(curves), strict=False))
@@ -105,16 +105,17 @@ def accuracy_over_epochs(
   baseline: float | None = None,
   title: str = '',
 ) -> None:
-  """Draws test accuracy over the epochs of finetuning; epoch 0 is one shot.
+  """Plots test accuracy over the epochs of finetuning; epoch 0 is the one-shot network.
 
   Args:
-    path: of the picture; its suffix says the format.
-    epochs, accuracies: equally many points.
-    baseline: accuracy of the uncompressed network: a dotted line.
-    title: above the picture.
+    path: the picture; its suffix selects the format.
+    epochs: the epochs.
+    accuracies: the accuracy after each epoch, 0 ... 1.
+    baseline: accuracy of the uncompressed network, drawn as a dotted line.
+    title: the title.
 
   Raises:
-    ValueError: there is nothing to draw, the numbers differ, or matplotlib is missing.
+    ValueError: there is no point, epochs and accuracies differ in number, or matplotlib is missing.
   """
   if not epochs or len(epochs) != len(accuracies):
     raise ValueError(
@@ -138,15 +139,15 @@ def accuracy_over_epochs(
 def seconds_over_weights(
   path: str | os.PathLike[str], curves: Mapping[str, Sequence[tuple[float, float]]]
 ) -> None:
-  """Draws what trees take over how large they are, both on logarithmic axes.
+  """Plots seconds over the number of weights, both on logarithmic axes.
 
   Args:
-    path: of the picture; its suffix says the format.
-    curves: by what the legend calls each, points of weights and seconds.  A dotted line goes in
-      proportion from the last point of the first.
+    path: the picture; its suffix selects the format.
+    curves: points of (weights, seconds) by the name in the legend.  A dotted line through the last
+      point of the first curve shows time in proportion to the weights.
 
   Raises:
-    ValueError: there is nothing to draw, or matplotlib is missing.
+    ValueError: there is no point, or matplotlib is missing.
   """
   if not curves or not all(curves.values()):
     raise ValueError(f'curves: found {dict(curves)}, expected at least one point in each')
@@ -156,9 +157,11 @@ def seconds_over_weights(
     weights, seconds = zip(*sorted(points), strict=True)
     axes.plot(weights, seconds, color=colour, marker='o', linewidth=1.8, label=label)
   points = sorted(next(iter(curves.values())))
-  (least, _), (most, last) = points[0], points[-1]
-  ends = [last * least / most, last]
-  axes.plot([least, most], ends, color='black', linestyle=':', linewidth=1.2, label='in proportion')
+  (smallest, _), (largest, seconds_of_largest) = points[0], points[-1]
+  ends = [seconds_of_largest * smallest / largest, seconds_of_largest]
+  axes.plot(
+    [smallest, largest], ends, color='black', linestyle=':', linewidth=1.2, label='in proportion'
+  )
   axes.set_xscale('log')
   axes.set_yscale('log')
   axes.set_xlabel('weights')

@@ -1,50 +1,47 @@
-"""From weights on disk to an `.opq` file, leaf by leaf: trees that are larger than memory.
+"""Compresses weights on disk into an `.opq` file, leaf by leaf: trees larger than memory.
 
     1  every compressed leaf is read, and its `LeafStatistics` are kept: 32 KiB and its scales
     2  `opq_jax.allocate` solves from the statistics
-    3  every leaf is read once more, coded in pieces, and its payload written
+    3  every leaf is read once more and coded in pieces; its payload is spooled to disk
 
-With `sparsity` and `bits` the second step reads every compressed leaf twice more.  No more than
-one leaf is in memory at a time: twice while its statistics are computed (the second is JAX's), and
-while it is coded once, beside its codes of a byte a weight.  The file is, byte for byte, the one
-that `opq_jax.save` writes of the same weights.
+With targets of sparsity and bits, step 2 reads every compressed leaf twice more.  At most one leaf
+is in memory at a time: two copies of it while its statistics are computed (the second is JAX's),
+one while it is coded, beside its codes of one byte a weight.
 """
 
-import collections
 import contextlib
 import ctypes
 import dataclasses
 import os
 import platform
-import shutil
-import zlib
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from jaxtyping import Float32, Int8, Shaped
 
+from opq_jax.allocation import (
+  Allocation,
+  LeafAllocation,
+  LeafStatistics,
+  is_compressible,
+  leaf_statistics,
+)
 from opq_jax.allocation import allocator as allocations
-from opq_jax.allocation.allocator import Allocation, LeafAllocation, is_compressible
-from opq_jax.allocation.statistics import LeafStatistics, leaf_statistics
-from opq_jax.compression import codes as compression
-from opq_jax.compression.codes import LeafState
-from opq_jax.core import files, trees
+from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 from opq_jax.file import index as file_index
 from opq_jax.file import rate as file_rates
-from opq_jax.file import reader, writer
-from opq_jax.report import sizes
-from opq_jax.report.sizes import ChannelAxis, CompressedLeaf, SizeReport, UncompressedLeaf
+from opq_jax.file import writer
+from opq_jax.file.reader import OpqFile
+from opq_jax.report import leaf_sizes
+from opq_jax.report.records import CompressedLeaf, SizeReport, UncompressedLeaf
+from opq_jax.report.sizes import ChannelAxis
+from opq_jax.weights.leaf_codes import coded_leaf
+from opq_jax.weights.spooled_file import SpooledFile
 from opq_jax.weights.stored_leaves import StoredLeaf
 
-_PIECE = 1 << 20  # weights that are coded at a time
-_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-_AHEAD = 8  # blocks of uncompressed leaves that are packed while others are written
-
-_kinds_of = jax.jit(compression.kinds_of)
+_M_MMAP_THRESHOLD = -3  # parameter of mallopt, from glibc's malloc.h
+_MMAP_BYTES = 4 << 20  # blocks of this size and more go back to the system; leaves are larger
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +49,7 @@ class StreamedFile:
   """The result of `compress_stored`.
 
   Attributes:
-    allocation: of the leaves, by name.
+    allocation: the allocation of the leaves, by name.
     report: the sizes of the file that was written.
   """
 
@@ -73,25 +70,30 @@ def compress_stored(
 ) -> StreamedFile:
   """Prunes, quantizes and writes a tree that need not fit into memory.
 
+  The file is, byte for byte, `opq_jax.save(output, params, state, metadata)` with the state of
+  `opq_jax.allocate(params, ...)`.
+
   Args:
-    tree: with a `StoredLeaf` at every leaf, as `opq_jax.weights.stored_leaves.open_weights` gives
-    it. output: where the `.opq` file goes.  It appears whole or not at all.
-    compressible, channel_axis: as for `opq_jax.allocate`.
-    metadata, contexts: as for `opq_jax.save`.
-    stage: what its stages run in, by name.
-    **targets: the targets and `objective` of `opq_jax.allocate`.  For `file_rate` the
-      tree is coded a few times.
+    tree: a tree of `StoredLeaf`, as returned by `opq_jax.weights.open_weights`.
+    output: the `.opq` file, which appears whole or not at all.
+    compressible: see `opq_jax.allocate`.
+    channel_axis: see `opq_jax.allocate`.
+    metadata: see `opq_jax.save`.
+    contexts: see `opq_jax.save`.
+    stage: returns the context manager in which the stage of a name runs, for progress: statistics,
+      allocate, encode, write.
+    **targets: the targets and the `objective` of `opq_jax.allocate`.  For `file_rate` the tree is
+      coded several times.
 
   Returns:
-    The allocation and the sizes; the file is `opq_jax.save(output, params, state, metadata)` with
-    the state of `opq_jax.allocate(params, ...)`, byte for byte.
+    The allocation and the sizes of the file.
 
   Raises:
-    ValueError: what `opq_jax.allocate` and `opq_jax.save` refuse; the file that was there stays.
-    OSError: something cannot be read or written; likewise.
+    ValueError: `opq_jax.allocate` or `opq_jax.save` refuses the tree; an existing file stays.
+    OSError: a file cannot be read or written; an existing file stays.
 
-  >>> import tempfile, safetensors.numpy
-  >>> from opq_jax.weights.stored_leaves import open_weights
+  >>> import tempfile, numpy as np, safetensors.numpy
+  >>> from opq_jax.weights import open_weights
   >>> kernel = np.random.default_rng(0).laplace(size=(256, 64)).astype(np.float32)
   >>> with tempfile.TemporaryDirectory() as folder:
   ...   safetensors.numpy.save_file({'w': kernel}, f'{folder}/net.safetensors')
@@ -101,247 +103,156 @@ def compress_stored(
   True 16
   """
   file_rate = targets.pop('file_rate', None)
-  asked = [targets.get(name) for name in allocations.TARGETS]
+  others = [targets.get(name) for name in allocations.TARGETS]
   if file_rate is None:
-    allocations.check_targets(*asked)
+    allocations.check_targets(*others)
   else:
-    allocations.check_file_rate(file_rate, *asked)
+    allocations.check_file_rate(file_rate, *others)
   metadata = writer.checked_metadata(metadata)
-  _return_large_blocks()
+  _return_freed_blocks()
   tree = writer.plain_tree(tree)
   file_index.check_names(tree)
   leaves = trees.named_leaves(tree)
   chosen = allocations.choose(leaves, compressible)
   axes = {name: allocations.axis_of(name, leaves[name], channel_axis) for name in chosen}
   with stage('statistics'):
-    stats = {name: _statistics(leaves[name], axes[name]) for name in chosen}
-  source = _Source(tree, leaves, stats, axes)
+    statistics = {name: _statistics(leaves[name], axes[name]) for name in chosen}
+  source = _Source(tree, leaves, statistics, axes)
 
-  def coded(**targets: Any) -> _Coded:
-    """The tree coded for these targets, in the place of what was coded before."""
-    kept.close()
-    with stage('allocate'):
-      allocation = source.allocation(**targets)
-    with stage('encode'):
-      writer = kept.enter_context(_Writer(output, contexts))
-      return source.coded(allocation, writer, metadata)
+  with contextlib.ExitStack() as spooled:
 
-  with contextlib.ExitStack() as kept:
+    def coded(**targets: Any) -> _CodedTree:
+      """Codes the tree for these targets; the parts of an earlier call are deleted."""
+      spooled.close()
+      with stage('allocate'):
+        allocation = source.allocation(**targets)
+      with stage('encode'):
+        file = spooled.enter_context(SpooledFile(output, contexts))
+        return source.coded(allocation, file, metadata)
+
     if file_rate is None:
-      found = coded(**targets)
+      result = coded(**targets)
     else:
-      last: dict[float, _Coded] = {}
-
-      def size_of(bits: float) -> int:
-        last.clear()
-        last[bits] = coded(bits_per_weight=bits, **targets)
-        return last[bits].writer.size
-
-      original = sum(leaf.nbytes for leaf in leaves.values())
-      weights = sum(leaf.size for leaf in leaves.values())
-      bits = file_rates.bits_of_file(size_of, original, file_rate, weights)
-      if bits not in last:
-        size_of(bits)
-      found = last[bits]
+      result = _coded_at_rate(coded, leaves.values(), file_rate, targets)
     with stage('write'):
-      found.writer.place()
-  with reader.OpqFile(output) as file:
-    stored = file.sizes()
-  located = lambda leaf: dataclasses.replace(leaf, file=stored[leaf.path])
-  report = SizeReport(
-    tuple(map(located, found.compressed)),
-    tuple(map(located, found.uncompressed)),
-    os.stat(output).st_size,
-  )
-  return StreamedFile(found.allocation, report)
+      result.file.place()
+  return StreamedFile(result.allocation, _report(output, result))
 
 
-class _Coded(NamedTuple):
-  """A tree that is coded, and not yet in its place; the rows know nothing of bytes in the file."""
+class _CodedTree(NamedTuple):
+  """A coded tree whose file is not in its place yet.
+
+  Attributes:
+    allocation: the allocation of the leaves, by name.
+    file: the parts of the file.
+    compressed: the sizes of the compressed leaves, without `file`.
+    uncompressed: the sizes of the other leaves, without `file`.
+  """
 
   allocation: Allocation
-  writer: '_Writer'
+  file: SpooledFile
   compressed: list[CompressedLeaf]
   uncompressed: list[UncompressedLeaf]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-  """A tree on disk, and what is known of the leaves to compress, by name."""
+  """A tree on disk.
+
+  Attributes:
+    tree: the tree of its leaves.
+    leaves: the leaves by name.
+    statistics: the statistics of the leaves to compress, by name.
+    axes: their axes of output channels, by name.
+  """
 
   tree: PyTree
   leaves: dict[str, StoredLeaf]
-  stats: dict[str, LeafStatistics]
+  statistics: dict[str, LeafStatistics]
   axes: dict[str, int]
 
-  def like_tree(self, leaves: list[Any]) -> PyTree:
-    """The tree of what its leaves have."""
-    return jax.tree.unflatten(jax.tree.structure(self.tree), leaves)
+  def unflatten(self, values: list[Any]) -> PyTree:
+    """Returns the tree with a value in the place of each leaf."""
+    return jax.tree.unflatten(jax.tree.structure(self.tree), values)
 
   def allocation(self, **targets: Any) -> Allocation:
-    """`opq_jax.allocate` of the leaves' statistics."""
+    """Returns `opq_jax.allocate` of the statistics."""
     return allocations.allocate(
-      self.like_tree([self.stats.get(name, leaf) for name, leaf in self.leaves.items()]),
-      compressible=lambda name, _: name in self.stats,
+      self.unflatten([self.statistics.get(name, leaf) for name, leaf in self.leaves.items()]),
+      compressible=lambda name, _: name in self.statistics,
       read=lambda name: self.leaves[name].read(),
       **targets,
     )
 
-  def coded(self, allocation: Allocation, writer: '_Writer', metadata: dict[str, str]) -> '_Coded':
-    """All leaves, given to the writer."""
-    asked = trees.records(self.tree, allocation.tree, LeafAllocation)
-    found = _Coded(allocation, writer, [], [])
-    for (name, leaf), wanted in zip(self.leaves.items(), asked, strict=True):
-      if wanted is None:
-        writer.add(name, leaf.read())
+  def coded(
+    self, allocation: Allocation, file: SpooledFile, metadata: dict[str, str]
+  ) -> _CodedTree:
+    """Reads, codes and spools all leaves."""
+    result = _CodedTree(allocation, file, [], [])
+    records = trees.records(self.tree, allocation.tree, LeafAllocation)
+    for (name, leaf), allocated in zip(self.leaves.items(), records, strict=True):
+      if allocated is None:
+        file.add(name, leaf.read())
         row = UncompressedLeaf(name, leaf.shape, leaf.dtype.name, leaf.nbytes, 0)
-        found.uncompressed.append(row)
-        continue
-      axis = self.axes[name]
-      record, codes, escaped, reach = _coded(name, leaf.read(), wanted, axis)
-      writer.add_codes(name, record, codes, escaped)
-      found.compressed.append(sizes.compressed_leaf(name, record, codes, reach, axis, 0))
-    writer.finish(self.like_tree, metadata)
-    return found
+        result.uncompressed.append(row)
+      else:
+        result.compressed.append(self._coded_leaf(name, leaf, allocated, file))
+    file.finish(self.unflatten, metadata)
+    return result
+
+  def _coded_leaf(
+    self, name: str, leaf: StoredLeaf, allocated: LeafAllocation, file: SpooledFile
+  ) -> CompressedLeaf:
+    axis = self.axes[name]
+    coded = coded_leaf(name, leaf.read(), allocated, axis)
+    file.add_codes(name, coded.record, coded.codes, coded.escaped)
+    grid = writer.grid_of(coded.record)
+    return leaf_sizes.compressed_leaf(name, grid, coded.codes, coded.largest, axis, 0)
 
 
-def _return_large_blocks() -> None:
-  """Has the C library give blocks of a leaf's size back to the system once they are free.
+def _coded_at_rate(
+  coded: Callable[..., _CodedTree],
+  leaves: Collection[StoredLeaf],
+  file_rate: float,
+  targets: dict[str, Any],
+) -> _CodedTree:
+  """Codes a tree with the bits per weight at which its file is `file_rate` times smaller."""
+  last: dict[float, _CodedTree] = {}  # the last result by its bits: earlier ones are deleted
 
-  Else glibc keeps those of up to 32 MiB for later, in every thread's arena: with leaves of that
-  size the process grew by half in 80 of them.  Other C libraries are left as they are.
+  def size_of(bits: float) -> int:
+    last.clear()
+    last[bits] = coded(bits_per_weight=bits, **targets)
+    return last[bits].file.size
+
+  original, weights = sum(leaf.nbytes for leaf in leaves), sum(leaf.size for leaf in leaves)
+  bits = file_rates.bits_of_file(size_of, original, file_rate, weights)
+  if bits not in last:
+    size_of(bits)
+  return last[bits]
+
+
+def _report(output: str | os.PathLike[str], result: _CodedTree) -> SizeReport:
+  """Returns the sizes of the file that was written."""
+  with OpqFile(output) as file:
+    stored = file.sizes()
+  return SizeReport(
+    tuple(dataclasses.replace(leaf, file=stored[leaf.path]) for leaf in result.compressed),
+    tuple(dataclasses.replace(leaf, file=stored[leaf.path]) for leaf in result.uncompressed),
+    os.stat(output).st_size,
+  )
+
+
+def _return_freed_blocks() -> None:
+  """Makes the C library return freed blocks of a leaf's size to the system.
+
+  glibc keeps freed blocks of up to 32 MiB in the arena of each thread: with leaves of that size the
+  process grew by half within 80 leaves.  Other C libraries are left as they are.
   """
   if platform.libc_ver()[0] == 'glibc':
-    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 4 << 20)
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
 
 
 def _statistics(leaf: StoredLeaf, axis: int) -> LeafStatistics:
-  # fetched before the next leaf is read, since JAX computes in the background
+  """Returns the statistics of a leaf, on the host."""
+  # fetched before the next leaf is read: JAX computes in the background and keeps the leaf
   return jax.device_get(leaf_statistics(leaf.read(), axis))
-
-
-def _coded(
-  name: str, array: Shaped[np.ndarray, '...'], asked: LeafAllocation, axis: int
-) -> tuple[
-  LeafState,
-  Int8[np.ndarray, '...'],
-  Shaped[np.ndarray, ' m'],
-  Float32[np.ndarray, ' channels'],
-]:
-  """A leaf's state without its kinds, its codes, its escaped weights, and how far channels reach.
-
-  Codes are made in pieces of one size, compiled once.
-  """
-  array = writer.host_array(name, array)
-  none = dataclasses.replace(asked, shape=(0,), channel_axis=0)
-  tree = {name: np.zeros(0, array.dtype)}
-  record = compression.init_state(tree, Allocation({name: none})).tree[name]
-  flat, codes = array.reshape(-1), np.empty(array.size, np.int8)
-  size = min(_PIECE, 1 << max(flat.size - 1, 0).bit_length())
-  for start in range(0, flat.size, size):
-    piece = flat[start : start + size]
-    # a zero is pruned at every threshold
-    padded = np.pad(piece, (0, size - piece.size))
-    kinds = _kinds_of(padded, record.threshold, record.step, record.levels)
-    whole = dataclasses.replace(record, kinds=np.asarray(kinds))
-    codes[start : start + size] = writer.checked_codes(name, padded, whole)[: piece.size]
-  shaped = codes.reshape(array.shape)
-  reach = sizes.largest_on_grid(array, shaped, axis)
-  return record, shaped, writer.escaped_values(shaped, array), reach
-
-
-class _Writer:
-  """The parts of a file as they come, kept on disk beside its place until the index is known.
-
-  Args:
-    output: the place.
-    contexts: of the codes.
-  """
-
-  def __init__(self, output: str | os.PathLike[str], contexts: bool):
-    self._output, self._contexts = output, contexts
-    self._specs: list[str] = []
-    self._grids: list[list[np.float32]] = []
-    self._blocks: list[tuple[int, int]] = []
-    self._version, self._front = '1', b''
-    self._raw, self._raw_size = bytearray(), 0
-    self._packing: collections.deque[Future[bytes]] = collections.deque()
-    self._open = contextlib.ExitStack()
-    self._codes_file, self._blocks_file = self._spool(), self._spool()
-    self._pool = self._open.enter_context(ThreadPoolExecutor())
-
-  def __enter__(self) -> '_Writer':
-    return self
-
-  def __exit__(self, *error: Any) -> None:
-    self._open.__exit__(*error)
-
-  def add_codes(
-    self,
-    name: str,
-    record: LeafState,
-    codes: Int8[np.ndarray, '...'],
-    escaped: Shaped[np.ndarray, ' m'],
-  ) -> None:
-    """Writes a compressed leaf."""
-    written = writer.written_leaf(codes, escaped, record, contexts=self._contexts)
-    with files.errors_of(self._output):
-      self._codes_file.write(written.payload)
-    self._grids.append(writer.checked_grid(name, record))
-    self._specs.append(written.spec)
-    self._version = max(self._version, written.version)
-
-  def add(self, name: str, array: Shaped[np.ndarray, '...']) -> None:
-    """Writes an uncompressed leaf."""
-    array = writer.host_array(name, array)
-    self._specs.append(file_index.spec(array.dtype, array.shape))
-    padding = -self._raw_size % array.dtype.itemsize
-    as_bytes = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    self._raw_size += padding + as_bytes.size
-    self._raw += bytes(padding)
-    for start in range(0, as_bytes.size, file_index.BLOCK):
-      self._raw += as_bytes[start : start + file_index.BLOCK].data
-      while len(self._raw) >= file_index.BLOCK:
-        self._pack(file_index.BLOCK)
-
-  def finish(self, like_tree: Callable[[list[str]], PyTree], metadata: dict[str, str]) -> None:
-    """Makes what comes first in the file; `like_tree` makes the tree of what its leaves have."""
-    if self._raw:
-      self._pack(len(self._raw))
-    while self._packing:
-      self._write_block()
-    codes_size = self._codes_file.tell()
-    noted = like_tree(self._specs)
-    rest = self._grids, codes_size, self._blocks, metadata, self._version
-    self._front = writer.front(noted, *rest)
-
-  @property
-  def size(self) -> int:
-    """Bytes of the file, once it is finished."""
-    return len(self._front) + self._codes_file.tell() + self._blocks_file.tell()
-
-  def place(self) -> None:
-    """Puts the file together in its place."""
-    with files.replacing(self._output) as file:
-      file.write(self._front)
-      for spool in (self._codes_file, self._blocks_file):
-        spool.seek(0)
-        shutil.copyfileobj(spool, file, 1 << 20)
-
-  def _pack(self, size: int) -> None:
-    block = bytes(self._raw[:size])
-    del self._raw[:size]
-    self._packing.append(self._pool.submit(file_index.pack, block, period=4))
-    if len(self._packing) > _AHEAD:
-      self._write_block()
-
-  def _write_block(self) -> None:
-    packed = self._packing.popleft().result()
-    self._blocks.append((len(packed), zlib.crc32(packed)))
-    with files.errors_of(self._output):
-      self._blocks_file.write(packed)
-
-  def _spool(self) -> BinaryIO:
-    file = files.spool(self._output)
-    self._open.callback(files.close, file)
-    return file

@@ -9,7 +9,7 @@ import pytest
 import opq_jax
 from opq_jax.compression.codes import CompressionState, LeafState, affine_codebook, encode
 from opq_jax.file import writer
-from opq_jax.report import sizes
+from opq_jax.report import leaf_sizes, sizes
 
 
 def leaf_state(weights, threshold=0.5, step=0.25, levels=6):
@@ -204,9 +204,9 @@ def test_the_reach_of_channels_is_found_in_pieces(monkeypatch, axis):
   magnitude = np.abs(weights.astype(np.float32))
   expected = np.max(magnitude, others, where=abs(codes) == 1, initial=0)
   for piece in (1, 4, 11, 40, 1000):
-    monkeypatch.setattr(sizes, '_PIECE', piece)
-    np.testing.assert_array_equal(sizes.largest_on_grid(weights, codes, axis), expected)
-  found = sizes.largest_on_grid(weights[:, 0, 0], codes[:, 0, 0], 0)
+    monkeypatch.setattr(leaf_sizes, '_PIECE', piece)
+    np.testing.assert_array_equal(leaf_sizes.largest_on_grid(weights, codes, axis), expected)
+  found = leaf_sizes.largest_on_grid(weights[:, 0, 0], codes[:, 0, 0], 0)
   assert found == magnitude[:, 0, 0][abs(codes[:, 0, 0]) == 1].max()
 
 
@@ -250,4 +250,4 @@ def test_a_report_prints_its_four_sizes():
 def test_bytes_that_exist_are_not_made_again():
   params, state = network()
   data = writer.serialize(params, state)
-  assert sizes.payload_report(data, params, state) == sizes.size_report(params, state)
+  assert sizes.payload_report(data, params) == sizes.size_report(params, state)

@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from opq_jax.allocation.allocator import Allocation, LeafAllocation
-from opq_jax.report import tables
+from opq_jax.report import summary, tables
 
 
 def leaf_allocation(shape=(4, 8), **fields):
@@ -38,7 +38,7 @@ def test_summary_has_a_row_a_compressed_leaf_and_totals():
     'a': {'kernel': leaf_allocation(), 'bias': None},
     'b': leaf_allocation((16, 6), payload=jnp.float32(4.0), sparsity=jnp.float32(0.75)),
   }
-  text = str(tables.summary(params, Allocation(tree)))
+  text = str(summary(params, Allocation(tree)))
   (row,) = (line.split() for line in text.splitlines() if 'a/kernel' in line)
   assert row == ['a/kernel', '4x8', '32', '25.0%', '5', '3.00', '2.000', '1.23%', '1.00']
   # 32 weights at 2 bits and 96 at 4
@@ -52,7 +52,7 @@ def test_summary_flags_leaves_far_from_the_laplace_density():
   params = {'good': np.zeros((4, 8)), 'heavy': np.zeros((4, 8)), 'closed': np.zeros((4, 8))}
   fits = {'good': 1.0, 'heavy': 3.5, 'closed': float('nan')}
   tree = {name: leaf_allocation(laplace_fit=jnp.float32(fit)) for name, fit in fits.items()}
-  text = str(tables.summary(params, Allocation(tree)))
+  text = str(summary(params, Allocation(tree)))
   assert '3.50!' in text
   assert '1 of 3 leaves' in text
   (row,) = (line.split() for line in text.splitlines() if 'closed' in line)
@@ -64,7 +64,7 @@ def test_tables_are_readable_at_100_columns():
   params = {name: np.zeros((4, 8)) for name in names}
   shape = (3, 3, 1024, 4096)
   tree = dict.fromkeys(names, leaf_allocation(shape, bits=jnp.ones(8)))
-  lines = lines_of(tables.summary(params, Allocation(tree)))
+  lines = lines_of(summary(params, Allocation(tree)))
   assert max(map(len, lines)) <= 100
   # nothing but a path is shortened, and paths still tell leaves apart
   rows = [line.split() for line in lines if '3x3x1024x4096' in line]
@@ -74,11 +74,11 @@ def test_tables_are_readable_at_100_columns():
 
 def test_paths_are_no_markup():
   tree = {'[red]w[/red]': leaf_allocation()}
-  assert '[red]w[/red]' in str(tables.summary({'[red]w[/red]': np.zeros((4, 8))}, Allocation(tree)))
+  assert '[red]w[/red]' in str(summary({'[red]w[/red]': np.zeros((4, 8))}, Allocation(tree)))
 
 
 def test_a_rich_console_shows_the_same_table(capsys):
-  table = tables.summary({'w': np.zeros((4, 8))}, Allocation({'w': leaf_allocation()}))
+  table = summary({'w': np.zeros((4, 8))}, Allocation({'w': leaf_allocation()}))
   Console(width=100).print(table)
   assert '4x8' in capsys.readouterr().out
 
@@ -91,18 +91,18 @@ def test_shortening_keeps_both_ends():
 
 def test_summary_of_another_tree_is_refused():
   with pytest.raises(ValueError, match='other structure'):
-    tables.summary({'a': np.zeros((4, 8))}, Allocation({'b': leaf_allocation()}))
+    summary({'a': np.zeros((4, 8))}, Allocation({'b': leaf_allocation()}))
 
 
 def test_abstract_parameters_have_a_summary():
   params = {'w': jax.ShapeDtypeStruct((4, 8), jnp.float32)}
-  assert '4x8' in str(tables.summary(params, Allocation({'w': leaf_allocation()})))
+  assert '4x8' in str(summary(params, Allocation({'w': leaf_allocation()})))
 
 
 def test_escaped_weights_and_what_lost_all_of_them_are_counted():
   params = {'a': np.zeros((4, 8)), 'b': np.zeros((16, 6))}
   lost = leaf_allocation((16, 6), sparsity=jnp.float32(1), dead_channels=jnp.int32(6))
   tree = {'a': leaf_allocation(escaped=jnp.float32(0.125), dead_rows=jnp.int32(2)), 'b': lost}
-  text = ' '.join(str(tables.summary(params, Allocation(tree))).split())
+  text = ' '.join(str(summary(params, Allocation(tree))).split())
   assert 'levels escaped bits' in text
   assert 'pruned of 6 output channels, of 2 indices of a first axis, and of 1 leaves: b' in text

@@ -13,7 +13,7 @@ from opq_jax.cli import command as cli
 from opq_jax.compression.codes import CompressionState, encode
 from opq_jax.file import writer
 from opq_jax.importers import networks
-from opq_jax.report import sizes, verification
+from opq_jax.report import cell_checks, sizes
 from opq_jax.report.verification import verify
 from tests.helpers.opq_files import escaping, leaf_state, small, state_of, with_escapes
 from tests.helpers.variables import random_variables
@@ -148,7 +148,7 @@ def test_a_payload_that_is_longer_than_its_codes_need_is_found(monkeypatch):
   params, state = small()
   data = writer.serialize(params, state)
   short = writer.WrittenLeaf(b'short', '', '1')
-  monkeypatch.setattr(verification, 'written_leaf', lambda *_, contexts: short)
+  monkeypatch.setattr(cell_checks, 'written_leaf', lambda *_, contexts: short)
   problems = verify(data, params).problems
   assert len(problems) == 2 and problems[0].startswith('a: found a payload of ')
 
@@ -190,7 +190,7 @@ def test_weights_that_came_back_infinite_are_a_problem():
   values = np.array(opq_jax.apply_compression(params, state)['a'])
   values[0, 0], values[0, 1] = np.inf, np.nan
   codes, record = np.asarray(encode(params, state)['a']), state.tree['a']
-  row = verification._verified('a', params['a'], params['a'], codes, values, record, 0)
+  row = cell_checks.check_leaf('a', params['a'], params['a'], codes, values, record, 0)
   assert 'a: found 2 finite weights that came back infinite or NaN, expected none' in row.problems
 
 
@@ -198,7 +198,7 @@ def test_a_mark_without_its_code_is_a_problem():
   params, state = small()
   codes = np.asarray(encode(params, state)['a'])
   marked = with_escapes(state.tree['a'], (0, 0))
-  row = verification._verified('a', params['a'], params['a'], codes, params['a'], marked, 0)
+  row = cell_checks.check_leaf('a', params['a'], params['a'], codes, params['a'], marked, 0)
   assert 'a: found 1 escaped weights whose code and kind differ, expected none' in row.problems
 
 

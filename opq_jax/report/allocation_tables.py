@@ -1,0 +1,142 @@
+"""The table of an allocation: targets and predictions of every compressed leaf."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from rich.table import Table
+
+from opq_jax.allocation import LAPLACE_FIT_BOUNDS, Allocation, LeafAllocation
+from opq_jax.core import trees
+from opq_jax.core.trees import PyTree
+from opq_jax.report import tables
+
+_MAX_NAMES = 5  # pruned leaves named below the table
+
+
+class _Row(NamedTuple):
+  """A compressed leaf of the table.
+
+  Attributes:
+    name: its path.
+    leaf: its allocation.
+    weights: their number.
+    escaped: predicted number of escaped weights.
+  """
+
+  name: str
+  leaf: LeafAllocation
+  weights: int
+  escaped: int
+
+  @property
+  def is_misfit(self) -> bool:
+    """Whether the Laplace density describes the leaf badly."""
+    (low, high), fit = LAPLACE_FIT_BOUNDS, float(self.leaf.laplace_fit)
+    return fit < low or fit > high  # False for NaN: a leaf of zeros has no fit
+
+
+def summary(params: PyTree, allocation: Allocation) -> tables.Printable:
+  """Returns a table of an allocation's targets and predictions.
+
+  Columns: share of pruned weights; levels per sign; weights beyond the last level, which are stored
+  as they are (if there are any); bits of a survivor at a fixed width, mean over channels; predicted
+  entropy-coded bits per weight, tables included; predicted squared error, relative to the weights;
+  and the Laplace fit, red and marked `!` where the allocation's density describes a leaf badly.
+
+  Args:
+    params: the tree that was allocated; shapes are enough.
+    allocation: the `Allocation` of it.
+
+  Returns:
+    A table with a row for each compressed leaf, a row for all others, and the totals.
+
+  Raises:
+    ValueError: `allocation` was made for a tree of another structure.
+
+  >>> import jax, jax.numpy as jnp, opq_jax
+  >>> params = {'kernel': jax.random.laplace(jax.random.key(0), (256, 64)), 'bias': jnp.zeros(64)}
+  >>> table = summary(params, opq_jax.allocate(params, compression_rate=16.0))
+  >>> 'kernel' in str(table)
+  True
+  """
+  records = trees.records(params, allocation.tree, LeafAllocation)
+  rows, others = [], []
+  for (name, leaf), record in zip(trees.named_leaves(params).items(), records, strict=True):
+    if record is None:
+      others.append(int(np.size(leaf)))
+    else:
+      weights = math.prod(record.shape)
+      rows.append(_Row(name, record, weights, round(float(record.escaped) * weights)))
+  return tables.Printable(lambda: _summary_table(rows, others))
+
+
+def _summary_table(rows: Sequence[_Row], others: Sequence[int]) -> Table:
+  has_escaped = any(row.escaped for row in rows)
+  columns = (
+    *('path', 'shape', 'weights', 'pruned', 'levels'),
+    *(('escaped',) if has_escaped else ()),
+    *('bits', 'payload', 'error', 'fit'),
+  )
+  weights = sum(row.weights for row in rows)
+  payload = _mean(rows, 'payload')
+  escaped_total = [f'{sum(row.escaped for row in rows):,}'] if has_escaped else []
+  totals = [
+    (
+      *(f'{len(rows)} compressed', '', f'{weights:,}', f'{_mean(rows, "sparsity"):.1%}', ''),
+      *(*escaped_total, '', f'{payload:.3f}'),
+    ),
+    (f'{len(others)} uncompressed', '', f'{sum(others):,}'),
+  ]
+  texts = [_texts(row, has_escaped) for row in rows]
+  styles = ['red' if row.is_misfit else '' for row in rows]
+  table = tables.leaf_table('', columns, texts, styles, totals)
+  rate = f'{32 / payload:.2f}' if payload else 'inf'
+  lines = [f'predicted: {payload:.3f} bits per weight with tables, {rate} times fewer than 32']
+  lines += _dead_line(rows)
+  if misfits := sum(row.is_misfit for row in rows):
+    low, high = LAPLACE_FIT_BOUNDS
+    lines.append(
+      f'! far from the Laplace density (fit outside {low} ... {high}): '
+      f'{misfits} of {len(rows)} leaves'
+    )
+  table.caption = '\n'.join(lines)
+  return table
+
+
+def _texts(row: _Row, has_escaped: bool) -> tuple[str, ...]:
+  """Returns the cells of a row."""
+  leaf, fit = row.leaf, float(row.leaf.laplace_fit)
+  return (
+    row.name,
+    'x'.join(map(str, leaf.shape)),
+    f'{row.weights:,}',
+    f'{float(leaf.sparsity):.1%}',
+    f'{int(leaf.levels)}',
+    *([f'{row.escaped:,}'] if has_escaped else []),
+    f'{float(np.mean(np.asarray(leaf.bits))):.2f}',
+    f'{float(leaf.payload):.3f}',
+    f'{float(leaf.error):.2%}',
+    '-' if math.isnan(fit) else f'{fit:.2f}{"!" if row.is_misfit else " "}',
+  )
+
+
+def _mean(rows: Sequence[_Row], field: str) -> float:
+  """Returns the mean of a leaf's field over all weights."""
+  total = sum(row.weights * float(getattr(row.leaf, field)) for row in rows)
+  return total / max(sum(row.weights for row in rows), 1)
+
+
+def _dead_line(rows: Sequence[_Row]) -> list[str]:
+  """Returns the line about channels, rows and leaves without survivors; none if all have some."""
+  channels = sum(int(row.leaf.dead_channels) for row in rows)
+  indices = sum(int(row.leaf.dead_rows) for row in rows)
+  if not channels and not indices:
+    return []
+  dead = [row.name for row in rows if float(row.leaf.sparsity) == 1]
+  names = tables.visible(', '.join(dead[:_MAX_NAMES]))
+  return [
+    f'all weights pruned of {channels:,} output channels, of {indices:,} indices of a first axis, '
+    f'and of {len(dead)} leaves{": " if dead else ""}{names}'
+  ]

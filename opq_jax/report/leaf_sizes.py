@@ -1,0 +1,96 @@
+"""The sizes of one compressed leaf, from its codes and its grid."""
+
+import itertools
+import math
+
+import numpy as np
+from jaxtyping import Float32, Int8, Shaped
+
+from opq_jax.coding.payload import entropy
+from opq_jax.core.limits import ESCAPE, MAX_LEVELS
+from opq_jax.file.grids import Grid
+from opq_jax.report.records import CompressedLeaf
+
+_PIECE = 1 << 18  # weights converted to float32 at a time (1 MiB): a leaf may be half of the memory
+
+
+def largest_on_grid(
+  weights: Shaped[np.ndarray, '...'], codes: Int8[np.ndarray, '...'], axis: int
+) -> Float32[np.ndarray, ' channels']:
+  """Returns the largest |w| on the grid in every output channel, 0 for a channel without any.
+
+  Args:
+    weights: a leaf; a vector is one channel.
+    codes: its codes, of the same shape.
+    axis: the axis of the output channels.
+
+  >>> weights, codes = np.array([[3.0, 1.0], [9.0, 2.0]]), np.array([[5, 0], [-128, 3]], np.int8)
+  >>> largest_on_grid(weights, codes, axis=1).tolist()
+  [3.0, 2.0]
+  """
+  shape = 1, 1, weights.size
+  if weights.ndim > 1:
+    axis %= weights.ndim
+    before, after = weights.shape[:axis], weights.shape[axis + 1 :]
+    shape = math.prod(before), weights.shape[axis], math.prod(after)
+  weights, codes = weights.reshape(shape), codes.reshape(shape)
+  before, channels, after = weights.shape
+  largest = np.zeros(channels, np.float32)
+  # pieces of whole runs along the last axis: several rows of channels, or part of one
+  columns = max(1, _PIECE // max(after, 1))
+  rows = max(1, columns // max(channels, 1))
+  for row, column in itertools.product(range(0, before, rows), range(0, channels, columns)):
+    part = np.s_[row : row + rows, column : column + columns]
+    is_on_grid = (codes[part] != 0) & (codes[part] != ESCAPE)
+    maxima = np.max(np.abs(weights[part].astype(np.float32)), (0, 2), where=is_on_grid, initial=0)
+    np.maximum(largest[part[1]], maxima, out=largest[part[1]])
+  return largest
+
+
+def compressed_leaf(
+  path: str,
+  grid: Grid,
+  codes: Int8[np.ndarray, '...'],
+  largest: Float32[np.ndarray, ' channels'],
+  axis: int,
+  stored: int,
+) -> CompressedLeaf:
+  """Returns the four sizes of one leaf (METHOD.md section 6).
+
+  Args:
+    path: the leaf's name.
+    grid: its threshold, step, levels and dtype.
+    codes: its codes, in its shape.
+    largest: `largest_on_grid` of its weights; ignored for channels without weights on the grid.
+    axis: the axis of the output channels.
+    stored: bytes of the leaf in the file.
+  """
+  dtype = np.dtype(grid.dtype)
+  other_axes = tuple(i for i in range(codes.ndim) if i != axis % codes.ndim or codes.ndim == 1)
+  survivors = np.count_nonzero(codes, axis=other_axes)
+  escapes = np.count_nonzero(codes == ESCAPE, axis=other_axes)
+  reach = largest - float(grid.threshold)
+  bits = 1 + np.log2(np.clip(reach / float(grid.step), 1, MAX_LEVELS))
+  kept, escaped = int(survivors.sum()), int(escapes.sum())
+  # if weights escape, 'escaped' is one more symbol of a survivor
+  symbols = 2 * grid.levels + (escaped > 0)
+  width = math.ceil(math.log2(symbols)) if symbols else 0
+  values = escaped * dtype.itemsize
+  row_axes = tuple(range(1, codes.ndim))
+  dead_rows = int(np.count_nonzero(~codes.any(axis=row_axes))) if codes.ndim > 1 else 0
+  return CompressedLeaf(
+    path=path,
+    shape=codes.shape,
+    dtype=dtype.name,
+    weights=codes.size,
+    survivors=kept,
+    escaped=escaped,
+    levels=grid.levels,
+    dead_channels=int(np.count_nonzero(survivors == 0)),
+    dead_rows=dead_rows,
+    original=codes.size * dtype.itemsize,
+    nominal=float(np.sum((survivors - escapes) * bits)) / 8 + values,
+    packed=-(-(kept * width) // 8) + -(-codes.size // 8) + 4 * grid.levels + values,
+    entropy=codes.size * entropy(codes) / 8 + values,
+    file=stored,
+  )

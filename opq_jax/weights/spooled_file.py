@@ -1,0 +1,143 @@
+"""Writes an `.opq` file whose parts are larger than memory.
+
+The index comes first in a file and is known last.  Payloads and blocks are therefore spooled to
+unnamed files on the same disk, and joined behind the index once every leaf is coded.
+"""
+
+import collections
+import contextlib
+import os
+import shutil
+import zlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, BinaryIO
+
+import numpy as np
+from jaxtyping import Int8, Shaped
+
+from opq_jax.compression.codes import LeafState
+from opq_jax.core import files
+from opq_jax.core.trees import PyTree
+from opq_jax.file import index as file_index
+from opq_jax.file import writer
+
+_MAX_PENDING = 8  # blocks of 1 MiB packed by threads or waiting for it: a bound of memory
+_COPY = 1 << 20  # bytes copied at a time
+
+
+class SpooledFile:
+  """The parts of an `.opq` file, in the order of its leaves.  A context manager.
+
+  Its bytes are those of `opq_jax.file.serialize` for the same leaves.
+
+  Args:
+    output: the place of the file; it stays as it is until `place`.
+    contexts: see `opq_jax.save`.
+  """
+
+  def __init__(self, output: str | os.PathLike[str], contexts: bool):
+    self._output, self._contexts = output, contexts
+    self._specs: list[str] = []
+    self._grids: list[list[np.float32]] = []
+    self._blocks: list[tuple[int, int]] = []
+    self._version, self._front = '1', b''
+    self._raw, self._raw_size = bytearray(), 0
+    self._pending: collections.deque[Future[bytes]] = collections.deque()
+    self._open = contextlib.ExitStack()
+    self._codes_file, self._blocks_file = self._spool(), self._spool()
+    self._pool = self._open.enter_context(ThreadPoolExecutor())
+
+  def __enter__(self) -> 'SpooledFile':
+    return self
+
+  def __exit__(self, *error: Any) -> None:
+    self._open.__exit__(*error)
+
+  def add_codes(
+    self,
+    name: str,
+    record: LeafState,
+    codes: Int8[np.ndarray, '...'],
+    escaped: Shaped[np.ndarray, ' m'],
+  ) -> None:
+    """Adds a compressed leaf.
+
+    Args:
+      name: the leaf's name, for error messages.
+      record: its grid; kinds are ignored.
+      codes: its codes.
+      escaped: its escaped weights, in C order.
+    """
+    written = writer.written_leaf(codes, escaped, record, contexts=self._contexts)
+    with files.errors_of(self._output):
+      self._codes_file.write(written.payload)
+    self._grids.append(writer.checked_grid(name, record))
+    self._specs.append(written.spec)
+    self._version = max(self._version, written.version)
+
+  def add(self, name: str, array: Shaped[np.ndarray, '...']) -> None:
+    """Adds an uncompressed leaf."""
+    array = writer.host_array(name, array)
+    self._specs.append(file_index.spec(array.dtype, array.shape))
+    # each leaf begins at a multiple of its item size
+    padding = -self._raw_size % array.dtype.itemsize
+    as_bytes = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    self._raw_size += padding + as_bytes.size
+    self._raw += bytes(padding)
+    for start in range(0, as_bytes.size, file_index.BLOCK):
+      self._raw += as_bytes[start : start + file_index.BLOCK].data
+      while len(self._raw) >= file_index.BLOCK:
+        self._pack(file_index.BLOCK)
+
+  def finish(self, unflatten: Callable[[list[str]], PyTree], metadata: dict[str, str]) -> None:
+    """Makes header, grids and index.
+
+    Args:
+      unflatten: makes the tree of the file from a list with an entry for each leaf.
+      metadata: the user's metadata.
+    """
+    if self._raw:
+      self._pack(len(self._raw))
+    while self._pending:
+      self._write_block()
+    codes_size = self._codes_file.tell()
+    self._front = writer.front(
+      unflatten(self._specs), self._grids, codes_size, self._blocks, metadata, self._version
+    )
+
+  @property
+  def size(self) -> int:
+    """Bytes of the finished file."""
+    return len(self._front) + self._codes_file.tell() + self._blocks_file.tell()
+
+  def place(self) -> None:
+    """Joins the parts and moves the file to its place.
+
+    Raises:
+      OSError: the file cannot be written; the file that was there stays.
+    """
+    with files.replacing(self._output) as file:
+      file.write(self._front)
+      for spool in (self._codes_file, self._blocks_file):
+        spool.seek(0)
+        shutil.copyfileobj(spool, file, _COPY)
+
+  def _pack(self, size: int) -> None:
+    """Has a thread pack the next block of uncompressed bytes."""
+    block = bytes(self._raw[:size])
+    del self._raw[:size]
+    self._pending.append(self._pool.submit(file_index.pack, block, period=4))
+    if len(self._pending) > _MAX_PENDING:
+      self._write_block()
+
+  def _write_block(self) -> None:
+    packed = self._pending.popleft().result()
+    self._blocks.append((len(packed), zlib.crc32(packed)))
+    with files.errors_of(self._output):
+      self._blocks_file.write(packed)
+
+  def _spool(self) -> BinaryIO:
+    file = files.spool(self._output)
+    self._open.callback(files.close, file)
+    return file
