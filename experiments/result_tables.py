@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from opq_jax import importers, models
-from opq_jax.allocation.allocator import OBJECTIVES
+from opq_jax.allocation import OBJECTIVES
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
 

@@ -1,32 +1,51 @@
 """Chooses how much of every leaf is pruned, and how finely the rest is quantized.
 
-`allocate` reads a parameter tree once and answers with an `Allocation`.  The closed forms are in
-`laplace`, the measurements in `leaf_statistics`, the searches in modules named by what they meet.
+`allocate` reads a parameter tree once and answers with an `Allocation`.
+
+    shards, counts, bins, statistics, merging      numbers that are read off the weights
+    laplace, histogram_sums, code_bits             errors and bits: by density, by histogram
+    channels, newton, dual_search                  algorithms on all leaves at once
+    sparsity, fixed_width                          the two targets of the paper
+    laplace_rate; exponential_tails, choices,
+      rate_search                                  the joint target: by density, by histogram
+    joined_statistics, units, solver, description  one compiled program from statistics to records
+    targets, objectives, selection, answer_checks  arguments and answers, checked
 """
 
-from opq_jax.allocation.allocator import (
+from opq_jax.allocation.allocator import allocate
+from opq_jax.allocation.answer_checks import LAPLACE_FIT_BOUNDS
+from opq_jax.allocation.merging import merge_statistics
+from opq_jax.allocation.objectives import OBJECTIVES, Objective
+from opq_jax.allocation.records import Allocation, LeafAllocation
+from opq_jax.allocation.selection import axis_of, choose_leaves, is_compressible
+from opq_jax.allocation.statistics import LeafStatistics, leaf_statistics
+from opq_jax.allocation.targets import (
   DEFAULT_COMPRESSION_RATE,
-  LAPLACE_FIT_BOUNDS,
-  OBJECTIVES,
-  Allocation,
-  LeafAllocation,
-  Objective,
+  TARGET_NAMES,
+  BitsPerWeight,
+  SparsityAndBits,
   TooFewBitsError,
-  allocate,
-  is_compressible,
+  check_file_rate,
+  check_targets,
 )
-from opq_jax.allocation.statistics import LeafStatistics, leaf_statistics, merge_statistics
 
 __all__ = [
   'DEFAULT_COMPRESSION_RATE',
   'LAPLACE_FIT_BOUNDS',
   'OBJECTIVES',
+  'TARGET_NAMES',
   'Allocation',
+  'BitsPerWeight',
   'LeafAllocation',
   'LeafStatistics',
   'Objective',
+  'SparsityAndBits',
   'TooFewBitsError',
   'allocate',
+  'axis_of',
+  'check_file_rate',
+  'check_targets',
+  'choose_leaves',
   'is_compressible',
   'leaf_statistics',
   'merge_statistics',

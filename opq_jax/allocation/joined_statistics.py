@@ -1,4 +1,8 @@
-"""The statistics of all leaves in a few arrays, whose sizes are the same for many networks."""
+"""The statistics of all leaves in a few arrays, whose sizes are the same for many networks.
+
+XLA compiles a program for the sizes of its arrays.  With one array per leaf every network would
+need programs of its own; with joined arrays of a few rounded sizes, most share them.
+"""
 
 import math
 from collections.abc import Sequence
@@ -9,26 +13,30 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from opq_jax.allocation.histograms import BINS
+from opq_jax.allocation.bins import BINS
 from opq_jax.allocation.lattices import Lattice
 from opq_jax.allocation.statistics import LeafStatistics
 from opq_jax.core import trees
 
+_BLOCKS = 8, 64  # channels: lengths of a block; sums over longer blocks are faster
+_MAX_PADDING = 9 / 8  # of the places with short blocks, at which long blocks are still used
+_MIN_LEAVES, _MIN_CHANNELS = 8, 512  # least sizes of the joined arrays
+_FLOAT_MANTISSA = 23  # bits of a float32's mantissa; weights are read as float32
+
 
 class Layout(NamedTuple):
-  """Where the channels of all leaves lie in joined arrays.
+  """Places of the channels of all leaves in joined arrays.
 
-  What is compiled depends on the sizes of these arrays alone.  On the host there are a few sizes
-  for all networks: behind a leaf's channels are as many of zeros as fill its last block, and behind
-  the leaves are some more of zeros, as if they were the network's.  Where values are traced there
-  is no room between: each trace is compiled for itself.
+  On the host, a leaf's channels are padded with zeros up to a whole number of blocks, and the
+  leaves with leaves of zeros, up to a few sizes for all networks.  Where values are traced there is
+  no padding: each trace is compiled for itself.
 
   Attributes:
-    place: of every channel.
-    leaf: which leaf each place belongs to.
-    sizes: weights of every leaf; one a channel in those that are not the network's.
-    block: how many places in a row are of one leaf.
-    is_traced: whether there is no room between.
+    place: index of every channel.
+    leaf: leaf of every place.
+    sizes: weights of every leaf; in a padding leaf, one per channel.
+    block: length of the runs of places that belong to one leaf.
+    is_traced: whether there is no padding.
   """
 
   place: np.ndarray | slice
@@ -38,7 +46,7 @@ class Layout(NamedTuple):
   is_traced: bool
 
   def channels(self, parts: Sequence[Any], dtype: Any) -> Any:
-    """What every leaf has of its channels, joined; 0 in between."""
+    """Joins arrays of one number per channel; padding is 0."""
     if self.is_traced:
       return jnp.concatenate(parts).astype(dtype)
     joined = np.zeros(len(self.leaf), dtype)
@@ -46,7 +54,7 @@ class Layout(NamedTuple):
     return joined
 
   def leaves(self, parts: Sequence[Any], dtype: Any, fill: float = 0) -> Any:
-    """What there is one of for every leaf, stacked."""
+    """Stacks one array per leaf; padding leaves have `fill`."""
     if self.is_traced:
       return jnp.stack(parts).astype(dtype)
     more = len(self.sizes) - len(parts)
@@ -58,18 +66,18 @@ class JoinedStatistics(NamedTuple):
   """The statistics of all leaves, joined as a `Layout` says; in the units of the weights.
 
   Attributes:
-    scale, maximum: see `LeafStatistics`, of all channels.
+    scale, maximum: of all channels, as in `LeafStatistics`.
     histogram: of every leaf, or None.
-    ends: with whose octaves the bins of every leaf's histogram end.
-    share: of all weights, of every channel.
-    leaf: which leaf a channel belongs to.
+    ends: magnitude with whose octave the bins of every leaf end.
+    share: of all weights, for every channel.
+    leaf: leaf of every channel.
     sizes: weights of every leaf.
-    value_bits, mantissa: bits of each leaf's dtype, and of its mantissa.
-    numbers: the |w| of all weights in a bin, in leaves of which that is known to be one; else NaN.
+    value_bits: bits of each leaf's dtype.
+    mantissa: bits of its mantissa.
+    numbers: the one |w| that all weights of a bin have, in leaves where it is known; else NaN.
     lattices: of every leaf with few distinct magnitudes, as a `Lattice` of arrays.
-    power: of its energy S_i, in what the relative error of a leaf counts; None where the objective
-      is not linear in the errors.
-    omegas: what that is multiplied by, of every leaf.
+    power: p of F_i = omega_i (D_i / S_i) S_i^p; None where the objective is not linear in D_i.
+    omegas: omega_i.
   """
 
   scale: Float[Array, 'channels']
@@ -88,26 +96,27 @@ class JoinedStatistics(NamedTuple):
 
   @property
   def leaves(self) -> int:
+    """Leaves, with padding."""
     return len(self.sizes)
 
   def largest(self) -> Float[Array, 'leaves']:
-    """The largest |w| of every leaf."""
+    """Returns the largest |w| of every leaf."""
     return jax.ops.segment_max(self.maximum, self.leaf, self.leaves, indices_are_sorted=True)
 
 
-def layout_of(stats: list[LeafStatistics], is_traced: bool) -> Layout:
-  """Where the channels of these leaves are to lie; without room between, if anything is traced."""
+def layout_of(stats: Sequence[LeafStatistics], is_traced: bool) -> Layout:
+  """Returns a layout of the channels of these leaves; without padding if anything is traced."""
   counts, sizes = [s.channels for s in stats], [s.size for s in stats]
   if is_traced:
     leaf = np.repeat(np.arange(len(stats), dtype=np.int32), counts)
     return Layout(slice(None), leaf, np.array(sizes), math.gcd(*counts), True)
-  # sums over longer blocks are quicker, if they are not of zeros
+  short, long = _BLOCKS
   places = lambda block: sum(-(-count // block) * block for count in counts)
-  block = 64 if places(64) <= places(8) * 9 / 8 else 8
-  leaves = _rounded_up(len(stats), 8)
+  block = long if places(long) <= places(short) * _MAX_PADDING else short
+  leaves = _rounded_up(len(stats), _MIN_LEAVES)
   blocks = [-(-count // block) for count in counts] + [1] * (leaves - len(stats))
   sizes += [block] * (leaves - len(stats))
-  blocks[-1] += _rounded_up(sum(blocks), 512 // block) - sum(blocks)
+  blocks[-1] += _rounded_up(sum(blocks), _MIN_CHANNELS // block) - sum(blocks)
   starts = np.cumsum([0, *blocks]) * block
   place = [start + np.arange(count) for start, count in zip(starts, counts, strict=False)]
   leaf = np.repeat(np.arange(leaves, dtype=np.int32), np.array(blocks) * block)
@@ -115,27 +124,42 @@ def layout_of(stats: list[LeafStatistics], is_traced: bool) -> Layout:
 
 
 def _rounded_up(count: int, least: int) -> int:
-  """The first of 8, 12, 16, 24, 32, 48, … that is no less, nor less than `least`."""
+  """Returns the first of 8, 12, 16, 24, 32, 48, … that is at least `count` and `least`.
+
+  Two sizes an octave: at most half of an array is padding, and few programs are compiled.
+  """
   power = 1 << (max(count, least) - 1).bit_length()
   return power * 3 // 4 if max(count, least) <= power * 3 // 4 else power
 
 
 def join(
-  stats: list[LeafStatistics],
+  stats: Sequence[LeafStatistics],
   power: float | None,
-  omegas: list[Array] | None,
-  numbers: list[np.ndarray | None],
-  lattices: list[Lattice],
+  omegas: Sequence[Array] | None,
+  numbers: Sequence[np.ndarray | None],
+  lattices: Sequence[Lattice],
   layout: Layout,
 ) -> JoinedStatistics:
-  """The statistics of all leaves as the layout says; 1 in the place of `omegas` that are None."""
+  """Joins the statistics of all leaves.
+
+  Args:
+    stats: of the leaves.
+    power: as in `JoinedStatistics`.
+    omegas: as in `JoinedStatistics`; None for 1.
+    numbers: of each leaf, from `opq_jax.allocation.lattices.numbers_of`.
+    lattices: of each leaf.
+    layout: of the joined arrays.
+  """
   dtype = jnp.result_type(float)
   total = sum(s.size for s in stats)
   share = layout.channels([np.full(s.channels, s.per_channel / total) for s in stats], dtype)
   if not layout.is_traced:
-    # leaves that are not the network's have logarithms too
+    # padding leaves need a finite logarithm of their share
     share[layout.leaf >= len(stats)] = 1 / total
   histograms = [s.histogram for s in stats if s.histogram is not None]
+  mantissas = [min(jnp.finfo(s.dtype).nmant, _FLOAT_MANTISSA) for s in stats]
+  unknown = np.full(BINS, np.nan, np.float32)
+  columns = [list(map(np.asarray, column)) for column in zip(*lattices, strict=True)]
   return JoinedStatistics(
     scale=layout.channels([s.scale for s in stats], dtype),
     maximum=layout.channels([s.maximum for s in stats], dtype),
@@ -145,18 +169,9 @@ def join(
     leaf=layout.leaf,
     sizes=layout.sizes.astype(dtype),
     value_bits=layout.leaves([np.asarray(8.0 * s.dtype.itemsize) for s in stats], dtype),
-    mantissa=layout.leaves(
-      [np.asarray(float(min(jnp.finfo(s.dtype).nmant, 23))) for s in stats], dtype
-    ),
-    numbers=layout.leaves(
-      [np.full(BINS, np.nan, np.float32) if n is None else n for n in numbers], dtype
-    ),
-    lattices=Lattice(
-      *(
-        layout.leaves(list(map(np.asarray, column)), dtype)
-        for column in zip(*lattices, strict=True)
-      )
-    ),
+    mantissa=layout.leaves([np.asarray(float(m)) for m in mantissas], dtype),
+    numbers=layout.leaves([unknown if n is None else n for n in numbers], dtype),
+    lattices=Lattice(*(layout.leaves(column, dtype) for column in columns)),
     power=None if power is None else np.asarray(power, dtype),
     omegas=layout.leaves(trees.on_host(omegas or [np.ones(())] * len(stats)), dtype, fill=1),
   )

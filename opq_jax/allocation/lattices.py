@@ -12,21 +12,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32
 
-from opq_jax.allocation.histograms import BINS, bin_edge, bin_of
+from opq_jax.allocation.bins import BINS, bin_edge, bin_of
+from opq_jax.allocation.code_bits import CODER_BITS
 from opq_jax.allocation.statistics import LeafStatistics
 from opq_jax.coding import ans
 from opq_jax.core.limits import MAX_LEVELS, STEP_BITS
 
-_NEAR = 2e-3  # of a step
+_NEAR = 2e-3  # of a step: multiples of .1, say, are off a grid by roundings of float32
+_FLOAT_BITS = 24  # significant bits of a float32
+_OWN_BINS_MANTISSA = 7  # bits of bfloat16's mantissa: every such number has a bin of its own
 
 
 class Lattice(NamedTuple):
   """A grid that holds a leaf exactly; zeros where there is none.
 
   Attributes:
-    threshold, first, step, levels: of the grid.
-    bits: per weight of its payload.
-    error: squared, per weight and over the square of the leaf's largest |w|; 0, or next to nothing.
+    threshold, first, step, levels: of the grid, in the units of the weights.
+    bits: bits per weight of its payload.
+    error: squared error per weight, over the square of the leaf's largest |w|; 0, or that of
+      rounding in float32.
   """
 
   threshold: float | Array = 0.0
@@ -37,8 +41,17 @@ class Lattice(NamedTuple):
   error: float | Array = 0.0
 
 
+class _Affine(NamedTuple):
+  """An affine grid: `levels` values from `first` on, `step` apart, beyond `threshold`."""
+
+  threshold: np.float32
+  first: np.float32
+  step: np.float32
+  levels: int
+
+
 def has_few_magnitudes(stats: LeafStatistics) -> bool:
-  """Whether a leaf's histogram, on the host, has no more bins than a grid has levels."""
+  """Returns whether a leaf's histogram, on the host, has no more bins than a grid has levels."""
   if stats.histogram is None or not np.isfinite(stats.largest) or stats.largest == 0:
     return False
   counts = np.asarray(stats.histogram).sum(axis=0)
@@ -48,14 +61,14 @@ def has_few_magnitudes(stats: LeafStatistics) -> bool:
 def numbers_of(
   stats: LeafStatistics, weights: Array | np.ndarray | None
 ) -> Float32[np.ndarray, ' bins'] | None:
-  """The |w| of all weights in each bin of a leaf that `has_few_magnitudes`; None where they differ.
+  """Returns the one |w| that all weights of each bin have, or None where they differ.
 
   Args:
-    stats: of the leaf, on the host.
-    weights: its weights; None where they cannot be seen.  Of bfloat16 and narrower dtypes every
-      number has a bin of its own, and they need not be.
+    stats: of a leaf that `has_few_magnitudes`, on the host.
+    weights: its weights, or None where they cannot be read.  Weights of bfloat16 and narrower
+      dtypes are not needed: every number of theirs has a bin of its own.
   """
-  if jnp.finfo(stats.dtype).nmant <= 7:
+  if jnp.finfo(stats.dtype).nmant <= _OWN_BINS_MANTISSA:
     return np.array(bin_edge(jnp.arange(BINS, dtype=jnp.int32), jnp.float32(stats.largest)))
   if weights is None:
     return None
@@ -64,7 +77,12 @@ def numbers_of(
 
 
 def lattice_of(stats: LeafStatistics, numbers: Float32[np.ndarray, ' bins']) -> Lattice:
-  """The grid with a level at each magnitude that occurs, from the `numbers_of` a leaf."""
+  """Returns the grid with a level at each magnitude that occurs, or zeros where there is none.
+
+  Args:
+    stats: of the leaf, on the host.
+    numbers: from `numbers_of`.
+  """
   counts = np.asarray(stats.histogram)
   occurs = np.flatnonzero(counts.sum(axis=0)[1:]) + 1
   magnitudes = numbers[occurs].astype(np.float32)
@@ -77,7 +95,7 @@ def lattice_of(stats: LeafStatistics, numbers: Float32[np.ndarray, ' bins']) -> 
   codes[0] = counts[:, 0].sum()
   for sign, row in zip((1, -1), counts, strict=True):
     codes[sign * place] += row[occurs]
-  bits = float(ans.ideal_bits(codes)) + len(ans.write_table(ans.fit(codes))) + 40
+  bits = float(ans.ideal_bits(codes)) + len(ans.write_table(ans.fit(codes))) + CODER_BITS
   off = magnitudes.astype(np.float64) - _values(first, step, place - 1, np.dtype(stats.dtype))
   off /= float(stats.largest)
   error = float(np.sum(counts[:, occurs] * np.square(off)) / stats.size)
@@ -90,51 +108,48 @@ def lattice_of(stats: LeafStatistics, numbers: Float32[np.ndarray, ' bins']) -> 
 def _magnitudes(
   weights: Array, largest: Float32[Array, '']
 ) -> tuple[Float32[Array, ' bins'], Bool[Array, '']]:
-  """The largest |w| of every bin, and whether it is the only one, zeros in the first bin."""
+  """Returns the largest |w| of every bin, and whether no bin has another (bin 0: only zeros)."""
   magnitude = jnp.abs(weights.astype(jnp.float32))
   index = bin_of(magnitude, largest)
   found = jnp.zeros(BINS, jnp.float32).at[index].max(magnitude)
   return found, jnp.all(magnitude == found[index]) & (found[0] == 0)
 
 
-def _affine(
-  magnitudes: Float32[np.ndarray, ' k'], dtype: np.dtype
-) -> tuple[np.float32, np.float32, np.float32, int] | None:
-  """Threshold, first value, step and levels of a grid with a level at each of ascending magnitudes.
+def _affine(magnitudes: Float32[np.ndarray, ' k'], dtype: np.dtype) -> _Affine | None:
+  """Returns a grid with a level at each of ascending magnitudes, or None where there is none.
 
-  None where there is none.  Of three or more magnitudes a value may be off by next to nothing: a
-  multiple of .1, say, is rounded in float32, and no grid is made of such numbers.
+  Levels of one or two magnitudes are exact.  Those of three or more may be off by `_NEAR` of a
+  step.
   """
   first, last = magnitudes[0], magnitudes[-1]
   if len(magnitudes) == 1:
-    return first / 2, first, first, 1
+    return _Affine(first / 2, first, first, 1)
   gap = float(np.min(np.diff(magnitudes.astype(np.float64))))
   levels = round((float(last) - float(first)) / gap) + 1
   if levels > MAX_LEVELS:
     return None
   step = np.float32((float(last) - float(first)) / (levels - 1))
   if levels > 2:
-    # as `opq_jax.compression.codes.exact_grid` would round them
+    # as `opq_jax.compression.codes.exact_grid` will round them
     mantissa, exponent = math.frexp(step)
     step = np.float32(math.ldexp(round(mantissa * 2**STEP_BITS), exponent - STEP_BITS))
-    unit = math.ldexp(1.0, max(exponent - STEP_BITS, math.frexp(last)[1] - 24))
+    unit = math.ldexp(1.0, max(exponent - STEP_BITS, math.frexp(last)[1] - _FLOAT_BITS))
     first = np.float32(round(float(first) / unit) * unit)
   place = np.rint((magnitudes - first) / step)
   values = _values(first, step, place, dtype)
-  # all of at most two magnitudes are exact
-  most = 0 if levels <= 2 else _NEAR * step
-  if np.max(np.abs(values - magnitudes)) > most:
+  tolerance = 0 if levels <= 2 else _NEAR * step
+  if np.max(np.abs(values - magnitudes)) > tolerance:
     return None
   # in the first half of the first cell, so that threshold + (first - threshold) is first
   threshold = np.maximum(first / 2, first - step / 2)
-  # a first value that is next to nothing beside the step leaves rounding to say which cell is meant
+  # where the first value is next to nothing beside the step, rounding would choose the cell
   if not np.array_equal(np.floor((magnitudes - threshold) * (1 / step)), place):
     return None
-  return threshold, first, step, levels
+  return _Affine(threshold, first, step, levels)
 
 
 def _values(
   first: np.float32, step: np.float32, place: np.ndarray, dtype: np.dtype
 ) -> Float32[np.ndarray, ' k']:
-  """Of the cells of a grid, counted from 0, once they are of the dtype."""
+  """Returns the levels of a grid, counted from 0, rounded to `dtype`."""
   return (first + step * place.astype(np.float32)).astype(dtype).astype(np.float32)

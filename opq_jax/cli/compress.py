@@ -10,7 +10,7 @@ from typing import Any
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the options of `opq compress`, and the names of the known networks."""
   from opq_jax import models
-  from opq_jax.allocation.allocator import DEFAULT_COMPRESSION_RATE, OBJECTIVES
+  from opq_jax.allocation import DEFAULT_COMPRESSION_RATE, OBJECTIVES
 
   names = ' '.join(models.names())
   parser.description = f'{parser.description}\nnetworks:\n' + textwrap.fill(
@@ -113,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
   """Compresses IN into OUT and prints what became of every leaf."""
   import opq_jax
-  from opq_jax.allocation.allocator import DEFAULT_COMPRESSION_RATE, check_file_rate
+  from opq_jax.allocation import DEFAULT_COMPRESSION_RATE, check_file_rate
   from opq_jax.cli.outputs import check_output
   from opq_jax.cli.targets import targets_text
   from opq_jax.importers import networks

@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from opq_jax import finetuning
-from opq_jax.allocation.allocator import allocate
+from opq_jax.allocation import allocate
 from opq_jax.compression.codes import CompressionState, apply_compression, init_state
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from opq_jax.allocation.allocator import is_compressible
+from opq_jax.allocation import is_compressible
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 from opq_jax.weights import channels

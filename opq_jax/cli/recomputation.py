@@ -6,7 +6,7 @@ import jax
 
 import opq_jax
 from opq_jax import encoders
-from opq_jax.allocation.allocator import OBJECTIVES
+from opq_jax.allocation import OBJECTIVES
 from opq_jax.cli.console import collected_warnings
 from opq_jax.cli.in_memory import (
   ALONG_TRELLIS,

@@ -31,7 +31,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int8, Int32, UInt8
 
-from opq_jax.allocation.allocator import Allocation, LeafAllocation
+from opq_jax.allocation import Allocation, LeafAllocation
 from opq_jax.core import trees
 from opq_jax.core.limits import MAX_LEVELS, STEP_BITS
 from opq_jax.core.trees import PyTree

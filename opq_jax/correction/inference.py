@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from opq_jax.allocation.allocator import is_compressible
+from opq_jax.allocation import is_compressible
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 from opq_jax.correction import batch_statistics

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from opq_jax.allocation.allocator import (
+from opq_jax.allocation import (
   Allocation,
+  BitsPerWeight,
   LeafAllocation,
   Objective,
   allocate,
@@ -124,8 +125,9 @@ def compress(
   if file_rate is not None:
     check_file_rate(file_rate, *targets.values())
     return _at_file_rate(encoder, params, float(file_rate), options)
-  target = float(check_targets(**targets)['bits_per_weight'])
-  return _at_bits(encoder, params, target, options)
+  checked = check_targets(**targets)
+  assert isinstance(checked, BitsPerWeight)
+  return _at_bits(encoder, params, float(checked.bits_per_weight), options)
 
 
 def _at_file_rate(

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from opq_jax.allocation.allocator import Allocation, TooFewBitsError, allocate
+from opq_jax.allocation import Allocation, TooFewBitsError, allocate
 from opq_jax.compression.codes import CompressionState, init_state
 from opq_jax.core.trees import PyTree
 from opq_jax.file import writer

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from opq_jax import allocation as allocations
 from opq_jax.allocation import (
   Allocation,
   LeafAllocation,
@@ -26,7 +27,6 @@ from opq_jax.allocation import (
   is_compressible,
   leaf_statistics,
 )
-from opq_jax.allocation import allocator as allocations
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 from opq_jax.file import index as file_index
@@ -103,7 +103,7 @@ def compress_stored(
   True 16
   """
   file_rate = targets.pop('file_rate', None)
-  others = [targets.get(name) for name in allocations.TARGETS]
+  others = [targets.get(name) for name in allocations.TARGET_NAMES]
   if file_rate is None:
     allocations.check_targets(*others)
   else:
@@ -113,7 +113,7 @@ def compress_stored(
   tree = writer.plain_tree(tree)
   file_index.check_names(tree)
   leaves = trees.named_leaves(tree)
-  chosen = allocations.choose(leaves, compressible)
+  chosen = allocations.choose_leaves(leaves, compressible)
   axes = {name: allocations.axis_of(name, leaves[name], channel_axis) for name in chosen}
   with stage('statistics'):
     statistics = {name: _statistics(leaves[name], axes[name]) for name in chosen}

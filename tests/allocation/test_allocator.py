@@ -13,8 +13,8 @@ from flax import nnx
 
 import opq_jax
 from opq_jax import allocate, encode, init_state
+from opq_jax.allocation import OBJECTIVES, Allocation
 from opq_jax.allocation import solver as allocation_solver
-from opq_jax.allocation.allocator import OBJECTIVES, Allocation
 from opq_jax.coding.payload import encode_codes
 from opq_jax.compression.codes import ESCAPE
 from tests.helpers import assets

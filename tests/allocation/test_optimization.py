@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from opq_jax.allocation import laplace
+from opq_jax.allocation.channels import Channels
 from opq_jax.allocation.fixed_width import minimise_at_bits
-from opq_jax.allocation.optimization import Channels, minimise_at_rate, minimise_at_sparsity
+from opq_jax.allocation.laplace_rate import minimise_at_rate
+from opq_jax.allocation.sparsity import minimise_at_sparsity
 
 LEAVES = 8
 # a handful of layouts, so that a handful of compilations serve every example

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import opq_jax
-from opq_jax.allocation import rate_search
-from opq_jax.allocation.histograms import sums_of
+from opq_jax.allocation.exponential_tails import best_grid
+from opq_jax.allocation.histogram_sums import sums_of
+from opq_jax.allocation.rate_problem import RateProblem
 from opq_jax.coding import escapes
 from opq_jax.coding import payload as entropy_coding
 from opq_jax.compression.codes import ESCAPE
@@ -163,8 +164,8 @@ def test_grid_in_closed_form_is_nearly_the_best_of_all(kind, price):
     jnp.zeros(1, bool),
   )
   sizes = one(weights.size), one(1), one(23), one(0)
-  leaves = rate_search.Leaves(sums, *sizes, True, one(jnp.inf), one(0))
-  threshold, step, _ = (float(x[0]) for x in rate_search._grid(leaves, one(np.log(price))))
+  leaves = RateProblem(sums, *sizes, True, one(jnp.inf), one(0))
+  threshold, step, _ = (float(x[0]) for x in best_grid(leaves, one(np.log(price))))
   factors = np.geomspace(0.6, 1.6, 13)
   best = min(cost(weights, price, threshold * f, step * g) for f in factors for g in factors)
   assert cost(weights, price, threshold, step) <= 1.006 * best

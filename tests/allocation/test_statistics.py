@@ -5,9 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opq_jax.allocation import histograms, rate_search, statistics
-from opq_jax.allocation.histograms import BINS
-from opq_jax.allocation.statistics import leaf_statistics, merge_statistics
+from opq_jax.allocation import leaf_statistics, merge_statistics
+from opq_jax.allocation.bins import BINS
+from opq_jax.allocation.counts import fine_histogram, per_channel_count
+from opq_jax.allocation.description import histogram_moments
+from opq_jax.allocation.histogram_sums import sums_of
+from opq_jax.allocation.ranks import bins_at_rank, magnitudes_at_rank
+from opq_jax.allocation.rate_problem import RateProblem, entropy_of, payload_of
 from opq_jax.coding import escapes
 from opq_jax.coding.payload import encode_codes
 
@@ -20,12 +24,12 @@ SHAPES = {
 
 
 def RANK(weights, stats, rank):
-  coarse, left = histograms.bins_at_rank(stats.histogram[None], rank[None])
-  fine = statistics.fine_histogram(weights, stats.largest, coarse[0])[None]
-  return histograms.magnitudes_at_rank(fine, stats.largest[None], coarse, left, rank[None])[0]
+  coarse, left = bins_at_rank(stats.histogram[None], rank[None])
+  fine = fine_histogram(weights, stats.largest, coarse[0])[None]
+  return magnitudes_at_rank(fine, stats.largest[None], coarse, left, rank[None])[0]
 
 
-COUNT = statistics.per_channel_count
+COUNT = per_channel_count
 
 
 def sample(shape, kind='laplace', dtype=np.float32, seed=0):
@@ -46,7 +50,7 @@ def by_channel(weights, axis):
   return np.moveaxis(weights, axis, -1).reshape(-1, weights.shape[axis])
 
 
-def entropy_of(codes):
+def empirical_entropy(codes):
   _, counts = np.unique(codes, return_counts=True)
   share = counts / counts.sum()
   return -np.sum(share * np.log2(share))
@@ -127,7 +131,7 @@ def summed(stats):
   """The sums of one leaf's histogram, in a unit of 1."""
   unknown = jnp.full((1, BINS), jnp.nan)
   is_coarse = jnp.asarray([jnp.finfo(stats.dtype).nmant <= 7])
-  return histograms.sums_of(stats.histogram[None], stats.largest[None], unknown, is_coarse)
+  return sums_of(stats.histogram[None], stats.largest[None], unknown, is_coarse)
 
 
 # none with an edge that is a number of few bits
@@ -151,8 +155,8 @@ def test_payload_is_that_of_the_coder(shape):
   @jax.jit
   def payloads(threshold, step, levels):
     sizes = one(weights.size), one(1), one(23), one(0)
-    leaves = rate_search.Leaves(sums, *sizes, True, one(jnp.inf), one(0))
-    return rate_search.payload_of(leaves, threshold, step, levels)
+    leaves = RateProblem(sums, *sizes, True, one(jnp.inf), one(0))
+    return payload_of(leaves, threshold, step, levels)
 
   for threshold, step, levels in GRIDS:
     codes = codes_on(weights, threshold, step, levels)
@@ -171,12 +175,12 @@ def test_entropy_and_moments_are_those_of_the_codes(kind, dtype):
   stats = leaf_statistics(weights, -1)
   sums = summed(stats)
   one = lambda x: jnp.float32([x])
-  moments = jax.jit(histograms.histogram_moments)
+  moments = jax.jit(histogram_moments)
   for threshold, step, levels in GRIDS:
     codes = codes_on(weights, threshold, step, levels)
-    found, escaped = rate_search.entropy_of(sums, one(threshold), one(step), one(levels), one(0))
+    found, escaped = entropy_of(sums, one(threshold), one(step), one(levels), one(0))
     slack = 5e-3 if dtype == jnp.float32 else 0.03  # many weights lie on an edge
-    assert float(found[0]) == pytest.approx(entropy_of(codes), abs=slack)
+    assert float(found[0]) == pytest.approx(empirical_entropy(codes), abs=slack)
     assert float(escaped[0]) == pytest.approx((codes == -128).mean(), abs=slack)
     on_grid = (codes != 0) & (codes != -128)
     flat = np.abs(np.asarray(weights, np.float64).ravel())

@@ -22,8 +22,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import opq_jax
-from opq_jax.allocation import statistics
-from opq_jax.allocation.histograms import BINS, FINE_BINS
+from opq_jax.allocation import counts, shards, statistics
+from opq_jax.allocation.bins import BINS, FINE_BINS
 from opq_jax.finetuning import parallel, training
 
 SPECS = {
@@ -101,22 +101,22 @@ def statistics_are_those_of_one_device():
           np.testing.assert_array_equal(found.histogram, expected.histogram)
         if expected.leading is not None:
           np.testing.assert_array_equal(found.leading, expected.leading)
-      count = statistics.per_channel_count(leaf, np.float32(0.8), axis)
-      expected = statistics.per_channel_count(plain()[name], np.float32(0.8), axis)
+      count = counts.per_channel_count(leaf, np.float32(0.8), axis)
+      expected = counts.per_channel_count(plain()[name], np.float32(0.8), axis)
       np.testing.assert_array_equal(count, expected)
 
 
 def statistics_gather_nothing():
   leaf = laid()['a/kernel']
   shard = leaf.size // 8
-  layout = statistics._layout(leaf)
+  layout = shards.placement_of(leaf)
   for axis in (0, 1):
     compiled = statistics._leaf_statistics.lower(leaf, None, axis, True, layout).compile()
     assert 0 < largest_moved(compiled) <= 2 * BINS
-    compiled = statistics._per_channel_count.lower(leaf, np.float32(1), axis, layout).compile()
+    compiled = counts._per_channel_count.lower(leaf, np.float32(1), axis, layout).compile()
     assert 0 < largest_moved(compiled) <= 1024
   where = np.float32(9), np.int32(3)
-  compiled = statistics._fine_histogram.lower(leaf, where, layout).compile()
+  compiled = counts._fine_histogram.lower(leaf, where, layout).compile()
   assert 0 < largest_moved(compiled) <= FINE_BINS < shard
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from opq_jax.allocation.allocator import Allocation, LeafAllocation
+from opq_jax.allocation import Allocation, LeafAllocation
 from opq_jax.report import summary, tables
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import opq_jax
 from configs import one_shot
 from experiments.benchmarks import one_shot_images
-from opq_jax.allocation.allocator import OBJECTIVES
+from opq_jax.allocation import OBJECTIVES
 from opq_jax.file import writer
 from opq_jax.importers import networks
 

@@ -13,7 +13,7 @@ import math
 import numpy as np
 
 from experiments.benchmarks import harness
-from opq_jax.allocation import optimization
+from opq_jax.allocation import laplace_rate
 
 
 def entropy_and_error(edges: np.ndarray, values: np.ndarray) -> tuple[float, float]:
@@ -34,7 +34,7 @@ def entropy_and_error(edges: np.ndarray, values: np.ndarray) -> tuple[float, flo
 
 
 def main() -> None:
-  table = optimization.single_scale_table()
+  table = laplace_rate.single_scale_table()
   rows = []
   for mu in (0.01, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0):
     threshold, step = (

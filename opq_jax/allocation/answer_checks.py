@@ -1,0 +1,161 @@
+"""Checks of an allocation's values, and warnings where it differs from the targets."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from opq_jax.allocation.statistics import LeafStatistics
+from opq_jax.allocation.targets import BitsPerWeight, SparsityAndBits, Targets, TooFewBitsError
+from opq_jax.core import messages
+
+LAPLACE_FIT_BOUNDS = (0.55, 3.0)
+"""Bounds of `laplace_fit` (true energy over that of the Laplace density) without a warning.
+
+The ratio is 1 where the density fits, .79 for Gaussian weights, .67 for uniform ones and .5 for
+constant magnitudes.
+"""
+
+_MAX_LISTED = 10  # leaves that a warning names: a large model has thousands
+_TOLERANCE = 0.005  # of a target, relative (of sparsity: absolute), before a warning
+_MIN_WEIGHTS_A_CHANNEL = 32  # of fewer, mean |w| is no estimate: with one the ratio is always .5
+
+Fields = Mapping[str, np.ndarray]
+
+
+def check_answer(
+  names: Sequence[str],
+  stats: Sequence[LeafStatistics],
+  per_leaf: Fields,
+  per_channel: Fields,
+  targets: Targets,
+) -> None:
+  """Checks that the weights are finite, the rate is met and the density fits.
+
+  Args:
+    names, stats: of the compressed leaves.
+    per_leaf, per_channel: fields of all `LeafAllocation`s, joined.
+    targets: the problem that was solved.
+
+  Raises:
+    ValueError: a weight is NaN or infinite.
+    TooFewBitsError: the frequency tables alone take more bits than asked.
+
+  Warns:
+    UserWarning: fewer bits than asked; leaves, rows or channels that lose all their weights; with
+      `SparsityAndBits`, leaves far from the Laplace density.
+  """
+  _check_finite(names, stats, per_channel['scale'])
+  if isinstance(targets, BitsPerWeight):
+    _check_bits_per_weight(stats, per_leaf, float(targets.bits_per_weight))
+  _warn_of_dead(names, stats, per_leaf)
+  if isinstance(targets, SparsityAndBits):
+    _warn_of_misfits(names, stats, per_leaf['laplace_fit'])
+
+
+def _check_finite(names: Sequence[str], stats: Sequence[LeafStatistics], scale: np.ndarray) -> None:
+  is_finite = np.isfinite(scale)
+  if is_finite.all():
+    return
+  first = int(np.argmin(is_finite))
+  ends = np.cumsum([s.channels for s in stats])
+  i = int(np.searchsorted(ends, first, side='right'))
+  channel = first - (ends[i - 1] if i else 0)
+  raise ValueError(
+    f'{names[i]}: found NaN or infinite weights (channel {channel} of axis '
+    f'{stats[i].channel_axis}), expected finite ones'
+  )
+
+
+def _check_bits_per_weight(stats: Sequence[LeafStatistics], per_leaf: Fields, asked: float) -> None:
+  sizes = np.array([s.size for s in stats])
+  found = float(np.sum(per_leaf['payload'] * sizes) / np.sum(sizes))
+  rates = f'{found:.4g} bits per weight, a compression_rate of {32 / max(found, 1e-9):.4g}'
+  wanted = f'{asked:.4g}, a rate of {32 / asked:.4g}'
+  if found > asked * (1 + _TOLERANCE):
+    raise TooFewBitsError(
+      f'found at least {rates}: the tables of {len(stats)} leaves take that much without any '
+      f'weight; expected {wanted}',
+      found,
+    )
+  if found < asked / (1 + _TOLERANCE):
+    is_exact = not per_leaf['error'].any()
+    why = 'all values are exact' if is_exact else 'no allocation lies between'
+    messages.warn(f'found {rates}, where {wanted} was asked: {why}, and the file is smaller')
+
+
+def _warn_of_misfits(
+  names: Sequence[str], stats: Sequence[LeafStatistics], fits: np.ndarray
+) -> None:
+  low, high = LAPLACE_FIT_BOUNDS
+  misfits = [
+    f'{name} ({fit:.2f})'
+    for name, s, fit in zip(names, stats, fits, strict=True)
+    if (fit < low or fit > high) and s.size >= _MIN_WEIGHTS_A_CHANNEL * s.channels
+  ]
+  if misfits:
+    messages.warn(
+      'the Laplace density, on which the allocation rests, is far from the weights of '
+      f'{", ".join(misfits)}: found E[w^2] over its value under the density, expected '
+      f'{low} ... {high}'
+    )
+
+
+def warn_of_width(
+  stats: Sequence[LeafStatistics],
+  per_leaf: Fields,
+  bits: np.ndarray,
+  survivors: np.ndarray,
+  targets: SparsityAndBits,
+) -> None:
+  """Warns where the weights allow only another sparsity or another width than asked.
+
+  Args:
+    stats: of the compressed leaves.
+    per_leaf: fields of all `LeafAllocation`s, joined.
+    bits: bits of a survivor of every channel at a fixed width.
+    survivors: counted survivors of every channel, as a share of all weights.
+    targets: the problem that was solved.
+  """
+  sizes = np.array([s.size for s in stats])
+  share = sizes / sizes.sum()
+  value_bits = np.array([8 * np.dtype(s.dtype).itemsize for s in stats])
+  kept = max(float(survivors.sum()), 1e-30)
+  width = float(np.sum(survivors * bits) + np.sum(share * per_leaf['escaped'] * value_bits)) / kept
+  sparsity, asked = 1 - float(survivors.sum()), float(targets.sparsity)
+  if abs(sparsity - asked) > _TOLERANCE:
+    messages.warn(
+      f'sparsity: found {sparsity:.4g}, where {asked:.4g} was asked: equal weights are pruned '
+      'together'
+    )
+  asked = float(targets.bits)
+  if abs(width - asked) > _TOLERANCE * asked:
+    messages.warn(
+      f'bits: found {width:.4g}, where {asked:.4g} was asked: the weights need no others, whatever '
+      'the step'
+    )
+
+
+def _warn_of_dead(names: Sequence[str], stats: Sequence[LeafStatistics], per_leaf: Fields) -> None:
+  """Warns of leaves, rows and channels that lose all their weights."""
+  lost = []
+  for i, (name, s) in enumerate(zip(names, stats, strict=True)):
+    if per_leaf['threshold'][i] >= s.largest:
+      lost.append(f'{name} (the whole leaf)')
+      continue
+    channels, rows = (int(per_leaf[field][i]) for field in ('dead_channels', 'dead_rows'))
+    parts = [f'{rows:,} of {s.shape[0]:,} along its first axis'] * (rows > 0)
+    parts += [f'{channels:,} of {s.channels:,} output channels'] * (channels > 0)
+    if parts:
+      lost.append(f'{name} ({" and ".join(parts)})')
+  if lost:
+    more = f', and {len(lost) - _MAX_LISTED} more leaves' if len(lost) > _MAX_LISTED else ''
+    messages.warn(f'all weights are pruned of {", ".join(lost[:_MAX_LISTED])}{more}')
+
+
+def warn_of_zeros(names: Sequence[str]) -> None:
+  """Warns of leaves whose weights are all zero; they pass through."""
+  if names:
+    more = f' and {len(names) - _MAX_LISTED} more' if len(names) > _MAX_LISTED else ''
+    messages.warn(
+      f'{", ".join(names[:_MAX_LISTED])}{more}: all weights are zero, and the leaf is left as it is'
+    )

@@ -1,0 +1,70 @@
+"""Objectives: what a squared error of one leaf costs beside the same error of another."""
+
+import math
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from opq_jax.core import trees
+from opq_jax.core.trees import PyTree
+
+Objective = Literal['balanced_error', 'retained_signal', 'relative_error', 'squared_error']
+OBJECTIVES: tuple[str, ...] = get_args(Objective)
+
+_ENERGY_POWERS = {
+  'balanced_error': 0.5,
+  'retained_signal': None,
+  'relative_error': 0.0,
+  'squared_error': 1.0,
+}
+
+
+def energy_power(objective: Objective | PyTree) -> float | None:
+  """Returns p of F_i = (D_i / S_i) S_i^p, or None where F_i is not linear in the error D_i.
+
+  Args:
+    objective: a name, or a tree of omegas (p = 1: F_i = omega_i D_i).
+
+  Raises:
+    ValueError: the name is unknown.
+
+  >>> energy_power('balanced_error')
+  0.5
+  """
+  if not isinstance(objective, str):
+    return 1.0
+  if objective not in OBJECTIVES:
+    raise ValueError(f'objective: found {objective!r}, expected one of {OBJECTIVES} or a pytree')
+  return _ENERGY_POWERS[objective]
+
+
+def check_omegas(params: PyTree, objective: PyTree, chosen: list[str]) -> list[Array]:
+  """Returns the weights omega_i of the compressed leaves as float32.
+
+  Args:
+    params: the parameters.
+    objective: the same tree with a positive number at every compressed leaf.
+    chosen: paths of the compressed leaves.
+
+  Raises:
+    ValueError: the trees differ, or a leaf has no positive number.  Values of tracers are not
+      checked.
+  """
+  try:
+    omegas = trees.beside(params, objective)
+  except (ValueError, TypeError, KeyError) as error:
+    raise ValueError(
+      f'objective: found {jax.tree.structure(objective)}, expected the tree of the parameters '
+      f'with a number at every compressed leaf, or one of {OBJECTIVES}'
+    ) from error
+  by_name = dict(zip(trees.named_leaves(params), omegas, strict=True))
+  for name in chosen:
+    omega = by_name[name]
+    if omega is None or jnp.ndim(omega) != 0:
+      shape = None if omega is None else jnp.shape(omega)
+      raise ValueError(f'{name}: found an objective of shape {shape}, expected one number')
+    if not isinstance(omega, jax.core.Tracer) and not 0 < float(omega) < math.inf:
+      raise ValueError(f'{name}: found an objective of {float(omega)}, expected a positive number')
+  return [jnp.asarray(by_name[name], jnp.float32) for name in chosen]

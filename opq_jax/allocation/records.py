@@ -1,0 +1,69 @@
+"""Records of an allocation: one struct per compressed leaf, in a tree like the parameters."""
+
+import flax.struct
+from jaxtyping import Array, Float32, Int32
+
+from opq_jax.core.trees import PyTree
+
+
+@flax.struct.dataclass
+class LeafAllocation:
+  """Pruning and quantization of one leaf of n weights in C output channels.
+
+  Lengths are in the units of the weights.  Predictions are computed from the leaf's true histogram,
+  or from the Laplace density where only closed forms are asked for (`corrected=False`).
+
+  Attributes:
+    scale: tau_j, mean |w| of every channel.
+    threshold: beta; a weight survives where |w| > beta.
+    sparsity: predicted share of the leaf's weights that is pruned.
+    step: Delta > 0, the width of a cell.
+    offset: position of a level in its cell; the first level is threshold + offset.
+    levels: cells per sign, 0 (no weight is on the grid) ... 127.
+    escaped: predicted share of the leaf's weights beyond the last cell, which are stored exactly.
+    bits: b_j = 1 + log2(max(1, reach_j / Delta)) of every channel: bits of a surviving weight at a
+      fixed width, sign included.
+    error: predicted ||w - w^||^2 / ||w||^2.
+    entropy: predicted zeroth-order entropy of the codes plus the bits of escaped values, in bits
+      per weight of the leaf.
+    payload: `entropy` plus the leaf's frequency table, checksum and positions of escaped weights in
+      a file, in bits per weight of the leaf; with `corrected=False` the entropy of the Laplace
+      density alone.
+    laplace_fit: E[w^2] over 2 mean_j tau_j^2, its value under the Laplace density: 1 where the
+      density fits, .79 for Gaussian weights, .67 for uniform ones, far above 1 for heavy tails; NaN
+      with `corrected=False`.
+    dead_channels: output channels that have weights and lose all of them.
+    dead_rows: the same for indices of the first axis (rows of a table, layers of a stack); 0 where
+      the first axis is the channels' own.
+    shape: the leaf's shape.
+    channel_axis: the axis of its output channels.
+  """
+
+  scale: Float32[Array, 'channels']
+  threshold: Float32[Array, '']
+  sparsity: Float32[Array, '']
+  step: Float32[Array, '']
+  offset: Float32[Array, '']
+  levels: Int32[Array, '']
+  escaped: Float32[Array, '']
+  bits: Float32[Array, 'channels']
+  error: Float32[Array, '']
+  entropy: Float32[Array, '']
+  payload: Float32[Array, '']
+  laplace_fit: Float32[Array, '']
+  dead_channels: Int32[Array, '']
+  dead_rows: Int32[Array, '']
+  shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
+  channel_axis: int = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class Allocation:
+  """Pruning and quantization of a whole tree.
+
+  Attributes:
+    tree: the parameters' own tree, with a `LeafAllocation` where a leaf is compressed and None
+      where it passes through.
+  """
+
+  tree: PyTree
