@@ -21,7 +21,7 @@ import math
 import numpy as np
 from jaxtyping import Int8
 
-from opq_jax.coding import ans, trellis
+from opq_jax.coding import ans, arrangements, context_search, trellis
 from opq_jax.coding import contexts as context_coding
 
 _MAX_TABLE_BYTES = 1200  # 255 frequencies of at most 33 bits, the bounds of the alphabet, and P
@@ -39,11 +39,11 @@ def entropy(codes: Int8[np.ndarray, '...']) -> float:
   """
   escaped = codes == -128
   on_grid = np.where(escaped, np.int8(0), codes) if escaped.any() else codes
-  for arrangement in context_coding.choices(codes.shape):
-    found = trellis.indices_and_subsets(context_coding.arranged(on_grid, arrangement)[0])
+  for arrangement in arrangements.choices(codes.shape):
+    found = trellis.indices_and_subsets(arrangements.arranged(on_grid, arrangement)[0])
     if found is not None:
       indices, subsets = found
-      indices[context_coding.arranged(escaped, arrangement)[0]] = -128
+      indices[arrangements.arranged(escaped, arrangement)[0]] = -128
       bits = sum(float(ans.ideal_bits(ans.histogram(indices[subsets == q]))) for q in (0, 1))
       return bits / max(codes.size, 1)
   return float(ans.ideal_bits(ans.histogram(codes))) / max(codes.size, 1)
@@ -76,7 +76,7 @@ def encode_codes(codes: Int8[np.ndarray, '...'], *, contexts: bool = True) -> by
   coder = ans.begin(codes)
   model.encode(coder, codes.reshape(-1))
   plain = ans.to_bytes(ans.write_table(model)) + ans.end(coder)
-  known = context_coding.encode(codes) if contexts else None
+  known = context_search.encode(codes) if contexts else None
   return plain if known is None or len(known) >= len(plain) else known
 
 

@@ -12,9 +12,8 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Array, Bool, Float32, Int8
 
-from opq_jax.coding import contexts as context_coding
+from opq_jax.coding import arrangements, context_search, trellis, viterbi
 from opq_jax.coding import payload as entropy_coding
-from opq_jax.coding import trellis
 from opq_jax.compression import codes as compression
 from opq_jax.compression.codes import CompressionState, LeafState
 from opq_jax.core import messages, native, trees
@@ -184,7 +183,7 @@ def _coded_leaf(
   grid = [float(x) / float(unit) for x in (leaf.codebook[1], leaf.threshold, leaf.step)]
   factor = None if moments is None else _factor(np.asarray(moments, np.float32), damping)
   found = fit(weights, *grid) if int(leaf.levels) and may_have_trellis else None
-  orders = context_coding.choices(weights.shape) if found else []
+  orders = arrangements.choices(weights.shape) if found else []
   if moments is not None:
     orders = [order for order in orders if order != 1]  # moments are in the order of the weights
   is_exact = _is_exact(kernel, leaf)
@@ -302,7 +301,7 @@ class _Walk:
     self._by, self._arrangement = by, arrangement
     self._usable, self._values = usable, values
     self._codes = np.empty(weights.shape, np.int8)
-    view, self._window = context_coding.arranged(weights, arrangement)
+    view, self._window = arrangements.arranged(weights, arrangement)
     self._shape = view.shape
     self._rows = np.array(view, order='C').reshape(-1, view.shape[-1])
     self._is_escaped = is_beyond(self._rows, by.grid)
@@ -314,7 +313,7 @@ class _Walk:
     """The codes, with the errors pushed on by a factor, if there is one, and none beyond `most`."""
     taps, inputs, outputs = self._shape
     self._without_contexts()
-    prices = context_coding.prices(self._in_place(), self._arrangement)
+    prices = context_search.prices(self._in_place(), self._arrangement)
     slopes = np.full(self._rows.shape, self._by.slope, np.float32)
     errors = None
     if factor is not None:
@@ -333,7 +332,7 @@ class _Walk:
         seen = slice(zero + start, zero + min(stop + ahead, inputs))
         of_tap = slice(start, seen.stop - zero)
         chosen = self._chosen[tap, start:stop]
-        state = trellis.search(
+        state = viterbi.search(
           self._to_code(seen),
           slopes[seen].reshape(-1),
           ranges[of_tap].reshape(-1),
@@ -350,7 +349,7 @@ class _Walk:
         start = stop
     codes = self._in_place()
     if self._has_escapes:
-      is_escaped, _ = context_coding.arranged(codes, self._arrangement)
+      is_escaped, _ = arrangements.arranged(codes, self._arrangement)
       is_escaped[self._is_escaped.reshape(self._shape)] = compression.ESCAPE
     return codes
 
@@ -369,7 +368,7 @@ class _Walk:
       part = flat[start : stop + _AHEAD]
       slopes, models = np.full(part.size, self._by.slope, np.float32), np.zeros(part.size, np.uint8)
       is_turned = np.zeros(part.size, bool)
-      state = trellis.search(
+      state = viterbi.search(
         part,
         slopes,
         models,
@@ -383,7 +382,7 @@ class _Walk:
 
   def _in_place(self) -> Int8[np.ndarray, '...']:
     """The codes with the axes of the leaf."""
-    view, _ = context_coding.arranged(self._codes, self._arrangement)
+    view, _ = arrangements.arranged(self._codes, self._arrangement)
     view[...] = self._chosen
     return self._codes
 

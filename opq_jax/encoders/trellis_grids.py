@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float32, Int8
 
-from opq_jax.coding import ans, trellis
-from opq_jax.coding.trellis import MOST_INDEX
+from opq_jax.coding import ans, trellis, viterbi
+from opq_jax.coding.trellis import MAX_INDEX
 from opq_jax.core.limits import MAX_LEVELS
 
 _SAMPLE = 1 << 16  # weights that a grid is fitted to, in runs of
@@ -61,9 +61,9 @@ def fit(
     MAX_LEVELS,
   )
   more = np.clip(np.count_nonzero(magnitude > threshold + step) / survivors, 0.01, 0.99)
-  index = np.arange(-MOST_INDEX, MOST_INDEX + 1)
+  index = np.arange(-MAX_INDEX, MAX_INDEX + 1)
   share = (1 - pruned) / 2 * (1 - more) * more ** (np.abs(index) - 1.0)
-  share[MOST_INDEX] = max(pruned, 0.01)
+  share[MAX_INDEX] = max(pruned, 0.01)
   bits = np.tile(-np.log2(np.maximum(share, 1e-9)), (1, 2, 1)).astype(np.float32)
   sample = _sampled(flat)
   slopes, models = np.full(sample.size, slope, np.float32), np.zeros(sample.size, np.uint8)
@@ -71,7 +71,7 @@ def fit(
   usable = np.ones(MAX_LEVELS + 1, bool)
   for _ in range(_FITS):
     within = np.where(is_beyond(sample, grid), np.float32(np.nan), sample)
-    trellis.search(within, slopes, models, is_turned, bits, usable, *grid, 0, codes)
+    viterbi.search(within, slopes, models, is_turned, bits, usable, *grid, 0, codes)
     found = trellis.indices_and_subsets(codes)
     assert found is not None
     indices, subsets = found

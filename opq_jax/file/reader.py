@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import numpy as np
 from jaxtyping import Int8, Shaped
 
-from opq_jax.coding import escapes
-from opq_jax.coding.payload import decode_codes
+from opq_jax.coding import decode_codes, escapes
 from opq_jax.core.limits import ESCAPE
 from opq_jax.file import checks
 from opq_jax.file import index as file_index

@@ -15,8 +15,7 @@ import numpy as np
 from jax import tree_util
 from jaxtyping import Int8, Shaped
 
-from opq_jax.coding import escapes
-from opq_jax.coding.payload import encode_codes
+from opq_jax.coding import encode_codes, escapes
 from opq_jax.compression.codes import CompressionState, LeafState
 from opq_jax.compression.codes import encode as encode_weights
 from opq_jax.core import files, trees

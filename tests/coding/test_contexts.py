@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from opq_jax.coding import ans, escapes, trellis
+from opq_jax.coding import ans, context_search, escapes, trellis
 from opq_jax.coding import contexts as context_coding
 from opq_jax.coding.payload import decode_codes, encode_codes, entropy
 from opq_jax.compression.codes import LeafState, affine_codebook
@@ -145,7 +145,7 @@ def codes_along_the_trellis(shape, seed=0, torch=False):
 def test_the_decoder_of_a_trellis_is_the_one_that_is_described(shape):
   torch = shape in [(32, 24, 3, 3), (40, 16, 7)]
   codes = codes_along_the_trellis(shape, torch=torch)
-  payload = context_coding.encode(codes)
+  payload = context_search.encode(codes)
   assert f'{payload[0]:08b}' == '00011001'
   np.testing.assert_array_equal(spec_decode(payload, shape), codes)
   np.testing.assert_array_equal(context_coding.decode(payload, shape), codes)
@@ -184,7 +184,7 @@ def test_escapes_take_the_places_of_zeros_along_a_trellis():
 @pytest.mark.parametrize('at', range(0, 1200, 97))
 def test_a_damaged_payload_of_a_trellis_is_refused(at):
   codes = codes_along_the_trellis((96, 64))
-  payload = bytearray(context_coding.encode(codes))
+  payload = bytearray(context_search.encode(codes))
   payload[at % len(payload)] ^= 4
   with pytest.raises(ValueError, match='found'):
     decode_codes(bytes(payload), codes.shape)
@@ -193,7 +193,7 @@ def test_a_damaged_payload_of_a_trellis_is_refused(at):
 @pytest.mark.parametrize('shape', SHAPES)
 def test_the_decoder_is_the_one_that_is_described(shape):
   codes = smooth_codes(shape)
-  payload = context_coding.encode(codes)
+  payload = context_search.encode(codes)
   np.testing.assert_array_equal(spec_decode(payload, shape), codes)
   np.testing.assert_array_equal(context_coding.decode(payload, shape), codes)
 
@@ -205,7 +205,7 @@ def test_the_decoder_is_the_one_that_is_described(shape):
 )
 @settings(deadline=None)
 def test_any_codes_come_back(codes):
-  payload = context_coding.encode(codes)
+  payload = context_search.encode(codes)
   if payload is None:
     assert codes.ndim == 6  # four axes of a window
   else:
@@ -236,7 +236,7 @@ def scaled_codes(shape, seed=1):
 def test_blocks_of_inputs_are_those_that_are_described(shape):
   # more weights than are coded at once
   codes, scales = scaled_codes(shape)
-  payload = context_coding.encode(codes)
+  payload = context_search.encode(codes)
   np.testing.assert_array_equal(spec_decode(payload, shape), codes)
   np.testing.assert_array_equal(context_coding.decode(payload, shape), codes)
   ideal = sum(entropy(c) * c.size for c in (codes[scales == s] for s in np.unique(scales))) / 8
@@ -270,7 +270,7 @@ def test_a_small_kernel_is_not_cut_into_ranges_whose_tables_cost_more_than_they_
 
 
 def test_a_vector_has_no_arrangement():
-  payload = context_coding.encode(scaled_codes((1, 5000))[0])
+  payload = context_search.encode(scaled_codes((1, 5000))[0])
   assert payload is not None
   with pytest.raises(ValueError, match=r'arrangement 2, expected those of shape \(5000,\)'):
     context_coding.decode(payload, (5000,))
@@ -316,7 +316,7 @@ def test_codes_that_are_all_alike_take_their_entropy():
 @pytest.mark.parametrize('mask', [0x01, 0x80, 0xFF])
 def test_every_flipped_byte_is_found(mask):
   codes = smooth_codes((3, 3, 12, 16))
-  payload = context_coding.encode(codes)
+  payload = context_search.encode(codes)
   np.testing.assert_array_equal(decode_codes(payload, codes.shape), codes)
   for i in range(len(payload)):
     damaged = bytearray(payload)
@@ -329,7 +329,7 @@ def test_every_flipped_byte_is_found(mask):
 
 
 def test_other_shapes_are_found():
-  payload = context_coding.encode(smooth_codes((3, 3, 24, 32)))
+  payload = context_search.encode(smooth_codes((3, 3, 24, 32)))
   for shape in [(9, 24, 32), (24, 32, 3, 3), (216, 32), (6912,), (3, 3, 24, 33)]:
     with pytest.raises(ValueError):
       decode_codes(payload, shape)

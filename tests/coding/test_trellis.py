@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opq_jax.coding import trellis
+from opq_jax.coding import trellis, viterbi
 
 RNG = np.random.default_rng
 
@@ -51,12 +51,12 @@ def test_no_other_way_costs_less(seed):
   slopes = rng.uniform(0.05, 0.5, n).astype(np.float32)
   models = rng.integers(0, 3, n).astype(np.uint8)
   is_turned = rng.random(n) < 0.5
-  bits = rng.uniform(0, 4, (3, 2, 2 * trellis.MOST_INDEX + 1)).astype(np.float32)
+  bits = rng.uniform(0, 4, (3, 2, 2 * trellis.MAX_INDEX + 1)).astype(np.float32)
   codes = np.empty(n, np.int8)
   usable = np.ones(128, bool)
   usable[4] = seed % 2 == 0
   tables = slopes, models, is_turned, bits, usable
-  end = trellis.search(weights, *tables, first, step, levels, 0, codes)
+  end = viterbi.search(weights, *tables, first, step, levels, 0, codes)
 
   def cost(chosen):
     found = trellis.indices_and_subsets(np.array(chosen, np.int8))
@@ -99,11 +99,11 @@ def test_weights_to_come_have_a_say():
     *(np.full(n, 0.2, np.float32), np.zeros(n, np.uint8), np.zeros(n, bool), bits),
     usable,
   )
-  trellis.search(weights, *prices(4000), 0.9, 0.75, 40, 0, whole)
+  viterbi.search(weights, *prices(4000), 0.9, 0.75, 40, 0, whole)
   pieces, state = np.empty(4000, np.int8), 0
   for start in range(0, 4000, 100):
     part = weights[start : start + 300]
-    state = trellis.search(
+    state = viterbi.search(
       part, *prices(part.size), 0.9, 0.75, 40, state, pieces[start : start + 100]
     )
   np.testing.assert_array_equal(pieces, whole)
@@ -116,6 +116,6 @@ def test_an_escaped_weight_has_code_0_whatever_the_ways_around_it():
   bits = np.broadcast_to(1.0 + np.abs(np.arange(-64, 65, dtype=np.float32)), (1, 2, 129)).copy()
   codes = np.empty(3000, np.int8)
   tables = np.full(3000, 0.05, np.float32), np.zeros(3000, np.uint8), np.zeros(3000, bool), bits
-  trellis.search(weights, *tables, np.ones(128, bool), 0.9, 0.75, 40, 0, codes)
+  viterbi.search(weights, *tables, np.ones(128, bool), 0.9, 0.75, 40, 0, codes)
   assert not codes[places].any() and np.count_nonzero(codes) > 500
   assert trellis.indices_and_subsets(codes) is not None

@@ -10,9 +10,8 @@ import pytest
 import opq_jax
 from opq_jax import encoders
 from opq_jax.allocation import laplace
-from opq_jax.coding import contexts as context_coding
+from opq_jax.coding import arrangements, trellis
 from opq_jax.coding import payload as entropy_coding
-from opq_jax.coding import trellis
 from opq_jax.encoders import trellis as trellis_encoding
 from opq_jax.file import writer
 
@@ -77,8 +76,8 @@ def test_a_file_of_codes_along_the_trellis_loads_exactly(shape, dtype):
   with opq_jax.OpqFile(data) as file:
     codes = file.codes('w')
   found = [
-    trellis.indices_and_subsets(context_coding.arranged(codes, arrangement)[0])
-    for arrangement in context_coding.choices(shape)
+    trellis.indices_and_subsets(arrangements.arranged(codes, arrangement)[0])
+    for arrangement in arrangements.choices(shape)
   ]
   assert any(item is not None for item in found)
 

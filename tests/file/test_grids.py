@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,3 +47,13 @@ def test_value_table_equals_jax(dtype):
       expected = np.array(value_table_in_jax(record))
     expected[128] = 0
     assert grid.value_table().tobytes() == expected.tobytes(), grid
+
+
+def test_reader_needs_neither_jax_nor_numba():
+  code = (
+    'import sys, opq_jax.file.reader\n'
+    'heavy = {"jax", "flax", "optax", "numba", "scipy", "orbax"} & set(sys.modules)\n'
+    'assert not heavy, heavy'
+  )
+  found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False)
+  assert found.returncode == 0, found.stderr

@@ -58,7 +58,10 @@ TESTS = {
   'file.grids': ['file/test_grids.py', 'file/test_artifact.py', 'file/test_hostile_files.py'],
   'file.reader': ['file/test_artifact.py', 'file/test_hostile_files.py'],
   'file.writer': ['file/test_artifact.py', 'file/test_hostile_files.py'],
+  'coding.arrangements': ['coding/test_contexts.py', 'coding/test_payload.py'],
+  'coding.context_search': ['coding/test_contexts.py', 'coding/test_payload.py'],
   'coding.contexts': ['coding/test_contexts.py', 'coding/test_payload.py'],
+  'coding.neighbours': ['coding/test_contexts.py', 'coding/test_payload.py'],
 }
 IMPORTED = (
   *('jax', 'flax.core', 'flax.nnx', 'flax.struct', 'optax', 'safetensors.numpy', 'scipy.integrate'),

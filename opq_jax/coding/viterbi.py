@@ -1,0 +1,152 @@
+"""Compiled loops over the trellis: the cheapest path (Viterbi's algorithm), and the walk of codes.
+
+`opq_jax.coding.trellis` describes states, subsets and indices.  This module loads numba.
+
+From each state two branches lead on, one for each parity of the index.  Together with the subset
+that the state selects there are four kinds of branches, kind = 2 subset + parity, and the codes of
+a kind are those of every fourth magnitude:
+
+    kind 0:  0, 4, 8, ...   kind 1:  2, 6, 10, ...   kind 2:  0, 3, 7, ...   kind 3:  1, 5, 9, ...
+
+So each weight has one best code of every kind, and the 64 branches between 32 states share these
+four costs.
+"""
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int8, UInt8
+
+from opq_jax.coding.trellis import MAX_INDEX, NEXT, STATES, SUBSET_OF
+from opq_jax.core import native
+
+# the two states that lead to each state, and the kind of the branch from there
+_BEFORE = np.array(
+  [[s for s in range(STATES) if target in NEXT[s]] for target in range(STATES)], np.uint8
+)
+_KIND = np.array(
+  [
+    [2 * SUBSET_OF[s] + NEXT[s].tolist().index(target) for s in _BEFORE[target]]
+    for target in range(STATES)
+  ],
+  np.uint8,
+)
+# least magnitude but 0 of each kind; the next ones are 4 apart
+_LEAST = np.array([4, 2, 3, 1], np.int64)
+# weights after which path costs are taken relative to the least: float32 has 24 bits for a sum
+_REBASE = 64
+
+
+@native.compiled
+def split(
+  codes: Int8[np.ndarray, ' n'], indices: Int8[np.ndarray, ' n'], subsets: UInt8[np.ndarray, ' n']
+) -> bool:
+  """Writes index and subset of every code; stops and returns False where a code is off the path.
+
+  >>> indices, subsets = np.zeros(4, np.int8), np.zeros(4, np.uint8)
+  >>> split(np.array([2, -1, 0, -4], np.int8), indices, subsets), indices.tolist(), subsets.tolist()
+  (True, [1, -1, 0, -2], [0, 1, 0, 0])
+  >>> split(np.array([1, 0, 0, 0], np.int8), indices, subsets)
+  False
+  """
+  state = 0
+  for i in range(codes.size):
+    magnitude, subset = abs(int(codes[i])), SUBSET_OF[state]
+    if magnitude and (magnitude & 1) != subset:
+      return False
+    index = (magnitude + 1) >> 1
+    indices[i] = index if codes[i] > 0 else -index
+    subsets[i] = subset
+    state = NEXT[state, index & 1]
+  return True
+
+
+@native.compiled
+def search(
+  weights: Float32[np.ndarray, ' n'],
+  slopes: Float32[np.ndarray, ' n'],
+  models: UInt8[np.ndarray, ' n'],
+  is_turned: Bool[np.ndarray, ' n'],
+  bits: Float32[np.ndarray, 'models 2 129'],
+  usable: Bool[np.ndarray, '128'],
+  first: float,
+  step: float,
+  levels: int,
+  state: int,
+  codes: Int8[np.ndarray, ' count'],
+) -> int:
+  """Chooses the codes of least sum (w - value)^2 + slope bits over all paths through the trellis.
+
+  Args:
+    weights: in the order of the codes; NaN for one that is escaped, whose code is 0.
+    slopes: squared error that one bit is worth, at each weight.
+    models: the row of `bits` that prices each weight.
+    is_turned: where `bits` is of -index.
+    bits: the price of index k at k + 64, by model and subset.
+    usable: the magnitudes that may be chosen.
+    first, step, levels: of the `opq_jax.coding.trellis.Grid`.
+    state: before the first weight.
+    codes: room for the codes of the first weights.  Where it is shorter than `weights`, the others
+      are the look-ahead: they decide between paths, and get no code.
+
+  Returns:
+    The state after the last code.
+  """
+  cost, new = np.full(STATES, np.inf, np.float32), np.empty(STATES, np.float32)
+  cost[state] = 0
+  branch = np.empty(4, np.float32)
+  chosen = np.empty((weights.size, 4), np.int8)
+  is_second = np.empty((weights.size, STATES), np.bool_)
+  origin, width = np.float32(first - step), np.float32(step)
+  per_width = np.float32(1 / step)
+  for i in range(weights.size):
+    size, slope, table = abs(weights[i]), slopes[i], bits[models[i]]
+    is_escaped = np.isnan(weights[i])
+    turn = -1 if (weights[i] < 0) != is_turned[i] else 1
+    place = (size - origin) * per_width
+    # the best code of each kind: 0, or one of the two magnitudes around |w|
+    for kind in range(4):
+      least, price = _LEAST[kind], table[kind >> 1]
+      best, code = np.float32(np.inf), 0
+      if kind & 1 == 0:
+        best = size * size + slope * price[MAX_INDEX]
+      c = least
+      if is_escaped:
+        if kind & 1 == 0:
+          best = slope * price[MAX_INDEX]
+        branch[kind], chosen[i, kind] = best, 0
+        continue
+      if place >= least + 4:
+        c += int((place - np.float32(least)) * np.float32(0.25)) * 4
+      for side in range(2):
+        if c > levels:
+          c -= (c - levels + 3) & ~3
+        # the next usable one, inwards on the first side and outwards on the second
+        while 0 < c <= levels and not usable[c]:
+          c += 8 * side - 4
+        if 0 < c <= levels:
+          error = size - (origin + width * np.float32(c))
+          total = error * error + slope * price[MAX_INDEX + turn * ((c + 1) >> 1)]
+          if total < best:
+            best, code = total, c
+        c = max(c, least - 4) + 4
+      branch[kind], chosen[i, kind] = best, code
+    # of the two paths that meet in each state the cheaper one goes on
+    for target in range(STATES):
+      one = cost[_BEFORE[target, 0]] + branch[_KIND[target, 0]]
+      two = cost[_BEFORE[target, 1]] + branch[_KIND[target, 1]]
+      is_second[i, target] = two < one
+      new[target] = min(one, two)
+    if i % _REBASE == 0:
+      new -= new.min()
+    cost, new = new, cost
+  # back along the cheapest path
+  at = int(np.argmin(cost))
+  end = at
+  for i in range(weights.size - 1, -1, -1):
+    if i == codes.size - 1:
+      end = at
+    which = int(is_second[i, at])
+    if i < codes.size:
+      code = chosen[i, _KIND[at, which]]
+      codes[i] = -code if weights[i] < 0 else code
+    at = _BEFORE[at, which]
+  return end
