@@ -115,9 +115,9 @@ def __getattr__(name: str) -> Any:
     return value
   if name in __all__:
     return importlib.import_module(f'opq_jax.{name}')
-  from opq_jax import deprecated
-
-  return deprecated.find(name)
+  # by `importlib`, for `from opq_jax import deprecated` would ask this function
+  deprecated = importlib.import_module('opq_jax.deprecated')
+  return deprecated if name == 'deprecated' else deprecated.find(name)
 
 
 def __dir__() -> list[str]:

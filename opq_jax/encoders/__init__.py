@@ -5,12 +5,17 @@ An encoder is a value that is handed to one verb:
     opq_jax.compress(params, compression_rate=16.0, encoder=opq_jax.encoders.Trellis())
 """
 
-from opq_jax.encoders.encoder import DAMPING, Encoded, Encoder, LeafEncoder, Trial
-from opq_jax.encoders.feedback import Feedback
-from opq_jax.encoders.layer_by_layer import SHARE, LayerByLayer
-from opq_jax.encoders.rounding import Rounding
-from opq_jax.encoders.search import CompressedNetwork, compress
-from opq_jax.encoders.trellis import Trellis
+from typing import TYPE_CHECKING
+
+from opq_jax.core import lazy
+
+if TYPE_CHECKING:
+  from opq_jax.encoders.encoder import DAMPING, Encoded, Encoder, LeafEncoder, Trial
+  from opq_jax.encoders.feedback import Feedback
+  from opq_jax.encoders.layer_by_layer import SHARE, LayerByLayer
+  from opq_jax.encoders.rounding import Rounding
+  from opq_jax.encoders.search import CompressedNetwork, compress
+  from opq_jax.encoders.trellis import Trellis
 
 __all__ = [
   'DAMPING',
@@ -26,3 +31,21 @@ __all__ = [
   'Trial',
   'compress',
 ]
+
+__getattr__, __dir__ = lazy.attributes(
+  __name__,
+  {
+    'DAMPING': 'encoder',
+    'SHARE': 'layer_by_layer',
+    'CompressedNetwork': 'search',
+    'Encoded': 'encoder',
+    'Encoder': 'encoder',
+    'Feedback': 'feedback',
+    'LayerByLayer': 'layer_by_layer',
+    'LeafEncoder': 'encoder',
+    'Rounding': 'rounding',
+    'Trellis': 'trellis',
+    'Trial': 'encoder',
+    'compress': 'search',
+  },
+)
