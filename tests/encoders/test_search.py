@@ -158,9 +158,7 @@ def test_compress_leaves_the_rest_as_it_came(moments):
 
 def test_compress_refuses_other_values(variables, moments):
   for wrong in ('trellis', None, encoders.Trellis, opq_jax.allocate):
-    with pytest.raises(
-      ValueError, match=r'encoder: found .*, expected a value'
-    ):
+    with pytest.raises(ValueError, match=r'encoder: found .*, expected a value'):
       opq_jax.compress(variables, encoder=wrong)
   with pytest.raises(ValueError, match=r'first: found LayerByLayer.*, expected Rounding'):
     by_layers = encoders.LayerByLayer(FN, INPUTS, encoders.Rounding())
