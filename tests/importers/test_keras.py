@@ -86,7 +86,7 @@ def assert_equal(found, expected):
     np.testing.assert_array_equal(found[name], tensor, name)
 
 
-def test_files_of_all_ages_hold_the_same_tensors(tmp_path):
+def test_read_weights_keras_1_to_3(tmp_path):
   tensors = tensors_of('mobilenet_v1', width=0.25)
   assert_equal(read_weights(write_keras_2(tmp_path / 'a.h5', tensors)), tensors)
   path = write_keras_2(tmp_path / 'b.h5', tensors, root='model_weights', scope='mobilenet/')
@@ -107,7 +107,7 @@ def test_files_of_all_ages_hold_the_same_tensors(tmp_path):
     ('mobilenet_v2', {'width': 0.35}),
   ],
 )
-def test_tensors_are_recognised_and_go_home(tmp_path, name, options):
+def test_load_and_to_tensors_keras(tmp_path, name, options):
   tensors = tensors_of(name, **options)
   path = write_keras_2(tmp_path / 'net.h5', tensors)
   model, variables, source = importers.load(name, path, **options)
@@ -116,7 +116,7 @@ def test_tensors_are_recognised_and_go_home(tmp_path, name, options):
   assert_equal(again, tensors)
 
 
-def test_resnets_biases_move_into_the_means_and_red_comes_first():
+def test_from_tensors_resnet_biases_and_rgb():
   tensors = tensors_of('resnet50')
   plain = importers.from_tensors('resnet50', tensors)
   assert plain.model == models.create(
@@ -140,7 +140,7 @@ def test_resnets_biases_move_into_the_means_and_red_comes_first():
     np.testing.assert_array_equal(found, mean - shift)
 
 
-def test_a_bias_that_fits_no_mean_is_named():
+def test_from_tensors_names_a_bias_left():
   tensors = tensors_of('resnet50')
   tensors['conv1_conv/bias'] = np.zeros(3, np.float32)
   del tensors['conv2_block1_1_bn/moving_mean']
@@ -154,7 +154,7 @@ def test_a_bias_that_fits_no_mean_is_named():
   ]
 
 
-def test_images_are_prepared_as_keras_does():
+def test_preprocessing_equals_keras():
   image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
   (source,) = (s for s in importers.sources('resnet50') if s.name == 'keras')
   found = source.preprocessing(image)[..., ::-1]  # blue first, and the kernel turned back
@@ -200,7 +200,7 @@ def damage_depth(file, target):
     (damage_depth, 'functional: found a layer of layers'),
   ],
 )
-def test_files_that_reach_beyond_themselves_are_refused(tmp_path, damage, message):
+def test_read_weights_refuses_keras_links(tmp_path, damage, message):
   with h5py.File(tmp_path / 'secret.h5', 'w') as file:
     file['secret'] = np.zeros(3)
   with h5py.File(tmp_path / 'net.weights.h5', 'w') as file:
@@ -216,7 +216,7 @@ def test_files_that_reach_beyond_themselves_are_refused(tmp_path, damage, messag
     read_weights(tmp_path / 'net.weights.h5')
 
 
-def test_damaged_bytes_are_an_error_that_names_the_file(tmp_path):
+def test_read_weights_names_damaged_keras(tmp_path):
   for name in ('net.h5', 'net.keras'):
     (tmp_path / name).write_bytes(b'\x89HDF\r\n\x1a\n' + bytes(100))
     with pytest.raises(ValueError, match=f'{name}: expected a'):
@@ -227,7 +227,7 @@ def test_damaged_bytes_are_an_error_that_names_the_file(tmp_path):
     read_weights(tmp_path / 'net.keras')
 
 
-def test_without_h5py_the_error_says_what_to_install(tmp_path, monkeypatch):
+def test_read_weights_without_h5py(tmp_path, monkeypatch):
   monkeypatch.setitem(__import__('sys').modules, 'h5py', None)
   with pytest.raises(ValueError, match=r'pip install opq_jax\[keras\]'):
     read_weights(tmp_path / 'net.h5')
@@ -244,7 +244,7 @@ def test_without_h5py_the_error_says_what_to_install(tmp_path, monkeypatch):
     ('vgg16', 'VGG16', {}, {}, '.weights.h5'),
   ],
 )
-def test_logits_are_those_of_keras(tmp_path, name, application, ours, theirs, suffix):
+def test_load_gives_the_logits_of_keras(tmp_path, name, application, ours, theirs, suffix):
   os.environ.setdefault('KERAS_BACKEND', 'torch')
   keras = pytest.importorskip('keras')
   # its dense layers want the size that the weights are for

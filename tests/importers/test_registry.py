@@ -68,7 +68,7 @@ def huggingface_v2_name(name):
   return f'mobilenet_v2.{module}.{("convolution", "normalization")[kind]}.{last}'
 
 
-def test_huggingface_differs_by_its_names_in_resnet_and_by_its_padding_too_in_mobilenet():
+def test_from_tensors_huggingface():
   tensors = state_dict('resnet18')
   ours = importers.from_tensors('resnet18', tensors)
   renamed = {huggingface_resnet_name(name): tensor for name, tensor in tensors.items()}
@@ -87,7 +87,7 @@ def test_huggingface_differs_by_its_names_in_resnet_and_by_its_padding_too_in_mo
   jax.tree.map(np.testing.assert_array_equal, theirs.variables, ours.variables)
 
 
-def test_who_names_the_source_gets_its_preprocessing():
+def test_from_tensors_of_a_named_source():
   tensors = state_dict('resnet50')
   resize = lambda **options: (
     importers.from_tensors('resnet50', tensors, **options).source.preprocessing.resize
@@ -99,7 +99,7 @@ def test_who_names_the_source_gets_its_preprocessing():
     resize(source='caffe2')
 
 
-def test_a_checkpoint_of_a_parallel_training_run_is_read(tmp_path):
+def test_load_a_data_parallel_checkpoint(tmp_path):
   torch = pytest.importorskip('torch')
   tensors = state_dict('resnet20', 'akamaster')
   wrapped = {f'module.{name}': torch.from_numpy(tensor) for name, tensor in tensors.items()}
@@ -109,7 +109,7 @@ def test_a_checkpoint_of_a_parallel_training_run_is_read(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, loaded.variables, direct.variables)
 
 
-def test_one_class_fewer_drops_the_background():
+def test_from_tensors_drops_the_background():
   tensors = state_dict('resnet18')
   whole = importers.from_tensors('resnet18', tensors)
   model, variables, _ = importers.from_tensors('resnet18', tensors, num_classes=CLASSES - 1)
@@ -122,7 +122,7 @@ def test_one_class_fewer_drops_the_background():
     importers.from_tensors('resnet18', tensors, num_classes=5)
 
 
-def test_one_error_lists_every_tensor_that_does_not_fit():
+def test_from_tensors_lists_all_differences():
   tensors = state_dict('resnet18')
   del tensors['layer2.0.downsample.1.running_var']
   tensors['avgpool.scale'] = np.zeros(3, np.float32)
@@ -137,7 +137,7 @@ def test_one_error_lists_every_tensor_that_does_not_fit():
   ]
 
 
-def test_tensors_of_no_known_source_are_an_error_that_shows_both():
+def test_from_tensors_of_no_known_source():
   with pytest.raises(ValueError) as caught:
     importers.from_tensors('resnet18', {'a.b': np.zeros(3)})
   assert str(caught.value) == (
@@ -148,7 +148,7 @@ def test_tensors_of_no_known_source_are_an_error_that_shows_both():
   )
 
 
-def test_variables_of_another_network_do_not_go_home_by_this_name():
+def test_to_tensors_of_another_network():
   _, variables, _ = importers.from_tensors('resnet18', state_dict('resnet18'))
   with pytest.raises(ValueError) as caught:
     importers.to_tensors('resnet34', variables, 'torchvision')
@@ -159,7 +159,7 @@ def test_variables_of_another_network_do_not_go_home_by_this_name():
   )
 
 
-def test_a_compressed_network_goes_home_bit_for_bit(tmp_path):
+def test_to_tensors_of_a_compressed_network(tmp_path):
   variables = random_variables(models.create('alexnet', num_classes=CLASSES, hidden=8))
   allocation = opq_jax.allocate(variables, compression_rate=12.0)
   state = opq_jax.init_state(variables, allocation)
@@ -184,7 +184,7 @@ def test_a_compressed_network_goes_home_bit_for_bit(tmp_path):
 
 
 @pytest.mark.parametrize(('depth', 'hits'), [(20, 9173), (32, 9263)])
-def test_pretrained_cifar_resnets_have_the_published_accuracy(cifar_test, depth, hits):
+def test_load_published_cifar_accuracy(cifar_test, depth, hits):
   path = assets.assets() / f'weights/resnet{depth}_cifar10.safetensors'
   model, variables, source = importers.load(f'resnet{depth}', path)
   images, labels = cifar_test(source.preprocessing)

@@ -87,7 +87,7 @@ def pretrained():
   return tensors, tf_slim.mobilenet_v1(tensors)
 
 
-def test_logits_of_random_weights_equal_pytorchs_without_the_background():
+def test_tf_slim_logits_equal_pytorchs():
   tensors = random_tensors()
   rng = np.random.default_rng(1)
   # an odd size and an even one, where 'SAME' pads differently; colours, so that the logits differ
@@ -100,7 +100,7 @@ def test_logits_of_random_weights_equal_pytorchs_without_the_background():
   assert np.ptp(expected, axis=0).max() > 0.1 * np.abs(expected).max()
 
 
-def test_pretrained_weights_recognise_photographs_with_pytorchs_logits(pretrained):
+def test_tf_slim_pretrained_logits(pretrained):
   tensors, variables = pretrained
   folder = assets.assets() / 'tfds'
   apply = jax.jit(MobileNetV1().apply)
@@ -117,7 +117,7 @@ def test_pretrained_weights_recognise_photographs_with_pytorchs_logits(pretraine
   assert np.mean(hits) >= 0.85
 
 
-def test_variables_are_the_models_own_tree_in_float32():
+def test_tf_slim_variables_are_float32():
   variables = tf_slim.mobilenet_v1(random_tensors(), num_classes=5, width=0.25)
   model = MobileNetV1(num_classes=5, width=0.25)
   expected = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
@@ -125,14 +125,14 @@ def test_variables_are_the_models_own_tree_in_float32():
   assert described(variables) == described(expected)
 
 
-def test_changing_the_checkpoint_afterwards_does_not_change_the_variables():
+def test_tf_slim_copies_the_checkpoint():
   tensors = random_tensors()
   variables = tf_slim.mobilenet_v1(tensors, num_classes=5, width=0.25)
   tensors['MobilenetV1/Conv2d_0/weights'][:] = 0
   assert bool((variables['params']['stem']['kernel'] != 0).all())
 
 
-def test_one_error_lists_every_tensor_that_does_not_fit():
+def test_tf_slim_lists_all_differences():
   tensors = random_tensors()
   del tensors['MobilenetV1/Conv2d_3_pointwise/weights']
   tensors['global_step'] = np.zeros((), np.int64)
@@ -148,7 +148,7 @@ def test_one_error_lists_every_tensor_that_does_not_fit():
   ]
 
 
-def test_a_checkpoint_of_another_width_is_refused():
+def test_tf_slim_refuses_another_width():
   with pytest.raises(
     ValueError, match=re.escape('found shape (3, 3, 3, 8), expected (3, 3, 3, 32)')
   ):

@@ -91,7 +91,7 @@ def images(height, width):
 
 
 @pytest.mark.parametrize('case', CASES, ids=lambda case: '-'.join([*case[:2], *case.ours]))
-def test_logits_are_pytorchs_and_tensors_return_unchanged(case):
+def test_from_tensors_logits_equal_pytorchs(case):
   name, source, network, theirs, ours, tensorflow, size = case
   tensors = networks.Tensors(tensorflow=tensorflow)
   expected = networks.logits(network, tensors, images(*size), CLASSES, **theirs)
@@ -123,7 +123,7 @@ def test_logits_are_pytorchs_and_tensors_return_unchanged(case):
     ('mobilenet_v2', 'MobileNetV2Config', 'MobileNetV2ForImageClassification'),
   ],
 )
-def test_logits_are_those_of_transformers(name, config, network):
+def test_from_tensors_equals_transformers(name, config, network):
   transformers = pytest.importorskip('transformers')
   torch.manual_seed(0)
   reference = getattr(transformers, network)(getattr(transformers, config)(num_labels=CLASSES))
@@ -151,7 +151,7 @@ def test_logits_are_those_of_transformers(name, config, network):
     assert np.ptp(expected, axis=0).max() > 0.05 * np.abs(expected).max()
 
 
-def test_pretrained_mobilenet_v2_recognises_photographs_with_pytorchs_logits():
+def test_mobilenet_v2_pretrained_logits():
   model, variables, source = importers.load('mobilenet_v2', assets.real_weights('mobilenet_v2'))
   tensors = networks.Tensors(read_weights(assets.real_weights('mobilenet_v2')))
   hits = []

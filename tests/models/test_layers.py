@@ -24,7 +24,7 @@ from opq_jax.models.layers import (
     ((5, 8), (1, 2), [(2, 0), (0, 1)]),
   ],
 )
-def test_depthwise_convolution_and_its_gradient_are_xlas(size, strides, padding):
+def test_depthwise_conv_equals_xlas(size, strides, padding):
   rng = np.random.default_rng(0)
   x, kernel = (rng.normal(size=shape).astype(np.float32) for shape in [(2, *size, 5), (3, 3, 1, 5)])
 
@@ -40,13 +40,13 @@ def test_depthwise_convolution_and_its_gradient_are_xlas(size, strides, padding)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
 
 
-def test_depthwise_convolution_refuses_dilation():
+def test_depthwise_conv_refuses_dilation():
   x, kernel = jnp.ones((1, 8, 8, 2)), jnp.ones((3, 3, 1, 2))
   with pytest.raises(ValueError, match=r'rhs_dilation: found \(2, 2\), expected no dilation'):
     depthwise_conv(x, kernel, (1, 1), 'SAME', rhs_dilation=(2, 2))
 
 
-def test_conv_bn_without_activation_is_a_normalised_linear_map():
+def test_conv_bn_without_activation():
   """As the bottlenecks of MobileNet-V2 and ResNet end."""
 
   class Project(nn.Module):
@@ -66,7 +66,7 @@ def test_conv_bn_without_activation_is_a_normalised_linear_map():
 @pytest.mark.parametrize(
   ('size', 'windows'), [((13, 7), (6, 7)), ((12, 3), (6, 6)), ((1, 1), (7, 7))]
 )
-def test_adaptive_pooling_is_pytorchs(size, windows):
+def test_adaptive_average_pool_is_pytorchs(size, windows):
   torch = pytest.importorskip('torch')
   x = np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32)
   channels_first = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
@@ -75,7 +75,7 @@ def test_adaptive_pooling_is_pytorchs(size, windows):
   np.testing.assert_allclose(found, expected.numpy().transpose(0, 2, 3, 1), rtol=1e-5, atol=1e-6)
 
 
-def test_dropout_wants_training_and_a_key():
+def test_dropout_needs_train_and_a_key():
   class Dropped(nn.Module):
     @nn.compact
     def __call__(self, x, train):
@@ -90,7 +90,7 @@ def test_dropout_wants_training_and_a_key():
 
 
 @pytest.mark.parametrize('size', [(8, 8), (7, 10), (2, 3)])
-def test_pooling_by_two_is_flaxs(size):
+def test_max_pool_by_two_is_flaxs(size):
   x = jax.random.normal(jax.random.key(0), (2, *size, 5))
   expected = nn.max_pool(x, (2, 2), (2, 2))
   np.testing.assert_array_equal(jax.jit(max_pool_by_two)(x), expected)

@@ -46,14 +46,14 @@ def images(*shape):
   return noise + colour
 
 
-def test_has_the_published_number_of_parameters():
+def test_mobilenet_v1_parameter_count():
   variables = initial(MobileNetV1())
   count = lambda collection: sum(leaf.size for leaf in jax.tree.leaves(variables[collection]))
   assert count('params') == 4_231_976
   assert count('batch_stats') == 21_888
 
 
-def test_output_channels_are_the_last_axis_of_every_kernel():
+def test_mobilenet_v1_channels_are_last():
   leaves = trees.named_leaves(initial(SMALL)['params'])
   assert leaves['head/kernel'].shape == (256, 7)
   assert leaves['block_13/depthwise/kernel'].shape == (3, 3, 1, 256)
@@ -62,20 +62,20 @@ def test_output_channels_are_the_last_axis_of_every_kernel():
       assert kernel.shape[-1:] == leaves[name.replace('/kernel', '_bn/scale')].shape, name
 
 
-def test_width_scales_channels_but_never_below_eight():
+def test_mobilenet_v1_width():
   params = initial(MobileNetV1(width=0.1))['params']
   assert params['stem']['kernel'].shape == (3, 3, 3, 8)
   assert params['head']['kernel'].shape == (102, 1000)
 
 
-def test_evaluation_of_an_image_does_not_depend_on_the_batch(variables, logits):
+def test_mobilenet_v1_ignores_the_batch(variables, logits):
   assert logits.shape == (4, 7)
   reversed_batch = jax.jit(SMALL.apply)(variables, images(4, 45, 64)[::-1])
   np.testing.assert_allclose(reversed_batch[::-1], logits, rtol=1e-4, atol=1e-5)
   assert jnp.ptp(logits, axis=0).max() > 0.1 * jnp.abs(logits).max()
 
 
-def test_training_moves_the_running_statistics_towards_the_batch(variables):
+def test_mobilenet_v1_updates_statistics(variables):
   batch = images(4, 32, 32)
   train = jax.jit(functools.partial(SMALL.apply, train=True, mutable=['batch_stats']))
   _, updates = train(variables, batch)
@@ -93,7 +93,7 @@ def test_training_moves_the_running_statistics_towards_the_batch(variables):
   np.testing.assert_allclose(new['var'], expected, rtol=1e-6)
 
 
-def test_bfloat16_computes_nearly_the_same_and_keeps_parameters_in_float32(variables, logits):
+def test_mobilenet_v1_in_bfloat16(variables, logits):
   rough = MobileNetV1(num_classes=7, width=0.25, dtype=jnp.bfloat16)
   assert {leaf.dtype for leaf in jax.tree.leaves(initial(rough))} == {jnp.dtype('float32')}
   found = jax.jit(rough.apply)(variables, images(4, 45, 64))
@@ -102,13 +102,13 @@ def test_bfloat16_computes_nearly_the_same_and_keeps_parameters_in_float32(varia
   assert 0 < error < 0.05 * jnp.abs(logits).max()
 
 
-def test_a_lone_image_is_refused(variables):
+def test_mobilenet_v1_refuses_one_image(variables):
   with pytest.raises(ValueError, match=r'x: found shape \(32, 32, 3\), expected \[batch'):
     SMALL.apply(variables, jnp.zeros((32, 32, 3)))
 
 
 @pytest.mark.parametrize(('platform', 'grouped'), [('cuda', True), ('tpu', True), ('cpu', False)])
-def test_only_the_cpu_gets_shifted_products(platform, grouped):
+def test_mobilenet_v1_program_by_platform(platform, grouped):
   image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
   traced = jax.jit(SMALL.apply).trace(initial(SMALL), image)
   program = traced.lower(lowering_platforms=(platform,)).as_text()

@@ -38,19 +38,19 @@ def shapes(name):
   return models.variable_shapes(models.create(name))
 
 
-def test_the_table_is_complete():
+def test_names_are_all_in_the_table():
   assert list(PARAMETERS) == list(models.names())
 
 
 @pytest.mark.parametrize('name', models.names())
-def test_has_the_published_number_of_parameters(name):
+def test_create_parameter_count(name):
   leaves = jax.tree.leaves(shapes(name)['params'])
   assert sum(leaf.size for leaf in leaves) == PARAMETERS[name]
   assert {leaf.dtype for leaf in leaves} == {jnp.dtype('float32')}
 
 
 @pytest.mark.parametrize('name', models.names())
-def test_output_channels_are_the_last_axis_of_every_kernel(name):
+def test_create_channels_are_last(name):
   leaves = trees.named_leaves(shapes(name)['params'])
   for path, kernel in leaves.items():
     if path.endswith('/kernel'):
@@ -61,7 +61,7 @@ def test_output_channels_are_the_last_axis_of_every_kernel(name):
 
 
 @pytest.mark.parametrize('name', models.names())
-def test_bfloat16_and_training_keep_the_variables_as_they_are(name):
+def test_create_keeps_dtypes_in_training(name):
   """Traced alone: strict promotion finds what would mix dtypes."""
   model = models.create(name, num_classes=5, dtype=jnp.bfloat16)
   variables = models.variable_shapes(model)
@@ -75,7 +75,7 @@ def test_bfloat16_and_training_keep_the_variables_as_they_are(name):
   assert jax.eval_shape(model.apply, variables, images) == logits
 
 
-def test_bfloat16_computes_nearly_the_same():
+def test_create_in_bfloat16():
   variables = random_variables(models.create('resnet20'))
   images = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
   exact, rough = (
@@ -86,7 +86,7 @@ def test_bfloat16_computes_nearly_the_same():
   assert 0 < error < 0.05 * jnp.abs(exact).max()
 
 
-def test_alexnet_and_vgg_drop_in_training_with_a_key_and_never_else():
+def test_create_alexnet_dropout():
   model = models.create('alexnet', num_classes=3, hidden=16)
   variables = random_variables(model)
   images = jax.random.normal(jax.random.key(0), (2, 63, 63, 3))
@@ -98,13 +98,13 @@ def test_alexnet_and_vgg_drop_in_training_with_a_key_and_never_else():
   assert (apply(variables, images, train=True, rngs=rngs) != evaluated).any()
 
 
-def test_an_unknown_name_is_an_error_that_lists_the_known_ones():
+def test_create_lists_the_known_names():
   with pytest.raises(ValueError) as caught:
     models.create('resnet51')
   assert str(caught.value) == f"name: found 'resnet51', expected one of {', '.join(models.names())}"
 
 
 @pytest.mark.parametrize('name', ['alexnet', 'vgg16', 'mobilenet_v2', 'resnet18'])
-def test_a_lone_image_is_refused(name):
+def test_create_refuses_one_image(name):
   with pytest.raises(ValueError, match=r'x: found shape \(64, 64, 3\), expected \[batch'):
     jax.eval_shape(models.create(name).apply, shapes(name), jnp.zeros((64, 64, 3)))

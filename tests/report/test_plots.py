@@ -30,7 +30,7 @@ def figures(monkeypatch):
   return seen
 
 
-def test_draws_a_picture_of_moderate_size(tmp_path, figures):
+def test_accuracy_plot_is_a_small_png(tmp_path, figures):
   path = tmp_path / 'picture.png'
   plots.accuracy_over_size(path, CURVES, baseline=0.905, title='title')
   assert path.read_bytes().startswith(b'\x89PNG')
@@ -40,7 +40,7 @@ def test_draws_a_picture_of_moderate_size(tmp_path, figures):
   assert legend == ['ours', 'other', 'not corrected', 'float32: 90.5 %']
 
 
-def test_points_are_joined_in_order_of_size_and_a_label_has_one_colour(tmp_path, figures):
+def test_accuracy_plot_sorts_and_colours(tmp_path, figures):
   plots.accuracy_over_size(tmp_path / 'picture.png', CURVES)
   lines = [line for line in figures[0].axes[0].lines if len(line.get_xdata())]
   assert list(lines[0].get_xdata()) == [1.0, 2.0, 3.0]
@@ -59,19 +59,19 @@ def test_points_are_joined_in_order_of_size_and_a_label_has_one_colour(tmp_path,
     ([Curve('a', [1.0], [0.5], [(0, 1), (0, 1)])], '2 bounds'),
   ],
 )
-def test_refuses_what_cannot_be_drawn(tmp_path, curves, match):
+def test_accuracy_plot_refuses_no_points(tmp_path, curves, match):
   with pytest.raises(ValueError, match=match):
     plots.accuracy_over_size(tmp_path / 'picture.png', curves)
   assert not list(tmp_path.iterdir())
 
 
-def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
+def test_plots_name_the_missing_extra(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
   with pytest.raises(ValueError, match=r'opq_jax\[plots\]'):
     plots.accuracy_over_size(tmp_path / 'picture.png', CURVES)
 
 
-def test_seconds_over_weights_lie_beside_a_line_in_proportion(tmp_path, figures):
+def test_seconds_plot_has_proportional_line(tmp_path, figures):
   curves = {'a file': [(1e9, 80.0), (1e6, 0.1)], 'a folder': [(1e6, 1.0), (1e9, 100.0)]}
   plots.seconds_over_weights(tmp_path / 'picture.png', curves)
   [axes] = figures[0].axes

@@ -41,7 +41,7 @@ def row(report, path):
   return next(leaf for leaf in report.compressed if leaf.path == path)
 
 
-def test_nominal_packed_and_entropy_are_what_numpy_counts():
+def test_size_report_equals_numpys_counts():
   params, state = network()
   leaf = row(opq_jax.report.sizes.size_report(params, state), 'conv/kernel')
   weights = np.abs(params['conv']['kernel'])
@@ -64,7 +64,7 @@ def test_nominal_packed_and_entropy_are_what_numpy_counts():
   assert leaf.entropy <= leaf.file <= leaf.entropy + 60
 
 
-def test_file_is_the_length_of_the_file(tmp_path):
+def test_size_report_file_is_its_length(tmp_path):
   params, state = network()
   metadata = {'source': 'a test'}
   report = sizes.size_report(params, state, metadata=metadata)
@@ -75,7 +75,7 @@ def test_file_is_the_length_of_the_file(tmp_path):
   assert report.headers > 300
 
 
-def test_totals_are_sums_and_rates_name_their_baseline():
+def test_size_report_totals_and_rates():
   params, state = network()
   report = sizes.size_report(params, state)
   assert [leaf.path for leaf in report.compressed] == ['conv/kernel', 'head/kernel']
@@ -90,7 +90,7 @@ def test_totals_are_sums_and_rates_name_their_baseline():
   assert report.file_rate == pytest.approx(report.original / report.file)
 
 
-def test_a_file_tells_the_same_sizes_without_the_weights(tmp_path):
+def test_file_report_equals_size_report(tmp_path):
   params, state = network()
   report = sizes.size_report(params, state)
   opq_jax.save(tmp_path / 'net.opq', params, state)
@@ -103,7 +103,7 @@ def test_a_file_tells_the_same_sizes_without_the_weights(tmp_path):
   assert sizes.file_report((tmp_path / 'net.opq').read_bytes()) == found
 
 
-def test_channels_are_those_of_the_axis():
+def test_size_report_channel_axis():
   weights = np.zeros((2, 64), np.float32)
   weights[0], weights[1] = 0.6, 2.0
   state = CompressionState({'w': leaf_state(weights)})
@@ -116,7 +116,7 @@ def test_channels_are_those_of_the_axis():
     sizes.size_report({'w': weights}, state, channel_axis=2)
 
 
-def test_a_leaf_that_is_pruned_entirely_costs_its_mask():
+def test_size_report_of_a_pruned_leaf():
   weights = np.full((8, 8), 0.25, np.float32)
   state = CompressionState({'w': leaf_state(weights, levels=0)})
   report = sizes.size_report({'w': weights}, state)
@@ -125,7 +125,7 @@ def test_a_leaf_that_is_pruned_entirely_costs_its_mask():
   assert report.sparsity == 1
 
 
-def test_more_range_than_levels_counts_127_of_them():
+def test_nominal_is_at_most_127_levels():
   weights = np.array([[1000.0, 1.0]], np.float32)
   state = CompressionState({'w': leaf_state(weights, levels=127)})
   report = sizes.size_report({'w': weights}, state)
@@ -141,7 +141,7 @@ def with_escapes(params, state, path, places):
   return CompressionState({**state.tree, name: {**state.tree[name], kernel: record}})
 
 
-def test_escaped_weights_count_in_all_sizes():
+def test_size_report_counts_escaped_weights():
   params, state = network()
   params['conv']['kernel'][0, 0, 0, :3] = 100, -300, 0.75
   escaped = with_escapes(params, state, 'conv/kernel', np.s_[0, 0, 0, :3])
@@ -171,7 +171,7 @@ def test_escaped_weights_count_in_all_sizes():
   assert all(len(line) <= 100 for line in text.splitlines())
 
 
-def test_escaped_weights_of_a_narrow_dtype_take_its_bits():
+def test_size_report_escaped_bfloat16():
   weights = np.full((8, 8), 0.25, ml_dtypes.bfloat16)
   record = dataclasses.replace(leaf_state(weights, levels=0), kinds=jnp.full((8, 8), 2, jnp.uint8))
   report = sizes.size_report({'w': weights}, CompressionState({'w': record}))
@@ -181,7 +181,7 @@ def test_escaped_weights_of_a_narrow_dtype_take_its_bits():
 
 
 @pytest.mark.parametrize('levels', [1, 2, 4, 8, 64, 127])
-def test_the_width_of_a_code_that_may_escape(levels):
+def test_packed_width_with_escapes(levels):
   weights = np.full((8, 8), 0.6, np.float32)
   record = leaf_state(weights, levels=levels)
   plain = sizes.size_report({'w': weights}, CompressionState({'w': record}))
@@ -195,7 +195,7 @@ def test_the_width_of_a_code_that_may_escape(levels):
 
 
 @pytest.mark.parametrize('axis', [0, 1, 2])
-def test_the_reach_of_channels_is_found_in_pieces(monkeypatch, axis):
+def test_largest_on_grid_in_pieces(monkeypatch, axis):
   rng = np.random.default_rng(0)
   weights = rng.laplace(size=(7, 5, 6)).astype(ml_dtypes.bfloat16)
   codes = rng.integers(-1, 2, weights.shape).astype(np.int8)
@@ -210,7 +210,7 @@ def test_the_reach_of_channels_is_found_in_pieces(monkeypatch, axis):
   assert found == magnitude[:, 0, 0][abs(codes[:, 0, 0]) == 1].max()
 
 
-def test_dead_channels_rows_and_leaves_are_counted():
+def test_size_report_counts_dead_channels():
   params, state = network()
   params['conv']['kernel'][..., [2, 5, 7]] = 0
   params['conv']['kernel'][1] = 0
@@ -232,13 +232,13 @@ def test_dead_channels_rows_and_leaves_are_counted():
   assert 'dead' not in str(sizes.size_report(*network()))
 
 
-def test_a_vector_is_one_channel_without_rows():
+def test_size_report_of_a_vector():
   for weights, dead in ((np.zeros(9, np.float32), 1), (np.ones(9, np.float32), 0)):
     report = sizes.size_report({'w': weights}, CompressionState({'w': leaf_state(weights)}))
     assert (report.dead_channels, report.dead_rows) == (dead, 0)
 
 
-def test_a_report_prints_its_four_sizes():
+def test_size_report_prints_four_sizes():
   params, state = network()
   report = sizes.size_report(params, state)
   text = str(report)
@@ -247,7 +247,7 @@ def test_a_report_prints_its_four_sizes():
   assert all(name in text for name in ('nominal', 'packed', 'entropy', 'file'))
 
 
-def test_bytes_that_exist_are_not_made_again():
+def test_payload_report_equals_size_report():
   params, state = network()
   data = writer.serialize(params, state)
   assert sizes.payload_report(data, params) == sizes.size_report(params, state)

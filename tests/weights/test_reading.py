@@ -1,0 +1,134 @@
+import pickle
+import sys
+
+import flax.serialization
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+import opq_jax
+from opq_jax.compression.codes import CompressionState
+from opq_jax.weights import read_weights
+from tests.helpers.weight_trees import assert_same, flat_tree, nested_tree
+
+
+def test_read_weights_npz(tmp_path):
+  tree = {name: leaf for name, leaf in flat_tree().items() if leaf.dtype != ml_dtypes.bfloat16}
+  np.savez_compressed(tmp_path / 'net.npz', **tree)
+  assert_same(read_weights(tmp_path / 'net.npz'), tree)
+
+
+def test_read_weights_msgpack(tmp_path):
+  (tmp_path / 'net.msgpack').write_bytes(flax.serialization.to_bytes(nested_tree()))
+  assert_same(read_weights(tmp_path / 'net.msgpack'), nested_tree())
+
+
+def test_read_weights_opq(tmp_path):
+  params = nested_tree()
+  state = CompressionState(jax.tree.map(lambda _: None, params))
+  opq_jax.save(tmp_path / 'net.opq', params, state)
+  assert_same(read_weights(tmp_path / 'net.opq'), params)
+  # an .opq file is a safetensors file, too, but not of weights
+  (tmp_path / 'net.opq').rename(tmp_path / 'net.safetensors')
+  assert_same(read_weights(tmp_path / 'net.safetensors'), params)
+
+
+def test_read_weights_orbax(tmp_path):
+  import orbax.checkpoint as ocp
+
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / 'net', nested_tree())
+  assert_same(read_weights(tmp_path / 'net'), nested_tree())
+  assert_same(read_weights(tmp_path / 'net' / '..' / 'net'), nested_tree())
+
+
+def test_read_weights_orbax_manager(tmp_path):
+  import orbax.checkpoint as ocp
+
+  with ocp.CheckpointManager(tmp_path / 'run') as manager:
+    for step in (2, 10):
+      tree = {'kernel': np.full((2, 3), step, np.float32)}
+      manager.save(step, args=ocp.args.StandardSave(tree))
+    manager.wait_until_finished()
+  assert read_weights(tmp_path / 'run')['kernel'][0, 0] == 10
+  assert read_weights(tmp_path / 'run' / '2')['kernel'][0, 0] == 2
+
+
+def test_read_weights_torch(tmp_path):
+  torch = pytest.importorskip('torch')
+  weights = {
+    'conv1.weight': torch.randn(4, 3, 3, 3),
+    'fc.weight': torch.randn(5, 4).to(torch.bfloat16).T,
+    'bn.num_batches_tracked': torch.tensor(3),
+  }
+  expected = {
+    'conv1.weight': weights['conv1.weight'].numpy(),
+    'fc.weight': weights['fc.weight'].float().numpy().astype(ml_dtypes.bfloat16, order='C'),
+    'bn.num_batches_tracked': np.array(3),
+  }
+  for name, saved in {
+    'plain.pt': weights,
+    'checkpoint.pth': {'epoch': 3, 'state_dict': weights, 'optimizer': {'lr': 0.1}},
+    'deeper.pth': {'model': {'state_dict': weights}},
+  }.items():
+    torch.save(saved, tmp_path / name)
+    assert_same(read_weights(tmp_path / name), expected)
+
+
+def test_read_weights_refuses_pickled_code(tmp_path):
+  torch = pytest.importorskip('torch')
+  torch.save(torch.nn.Linear(2, 2), tmp_path / 'module.pt')
+  with pytest.raises(ValueError, match=r'module\.pt: expected a PyTorch state dict') as caught:
+    read_weights(tmp_path / 'module.pt')
+  assert 'False' not in str(caught.value)
+
+
+def test_read_weights_without_torch(tmp_path, monkeypatch):
+  (tmp_path / 'net.pt').write_bytes(b'')
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  with pytest.raises(ValueError, match=r'net\.pt: .*pip install opq_jax\[torch\]'):
+    read_weights(tmp_path / 'net.pt')
+
+
+@pytest.mark.parametrize('suffix', ['.safetensors', '.npz', '.msgpack', '.opq', '.pt', '.pth'])
+@pytest.mark.parametrize('data', [b'', b'no weights', bytes(64), b'\x83abc', b'PK\x03\x04abc'])
+def test_read_weights_names_damaged_files(tmp_path, suffix, data):
+  if suffix in ('.pt', '.pth'):
+    pytest.importorskip('torch')
+  (tmp_path / f'bad{suffix}').write_bytes(data)
+  with pytest.raises(ValueError, match=rf'bad\{suffix}: '):
+    read_weights(tmp_path / f'bad{suffix}')
+
+
+def test_read_weights_refuses_npz_objects(tmp_path):
+  np.savez(tmp_path / 'net.npz', w=np.array([{'a': 1}], object))
+  with pytest.raises(ValueError, match=r'net\.npz: .*Object arrays'):
+    read_weights(tmp_path / 'net.npz')
+  (tmp_path / 'net.npz').write_bytes(pickle.dumps({'w': 1}))
+  with pytest.raises(ValueError, match=r'net\.npz: '):
+    read_weights(tmp_path / 'net.npz')
+
+
+def test_read_weights_names_other_leaves(tmp_path):
+  np.savez(tmp_path / 'net.npz', w=np.zeros(2), names=np.array(['a', 'b']))
+  with pytest.raises(ValueError, match=r'net\.npz: names: found ndarray of dtype <U1'):
+    read_weights(tmp_path / 'net.npz')
+  np.savez(tmp_path / 'none.npz')
+  with pytest.raises(ValueError, match=r'none\.npz: found no weights'):
+    read_weights(tmp_path / 'none.npz')
+
+
+def test_read_weights_refuses_other_suffixes(tmp_path):
+  (tmp_path / 'net.ckpt').write_bytes(b'')
+  with pytest.raises(ValueError, match=r"net\.ckpt: found suffix '\.ckpt', expected \.safetensors"):
+    read_weights(tmp_path / 'net.ckpt')
+  (tmp_path / 'folder').mkdir()
+  with pytest.raises(ValueError, match=r'folder: found items .* expected an Orbax checkpoint'):
+    read_weights(tmp_path / 'folder')
+
+
+@pytest.mark.parametrize('name', ['no.safetensors', 'no.npz', 'no.msgpack', 'no.opq'])
+def test_read_weights_of_a_missing_file(tmp_path, name):
+  with pytest.raises(FileNotFoundError, match=name):
+    read_weights(tmp_path / name)
