@@ -4,17 +4,13 @@ import json
 import os
 import pathlib
 import signal
-import socket
 import struct
-import subprocess
-import sys
 import time
 
 import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 import opq_jax
 from configs.finetune_imagenet import get_config as get_imagenet_config
@@ -24,6 +20,7 @@ from opq_jax import finetuning, importers
 from opq_jax.allocation import paper
 from opq_jax.core import trees
 from opq_jax.importers import networks
+from tests.helpers import processes
 
 event_pb2 = pytest.importorskip('tensorboardX.proto.event_pb2')
 
@@ -31,28 +28,24 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope='module', autouse=True)
-def compilations(tmp_path_factory):
-  """Every run compiles the same network: once is enough, and no step is run often enough to pay
-  for a fast program; what the steps compute is for test_training.py."""
-  before = jax.config.jax_compilation_cache_dir
-  jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('compilations')))
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-  jax.config.update('jax_compilation_cache_dir', before)
-  # else the tests after these would go on reading it
-  compilation_cache.reset_cache()
+def programs_made_fast():
+  """No step is run often enough to pay for a fast program, here and in processes that are started;
+  what the steps compute is for test_training.py."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+    jax.config.update('jax_disable_most_optimizations', True)
+    yield
+    jax.config.update('jax_disable_most_optimizations', False)
 
 
-def environment(devices):
-  """Of a process that compiles as this one does."""
-  return {
-    **os.environ,
-    'JAX_NUM_CPU_DEVICES': str(devices),
-    'JAX_COMPILATION_CACHE_DIR': str(jax.config.jax_compilation_cache_dir),
-    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-    'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
-  }
+def start(workdir, *arguments, **options):
+  """Starts a smoke run in another process."""
+  return processes.start(
+    *('-m', 'experiments.finetune', '--config.fake_shape=(8, 8, 3)', f'--workdir={workdir}'),
+    f'--config={ROOT}/configs/finetune_resnet20_cifar10.py:15,smoke',
+    *arguments,
+    **options,
+  )
 
 
 def smoke(**changes):
@@ -186,24 +179,16 @@ def test_a_run_that_is_stopped_by_sigterm_goes_on_and_ends_the_same(
 
 def test_a_run_that_is_killed_ends_with_the_same_file(finished, tmp_path):
   _, workdir = finished
-  command = [
-    sys.executable,
-    '-m',
-    'experiments.finetune',
-    f'--config={ROOT}/configs/finetune_resnet20_cifar10.py:15,smoke',
-    f'--workdir={tmp_path}',
-    '--config.steps=4',
-    '--config.fake_shape=(8, 8, 3)',
-  ]
-  env = environment(jax.device_count())
-  with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL) as process:
-    while len(list((tmp_path / 'checkpoints').glob('[1-3]'))) == 0:
-      assert process.poll() is None
+  steps, devices = '--config.steps=4', jax.device_count()
+  with start(tmp_path, steps, devices=devices, is_killed=True) as process:
+    end = time.monotonic() + processes.TIMEOUT
+    while not list((tmp_path / 'checkpoints').glob('[1-3]')):
+      assert process.poll() is None and time.monotonic() < end
       time.sleep(0.005)
     process.kill()
   assert process.returncode == -signal.SIGKILL
   assert not (tmp_path / 'network.opq').exists()
-  subprocess.run(command, env=env, stdout=subprocess.DEVNULL, check=True)
+  start(tmp_path, steps, devices=devices).finish()
   assert (tmp_path / 'network.opq').read_bytes() == (workdir / 'network.opq').read_bytes()
   lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
   steps = [record['step'] for record in map(json.loads, lines) if record['kind'] == 'train']
@@ -211,43 +196,17 @@ def test_a_run_that_is_killed_ends_with_the_same_file(finished, tmp_path):
 
 
 def test_two_processes_end_with_the_file_of_one_with_two_devices(tmp_path):
-  address = f'localhost:{free_port()}'
-  apart = ['--distributed', f'--coordinator={address}', '--processes=2']
-  commands = {'one': [[]], 'two': [[*apart, '--process=0'], [*apart, '--process=1']]}
-  for name, starts in commands.items():
-    processes = [
-      subprocess.Popen(
-        [
-          sys.executable,
-          '-m',
-          'experiments.finetune',
-          f'--config={ROOT}/configs/finetune_resnet20_cifar10.py:15,smoke',
-          f'--workdir={tmp_path / name}',
-          '--config.fake_shape=(8, 8, 3)',
-          *options,
-        ],
-        env=environment(2 // len(starts)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-      )
-      for options in starts
-    ]
-    for process in processes:
-      _, complaint = process.communicate(timeout=500)
-      assert process.returncode == 0, complaint
   one, two = tmp_path / 'one', tmp_path / 'two'
+  start(one, devices=2).finish()
+  apart = '--distributed', f'--coordinator=localhost:{processes.free_port()}', '--processes=2'
+  both = [start(two, *apart, f'--process={index}', devices=1) for index in range(2)]
+  for process in both:
+    process.finish()
   assert (one / 'network.opq').read_bytes() == (two / 'network.opq').read_bytes()
   rows, others = (
     json.loads((folder / 'results.json').read_text())['rows'] for folder in (one, two)
   )
   assert rows == others
-
-
-def free_port():
-  with socket.socket() as server:
-    server.bind(('localhost', 0))
-    return server.getsockname()[1]
 
 
 def events(folder):

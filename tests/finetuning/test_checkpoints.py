@@ -1,10 +1,7 @@
 """What is restored is what was saved, and a killed run is one that was not killed."""
 
 import os
-import pathlib
 import signal
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -14,10 +11,9 @@ import pytest
 import opq_jax
 from opq_jax.finetuning import parallel
 from opq_jax.finetuning.checkpoints import Checkpoints, StopRequest
-from tests.helpers import small_networks
+from tests.helpers import processes, small_networks
 from tests.helpers.small_networks import assert_same_bits, batches
 
-SCRIPT = pathlib.Path(__file__).parents[1] / 'helpers/killed_run.py'
 OPTIMIZER = optax.adamw(1e-2)
 
 
@@ -121,25 +117,11 @@ def test_sigterm_is_heard_inside_alone():
   assert signal.getsignal(signal.SIGTERM) is before
 
 
-def start(folder, *arguments, devices=1):
+def start(folder, *arguments, is_killed=False):
   folder.mkdir(exist_ok=True)
-  environment = {
-    **os.environ,
-    'JAX_NUM_CPU_DEVICES': str(devices),
-    'PYTHONPATH': os.pathsep.join([str(SCRIPT.parents[2]), os.environ.get('PYTHONPATH', '')]),
-  }
-  return subprocess.Popen(
-    [sys.executable, str(SCRIPT), str(folder), *arguments],
-    stdout=subprocess.PIPE,
-    text=True,
-    env=environment,
+  return processes.start(
+    *('-m', 'tests.helpers.killed_run', folder, *arguments), devices=1, is_killed=is_killed
   )
-
-
-def wait_for_step(process, number):
-  for line in process.stdout:
-    if int(line) >= number:
-      return
 
 
 def final(folder):
@@ -147,37 +129,21 @@ def final(folder):
     return [arrays[name] for name in arrays.files]
 
 
-@pytest.fixture(scope='module')
-def undisturbed(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('undisturbed')
-  with start(folder) as process:
-    process.communicate()
-  assert process.returncode == 0
-  return final(folder)
-
-
-def test_a_run_that_is_killed_again_and_again_ends_bit_identical(tmp_path, undisturbed):
-  for number in (2, 10, 19):
-    with start(tmp_path, '0.02') as process:
-      wait_for_step(process, number)
+def test_a_run_that_is_killed_and_stopped_again_and_again_ends_bit_identical(tmp_path):
+  start(tmp_path / 'undisturbed').finish()
+  disturbed = tmp_path / 'disturbed'
+  for number in (2, 10):
+    with start(disturbed, '0.02', is_killed=True) as process:
+      process.wait_for_line(number)
       process.kill()
     assert process.returncode == -signal.SIGKILL
-  with start(tmp_path) as process:
-    steps = [int(line) for line in process.stdout]
-  assert process.returncode == 0
-  assert 1 < steps[0] <= 20 and steps[-1] == 24
-  assert_same_bits(final(tmp_path), undisturbed)
-
-
-def test_sigterm_saves_and_exits_with_0_and_the_run_goes_on(tmp_path, undisturbed):
-  with start(tmp_path, '0.05') as process:
-    wait_for_step(process, 7)
-    process.terminate()
-    rest = [int(line) for line in process.stdout]
-  assert process.returncode == 0
-  assert not (tmp_path / 'final.npz').exists()
-  with start(tmp_path) as process:
-    steps = [int(line) for line in process.stdout]
-  # from the very step, which is no multiple of the interval
-  assert steps[0] == max([7, *rest]) + 1
-  assert_same_bits(final(tmp_path), undisturbed)
+  # SIGTERM saves, and exits with 0
+  process = start(disturbed, '0.05')
+  process.wait_for_line(16)
+  process.terminate()
+  printed = [int(line) for line in process.finish().split()]
+  assert not (disturbed / 'final.npz').exists()
+  steps = [int(line) for line in start(disturbed).finish().split()]
+  # from the very step, which need not be a multiple of the interval
+  assert steps[0] == max([16, *printed]) + 1 and steps[-1] == 24
+  assert_same_bits(final(disturbed), final(tmp_path / 'undisturbed'))

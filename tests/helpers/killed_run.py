@@ -1,6 +1,6 @@
-"""A run of 24 steps that is meant to be killed: `python killed_run.py DIR [seconds a step]`.
+"""A run of 24 steps that is meant to be killed: `python -m tests.helpers.killed_run DIR [PAUSE]`.
 
-Prints every step; ends by writing DIR/final.npz.
+Prints every step and then pauses for some seconds; ends by writing DIR/final.npz.
 """
 
 import pathlib

@@ -1,6 +1,6 @@
 """Checks on eight devices, each by its name: prints what failed, as JSON.
 
-python tests/many_devices.py        (tests/test_sharding.py runs it)
+python -m tests.helpers.many_devices        (tests/allocation/test_sharding.py runs it)
 """
 
 import functools

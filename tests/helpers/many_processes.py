@@ -1,8 +1,8 @@
-"""A few steps as one of many processes: `python many_processes.py KIND DIR INDEX COUNT PORT`.
+"""Trains as one of many: `python -m tests.helpers.many_processes DIR INDEX COUNT PORT`.
 
-KIND is pmap, shard_map, or sigterm, which steps until it gets one and then saves.  The others save,
-restore and go on; the process of index 0 writes what became of it to DIR/KIND_COUNT.npz.
-COUNT 1 is one process that has all the devices.
+A few steps with pmap and with shard_map, each saved, restored and continued; process 0 writes the
+results to DIR/KIND_COUNT.npz.  Two processes then go on until one gets SIGTERM; both print every
+step and save the last.  With COUNT 1 one process has all the devices.
 """
 
 import sys
@@ -22,36 +22,41 @@ PLAIN = data.Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3)
 OPTIMIZER = optax.adamw(1e-2)
 
 
-def main(kind, folder, index, count, port):
+def main(folder, index, count, port):
   if count > 1:
     jax.distributed.initialize(f'localhost:{port}', num_processes=count, process_id=index)
   assert jax.device_count() == 2
-  if kind != 'shard_map':
-    devices = jax.local_devices()
-    step_fn = parallel.pmap_train_step(apply_fn, OPTIMIZER)
-  else:
-    devices = jax.devices()
-    mesh = Mesh(np.array(devices), (parallel.AXIS,))
-    step_fn = parallel.shard_map_train_step(mesh, apply_fn, OPTIMIZER)
-  train_state = parallel.replicate(small_networks.start(OPTIMIZER), devices)
-  state = parallel.replicate(small_networks.compressed_network()[1], devices)
-  batches = streams.stream(
-    streams.fake((2, 4, 3), classes=5, count=50), batch_size=8, preprocessing=PLAIN
+  pmap_step = parallel.pmap_train_step(apply_fn, OPTIMIZER)
+  mesh = Mesh(np.array(jax.devices()), (parallel.AXIS,))
+  shard_map_step = parallel.shard_map_train_step(mesh, apply_fn, OPTIMIZER)
+  for kind, step_fn, devices in (
+    ('pmap', pmap_step, jax.local_devices()),
+    ('shard_map', shard_map_step, jax.devices()),
+  ):
+    result = train_restore_and_go_on(kind, f'{folder}/{kind}_{count}', step_fn, devices)
+    if index == 0:
+      np.savez(f'{folder}/{kind}_{count}.npz', *map(np.asarray, jax.tree.leaves(result)))
+  if count > 1:
+    train_until_sigterm(f'{folder}/sigterm', pmap_step)
+
+
+def begin(devices):
+  return (
+    parallel.replicate(small_networks.start(OPTIMIZER), devices),
+    parallel.replicate(small_networks.compressed_network()[1], devices),
+    streams.stream(streams.fake((2, 4, 3), classes=5, count=50), batch_size=8, preprocessing=PLAIN),
   )
-  with Checkpoints(f'{folder}/{kind}_{count}') as checkpoints, StopRequest() as stop:
+
+
+def train_restore_and_go_on(kind, folder, step_fn, devices):
+  train_state, state, batches = begin(devices)
+  with Checkpoints(folder) as checkpoints, StopRequest() as stop:
     checkpoints.save_compression(state)
     for step in range(1, 4):
-      train_state, metrics = step_fn(train_state, state, next(batches))
-      assert not stop.is_requested(step)
-    while kind == 'sigterm':
-      step += 1
       train_state, _ = step_fn(train_state, state, next(batches))
-      print(step, flush=True)
-      if stop.is_requested(step):
-        checkpoints.save(train_state, batches.get_state(), wait=True)
-        return
+      assert not stop.is_requested(step)
     checkpoints.save(train_state, batches.get_state())
-  with Checkpoints(f'{folder}/{kind}_{count}') as checkpoints:
+  with Checkpoints(folder) as checkpoints:
     state = checkpoints.restore_compression(state, devices)
     train_state, position = checkpoints.restore(train_state, devices)
   batches.set_state(position)
@@ -61,9 +66,19 @@ def main(kind, folder, index, count, port):
     variables, _ = training.network(train_state, state)
     counts = parallel.pmap_eval_step(apply_fn)(variables, next(batches))
     assert int(counts['examples']) == 8
-  if index == 0:
-    leaves = jax.tree.leaves((train_state.replace(rng=None), metrics))
-    np.savez(f'{folder}/{kind}_{count}.npz', *map(np.asarray, leaves))
+  return train_state.replace(rng=None), metrics
+
+
+def train_until_sigterm(folder, step_fn):
+  train_state, state, batches = begin(jax.local_devices())
+  with Checkpoints(folder) as checkpoints, StopRequest() as stop:
+    for step in range(1, 100_000):
+      train_state, _ = step_fn(train_state, state, next(batches))
+      print(step, flush=True)
+      if stop.is_requested(step):
+        checkpoints.save(train_state, batches.get_state(), wait=True)
+        return
+  raise AssertionError('found no SIGTERM')
 
 
 def apply_fn(variables, images, **options):
@@ -71,4 +86,4 @@ def apply_fn(variables, images, **options):
 
 
 if __name__ == '__main__':
-  main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))
+  main(sys.argv[1], *map(int, sys.argv[2:]))
