@@ -1,7 +1,6 @@
 """One strict JAX for all tests: four devices, no silent promotion, no warnings (pyproject.toml)."""
 
 import os
-import pathlib
 from collections.abc import Iterator
 
 import hypothesis
@@ -10,15 +9,10 @@ import pytest
 
 from tests.helpers import programs
 
-# Linux gives a process 65,530 maps of memory, and every compiled program takes some
+# Linux gives a process 65,530 maps of memory, and every loaded program takes some
 MANY_MAPS = 30_000
 
-CACHE = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache')
-KEPT = programs.KeptPrograms(
-  pathlib.Path(os.environ.get('OPQ_TEST_PROGRAMS') or CACHE / 'opq_jax_tests') / jax.__version__
-)
-KEPT.start()
-
+programs.start()
 # tests compile far more than they compute: without its slow passes XLA takes less
 os.environ['XLA_FLAGS'] = (
   os.environ.get('XLA_FLAGS', '') + ' --xla_llvm_disable_expensive_passes=true'
@@ -35,13 +29,13 @@ hypothesis.settings.load_profile('opq')
 
 
 def pytest_sessionfinish() -> None:
-  KEPT.finish()
+  programs.finish()
 
 
 @pytest.fixture(scope='module', autouse=True)
 def programs_of_one_module() -> Iterator[None]:
   """Shares compiled programs with the other workers, and drops them before there are too many."""
   yield
-  KEPT.exchange()
-  if programs.maps_of_memory() > MANY_MAPS:
+  programs.exchange()
+  if programs.number_of_maps() > MANY_MAPS:
     jax.clear_caches()
