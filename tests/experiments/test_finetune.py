@@ -1,5 +1,6 @@
 """The finetuning experiment on noise: what it writes, and that it goes on where it was stopped."""
 
+import functools
 import json
 import os
 import pathlib
@@ -9,16 +10,19 @@ import time
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import opq_jax
 from configs.finetune_imagenet import get_config as get_imagenet_config
 from configs.finetune_resnet20_cifar10 import get_config
 from experiments import finetune
-from opq_jax import finetuning, importers
+from opq_jax import finetuning, importers, models
 from opq_jax.allocation import paper
 from opq_jax.core import trees
+from opq_jax.correction import correct_batch_norm
 from opq_jax.importers import networks
 from tests.helpers import processes
 
@@ -38,14 +42,24 @@ def programs_made_fast():
     jax.config.update('jax_disable_most_optimizations', False)
 
 
-def start(workdir, *arguments, **options):
-  """Starts a smoke run in another process."""
+def start(workdir, *arguments, devices=2, **options):
+  """Starts a run of four steps and a network of one block in another process."""
   return processes.start(
-    *('-m', 'experiments.finetune', '--config.fake_shape=(8, 8, 3)', f'--workdir={workdir}'),
+    *('-m', 'experiments.finetune', f'--workdir={workdir}'),
     f'--config={ROOT}/configs/finetune_resnet20_cifar10.py:15,smoke',
+    *('--config.model_options.blocks=(1,)', '--config.fake_shape=(8, 8, 3)', '--config.steps=4'),
     *arguments,
+    devices=devices,
     **options,
   )
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+  """The folder of one such run."""
+  folder = tmp_path_factory.mktemp('undisturbed')
+  start(folder).finish()
+  return folder
 
 
 def smoke(**changes):
@@ -177,34 +191,30 @@ def test_a_run_that_is_stopped_by_sigterm_goes_on_and_ends_the_same(
   assert lines(tmp_path) == lines(workdir)
 
 
-def test_a_run_that_is_killed_ends_with_the_same_file(finished, tmp_path):
-  _, workdir = finished
-  steps, devices = '--config.steps=4', jax.device_count()
-  with start(tmp_path, steps, devices=devices, is_killed=True) as process:
+def test_a_run_that_is_killed_ends_with_the_same_file(undisturbed, tmp_path):
+  with start(tmp_path, is_killed=True) as process:
     end = time.monotonic() + processes.TIMEOUT
     while not list((tmp_path / 'checkpoints').glob('[1-3]')):
-      assert process.poll() is None and time.monotonic() < end
+      assert process.poll() is None and time.monotonic() < end, process.complaint()
       time.sleep(0.005)
     process.kill()
   assert process.returncode == -signal.SIGKILL
   assert not (tmp_path / 'network.opq').exists()
-  start(tmp_path, steps, devices=devices).finish()
-  assert (tmp_path / 'network.opq').read_bytes() == (workdir / 'network.opq').read_bytes()
+  start(tmp_path).finish()
+  assert (tmp_path / 'network.opq').read_bytes() == (undisturbed / 'network.opq').read_bytes()
   lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
   steps = [record['step'] for record in map(json.loads, lines) if record['kind'] == 'train']
   assert steps == [1, 2, 3, 4]
 
 
-def test_two_processes_end_with_the_file_of_one_with_two_devices(tmp_path):
-  one, two = tmp_path / 'one', tmp_path / 'two'
-  start(one, devices=2).finish()
+def test_two_processes_end_with_the_file_of_one_with_two_devices(undisturbed, tmp_path):
   apart = '--distributed', f'--coordinator=localhost:{processes.free_port()}', '--processes=2'
-  both = [start(two, *apart, f'--process={index}', devices=1) for index in range(2)]
+  both = [start(tmp_path, *apart, f'--process={index}', devices=1) for index in range(2)]
   for process in both:
     process.finish()
-  assert (one / 'network.opq').read_bytes() == (two / 'network.opq').read_bytes()
+  assert (tmp_path / 'network.opq').read_bytes() == (undisturbed / 'network.opq').read_bytes()
   rows, others = (
-    json.loads((folder / 'results.json').read_text())['rows'] for folder in (one, two)
+    json.loads((folder / 'results.json').read_text())['rows'] for folder in (tmp_path, undisturbed)
   )
   assert rows == others
 
@@ -320,16 +330,47 @@ def test_the_configs_have_the_same_fields():
       get_imagenet_config(argument)
 
 
-@pytest.mark.parametrize('name', paper.TARGETS)
-def test_the_paper_s_networks_run_on_noise_at_its_targets(name, tmp_path):
+def test_a_network_of_the_paper_runs_on_noise_at_its_targets(tmp_path):
   pytest.importorskip('matplotlib')
-  config = get_imagenet_config(f'{name},paper,smoke')
-  result = finetune.run(config, tmp_path)
+  result = finetune.run(get_imagenet_config('vgg16,paper,smoke'), tmp_path)
   assert result['steps'] == 2
   _, state = opq_jax.load(tmp_path / 'network.opq')
   masks = [leaf.mask for leaf in jax.tree.leaves(state.tree, is_leaf=is_record) if leaf is not None]
   pruned = 1 - sum(mask.sum() for mask in masks) / sum(mask.size for mask in masks)
-  assert pruned == pytest.approx(paper.TARGETS[name].sparsity, abs=1e-3)
+  assert pruned == pytest.approx(paper.TARGETS['vgg16'].sparsity, abs=1e-3)
+
+
+CONFIGS = [get_config('20,resnet32'), *(get_imagenet_config(f'{n},paper') for n in paper.TARGETS)]
+
+
+@pytest.mark.parametrize('config', CONFIGS, ids=lambda config: config.model)
+def test_whole_networks_train_as_configured(config):
+  """Traced alone, at their full size."""
+  options = {'num_classes': config.num_classes, 'dtype': jnp.dtype(config.dtype)}
+  model = models.create(config.model, **options, **config.model_options.to_dict())
+  variables = models.variable_shapes(model)
+  optimizer = finetune.make_optimizer(config, optax.constant_schedule(config.learning_rate))
+  key = jax.random.key(config.seed)
+
+  def step(variables, batch):
+    state = opq_jax.init_state(variables, opq_jax.allocate(variables))
+    start = opq_jax.apply_compression(variables, state)
+    if networks.has_batch_norm(variables):
+      correct = functools.partial(correct_batch_norm, model.apply, variables, start)
+      start = correct(key, config.noise_shape)
+    before = finetuning.init_train_state(start, optimizer, key)
+    state = opq_jax.CompressionState(state.tree['params'])
+    after, metrics = finetuning.train_step(
+      before, state, batch, apply_fn=model.apply, optimizer=optimizer
+    )
+    return before, after, metrics
+
+  image = jax.ShapeDtypeStruct((config.batch_size, *config.fake_shape), np.float32)
+  label = jax.ShapeDtypeStruct((config.batch_size,), np.int32)
+  before, after, metrics = jax.eval_shape(step, variables, {'image': image, 'label': label})
+  assert after == before
+  assert before.params == variables['params']
+  assert metrics['loss'].shape == ()
 
 
 def is_record(node):
@@ -349,21 +390,11 @@ def test_one_target_fills_a_file_of_the_size_of_two():
   assert abs(reports[1].sparsity - 0.6) > 0.02
 
 
-def test_resnet_32_runs_on_noise(tmp_path):
-  pytest.importorskip('matplotlib')
-  config = get_config('20,resnet32,smoke')
-  config.fake_shape = (8, 8, 3)
-  result = finetune.run(config, tmp_path)
-  assert result['steps'] == 2
-  room = 1 + config.growth
-  assert result['rows'][1]['file_rate'] == pytest.approx(20 * room, rel=0.003)
-
-
-@pytest.mark.parametrize('rate', [10, 30])
-def test_other_rates_are_those_of_the_file_with_room_to_grow(rate):
-  config = get_config(f'{rate},smoke')
+@pytest.mark.parametrize(('rate', 'model'), [(10, 'resnet20'), (30, 'resnet20'), (20, 'resnet32')])
+def test_other_rates_are_those_of_the_file_with_room_to_grow(rate, model):
+  config = get_config(f'{rate},{model},smoke')
   imported = finetune.float_network(config)
-  network = networks.Network('resnet20', *imported)
+  network = networks.Network(model, *imported)
   state = finetune.compress(config, network, [])
   variables = finetune.to_save(config, network, network.variables)
   found = opq_jax.size_report(variables, state).file_rate
