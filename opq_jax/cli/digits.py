@@ -27,7 +27,7 @@ from opq_jax.allocation import allocate
 from opq_jax.compression.codes import CompressionState, apply_compression, init_state
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
-from opq_jax.correction.batch_norm import correct_batch_norm
+from opq_jax.correction import correct_batch_norm
 from opq_jax.file import reader, writer
 from opq_jax.weights import write_safetensors
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from opq_jax.core import lazy
 
 if TYPE_CHECKING:
-  from opq_jax.correction.batch_norm import correct_batch_norm, correct_on_images
+  from opq_jax.correction.batch_norm import correct_batch_norm
+  from opq_jax.correction.biases import correct_on_images
   from opq_jax.correction.inference import fold_batch_norm, round_uncompressed
   from opq_jax.correction.noise import natural_noise
   from opq_jax.correction.synthetic import synthetic_inputs
@@ -28,7 +29,7 @@ __getattr__, __dir__ = lazy.attributes(
   __name__,
   {
     'correct_batch_norm': 'batch_norm',
-    'correct_on_images': 'batch_norm',
+    'correct_on_images': 'biases',
     'fold_batch_norm': 'inference',
     'natural_noise': 'noise',
     'round_uncompressed': 'inference',

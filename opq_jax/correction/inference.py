@@ -1,9 +1,8 @@
-"""Variables of a network that is only to be used, with what its file need not hold taken out.
+"""Smaller uncompressed leaves (BatchNorm, biases) for a network that is not trained further.
 
-In a small network the leaves that are not compressed (BatchNorm, biases) are a fifth of an
-`.opq` file.  These functions change their values and neither tree, shapes nor dtypes, so that the
-same `model.apply` takes them; constants and zeroed low bytes then cost nothing in the file, whose
-coder sees them.
+In a small network these leaves are a fifth of an `.opq` file.  The functions here change values
+only, no tree, shape or dtype, so that the same `model.apply` takes the result.  Constant leaves and
+zeroed low bytes take no space in the file, whose coder detects them.
 """
 
 import functools
@@ -17,33 +16,33 @@ from jaxtyping import Array, Bool, Float
 from opq_jax.allocation import is_compressible
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
-from opq_jax.correction import batch_statistics
-from opq_jax.correction.batch_statistics import STATISTICS
+from opq_jax.correction.batch_statistics import STATISTICS, mean_var_pairs
+from opq_jax.correction.checks import check_collections
 
 
 def fold_batch_norm(variables: Mapping[str, PyTree], *, epsilon: float) -> dict[str, PyTree]:
-  """Every BatchNorm's four vectors as two: mean and variance absorbed in scale and bias.
+  """Absorbs mean and variance of every BatchNorm into its scale and bias.
 
-  y = scale (x - mean) / sqrt(var + epsilon) + bias is the same function with
+  On running statistics, y = scale (x - mean) / sqrt(var + epsilon) + bias is the same function with
 
       scale  <-  scale / sqrt(var + epsilon)        mean  <-  0
       bias   <-  bias - mean * new scale            var   <-  1 - epsilon
 
-  on running statistics, which are constants thereafter.  Not for a network that is to be trained
-  further: the statistics no longer say what its layers see.
+  so that two of the four vectors are constant.  A folded network must not be trained further: its
+  statistics no longer describe what its layers see.
 
   Args:
     variables: `{'params': …, 'batch_stats': …}`.  A BatchNorm is every node of `batch_stats` that
-      holds `mean` and `var` and has `scale` and `bias` at the same place of `params`; one that
-      lacks either stays as it is.
-    epsilon: that the network's BatchNorms add to the variance: 1e-5 by Flax's default,
+      holds `mean` and `var` and has `scale` and `bias` at the same path of `params`; a node without
+      both is left as it is.
+    epsilon: added to the variance by the network's BatchNorms: 1e-5 by Flax's default,
       `model.epsilon` in `opq_jax.models`.
 
   Returns:
-    The same tree; leaves that are no BatchNorm's are the same arrays.
+    The same tree; all leaves but BatchNorm's are the same arrays.
 
   Raises:
-    ValueError: a collection is missing, or epsilon is no number between 0 and 1.
+    ValueError: a collection is missing, or epsilon is not in [0, 1).
 
   >>> variables = {
   ...   'params': {'norm': {'scale': jnp.array([3.0]), 'bias': jnp.array([1.0])}},
@@ -55,12 +54,12 @@ def fold_batch_norm(variables: Mapping[str, PyTree], *, epsilon: float) -> dict[
   """
   if not 0 <= epsilon < 1:
     raise ValueError(f'epsilon: found {epsilon}, expected a number between 0 and 1')
-  batch_statistics.check_collections(variables)
+  check_collections(variables)
   params, statistics = (
     trees.named_leaves(variables[collection]) for collection in ('params', STATISTICS)
   )
   new: dict[str, jax.Array] = {}
-  for mean, var in batch_statistics.pairs(statistics):
+  for mean, var in mean_var_pairs(statistics):
     scale, bias = (mean.removesuffix('mean') + leaf for leaf in ('scale', 'bias'))
     if not {scale, bias} <= params.keys():
       continue
@@ -74,8 +73,8 @@ def fold_batch_norm(variables: Mapping[str, PyTree], *, epsilon: float) -> dict[
     }
 
   def replace(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
-    found = new.get(trees.path_name(path))
-    return leaf if found is None else found.astype(leaf.dtype)
+    folded = new.get(trees.path_name(path))
+    return leaf if folded is None else folded.astype(leaf.dtype)
 
   return jax.tree_util.tree_map_with_path(replace, dict(variables))
 
@@ -86,21 +85,22 @@ def round_uncompressed(
   *,
   compressible: Callable[[str, Any], bool] = is_compressible,
 ) -> PyTree:
-  """The floating leaves that are not compressed, rounded to what a narrower dtype can hold.
+  """Rounds the uncompressed floating leaves to values of a narrower dtype.
 
-  Their dtype stays, so that a file of them is loaded as ever; of a float32 that is a bfloat16 the
-  two low bytes are zeros, which an `.opq` file holds for nothing.
+  The leaves keep their dtype.  The two low bytes of a float32 rounded to bfloat16 are zeros, which
+  take no space in an `.opq` file.
 
   Args:
     tree: parameters or variables.
     dtype: bfloat16 (8 bits of significand, the range of float32) or float16 (11 bits).
-    compressible: (path, leaf) -> bool, the one that `opq_jax.allocate` is given.
+    compressible: (path, leaf) -> bool, the function that `opq_jax.allocate` is given.
 
   Returns:
     The same tree; leaves that are compressed, or not wider than `dtype`, are the same arrays.
 
   Raises:
-    ValueError: `dtype` is no floating dtype; or (outside of a trace) a finite value is beyond it.
+    ValueError: `dtype` is no floating dtype; or (outside of a trace) a finite value exceeds its
+      range.
 
   >>> tree = {'kernel': jnp.full((2, 2), 0.1), 'bias': jnp.array([0.1])}
   >>> rounded = round_uncompressed(tree)
@@ -118,11 +118,11 @@ def round_uncompressed(
     )
     if not is_wider or compressible(name, leaf):
       return leaf
-    value, is_lost = _rounded(leaf, dtype)
-    if not isinstance(is_lost, jax.core.Tracer) and is_lost:
-      most = float(jnp.max(jnp.where(jnp.isfinite(leaf), jnp.abs(leaf), 0)))
+    value, is_beyond = _rounded(leaf, dtype)
+    if not isinstance(is_beyond, jax.core.Tracer) and is_beyond:
+      largest = float(jnp.max(jnp.where(jnp.isfinite(leaf), jnp.abs(leaf), 0)))
       raise ValueError(
-        f'{name}: found {most:g}, expected at most {float(jnp.finfo(dtype).max):g}, the largest '
+        f'{name}: found {largest:g}, expected at most {float(jnp.finfo(dtype).max):g}, the largest '
         f'{jnp.dtype(dtype)}'
       )
     return value
@@ -132,6 +132,6 @@ def round_uncompressed(
 
 @functools.partial(jax.jit, static_argnames='dtype')
 def _rounded(leaf: Float[Array, '...'], dtype: Any) -> tuple[Float[Array, '...'], Bool[Array, '']]:
-  """The leaf in its own dtype with the values of another, and whether one became infinite."""
+  """Returns the leaf in its own dtype, rounded to `dtype`, and whether a value became infinite."""
   value = leaf.astype(dtype).astype(leaf.dtype)
   return value, jnp.any(jnp.isfinite(leaf) & ~jnp.isfinite(value))

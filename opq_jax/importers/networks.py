@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from opq_jax import importers
+from opq_jax import correction, importers
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 from opq_jax.file.reader import OpqFile
@@ -186,13 +186,11 @@ def correct_batch_norm(
   """
   import jax
 
-  from opq_jax.correction import batch_norm
-
   if images is not None:
-    return batch_norm.correct_on_images(network.model.apply, network.variables, compressed, images)
+    return correction.correct_on_images(network.model.apply, network.variables, compressed, images)
   noise_key = jax.random.key(seed)
   shape = noise_shape(network.source)
-  return batch_norm.correct_batch_norm(
+  return correction.correct_batch_norm(
     _apply_to_noise(network), network.variables, compressed, noise_key, shape
   )
 
@@ -206,9 +204,7 @@ def noise_images(network: Network, seed: int = 0) -> 'jax.Array':
   """
   import jax
 
-  from opq_jax.correction import noise
-
-  images = noise.natural_noise(jax.random.key(seed), noise_shape(network.source))
+  images = correction.natural_noise(jax.random.key(seed), noise_shape(network.source))
   return images * _noise_scale(network)
 
 
@@ -228,8 +224,6 @@ def synthetic_batches(network: Network, seed: int = 0) -> 'list[jax.Array]':
   """
   import jax
 
-  from opq_jax.correction import synthetic
-
   if not has_batch_norm(network.variables):
     return [noise_images(network, seed)]
   examples, side, _, channels = noise_shape(network.source)
@@ -240,7 +234,7 @@ def synthetic_batches(network: Network, seed: int = 0) -> 'list[jax.Array]':
     count, steps = 8, 2
   shape, apply_fn = (examples, side, side, channels), _apply_to_noise(network)
   return [
-    synthetic.synthetic_inputs(apply_fn, network.variables, key, shape, steps=steps)
+    correction.synthetic_inputs(apply_fn, network.variables, key, shape, steps=steps)
     * _noise_scale(network)
     for key in jax.random.split(jax.random.key(seed), count)
   ]
@@ -255,11 +249,9 @@ def for_inference(network: Network, variables: PyTree) -> PyTree:
     network: the network that the variables belong to.
     variables: its variables, compressed or not, with BatchNorm already corrected.
   """
-  from opq_jax.correction import inference
-
   if has_batch_norm(variables):
-    variables = inference.fold_batch_norm(variables, epsilon=network.model.epsilon)
-  return inference.round_uncompressed(variables)
+    variables = correction.fold_batch_norm(variables, epsilon=network.model.epsilon)
+  return correction.round_uncompressed(variables)
 
 
 def _apply_to_noise(network: Network) -> Callable[..., Any]:

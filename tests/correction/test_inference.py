@@ -22,7 +22,7 @@ def random_variables(model, image):
 
 
 @pytest.mark.parametrize('name', ['resnet20', 'mobilenet_v1'])
-def test_a_folded_network_has_the_same_logits_and_half_the_vectors(name):
+def test_fold_batch_norm_keeps_logits(name):
   model = models.create(name, num_classes=10)
   image = jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
   variables = random_variables(model, image)
@@ -37,7 +37,7 @@ def test_a_folded_network_has_the_same_logits_and_half_the_vectors(name):
   assert all(one is other for one, other in zip(kernels(variables), kernels(folded), strict=True))
 
 
-def test_a_file_of_folded_and_rounded_vectors_is_smaller_and_exact(tmp_path):
+def test_folded_and_rounded_file_is_smaller(tmp_path):
   model = models.create('resnet20', num_classes=10)
   variables = random_variables(model, jnp.zeros((1, 32, 32, 3)))
   state = opq_jax.init_state(variables, opq_jax.allocate(variables, compression_rate=16.0))
@@ -59,7 +59,7 @@ def test_a_file_of_folded_and_rounded_vectors_is_smaller_and_exact(tmp_path):
   assert sizes['folded'] - sizes['both'] > 0.2 * vectors
 
 
-def test_a_batch_norm_without_scale_or_bias_stays():
+def test_fold_batch_norm_needs_scale_and_bias():
   for missing in ('scale', 'bias'):
     norm = nn.BatchNorm(use_running_average=True, **{f'use_{missing}': False})
     variables = norm.init(jax.random.key(0), jnp.ones((1, 3)))
@@ -70,7 +70,7 @@ def test_a_batch_norm_without_scale_or_bias_stays():
     )
 
 
-def test_rounding_keeps_dtypes_and_leaves_what_is_compressed_or_narrow():
+def test_round_uncompressed_keeps_dtypes():
   tree = {
     'kernel': jnp.full((2, 3), 0.1),
     'bias': jnp.full(3, 0.1),
@@ -91,7 +91,7 @@ def test_rounding_keeps_dtypes_and_leaves_what_is_compressed_or_narrow():
   assert all_of_them['kernel'][0, 0] == rounded['bias'][0]
 
 
-def test_errors_name_what_was_found():
+def test_inference_errors_name_the_value():
   with pytest.raises(ValueError, match=r'norm/scale: found 1e\+30, expected at most 65504'):
     opq_jax.correction.round_uncompressed({'norm': {'scale': jnp.full(3, 1e30)}}, jnp.float16)
   with pytest.raises(ValueError, match='dtype: found int8, expected a floating one'):

@@ -4,7 +4,7 @@ import numpy as np
 import opq_jax
 
 
-def test_natural_noise_has_the_spectrum_it_says():
+def test_natural_noise_has_its_spectrum():
   noise = np.asarray(opq_jax.correction.natural_noise(jax.random.key(0), (64, 32, 32, 3)))
   assert noise.dtype == np.float32
   spectrum = np.square(np.abs(np.fft.fft2(noise, axes=(1, 2)))).mean((0, 3))

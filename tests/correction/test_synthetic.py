@@ -52,7 +52,7 @@ def off_diagonal(x):
   return covariance[np.triu_indices(len(covariance), 1)]
 
 
-def test_they_go_together_as_the_training_set_did():
+def test_synthetic_inputs_are_correlated():
   model, x, variables = trained()
   found = synthetic_inputs(model.apply, variables, KEY, (512, WIDTH), steps=100)
   start = synthetic_inputs(model.apply, variables, KEY, (512, WIDTH), steps=0)
@@ -61,7 +61,7 @@ def test_they_go_together_as_the_training_set_did():
   np.testing.assert_allclose(np.mean(found, axis=0), np.mean(x, axis=0), atol=0.1)
 
 
-def test_codes_chosen_for_them_err_less_on_the_training_set():
+def test_synthetic_inputs_improve_codes():
   model, x, variables = trained()
   kernel = variables['params']['first']['kernel']
 
@@ -82,7 +82,7 @@ def test_codes_chosen_for_them_err_less_on_the_training_set():
   assert synthetic < 0.8 * noise and synthetic < 1.1 * real
 
 
-def test_no_steps_are_noise_and_every_call_is_the_same():
+def test_synthetic_inputs_are_deterministic():
   model, _, variables = trained()
   shape = (16, WIDTH)
   found = synthetic_inputs(model.apply, variables, KEY, shape, steps=0)
@@ -103,14 +103,14 @@ class Images(nn.Module):
     return nn.Dense(3, name='head')(x.mean(axis=(1, 2)))
 
 
-def test_images_start_from_the_spectrum_of_photographs():
+def test_synthetic_images_start_from_noise():
   model = Images()
   variables = model.init(KEY, jnp.zeros((1, 8, 8, 3)))
   found = synthetic_inputs(model.apply, variables, KEY, (4, 8, 8, 3), steps=0)
   np.testing.assert_array_equal(found, opq_jax.correction.natural_noise(KEY, (4, 8, 8, 3)))
 
 
-def test_a_channel_that_never_varied_does_no_harm():
+def test_synthetic_inputs_with_dead_channel():
   """Its variance is 0, and whatever the inputs are it is 0 again."""
   model, _, variables = trained()
   dead = lambda leaf: leaf.at[..., 0].set(0)
@@ -121,14 +121,14 @@ def test_a_channel_that_never_varied_does_no_harm():
   assert np.isfinite(found).all()
 
 
-def test_inputs_are_float32_whatever_the_network_computes_in():
+def test_synthetic_inputs_are_float32():
   model, _, variables = trained(Network(jnp.bfloat16))
   with jax.enable_x64(True):
     found = synthetic_inputs(model.apply, variables, KEY, (16, WIDTH), steps=2)
   assert found.dtype == jnp.float32 and np.isfinite(found).all()
 
 
-def test_what_cannot_be_done_is_refused():
+def test_synthetic_inputs_refuse_bad_input():
   model, _, variables = trained()
   for arguments, options, message in (
     ((model.apply, {'params': {}}, KEY, (4, WIDTH)), {}, 'expected batch_stats too'),
@@ -158,7 +158,7 @@ def network():
   return networks.Network('mobilenet_v1_050', model, {'params': {}, 'batch_stats': {}}, source)
 
 
-def test_a_network_without_batch_norm_gets_noise_in_its_own_units(network):
+def test_synthetic_batches_without_batch_norm(network):
   [noise] = map(np.asarray, networks.synthetic_batches(network))
   assert noise.shape == (16, 224, 224, 3) and noise.std() == pytest.approx(1, rel=1e-3)
   raw = dataclasses.replace(network.source.preprocessing, std=(1 / 255,) * 3)

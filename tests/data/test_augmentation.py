@@ -12,18 +12,18 @@ def uniforms(*first):
   return np.array([*first, *[0.5] * (UNIFORMS - len(first))])
 
 
-def test_the_middle_of_the_padded_image_is_the_image():
+def test_pad_crop_flip_centre_is_the_image():
   np.testing.assert_array_equal(PadCropFlip()(IMAGE, uniforms(0.5, 0.5, 0.5)), IMAGE)
   np.testing.assert_array_equal(PadCropFlip()(IMAGE, uniforms(0.5, 0.5, 0.49)), IMAGE[:, ::-1])
 
 
-def test_corners_are_shifted_by_the_padding():
+def test_pad_crop_flip_reaches_corners():
   view = PadCropFlip()(IMAGE, uniforms(0.0, 0.999, 0.9))
   np.testing.assert_array_equal(view[4:, :28], IMAGE[:28, 4:])
   assert (view[:4] == 0).all() and (view[:, 28:] == 0).all()
 
 
-def test_every_shift_is_equally_likely():
+def test_pad_crop_flip_is_uniform():
   rng = np.random.default_rng(1)
   column = np.arange(1, 33, dtype=np.uint8)[None, :, None].repeat(32, 0).repeat(3, 2)
   found = [PadCropFlip(flip=False)(column, rng.random(UNIFORMS))[16, 16, 0] for _ in range(1800)]
@@ -33,7 +33,7 @@ def test_every_shift_is_equally_likely():
 
 
 @pytest.mark.parametrize('shape', [(256, 341), (500, 256), (60, 900)])
-def test_windows_have_the_area_and_proportion_asked_for(shape):
+def test_random_resized_crop_windows(shape):
   rng = np.random.default_rng(2)
   crop, pixels = RandomResizedCrop(), shape[0] * shape[1]
   areas = []
@@ -46,14 +46,14 @@ def test_windows_have_the_area_and_proportion_asked_for(shape):
     assert min(areas) >= 0.079 and 0.25 < np.mean(areas) < 0.6
 
 
-def test_a_window_that_never_fits_is_the_largest_in_the_middle():
+def test_random_resized_crop_falls_back():
   always_whole = np.full(UNIFORMS, 0.999)
   assert RandomResizedCrop().window(60, 900, always_whole) == (410, 0, 80, 60)
   always_whole[4::2] = 0.0  # as tall as may be
   assert RandomResizedCrop().window(900, 60, always_whole) == (0, 410, 60, 80)
 
 
-def test_a_view_is_the_window_resized_and_flipped():
+def test_random_resized_crop_view():
   image = np.zeros((300, 300, 3), np.uint8)
   image[:, :150] = 200
   crop = RandomResizedCrop(size=64, area=(1.0, 1.0), ratio=(1.0, 1.0))

@@ -1,4 +1,4 @@
-"""Batches from a dataset that is made here, and from the assets' where they are."""
+"""Batches of a dataset made here, and of CIFAR-10 where the assets are present."""
 
 import io
 import itertools
@@ -61,7 +61,7 @@ def numbers(batches):
   return [int(value) // 10 for batch in batches for value in batch['image'][:, 0, 0, 0]]
 
 
-def test_evaluation_sees_every_example_once_in_order(data_dir):
+def test_batches_are_in_order(data_dir):
   batches = list(load(data_dir))
   assert [len(batch['label']) for batch in batches] == [4, 4, 4, 4, 4, 3]
   assert numbers(batches) == list(range(EXAMPLES))
@@ -74,30 +74,30 @@ def test_evaluation_sees_every_example_once_in_order(data_dir):
     assert batch['label'].dtype == np.int32
 
 
-def test_the_loader_starts_anew_every_time(data_dir):
+def test_batches_start_anew(data_dir):
   loader = load(data_dir, shuffle=True, seed=3)
   assert numbers(loader) == numbers(loader)
 
 
 @pytest.mark.parametrize('count', [2, 3, 5])
-def test_shards_together_hold_every_example_once(data_dir, count):
+def test_shards_partition_the_examples(data_dir, count):
   shards = [numbers(load(data_dir, shard=(i, count), batch_size=4 * count)) for i in range(count)]
   assert sorted(itertools.chain(*shards)) == list(range(EXAMPLES))
   assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
-def test_batch_size_is_that_of_all_processes_together(data_dir):
+def test_batch_size_is_over_all_shards(data_dir):
   first = next(iter(load(data_dir, shard=(1, 2), batch_size=8)))
   assert len(first['label']) == 4
 
 
-def test_training_shards_have_equally_many_full_batches(data_dir):
+def test_drop_remainder_makes_shards_equal(data_dir):
   for index in range(3):
     batches = list(load(data_dir, shard=(index, 3), batch_size=6, drop_remainder=True))
     assert [len(batch['label']) for batch in batches] == [2, 2, 2]
 
 
-def test_shuffling_is_a_new_permutation_each_epoch_determined_by_the_seed(data_dir):
+def test_shuffle_is_determined_by_seed(data_dir):
   order = numbers(load(data_dir, shuffle=True, seed=0, epochs=2))
   first, second = order[:EXAMPLES], order[EXAMPLES:]
   assert sorted(first) == sorted(second) == list(range(EXAMPLES))
@@ -106,13 +106,13 @@ def test_shuffling_is_a_new_permutation_each_epoch_determined_by_the_seed(data_d
   assert order != numbers(load(data_dir, shuffle=True, seed=1, epochs=2))
 
 
-def test_no_number_of_epochs_means_no_end(data_dir):
+def test_batches_without_epochs_are_endless(data_dir):
   batches = iter(load(data_dir, epochs=None, drop_remainder=True))
   seen = numbers([next(batches) for _ in range(30)])
   assert seen == [number % EXAMPLES for number in range(120)]
 
 
-def test_an_iterator_continues_from_its_saved_state(data_dir):
+def test_batches_continue_from_saved_state(data_dir):
   batches = iter(load(data_dir, shuffle=True))
   next(batches)
   state = batches.get_state()
@@ -129,93 +129,31 @@ def test_source_gives_single_examples(data_dir):
 
 
 @pytest.mark.parametrize('name', ['cifar10', 'no_such_dataset'])
-def test_a_missing_dataset_is_an_error_and_no_download(tmp_path, name):
+def test_source_never_downloads(tmp_path, name):
   with pytest.raises(ValueError, match=f'data_dir: found no {name} in .*expected {name} there'):
     data.source(name, 'test', tmp_path / 'nowhere')
   assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_split_is_an_error_that_names_those_there(data_dir):
+def test_source_names_the_splits(data_dir):
   with pytest.raises(ValueError, match=r"split: found 'test', expected one made of \['train'\]"):
     data.source('numbered', 'test', data_dir)
 
 
 @pytest.mark.parametrize('batch_size', [0, 5])
-def test_a_batch_size_that_does_not_divide_among_processes_is_an_error(data_dir, batch_size):
+def test_batch_size_must_divide(data_dir, batch_size):
   message = f'batch_size: found {batch_size}, expected a positive multiple of the 2 processes'
   with pytest.raises(ValueError, match=message):
     load(data_dir, batch_size=batch_size, shard=(0, 2))
 
 
-def test_workers_without_parsed_flags_are_an_error_at_once(data_dir, monkeypatch):
+def test_workers_need_parsed_flags(data_dir, monkeypatch):
   monkeypatch.setattr(flags, 'FLAGS', flags.FlagValues())
   with pytest.raises(ValueError, match='worker_count: found 2'):
     load(data_dir, worker_count=2)
 
 
-def test_tf_slim_maps_bytes_to_exactly_minus_one_to_one():
-  image = np.arange(256, dtype=np.uint8).repeat(256 * 3).reshape(256, 256, 3)
-  prepared = data.TF_SLIM(image)
-  assert prepared.shape == (224, 224, 3)
-  expected = np.arange(16, 240, dtype=np.float32) / np.float32(127.5) - np.float32(1)
-  np.testing.assert_allclose(prepared[:, 0, 0], expected, rtol=0, atol=1e-7)
-  ends = np.array([0, 255], np.uint8).repeat(3).reshape(1, 2, 3)
-  whole = data.Preprocessing(mean=data.TF_SLIM.mean, std=data.TF_SLIM.std)
-  np.testing.assert_array_equal(whole(ends)[0, :, 0], [-1, 1])
-
-
-def test_channels_are_standardised_each_by_its_own_statistics():
-  image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
-  expected = (image / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-  np.testing.assert_allclose(data.CIFAR(image), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_the_crop_is_the_middle_and_an_image_of_the_right_size_is_not_resampled():
-  image = np.random.default_rng(0).integers(0, 256, (256, 341, 3), np.uint8)
-  cut = data.Preprocessing(mean=PLAIN.mean, std=PLAIN.std, resize=256, crop=224)(image)
-  np.testing.assert_allclose(cut, image[16:240, 58:282], atol=1e-4)
-
-
-@pytest.mark.parametrize('shape', [(512, 640), (640, 512)])
-def test_the_shorter_side_is_resized_with_an_area_that_shrinks_faithfully(shape):
-  # a fine checkerboard: picking single pixels would give black or white, an average gives grey
-  board = (np.indices(shape).sum(0) % 2 * 255).astype(np.uint8)
-  resize = data.Preprocessing(mean=PLAIN.mean, std=PLAIN.std, resize=256)
-  small = resize(np.repeat(board[:, :, None], 3, axis=2))
-  assert small.shape == (shape[0] // 2, shape[1] // 2, 3)
-  assert np.abs(small[2:-2, 2:-2] - 127.5).max() < 2
-
-
-@pytest.mark.parametrize('resample', ['bilinear', 'bicubic'])
-def test_resizing_is_pils_with_the_filter_asked_for(resample):
-  image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
-  resize = data.Preprocessing(mean=PLAIN.mean, std=PLAIN.std, resize=30, resample=resample)
-  expected = Image.fromarray(image).resize((45, 30), Image.Resampling[resample.upper()])
-  np.testing.assert_allclose(resize(image), np.asarray(expected), atol=1e-4)
-
-
-@pytest.mark.parametrize(
-  ('image', 'message'),
-  [
-    (
-      np.zeros((300, 300, 3), np.float32),
-      r'found float32 of shape \(300, 300, 3\), expected uint8',
-    ),
-    (np.zeros((300, 300, 1), np.uint8), r'found uint8 of shape \(300, 300, 1\), expected uint8'),
-  ],
-)
-def test_what_is_no_colour_image_is_an_error(image, message):
-  with pytest.raises(ValueError, match=message):
-    data.TORCHVISION(image)
-
-
-def test_an_image_smaller_than_the_crop_is_an_error():
-  crop = data.Preprocessing(mean=PLAIN.mean, std=PLAIN.std, crop=224)
-  with pytest.raises(ValueError, match='found 32 x 300 pixels, expected at least the crop of 224'):
-    crop(np.zeros((32, 300, 3), np.uint8))
-
-
-def test_cifar10_of_the_assets():
+def test_source_reads_cifar10():
   folder = assets.assets() / 'tfds'
   [batch] = data.batches(
     'cifar10', 'test[:50]', data_dir=folder, batch_size=64, preprocessing=data.CIFAR

@@ -36,21 +36,21 @@ def assert_same(found, expected):
       np.testing.assert_array_equal(one[name], other[name])
 
 
-def test_batches_are_what_a_step_reads():
+def test_stream_batch_dtypes():
   batch = next(open_stream())
   assert (batch['image'].shape, batch['image'].dtype) == ((4, 8, 8, 3), np.float32)
   assert (batch['label'].shape, batch['label'].dtype) == ((4,), np.int32)
   np.testing.assert_allclose(batch['image'][:, 0, 0, 0], batch['label'] + 1, rtol=1e-6)
 
 
-def test_every_epoch_is_a_new_permutation_and_batches_run_on():
+def test_stream_permutes_every_epoch():
   order = labels(take(open_stream(), 3 * COUNT))[: 3 * COUNT].reshape(3, COUNT)
   for epoch in order:
     np.testing.assert_array_equal(np.sort(epoch), np.arange(COUNT))
   assert (order[0] != order[1]).any() and (order[1] != order[2]).any()
 
 
-def test_the_seed_and_nothing_else_decides():
+def test_stream_is_determined_by_seed():
   options = {'augmentation': PadCropFlip(padding=2)}
   first = take(open_stream(**options), 12)
   assert_same(take(open_stream(**options, threads=1, prefetch=1), 12), first)
@@ -59,7 +59,7 @@ def test_the_seed_and_nothing_else_decides():
 
 
 @pytest.mark.parametrize('count', [2, 4])
-def test_processes_read_rows_of_the_same_batches(count):
+def test_stream_shards_are_rows(count):
   options = {'augmentation': PadCropFlip(padding=2), 'batch_size': 8}
   whole = take(open_stream(**options), 6)
   parts = [take(open_stream(**options, shard=(i, count)), 6) for i in range(count)]
@@ -71,7 +71,7 @@ def test_processes_read_rows_of_the_same_batches(count):
 
 
 @pytest.mark.parametrize('taken', [0, 1, 7])
-def test_a_stream_goes_on_from_its_saved_position_in_other_processes(taken):
+def test_stream_continues_in_other_shards(taken):
   options = {'augmentation': PadCropFlip(padding=2), 'batch_size': 8}
   before = open_stream(**options)
   take(before, taken)
@@ -86,7 +86,7 @@ def test_a_stream_goes_on_from_its_saved_position_in_other_processes(taken):
   assert_same(take(half, 4), [{name: leaf[4:] for name, leaf in b.items()} for b in rest])
 
 
-def test_views_of_an_example_differ_from_epoch_to_epoch():
+def test_stream_views_differ_by_epoch():
   noise = streams.fake((8, 8, 3), classes=2, count=4)
   batches = take(
     streams.stream(noise, batch_size=4, preprocessing=PLAIN, augmentation=PadCropFlip()), 4
@@ -94,20 +94,20 @@ def test_views_of_an_example_differ_from_epoch_to_epoch():
   assert len({batch['image'].sum() for batch in batches}) == 4
 
 
-def test_in_order_is_every_example_once():
+def test_in_order_yields_examples_once():
   batches = list(streams.in_order(EXAMPLES, batch_size=10, preprocessing=PLAIN))
   assert [len(batch['label']) for batch in batches] == [10, 10, 3]
   np.testing.assert_array_equal(labels(batches), np.arange(COUNT))
 
 
-def test_in_memory_holds_the_same_examples_in_order():
+def test_in_memory_keeps_order():
   held = streams.in_memory([{**example, 'id': b'x'} for example in EXAMPLES * 50])
   assert len(held) == 50 * COUNT
   assert [e['label'] for e in held] == [e['label'] for e in EXAMPLES] * 50
   assert set(held[0]) == {'image', 'label'}
 
 
-def test_fake_examples_are_determined_by_their_seed():
+def test_fake_is_determined_by_seed():
   one, same, other = (streams.fake((4, 4, 3), classes=9, count=70, seed=s) for s in (0, 0, 1))
   assert len(one) == 70 and {e['label'] for e in one} <= set(range(9))
   for example, twin in zip(one, same, strict=True):
@@ -115,7 +115,7 @@ def test_fake_examples_are_determined_by_their_seed():
   assert (one[0]['image'] != other[0]['image']).any()
 
 
-def test_errors():
+def test_stream_errors():
   with pytest.raises(
     ValueError, match='batch_size: found 5, expected a positive multiple of the 2'
   ):
@@ -124,7 +124,7 @@ def test_errors():
     streams.stream([], batch_size=4, preprocessing=PLAIN)
 
 
-def test_cifar10_of_the_assets_in_memory_and_from_disk():
+def test_stream_of_cifar10():
   folder = assets.assets() / 'tfds'
   source = data.source('cifar10', 'train[:700]', folder)
   options = {'batch_size': 64, 'preprocessing': data.CIFAR, 'augmentation': PadCropFlip()}

@@ -23,12 +23,12 @@ def rows(method, correction, sizes, tops, **more):
   ]
 
 
-def test_doctests():
+def test_nncodec_doctests():
   for module in (against_nncodec, nncodec_jobs, nncodec_summary):
     assert doctest.testmod(module).failed == 0
 
 
-def test_a_rising_curve_passes_through_its_points():
+def test_monotone_passes_rising_points():
   curve = [Point(100, 0.2), Point(200, 0.5), Point(400, 0.9)]
   np.testing.assert_allclose(nncodec_summary.monotone(curve[::-1]), curve)
   for size, score in curve:
@@ -36,21 +36,21 @@ def test_a_rising_curve_passes_through_its_points():
     assert nncodec_summary.score_at(curve, size) == pytest.approx(score)
 
 
-def test_beyond_the_points_nothing_is_claimed():
+def test_curves_do_not_extrapolate():
   curve = [Point(100, 0.2), Point(200, 0.5)]
   assert nncodec_summary.size_at(curve, 0.6) is None
   assert nncodec_summary.size_at([], 0.6) is None
   assert nncodec_summary.score_at(curve, 300) is None
 
 
-def test_half_the_size_at_every_score_is_a_ratio_of_a_half():
+def test_ratios_of_half_the_size():
   theirs = [Point(100, 0.2), Point(200, 0.5), Point(400, 0.9)]
   ours = [Point(size / 2, score) for size, score in theirs]
   found = nncodec_summary.ratios(ours, theirs, (110, 150, 300, 500))
   assert found == pytest.approx([0.5] * 3)
 
 
-def test_kernels_come_back_as_they_went():
+def test_rows_first_is_inverted():
   rng = np.random.default_rng(0)
   for shape in ((3, 3, 4, 8), (4, 8), (8,)):
     kernel = rng.normal(size=shape).astype(np.float32)
@@ -59,7 +59,7 @@ def test_kernels_come_back_as_they_went():
     np.testing.assert_array_equal(nncodec_jobs.rows_last(there), kernel)
 
 
-def test_the_summary_answers_from_rows():
+def test_summary_answers_from_rows():
   both = {f'{what}_{how}': 1.0 for what in ('encode', 'decode') for how in ('seconds', 'processor')}
   table = [
     *rows('float32', 'none', [16_000], [0.95]),
@@ -79,7 +79,7 @@ def test_the_summary_answers_from_rows():
   assert found['e', 'opq_jax']['ratio'] == 1
 
 
-def test_a_table_remembers_what_was_made(tmp_path):
+def test_table_remembers_rows(tmp_path):
   table = against_nncodec.Table(tmp_path / 'results.csv')
   assert not table.made()
   key = {'network': 'small', 'method': 'm', 'setting': 'qp=-20', 'correction': 'none'}

@@ -26,7 +26,7 @@ def compressed(tmp_path_factory):
   return path
 
 
-def test_top_1_is_what_the_logits_say(capsys):
+def test_evaluate_equals_logits(capsys):
   folder = assets.assets()
   weights = folder / 'weights/resnet20_cifar10.safetensors'
   row = evaluate.run(str(weights), str(folder / 'tfds'), model='resnet20', **CIFAR)
@@ -50,14 +50,14 @@ def test_top_1_is_what_the_logits_say(capsys):
   assert 88 < percent(row) < 97
 
 
-def test_a_compressed_file_needs_no_other_word(compressed):
+def test_evaluate_opq_file(compressed):
   row = evaluate.run(str(compressed), str(assets.assets() / 'tfds'), **CIFAR)
   assert row['network'] == 'resnet20, 10 classes'
   assert row['weights'] == 'resnet20.opq, prepared as for akamaster'
   assert 86 < percent(row) < 97
 
 
-def test_a_network_of_other_classes_is_refused(compressed):
+def test_evaluate_refuses_other_classes(compressed):
   folder = str(assets.assets() / 'tfds')
   with pytest.raises(ValueError, match='num_classes: found 1000, expected the 10 of the variables'):
     evaluate.run(str(compressed), folder)

@@ -76,7 +76,7 @@ def finished(tmp_path_factory):
   return finetune.run(smoke(steps=4), workdir), workdir
 
 
-def test_a_smoke_run_writes_what_it_says(finished):
+def test_finetune_writes_its_results(finished):
   result, workdir = finished
   assert [row['network'] for row in result['rows']] == [
     'float32',
@@ -97,7 +97,7 @@ def test_a_smoke_run_writes_what_it_says(finished):
   assert len(losses) == 4 and np.isfinite(losses).all()
 
 
-def test_the_file_holds_the_masks_and_codebooks_of_the_beginning(finished):
+def test_finetune_keeps_compression_state(finished):
   _, workdir = finished
   network, found = opq_jax.load(workdir / 'network.opq')
   with finetuning.Checkpoints(workdir / 'checkpoints') as checkpoints:
@@ -110,7 +110,7 @@ def test_the_file_holds_the_masks_and_codebooks_of_the_beginning(finished):
     np.testing.assert_array_equal(one, other)
 
 
-def test_a_run_may_start_from_codes_of_feedback_in_a_file_of_the_same_size(finished, tmp_path):
+def test_finetune_from_feedback_codes(finished, tmp_path):
   plain = finished[0]['rows'][1]
   result = finetune.run(smoke(steps=1, feedback=True, unlabelled_batches=1), tmp_path)
   _, with_feedback, _, last = result['rows']
@@ -121,7 +121,7 @@ def test_a_run_may_start_from_codes_of_feedback_in_a_file_of_the_same_size(finis
     finetune.run(smoke(feedback=True, **targets), tmp_path / 'other')
 
 
-def test_finetuning_starts_from_corrected_statistics_and_the_float_weights(tmp_path, monkeypatch):
+def test_finetune_starts_from_correction(tmp_path, monkeypatch):
   begun = []
 
   class Stopped(Exception):
@@ -158,9 +158,7 @@ def test_finetuning_starts_from_corrected_statistics_and_the_float_weights(tmp_p
   assert all(jax.tree.leaves(moved))
 
 
-def test_a_run_that_is_stopped_by_sigterm_goes_on_and_ends_the_same(
-  finished, tmp_path, monkeypatch
-):
+def test_finetune_continues_after_sigterm(finished, tmp_path, monkeypatch):
   _, workdir = finished
   pmap_train_step = finetuning.pmap_train_step
 
@@ -191,7 +189,7 @@ def test_a_run_that_is_stopped_by_sigterm_goes_on_and_ends_the_same(
   assert lines(tmp_path) == lines(workdir)
 
 
-def test_a_run_that_is_killed_ends_with_the_same_file(undisturbed, tmp_path):
+def test_finetune_continues_after_kill(undisturbed, tmp_path):
   with start(tmp_path, is_killed=True) as process:
     end = time.monotonic() + processes.TIMEOUT
     while not list((tmp_path / 'checkpoints').glob('[1-3]')):
@@ -207,7 +205,7 @@ def test_a_run_that_is_killed_ends_with_the_same_file(undisturbed, tmp_path):
   assert steps == [1, 2, 3, 4]
 
 
-def test_two_processes_end_with_the_file_of_one_with_two_devices(undisturbed, tmp_path):
+def test_finetune_two_processes_equal_one(undisturbed, tmp_path):
   apart = '--distributed', f'--coordinator=localhost:{processes.free_port()}', '--processes=2'
   both = [start(tmp_path, *apart, f'--process={index}', devices=1) for index in range(2)]
   for process in both:
@@ -234,7 +232,7 @@ def events(folder):
   return found
 
 
-def test_tensorboard_sees_what_the_metric_log_has(finished):
+def test_tensorboard_equals_metric_log(finished):
   _, workdir = finished
   lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
   expected = [
@@ -259,9 +257,7 @@ class Plain(nn.Module):
 
 
 @pytest.mark.parametrize('optimizer', ['sgd', 'adamw'])
-def test_a_network_without_batch_norm_and_every_option_of_the_recipe(
-  tmp_path, monkeypatch, optimizer
-):
+def test_finetune_without_batch_norm(tmp_path, monkeypatch, optimizer):
   pytest.importorskip('matplotlib')
   model = Plain()
   variables = model.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))
@@ -291,7 +287,7 @@ def test_a_network_without_batch_norm_and_every_option_of_the_recipe(
   assert [line['step'] for line in lines if line['kind'] == 'test'] == [1, 2, 3]
 
 
-def test_the_metric_log_drops_a_torn_line(tmp_path):
+def test_metric_log_drops_torn_line(tmp_path):
   log = finetune.MetricLog(tmp_path)
   assert log.records() == []
   for step in (1, 2, 3):
@@ -306,19 +302,19 @@ def test_the_metric_log_drops_a_torn_line(tmp_path):
 
 
 @pytest.mark.parametrize('argument', ['10', '12.5', '30,resnet32', '15,smoke'])
-def test_arguments_of_the_config(argument):
+def test_get_config_reads_argument(argument):
   config = get_config(argument)
   assert config.file_rate == float(argument.split(',')[0])
   assert config.model == ('resnet32' if 'resnet32' in argument else 'resnet20')
 
 
 @pytest.mark.parametrize('argument', ['15,20', 'smok', ''])
-def test_an_unknown_argument_of_the_config_is_an_error(argument):
+def test_get_config_refuses_argument(argument):
   with pytest.raises(ValueError, match='argument: found'):
     get_config(argument)
 
 
-def test_the_configs_have_the_same_fields():
+def test_configs_have_the_same_fields():
   config = get_imagenet_config('vgg16,paper')
   assert set(config) == set(get_config())
   assert (config.model, config.same_size, config.file_rate) == ('vgg16', False, 0.0)
@@ -330,7 +326,7 @@ def test_the_configs_have_the_same_fields():
       get_imagenet_config(argument)
 
 
-def test_a_network_of_the_paper_runs_on_noise_at_its_targets(tmp_path):
+def test_finetune_vgg16_of_the_paper(tmp_path):
   pytest.importorskip('matplotlib')
   result = finetune.run(get_imagenet_config('vgg16,paper,smoke'), tmp_path)
   assert result['steps'] == 2
@@ -344,7 +340,7 @@ CONFIGS = [get_config('20,resnet32'), *(get_imagenet_config(f'{n},paper') for n 
 
 
 @pytest.mark.parametrize('config', CONFIGS, ids=lambda config: config.model)
-def test_whole_networks_train_as_configured(config):
+def test_whole_networks_trace(config):
   """Traced alone, at their full size."""
   options = {'num_classes': config.num_classes, 'dtype': jnp.dtype(config.dtype)}
   model = models.create(config.model, **options, **config.model_options.to_dict())
@@ -377,7 +373,7 @@ def is_record(node):
   return node is None or isinstance(node, opq_jax.compression.LeafState)
 
 
-def test_one_target_fills_a_file_of_the_size_of_two():
+def test_compress_same_size():
   two = smoke(file_rate=0.0, sparsity=0.6, bits=3.0)
   one = smoke(same_size=True, sparsity=0.6, bits=3.0)
   imported = finetune.float_network(two)
@@ -391,7 +387,7 @@ def test_one_target_fills_a_file_of_the_size_of_two():
 
 
 @pytest.mark.parametrize(('rate', 'model'), [(10, 'resnet20'), (30, 'resnet20'), (20, 'resnet32')])
-def test_other_rates_are_those_of_the_file_with_room_to_grow(rate, model):
+def test_compress_leaves_room_to_grow(rate, model):
   config = get_config(f'{rate},{model},smoke')
   imported = finetune.float_network(config)
   network = networks.Network(model, *imported)
@@ -401,6 +397,6 @@ def test_other_rates_are_those_of_the_file_with_room_to_grow(rate, model):
   assert found == pytest.approx(rate * (1 + config.growth), rel=0.003)
 
 
-def test_an_unknown_optimizer_is_an_error():
+def test_make_optimizer_refuses_unknown():
   with pytest.raises(ValueError, match="optimizer: found 'adagrad', expected sgd or adamw"):
     finetune.make_optimizer(smoke(optimizer='adagrad'), lambda step: 0.1)

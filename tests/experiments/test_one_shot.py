@@ -65,7 +65,7 @@ def random_tensors():
   return importers.to_tensors('resnet20', variables, 'akamaster')
 
 
-def test_a_small_run_writes_what_it_says(tmp_path, data_dir, capsys, monkeypatch):
+def test_one_shot_writes_its_results(tmp_path, data_dir, capsys, monkeypatch):
   pytest.importorskip('matplotlib')
   monkeypatch.setattr(networks, 'noise_shape', lambda source: (4, 32, 32, 3))  # quicker
   save_file(random_tensors(), tmp_path / 'net.safetensors')
@@ -124,7 +124,7 @@ class Plain(nn.Module):
     return nn.Dense(self.num_classes, name='head')(x.reshape(len(x), -1))
 
 
-def test_without_batch_norm_images_correct_the_biases(tmp_path, data_dir, monkeypatch):
+def test_one_shot_without_batch_norm(tmp_path, data_dir, monkeypatch):
   pytest.importorskip('matplotlib')
   variables = Plain().init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
   source = importers.sources('resnet20')[0]

@@ -25,7 +25,7 @@ def write(folder, name, command, finetuned, *, inference_only=True, **last):
   (folder / name / 'results.json').write_text(json.dumps(document))
 
 
-def test_seeds_of_a_command_are_one_line_with_their_mean_and_range(tmp_path):
+def test_finetune_joins_seeds(tmp_path):
   write(tmp_path, 'a', ' --config.epochs=2', (0.89, 50))
   write(tmp_path, 'a_seed1', ' --config.epochs=2 --config.seed=1', (0.88, 51))
   write(tmp_path, 'a_seed2', ' --config.epochs=2 --config.seed=2', (0.87, 49))

@@ -26,14 +26,14 @@ def trained(steps=2):
   return train_state
 
 
-def test_an_empty_folder_has_nothing(tmp_path):
+def test_checkpoints_of_empty_folder(tmp_path):
   _, state = small_networks.compressed_network()
   with Checkpoints(tmp_path / 'new' / 'folder') as checkpoints:
     assert checkpoints.restore_compression(state) is None
     assert checkpoints.restore(small_networks.start(OPTIMIZER)) is None
 
 
-def test_the_compression_state_comes_back_bit_for_bit_and_is_written_once(tmp_path):
+def test_compression_state_is_written_once(tmp_path):
   variables, state = small_networks.compressed_network()
   with Checkpoints(tmp_path) as checkpoints:
     checkpoints.save_compression(state)
@@ -48,7 +48,7 @@ def test_the_compression_state_comes_back_bit_for_bit_and_is_written_once(tmp_pa
 
 
 @pytest.mark.parametrize('count', [1, 2, 4])
-def test_a_train_state_comes_back_on_another_number_of_devices(tmp_path, count):
+def test_restore_on_other_device_count(tmp_path, count):
   train_state = trained()
   expected = jax.tree.map(
     lambda leaf: leaf if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.array(leaf),
@@ -72,7 +72,7 @@ def test_a_train_state_comes_back_on_another_number_of_devices(tmp_path, count):
   assert int(after.step) == 3
 
 
-def test_a_state_may_be_donated_as_soon_as_save_returns(tmp_path):
+def test_saved_state_may_be_donated(tmp_path):
   _, state = small_networks.compressed_network()
   step = parallel.pmap_train_step(small_networks.Network().apply, OPTIMIZER)
   train_state, state = trained(steps=1), parallel.replicate(state)
@@ -97,7 +97,7 @@ def remove(folder):
   folder.rmdir()
 
 
-def test_old_states_are_deleted_and_a_step_is_saved_once(tmp_path):
+def test_save_keeps_the_latest_states(tmp_path):
   train_state = trained(steps=1)
   with Checkpoints(tmp_path, keep=2) as checkpoints:
     for number in (1, 2, 3):
@@ -108,7 +108,7 @@ def test_old_states_are_deleted_and_a_step_is_saved_once(tmp_path):
   assert sorted(path.name for path in tmp_path.iterdir()) == ['3', '4']
 
 
-def test_sigterm_is_heard_inside_alone():
+def test_stop_request_only_inside():
   before = signal.getsignal(signal.SIGTERM)
   with StopRequest() as stop:
     assert not stop.is_requested(1)
@@ -129,7 +129,7 @@ def final(folder):
     return [arrays[name] for name in arrays.files]
 
 
-def test_a_run_that_is_killed_and_stopped_again_and_again_ends_bit_identical(tmp_path):
+def test_disturbed_run_ends_bit_identical(tmp_path):
   start(tmp_path / 'undisturbed').finish()
   disturbed = tmp_path / 'disturbed'
   for number in (2, 10):

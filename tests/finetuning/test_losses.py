@@ -17,14 +17,14 @@ BATCH = {
 
 
 @pytest.mark.parametrize('smoothing', [0.0, 0.1])
-def test_smoothed_cross_entropy_is_optax(smoothing):
+def test_smoothed_cross_entropy_equals_optax(smoothing):
   targets = optax.smooth_labels(jax.nn.one_hot(BATCH['label'], 5), smoothing)
   expected = optax.softmax_cross_entropy(LOGITS, targets)
   found = losses.classification_loss(label_smoothing=smoothing)(LOGITS, BATCH)
   np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_distillation_is_a_share_of_the_divergence():
+def test_distillation_is_share_of_divergence():
   share, temperature = 0.3, 3.0
   q, p = (
     np.asarray(jax.nn.softmax(x / temperature), float) for x in (BATCH['teacher_logits'], LOGITS)
@@ -35,13 +35,13 @@ def test_distillation_is_a_share_of_the_divergence():
   np.testing.assert_allclose(found, (1 - share) * plain + share * divergence, rtol=1e-4)
 
 
-def test_a_student_that_answers_as_its_teacher_has_no_loss():
+def test_distillation_of_equal_logits_is_zero():
   loss = losses.classification_loss(distillation=1.0)
   batch = {**BATCH, 'teacher_logits': LOGITS + 7}
   np.testing.assert_allclose(loss(LOGITS, batch), 0, atol=1e-5)
 
 
-def test_logits_of_half_precision_give_a_float32_loss():
+def test_loss_is_float32():
   loss = losses.classification_loss(label_smoothing=0.1, distillation=0.5)
   assert loss(LOGITS.astype(jnp.bfloat16), BATCH).dtype == jnp.float32
 
@@ -54,11 +54,11 @@ def test_logits_of_half_precision_give_a_float32_loss():
     ({'temperature': 0.0}, 'temperature: found 0.0, expected a positive number'),
   ],
 )
-def test_what_is_out_of_range_is_an_error(options, message):
+def test_loss_refuses_bad_options(options, message):
   with pytest.raises(ValueError, match=message):
     losses.classification_loss(**options)
 
 
-def test_distillation_without_a_teacher_is_an_error():
+def test_distillation_needs_a_teacher():
   with pytest.raises(ValueError, match='expected teacher_logits too'):
     losses.classification_loss(distillation=0.5)(LOGITS, {'label': BATCH['label']})

@@ -22,7 +22,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize('kind', ['pmap', 'shard_map'])
-def test_two_processes_are_one_with_two_devices(kind, runs):
+def test_two_processes_equal_one(kind, runs):
   folder, _ = runs
   one, two = (np.load(folder / f'{kind}_{count}.npz') for count in (1, 2))
   with one, two:
@@ -31,7 +31,7 @@ def test_two_processes_are_one_with_two_devices(kind, runs):
       np.testing.assert_array_equal(one[name], two[name])
 
 
-def test_after_sigterm_of_one_all_save_the_same_step_and_exit_with_0(runs):
+def test_sigterm_of_one_process_stops_all(runs):
   folder, last = runs
   assert last[0] == last[1]
   assert (folder / 'sigterm' / last[0] / 'train').exists()

@@ -57,7 +57,7 @@ def alone():
 
 
 @pytest.mark.parametrize('count', [1, 2, 4])
-def test_pmap_and_shard_map_are_one_device_alone(alone, count):
+def test_parallel_steps_equal_one_device(alone, count):
   results = []
   for kind in ('pmap', 'shard_map'):
     step = step_of(kind, count, SYNCHRONISED, SGD, ema_decay=0.9)
@@ -75,7 +75,7 @@ def test_pmap_and_shard_map_are_one_device_alone(alone, count):
 
 @pytest.mark.parametrize('count', [1, 4])
 @pytest.mark.parametrize('name', ['sgd', 'adamw', 'adamw_restored'])
-def test_nothing_breaks_the_compression_in_200_steps(name, count, tmp_path):
+def test_train_step_keeps_compression(name, count, tmp_path):
   optimizer = SGD if name == 'sgd' else ADAMW
   devices = jax.devices()[:count]
   variables, state = small_networks.compressed_network()
@@ -103,7 +103,7 @@ def test_nothing_breaks_the_compression_in_200_steps(name, count, tmp_path):
   assert all(jax.tree.leaves(moved))
 
 
-def test_without_compression_it_is_the_float_network_s_step():
+def test_train_step_without_compression():
   variables, _ = small_networks.compressed_network()
   [batch] = batches(1)
 
@@ -129,7 +129,7 @@ def test_without_compression_it_is_the_float_network_s_step():
   assert float(metrics['loss']) == pytest.approx(float(loss(variables['params'])), rel=1e-6)
 
 
-def test_weight_decay_reaches_kernels_alone():
+def test_kernels_masks_weight_decay():
   optimizer = optax.chain(optax.add_decayed_weights(0.5, mask=training.kernels), optax.sgd(1.0))
   params = {'kernel': jnp.ones((2, 2)), 'bias': jnp.ones(2), 'scale': jnp.ones(2)}
   zeros = jax.tree.map(jnp.zeros_like, params)
@@ -141,7 +141,7 @@ def test_weight_decay_reaches_kernels_alone():
   }
 
 
-def test_accumulated_parts_are_the_batch_where_there_is_no_batch_norm():
+def test_accumulation_equals_whole_batch():
   weights = {'w': jnp.asarray(np.random.default_rng(0).normal(size=(24, 5)), jnp.float32)}
   apply_fn = lambda variables, x, train, **_: (x @ variables['params']['w'], {})
   [batch] = batches(1)
@@ -162,7 +162,7 @@ def test_accumulated_parts_are_the_batch_where_there_is_no_batch_norm():
   assert one.batch_stats == {}
 
 
-def test_accumulation_updates_statistics_part_by_part():
+def test_accumulation_updates_statistics():
   _, state = small_networks.compressed_network()
   [batch] = batches(1)
   step = functools.partial(training.train_step, apply_fn=Network().apply, optimizer=optax.sgd(0.0))
@@ -178,7 +178,7 @@ def test_accumulation_updates_statistics_part_by_part():
   )
 
 
-def test_the_average_is_exponential_over_weights_and_statistics():
+def test_average_is_exponential():
   _, state = small_networks.compressed_network()
   optimizer = optax.sgd(0.1)
   train_state = small_networks.start(optimizer, with_average=True)
@@ -202,7 +202,7 @@ def test_the_average_is_exponential_over_weights_and_statistics():
   assert opq_jax.size_report(variables, whole).file > 0
 
 
-def test_an_average_that_was_not_begun_is_an_error():
+def test_missing_average_is_an_error():
   _, state = small_networks.compressed_network()
   [batch] = batches(1)
   with pytest.raises(ValueError, match='average: found None'):
@@ -218,7 +218,7 @@ def test_an_average_that_was_not_begun_is_an_error():
     training.network(small_networks.start(SGD), state, averaged=True)
 
 
-def test_mixed_precision_computes_in_bfloat16_and_keeps_float32():
+def test_train_step_in_mixed_precision():
   variables, state = small_networks.compressed_network()
   model = Network(dtype=jnp.bfloat16)
   step = step_of('pmap', 2, model, SGD)
@@ -233,7 +233,7 @@ def test_mixed_precision_computes_in_bfloat16_and_keeps_float32():
   assert 'bf16' in text
 
 
-def test_a_teacher_is_heard_and_does_not_learn():
+def test_teacher_is_read_and_kept():
   variables, state = small_networks.compressed_network()
   loss_fn = losses.classification_loss(distillation=1.0, temperature=2.0)
   step = step_of('pmap', 2, Network(), SGD, loss_fn=loss_fn)
@@ -257,7 +257,7 @@ def test_a_teacher_is_heard_and_does_not_learn():
     step(small_networks.start(SGD), state, batch)
 
 
-def test_dropout_differs_by_step_and_device_and_not_by_run():
+def test_dropout_is_deterministic():
   model = Network(dropout=0.5)
   _, state = small_networks.compressed_network()
   optimizer = optax.sgd(0.0)  # weights stay, so that only the mask differs
@@ -274,7 +274,7 @@ def test_dropout_differs_by_step_and_device_and_not_by_run():
   assert both[0][0] != both[0][1]
 
 
-def test_the_train_state_is_donated_and_the_compression_state_is_not():
+def test_train_state_alone_is_donated():
   _, state = small_networks.compressed_network()
   step = step_of('pmap', 4, Network(), SGD)
   train_state = parallel.replicate(small_networks.start(SGD))
@@ -289,7 +289,7 @@ def test_the_train_state_is_donated_and_the_compression_state_is_not():
   )
 
 
-def test_evaluation_counts_over_devices_and_leaves_padding_out():
+def test_eval_step_skips_padding():
   logits = np.array(
     [[9, 1, 2, 3, 4, 5], [9, 1, 2, 3, 4, 5], [9, 1, 2, 3, 4, 5], [9, 1, 2, 3, 4, 5]], np.float32
   )
@@ -304,7 +304,7 @@ def test_evaluation_counts_over_devices_and_leaves_padding_out():
   }
 
 
-def test_equal_logits_are_ranked_by_class_and_nan_answers_nothing():
+def test_eval_step_ranks_ties_and_nan():
   apply_fn = lambda variables, images, train: images
   equal = {'image': np.zeros((3, 7), np.float32), 'label': np.array([0, 4, 5], np.int32)}
   counts = evaluation.eval_step({}, equal, apply_fn=apply_fn)
@@ -315,7 +315,7 @@ def test_equal_logits_are_ranked_by_class_and_nan_answers_nothing():
 
 
 @pytest.mark.parametrize('kind', ['pmap', 'shard_map'])
-def test_a_batch_that_does_not_divide_is_an_error(kind):
+def test_batch_must_divide(kind):
   _, state = small_networks.compressed_network()
   step = step_of(kind, 4, Network(), SGD)
   [batch] = batches(1, size=30)
@@ -323,7 +323,7 @@ def test_a_batch_that_does_not_divide_is_an_error(kind):
     step(small_networks.start(SGD), state, batch)
 
 
-def test_a_state_of_another_tree_is_an_error():
+def test_train_step_refuses_other_tree():
   _, state = small_networks.compressed_network()
   [batch] = batches(1)
   other = opq_jax.CompressionState({'params': state.tree})
