@@ -11,29 +11,30 @@ import pytest
 from opq_jax import data, importers
 from opq_jax.weights import read_weights
 from tests.helpers import assets
+from tests.helpers import torch_networks as networks
 
 torch = pytest.importorskip('torch')
-networks = pytest.importorskip('torch_networks')
 CLASSES = 7
 
 
 class Case(NamedTuple):
-  """A network here and in PyTorch.
+  """A network in `opq_jax.models` and in PyTorch.
 
   Attributes:
-    name: here.
-    network: in `torch_networks.py`, by the names of `source`.
-    theirs: options of that function.
-    ours: options of our model.
-    tensorflow: whether it pads as TensorFlow does, with the epsilon of its MobileNets.
-    size: of the images; odd where a network takes such.
+    name: the network in `opq_jax.models`.
+    source: the framework whose tensor names `network` uses.
+    network: the network in `torch_networks`.
+    network_options: options of that function.
+    options: options of the network in `opq_jax.models`.
+    tensorflow: whether it pads like TensorFlow, with the epsilon of TensorFlow's MobileNets.
+    size: height and width of the images; odd if the network takes odd sizes.
   """
 
   name: str
   source: str
   network: Callable
-  theirs: Mapping = MappingProxyType({})
-  ours: Mapping = MappingProxyType({})
+  network_options: Mapping = MappingProxyType({})
+  options: Mapping = MappingProxyType({})
   tensorflow: bool = False
   size: tuple[int, int] = (45, 64)
 
@@ -90,25 +91,25 @@ def images(height, width):
   return (colours + patterns).astype(np.float32)
 
 
-@pytest.mark.parametrize('case', CASES, ids=lambda case: '-'.join([*case[:2], *case.ours]))
+@pytest.mark.parametrize('case', CASES, ids=lambda case: '-'.join([*case[:2], *case.options]))
 def test_from_tensors_logits_equal_pytorchs(case):
-  name, source, network, theirs, ours, tensorflow, size = case
+  name, source, network, network_options, options, tensorflow, size = case
   tensors = networks.Tensors(tensorflow=tensorflow)
-  expected = networks.logits(network, tensors, images(*size), CLASSES, **theirs)
+  expected = networks.logits(network, tensors, images(*size), CLASSES, **network_options)
   state_dict = tensors.numpy()
   counters = {
     key.replace('running_mean', 'num_batches_tracked'): np.zeros((), np.int64)
     for key in state_dict
     if key.endswith('running_mean')
   }
-  model, variables, found = importers.from_tensors(name, state_dict | counters, **ours)
+  model, variables, found = importers.from_tensors(name, state_dict | counters, **options)
   assert found.name == source
   assert model.num_classes == CLASSES
   difference = np.abs(jax.jit(model.apply)(variables, images(*size)) - expected).max()
   assert difference <= 1e-4 * np.abs(expected).max()
   assert np.ptp(expected, axis=0).max() > 0.05 * np.abs(expected).max()
 
-  returned = importers.to_tensors(name, variables, source, **ours)
+  returned = importers.to_tensors(name, variables, source, **options)
   assert returned.keys() == state_dict.keys()
   for key, tensor in returned.items():
     assert tensor.dtype == np.float32 and tensor.flags.c_contiguous and tensor.flags.writeable
