@@ -40,7 +40,7 @@ from tensorboardX import SummaryWriter
 
 import opq_jax
 from opq_jax import data, encoders, finetuning, importers, models
-from opq_jax.compression.codes import CompressionState
+from opq_jax.compression import CompressionState
 from opq_jax.data import augmentation, streams
 from opq_jax.file import rate as file_rate
 from opq_jax.importers import networks

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import opq_jax
-from opq_jax.compression.codes import LeafState
+from opq_jax.compression import LeafState
 from opq_jax.core import trees
 from opq_jax.file import writer
 from opq_jax.report.verification import verify

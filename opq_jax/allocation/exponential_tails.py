@@ -113,7 +113,7 @@ def best_grid(problem: RateProblem, log_mu: Float[Array, 'leaves']) -> Grid:
   start = Grid(jnp.clip(step / 2, least, sums.largest), step, log_mu)
   threshold, step, log_price = jax.lax.fori_loop(0, _ROUNDS, improve, start)
   step = _best_step(jnp.exp(log_price), _tail(sums, threshold, step).scale)
-  # rounded as `opq_jax.compression.codes.exact_grid` will round it: many equal weights may lie
+  # rounded as `opq_jax.compression.records.exact_grid` will round it: many equal weights may lie
   # beside an edge, and must be counted on the side where they will be coded
   mantissa, exponent = jnp.frexp(step)
   step = jnp.ldexp(jnp.round(mantissa * 2.0**STEP_BITS), exponent - STEP_BITS)

@@ -130,7 +130,7 @@ def _affine(magnitudes: Float32[np.ndarray, ' k'], dtype: np.dtype) -> _Affine |
     return None
   step = np.float32((float(last) - float(first)) / (levels - 1))
   if levels > 2:
-    # as `opq_jax.compression.codes.exact_grid` will round them
+    # as `opq_jax.compression.records.exact_grid` will round them
     mantissa, exponent = math.frexp(step)
     step = np.float32(math.ldexp(round(mantissa * 2**STEP_BITS), exponent - STEP_BITS))
     unit = math.ldexp(1.0, max(exponent - STEP_BITS, math.frexp(last)[1] - _FLOAT_BITS))

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from opq_jax import finetuning
 from opq_jax.allocation import allocate
-from opq_jax.compression.codes import CompressionState, apply_compression, init_state
+from opq_jax.compression import CompressionState, apply_compression, init_state
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 from opq_jax.correction import correct_batch_norm

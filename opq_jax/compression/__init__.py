@@ -5,14 +5,8 @@ from typing import TYPE_CHECKING
 from opq_jax.core import lazy
 
 if TYPE_CHECKING:
-  from opq_jax.compression.codes import (
-    CompressionState,
-    LeafState,
-    apply_compression,
-    decode,
-    encode,
-    init_state,
-  )
+  from opq_jax.compression.codes import apply_compression, decode, encode
+  from opq_jax.compression.records import CompressionState, LeafState, init_state
   from opq_jax.compression.transforms import clip_to_grid, compressed, keep_compressed
 
 __all__ = [
@@ -30,10 +24,14 @@ __all__ = [
 __getattr__, __dir__ = lazy.attributes(
   __name__,
   {
-    **dict.fromkeys(
-      ('CompressionState', 'LeafState', 'apply_compression', 'decode', 'encode', 'init_state'),
-      'codes',
-    ),
-    **dict.fromkeys(('clip_to_grid', 'compressed', 'keep_compressed'), 'transforms'),
+    'CompressionState': 'records',
+    'LeafState': 'records',
+    'apply_compression': 'codes',
+    'clip_to_grid': 'transforms',
+    'compressed': 'transforms',
+    'decode': 'codes',
+    'encode': 'codes',
+    'init_state': 'records',
+    'keep_compressed': 'transforms',
   },
 )

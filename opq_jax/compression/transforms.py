@@ -73,7 +73,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from opq_jax.compression.codes import CompressionState, LeafState, apply_compression
+from opq_jax.compression.codes import apply_compression
+from opq_jax.compression.records import CompressionState, LeafState
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from opq_jax.compression.codes import CompressionState, LeafState
+from opq_jax.compression import CompressionState, LeafState
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 

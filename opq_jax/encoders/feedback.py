@@ -12,9 +12,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from opq_jax.compression import codes as compression
-from opq_jax.compression.codes import CompressionState, LeafState
+from opq_jax import compression
+from opq_jax.compression import CompressionState, LeafState
+from opq_jax.compression.cells import cell_of, settled, value_of
+from opq_jax.compression.records import kinds_of_codes
 from opq_jax.core import trees
+from opq_jax.core.limits import ESCAPE
 from opq_jax.core.trees import PyTree
 from opq_jax.encoders.encoder import (
   DAMPING,
@@ -110,7 +113,7 @@ class Feedback(LeafEncoder):
     else:
       codes = codes_of_leaf(weights, moments, grid, damping)
     values = compression.decode(codes, CompressionState(grid), weights.astype(grid.dtype))
-    return values, dataclasses.replace(grid, kinds=compression.kinds_of_codes(codes))
+    return values, dataclasses.replace(grid, kinds=kinds_of_codes(codes))
 
   def trials(self) -> Callable[[PyTree, CompressionState], Trial]:
     def trial(params: PyTree, grids: CompressionState) -> Trial:
@@ -189,7 +192,7 @@ def _feedback(
       mine, codes, errors = carry
       code, value = nearest(mine[i], leaf)
       is_escaped = ~jnp.isnan(kept[i])
-      code = jnp.where(is_escaped, float(compression.ESCAPE), code)
+      code = jnp.where(is_escaped, float(ESCAPE), code)
       value = jnp.where(is_escaped, kept[i], value)
       error = jnp.clip(mine[i] - value, -most, most) / within[i, i]
       mine = mine - within[i][:, None] * error[None]
@@ -211,11 +214,11 @@ def nearest(
 ) -> tuple[Float32[Array, ' channels'], Float32[Array, ' channels']]:
   """The code of each weight, by the rule of `opq_jax.encode` but with no mask given; its value."""
   magnitude = jnp.abs(weights)
-  cell = compression.settled(compression.cell(magnitude, leaf), leaf)
+  cell = settled(cell_of(magnitude, leaf), leaf)
   survives = (magnitude > leaf.threshold) & (leaf.levels > 0)
   sign = jnp.where(weights < 0, -1.0, 1.0)
   code = jnp.where(survives, sign * (cell + 1), 0)
-  value = compression.value_of(cell, leaf).astype(jnp.float32)
+  value = value_of(cell, leaf).astype(jnp.float32)
   return code, jnp.where(survives, sign * value, 0)
 
 

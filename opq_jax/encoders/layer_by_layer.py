@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from opq_jax.compression.codes import CompressionState, LeafState
+from opq_jax.compression import CompressionState, LeafState
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 from opq_jax.encoders.encoder import DAMPING, Encoded, Encoder, LeafEncoder, encoded

@@ -4,8 +4,9 @@ import dataclasses
 
 from jaxtyping import Array
 
-from opq_jax.compression import codes as compression
-from opq_jax.compression.codes import CompressionState, LeafState
+from opq_jax import compression
+from opq_jax.compression import CompressionState, LeafState
+from opq_jax.compression.records import kinds_of
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 from opq_jax.encoders.encoder import Encoded, LeafEncoder, encoded, leaves_to_code
@@ -43,6 +44,6 @@ class Rounding(LeafEncoder):
     """
     del moments, damping
     weights = trees.native(weights).astype(grid.dtype)
-    kinds = compression.kinds_of(weights, grid.threshold, grid.step, grid.levels)
+    kinds = kinds_of(weights, grid.threshold, grid.step, grid.levels)
     grid = dataclasses.replace(grid, kinds=kinds)
     return compression.apply_compression(weights, CompressionState(grid)), grid

@@ -22,7 +22,7 @@ from opq_jax.allocation import (
   check_targets,
   is_compressible,
 )
-from opq_jax.compression.codes import CompressionState, init_state
+from opq_jax.compression import CompressionState, init_state
 from opq_jax.core import messages, trees
 from opq_jax.core.trees import PyTree
 from opq_jax.encoders.encoder import Encoder, LeafEncoder

@@ -12,12 +12,14 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Array, Bool, Float32, Int8
 
+from opq_jax import compression
 from opq_jax.coding import arrangements, context_search, trellis, viterbi
 from opq_jax.coding import payload as entropy_coding
-from opq_jax.compression import codes as compression
-from opq_jax.compression.codes import CompressionState, LeafState
+from opq_jax.compression import CompressionState, LeafState
+from opq_jax.compression.cells import settled, value_table
+from opq_jax.compression.records import affine_codebook, exact_grid, kinds_of_codes
 from opq_jax.core import messages, native, trees
-from opq_jax.core.limits import MAX_LEVELS
+from opq_jax.core.limits import ESCAPE, MAX_LEVELS
 from opq_jax.core.trees import PyTree
 from opq_jax.encoders import feedback
 from opq_jax.encoders.encoder import (
@@ -132,7 +134,7 @@ def _bits(leaf: _Coded) -> float:
   """Of a leaf's codes, at their entropy given the subsets, and of its escaped weights."""
   if leaf.codes is None or leaf.state is None:
     return 0.0
-  is_escaped, size = leaf.codes == compression.ESCAPE, leaf.codes.size
+  is_escaped, size = leaf.codes == ESCAPE, leaf.codes.size
   bits = entropy_coding.entropy(np.where(is_escaped, np.int8(0), leaf.codes)) * size
   escaped = int(np.count_nonzero(is_escaped))
   value_bits = 8 * np.dtype(leaf.state.dtype).itemsize
@@ -189,16 +191,16 @@ def _coded_leaf(
   is_exact = _is_exact(kernel, leaf)
   if found is None or is_exact or not orders or _has_too_many_beyond(weights, found.grid, leaf):
     codes = _one_by_one(kernel, leaf, factor)
-    state = dataclasses.replace(leaf, kinds=jnp.asarray(compression.kinds_of_codes(codes)))
+    state = dataclasses.replace(leaf, kinds=jnp.asarray(kinds_of_codes(codes)))
     is_plain = bool(codes.any()) and int(leaf.levels) > 0 and not is_exact
     return _Coded(_decoded(kernel, codes, state), state, codes, is_plain)
 
-  step, first = compression.exact_grid(
+  step, first = exact_grid(
     unit * jnp.float32(found.grid.step),
     unit * jnp.float32(found.grid.first),
     jnp.int32(MAX_LEVELS),
   )
-  codebook = compression.affine_codebook(first, step, jnp.int32(MAX_LEVELS))
+  codebook = affine_codebook(first, step, jnp.int32(MAX_LEVELS))
   threshold = jnp.maximum(first - step / 2, 0)
   rest = {'codebook': codebook, 'threshold': threshold, 'step': step, 'dtype': leaf.dtype}
   state = LeafState(kinds=leaf.kinds, levels=jnp.int32(MAX_LEVELS), **rest)
@@ -208,12 +210,12 @@ def _coded_leaf(
   most = max(2 * found.grid.step, grid[1])
   values = np.asarray(_value_table(state)).astype(np.float32) / unit
   codes = _Walk(weights, found, orders[0], _usable(state), values).codes(factor, most)
-  on_grid = np.where(codes == compression.ESCAPE, 0, codes)
+  on_grid = np.where(codes == ESCAPE, 0, codes)
   levels = jnp.int32(max(int(on_grid.max()), -int(on_grid.min()), 1))
   state = dataclasses.replace(
     state,
-    kinds=jnp.asarray(compression.kinds_of_codes(codes)),
-    codebook=compression.affine_codebook(first, step, levels),
+    kinds=jnp.asarray(kinds_of_codes(codes)),
+    codebook=affine_codebook(first, step, levels),
     levels=levels,
   )
   return _Coded(_decoded(kernel, codes, state), state, codes)
@@ -245,20 +247,20 @@ def _has_too_many_beyond(
 def _usable(state: LeafState) -> Bool[np.ndarray, '128']:
   """Which |code| has a value of the leaf's dtype in its own cell."""
   cells = jnp.arange(MAX_LEVELS, dtype=jnp.float32)
-  return np.concatenate([[True], np.asarray(compression.settled(cells, state) == cells)])
+  return np.concatenate([[True], np.asarray(settled(cells, state) == cells)])
 
 
 def _decoded(kernel: Array, codes: Int8[np.ndarray, '...'], state: LeafState) -> Array:
   """As `opq_jax.decode`, without a program of XLA for every shape."""
   values = np.asarray(_value_table(state))[codes.view(np.uint8)]
-  is_escaped = codes == compression.ESCAPE
+  is_escaped = codes == ESCAPE
   if is_escaped.any():
     values = np.where(is_escaped, np.asarray(kernel).astype(values.dtype), values)
   return jnp.asarray(values)
 
 
 _value_table = jax.jit(
-  lambda state: compression.value_table(dataclasses.replace(state, kinds=jnp.zeros(0, jnp.uint8)))
+  lambda state: value_table(dataclasses.replace(state, kinds=jnp.zeros(0, jnp.uint8)))
 )
 
 
@@ -275,7 +277,7 @@ def _one_by_one(kernel: Array, leaf: LeafState, factor: Factor | None) -> Int8[n
   for i in range(len(rows)):
     codes[i] = np.where(is_escaped[i], 0, feedback.nearest(rows[i], leaf)[0])
     errors.push(i, codes[i : i + 1])
-  codes[is_escaped] = compression.ESCAPE
+  codes[is_escaped] = ESCAPE
   return codes.reshape(weights.shape)
 
 
@@ -350,7 +352,7 @@ class _Walk:
     codes = self._in_place()
     if self._has_escapes:
       is_escaped, _ = arrangements.arranged(codes, self._arrangement)
-      is_escaped[self._is_escaped.reshape(self._shape)] = compression.ESCAPE
+      is_escaped[self._is_escaped.reshape(self._shape)] = ESCAPE
     return codes
 
   def _to_code(self, rows: slice) -> Float32[np.ndarray, ' n']:

@@ -10,7 +10,7 @@ and code c != 0 the value sign(c) v_(|c| - 1), rounded to the leaf's dtype:
                                             (outwards from the last cell: as it is)
 
 where the cell of a magnitude m is floor((m - threshold) (1 / step)), each operation in float32.
-`opq_jax.compression.codes` computes the same values in JAX, bit for bit.
+`opq_jax.compression.cells` computes the same values in JAX, bit for bit.
 """
 
 from typing import NamedTuple

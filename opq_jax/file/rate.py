@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from opq_jax.allocation import Allocation, TooFewBitsError, allocate
-from opq_jax.compression.codes import CompressionState, init_state
+from opq_jax.compression import CompressionState, init_state
 from opq_jax.core.trees import PyTree
 from opq_jax.file import writer
 

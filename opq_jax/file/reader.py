@@ -24,7 +24,7 @@ from opq_jax.file.grids import Grid
 from opq_jax.file.index import LeafEntry
 
 if TYPE_CHECKING:
-  from opq_jax.compression.codes import CompressionState, LeafState
+  from opq_jax.compression import CompressionState, LeafState
   from opq_jax.core.trees import PyTree
 
 # decoded bytes that a file may claim unless the caller admits more: both bounds must be passed
@@ -76,7 +76,8 @@ class _CodedLeaf(NamedTuple):
 
   def state(self) -> 'LeafState':
     """Returns the state that compresses the weights to these codes."""
-    from opq_jax.compression.codes import LeafState, kinds_of_codes
+    from opq_jax.compression import LeafState
+    from opq_jax.compression.records import kinds_of_codes
 
     arrays: dict[str, Any] = {
       'kinds': kinds_of_codes(self.codes),
@@ -216,7 +217,7 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     """
     import jax
 
-    from opq_jax.compression.codes import CompressionState
+    from opq_jax.compression import CompressionState
     from opq_jax.core import trees
 
     structure, order = jax.tree.structure(self._tree), list(self._leaves)

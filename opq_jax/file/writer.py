@@ -16,8 +16,8 @@ from jax import tree_util
 from jaxtyping import Int8, Shaped
 
 from opq_jax.coding import encode_codes, escapes
-from opq_jax.compression.codes import CompressionState, LeafState
-from opq_jax.compression.codes import encode as encode_weights
+from opq_jax.compression import CompressionState, LeafState
+from opq_jax.compression import encode as encode_weights
 from opq_jax.core import files, trees
 from opq_jax.core.limits import ESCAPE, MAX_LEVELS
 from opq_jax.core.trees import PyTree

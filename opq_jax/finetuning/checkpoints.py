@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Self
 
 import jax
 
-from opq_jax.compression.codes import CompressionState
+from opq_jax.compression import CompressionState
 from opq_jax.core.extras import require
 from opq_jax.core.trees import PyTree
 from opq_jax.finetuning.parallel import replicate, replicated

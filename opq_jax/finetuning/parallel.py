@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int32
 
-from opq_jax.compression.codes import CompressionState
+from opq_jax.compression import CompressionState
 from opq_jax.core.trees import PyTree
 from opq_jax.finetuning.batches import Batch, check_divides, split_batch
 from opq_jax.finetuning.evaluation import eval_step

@@ -21,7 +21,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float32, Int32
 
-from opq_jax.compression.codes import CompressionState, apply_compression
+from opq_jax.compression import CompressionState, apply_compression
 from opq_jax.compression.transforms import clip_to_grid as clip_gradient
 from opq_jax.core.trees import PyTree
 from opq_jax.finetuning.batches import Batch, split_batch

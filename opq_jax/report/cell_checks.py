@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int8, Shaped, UInt8
 
-from opq_jax.compression.codes import ESCAPED, LeafState
+from opq_jax.compression import LeafState
+from opq_jax.compression.records import ESCAPED
 from opq_jax.core.limits import ESCAPE
 from opq_jax.file.writer import escaped_values, written_leaf
 

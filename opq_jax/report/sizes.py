@@ -14,7 +14,7 @@ from opq_jax.report import leaf_sizes
 from opq_jax.report.records import SizeReport, UncompressedLeaf
 
 if TYPE_CHECKING:
-  from opq_jax.compression.codes import CompressionState
+  from opq_jax.compression import CompressionState
   from opq_jax.core.trees import PyTree
 
 ChannelAxis = int | Callable[[str, Any], int]

@@ -7,15 +7,16 @@ import jax
 import numpy as np
 from jaxtyping import Float32, Int8, Shaped
 
+from opq_jax import compression
 from opq_jax.allocation import Allocation, LeafAllocation
-from opq_jax.compression import codes as compression
-from opq_jax.compression.codes import LeafState
+from opq_jax.compression import LeafState
+from opq_jax.compression.records import kinds_of
 from opq_jax.file import writer
 from opq_jax.report import leaf_sizes
 
 _PIECE = 1 << 20  # weights coded at a time (4 MiB of float32): large enough to hide JAX's overhead
 
-_kinds_of = jax.jit(compression.kinds_of)
+_kinds_of = jax.jit(kinds_of)
 
 
 class CodedLeaf(NamedTuple):

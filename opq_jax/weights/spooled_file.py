@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from jaxtyping import Int8, Shaped
 
-from opq_jax.compression.codes import LeafState
+from opq_jax.compression import LeafState
 from opq_jax.core import files
 from opq_jax.core.trees import PyTree
 from opq_jax.file import index as file_index

@@ -16,7 +16,7 @@ from opq_jax import allocate, encode, init_state
 from opq_jax.allocation import OBJECTIVES, Allocation
 from opq_jax.allocation import solver as allocation_solver
 from opq_jax.coding.payload import encode_codes
-from opq_jax.compression.codes import ESCAPE
+from opq_jax.core.limits import ESCAPE
 from tests.helpers import assets
 
 RNG = np.random.default_rng

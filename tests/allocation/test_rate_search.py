@@ -16,7 +16,7 @@ from opq_jax.allocation.histogram_sums import sums_of
 from opq_jax.allocation.rate_problem import RateProblem
 from opq_jax.coding import escapes
 from opq_jax.coding import payload as entropy_coding
-from opq_jax.compression.codes import ESCAPE
+from opq_jax.core.limits import ESCAPE
 
 SHAPE = (128, 192)
 DTYPES = (

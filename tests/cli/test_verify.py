@@ -9,7 +9,7 @@ import safetensors.numpy
 import opq_jax
 from opq_jax import importers, models
 from opq_jax.cli import command as cli
-from opq_jax.compression.codes import CompressionState
+from opq_jax.compression import CompressionState
 from opq_jax.importers import networks
 from tests.helpers.opq_files import leaf_state
 from tests.helpers.variables import random_variables

@@ -10,7 +10,8 @@ from hypothesis.extra import numpy as hnp
 from opq_jax.coding import ans, context_search, escapes, trellis
 from opq_jax.coding import contexts as context_coding
 from opq_jax.coding.payload import decode_codes, encode_codes, entropy
-from opq_jax.compression.codes import LeafState, affine_codebook
+from opq_jax.compression import LeafState
+from opq_jax.compression.records import affine_codebook
 from opq_jax.file import writer
 
 RNG = np.random.default_rng

@@ -11,7 +11,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from opq_jax import Allocation, allocate, apply_compression, decode, encode, init_state
-from opq_jax.compression.codes import CompressionState, LeafState, affine_codebook
+from opq_jax.compression import CompressionState, LeafState
+from opq_jax.compression.records import affine_codebook
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 

@@ -10,7 +10,7 @@ import scipy.linalg
 
 import opq_jax
 from opq_jax import encoders
-from opq_jax.compression import codes as compression
+from opq_jax.compression.records import affine_codebook
 from opq_jax.encoders import search
 from tests.helpers import small_networks
 
@@ -64,7 +64,7 @@ def test_equals_a_least_squares_solution_after_every_input(reach):
   kernel, state, _, matrix = problem()
   leaf = state.tree
   levels = jnp.int32(reach)
-  codebook = compression.affine_codebook(leaf.codebook[1], leaf.step, levels)
+  codebook = affine_codebook(leaf.codebook[1], leaf.step, levels)
   state = opq_jax.CompressionState(dataclasses.replace(leaf, levels=levels, codebook=codebook))
   coded, coded_state = encoders.Feedback(matrix).choose_codes(kernel, state)
   found = np.asarray(opq_jax.encode(coded, coded_state))
@@ -180,7 +180,7 @@ def test_a_few_massive_rows_do_not_bend_a_leaf_for_the_rest():
   kernel[0, 0] = 100.0  # beyond the grid
   leaf = opq_jax.init_state(kernel, opq_jax.allocate(kernel, compression_rate=20.0)).tree
   levels = jnp.int32(12)
-  codebook = compression.affine_codebook(leaf.codebook[1], leaf.step, levels)
+  codebook = affine_codebook(leaf.codebook[1], leaf.step, levels)
   state = opq_jax.CompressionState(dataclasses.replace(leaf, levels=levels, codebook=codebook))
   rng = np.random.default_rng(1)
   x = rng.normal(size=(2048, 256)).astype(np.float32)

@@ -23,14 +23,8 @@ from hypothesis.extra import numpy as hnp
 
 from opq_jax.coding import escapes
 from opq_jax.coding.payload import encode_codes, entropy
-from opq_jax.compression.codes import (
-  CompressionState,
-  LeafState,
-  affine_codebook,
-  apply_compression,
-  encode,
-  exact_grid,
-)
+from opq_jax.compression import CompressionState, LeafState, apply_compression, encode
+from opq_jax.compression.records import affine_codebook, exact_grid
 from opq_jax.core import trees
 from opq_jax.file import index as file_index
 from opq_jax.file.reader import OpqFile, load

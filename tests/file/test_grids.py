@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opq_jax.compression.codes import LeafState, affine_codebook, exact_grid, value_table
+from opq_jax.compression import LeafState
+from opq_jax.compression.cells import value_table
+from opq_jax.compression.records import affine_codebook, exact_grid
 from opq_jax.file import index as file_index
 from opq_jax.file.grids import Grid
 

@@ -26,7 +26,8 @@ import pytest
 import opq_jax
 from experiments.benchmarks.robustness import hostile_files
 from opq_jax.coding import payload as entropy_coding
-from opq_jax.compression.codes import CompressionState, affine_codebook
+from opq_jax.compression import CompressionState
+from opq_jax.compression.records import affine_codebook
 from opq_jax.file import index as file_index
 from opq_jax.file import reader, writer
 from opq_jax.weights import read_weights, write_safetensors

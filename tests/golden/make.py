@@ -23,7 +23,7 @@ import numpy as np
 import safetensors.numpy
 
 import opq_jax
-from opq_jax.compression import codes as compression
+from opq_jax.compression.records import affine_codebook, kinds_of
 from opq_jax.core import trees
 
 FOLDER = pathlib.Path(__file__).parent
@@ -92,8 +92,8 @@ def escapes() -> tuple[dict[str, object], opq_jax.CompressionState]:
       continue
     threshold, step, first, levels = grids[name]
     grid = np.float32(threshold), np.float32(step), np.int32(levels)
-    kinds = np.asarray(compression.kinds_of(leaf, *grid))
-    book = compression.affine_codebook(np.float32(first), grid[1], grid[2])
+    kinds = np.asarray(kinds_of(leaf, *grid))
+    book = affine_codebook(np.float32(first), grid[1], grid[2])
     states.append(
       opq_jax.LeafState(
         kinds=kinds,

@@ -9,11 +9,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from opq_jax.compression.codes import (
-  CompressionState,
-  LeafState,
-  affine_codebook,
-)
+from opq_jax.compression import CompressionState, LeafState
+from opq_jax.compression.records import affine_codebook
 from opq_jax.file import index as file_index
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 
 import opq_jax
-from opq_jax.compression.codes import encode
+from opq_jax.compression import encode
 from opq_jax.report import cell_checks
 from tests.helpers.opq_files import small, with_escapes
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import opq_jax
-from opq_jax.compression.codes import CompressionState, LeafState, affine_codebook, encode
+from opq_jax.compression import CompressionState, LeafState, encode
+from opq_jax.compression.records import affine_codebook
 from opq_jax.file import writer
 from opq_jax.report import leaf_sizes, sizes
 

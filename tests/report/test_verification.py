@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import opq_jax
-from opq_jax.compression.codes import CompressionState, encode
+from opq_jax.compression import CompressionState, encode
 from opq_jax.file import writer
 from opq_jax.report import cell_checks, sizes
 from opq_jax.report.verification import verify

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import opq_jax
-from opq_jax.compression.codes import CompressionState
+from opq_jax.compression import CompressionState
 from opq_jax.weights import read_weights
 from tests.helpers.weight_trees import assert_same, flat_tree, nested_tree
 

@@ -23,7 +23,7 @@ import numpy as np
 import opq_jax
 from configs import one_shot
 from experiments.benchmarks import one_shot_images
-from opq_jax.compression.codes import LeafState
+from opq_jax.compression import LeafState
 from opq_jax.core import trees
 from opq_jax.importers import networks
 from opq_jax.report import accuracy

@@ -31,9 +31,9 @@ import numpy as np
 import opq_jax
 from configs import one_shot
 from experiments.benchmarks import one_shot_images
+from opq_jax import compression
 from opq_jax.coding import payload as entropy_coding
-from opq_jax.compression import codes as compression
-from opq_jax.compression.codes import LeafState
+from opq_jax.compression import LeafState
 from opq_jax.core import trees
 from opq_jax.encoders import DAMPING
 from opq_jax.file import writer

@@ -19,7 +19,7 @@ import numpy as np
 import opq_jax
 from experiments.benchmarks import harness
 from opq_jax.coding import payload as entropy_coding
-from opq_jax.compression import codes as compression
+from opq_jax.core.limits import ESCAPE
 from opq_jax.weights import channel_axis, read_weights
 
 _REPEATS = 3
@@ -37,7 +37,7 @@ def main(paths: list[str]) -> None:
       codes = opq_jax.encode(params, state)
       leaves = [np.asarray(codes[k]) for k, s in state.tree.items() if s is not None]
       # a file has 0 in the places of escaped weights, which are stored beside the codes
-      leaves = [np.where(leaf == compression.ESCAPE, 0, leaf).astype(np.int8) for leaf in leaves]
+      leaves = [np.where(leaf == ESCAPE, 0, leaf).astype(np.int8) for leaf in leaves]
       entropy = sum(entropy_coding.entropy(leaf) * leaf.size for leaf in leaves) / 8
       weights = sum(leaf.size for leaf in leaves)
       row: dict[str, Any] = {

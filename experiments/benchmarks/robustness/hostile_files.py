@@ -52,7 +52,8 @@ import opq_jax
 from experiments.benchmarks import harness
 from opq_jax.coding import escapes
 from opq_jax.coding import payload as entropy_coding
-from opq_jax.compression.codes import CompressionState, LeafState, affine_codebook
+from opq_jax.compression import CompressionState, LeafState
+from opq_jax.compression.records import affine_codebook
 from opq_jax.core import trees
 from opq_jax.file import index as file_index
 from opq_jax.file import reader, writer
