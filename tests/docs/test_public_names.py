@@ -1,0 +1,43 @@
+"""The list of public names in docs/reference/index.md is that of every `__all__`."""
+
+import importlib
+import inspect
+import pathlib
+import pkgutil
+import re
+
+import opq_jax
+from tests.helpers import snippets
+
+
+def exported():
+  """{room: names that are no modules} of the top level and of every room."""
+  found = {}
+  for room in ['opq_jax', *(f'opq_jax.{part.name}' for part in pkgutil.iter_modules(opq_jax.__path__))]:
+    module = importlib.import_module(room)
+    if not pathlib.Path(module.__file__).name == '__init__.py':
+      continue
+    names = [n for n in getattr(module, '__all__', ()) if not inspect.ismodule(getattr(module, n))]
+    if names:
+      found[room] = sorted(names)
+  return found
+
+
+def listed():
+  text = (snippets.ROOT / 'docs' / 'reference' / 'index.md').read_text()
+  sections = re.split(r'^## ', text, flags=re.MULTILINE)[1:]
+  return {
+    section.splitlines()[0]: sorted(re.findall(r'^- `(\w+)`$', section, re.MULTILINE))
+    for section in sections
+  }
+
+
+def test_reference_lists_names():
+  assert listed() == exported()
+
+
+def test_reference_page_of_room():
+  folder = snippets.ROOT / 'docs' / 'reference'
+  for room in exported():
+    page = folder / f'{room.partition(".")[2] or "top"}.md'
+    assert f'.. door:: {room}\n' in page.read_text()

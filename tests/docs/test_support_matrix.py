@@ -1,0 +1,356 @@
+"""Every cell of the support matrix of README.md: "yes" works, and "no" is refused or has no effect."""
+
+import functools
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import opq_jax
+from opq_jax import cli, correction, encoders, finetuning, importers
+from opq_jax.network import second_moments
+from opq_jax.weights import write_safetensors
+from tests.helpers import snippets
+
+FEATURES = {
+  '`compress`, `allocate`, `encode`, trellis codes': 'compress',
+  '`save`, `load` into the same containers': 'files',
+  '`compressed`, `keep_compressed` with optax': 'optax',
+  '`opq compress` and `verify`, leaf by leaf': 'command line',
+  'training step of `opq_jax.finetuning`': 'training step',
+  'BatchNorm correction, synthetic inputs': 'correction',
+  "moments of layers' inputs": 'moments',
+  'error feedback, moments given': 'feedback',
+  'layer by layer': 'layer by layer',
+  'weights of torchvision, timm, Keras, ...': 'import',
+}
+FRAMEWORKS = ('Linen', 'NNX', 'Haiku', 'Equinox', 'plain JAX')
+X = jax.random.normal(jax.random.key(7), (32, 24))
+Y = jnp.zeros(32, jnp.int32)
+
+
+class Network(NamedTuple):
+  """A network of two dense layers of one framework.
+
+  Attributes:
+    params: its tree.
+    apply: (params, x) -> logits.
+    channel_axis: axis of the output channels of its kernels.
+    kernels: path names of its kernels.
+  """
+
+  params: Any
+  apply: Callable[[Any, jax.Array], jax.Array]
+  channel_axis: int
+  kernels: tuple[str, ...]
+
+
+class LinenNetwork(nn.Module):
+  @nn.compact
+  def __call__(self, x, train: bool = False):
+    x = nn.Dense(48)(x)
+    x = nn.BatchNorm(use_running_average=not train)(x)
+    return nn.Dense(10)(nn.relu(x))
+
+
+class NNXNetwork(nnx.Module):
+  def __init__(self, rngs):
+    self.hidden, self.head = nnx.Linear(24, 48, rngs=rngs), nnx.Linear(48, 10, rngs=rngs)
+
+  def __call__(self, x):
+    return self.head(nnx.relu(self.hidden(x)))
+
+
+def linen():
+  model = LinenNetwork()
+  variables = model.init(jax.random.key(0), X)
+  return Network(
+    variables, model.apply, -1, ('params/Dense_0/kernel', 'params/Dense_1/kernel')
+  )
+
+
+def with_nnx():
+  graph, params, rest = nnx.split(NNXNetwork(nnx.Rngs(0)), nnx.Param, ...)
+  run = lambda params, x: nnx.merge(graph, nnx.State(params), rest)(x)
+  return Network(nnx.to_pure_dict(params), run, -1, ('head/kernel', 'hidden/kernel'))
+
+
+def with_haiku():
+  hk = pytest.importorskip('haiku')  # of the extra `test`
+  forward = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP((48, 10))(x)))
+  params = forward.init(jax.random.key(0), X)
+  return Network(params, forward.apply, -1, ('mlp/~/linear_0/w', 'mlp/~/linear_1/w'))
+
+
+def with_equinox():
+  eqx = pytest.importorskip('equinox')
+  model = eqx.nn.MLP(24, 10, 48, 1, key=jax.random.key(0))
+  arrays, static = eqx.partition(model, eqx.is_array)
+  run = lambda params, x: jax.vmap(eqx.combine(params, static))(x)
+  return Network(arrays, run, 0, ('layers/0/weight', 'layers/1/weight'))
+
+
+def plain():
+  keys = jax.random.split(jax.random.key(0))
+  params = {
+    'hidden': {'w': jax.random.laplace(keys[0], (24, 48)) / 5, 'b': jnp.zeros(48)},
+    'head': {'w': jax.random.laplace(keys[1], (48, 10)) / 7, 'b': jnp.zeros(10)},
+  }
+
+  def run(params, x):
+    x = jax.nn.relu(x @ params['hidden']['w'] + params['hidden']['b'])
+    return x @ params['head']['w'] + params['head']['b']
+
+  return Network(params, run, -1, ('head/w', 'hidden/w'))
+
+
+@functools.cache
+def network(framework):
+  made = (linen, with_nnx, with_haiku, with_equinox, plain)
+  return dict(zip(FRAMEWORKS, made, strict=True))[framework]()
+
+
+def compressed(net, **options):
+  return opq_jax.compress(
+    net.params, compression_rate=8.0, channel_axis=net.channel_axis, **options
+  )
+
+
+def leaves(tree):
+  with_names = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in with_names}
+
+
+def matrix():
+  """{(feature, framework): cell} of the table in README.md."""
+  text = (snippets.ROOT / 'README.md').read_text()
+  table = text.partition('<!-- support matrix -->')[2].partition('<!-- end of the')[0]
+  rows = [
+    [cell.strip() for cell in line.strip('|').split('|')]
+    for line in table.splitlines()
+    if line.startswith('|')
+  ]
+  assert tuple(rows[0][1:]) == FRAMEWORKS
+  assert [row[0] for row in rows[2:]] == list(FEATURES)
+  return {
+    (FEATURES[row[0]], framework): re.sub(r' \[\d\]', '', cell)
+    for row in rows[2:]
+    for framework, cell in zip(FRAMEWORKS, row[1:], strict=True)
+  }
+
+
+def cells(feature, *values):
+  """The frameworks that have one of these values."""
+  found = matrix()
+  return [framework for framework in FRAMEWORKS if found[feature, framework] in values]
+
+
+def test_matrix_values():
+  assert set(matrix().values()) == {'yes', 'no', 'wrapper', '`Dense`, `Conv`'}
+  for feature in ('compress', 'files', 'optax', 'command line'):
+    assert cells(feature, 'yes') == list(FRAMEWORKS)
+  assert cells('training step', 'yes', 'wrapper') == list(FRAMEWORKS)
+  for feature in ('correction', 'moments', 'layer by layer', 'import'):
+    assert cells(feature, 'no') == list(FRAMEWORKS[1:])
+  assert cells('feedback', 'no') == ['Equinox']
+
+
+@pytest.mark.parametrize('framework', FRAMEWORKS)
+def test_compress_framework(framework):
+  net = network(framework)
+  for encoder in (encoders.Rounding(), encoders.Trellis()):
+    result = compressed(net, encoder=encoder)
+    report = opq_jax.size_report(result.params, result.state)
+    assert 7.9 < report.entropy_rate < 9.5
+    codes = leaves(opq_jax.encode(result.params, result.state))
+    assert sorted(name for name, leaf in codes.items() if leaf.dtype == jnp.int8) == sorted(
+      net.kernels
+    )
+    assert jax.tree.structure(result.params) == jax.tree.structure(net.params)
+    assert np.isfinite(net.apply(result.params, X)).all()
+
+
+@pytest.mark.parametrize('framework', FRAMEWORKS)
+def test_load_framework(framework, tmp_path):
+  net = network(framework)
+  result = compressed(net)
+  opq_jax.save(tmp_path / 'a.opq', result.params, result.state)
+  loaded, _ = opq_jax.load(tmp_path / 'a.opq', like=net.params)
+  assert jax.tree.structure(loaded) == jax.tree.structure(net.params)
+  assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), loaded, result.params))
+  assert (net.apply(loaded, X) == net.apply(result.params, X)).all()
+
+
+@pytest.mark.parametrize('framework', FRAMEWORKS)
+def test_optax_framework(framework):
+  net = network(framework)
+  state = compressed(net).state
+  apply_fn = opq_jax.compressed(net.apply, state)
+  optimizer = optax.chain(optax.adam(1e-2), opq_jax.keep_compressed(state))
+  loss = lambda params: optax.softmax_cross_entropy_with_integer_labels(
+    apply_fn(params, X), Y
+  ).mean()
+
+  @jax.jit
+  def step(params, memory):
+    updates, memory = optimizer.update(jax.grad(loss)(params), memory, params)
+    return optax.apply_updates(params, updates), memory
+
+  params, memory = net.params, optimizer.init(net.params)
+  for _ in range(20):
+    params, memory = step(params, memory)
+  assert loss(params) < 0.5 * loss(net.params)
+  states = leaves(jax.tree.map(lambda leaf: leaf, state.tree))
+  for name in net.kernels:
+    pruned = states[f'{name}/kinds'] == 0
+    assert pruned.any() and (leaves(params)[name][pruned] == 0).all()
+
+
+@pytest.mark.parametrize('framework', FRAMEWORKS)
+def test_command_line_framework(framework, tmp_path):
+  net = network(framework)
+  source, target = str(tmp_path / 'a.safetensors'), str(tmp_path / 'a.opq')
+  write_safetensors(source, net.params)
+  axis = 'first' if net.channel_axis == 0 else 'last'
+  assert cli.main(['compress', source, target, '--rate', '8', '--channel-axis', axis]) == 0
+  assert cli.main(['verify', target, '--against', source]) == 0
+  with opq_jax.OpqFile(target) as file:
+    assert sorted(name for name in file if file.leaf_state(name)) == sorted(net.kernels)
+
+
+@pytest.mark.parametrize('framework', FRAMEWORKS)
+def test_train_step_framework(framework):
+  net = network(framework)
+  variables, apply_fn = net.params, net.apply
+  if framework != 'Linen':
+    variables = {'params': net.params}
+
+    def apply_fn(variables, x, train=False, mutable=None, rngs=None):
+      logits = net.apply(variables['params'], x)
+      return (logits, {}) if mutable else logits
+
+  result = opq_jax.compress(
+    variables['params'], compression_rate=8.0, channel_axis=net.channel_axis
+  )
+  optimizer = optax.adam(1e-2)
+  state = finetuning.init_train_state(variables, optimizer, jax.random.key(0))
+  step = jax.jit(
+    functools.partial(finetuning.train_step, apply_fn=apply_fn, optimizer=optimizer)
+  )
+  losses = []
+  for _ in range(20):
+    state, metrics = step(state, result.state, {'image': X, 'label': Y})
+    losses.append(float(metrics['loss']))
+  assert losses[-1] < 0.5 * losses[0]
+
+
+def test_correction_linen():
+  net = network('Linen')
+  corrected = correction.correct_batch_norm(
+    net.apply, net.params, compressed(net).params, jax.random.key(0), (32, 24)
+  )
+  old, new = (leaves(tree['batch_stats']) for tree in (net.params, corrected))
+  assert all((old[name] != new[name]).any() for name in old)
+
+
+@pytest.mark.parametrize('framework', FRAMEWORKS[1:])
+def test_correction_refused(framework):
+  net = network(framework)
+  with pytest.raises((ValueError, TypeError, AttributeError)):
+    correction.correct_batch_norm(
+      net.apply, net.params, compressed(net).params, jax.random.key(0), (32, 24)
+    )
+  with pytest.raises((ValueError, TypeError, AttributeError)):
+    correction.synthetic_inputs(net.apply, net.params, jax.random.key(0), (32, 24))
+
+
+def test_moments_linen():
+  found = leaves(second_moments(network('Linen').apply, network('Linen').params, X))
+  assert sorted(found) == sorted(network('Linen').kernels)
+
+
+@pytest.mark.parametrize('framework', ['NNX', 'Haiku', 'plain JAX'])
+def test_moments_not_found(framework):
+  net = network(framework)
+  assert leaves(second_moments(net.apply, net.params, X)) == {}
+
+
+def test_moments_equinox_refused():
+  net = network('Equinox')
+  with pytest.raises((ValueError, TypeError, AttributeError)):
+    second_moments(net.apply, net.params, X)
+
+
+def moments_of(net):
+  """Moments of the two dense layers, by hand: identical inputs of the right sizes."""
+
+  def of_leaf(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    if name not in net.kernels:
+      return None
+    x = jax.random.normal(jax.random.key(1), (256, leaf.shape[0]))
+    x = x + x.mean(axis=1, keepdims=True) * 8  # inputs that go together
+    return (x.T @ x / 256)[None]
+
+  return jax.tree_util.tree_map_with_path(of_leaf, net.params)
+
+
+@pytest.mark.parametrize('framework', ['Linen', 'NNX', 'Haiku', 'plain JAX'])
+def test_feedback_framework(framework):
+  net = network(framework)
+  moments = moments_of(net)
+  error = lambda tree: sum(
+    float(jnp.einsum('io,ij,jo', d, leaves(moments)[name][0], d))
+    for name in net.kernels
+    for d in [leaves(tree)[name] - leaves(net.params)[name]]
+  )
+  result = compressed(net, encoder=encoders.Feedback(moments))
+  assert error(result.params) < 0.8 * error(compressed(net).params)
+
+
+def test_feedback_equinox_refused():
+  net = network('Equinox')
+  with pytest.raises(ValueError, match='layers/0/weight'):
+    compressed(net, encoder=encoders.Feedback(moments_by_input(net)))
+
+
+def moments_by_input(net):
+  """Moments of the true inputs, whose axis of an Equinox kernel is the last one."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: jnp.eye(leaf.shape[1])[None] if leaf.ndim == 2 else None, net.params
+  )
+
+
+def test_layer_by_layer_linen():
+  net = network('Linen')
+  moments = second_moments(net.apply, net.params, X)
+  first = encoders.Feedback(moments)
+  result = compressed(net, encoder=encoders.LayerByLayer(net.apply, X, first=first))
+  assert 7.0 < opq_jax.size_report(result.params, result.state).entropy_rate < 10.0
+
+
+@pytest.mark.parametrize('framework', FRAMEWORKS[1:])
+def test_layer_by_layer_refused(framework):
+  net = network(framework)
+  none = jax.tree.map(lambda leaf: None, net.params)
+  encoder = encoders.LayerByLayer(net.apply, X, first=encoders.Feedback(none))
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')
+    with pytest.raises((ValueError, TypeError, AttributeError)):
+      compressed(net, encoder=encoder)
+
+
+def test_importers_linen_alone():
+  """Imported networks are modules of Linen."""
+  from opq_jax import models
+
+  assert {type(models.create(name)).__bases__[0] for name in models.names()} == {nn.Module}
+  assert importers.sources('resnet50')

@@ -1,0 +1,307 @@
+"""A reader of `.opq` files written from docs/format.md alone, in plain Python.
+
+It imports nothing of the library.  numpy makes the arrays and rounds to float32.  It decodes a few
+thousand weights a second and checks no more than it needs: its purpose is to hold the page to the
+files.
+"""
+
+import bisect
+import itertools
+import json
+import lzma
+import math
+import re
+import zlib
+from fractions import Fraction
+
+import ml_dtypes  # noqa: F401  adds bfloat16 and the float8 types to numpy's names
+import numpy as np
+
+BLOCK = 1 << 20
+EDGES = (1, 3, 6, 10, 16, 28, 48, 90, 160)
+
+
+class Bits:
+  """Bits of a string of bytes, the highest first."""
+
+  def __init__(self, data):
+    self.text = ''.join(f'{byte:08b}' for byte in data)
+    self.place = 0
+
+  def take(self, count):
+    self.place += count
+    return int(self.text[self.place - count : self.place] or '0', 2)
+
+  def golomb(self, order):
+    """An exponential Golomb code."""
+    zeros = 0
+    while self.take(1) == 0:
+      zeros += 1
+    rest = self.take(zeros + order)
+    return (1 << (zeros + order)) + rest - (1 << order)
+
+  def bytes_read(self):
+    return -(-self.place // 8)
+
+
+def read_table(bits):
+  """{symbol: frequency} in the order of the table, and the precision."""
+  precision = bits.take(4) + 1
+  largest, least = bits.golomb(2), -bits.golomb(2)
+  symbols = sorted(range(least, largest + 1), key=lambda s: (abs(s), s < 0))
+  frequencies, previous = [0], (1 << precision) >> 3
+  for _ in symbols[1:]:
+    previous = bits.golomb(max(0, previous.bit_length() - 2))
+    frequencies.append(previous)
+  frequencies[0] = (1 << precision) - sum(frequencies)
+  used = {s: f for s, f in zip(symbols, frequencies, strict=True) if f}
+  return used, precision
+
+
+class Coder:
+  """An asymmetric numeral system: a head of 64 bits above a stack of words of 32 bits."""
+
+  def __init__(self, data):
+    data += bytes(-len(data) % 4)
+    self.words = np.frombuffer(data, '<u4').tolist()
+    self.head = 0
+    for _ in range(min(2, len(self.words))):
+      self.head = self.head << 32 | self.words.pop()
+
+  def take(self, symbols, bounds, precision):
+    slot = self.head & ((1 << precision) - 1)
+    place = bisect.bisect_right(bounds, slot) - 1
+    share = bounds[place + 1] - bounds[place]
+    self.head = (self.head >> precision) * share + slot - bounds[place]
+    if self.head < 1 << 32 and self.words:
+      self.head = self.head << 32 | self.words.pop()
+    return symbols[place]
+
+  def check_end(self, codes, head=b''):
+    checksum = zlib.crc32(np.asarray(codes, np.int8).tobytes(), zlib.crc32(head))
+    assert not self.words and self.head == checksum | 1 << 31, 'found another checksum'
+
+
+def bounds_24(table):
+  """Symbols, and shares of 2**24."""
+  used, precision = table
+  sums = [0, *itertools.accumulate(used.values())]
+  free = (1 << 24) - len(used)
+  bounds = [math.floor(Fraction(c * free, 1 << precision)) + i for i, c in enumerate(sums[:-1])]
+  return list(used), [*bounds, 1 << 24], 24
+
+
+def bounds_own(table):
+  """Symbols, and shares of 2**precision."""
+  used, precision = table
+  return list(used), [0, *itertools.accumulate(used.values())], precision
+
+
+def read_payload(data, shape):
+  """The codes of a payload, flat, in C order."""
+  size = math.prod(shape)
+  if size == 0:
+    return []
+  marker = Bits(data[:2]).take(10)
+  if marker in (0b0000100100, 0b0001100100):
+    return read_contexts(data, shape, marker == 0b0001100100)
+  bits = Bits(data)
+  model = bounds_24(read_table(bits))
+  coder = Coder(data[bits.bytes_read() :])
+  codes = [coder.take(*model) for _ in range(size)]
+  coder.check_end(codes)
+  return codes
+
+
+def read_contexts(data, shape, has_trellis):
+  bits = Bits(data)
+  bits.take(10)
+  arrangement = bits.take(2)
+  scored = [read_table(bits) if bits.take(1) else None for _ in range(3)]
+  count = bits.golomb(2) + 1
+  starts = []
+  for i in range(count - 1):
+    starts.append(starts[-1] + 1 + bits.golomb(2) if i else bits.golomb(8))
+  tables = [read_table(bits) for _ in range(count * (2 if has_trellis else 1))]
+  end = bits.bytes_read()
+  coder = Coder(data[end:])
+
+  places = np.arange(math.prod(shape)).reshape(shape)
+  if arrangement == 0:
+    window, places = shape[:-2], places.reshape(-1, *shape[-2:])
+  elif arrangement == 1:
+    window, places = shape[2:], np.moveaxis(places.reshape(*shape[:2], -1), -1, 0)
+  elif arrangement == 2:
+    window, places = (), places.reshape(1, -1, shape[-1])
+  else:
+    window, places = (), places.reshape(1, shape[0], -1)
+  taps, inputs, outputs = places.shape
+  scores = [
+    [coder.take(*bounds_24(table)) for _ in range(n)] if table else [0] * n
+    for table, n in zip(scored, (inputs, outputs, 1 + 2 * (len(EDGES) + 1)), strict=True)
+  ]
+  models = [(bounds_own if has_trellis else bounds_24)(table) for table in tables]
+  kernel = np.zeros(places.shape, int)  # codes, or along a trellis indices in their subsets
+  subsets = np.zeros(places.shape, int)
+  state, rows = 0, (1 << 18) // outputs
+  for tap in range(taps):
+    beside = neighbours(window, tap) if scored[2] else []
+    for begin in range(0, inputs, rows):
+      block = []
+      for i, o in itertools.product(range(begin, min(begin + rows, inputs)), range(outputs)):
+        level, sign = level_of([(w, int(kernel[t, i, o])) for t, w in beside])
+        kind = (level - 1) % 2 if level else 0
+        score = scores[0][i] + scores[1][o] + scores[2][level] + 384 + 768 * kind
+        block.append((bisect.bisect_right(starts, score), i, o, sign))
+      if not has_trellis:  # range by range
+        block.sort(key=lambda weight: weight[0])
+      for r, i, o, sign in block:
+        if not has_trellis:
+          kernel[tap, i, o] = sign * coder.take(*models[r])
+          continue
+        subset = (state & 9).bit_count() & 1
+        index = coder.take(*models[2 * r + subset])
+        kernel[tap, i, o], subsets[tap, i, o] = sign * index, subset
+        state = (state << 1) & 31 | (((state & 29).bit_count() & 1) ^ (index & 1))
+  codes = np.zeros(places.size, int)
+  codes[places] = 2 * kernel - np.sign(kernel) * subsets if has_trellis else kernel
+  coder.check_end(codes, data[:end])
+  return codes.tolist()
+
+
+def neighbours(window, tap):
+  """Taps before this one, one step away along one axis or two, and their weights."""
+  place = np.unravel_index(tap, window)
+  found = []
+  for offset in itertools.product((-1, 0, 1), repeat=len(window)):
+    other = [int(a) + b for a, b in zip(place, offset, strict=True)]
+    inside = all(0 <= a < n for a, n in zip(other, window, strict=True))
+    steps = sum(map(abs, offset))
+    if offset < (0,) * len(window) and steps <= 2 and inside:
+      found.append((int(np.ravel_multi_index(other, window)), 6 if steps == 1 else 1))
+  return found
+
+
+def level_of(beside):
+  """The level of a weight's neighbours, and the sign that its code was multiplied by."""
+  if not beside:
+    return 0, 1
+  signed = sum(w * c for w, c in beside)
+  magnitude = sum(w * abs(c) for w, c in beside)
+  twelfths = 12 * magnitude // sum(w for w, _ in beside)
+  level = 1 + 2 * bisect.bisect_right(EDGES, twelfths) + (2 * abs(signed) >= magnitude)
+  return level, -1 if signed < 0 else 1
+
+
+def read_escapes(data, count, dtype):
+  """Positions and values of the escaped weights of a section."""
+  assert zlib.crc32(data[:-4]) == int.from_bytes(data[-4:], 'little')
+  place = 4 + int.from_bytes(data[:4], 'little')
+  buckets = read_payload(data[4:place], (count,))
+  gaps = []
+  for begin in range(0, count, 1 << 16):
+    bits = Bits(data[place:-4])
+    for bucket in buckets[begin : begin + (1 << 16)]:
+      gaps.append((1 << (bucket - 1)) + bits.take(bucket - 1) if bucket else 0)
+    place += bits.bytes_read()
+  positions = np.cumsum(np.array(gaps) + 1) - 1
+  size = int.from_bytes(data[place : place + 4], 'little')
+  usual, place = data[place + 4], place + 5
+  heads = [(h + usual) % 256 for h in read_payload(data[place : place + size], (count,))]
+  rests, width = data[place + size : -4], np.dtype(dtype).itemsize
+  numbers, sign_bits = [], Bits(rests)
+  for i, head in enumerate(heads):
+    if width == 1:
+      numbers.append(sign_bits.take(1) << 7 | head)
+      continue
+    rest = int.from_bytes(rests[i * (width - 1) : (i + 1) * (width - 1)], 'little')
+    low = 8 * width - 9
+    numbers.append(rest >> low << (8 * width - 1) | head << low | rest & ((1 << low) - 1))
+  return positions, np.array(numbers, f'<u{width}').view(dtype)
+
+
+def unpack(data, period):
+  place = {1: 0, 4: 2}[period]
+  filters = [{'id': lzma.FILTER_LZMA1, 'dict_size': BLOCK, 'lc': 0, 'lp': place, 'pb': 0}]
+  return lzma.decompress(data, lzma.FORMAT_RAW, filters=filters)
+
+
+def read_value(k, threshold, first, step, levels, dtype):
+  """The value of cell k, from 0 up, in the dtype of the leaf: in its own cell, if one is."""
+  exact = np.float32(first) + np.float32(step) * np.float32(k)
+  value = np.array(exact).astype(dtype)
+  if np.dtype(dtype).itemsize >= 4:
+    return value
+  cell = lambda v: math.floor((np.float32(v) - threshold) * (np.float32(1) / step))
+  unsigned = np.dtype(f'u{value.dtype.itemsize}')
+  if cell(value) < k:
+    return (value.view(unsigned) + unsigned.type(1)).view(dtype)
+  if cell(value) > k and k < levels - 1:
+    return (value.view(unsigned) - unsigned.type(1)).view(dtype)
+  return value
+
+
+def read(path):
+  """{path name: array} and the metadata of a file."""
+  with open(path, 'rb') as file:
+    data = file.read()
+  length = int.from_bytes(data[:8], 'little')
+  header = json.loads(data[8 : 8 + length])
+  assert header['__metadata__']['format'] == 'opq' and header['__metadata__']['version'] in '12'
+  part = {}
+  for name in ('grids', 'index', 'codes', 'uncompressed'):
+    begin, end = header[name]['data_offsets']
+    part[name] = data[8 + length + begin : 8 + length + end]
+  checksum = zlib.crc32(part['index'], zlib.crc32(part['grids']))
+  assert f'{checksum:08x}' == header['__metadata__']['crc32']
+  index = json.loads(unpack(part['index'], 1))
+
+  blocks, raw = part['uncompressed'], b''
+  for size, expected in zip(index['blocks'][::2], index['blocks'][1::2], strict=True):
+    assert zlib.crc32(blocks[:size]) == expected
+    raw, blocks = raw + unpack(blocks[:size], 4), blocks[size:]
+
+  arrays, grids, codes_at, raw_at = {}, iter(np.frombuffer(part['grids'], '<f4').tolist()), 0, 0
+  for name, text in leaves(index['tree']):
+    match = re.match(r'(\w+)\[([\d,]*)\](?: (\d+) (\d+))?(?: escapes=(\d+),(\d+))?', text)
+    dtype = np.dtype(match[1])
+    shape = tuple(map(int, match[2].split(','))) if match[2] else ()
+    if match[3] is None:
+      raw_at += -raw_at % dtype.itemsize
+      size = math.prod(shape) * dtype.itemsize
+      arrays[name] = np.frombuffer(raw[raw_at : raw_at + size], dtype).reshape(shape)
+      raw_at += size
+      continue
+    levels, stored, escapes, section = (int(n or 0) for n in match.groups()[2:])
+    threshold, first, step = (np.float32(next(grids)) for _ in range(3))
+    payload = part['codes'][codes_at : codes_at + stored]
+    codes_at += stored
+    values = [read_value(k, threshold, first, step, levels, dtype) for k in range(levels)]
+    zero = np.zeros((), dtype)
+    table = {0: zero} | {k + 1: v for k, v in enumerate(values)}
+    table |= {-k - 1: -v for k, v in enumerate(values)}
+    codes = read_payload(payload[: stored - section], shape)
+    array = np.array([table[code] for code in codes], dtype)
+    if escapes:
+      positions, escaped = read_escapes(payload[stored - section :], escapes, dtype)
+      array[positions] = escaped
+    arrays[name] = array.reshape(shape)
+  return arrays, index['metadata']
+
+
+def leaves(node, names=()):
+  """Path names and notations, in the order of JAX: the keys of a dict are sorted."""
+  if node is None:
+    return
+  if isinstance(node, str):
+    yield '/'.join(names), node
+  elif isinstance(node, list):
+    for i, child in enumerate(node[1:]):
+      yield from leaves(child, (*names, str(i)))
+  else:
+    keys = {}
+    for key, child in node.items():
+      is_number = key.startswith(':') and not key.startswith('::')
+      keys[int(key[1:]) if is_number else key.removeprefix(':')] = child
+    for key in sorted(keys):
+      yield from leaves(keys[key], (*names, str(key)))
