@@ -217,7 +217,7 @@ class Door(Directive):
     room = self.arguments[0]
     lines: list[str] = []
     module = importlib.import_module(room)
-    lines += converted((inspect.getdoc(module) or '').splitlines()) + ['']
+    lines += [*converted((inspect.getdoc(module) or '').splitlines()), '']
     elsewhere = []
     for name in public_names(room):
       place = _PLACES[f'{room}.{name}']

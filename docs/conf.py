@@ -7,6 +7,7 @@ HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import api_docstrings  # noqa: E402
+
 import opq_jax  # noqa: E402
 
 project = 'opq_jax'

@@ -23,7 +23,7 @@ def assert_same(path):
 
 
 def network():
-  """Kernels of several arrangements, an outlier, two narrow dtypes, and leaves that pass through."""
+  """Kernels of several arrangements, outliers, narrow dtypes, and leaves that pass through."""
   rng = np.random.default_rng(0)
   scale = rng.gamma(2, size=8).astype(np.float32)
   kernel = (scale * rng.laplace(size=(3, 3, 4, 8))).astype(np.float32)

@@ -5,6 +5,8 @@ import inspect
 import pathlib
 import pkgutil
 import re
+import subprocess
+import sys
 
 import opq_jax
 from tests.helpers import snippets
@@ -13,9 +15,12 @@ from tests.helpers import snippets
 def exported():
   """{room: names that are no modules} of the top level and of every room."""
   found = {}
-  for room in ['opq_jax', *(f'opq_jax.{part.name}' for part in pkgutil.iter_modules(opq_jax.__path__))]:
+  for room in [
+    'opq_jax',
+    *(f'opq_jax.{part.name}' for part in pkgutil.iter_modules(opq_jax.__path__)),
+  ]:
     module = importlib.import_module(room)
-    if not pathlib.Path(module.__file__).name == '__init__.py':
+    if pathlib.Path(module.__file__).name != '__init__.py':
       continue
     names = [n for n in getattr(module, '__all__', ()) if not inspect.ismodule(getattr(module, n))]
     if names:
@@ -41,3 +46,9 @@ def test_reference_page_of_room():
   for room in exported():
     page = folder / f'{room.partition(".")[2] or "top"}.md'
     assert f'.. door:: {room}\n' in page.read_text()
+
+
+def test_unknown_name_fresh_process():
+  """`hasattr` of a name that never was is False, also before anything else is imported."""
+  code = 'import opq_jax; raise SystemExit(hasattr(opq_jax, "no_such_name"))'
+  subprocess.run([sys.executable, '-c', code], check=True, cwd=snippets.ROOT, timeout=120)

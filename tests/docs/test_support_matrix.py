@@ -1,4 +1,4 @@
-"""Every cell of the support matrix of README.md: "yes" works, and "no" is refused or has no effect."""
+"""Every cell of the support matrix of README.md: "yes" works, "no" is refused or has no effect."""
 
 import functools
 import re
@@ -72,9 +72,7 @@ class NNXNetwork(nnx.Module):
 def linen():
   model = LinenNetwork()
   variables = model.init(jax.random.key(0), X)
-  return Network(
-    variables, model.apply, -1, ('params/Dense_0/kernel', 'params/Dense_1/kernel')
-  )
+  return Network(variables, model.apply, -1, ('params/Dense_0/kernel', 'params/Dense_1/kernel'))
 
 
 def with_nnx():
@@ -242,9 +240,7 @@ def test_train_step_framework(framework):
   )
   optimizer = optax.adam(1e-2)
   state = finetuning.init_train_state(variables, optimizer, jax.random.key(0))
-  step = jax.jit(
-    functools.partial(finetuning.train_step, apply_fn=apply_fn, optimizer=optimizer)
-  )
+  step = jax.jit(functools.partial(finetuning.train_step, apply_fn=apply_fn, optimizer=optimizer))
   losses = []
   for _ in range(20):
     state, metrics = step(state, result.state, {'image': X, 'label': Y})
