@@ -58,7 +58,8 @@ def public_names(room: str) -> list[str]:
   """The names of the `__all__` of a room, modules aside."""
   module = importlib.import_module(room)
   found = [name for name in module.__all__ if not name.startswith('_')]
-  return sorted(name for name in found if not inspect.ismodule(getattr(module, name)))
+  is_module = lambda name: inspect.ismodule(getattr(module, name, module))  # perhaps not imported
+  return sorted(name for name in found if not is_module(name))
 
 
 def places() -> dict[str, str]:

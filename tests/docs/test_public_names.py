@@ -22,7 +22,8 @@ def exported():
     module = importlib.import_module(room)
     if pathlib.Path(module.__file__).name != '__init__.py':
       continue
-    names = [n for n in getattr(module, '__all__', ()) if not inspect.ismodule(getattr(module, n))]
+    is_module = lambda name, room=module: inspect.ismodule(getattr(room, name, room))
+    names = [name for name in getattr(module, '__all__', ()) if not is_module(name)]
     if names:
       found[room] = sorted(names)
   return found
