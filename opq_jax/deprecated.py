@@ -74,7 +74,7 @@ _MODULES = {
   'streaming': 'weights.streaming',
   'streams': 'data.streams',
   'synthetic': 'correction.synthetic',
-  'tables': 'report.tables',
+  'tables': 'report',
   'training': 'finetuning',
   'transforms': 'compression.transforms',
   'trees': 'core.trees',

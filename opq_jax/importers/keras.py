@@ -61,11 +61,11 @@ _reverse_resnet = reverse_channels('conv1_conv/kernel')
 _reverse_vgg = reverse_channels('block1_conv1/kernel')
 
 
-def without_biases(tensors: Tensors) -> dict[str, np.ndarray]:
+def prepare_resnet(tensors: Tensors) -> dict[str, np.ndarray]:
   """Returns ResNet50's tensors for RGB images, with the biases inside the running means.
 
   >>> tensors = {'a_conv/bias': np.ones(2), 'a_bn/moving_mean': np.array([3.0, 4.0])}
-  >>> without_biases(tensors)
+  >>> prepare_resnet(tensors)
   {'a_bn/moving_mean': array([2., 3.])}
   """
   folded = _reverse_resnet(tensors)
@@ -77,10 +77,10 @@ def without_biases(tensors: Tensors) -> dict[str, np.ndarray]:
   return folded
 
 
-def with_biases(tensors: Tensors) -> dict[str, np.ndarray]:
+def restore_resnet(tensors: Tensors) -> dict[str, np.ndarray]:
   """Returns ResNet50's tensors for BGR images, with biases of zero.
 
-  >>> sorted(with_biases({'a_conv/kernel': np.ones((1, 1, 8, 2), np.float32)}))
+  >>> sorted(restore_resnet({'a_conv/kernel': np.ones((1, 1, 8, 2), np.float32)}))
   ['a_conv/bias', 'a_conv/kernel']
   """
   kernels = {name: kernel for name, kernel in tensors.items() if name.endswith(f'{_CONV}kernel')}
@@ -112,8 +112,8 @@ RESNET50 = Source(
   place,
   data.CAFFE,
   {'stride_first': True, 'epsilon': 1.001e-5},
-  prepare=without_biases,
-  restore=with_biases,
+  prepare=prepare_resnet,
+  restore=restore_resnet,
 )
 
 VGG16 = Source(

@@ -1,4 +1,4 @@
-"""What a compressed network takes and loses: sizes, tables, verification, accuracy, plots.
+"""Reports on a compressed network: sizes, tables, verification, accuracy, plots.
 
 JAX is imported by `size_report`, `summary` and `verify` alone: `file_report` and the tables of
 sizes need none.

@@ -1,4 +1,4 @@
-"""Recomputes the claims of an `.opq` file from the weights that it was made of.
+"""Recomputes the claims of an `.opq` file from the weights that it was made from.
 
 Checksums show that a file is undamaged, not that it holds the right network.  `verify` trusts the
 format alone: it compares names, shapes, dtypes, codes, sizes, and every uncompressed leaf.
@@ -70,7 +70,7 @@ def verify(
   corrected: PyTree | None = None,
   channel_axis: ChannelAxis = -1,
 ) -> Verification:
-  """Recomputes every claim of a file from the weights that it was made of.
+  """Recomputes every claim of a file from the weights that it was made from.
 
   The claims:
 

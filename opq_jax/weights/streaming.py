@@ -15,17 +15,12 @@ import dataclasses
 import os
 import platform
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
-
-import jax
+from typing import Any
 
 from opq_jax import allocation as allocations
 from opq_jax.allocation import (
   Allocation,
-  LeafAllocation,
-  LeafStatistics,
   is_compressible,
-  leaf_statistics,
 )
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
@@ -33,12 +28,11 @@ from opq_jax.file import index as file_index
 from opq_jax.file import rate as file_rates
 from opq_jax.file import writer
 from opq_jax.file.reader import OpqFile
-from opq_jax.report import leaf_sizes
-from opq_jax.report.records import CompressedLeaf, SizeReport, UncompressedLeaf
+from opq_jax.report.records import SizeReport
 from opq_jax.report.sizes import ChannelAxis
-from opq_jax.weights.leaf_codes import coded_leaf
 from opq_jax.weights.spooled_file import SpooledFile
 from opq_jax.weights.stored_leaves import StoredLeaf
+from opq_jax.weights.stored_tree import CodedTree, StoredTree, stored_statistics
 
 _M_MMAP_THRESHOLD = -3  # parameter of mallopt, from glibc's malloc.h
 _MMAP_BYTES = 4 << 20  # blocks of this size and more go back to the system; leaves are larger
@@ -116,12 +110,12 @@ def compress_stored(
   chosen = allocations.choose_leaves(leaves, compressible)
   axes = {name: allocations.axis_of(name, leaves[name], channel_axis) for name in chosen}
   with stage('statistics'):
-    statistics = {name: _statistics(leaves[name], axes[name]) for name in chosen}
-  source = _Source(tree, leaves, statistics, axes)
+    statistics = {name: stored_statistics(leaves[name], axes[name]) for name in chosen}
+  source = StoredTree(tree, leaves, statistics, axes)
 
   with contextlib.ExitStack() as spooled:
 
-    def coded(**targets: Any) -> _CodedTree:
+    def coded(**targets: Any) -> CodedTree:
       """Codes the tree for these targets; the parts of an earlier call are deleted."""
       spooled.close()
       with stage('allocate'):
@@ -139,85 +133,14 @@ def compress_stored(
   return StreamedFile(result.allocation, _report(output, result))
 
 
-class _CodedTree(NamedTuple):
-  """A coded tree whose file is not in its place yet.
-
-  Attributes:
-    allocation: the allocation of the leaves, by name.
-    file: the parts of the file.
-    compressed: the sizes of the compressed leaves, without `file`.
-    uncompressed: the sizes of the other leaves, without `file`.
-  """
-
-  allocation: Allocation
-  file: SpooledFile
-  compressed: list[CompressedLeaf]
-  uncompressed: list[UncompressedLeaf]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Source:
-  """A tree on disk.
-
-  Attributes:
-    tree: the tree of its leaves.
-    leaves: the leaves by name.
-    statistics: the statistics of the leaves to compress, by name.
-    axes: their axes of output channels, by name.
-  """
-
-  tree: PyTree
-  leaves: dict[str, StoredLeaf]
-  statistics: dict[str, LeafStatistics]
-  axes: dict[str, int]
-
-  def unflatten(self, values: list[Any]) -> PyTree:
-    """Returns the tree with a value in the place of each leaf."""
-    return jax.tree.unflatten(jax.tree.structure(self.tree), values)
-
-  def allocation(self, **targets: Any) -> Allocation:
-    """Returns `opq_jax.allocate` of the statistics."""
-    return allocations.allocate(
-      self.unflatten([self.statistics.get(name, leaf) for name, leaf in self.leaves.items()]),
-      compressible=lambda name, _: name in self.statistics,
-      read=lambda name: self.leaves[name].read(),
-      **targets,
-    )
-
-  def coded(
-    self, allocation: Allocation, file: SpooledFile, metadata: dict[str, str]
-  ) -> _CodedTree:
-    """Reads, codes and spools all leaves."""
-    result = _CodedTree(allocation, file, [], [])
-    records = trees.records(self.tree, allocation.tree, LeafAllocation)
-    for (name, leaf), allocated in zip(self.leaves.items(), records, strict=True):
-      if allocated is None:
-        file.add(name, leaf.read())
-        row = UncompressedLeaf(name, leaf.shape, leaf.dtype.name, leaf.nbytes, 0)
-        result.uncompressed.append(row)
-      else:
-        result.compressed.append(self._coded_leaf(name, leaf, allocated, file))
-    file.finish(self.unflatten, metadata)
-    return result
-
-  def _coded_leaf(
-    self, name: str, leaf: StoredLeaf, allocated: LeafAllocation, file: SpooledFile
-  ) -> CompressedLeaf:
-    axis = self.axes[name]
-    coded = coded_leaf(name, leaf.read(), allocated, axis)
-    file.add_codes(name, coded.record, coded.codes, coded.escaped)
-    grid = writer.grid_of(coded.record)
-    return leaf_sizes.compressed_leaf(name, grid, coded.codes, coded.largest, axis, 0)
-
-
 def _coded_at_rate(
-  coded: Callable[..., _CodedTree],
+  coded: Callable[..., CodedTree],
   leaves: Collection[StoredLeaf],
   file_rate: float,
   targets: dict[str, Any],
-) -> _CodedTree:
+) -> CodedTree:
   """Codes a tree with the bits per weight at which its file is `file_rate` times smaller."""
-  last: dict[float, _CodedTree] = {}  # the last result by its bits: earlier ones are deleted
+  last: dict[float, CodedTree] = {}  # the last result by its bits: earlier ones are deleted
 
   def size_of(bits: float) -> int:
     last.clear()
@@ -231,7 +154,7 @@ def _coded_at_rate(
   return last[bits]
 
 
-def _report(output: str | os.PathLike[str], result: _CodedTree) -> SizeReport:
+def _report(output: str | os.PathLike[str], result: CodedTree) -> SizeReport:
   """Returns the sizes of the file that was written."""
   with OpqFile(output) as file:
     stored = file.sizes()
@@ -250,9 +173,3 @@ def _return_freed_blocks() -> None:
   """
   if platform.libc_ver()[0] == 'glibc':
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
-
-
-def _statistics(leaf: StoredLeaf, axis: int) -> LeafStatistics:
-  """Returns the statistics of a leaf, on the host."""
-  # fetched before the next leaf is read: JAX computes in the background and keeps the leaf
-  return jax.device_get(leaf_statistics(leaf.read(), axis))

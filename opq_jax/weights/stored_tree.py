@@ -1,0 +1,92 @@
+"""The two passes over a tree on disk: statistics of its leaves, and their codes."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+
+from opq_jax import allocation as allocations
+from opq_jax.allocation import Allocation, LeafAllocation, LeafStatistics, leaf_statistics
+from opq_jax.core import trees
+from opq_jax.core.trees import PyTree
+from opq_jax.file import writer
+from opq_jax.report import leaf_sizes
+from opq_jax.report.records import CompressedLeaf, UncompressedLeaf
+from opq_jax.weights.leaf_codes import coded_leaf
+from opq_jax.weights.spooled_file import SpooledFile
+from opq_jax.weights.stored_leaves import StoredLeaf
+
+
+class CodedTree(NamedTuple):
+  """A coded tree whose file is not in its place yet.
+
+  Attributes:
+    allocation: the allocation of the leaves, by name.
+    file: the parts of the file.
+    compressed: the sizes of the compressed leaves, without `file`.
+    uncompressed: the sizes of the other leaves, without `file`.
+  """
+
+  allocation: Allocation
+  file: SpooledFile
+  compressed: list[CompressedLeaf]
+  uncompressed: list[UncompressedLeaf]
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTree:
+  """A tree on disk.
+
+  Attributes:
+    tree: the tree of its leaves.
+    leaves: the leaves by name.
+    statistics: the statistics of the leaves to compress, by name.
+    axes: their axes of output channels, by name.
+  """
+
+  tree: PyTree
+  leaves: dict[str, StoredLeaf]
+  statistics: dict[str, LeafStatistics]
+  axes: dict[str, int]
+
+  def unflatten(self, values: list[Any]) -> PyTree:
+    """Returns the tree with a value in the place of each leaf."""
+    return jax.tree.unflatten(jax.tree.structure(self.tree), values)
+
+  def allocation(self, **targets: Any) -> Allocation:
+    """Returns `opq_jax.allocate` of the statistics."""
+    return allocations.allocate(
+      self.unflatten([self.statistics.get(name, leaf) for name, leaf in self.leaves.items()]),
+      compressible=lambda name, _: name in self.statistics,
+      read=lambda name: self.leaves[name].read(),
+      **targets,
+    )
+
+  def coded(self, allocation: Allocation, file: SpooledFile, metadata: dict[str, str]) -> CodedTree:
+    """Reads, codes and spools all leaves."""
+    result = CodedTree(allocation, file, [], [])
+    records = trees.records(self.tree, allocation.tree, LeafAllocation)
+    for (name, leaf), allocated in zip(self.leaves.items(), records, strict=True):
+      if allocated is None:
+        file.add(name, leaf.read())
+        row = UncompressedLeaf(name, leaf.shape, leaf.dtype.name, leaf.nbytes, 0)
+        result.uncompressed.append(row)
+      else:
+        result.compressed.append(self._coded_leaf(name, leaf, allocated, file))
+    file.finish(self.unflatten, metadata)
+    return result
+
+  def _coded_leaf(
+    self, name: str, leaf: StoredLeaf, allocated: LeafAllocation, file: SpooledFile
+  ) -> CompressedLeaf:
+    axis = self.axes[name]
+    coded = coded_leaf(name, leaf.read(), allocated, axis)
+    file.add_codes(name, coded.record, coded.codes, coded.escaped)
+    grid = writer.grid_of(coded.record)
+    return leaf_sizes.compressed_leaf(name, grid, coded.codes, coded.largest, axis, 0)
+
+
+def stored_statistics(leaf: StoredLeaf, axis: int) -> LeafStatistics:
+  """Returns the statistics of a leaf, on the host."""
+  # fetched before the next leaf is read: JAX computes in the background and keeps the leaf
+  return jax.device_get(leaf_statistics(leaf.read(), axis))
