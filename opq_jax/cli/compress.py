@@ -2,9 +2,11 @@
 
 import argparse
 import textwrap
-from functools import partial
 from pathlib import Path
 from typing import Any
+
+_MAX_IMAGES = 128
+"""Images read by default: as many as synthetic ones of 224 pixels."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +55,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     action='store_true',
     help="minimise each layer's output error instead of each weight's (slower; not with "
     '--sparsity and --bits; no data required)',
+  )
+  add(
+    '--layer-by-layer',
+    action='store_true',
+    help='choose the codes of one layer after the other, each for the outputs of the compressed '
+    'layers before it; alone or with --feedback, --trellis or both, which then choose the codes of '
+    'each layer (slower; not with --sparsity and --bits; no data required)',
+  )
+  add(
+    '--images',
+    metavar='FOLDER',
+    help='unlabelled images for --feedback, --layer-by-layer and the BatchNorm correction, in the '
+    'place of synthetic ones (needs pillow)',
+  )
+  add(
+    '--max-images',
+    type=int,
+    default=_MAX_IMAGES,
+    metavar='N',
+    help='number of images to use of FOLDER, at most (default: %(default)s)',
   )
   add(
     '--inference-only',
@@ -114,18 +136,15 @@ def run(arguments: argparse.Namespace) -> None:
   """Compresses IN into OUT and prints what became of every leaf."""
   import opq_jax
   from opq_jax.allocation import DEFAULT_COMPRESSION_RATE, check_file_rate
+  from opq_jax.cli.encoding import Encoding
   from opq_jax.cli.outputs import check_output
-  from opq_jax.cli.targets import targets_text
   from opq_jax.importers import networks
-  from opq_jax.weights import ChannelMode, channel_axis, is_streamable
+  from opq_jax.weights import is_streamable
 
   source = Path(arguments.input)
   check_output(source, Path(arguments.output))
   _check_options(arguments)
   is_known = arguments.model is not None or networks.identity_of(source) is not None
-  # kernels of known networks are Flax's
-  mode: ChannelMode = 'last' if is_known else arguments.channel_axis
-  axis = partial(channel_axis, mode=mode)
   targets = {
     'sparsity': arguments.sparsity,
     'bits': arguments.bits,
@@ -134,25 +153,24 @@ def run(arguments: argparse.Namespace) -> None:
     'file_rate': arguments.file_rate,
   }
   targets = {name: value for name, value in targets.items() if value is not None}
-  targets = targets or {'compression_rate': DEFAULT_COMPRESSION_RATE}
-  metadata = {
-    'weights': source.name,
-    'targets': targets_text(targets),
-    'objective': arguments.objective,
-    'channel_axis': mode,
-    'opq_jax': opq_jax.__version__,
-  }
   if arguments.file_rate is not None:
     check_file_rate(*(targets.pop('file_rate'), *targets.values()))
     targets = {'file_rate': arguments.file_rate}
+  plan = Encoding(
+    targets=targets or {'compression_rate': DEFAULT_COMPRESSION_RATE},
+    objective=arguments.objective,
+    # kernels of known networks are Flax's
+    channel_axis='last' if is_known else arguments.channel_axis,
+  )
+  about = {'weights': source.name, 'opq_jax': opq_jax.__version__}
   if not is_known and not arguments.trellis and is_streamable(source):
     from opq_jax.cli import leaf_by_leaf
 
-    leaf_by_leaf.compress(arguments, targets, axis, metadata)
+    leaf_by_leaf.compress(arguments, plan, about)
   else:
     from opq_jax.cli import in_memory
 
-    in_memory.compress(arguments, is_known, targets, axis, metadata)
+    in_memory.compress(arguments, is_known, plan, about)
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
@@ -166,17 +184,30 @@ def _check_options(arguments: argparse.Namespace) -> None:
     '--num-classes': arguments.num_classes is not None,
     '--no-correction': arguments.no_correction,
     '--feedback': arguments.feedback,
+    '--layer-by-layer': arguments.layer_by_layer,
+    '--images': arguments.images is not None,
     '--inference-only': arguments.inference_only,
   }
   if arguments.model is None:
     for option, is_given in needs_model.items():
       if is_given:
         raise ValueError(f'{option} needs --model')
-  for option, is_given in (('--feedback', arguments.feedback), ('--trellis', arguments.trellis)):
+  encoders = {
+    '--feedback': arguments.feedback,
+    '--trellis': arguments.trellis,
+    '--layer-by-layer': arguments.layer_by_layer,
+  }
+  for option, is_given in encoders.items():
     if is_given and (arguments.bits, arguments.sparsity) != (None, None):
       raise ValueError(f'{option}: found it together with --sparsity or --bits, expected --rate')
   if arguments.trellis and arguments.fast:
     raise ValueError('--trellis: found it together with --fast, expected one of them')
+  reads_images = arguments.feedback or arguments.layer_by_layer or not arguments.no_correction
+  if arguments.images is not None and not reads_images:
+    raise ValueError(
+      '--images: found it together with --no-correction, expected --feedback or --layer-by-layer '
+      'too: nothing else reads images'
+    )
   if arguments.model is not None and arguments.channel_axis == 'first':
     raise ValueError(
       '--channel-axis: found first with --model, expected last: a network is compressed as Flax '

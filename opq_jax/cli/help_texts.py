@@ -66,6 +66,9 @@ examples:
       a more accurate network in a file of the same size
   opq compress --model resnet20 --trellis --feedback --rate 16 net.pth net.opq
       more accurate still
+  opq compress --model resnet20 --layer-by-layer --feedback --trellis
+      --images photos/ net.pth net.opq
+      most accurate; layers and BatchNorm are calibrated on unlabelled images
   opq compress --model resnet20 --inference-only net.pth net.opq
       about a tenth smaller where the network is small
   opq compress --model resnet50 --source timm resnet50_a1.pth resnet50.opq
@@ -93,8 +96,11 @@ examples:
   opq verify model.opq --against model.safetensors --json | jq '.problems[]'
   opq verify resnet50.opq --against resnet50.pth
       for a file made with --model: imports the weights again and repeats the
-      BatchNorm correction; for one made with --feedback or --trellis, chooses
-      the codes again (on a platform that rounds as the first one did)
+      BatchNorm correction; for one made with --feedback, --trellis or
+      --layer-by-layer, chooses the codes again (on a platform that rounds as
+      the first one did)
+  opq verify resnet50.opq --against resnet50.pth --images photos/
+      for a file made with --images
 """
 
 DECOMPRESS = """\

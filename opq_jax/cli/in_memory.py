@@ -1,10 +1,8 @@
-"""`opq compress` of a tree in memory: a known network, or codes that are chosen jointly."""
+"""`opq compress` of a tree in memory: a known network, or an encoder that needs all weights."""
 
 import argparse
 import dataclasses
-import functools
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,48 +11,49 @@ import numpy as np
 from rich.text import Text
 
 import opq_jax
-from opq_jax import encoders
+from opq_jax.cli import steps
 from opq_jax.cli.console import collected_warnings, console, note
+from opq_jax.cli.encoding import (
+  FEEDBACK,
+  IMAGES,
+  LAYER_BY_LAYER,
+  NOISE,
+  ROUNDING,
+  SYNTHETIC,
+  TRELLIS,
+  UNCORRECTED,
+  Encoding,
+  channel_axis,
+)
+from opq_jax.cli.images import FolderImages
 from opq_jax.cli.leaves import chosen_paths, narrowed
 from opq_jax.cli.stages import Stage, timed_stages
-from opq_jax.cli.targets import targets_text
 from opq_jax.core import files
 from opq_jax.core.trees import PyTree
 from opq_jax.file import rate as file_rate
 from opq_jax.file import writer
 from opq_jax.importers import networks
+from opq_jax.importers.networks import Network
 from opq_jax.report import four_sizes, payload_report, summary
 from opq_jax.weights import read_weights
 
-FROM_NOISE = 'corrected from noise'
-FROM_SYNTHETIC = 'corrected from synthetic images'
-BY_FEEDBACK = 'by error feedback, moments from synthetic images'
-ALONG_TRELLIS = 'along a trellis'
-BY_BOTH = f'{ALONG_TRELLIS}, {BY_FEEDBACK}'
-INFERENCE_ONLY = 'BatchNorm in two vectors, vectors rounded to bfloat16'
-
 
 def compress(
-  arguments: argparse.Namespace,
-  is_known: bool,
-  targets: dict[str, float],
-  axis: Callable[[str, Any], int],
-  metadata: dict[str, str],
+  arguments: argparse.Namespace, is_known: bool, plan: Encoding, about: dict[str, str]
 ) -> None:
   """Reads all weights, compresses them, writes the file and prints the table of the whole.
 
   Args:
     arguments: of `opq compress`.
     is_known: whether the weights are those of a network of `opq_jax.models`.
-    targets: as `opq_jax.allocate` or `file_rate` takes them.
-    axis: path, leaf -> the axis of its output channels.
-    metadata: of the file, as far as they are known before the weights are read.
+    plan: targets, objective and channel axis.
+    about: further metadata of the file.
   """
   source, output = Path(arguments.input), Path(arguments.output)
   stdout = console(sys.stdout)
   with timed_stages(stdout) as stage:
     with stage('read'):
-      network = None
+      network = images = None
       if is_known:
         network = networks.load(
           source,
@@ -62,13 +61,19 @@ def compress(
           source=arguments.source,
           num_classes=arguments.num_classes,
         )
-        metadata |= networks.metadata(network)
+        about |= networks.metadata(network)
+        if arguments.images is not None:
+          images = steps.folder_images(network, arguments.images, arguments.max_images)
       params = read_weights(source) if network is None else network.variables
       chosen = chosen_paths(params, arguments.include, arguments.exclude)
       original = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params))
       params = narrowed(params, chosen)
-    compressor = _Compressor(arguments, network, params, chosen, axis, metadata, stage)
-    if 'file_rate' in targets:
+    plan = _planned(arguments, plan, network, images)
+    calibration = steps.calibrated(network, plan, images, stage)
+    compressor = _Compressor(
+      network, params, chosen, plan, about, calibration, stage, contexts=not arguments.fast
+    )
+    if 'file_rate' in plan.targets:
       by_bits: dict[float, _Compressed] = {}
 
       def size_of(bits: float) -> int:
@@ -77,11 +82,12 @@ def compress(
 
       weights = sum(leaf.size for leaf in jax.tree.leaves(params))
       with collected_warnings():
-        bits = file_rate.bits_of_file(size_of, original, targets['file_rate'], weights)
+        bits = file_rate.bits_of_file(size_of, original, plan.targets['file_rate'], weights)
       result = by_bits[bits]
     else:
-      result = compressor.compressed(**targets)
+      result = compressor.compressed(**plan.targets)
     with stage('encode'):
+      axis = channel_axis(plan.metadata())
       report = payload_report(result.data, params, channel_axis=axis)
     with stage('write'):
       files.write_bytes(output, result.data)
@@ -89,8 +95,39 @@ def compress(
     note(text)
   stdout.print(summary(params, result.allocation), four_sizes(report))
   if network is not None:
-    stdout.print(Text(_network_line(result.metadata)))
+    stdout.print(Text(_network_line(network, plan)))
+  if images is not None:
+    used = images.images.number
+    stdout.print(Text(f'{arguments.images}: {used:,} of {images.total:,} images used'))
   stdout.print(Text(f'{output}: {report.file:,} bytes, {report.file_rate:.2f} times smaller'))
+
+
+def _planned(
+  arguments: argparse.Namespace,
+  plan: Encoding,
+  network: Network | None,
+  images: FolderImages | None,
+) -> Encoding:
+  """Returns the plan with encoder, calibration images and corrections."""
+  source = SYNTHETIC if images is None else IMAGES
+  name = TRELLIS if arguments.trellis else FEEDBACK if arguments.feedback else ROUNDING
+  is_joint = arguments.layer_by_layer
+  batch_norm = None
+  if network is not None and networks.has_batch_norm(network.variables):
+    is_calibrated = arguments.feedback or is_joint or images is not None
+    batch_norm = source if is_calibrated else NOISE
+    if arguments.no_correction:
+      batch_norm = UNCORRECTED
+  return dataclasses.replace(
+    plan,
+    encoder=LAYER_BY_LAYER if is_joint else name,
+    first=name if is_joint else None,
+    moments=source if arguments.feedback else None,
+    inputs=source if is_joint else None,
+    images=None if images is None else images.images,
+    batch_norm=batch_norm,
+    inference_only=arguments.inference_only,
+  )
 
 
 class _Compressed(NamedTuple):
@@ -99,81 +136,60 @@ class _Compressed(NamedTuple):
   data: bytes
   allocation: opq_jax.Allocation
   state: opq_jax.CompressionState
-  metadata: dict[str, str]
   notes: list[str]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class _Compressor:
   """A tree in memory, compressed for one target or for several in turn."""
 
-  arguments: argparse.Namespace
-  network: networks.Network | None
+  network: Network | None
   params: PyTree
   chosen: set[str]
-  axis: Callable[[str, Any], int]
-  metadata: dict[str, str]
+  plan: Encoding
+  about: dict[str, str]
+  calibration: steps.Calibration
   stage: Stage
+  contexts: bool
 
   def compressed(self, **targets: float) -> _Compressed:
     """Returns the file for these targets."""
-    metadata, network, arguments = dict(self.metadata), self.network, self.arguments
-    if arguments.file_rate is not None:
-      metadata['targets'] = targets_text({'file_rate': arguments.file_rate, **targets})
-    moments = self._moments
-    if arguments.trellis:
-      metadata['codes'] = ALONG_TRELLIS
-    if moments is not None:
-      metadata['codes'] = BY_BOTH if arguments.trellis else BY_FEEDBACK
+    plan, network = self.plan, self.network
+    plan = dataclasses.replace(plan, targets={**plan.targets, **targets})
+    options: dict[str, Any] = {'objective': plan.objective, **targets}
     with self.stage('allocate'), collected_warnings() as notes:
-      options: dict[str, Any] = {
-        'objective': arguments.objective,
-        'compressible': lambda path, _: path in self.chosen,
-        'channel_axis': self.axis,
-        **targets,
-      }
-      encoder: encoders.Encoder = encoders.Rounding()
-      if arguments.trellis:
-        encoder = encoders.Trellis(moments)
-      elif moments is not None:
-        encoder = encoders.Feedback(moments)
-      compressed, state, allocation = opq_jax.compress(self.params, encoder=encoder, **options)
-    stored = compressed if 'codes' in metadata else self.params
-    if network is not None and networks.has_batch_norm(self.params):
-      metadata['batch_norm'] = 'not corrected'
-      if not arguments.no_correction:
-        metadata['batch_norm'] = FROM_NOISE if moments is None else FROM_SYNTHETIC
-        with self.stage('correct BatchNorm'):
-          stored = networks.correct_batch_norm(network, compressed, images=self._images)
-    if network is not None and arguments.inference_only:
-      metadata['inference_only'] = INFERENCE_ONLY
+      params, state, allocation = opq_jax.compress(
+        self.params,
+        encoder=steps.encoder_of(network, plan, self.calibration),
+        compressible=lambda path, _: path in self.chosen,
+        channel_axis=channel_axis(plan.metadata()),
+        **options,
+      )
+    # rounded codes are those of the original weights themselves
+    stored = self.params if plan.encoder == ROUNDING else params
+    if network is not None and plan.batch_norm not in (None, UNCORRECTED):
+      with self.stage('correct BatchNorm'):
+        stored = steps.corrected(network, params, plan, self.calibration)
+    if network is not None and plan.inference_only:
       stored = networks.for_inference(network, stored)
     with self.stage('encode'):
-      data = writer.serialize(stored, state, metadata, contexts=not arguments.fast)
-    return _Compressed(data, allocation, state, metadata, notes)
-
-  @functools.cached_property
-  def _images(self) -> Any:
-    """Synthetic calibration inputs, where error feedback is asked for."""
-    if self.network is None or not self.arguments.feedback:
-      return None
-    with self.stage('synthetic images'):
-      return jax.block_until_ready(networks.synthetic_batches(self.network))
-
-  @functools.cached_property
-  def _moments(self) -> PyTree | None:
-    if self._images is None or self.network is None:
-      return None
-    with self.stage('moments'):
-      return jax.block_until_ready(
-        opq_jax.network.mean_moments(self.network.model.apply, self.params, self._images)
-      )
+      metadata = {**self.about, **plan.metadata()}
+      data = writer.serialize(stored, state, metadata, contexts=self.contexts)
+    return _Compressed(data, allocation, state, notes)
 
 
-def _network_line(metadata: dict[str, str]) -> str:
+_BATCH_NORM = {
+  None: 'no BatchNorm',
+  UNCORRECTED: 'BatchNorm not corrected',
+  NOISE: 'BatchNorm corrected from noise',
+  SYNTHETIC: 'BatchNorm corrected from synthetic images',
+  IMAGES: 'BatchNorm corrected from images',
+}
+
+
+def _network_line(network: Network, plan: Encoding) -> str:
   """Returns which network a file holds, and how its BatchNorm was corrected."""
-  batch_norm = metadata.get('batch_norm')
   return (
-    f'{metadata["model"]}, {metadata["num_classes"]} classes, by the names of '
-    f'{metadata["source"]}; ' + (f'BatchNorm {batch_norm}' if batch_norm else 'no BatchNorm')
+    f'{network.name}, {network.model.num_classes} classes, by the names of '
+    f'{network.source.name}; {_BATCH_NORM[plan.batch_norm]}'
   )

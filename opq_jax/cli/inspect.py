@@ -18,8 +18,8 @@ def run(arguments: argparse.Namespace) -> None:
   from rich.text import Text
 
   from opq_jax.cli.console import console
+  from opq_jax.cli.encoding import channel_axis
   from opq_jax.cli.json_reports import sizes_as_json
-  from opq_jax.cli.leaves import channel_axis
   from opq_jax.file.reader import OpqFile
   from opq_jax.report import file_report, four_sizes, size_table, tables
 

@@ -2,14 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 from rich.text import Text
 
 from opq_jax.cli.console import collected_warnings, console, note
+from opq_jax.cli.encoding import Encoding, channel_axis
 from opq_jax.cli.leaves import chosen_paths
 from opq_jax.cli.stages import timed_stages
 from opq_jax.core import trees
@@ -17,21 +16,16 @@ from opq_jax.report import four_sizes, summary
 from opq_jax.weights import compress_stored, open_weights
 
 
-def compress(
-  arguments: argparse.Namespace,
-  targets: Mapping[str, float],
-  axis: Callable[[str, Any], int],
-  metadata: Mapping[str, str],
-) -> None:
+def compress(arguments: argparse.Namespace, plan: Encoding, about: dict[str, str]) -> None:
   """Reads, encodes and writes one leaf after the other, and prints the table of the whole.
 
   Args:
     arguments: of `opq compress`.
-    targets: as `opq_jax.allocate` or `file_rate` takes them.
-    axis: path, leaf -> the axis of its output channels.
-    metadata: of the file.
+    plan: targets, objective and channel axis.
+    about: further metadata of the file.
   """
   source, output = Path(arguments.input), Path(arguments.output)
+  metadata = plan.metadata()
   stdout = console(sys.stdout)
   tree = open_weights(source)
   chosen = chosen_paths(tree, arguments.include, arguments.exclude)
@@ -44,12 +38,12 @@ def compress(
       tree,
       output,
       compressible=lambda path, _: path in chosen,
-      channel_axis=axis,
-      metadata=metadata,
+      channel_axis=channel_axis(metadata),
+      metadata=about | metadata,
       contexts=not arguments.fast,
-      objective=arguments.objective,
+      objective=plan.objective,
       stage=stage,
-      **targets,
+      **plan.targets,
     )
   for text in notes:
     note(text)

@@ -1,9 +1,7 @@
-"""Which leaves are compressed, in which dtype, and along which axis."""
+"""Which leaves are compressed, and in which dtype."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
@@ -11,7 +9,6 @@ import numpy as np
 from opq_jax.allocation import is_compressible
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
-from opq_jax.weights import channels
 
 
 def chosen_paths(params: PyTree, include: Sequence[str], exclude: Sequence[str]) -> set[str]:
@@ -45,12 +42,3 @@ def narrowed(params: PyTree, chosen: set[str]) -> PyTree:
     for path, leaf in trees.named_leaves(params).items()
   ]
   return jax.tree.unflatten(jax.tree.structure(params), leaves)
-
-
-def channel_axis(metadata: Mapping[str, str]) -> Callable[[str, Any], int]:
-  """Returns the function that gives the output-channel axis of a file's leaves."""
-  mode = metadata.get('channel_axis')
-  return partial(
-    channels.channel_axis,
-    mode='first' if mode == 'first' else 'last' if mode == 'last' else 'auto',
-  )

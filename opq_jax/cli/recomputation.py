@@ -1,26 +1,29 @@
 """Repeats what `opq compress` did to the original weights, for `opq verify`."""
 
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import jax
 
 import opq_jax
-from opq_jax import encoders
 from opq_jax.allocation import OBJECTIVES
+from opq_jax.cli import steps
 from opq_jax.cli.console import collected_warnings
-from opq_jax.cli.in_memory import (
-  ALONG_TRELLIS,
-  BY_BOTH,
-  BY_FEEDBACK,
-  FROM_NOISE,
-  FROM_SYNTHETIC,
-  INFERENCE_ONLY,
+from opq_jax.cli.encoding import (
+  ROUNDING,
+  TRELLIS,
+  UNCORRECTED,
+  Encoding,
+  channel_axis,
 )
-from opq_jax.cli.leaves import channel_axis, narrowed
+from opq_jax.cli.images import FolderImages
+from opq_jax.cli.leaves import narrowed
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 from opq_jax.file.reader import OpqFile
 from opq_jax.importers import networks
+from opq_jax.importers.networks import Network
 from opq_jax.weights import read_weights
 
 
@@ -38,77 +41,109 @@ class Recomputed(NamedTuple):
   corrected: PyTree | None
 
 
-def recomputed(path: str, weights: str) -> Recomputed:
+def recomputed(
+  path: str, metadata: Mapping[str, str], weights: str, folder: str | None = None
+) -> Recomputed:
   """Reads the original weights and repeats what the metadata of a file say was done to them.
 
+  Args:
+    path: the file.
+    metadata: its metadata.
+    weights: the original weights.
+    folder: the images with which the file was made, if it was made with images.
+
   Raises:
-    ValueError: the weights are not those of the network that the file names, or its metadata are
-      not such as `opq compress` writes.
+    ValueError: the weights are not those of the network that the file names; its metadata are not
+      such as `opq compress` writes; or images are missing, not needed, or other ones.
     OSError: a file cannot be read.
   """
-  with OpqFile(path) as file:
-    metadata = file.metadata
-  identity = networks.identity(metadata)
-  coded = corrected = images = moments = None
-  if identity is None:
-    params = read_weights(weights)
-  else:
+  try:
+    encoding = Encoding.of(metadata)
+    identity = networks.identity(metadata)
+  except ValueError as error:
+    raise ValueError(f'{path}: {error}') from error
+  network = None
+  if identity is not None:
     network = networks.load(
       weights, name=identity.name, source=identity.source, num_classes=identity.num_classes
     )
-    params = network.variables
-    if metadata.get('codes') in (BY_FEEDBACK, BY_BOTH):
-      images = networks.synthetic_batches(network)
-      moments = opq_jax.network.mean_moments(network.model.apply, params, images)
-    if metadata.get('codes') == BY_FEEDBACK:
-      with OpqFile(path) as file:
-        state = file.load(like=params)[1]
-      coded, _ = encoders.Feedback(moments).choose_codes(params, state)
-    if metadata.get('batch_norm') in (FROM_NOISE, FROM_SYNTHETIC):
-      compressed = _compressed_in(path, params)
-      corrected = networks.correct_batch_norm(network, compressed, images=images)
-    if metadata.get('inference_only') == INFERENCE_ONLY:
-      corrected = networks.for_inference(network, params if corrected is None else corrected)
-  if metadata.get('codes') in (ALONG_TRELLIS, BY_BOTH):
-    coded = _along_trellis(path, metadata, params, moments)
+  params = read_weights(weights) if network is None else network.variables
+  images = _same_images(path, encoding, network, folder)
+  calibration = steps.calibrated(network, encoding, images, lambda _: nullcontext())
+  coded = corrected = None
+  if encoding.encoder != ROUNDING:
+    encoder = steps.encoder_of(network, encoding, calibration)
+    coded = _coded(path, metadata, encoding, params, encoder)
+  if network is not None and encoding.batch_norm not in (None, UNCORRECTED):
+    compressed = _compressed_in(path, params)
+    corrected = steps.corrected(network, compressed, encoding, calibration)
+  if network is not None and encoding.inference_only:
+    corrected = networks.for_inference(network, params if corrected is None else corrected)
   return Recomputed(params, coded, corrected)
 
 
-def _along_trellis(
-  path: str, metadata: dict[str, str], params: PyTree, moments: PyTree | None
-) -> PyTree:
-  """Returns what `opq compress --trellis` makes of the original weights for the file's targets."""
-  with OpqFile(path) as file:
-    chosen = {name for name in file if file.leaf_state(name) is not None}
-  targets = dict(part.partition('=')[::2] for part in metadata.get('targets', '').split())
-  names = 'bits_per_weight', 'compression_rate'
-  try:
-    target: dict[str, Any] = next({name: float(targets[name])} for name in names if name in targets)
-  except (StopIteration, ValueError) as error:
+def _same_images(
+  path: str, encoding: Encoding, network: Network | None, folder: str | None
+) -> FolderImages | None:
+  """Returns the images of a folder if they are those with which the file was made."""
+  if encoding.images is None or network is None:
+    if folder is not None:
+      raise ValueError(f'--images: found {folder}, expected none: {path} was made without images')
+    return None
+  if folder is None:
     raise ValueError(
-      f'{path}: found targets {metadata.get("targets")!r}, expected the compression_rate or '
-      'bits_per_weight of codes along a trellis'
-    ) from error
-  with collected_warnings():
-    coded, *_ = opq_jax.compress(
-      narrowed(params, chosen),
-      **target,
-      encoder=encoders.Trellis(moments),
-      objective=metadata.get('objective', OBJECTIVES[0]),
-      compressible=lambda path, _: path in chosen,
-      channel_axis=channel_axis(metadata),
+      f'{path}: found a file that was made with {encoding.images.number} images, expected '
+      '--images FOLDER with the same ones'
     )
-  return coded
+  images = steps.folder_images(network, folder, encoding.images.number)
+  if images.images != encoding.images:
+    raise ValueError(
+      f'--images: found {images.images.number} other images in {folder}, expected the '
+      f'{encoding.images.number} with which {path} was made'
+    )
+  return images
+
+
+def _coded(
+  path: str,
+  metadata: Mapping[str, str],
+  encoding: Encoding,
+  params: PyTree,
+  encoder: opq_jax.encoders.Encoder,
+) -> PyTree:
+  """Returns the values of the codes that an encoder chooses of the original weights."""
+  with OpqFile(path) as file:
+    if TRELLIS not in (encoding.encoder, encoding.first):
+      # on the file's own grids, which such an encoder leaves as they are
+      return encoder.choose_codes(params, file.load(like=params)[1]).params
+    chosen = {name for name in file if file.leaf_state(name) is not None}
+  # grids along a trellis are finer than the plain ones, which only the allocation knows
+  names = 'bits_per_weight', 'compression_rate'
+  target = {name: encoding.targets[name] for name in names if name in encoding.targets}
+  if not target:
+    raise ValueError(
+      f'{path}: found targets {encoding.targets}, expected the compression_rate or '
+      'bits_per_weight of codes along a trellis'
+    )
+  options: dict[str, Any] = {'objective': encoding.objective or OBJECTIVES[0], **target}
+  with collected_warnings():
+    return opq_jax.compress(
+      narrowed(params, chosen),
+      encoder=encoder,
+      compressible=lambda name, _: name in chosen,
+      channel_axis=channel_axis(metadata),
+      **options,
+    ).params
 
 
 def _compressed_in(path: str, params: PyTree) -> PyTree:
   """Returns the original weights with a file's compressed leaves in their places."""
   with OpqFile(path) as file:
 
-    def chosen(name: str, leaf: Any) -> Any:
+    def stored(name: str, leaf: Any) -> Any:
       if name not in file or file.leaf_state(name) is None or file[name].shape != leaf.shape:
         return leaf
       return file[name]
 
-    leaves = [chosen(name, leaf) for name, leaf in trees.named_leaves(params).items()]
+    leaves = [stored(name, leaf) for name, leaf in trees.named_leaves(params).items()]
   return jax.tree.unflatten(jax.tree.structure(params), leaves)

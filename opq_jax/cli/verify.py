@@ -18,6 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help='the original weights: a file, or the folder of an Orbax checkpoint',
   )
   parser.add_argument(
+    '--images',
+    metavar='FOLDER',
+    help='the images of a file that was made with --images',
+  )
+  parser.add_argument(
     '--json',
     action='store_true',
     help='print the verdict, problems and leaves as JSON, for programs',
@@ -29,8 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
   from rich.text import Text
 
   from opq_jax.cli.console import complain, console
+  from opq_jax.cli.encoding import channel_axis
   from opq_jax.cli.json_reports import verification_as_json
-  from opq_jax.cli.leaves import channel_axis
   from opq_jax.cli.recomputation import recomputed
   from opq_jax.file.reader import OpqFile
   from opq_jax.report import four_sizes, verify
@@ -38,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
   path, against = arguments.file, arguments.against
   with OpqFile(path) as file:
     metadata = file.metadata
-  expected = recomputed(path, against)
+  expected = recomputed(path, metadata, against, arguments.images)
   verified = verify(
     path,
     expected.params,

@@ -91,7 +91,7 @@ def test_verify_chooses_trellis_codes_again(tmp_path, monkeypatch, capsys):
   for name in ('plain', 'net'):
     assert run('verify', f'{name}.opq', '--against', 'net.safetensors', '--json') == 0
     found = json.loads(capsys.readouterr().out)
-    assert found['metadata'].get('codes', 'plain') == {'net': 'along a trellis'}.get(name, 'plain')
+    assert found['metadata']['encoder'] == {'net': 'trellis', 'plain': 'rounding'}[name]
     errors[name] = [leaf['error'] for leaf in found['compressed']]
   assert all(a < 0.97 * b for a, b in zip(errors['net'], errors['plain'], strict=True))
 

@@ -1,0 +1,96 @@
+"""Encoders and corrections with calibration images, from `opq compress` to `opq verify`."""
+
+import json
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from opq_jax import cli, importers, models
+from opq_jax.importers import networks
+from tests.helpers.variables import random_variables
+
+Image = pytest.importorskip('PIL.Image')
+
+
+def run(*argv):
+  return cli.main([str(word) for word in argv])
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+  """A folder with a network's weights and images, and calibration batches of four."""
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(networks, 'noise_shape', lambda source: (4, 32, 32, 3))
+  variables = random_variables(models.create('resnet20', num_classes=5))
+  tensors = importers.to_tensors('resnet20', variables, 'akamaster')
+  safetensors.numpy.save_file(tensors, 'net.safetensors')
+  (tmp_path / 'images').mkdir()
+  rng = np.random.default_rng(0)
+  for number in range(9):
+    pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    smooth = Image.fromarray(pixels).resize((32, 32), Image.Resampling.BILINEAR)
+    smooth.save(tmp_path / 'images' / f'{number}.png')
+  return tmp_path
+
+
+COMMAND = 'compress', '--model', 'resnet20', 'net.safetensors', 'net.opq', '--rate', '8'
+VERIFY = 'verify', 'net.opq', '--against', 'net.safetensors'
+
+
+def metadata(capsys):
+  capsys.readouterr()
+  assert run('inspect', 'net.opq', '--json') == 0
+  return json.loads(capsys.readouterr().out)['metadata']
+
+
+def test_layer_by_layer_on_images_verifies(folder, capsys):
+  options = '--layer-by-layer', '--feedback', '--images', 'images', '--max-images', 8
+  assert run(*COMMAND, *options) == 0
+  out = ' '.join(capsys.readouterr().out.split())
+  assert 'images: 8 of 9 images used' in out and 'BatchNorm corrected from images' in out
+  found = metadata(capsys)
+  expected = {
+    'encoder': 'layer_by_layer',
+    'first': 'feedback',
+    'moments': 'images',
+    'inputs': 'images',
+    'images': '8',
+    'batch_norm': 'images',
+    'compression_rate': '8',
+  }
+  assert expected.items() <= found.items()
+  assert run(*VERIFY, '--images', 'images') == 0
+
+  # images are missing, or others
+  capsys.readouterr()
+  assert run(*VERIFY) == 2
+  assert 'expected --images FOLDER with the same ones' in capsys.readouterr().err
+  (folder / 'images' / '0.png').write_bytes((folder / 'images' / '1.png').read_bytes())
+  assert run(*VERIFY, '--images', 'images') == 2
+  assert '--images: found 8 other images in images' in capsys.readouterr().err
+
+
+def test_layer_by_layer_rounds_without_first(folder, capsys):
+  assert run(*COMMAND, '--layer-by-layer') == 0
+  found = metadata(capsys)
+  assert (found['first'], found['inputs']) == ('rounding', 'synthetic')
+  assert 'moments' not in found
+  assert run(*VERIFY) == 0
+  assert run(*VERIFY, '--images', 'images') == 2
+  assert 'net.opq was made without images' in capsys.readouterr().err
+
+
+def test_layer_by_layer_along_trellis_verifies(folder, capsys):
+  assert run(*COMMAND[:-2], '--file-rate', 9, '--layer-by-layer', '--trellis') == 0
+  found = metadata(capsys)
+  assert (found['encoder'], found['first']) == ('layer_by_layer', 'trellis')
+  assert found['file_rate'] == '9' and float(found['bits_per_weight']) < 4
+  assert run(*VERIFY) == 0
+
+
+def test_images_correct_batch_norm(folder, capsys):
+  assert run(*COMMAND, '--images', 'images') == 0
+  found = metadata(capsys)
+  assert (found['encoder'], found['batch_norm'], found['images']) == ('rounding', 'images', '8')
+  assert run(*VERIFY, '--images', 'images') == 0

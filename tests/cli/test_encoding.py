@@ -1,0 +1,103 @@
+"""Metadata are parsable keys, and the sentences of older files say the same."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import opq_jax
+from opq_jax import cli
+from opq_jax.cli.encoding import Encoding, ImageSet, channel_axis
+
+FOLDER = pathlib.Path(__file__).parents[1] / 'golden' / 'sentences'  # by commit fe213c9
+
+FULL = Encoding(
+  targets={'file_rate': 9.0, 'bits_per_weight': 1 / 3},
+  objective='squared_error',
+  channel_axis='last',
+  encoder='layer_by_layer',
+  first='trellis',
+  moments='images',
+  inputs='images',
+  images=ImageSet(12, 'abe4'),
+  batch_norm='images',
+  inference_only=True,
+)
+
+
+@pytest.mark.parametrize('encoding', [Encoding(), FULL], ids=['default', 'full'])
+def test_encoding_comes_back_from_metadata(encoding):
+  metadata = encoding.metadata()
+  assert all(isinstance(text, str) for text in metadata.values())
+  assert Encoding.of({**metadata, 'opq_jax': '0.2.0', 'weights': 'net.npz'}) == encoding
+
+
+@pytest.mark.parametrize(
+  ('key', 'value'),
+  [
+    ('encoder', 'by hand'),
+    ('first', 'layer_by_layer'),
+    ('batch_norm', 'maybe'),
+    ('bits_per_weight', 'few'),
+    ('images', '1.5'),
+  ],
+)
+def test_encoding_refuses_unknown_values(key, value):
+  metadata = {**FULL.metadata(), 'opq_jax': '0.2.0', key: value}
+  with pytest.raises(ValueError, match=f"metadata: {key}: found '{value}', expected"):
+    Encoding.of(metadata)
+
+
+def test_encoding_ignores_metadata_of_others():
+  metadata = {'encoder': 'ViT', 'bits': 'few', 'channel_axis': 'sideways'}
+  assert Encoding.of(metadata) == Encoding()
+  assert channel_axis(metadata)('fc', np.zeros((4, 3))) == -1
+
+
+SENTENCES = {
+  'trellis': Encoding(
+    targets={'compression_rate': 16.0}, objective='balanced_error', encoder='trellis'
+  ),
+  'feedback': Encoding(
+    targets={'compression_rate': 60.0},
+    objective='balanced_error',
+    channel_axis='last',
+    encoder='feedback',
+    moments='synthetic',
+    batch_norm='synthetic',
+    inference_only=True,
+  ),
+}
+
+
+@pytest.mark.parametrize('name', SENTENCES)
+def test_encoding_reads_files_with_sentences(name):
+  with opq_jax.OpqFile(FOLDER / f'{name}.opq') as file:
+    assert Encoding.of(file.metadata) == SENTENCES[name]
+
+
+def test_encoding_reads_every_sentence():
+  both = 'along a trellis, by error feedback, moments from synthetic images'
+  old = {'opq_jax': '0.1.0', 'targets': 'file_rate=9 bits_per_weight=2.5', 'codes': both}
+  encoding = Encoding(
+    targets={'file_rate': 9.0, 'bits_per_weight': 2.5}, encoder='trellis', moments='synthetic'
+  )
+  for sentence, name in (('not corrected', 'uncorrected'), ('corrected from noise', 'noise')):
+    expected = dataclasses.replace(encoding, batch_norm=name)
+    assert Encoding.of({**old, 'batch_norm': sentence}) == expected
+
+
+def test_verify_repeats_files_with_sentences(tmp_path, capsys):
+  rng = np.random.default_rng(7)
+  weights = {
+    'fc1.weight': rng.laplace(size=(96, 64)).astype(np.float32),
+    'fc1.bias': rng.normal(size=96).astype(np.float32),
+    'fc2.weight': rng.laplace(size=(10, 96)).astype(np.float32),
+  }
+  path = tmp_path / 'net.safetensors'
+  safetensors.numpy.save_file(weights, path)
+  command = ['verify', str(FOLDER / 'trellis.opq'), '--against', str(path)]
+  assert cli.main(command) == 0
+  assert 'every claim holds' in ' '.join(capsys.readouterr().out.split())
