@@ -5,7 +5,13 @@ import doctest
 import numpy as np
 import pytest
 
-from experiments.benchmarks.rivals import against_nncodec, nncodec_jobs, nncodec_summary
+from experiments.benchmarks.rivals import (
+  against_nncodec,
+  jobs,
+  nncodec_jobs,
+  nncodec_summary,
+  recipe_jobs,
+)
 from experiments.benchmarks.rivals.nncodec_summary import Point
 
 
@@ -24,7 +30,7 @@ def rows(method, correction, sizes, tops, **more):
 
 
 def test_nncodec_doctests():
-  for module in (against_nncodec, nncodec_jobs, nncodec_summary):
+  for module in (nncodec_summary, recipe_jobs):
     assert doctest.testmod(module).failed == 0
 
 
@@ -63,10 +69,10 @@ def test_summary_answers_from_rows():
   both = {f'{what}_{how}': 1.0 for what in ('encode', 'decode') for how in ('seconds', 'processor')}
   table = [
     *rows('float32', 'none', [16_000], [0.95]),
-    *rows(nncodec_jobs.OURS, 'none', [500, 1000, 2000], [0.2, 0.5, 0.9], **both),
-    *rows(nncodec_jobs.OURS, 'noise', [500, 1000, 2000], [0.7, 0.8, 0.9], **both),
-    *rows(nncodec_jobs.SHIPPED, 'none', [1000, 2000, 4000], [0.1, 0.8, 0.9], **both),
-    *rows(nncodec_jobs.SHIPPED, 'noise', [1000, 2000, 4000], [0.7, 0.8, 0.9]),
+    *rows(jobs.OURS, 'none', [500, 1000, 2000], [0.2, 0.5, 0.9], **both),
+    *rows(jobs.OURS, 'noise', [500, 1000, 2000], [0.7, 0.8, 0.9], **both),
+    *rows(jobs.SHIPPED, 'none', [1000, 2000, 4000], [0.1, 0.8, 0.9], **both),
+    *rows(jobs.SHIPPED, 'noise', [1000, 2000, 4000], [0.7, 0.8, 0.9]),
   ]
   lines = nncodec_summary.summary(table)
   found = {(line['question'][0], line['ours']): line for line in lines}

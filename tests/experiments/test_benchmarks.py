@@ -9,6 +9,7 @@ import re
 import pytest
 
 import experiments
+from experiments.benchmarks.robustness import mutants, mutations
 
 ROOT = pathlib.Path(experiments.__file__).parents[1]
 BENCHMARKS = ROOT / 'experiments' / 'benchmarks'
@@ -37,3 +38,29 @@ def test_recorded_commands_name_modules():
     assert modules and all(map(importlib.util.find_spec, modules)), path
     for config in re.findall(r'--config=(\S+\.py)', command):
       assert (ROOT / config).exists(), path
+
+
+def test_mutants_name_modules_and_tests():
+  for module, files in mutants.TESTS.items():
+    assert importlib.util.find_spec(f'opq_jax.{module}'), module
+    for name in files:
+      assert (ROOT / 'tests' / name).exists(), name
+
+
+def test_mutations_change_one_expression():
+  source = (
+    '@jit\ndef f(x: int = 1) -> int:\n  """1 + 1"""\n  if x < 2:\n    return x + 1\n  raise E\n'
+  )
+  found = mutations.mutations(source)
+  assert {mutant.change for mutant in found} == {
+    *('1 -> (2)', '1 -> (0)', '2 -> (3)', '2 -> (1)', 'x + 1 -> (x - 1)', 'raise E -> pass'),
+    *('x < 2 -> (x <= 2)', 'x < 2 -> (x >= 2)', 'x < 2 -> (not (x < 2))'),
+  }
+  for mutant in found:
+    before, after = mutant.change.split(' -> ')
+    assert mutant.function == 'f'
+    assert mutant.source in {
+      source[:i] + after + source[i + len(before) :]
+      for i in range(len(source))
+      if source.startswith(before, i)
+    }

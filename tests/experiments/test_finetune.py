@@ -18,7 +18,8 @@ import pytest
 import opq_jax
 from configs.finetune_imagenet import get_config as get_imagenet_config
 from configs.finetune_resnet20_cifar10 import get_config
-from experiments import finetune
+from experiments import finetune, finetune_setup
+from experiments.metric_log import MetricLog
 from opq_jax import finetuning, importers, models
 from opq_jax.allocation import paper
 from opq_jax.core import trees
@@ -136,7 +137,7 @@ def test_finetune_starts_from_correction(tmp_path, monkeypatch):
   with pytest.raises(Stopped):
     finetune.run(config, tmp_path)
   [found] = begun
-  model, variables, _ = finetune.float_network(config)
+  model, variables, _ = finetune_setup.float_network(config)
   with finetuning.Checkpoints(tmp_path / 'checkpoints') as checkpoints:
     state = checkpoints.restore_compression(
       jax.eval_shape(opq_jax.init_state, variables, opq_jax.allocate(variables))
@@ -179,7 +180,7 @@ def test_finetune_continues_after_sigterm(finished, tmp_path, monkeypatch):
   assert not (tmp_path / 'network.opq').exists()
   assert (tmp_path / 'checkpoints' / '2').exists()
   # a line that the killed run would not have been able to vouch for
-  finetune.MetricLog(tmp_path).write(3, kind='train', loss=0.0)
+  MetricLog(tmp_path).write(3, kind='train', loss=0.0)
   assert finetune.run(config, tmp_path) is not None
   assert (tmp_path / 'network.opq').read_bytes() == (workdir / 'network.opq').read_bytes()
   lines = lambda folder: [
@@ -262,7 +263,7 @@ def test_finetune_without_batch_norm(tmp_path, monkeypatch, optimizer):
   model = Plain()
   variables = model.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))
   imported = importers.Imported(model, variables, importers.sources('resnet20')[0])
-  monkeypatch.setattr(finetune, 'float_network', lambda config: imported)
+  monkeypatch.setattr(finetune_setup, 'float_network', lambda config: imported)
   config = smoke(
     optimizer=optimizer,
     steps=3,
@@ -288,7 +289,7 @@ def test_finetune_without_batch_norm(tmp_path, monkeypatch, optimizer):
 
 
 def test_metric_log_drops_torn_line(tmp_path):
-  log = finetune.MetricLog(tmp_path)
+  log = MetricLog(tmp_path)
   assert log.records() == []
   for step in (1, 2, 3):
     log.write(step, kind='train', loss=1 / 3)
@@ -345,7 +346,7 @@ def test_whole_networks_trace(config):
   options = {'num_classes': config.num_classes, 'dtype': jnp.dtype(config.dtype)}
   model = models.create(config.model, **options, **config.model_options.to_dict())
   variables = models.variable_shapes(model)
-  optimizer = finetune.make_optimizer(config, optax.constant_schedule(config.learning_rate))
+  optimizer = finetune_setup.make_optimizer(config, optax.constant_schedule(config.learning_rate))
   key = jax.random.key(config.seed)
 
   def step(variables, batch):
@@ -376,10 +377,10 @@ def is_record(node):
 def test_compress_same_size():
   two = smoke(file_rate=0.0, sparsity=0.6, bits=3.0)
   one = smoke(same_size=True, sparsity=0.6, bits=3.0)
-  imported = finetune.float_network(two)
+  imported = finetune_setup.float_network(two)
   network = networks.Network('resnet20', *imported)
-  states = [finetune.compress(config, network, []) for config in (two, one)]
-  variables = finetune.to_save(two, network, network.variables)
+  states = [finetune_setup.compress(config, network, []) for config in (two, one)]
+  variables = finetune_setup.to_save(two, network, network.variables)
   reports = [opq_jax.size_report(variables, state) for state in states]
   assert reports[1].file == pytest.approx(reports[0].file, rel=0.003)
   assert reports[0].sparsity == pytest.approx(0.6, abs=1e-3)
@@ -389,14 +390,14 @@ def test_compress_same_size():
 @pytest.mark.parametrize(('rate', 'model'), [(10, 'resnet20'), (30, 'resnet20'), (20, 'resnet32')])
 def test_compress_leaves_room_to_grow(rate, model):
   config = get_config(f'{rate},{model},smoke')
-  imported = finetune.float_network(config)
+  imported = finetune_setup.float_network(config)
   network = networks.Network(model, *imported)
-  state = finetune.compress(config, network, [])
-  variables = finetune.to_save(config, network, network.variables)
+  state = finetune_setup.compress(config, network, [])
+  variables = finetune_setup.to_save(config, network, network.variables)
   found = opq_jax.size_report(variables, state).file_rate
   assert found == pytest.approx(rate * (1 + config.growth), rel=0.003)
 
 
 def test_make_optimizer_refuses_unknown():
   with pytest.raises(ValueError, match="optimizer: found 'adagrad', expected sgd or adamw"):
-    finetune.make_optimizer(smoke(optimizer='adagrad'), lambda step: 0.1)
+    finetune_setup.make_optimizer(smoke(optimizer='adagrad'), lambda step: 0.1)

@@ -36,17 +36,15 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from configs import one_shot
 from experiments.benchmarks import one_shot_images
 from experiments.benchmarks.kernels import kernels_of, squared_error
+from experiments.benchmarks.rivals.jobs import FEEDBACK, KERNELS, LAYERS
 from experiments.benchmarks.rivals.nncodec_jobs import (
-  FEEDBACK,
-  KERNELS,
-  LAYERS,
   NNCodec,
-  jobs_of_errors,
   jobs_of_nncodec,
-  jobs_of_ours,
-  jobs_of_recipes,
+  jobs_of_nncodec_errors,
 )
 from experiments.benchmarks.rivals.nncodec_summary import RESULTS, UNLABELLED, report
+from experiments.benchmarks.rivals.opq_jobs import jobs_of_our_errors, jobs_of_ours
+from experiments.benchmarks.rivals.recipe_jobs import jobs_of_recipes
 from opq_jax.importers import networks
 from opq_jax.report import accuracy
 
@@ -122,7 +120,8 @@ def compare(name: str, path: pathlib.Path, data_dir: str, python: str, table: Ta
     jobs = [
       *jobs_of_ours(network, unlabelled, folder),
       *jobs_of_nncodec(network, nncodec),
-      *jobs_of_errors(network, nncodec, folder),
+      *jobs_of_our_errors(network),
+      *jobs_of_nncodec_errors(network, nncodec),
       *jobs_of_recipes(network, folder),
     ]
     done = table.made()

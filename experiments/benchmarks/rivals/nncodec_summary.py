@@ -10,7 +10,7 @@ import numpy as np
 
 import opq_jax
 from experiments.benchmarks import harness
-from experiments.benchmarks.rivals.nncodec_jobs import (
+from experiments.benchmarks.rivals.jobs import (
   FEEDBACK,
   HALVES,
   IMAGES,

@@ -1,0 +1,155 @@
+"""Kinds of files to damage: their bytes, their reader, and the check of what it accepts."""
+
+import io
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+
+import opq_jax
+from opq_jax.coding import escapes
+from opq_jax.coding import payload as entropy_coding
+from opq_jax.compression import CompressionState, LeafState
+from opq_jax.compression.records import affine_codebook
+from opq_jax.core import trees
+from opq_jax.file import reader, writer
+from opq_jax.weights import read_weights
+
+
+def tree() -> dict[str, np.ndarray]:
+  """Returns leaves of three dtypes, kernels and vectors, and one without elements."""
+  draw = np.random.default_rng(0).laplace
+  return {
+    'conv/kernel': draw(size=(3, 3, 2, 4)).astype(np.float32),
+    'dense/kernel': draw(size=(6, 5)).astype(np.float32),
+    'dense/bias': draw(size=5).astype(np.float32),
+    'empty/bias': np.zeros((0, 2), np.float32),
+    'half/kernel': draw(size=(4, 3)).astype(np.float16),
+    'steps/count': np.array(7, np.int32),
+  }
+
+
+def opq_file(has_escapes: bool) -> bytes:
+  """Returns the tree as an .opq file, with a leaf of bfloat16, a list, metadata, maybe escapes."""
+  params = tree()
+  params['brain'] = [params['conv/kernel'].astype(ml_dtypes.bfloat16), None]
+  book = affine_codebook(jnp.float32(0.625), jnp.float32(0.25), jnp.int32(5))
+  grid = {'threshold': np.float32(0.5), 'step': np.float32(0.25), 'levels': np.int32(5)}
+
+  def leaf_state(path: Any, leaf: np.ndarray) -> LeafState | None:
+    if 'kernel' not in str(path) and leaf.dtype != ml_dtypes.bfloat16:
+      return None
+    kinds = (np.abs(leaf.astype(np.float32)) > 0.5).astype(np.uint8)
+    if has_escapes:
+      kinds[np.abs(leaf.astype(np.float32)) > 1.75] = 2
+    return LeafState(kinds=kinds, codebook=book, dtype=leaf.dtype, **grid)
+
+  state = CompressionState(jax.tree_util.tree_map_with_path(leaf_state, params))
+  return writer.serialize(params, state, {'from': 'experiments', 'é': '[{"'})
+
+
+class Kind(NamedTuple):
+  """One kind of file.
+
+  Attributes:
+    original: undamaged bytes.
+    read: from bytes to arrays; a ValueError refuses them.
+    check: (bytes, arrays) -> outcome of bytes that are read as other arrays.
+  """
+
+  original: bytes
+  read: Callable[[bytes], Any]
+  check: Callable[[bytes, Any], str]
+
+
+def kind_of(kind: str, folder: pathlib.Path) -> Kind:
+  """Returns a kind by its name; files are written to `folder`."""
+  if kind == 'escapes':
+    rng = np.random.default_rng(0)
+    positions = np.sort(rng.choice(4000, 60, replace=False))
+    values = rng.laplace(size=60).astype(np.float32)
+    read = lambda data: escapes.decode(data, 4000, 60, np.dtype(np.float32))
+    again = lambda _, found: (
+      'other' if same_arrays(read(escapes.encode(*found)), found) else 'wrong'
+    )
+    return Kind(escapes.encode(positions, values), read, again)
+  if kind.startswith('codes'):
+    weights = np.random.default_rng(0).laplace(size=(3, 3, 8, 16)).astype(np.float32)
+    if 'contexts' in kind:  # worth having where neighbours are alike
+      weights = np.cumsum(np.cumsum(weights, 0), 1) / 4
+    codes = np.rint(2 * weights).astype(np.int8)
+    if 'trellis' in kind:
+      state = opq_jax.init_state(weights, opq_jax.allocate(weights, compression_rate=12.0))
+      coded = opq_jax.encoders.Trellis().choose_codes(weights, state)
+      codes = np.asarray(opq_jax.encode(*coded))
+    read = lambda data: entropy_coding.decode_codes(data, codes.shape)
+    payload = entropy_coding.encode_codes(codes, contexts=kind != 'codes')
+    return Kind(payload, read, lambda *_: 'wrong')
+  if kind.startswith('opq'):
+    check = _saved_again if 'resealed' in kind else lambda *_: 'wrong'
+    return Kind(opq_file('escapes' in kind), opq_jax.load, check)
+  path = folder / f'net.{kind}'
+  _write(path, tree())
+
+  def read(data: bytes) -> Any:
+    path.write_bytes(data)
+    return read_weights(path)
+
+  return Kind(path.read_bytes(), read, lambda *_: 'other')
+
+
+def _write(path: pathlib.Path, params: dict[str, np.ndarray]) -> None:
+  match path.suffix:
+    case '.safetensors':
+      path.write_bytes(safetensors.numpy.save(params))
+    case '.npz':
+      np.savez_compressed(path, **params)
+    case '.msgpack':
+      path.write_bytes(flax.serialization.to_bytes(params))
+    case '.h5' | '.keras':
+      import zipfile
+
+      import h5py
+
+      buffer = io.BytesIO()
+      with h5py.File(buffer, 'w') as file:
+        for number, (name, leaf) in enumerate(params.items()):
+          layer, weight = name.split('/')
+          options = (
+            {'compression': 'gzip', 'chunks': leaf.shape} if leaf.ndim > 1 < leaf.size else {}
+          )
+          if path.suffix == '.h5':
+            file.create_dataset(f'{layer}/{layer}/{weight}:0', data=leaf, **options)
+          else:
+            kind = f'dense_{number}'
+            file.create_dataset(f'layers/{kind}/vars/{int(weight == "bias")}', data=leaf, **options)
+            file[f'layers/{kind}/vars'].attrs['name'] = f'{layer}_{weight}'
+      if path.suffix == '.h5':
+        path.write_bytes(buffer.getvalue())
+        return
+      with zipfile.ZipFile(path, 'w') as archive:
+        archive.writestr('config.json', json.dumps({'config': {'layers': []}}))
+        archive.writestr('model.weights.h5', buffer.getvalue())
+
+
+def _saved_again(data: bytes, found: Any) -> str:
+  """Returns `other` where a resealed file that loads is written and read again bit for bit."""
+  again = reader.load(writer.serialize(*found))
+  return 'other' if same_arrays(again, found) else 'wrong'
+
+
+def same_arrays(found: Any, expected: Any) -> bool:
+  """Returns whether two trees have the same paths, dtypes, shapes and bits."""
+  found, expected = trees.named_leaves(found), trees.named_leaves(expected)
+  return found.keys() == expected.keys() and all(
+    (found[name].dtype, found[name].shape, found[name].tobytes())
+    == (leaf.dtype, leaf.shape, leaf.tobytes())
+    for name, leaf in expected.items()
+  )
