@@ -3,9 +3,9 @@ r"""Top-1 and top-5 of a network on a split of any TFDS dataset in array_record 
     python -m experiments.evaluate --weights=resnet50.pth --model=resnet50 --data_dir=DIR
     python -m experiments.evaluate --weights=resnet50.opq --data_dir=DIR
 
-Weights are anything that `opq_jax.importers.networks.load` reads: other frameworks' files, Flax's,
-.opq files; one that `opq compress --model` wrote says itself which network it holds.  Images are
-prepared as the weights' source prepares them.
+Weights are anything that `opq_jax.importers.networks.load` reads: files of other frameworks, of
+Flax, and .opq files.  A file of `opq compress --model` records its network.  Images are prepared as
+by the source of the weights.
 """
 
 import pathlib
@@ -33,12 +33,12 @@ def run(
   split: str = 'validation',
   batch_size: int = 50,
 ) -> dict[str, str]:
-  """The whole evaluation, printed as a table; what stands in its rows."""
+  """Evaluates a network, prints a table, and returns its rows."""
   examples = data.source(dataset, split, data_dir)
   classes = examples.dataset_info.features['label'].num_classes
-  # a network of one class more has TensorFlow's logit for the background
+  # a network with one more class has TensorFlow's background class
   network = networks.load(weights, name=model, source=source, num_classes=classes)
-  # the variables are an argument: as constants, XLA would fold them for minutes
+  # variables are an argument: XLA would fold constants for minutes
   forward = jax.jit(network.model.apply)
 
   batches = data.batches(
@@ -55,7 +55,7 @@ def run(
     task = progress.add_task('evaluating', total=len(examples))
     for batch in batches:
       images, labels = batch['image'], batch['label']
-      # the last batch in the shape of the others, which is compiled already
+      # the last batch is padded to the compiled shape
       images = np.resize(images, (batch_size, *images.shape[1:]))
       start = time.perf_counter()
       logits = np.asarray(forward(network.variables, images))[: len(labels)]
@@ -82,7 +82,7 @@ def run(
 
 
 def share(is_right: np.ndarray) -> str:
-  """A share in per cent, with its interval."""
+  """Returns a share in percent, with its 95 % interval."""
   low, high = accuracy.interval(int(is_right.sum()), len(is_right))
   return f'{100 * is_right.mean():.2f} % (95 %: {100 * low:.2f} to {100 * high:.2f})'
 
@@ -102,9 +102,9 @@ def main(_: list[str]) -> None:
 if __name__ == '__main__':
   WEIGHTS = flags.DEFINE_string('weights', None, 'File of weights.', required=True)
   DATA_DIR = flags.DEFINE_string('data_dir', None, 'Folder of TFDS.', required=True)
-  MODEL = flags.DEFINE_string('model', None, 'Name of the network, unless the file says it.')
-  SOURCE = flags.DEFINE_string('source', None, 'Whose weights; by default seen by their names.')
-  DATASET = flags.DEFINE_string('dataset', 'imagenet2012', 'Its name, as TFDS knows it.')
-  SPLIT = flags.DEFINE_string('split', 'validation', 'Its split: test[:10%] say.')
+  MODEL = flags.DEFINE_string('model', None, 'Name of the network; default: recorded in the file.')
+  SOURCE = flags.DEFINE_string('source', None, 'Source of the weights; default: detected.')
+  DATASET = flags.DEFINE_string('dataset', 'imagenet2012', 'Name of the dataset in TFDS.')
+  SPLIT = flags.DEFINE_string('split', 'validation', 'Split, such as test[:10%].')
   BATCH_SIZE = flags.DEFINE_integer('batch_size', 50, 'Images at a time.', lower_bound=1)
   app.run(main)

@@ -1,13 +1,13 @@
-r"""What one shot costs a pretrained network, before and after correcting BatchNorm.
+r"""Accuracy of a pretrained network after one shot, before and after the correction of BatchNorm.
 
     python -m experiments.one_shot --config=configs/one_shot.py:NETWORK --workdir=DIR
 
-For every objective and every number of bits per weight: allocate, compress, and correct BatchNorm,
-from noise and from unlabelled images; accuracy, with each file's true size.  In a network without
-BatchNorm (AlexNet, VGG-16), images correct the biases, and noise has nothing to correct.  For the
-first of the objectives a second time with error feedback, in files of the same size, with the
-moments of synthetic images, made without data, and of the same unlabelled images.  Compare rows,
-not other papers: samples are small, and photographs may be those that the networks were trained on.
+For every objective and number of bits per weight: allocates, compresses, corrects BatchNorm from
+noise and from unlabelled images, and measures accuracy and file size.  In a network without
+BatchNorm (AlexNet, VGG-16), images correct the biases, and noise has nothing to correct.  The first
+objective is run again with error feedback, in files of the same size, with moments of synthetic
+images (no data) and of the same unlabelled images.  Compare rows, not papers: samples are small,
+and the networks may have been trained on the photographs.
 """
 
 import csv
@@ -33,7 +33,7 @@ from opq_jax.report.accuracy import scores
 
 
 def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """The whole experiment; the rows of results.csv, the float network first."""
+  """Runs the experiment; returns the rows of results.csv, the float network first."""
   begin = time.perf_counter()
   workdir.mkdir(parents=True, exist_ok=True)
   console = Console()
@@ -59,7 +59,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[s
   labels = np.concatenate([batch['label'] for batch in batches])
   unlabelled = [jax.device_put(batch['image']) for batch in batches_of(config.unlabelled_split)]
 
-  # weights are arguments: compiled once, for every network
+  # weights are arguments: one compiled program serves every network
   forward = jax.jit(model.apply)
   logits_of = lambda network: np.concatenate([np.asarray(forward(network, x)) for x in images])
 
@@ -116,11 +116,11 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[s
       setting = {'objective': objective, 'moments': 'none', 'bits_asked': bits}
       add(setting, corrected, state)
       path = workdir / f'{objective}_{bits:g}_bits.opq'
-      # without any data, where that can be
+      # corrected without data, if possible
       saved = corrected.get('noise', corrected['images'])
       opq_jax.save(path, saved, state, metadata)
       if (objective, bits) == settings[0]:
-        # what is quoted is what a reader of the file gets
+        # quoted accuracies are those of the file, read again
         found, expected = networks.load(path).variables, saved
         np.testing.assert_array_equal(logits_of(found), logits_of(expected), f'{path} differs')
 
@@ -128,7 +128,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[s
         encoder = opq_jax.encoders.Feedback(matrices)
         coded, coded_state, _ = opq_jax.compress(variables, encoder=encoder, **options)
         corrected = {'none': coded}
-        # without BatchNorm there is nothing that synthetic images could know of biases
+        # without BatchNorm, synthetic images carry no information about biases
         if kind == 'images' or networks.has_batch_norm(variables):
           corrected[kind] = opq_jax.correction.correct_on_images(
             model.apply, variables, coded, images_of[kind]
@@ -155,7 +155,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[s
     'seconds': round(time.perf_counter() - begin),
     'versions': {'opq_jax': opq_jax.__version__, 'jax': jax.__version__},
   }
-  # the folders of whoever ran it are nobody else's business
+  # without folders of the machine
   record['config'] |= {'weights': pathlib.Path(config.weights).name, 'data_dir': '…'}
   (workdir / 'run.json').write_text(json.dumps(record, indent=1, ensure_ascii=False) + '\n')
   console.print(table(rows, title))
@@ -163,7 +163,7 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[s
 
 
 def draw(path: pathlib.Path, rows: list[dict[str, Any]], title: str) -> None:
-  """Top-1 over file size: a colour an objective, and more for the first: images, and feedback."""
+  """Plots top-1 over file size, a colour an objective; more curves for the first objective."""
   objectives = list(dict.fromkeys(row['objective'] for row in rows[1:]))
   settings = [
     (objective, 'none', correction) for objective in objectives for correction in ('noise', 'none')
@@ -179,7 +179,7 @@ def draw(path: pathlib.Path, rows: list[dict[str, Any]], title: str) -> None:
     ]
     if not points:
       continue
-    # three bands of this width would hide each other
+    # one band: several of this width would overlap
     has_band = not curves
     label = objective if kind == 'none' else f'{objective}, feedback'
     curves.append(
@@ -196,6 +196,7 @@ def draw(path: pathlib.Path, rows: list[dict[str, Any]], title: str) -> None:
 
 
 def table(rows: list[dict[str, Any]], title: str) -> Table:
+  """Returns the rows as a table for the terminal."""
   result = Table(title=title, title_justify='left')
   for name in ('objective', 'feedback', 'BatchNorm'):
     result.add_column(name, justify='left')

@@ -21,7 +21,7 @@ RESULTS = pathlib.Path(__file__).parent / 'results'
 
 
 def markdown(rows: list[dict[str, object]]) -> str:
-  """A table of rows, columns in the order in which they first appear."""
+  """Returns rows as a Markdown table, columns in order of first appearance."""
   columns = list(dict.fromkeys(column for row in rows for column in row))
   lines = ['| ' + ' | '.join(columns) + ' |', '|' + '---|' * len(columns)]
   lines += [
@@ -32,20 +32,20 @@ def markdown(rows: list[dict[str, object]]) -> str:
 
 
 def benchmark(name: str) -> str:
-  """The rows of one benchmark, under the command that made them."""
+  """Returns the table of a benchmark, below its command."""
   document = json.loads((RESULTS / 'benchmarks' / f'{name}.json').read_text())
   return f'`{document["command"]}`\n\n{markdown(document["rows"])}'
 
 
 def one_shot(name: str) -> str:
-  """Top-1 of the default objective over file sizes, with and without the correction."""
+  """Returns top-1 of the default objective by file size, with and without the correction."""
   with open(RESULTS / name / 'results.csv', newline='') as file:
     rows = list(csv.DictReader(file))
   return markdown(select(rows))
 
 
 def select(rows: list[dict[str, str]]) -> list[dict[str, object]]:
-  """One line per number of bits of what `experiments/one_shot.py` wrote."""
+  """Returns one line for each number of bits in results.csv of `experiments.one_shot`."""
   percent = lambda row, name: f'{100 * float(row[name]):.1f} %'
   interval = lambda row: (
     f'{percent(row, "top1")} ({percent(row, "top1_low")} to {percent(row, "top1_high")})'
@@ -78,7 +78,7 @@ def select(rows: list[dict[str, str]]) -> list[dict[str, object]]:
 
 
 def corrections() -> str:
-  """Top-1 of every network that has real weights, by what BatchNorm was corrected with."""
+  """Returns top-1 of every network, by the inputs of the BatchNorm correction."""
   lines: list[dict[str, object]] = []
   for folder in sorted(RESULTS.glob('one_shot_*')):
     with open(folder / 'results.csv', newline='') as file:
@@ -114,7 +114,7 @@ def corrections() -> str:
 
 
 def against_nncodec() -> str:
-  """A line a question, a column a network: ours over NNCodec's."""
+  """Returns our bytes over NNCodec's: a line a question, a column a network."""
   document = json.loads((RESULTS / 'benchmarks' / 'against_nncodec.json').read_text())
   lines: dict[tuple[object, ...], dict[str, object]] = {}
   for row in document['rows']:
@@ -129,12 +129,12 @@ def against_nncodec() -> str:
 
 
 def finetune(folder: pathlib.Path) -> list[dict[str, object]]:
-  """A row for every command, over all seeds it was run with: the beginning, and what files give."""
+  """Returns a row for every command, averaged over its seeds."""
   groups: dict[tuple[object, ...], list[pathlib.Path]] = {}
   for path in sorted(folder.glob('*/results.json')):
     document = json.loads(path.read_text())
     config, after = document['config'], document['rows'][-1]
-    # the same command meant something else before there were contexts and files for inference
+    # before contexts and files for inference, the same command made other files
     groups.setdefault(
       (
         config['model'],
@@ -170,11 +170,12 @@ def finetune(folder: pathlib.Path) -> list[dict[str, object]]:
 
 
 def mean(rows: list[dict[str, Any]], name: str) -> float:
+  """Returns the mean of a column."""
   return statistics.fmean(row[name] for row in rows)
 
 
 def spread(shares: list[float]) -> str:
-  """The mean in percent, and the range of more than one.
+  """Returns the mean in percent, with the range where there are several.
 
   >>> spread([0.9129, 0.9131, 0.9134])
   '91.31 % (91.29 to 91.34)'
@@ -186,7 +187,7 @@ def spread(shares: list[float]) -> str:
 
 
 def arguments(command: str) -> str:
-  """Of a command of `experiments/finetune.py`: what is its own, but for the seed.
+  """Returns the target and the overrides of a command of `experiments.finetune`, without the seed.
 
   >>> start = 'python -m experiments.finetune --config=configs/finetune_resnet20_cifar10.py:15'
   >>> arguments(f'{start} --workdir=DIR --config.epochs=2 --config.seed=1')
@@ -198,7 +199,7 @@ def arguments(command: str) -> str:
 
 
 def networks() -> str:
-  """Every network of the registry, with its parameters and where its weights may come from."""
+  """Returns every network of the registry, with its parameters and the sources of its weights."""
   return markdown(
     [
       {
@@ -212,6 +213,7 @@ def networks() -> str:
 
 
 def parameters(name: str) -> int:
+  """Returns the number of parameters of a network."""
   shapes = models.variable_shapes(models.create(name))
   return sum(leaf.size for leaf in jax.tree.leaves(shapes['params']))
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing in turn, trees to measure on, the report of the rows."""
+"""Shared by the benchmarks: timing in turn, random trees, and the report of rows."""
 
 import ctypes
 import json
@@ -20,7 +20,7 @@ def in_turn(
   rounds: int = 15,
   clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-  """Median seconds of each function, all run in turn so that a slow moment meets all of them."""
+  """Returns median seconds of functions run in turn, so that a slow moment affects all alike."""
   for function in functions.values():
     jax.block_until_ready(function())
   seconds: dict[str, list[float]] = {name: [] for name in functions}
@@ -33,9 +33,9 @@ def in_turn(
 
 
 def keep_memory() -> None:
-  """Has malloc keep what is freed: else PyTorch, which frees every activation, pays for its pages.
+  """Makes malloc keep freed memory, so that PyTorch's activations do not pay for new pages.
 
-  It would in a fresh process and not in one that has run larger networks before.
+  Otherwise its time would depend on the networks that the process has run before.
   """
   trim_threshold, mmap_threshold = -1, -3  # of malloc.h
   for parameter in (trim_threshold, mmap_threshold):
@@ -43,7 +43,7 @@ def keep_memory() -> None:
 
 
 def resnet50_shapes() -> list[tuple[int, ...]]:
-  """The kernels of ResNet-50: 54 leaves, 25.5 million weights."""
+  """Returns the shapes of ResNet-50's kernels: 54 leaves, 25.5 million weights."""
   shapes: list[tuple[int, ...]] = [(7, 7, 3, 64)]
   features = 64
   for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
@@ -56,7 +56,7 @@ def resnet50_shapes() -> list[tuple[int, ...]]:
 
 
 def random_tree(shapes: list[tuple[int, ...]], seed: int = 0) -> dict[str, jax.Array]:
-  """Laplace weights of trained networks' size, 2 / sqrt(fan in), as float32."""
+  """Draws float32 Laplace weights of a trained network's scale, 1 / sqrt(fan in)."""
   rng = np.random.default_rng(seed)
   return {
     f'layer_{i:02d}/kernel': jax.numpy.asarray(

@@ -1,4 +1,4 @@
-"""The images that `configs/one_shot.py:NETWORK` judges a network by, for benchmarks of many."""
+"""The test images of `configs/one_shot.py:NETWORK`, for benchmarks of several networks."""
 
 import pathlib
 import sys
@@ -18,13 +18,13 @@ from opq_jax.report import accuracy
 def batches_of(
   config: ml_collections.ConfigDict, network: networks.Network, data_dir: str, split: str
 ) -> list[dict[str, np.ndarray]]:
-  """A split of a config's dataset, prepared for a network."""
+  """Returns batches of a split of a config's dataset, preprocessed for a network."""
   options = {'batch_size': config.batch_size, 'preprocessing': network.source.preprocessing}
   return list(data.batches(config.dataset, split, data_dir=data_dir, **options))
 
 
 class Judge:
-  """What a network's variables are worth, by the images of some batches.
+  """Scores a network's variables on the images of some batches.
 
   Attributes:
     labels: of all images.
@@ -32,7 +32,7 @@ class Judge:
   """
 
   def __init__(self, network: networks.Network, batches: Sequence[dict[str, np.ndarray]]):
-    # quicker on a CPU; see README.md, "Inference against PyTorch"
+    # faster on a CPU; see `experiments.benchmarks.resources.inference`
     options = {'xla_cpu_experimental_ynn_fusion_type': ''} if jax.default_backend() == 'cpu' else {}
     self._forward = jax.jit(network.model.apply, compiler_options=options)
     self._images = [batch['image'] for batch in batches]
@@ -43,12 +43,12 @@ class Judge:
     return np.concatenate([np.asarray(self._forward(variables, x)) for x in self._images])
 
   def scores(self, variables: PyTree) -> dict[str, float]:
-    """`opq_jax.report.accuracy.scores` against the float network."""
+    """Returns `opq_jax.report.accuracy.scores` against the float network."""
     return accuracy.scores(self.logits(variables), self.labels, self.reference)
 
 
 def cells(scores: dict[str, float]) -> dict[str, object]:
-  """Scores as cells of a table."""
+  """Returns scores as cells of a table."""
   percent = {key: 100 * value for key, value in scores.items()}
   return {
     'top-1, % (95 %)': '{top1:.2f} ({top1_low:.1f} to {top1_high:.1f})'.format(**percent),
@@ -63,13 +63,13 @@ def main(
   compare: Callable[[str, pathlib.Path, str], Iterator[dict[str, object]]],
   usage: str | None,
 ) -> None:
-  """The command `python -m experiments.benchmarks.FOLDER.NAME TFDS_FOLDER WEIGHTS.safetensors ...`.
+  """Runs a benchmark whose arguments are TFDS_FOLDER WEIGHTS.safetensors ...
 
   Args:
     name: FOLDER.NAME of the benchmark; NAME is also that of its results.
     title: of its table.
     compare: (network, its weights, TFDS folder) -> rows.
-    usage: what to say where arguments are missing.
+    usage: printed where arguments are missing.
   """
   if len(sys.argv) < 3:
     sys.exit(usage)

@@ -1,4 +1,4 @@
-"""What the choice of codes is worth at the same bytes: each for itself, by feedback, in turn.
+"""Accuracy at equal bytes by the choice of codes: plain rounding, error feedback, layer by layer.
 
     python -m experiments.benchmarks.accuracy.error_feedback TFDS_FOLDER WEIGHTS.safetensors ...
 

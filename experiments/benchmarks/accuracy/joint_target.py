@@ -30,7 +30,7 @@ STEPS = 12  # of a bisection between pruning rates of 0.1 and 0.98: to 0.02 poin
 
 
 def of_two_targets(variables, bits: float, most_bytes: int):
-  """The state of the smallest pruning rate whose file is not larger; None if it is 1 % smaller."""
+  """Returns the state of the smallest pruning rate whose file fits; None if 1 % is left unused."""
   low, high, found = 0.1, 0.98, None
   for _ in range(STEPS):
     sparsity = (low + high) / 2

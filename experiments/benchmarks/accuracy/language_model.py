@@ -1,4 +1,4 @@
-"""A language model at a few bits a weight: how far its answers move from those of its floats.
+"""A language model at a few bits a weight: divergence from its float answers, and perplexity.
 
     pip install torch transformers tokenizers
     python -m experiments.benchmarks.accuracy.language_model FOLDER TEXT \
@@ -52,7 +52,7 @@ COLUMNS = (
 
 
 class Judge:
-  """A model in torch, and what it says of some tokens with its own weights.
+  """A model in torch, with the log-probabilities of its own weights on some tokens.
 
   Args:
     folder: of the model.
@@ -70,10 +70,10 @@ class Judge:
       self._reference[i] = self._log_probs(i).numpy()
 
   def scores(self, weights: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """KL and perplexity with these matrices; all else is the model's own.
+    """Returns KL and perplexity with these matrices; all other weights are the model's own.
 
     Args:
-      weights: of every compressed leaf, so that none is left of a call before.
+      weights: of every compressed leaf, so that none of an earlier call remains.
     """
     for name, value in weights.items():
       prefixed = f'{self._model.base_model_prefix}.{name}'
@@ -92,7 +92,7 @@ class Judge:
     }
 
   def perplexity(self) -> float:
-    """Of the model's own weights."""
+    """Returns the perplexity of the model's own weights."""
     targets = self._tokens[:, 1:, None].numpy()
     found = np.take_along_axis(self._reference[:, :-1], targets, -1)
     return round(float(np.exp(-found.mean(dtype=np.float64))), 2)
@@ -103,7 +103,7 @@ class Judge:
 
 
 def windows_of(text: pathlib.Path, folder: pathlib.Path) -> np.ndarray:
-  """The first tokens of a text, [windows, length]."""
+  """Returns the first tokens of a text, [windows, length]."""
   tokenizer = Tokenizer.from_file(str(folder / 'tokenizer.json'))
   tokens = tokenizer.encode(text.read_text(), add_special_tokens=False).ids[:TOKENS]
   if len(tokens) < TOKENS:
@@ -112,7 +112,7 @@ def windows_of(text: pathlib.Path, folder: pathlib.Path) -> np.ndarray:
 
 
 def kernels_of(folder: pathlib.Path) -> dict[str, np.ndarray]:
-  """The matrices of the model's blocks, whose names have a number."""
+  """Returns the matrices of the model's blocks, whose names have a number."""
   paths = sorted(folder.glob('model*.safetensors'))
   if not paths:
     raise ValueError(f'{folder}: found no model*.safetensors, expected weights of that name')
@@ -125,7 +125,7 @@ def kernels_of(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def channel_axis(folder: pathlib.Path) -> int:
-  """Where the outputs are: GPT-2 has its matrices as JAX does, all others as torch."""
+  """Returns the output axis: GPT-2's matrices are laid out as in JAX, all others as in torch."""
   config = json.loads((folder / 'config.json').read_text())
   return -1 if config['model_type'] == 'gpt2' else 0
 
@@ -140,7 +140,7 @@ def compress(
 
 
 def squared_error(kernels: Mapping[str, np.ndarray], decoded: Mapping[str, np.ndarray]) -> float:
-  """Of all kernels together, over their energy."""
+  """Returns the squared error of all kernels together, relative to their energy."""
   error, energy = 0.0, 0.0
   for name, kernel in kernels.items():
     before, after = kernel.astype(np.float32), decoded[name].astype(np.float32)
@@ -156,7 +156,7 @@ def rows_of(
   axis: int,
   place: pathlib.Path,
 ) -> Iterator[dict[str, object]]:
-  """A row for every kind of codes and number of bits."""
+  """Yields a row for every kind of codes and number of bits."""
   weights = sum(kernel.size for kernel in kernels.values())
   path = place / 'kernels.opq'
   for kind, bits in settings:
@@ -187,7 +187,7 @@ def rows_of(
 
 
 def bits_at(error: float, rows: list[dict[str, Any]]) -> float | None:
-  """The bits of an error, on a line through rows in its logarithm; None where it is far from them.
+  """Returns the bits of an error, on a line through rows in its logarithm; None outside the rows.
 
   >>> rows = [{'bits': 2, 'error': 0.1}, {'bits': 3, 'error': 0.025}, {'note': 'refused'}]
   >>> round(bits_at(0.05, rows), 6), bits_at(0.01, rows)

@@ -1,4 +1,4 @@
-"""Which objective shares the bits out best among the layers, once codes have feedback.
+"""Accuracy by the objective that divides the bits among layers, with and without error feedback.
 
     python -m experiments.benchmarks.accuracy.objectives TFDS_FOLDER WEIGHTS.safetensors ...
 

@@ -1,18 +1,18 @@
-"""A network that no default was chosen on: a BERT encoder of sentences, against NNCodec.
+"""A held-out network, on which no default was chosen: a BERT sentence encoder, against NNCodec.
 
     pip install tokenizers
     python -m experiments.benchmarks.accuracy.sentence_encoder MODEL_FOLDER \
       --nncodec_python NNCODEC/bin/python
 
 The folder is that of a sentence-transformers model such as all-MiniLM-L6-v2: `model.safetensors`
-and `tokenizer.json`.  There is no BatchNorm, no window and no image: nothing is corrected, and
-feedback has its moments from tokens drawn at random, or from sentences that are not judged, one
-after the other without padding.  A row of tokens that are padding would count as any other.
+and `tokenizer.json`.  Without BatchNorm nothing is corrected.  Moments for error feedback come from
+random tokens, or from sentences outside the test set, concatenated without padding, since padding
+would count as any other token.
 
 Every codec is judged by the embeddings of the same sentences, means of the last layer over tokens,
 normalised: their cosine with those of the float32 network (mean, and the 5 % worst), and how many
-sentences keep their nearest neighbour among the others.  The sentences are those that the modules
-of Python's standard library say of themselves.
+sentences keep their nearest neighbour.  The sentences are from the docstrings of Python's standard
+library.
 """
 
 import argparse
@@ -67,7 +67,7 @@ class Encoder(nn.Module):
 
   @nn.compact
   def __call__(self, tokens: jax.Array) -> jax.Array:
-    """[sentences, length] tokens, 0 where there are none, to embeddings [sentences, features]."""
+    """Maps tokens [sentences, length], padded with 0, to embeddings [sentences, features]."""
     is_there = tokens > 0
     norm = functools.partial(nn.LayerNorm, epsilon=EPSILON)
     x = nn.Embed(self.vocabulary, self.features, name='word')(tokens)
@@ -89,7 +89,7 @@ class Encoder(nn.Module):
 
 
 def variables_of(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-  """The encoder's variables from tensors named as in PyTorch."""
+  """Returns the encoder's variables from tensors named as in PyTorch."""
 
   def dense(name: str) -> dict[str, np.ndarray]:
     return {'kernel': tensors[f'{name}.weight'].T.copy(), 'bias': tensors[f'{name}.bias']}
@@ -114,7 +114,7 @@ def variables_of(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def sentences() -> list[str]:
-  """What Python's modules say of themselves, in sentences of 6 to 40 words, in a fixed order.
+  """Returns sentences of 6 to 40 words from docstrings of Python's modules, in a fixed order.
 
   >>> found = sentences()
   >>> len(found) > 1000, len(set(found)) == len(found)
@@ -145,7 +145,7 @@ def tokens_of(texts: list[str], path: pathlib.Path) -> np.ndarray:
 
 
 def scores(found: np.ndarray, expected: np.ndarray) -> dict[str, object]:
-  """How like embeddings are to those of the float32 network.
+  """Compares embeddings with those of the float32 network.
 
   >>> scores(np.eye(3), np.eye(3))['cosine']
   1.0

@@ -1,4 +1,4 @@
-"""How many synthetic images, and how exact: codes with feedback from them, judged on real ones.
+"""The number of synthetic images against the steps for each: error of the codes on real images.
 
     python -m experiments.benchmarks.accuracy.synthetic_images TFDS_FOLDER WEIGHTS.safetensors ...
 

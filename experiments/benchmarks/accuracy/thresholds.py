@@ -1,4 +1,4 @@
-"""One threshold a layer, or one for every input or output of it: neither costs a byte.
+"""One threshold a layer against one for every input or output; neither takes bytes in a file.
 
     python -m experiments.benchmarks.accuracy.thresholds TFDS_FOLDER WEIGHTS.safetensors ...
 
@@ -45,7 +45,7 @@ STEPS = 4  # towards the asked entropy
 
 
 def relative(worth: np.ndarray) -> np.ndarray:
-  """Over the geometric mean of all, 1 for what is 0: a channel of zeros.
+  """Divides by the geometric mean; 1 in place of 0, which a channel of zeros has.
 
   >>> relative(np.array([1.0, 4.0, 0.0])).tolist()
   [0.5, 2.0, 1.0]
@@ -66,7 +66,7 @@ RULES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 
 def cheapest(w: np.ndarray, gain: np.ndarray, leaf: LeafState) -> np.ndarray:
-  """The code of the least cost.
+  """Returns the code of least cost.
 
   >>> kernel = np.random.default_rng(0).laplace(size=(64, 64)).astype(np.float32)
   >>> state = opq_jax.init_state(kernel, opq_jax.allocate(kernel, compression_rate=16.0))
@@ -119,7 +119,7 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, 
   matrices = [None if matrix is None else np.asarray(matrix[0]) for matrix in matrices]
 
   def encoded(rule: str, bits: float) -> tuple[list, list, float]:
-    """Values and states of all leaves, and the entropy of the codes in bits per weight."""
+    """Returns values and states of all leaves, and the entropy of the codes in bits per weight."""
     allocation = opq_jax.allocate(variables, compression_rate=32 / bits)
     records = trees.records(variables, opq_jax.init_state(variables, allocation).tree, LeafState)
     values, states, total, size = [], [], 0.0, 0

@@ -32,7 +32,7 @@ _AROUND = 1.0, 1.07, 1.15
 
 
 def plain_bits_of_laplace(distortion: float) -> float:
-  """The least entropy with which plain codes of Laplace weights of scale 1 reach an error."""
+  """Returns the least entropy at which plain codes of Laplace weights of scale 1 reach an error."""
   steps = jnp.linspace(0.2, 8.0, 2000, dtype=jnp.float32)
   thresholds = jnp.linspace(0.05, 6.0, 2000, dtype=jnp.float32)[:, None]
   both = jnp.broadcast_arrays(thresholds, steps[None])

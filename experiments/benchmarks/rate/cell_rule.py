@@ -17,14 +17,14 @@ from opq_jax.allocation import laplace_rate
 
 
 def entropy_and_error(edges: np.ndarray, values: np.ndarray) -> tuple[float, float]:
-  """Bits per weight, and squared error over the variance, of cells of |w| with given values."""
+  """Returns bits per weight, and error over variance, of cells of |w| with given values."""
   ends = np.append(edges, np.inf)
   tail = np.exp(-ends)
   cells = np.concatenate([[1 - tail[0]], np.tile((tail[:-1] - tail[1:]) / 2, 2)])
   cells = cells[cells > 0]
 
   def integral(w: np.ndarray, value: np.ndarray | float) -> np.ndarray:
-    """Of (w - value)^2 exp(-w), from w to inf."""
+    """Returns the integral of (w - value)^2 exp(-w) from w to inf."""
     finite = np.where(np.isinf(w), 0, w)
     return np.where(np.isinf(w), 0, ((finite - value) ** 2 + 2 * (finite - value) + 2)) * np.exp(-w)
 

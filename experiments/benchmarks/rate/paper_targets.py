@@ -1,11 +1,11 @@
-"""The paper's networks at its rates: its accounting, and what they then weigh.
+"""The paper's networks at its rates: nominal rates, and the sizes of real files.
 
     python -m experiments.benchmarks.rate.paper_targets [NETWORK=WEIGHTS ...]
 
 `allocate` with the targets of `opq_jax/allocation/paper.py`, the four sizes of what comes out, and
-the one `compression_rate` that fills a file of the same size.  A network of which no file of
-weights is given has random ones: Laplace kernels with the scale of a trained network's, and random
-biases and BatchNorm statistics, which no packing makes smaller.
+the one `compression_rate` that fills a file of the same size.  A network without a file of weights
+has random ones: Laplace kernels of a trained network's scale, and random biases and BatchNorm
+statistics, which are incompressible.
 """
 
 import gc
@@ -27,7 +27,7 @@ from opq_jax.importers import networks
 
 
 def random_variables(name: str) -> dict[str, np.ndarray]:
-  """Variables by path: kernels as `harness.random_tree` has them, all else uniform."""
+  """Draws variables by path: kernels as `harness.random_tree` does, other leaves uniform."""
   rng = np.random.default_rng(0)
   leaves = {}
   for path, leaf in trees.named_leaves(models.variable_shapes(models.create(name))).items():
@@ -43,7 +43,7 @@ def random_variables(name: str) -> dict[str, np.ndarray]:
 
 
 def compare(name: str, weights: str | None) -> dict[str, object]:
-  """A row: one network at the paper's rate."""
+  """Returns the row of a network at the paper's rate."""
   target = paper.TARGETS[name]
   params = networks.load(weights, name=name).variables if weights else random_variables(name)
   with warnings.catch_warnings():

@@ -8,8 +8,9 @@ without contexts (frequency tables, checksums and escaped weights included), ove
 `opq_jax.allocate`.  1 is exact; contexts make files smaller still.  The files after --pruned are
 also measured with 50 to 95 % of zeros, the smallest magnitudes of the whole network.
 
-A network may have no use for as many bits as are asked for: a smaller file, with a UserWarning that
-says its rate, meets the rate too; a refusal does not.  The note is the first of what is said.
+A network of few distinct values may be exact with fewer bits than asked.  A smaller file with a
+UserWarning that states its rate counts as met; a refusal does not.  The note quotes the first
+message.
 """
 
 import argparse
@@ -31,7 +32,7 @@ GRID_BYTES = 12  # of a leaf in a file, beside its payload
 
 
 def pruned(params: dict[str, np.ndarray], zeros: float) -> dict[str, np.ndarray]:
-  """The tree with a share of its weights set to 0, those of least magnitude over all leaves.
+  """Sets a share of the weights to 0, those of least magnitude over all leaves.
 
   >>> pruned({'a': np.array([[3.0, -1.0]]), 'b': np.array([[0.5, 2.0]])}, 0.5)
   {'a': array([[3., 0.]]), 'b': array([[0., 2.]])}
@@ -44,7 +45,7 @@ def pruned(params: dict[str, np.ndarray], zeros: float) -> dict[str, np.ndarray]
 
 
 def measure(params: dict[str, np.ndarray], rate: float) -> tuple[object, bool, str]:
-  """What is shown of a network at a rate, whether the rate is met, and what `allocate` says."""
+  """Returns the cell of a network at a rate, whether the rate is met, and `allocate`'s message."""
   try:
     with warnings.catch_warnings(record=True) as caught:
       warnings.simplefilter('always', UserWarning)

@@ -4,7 +4,7 @@
 
 By default resnet20:32:128.  Steps are run in turn in one process.  Memory is what XLA plans for
 arguments, results and temporaries of one step, not donated.  With a TFDS folder, the loader reads
-its cifar10 (held in memory) and imagenet2012 (decoded from JPEG); the thread that asks is idle.
+its cifar10 (held in memory) and imagenet2012 (decoded from JPEG) while the training thread is idle.
 """
 
 import functools

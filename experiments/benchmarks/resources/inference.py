@@ -7,9 +7,9 @@ PyTorch's networks are the functional ones of `tests/helpers/torch_networks.py`,
 modules are; their logits must equal ours.  `without library` compiles ours without XLA's fusions
 that call the CPU library YNNPACK.
 
-With one thread the seconds are those of the processor, which nobody else's work changes.  With
-more they are those of the clock, and the machine must be idle: PyTorch's threads wait for each
-other after every layer, and one that has to share its core stops all of them.
+With one thread, seconds are processor time, which other load on the machine does not change.  With
+more, they are wall-clock time, and the machine must be idle: PyTorch's threads wait for each other
+after every layer, so one thread that shares its core delays all.
 """
 
 import functools
@@ -48,7 +48,7 @@ NETWORKS: dict[str, Callable] = {
 
 
 def compare(name: str, threads: int) -> dict[str, object]:
-  """A row: one network, here and there."""
+  """Returns the row of a network, in Flax and in PyTorch."""
   network = NETWORKS[name]
   is_cifar = getattr(network, 'func', None) is networks.cifar_resnet
   batch, side, classes = (CIFAR_BATCH, 32, 10) if is_cifar else (BATCH, 224, 1000)

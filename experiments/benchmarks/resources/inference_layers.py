@@ -1,4 +1,4 @@
-"""What explains the lowest ratios of `inference`: single layers, on one core.
+"""Single layers on one core, which explain the lowest ratios of `inference`.
 
     python -m experiments.benchmarks.resources.inference_layers
 
@@ -36,7 +36,7 @@ def conv(x: Array, kernel: Array) -> Array:
 
 
 def compiled(function, *arguments, **options):
-  """A call without arguments."""
+  """Returns a layer as a call without arguments."""
   run = jax.jit(function).lower(*arguments).compile(compiler_options=options)
   return lambda: run(*arguments)
 

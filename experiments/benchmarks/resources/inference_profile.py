@@ -1,4 +1,4 @@
-"""Where the time of a CIFAR ResNet's inference goes, here and in PyTorch: both profilers' words.
+"""Inference time of a CIFAR ResNet by kind of operation, by XLA's and PyTorch's profilers.
 
     python -m experiments.benchmarks.resources.inference_profile [NETWORK ...]
 
@@ -30,7 +30,7 @@ KINDS = [*CONVOLUTIONS.values(), OTHER]
 
 
 def kinds_of(text: str) -> dict[str, str]:
-  """Instruction of the compiled program -> its kind."""
+  """Returns the kind of every instruction of the compiled program."""
   bodies = re.split(r'\n(?=\S)', text)
   convolving = {
     found[1] for body in bodies if (found := re.match(r'%(\S+) ', body)) and ' convolution(' in body

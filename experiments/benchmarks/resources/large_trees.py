@@ -4,18 +4,17 @@
     python -m experiments.benchmarks.resources.large_trees --weights 1e9 --folder /a/large/disk
     python -m experiments.benchmarks.resources.large_trees --what memory
 
-Every size is a process of its own, since what is measured is the peak of the resident set (VmHWM)
-that the kernel keeps for it: once a small tree was compressed, which is what the libraries take;
-once a tree of the largest leaf alone was, compilers and all; and after the whole tree.  A limit
-on the address space would say nothing: JAX maps much more than it ever touches.  The files are
-made, and removed again, in a folder of the disk.
+Every size runs in a process of its own, whose peak resident set (VmHWM) is read three times: after
+compressing a small tree (memory of the libraries), after a tree of the largest leaf alone
+(compilers included), and after the whole tree.  A limit on the address space would be no test: JAX
+maps much more than it ever touches.  The files are made, and removed again, in a folder on disk.
 
-What a weight takes of it is also told in the seconds of all cores together, of which a machine that
-does other things takes none.
+Processor time of all cores is given beside the wall clock; other load on the machine does not
+change it.
 
-In memory every step is called twice, and the second call is measured: compilers take seconds
-whatever the size.  Its peak is that of the whole process, the tree and what the step returns
-included; of loading, without the tree that was saved.
+In memory every step is called twice, and the second call is measured: compiling takes seconds at
+any size.  Its peak is that of the whole process, including the tree and the step's result; for
+loading, without the tree that was saved.
 """
 
 import argparse
@@ -41,7 +40,7 @@ WHAT = (*SOURCES, 'memory')
 
 
 def write_tree(path: pathlib.Path, weights: int, leaf: int, seed: int = 0) -> None:
-  """Float32 Laplace weights in leaves of at most `leaf`, as safetensors; never whole in memory."""
+  """Writes float32 Laplace weights in leaves of at most `leaf` as safetensors, leaf by leaf."""
   rng = np.random.default_rng(seed)
   most = max(leaf // CHANNELS, 1)
   rows = [min(most, weights // CHANNELS - i) for i in range(0, max(weights // CHANNELS, 1), most)]
@@ -67,7 +66,7 @@ def write_tree(path: pathlib.Path, weights: int, leaf: int, seed: int = 0) -> No
 
 
 def write_orbax(source: pathlib.Path, folder: pathlib.Path) -> None:
-  """The same tree as a checkpoint of Orbax; the file is mapped, not read."""
+  """Writes the same tree as an Orbax checkpoint, from a memory-mapped file."""
   import orbax.checkpoint as ocp
 
   with open(source, 'rb') as file:
@@ -82,13 +81,13 @@ def write_orbax(source: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 def status(field: str) -> int:
-  """A field of the process's memory status, in bytes."""
+  """Returns a field of the process's memory status, in bytes."""
   with open('/proc/self/status') as file:
     return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
 
 def measured(folder: str, suffix: str) -> dict[str, float]:
-  """Compresses `net` of a suffix in a folder; called in a process of its own."""
+  """Compresses `net` of a suffix in a folder, in a process of its own; returns its measures."""
   from opq_jax.weights import compress_stored, open_weights
 
   path = pathlib.Path(folder)
@@ -113,7 +112,7 @@ def measured(folder: str, suffix: str) -> dict[str, float]:
 
 
 def measured_in_memory(folder: str) -> dict[str, dict[str, float]]:
-  """Seconds and peak of every step over the tree of `net.safetensors`, read whole."""
+  """Returns seconds and peak memory of every step on the tree of `net.safetensors`, read whole."""
   import jax
   import safetensors.numpy
 
@@ -152,7 +151,7 @@ def measured_in_memory(folder: str) -> dict[str, dict[str, float]]:
 def run(
   weights: int, leaf: int, folder: str | None, source: str = '.safetensors', mode: str = '--measure'
 ) -> dict[str, Any]:
-  """Makes a tree, and measures in a fresh process what compressing it takes.
+  """Makes a tree, and measures its compression in a fresh process.
 
   Args:
     weights: of the tree.
@@ -205,7 +204,7 @@ def main() -> None:
 
 
 def leaf_by_leaf(arguments: argparse.Namespace, source: str) -> list[dict[str, object]]:
-  """Rows of `opq compress`, a size each."""
+  """Returns the rows of `opq compress`, a size each."""
   rows: list[dict[str, object]] = []
   for weights in arguments.weights:
     found = run(int(weights), int(arguments.leaf), arguments.folder, source)
@@ -227,7 +226,7 @@ def leaf_by_leaf(arguments: argparse.Namespace, source: str) -> list[dict[str, o
 
 
 def in_memory(arguments: argparse.Namespace) -> list[dict[str, object]]:
-  """Rows of every step, of every size."""
+  """Returns the rows of every step at every size."""
   rows: list[dict[str, object]] = []
   for weights in arguments.weights:
     steps = run(int(weights), int(arguments.leaf), arguments.folder, mode='--measure-in-memory')
@@ -247,7 +246,7 @@ def in_memory(arguments: argparse.Namespace) -> list[dict[str, object]]:
 
 
 def draw() -> None:
-  """The seconds of all cores over the weights, of the tables that there are."""
+  """Plots processor time over the number of weights, for all tables present."""
   curves = {}
   for source, name in SOURCES.items():
     path = harness.RESULTS / f'{name}.json'

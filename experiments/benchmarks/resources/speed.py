@@ -2,8 +2,8 @@
 
     python -m experiments.benchmarks.resources.speed
 
-Every figure is a ratio to a jitted pass over the same tree in the same run: absolute times of a
-shared machine say little.  Peak memory is the resident set above the input tree, compiled before.
+Every figure is a ratio to a jitted pass over the same tree in the same run, since absolute times on
+a shared machine vary.  Peak memory is the resident set above the input tree, after compiling.
 """
 
 import ctypes
@@ -24,13 +24,13 @@ TARGETS = {
 
 
 def status(field: str) -> int:
-  """A field of the process's memory status, in bytes."""
+  """Returns a field of the process's memory status, in bytes."""
   with open('/proc/self/status') as file:
     return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
 
 def peak_above(function) -> int:
-  """Bytes by which the peak of the resident set exceeds what it is now, while `function` runs."""
+  """Returns the peak of the resident set during a call, above its value before, in bytes."""
   gc.collect()
   ctypes.CDLL('libc.so.6').malloc_trim(0)
   with open('/proc/self/clear_refs', 'w') as file:

@@ -1,10 +1,10 @@
-"""Smaller than MPEG's NNCodec, from weights alone: both codecs on the same networks and images.
+"""File sizes and accuracy against MPEG's NNCodec, on the same networks and images.
 
     python3 -m venv NNCODEC && NNCODEC/bin/pip install nncodec==2.1.3
     python -m experiments.benchmarks.rivals.against_nncodec TFDS_FOLDER WEIGHTS.safetensors ... \
       --nncodec_python NNCODEC/bin/python
 
-NNCodec (ISO/IEC 15938-17) wants numpy below 2 and so an environment of its own, where
+NNCodec (ISO/IEC 15938-17) needs numpy below 2 and so an environment of its own, where
 `nncodec_worker.py` runs.  Each file of weights is named as a network (`mobilenet_v1.safetensors`),
 with the images of `configs/one_shot.py:NETWORK`.  Rows that experiments/results/against_nncodec
 already holds are not made again.
@@ -58,7 +58,7 @@ COLUMNS = (
 
 @dataclasses.dataclass
 class Table:
-  """results.csv: a row is kept once it is made."""
+  """results.csv, which is written row by row."""
 
   path: pathlib.Path
 

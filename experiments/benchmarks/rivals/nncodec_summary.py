@@ -1,4 +1,4 @@
-"""What the rows of `against_nncodec` say: curves of accuracy over bytes, and where they meet."""
+"""Ratios of bytes from the rows of `against_nncodec`: curves of accuracy over bytes compared."""
 
 import importlib.metadata
 import json
@@ -47,14 +47,14 @@ _FROM_IMAGES = (
 
 
 class Point(NamedTuple):
-  """A file: how large, and how good."""
+  """Size and score of a file."""
 
   size: float
   score: float
 
 
 def monotone(points: Sequence[Point]) -> list[Point]:
-  """Points of rising size, neighbours that fall pooled until the score rises too.
+  """Returns points of rising size, with falling neighbours pooled until scores rise too.
 
   Least squares among rising curves: the noise of a sample of images neither helps nor hurts.
 
@@ -73,7 +73,7 @@ def monotone(points: Sequence[Point]) -> list[Point]:
 
 
 def size_at(points: Sequence[Point], score: float) -> float | None:
-  """The size at which a curve has a score, its logarithm between points; None beyond them.
+  """Returns the size at which a curve has a score, log-linear between points; None outside.
 
   >>> size_at([Point(100, 0.5), Point(400, 0.7)], 0.6)
   200.0
@@ -88,7 +88,7 @@ def size_at(points: Sequence[Point], score: float) -> float | None:
 
 
 def score_at(points: Sequence[Point], size: float) -> float | None:
-  """The score that a curve has at a size; None beyond its points.
+  """Returns the score of a curve at a size; None outside its points.
 
   >>> round(score_at([Point(100, 0.5), Point(400, 0.7)], 200), 6)
   0.6
@@ -101,7 +101,7 @@ def score_at(points: Sequence[Point], size: float) -> float | None:
 
 
 def ratios(ours: Sequence[Point], theirs: Sequence[Point], sizes: Sequence[float]) -> list[float]:
-  """Our size over theirs at the score that they have at each of these sizes, where both reach."""
+  """Returns our size over theirs at their score for each of these sizes, where both have one."""
   found = []
   for size in sizes:
     score = score_at(theirs, size)
@@ -118,7 +118,7 @@ def geometric_mean(values: Sequence[float]) -> float:
 def points(
   rows: Sequence[Mapping[str, str]], method: str, correction: str, by: str = 'top1'
 ) -> list[Point]:
-  """The curve of a method; `divergence` counts as the better the lower, on a logarithmic scale."""
+  """Returns the curve of a method; `divergence` is scored as its negative logarithm."""
   score = lambda row: -np.log(float(row[by])) if by == 'divergence' else float(row[by])
   chosen = [row for row in rows if (row['method'], row['correction']) == (method, correction)]
   return [Point(float(row['file_bytes']), float(score(row))) for row in chosen]
@@ -132,7 +132,7 @@ def answer(
   values: Mapping[str, float | None],
   goal: float,
 ) -> dict[str, object]:
-  """A line of the summary; whether `ratio` meets the goal, if there is one."""
+  """Returns a line of the summary, with whether `ratio` meets the goal, if there is one."""
   number = values['ratio']
   is_met = '' if number is None else 'yes' if number <= goal else 'no'
   numbers = {name: '' if value is None else round(value, 3) for name, value in values.items()}
@@ -141,7 +141,7 @@ def answer(
 
 
 def summary(rows: Sequence[Mapping[str, str]]) -> list[dict[str, object]]:
-  """The answers for every network: bytes and seconds of ours over NNCodec's."""
+  """Returns the ratios for every network: our bytes and seconds over NNCodec's."""
   lines: list[dict[str, object]] = []
   for name in dict.fromkeys(row['network'] for row in rows):
     found = [row for row in rows if row['network'] == name]
@@ -181,7 +181,7 @@ def summary(rows: Sequence[Mapping[str, str]]) -> list[dict[str, object]]:
 
 
 def errors(name: str, rows: Sequence[Mapping[str, str]]) -> list[dict[str, object]]:
-  """Bits over NNCodec's tuned ones at the squared error of our 1, 2 and 3 bits."""
+  """Returns our bits over NNCodec's tuned ones at the squared error of our 1, 2 and 3 bits."""
   curve = [
     Point(float(row['bits_per_weight']), -np.log(float(row['squared_error'])))
     for row in rows
@@ -208,7 +208,7 @@ def bits_asked(row: Mapping[str, str]) -> float:
 
 
 def bits_at(curve: Sequence[Point], score: float) -> float | None:
-  """Bits at which the logarithm of the error, nearly a line in them, is this.
+  """Returns the bits of an error, whose logarithm is nearly linear in them.
 
   >>> bits_at([Point(1.0, 2.0), Point(2.0, 4.0)], 3.0)
   1.5
@@ -220,7 +220,7 @@ def bits_at(curve: Sequence[Point], score: float) -> float | None:
 
 
 def seconds(name: str, rows: Sequence[Mapping[str, str]]) -> list[dict[str, object]]:
-  """Median seconds of files, and the first of ours, with its compilation, by the clock.
+  """Returns median seconds of files, and our first with its compilation, by the clock.
 
   The ratio is of the processor's seconds, which other programs disturb less; ours may be those of
   several cores.

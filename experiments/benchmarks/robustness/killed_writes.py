@@ -1,21 +1,20 @@
-"""kill -9 at random moments of a write, and of finetuning: what lies there afterwards.
+"""kill -9 at random moments of a write, and of finetuning: the files left behind.
 
     python -m experiments.benchmarks.robustness.killed_writes [KILLS [WRITE ...]]
 
 A process writes a new network over an old one and is killed at a moment drawn uniformly from the
-seconds that an unhindered process takes for the whole of it, which is measured before: reading,
-solving and coding included, where they are part of the call.  Afterwards the place must hold the
-old file or the new one, whole.  Parts that were left beside it must be gone after the next write.
+duration of the whole call (reading, solving and coding included), measured before on unkilled
+processes.  Afterwards the path must hold the complete old or the complete new file.  Partial files
+left beside it must be gone after the next write.
 
     opq compress, in memory      of an .npz file
     opq compress, leaf by leaf   of a .safetensors file
     opq_jax.save                 of a tree and its state
-    the bytes alone              what every one of them ends in, with a file that takes long
+    the bytes alone              the last stage of every write, with a large file
     finetuning                   24 steps with a checkpoint after every third.  A run that was
-                                 killed is begun again, and killed again, until one ends: it writes
-                                 the latent weights, the averages, the optimizer's memory, masks and
-                                 codebooks, which must be, bit for bit, those of a run that was not
-                                 killed.  Then another begins
+                                 killed is started again, and killed again, until one ends.  Its
+                                 latent weights, averages, optimizer state, masks and codebooks must
+                                 equal those of an unkilled run, bit for bit.  Then another begins
 """
 
 import json
@@ -53,15 +52,15 @@ WRITES = (
   'the bytes alone',
   'finetuning',
 )
-LARGE = 64 << 20  # bytes
-STEPS, EVERY = 24, 3  # of finetuning, and after how many of them there is a checkpoint
+LARGE = 64 << 20  # bytes: a write that takes long enough to be killed in
+STEPS, EVERY = 24, 3  # of finetuning, and steps from one checkpoint to the next
 
 
 def main(count: int, writes: Sequence[str] = WRITES) -> None:
   command = f'python -m experiments.benchmarks.robustness.killed_writes {count}'
   path = harness.RESULTS / 'killed_writes.json'
   document = json.loads(path.read_text()) if path.exists() else {}
-  # what the same command said of the others before stays
+  # rows of the same command's other writes are kept
   before = document['rows'] if document.get('command') == command else []
   found = {row['write']: row for row in before}
   for write in writes:
@@ -75,7 +74,7 @@ def main(count: int, writes: Sequence[str] = WRITES) -> None:
 
 
 def killed(write: str, folder: pathlib.Path, count: int, unkilled: int = 5) -> dict[str, Any]:
-  """What `count` kills leave, each at a moment within the seconds of `unkilled` whole writes."""
+  """Counts the files left by `count` kills at random moments; the duration from `unkilled` runs."""
   path, begun = folder / 'net.opq', folder / 'checkpoints'
   _make_sources(folder)
   opq_jax.save(path, {'a': np.ones(3)}, opq_jax.CompressionState({'a': None}))
@@ -103,7 +102,7 @@ def killed(write: str, folder: pathlib.Path, count: int, unkilled: int = 5) -> d
     parts = [folder / name for name in set(os.listdir(folder)) - expected]
     found['parts left'] += sum(part.stat().st_mtime > 1 for part in parts)
     for part in parts:
-      os.utime(part, (1, 1))  # as if it were long ago
+      os.utime(part, (1, 1))  # old enough for the next write to remove it
   if begun.exists():
     # the last of the killed runs, to its end
     _seconds(write, folder, None)
@@ -114,8 +113,8 @@ def killed(write: str, folder: pathlib.Path, count: int, unkilled: int = 5) -> d
 
 
 def _seconds(write: str, folder: pathlib.Path, kill_after: float | None) -> float:
-  """Of one write; or of one that is killed."""
-  # forked of a process that has imported everything and started nothing
+  """Returns the seconds of one write, killed after `kill_after` seconds if given."""
+  # forked from a server that has imported everything and started no threads
   context = multiprocessing.get_context('forkserver')
   context.set_forkserver_preload(
     [
@@ -157,7 +156,7 @@ def _make_sources(folder: pathlib.Path) -> None:
 def _write_once(
   write: str, folder: pathlib.Path, there: multiprocessing.connection.Connection
 ) -> None:
-  # what one process has compiled the next need not
+  # compiled programs are shared between processes
   jax.config.update('jax_compilation_cache_dir', str(folder / 'cache'))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
   step = _step(write, folder)
@@ -167,7 +166,7 @@ def _write_once(
 
 
 def _step(write: str, folder: pathlib.Path) -> Callable[[pathlib.Path], None]:
-  """What writes a file."""
+  """Returns the function that writes the file."""
   if write == 'the bytes alone':
     data = np.random.default_rng(0).bytes(LARGE)
     return lambda path: files.write_bytes(path, data)
@@ -200,7 +199,7 @@ class _Network(nn.Module):
 
 
 def _finetune(folder: pathlib.Path, path: pathlib.Path) -> None:
-  """A whole run, or what is left of one; writes all that it ends with."""
+  """Runs finetuning from its last checkpoint to its end, and writes its final state."""
   optimizer = optax.adamw(1e-2)
   variables = _Network().init(jax.random.key(0), np.zeros((1, 24), np.float32))
   compressed = lambda tree: opq_jax.init_state(tree, opq_jax.allocate(tree, compression_rate=12.0))
