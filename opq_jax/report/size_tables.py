@@ -105,6 +105,6 @@ def _four_sizes(report: SizeReport) -> Table:
     f'rate: times smaller than in float32, compressed leaves {4 * report.weights:,} bytes, all '
     f'{report.as_float32:,}\n'
     f'the file is {report.file_rate:.2f} times smaller than the {report.original:,} bytes of the '
-    'network as it came'
+    'original network'
   )
   return table
