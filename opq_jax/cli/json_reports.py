@@ -3,9 +3,10 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from opq_jax.report import SizeReport, Verification
+if TYPE_CHECKING:
+  from opq_jax.report import SizeReport, Verification
 
 _TOTALS = (
   *('weights', 'survivors', 'sparsity', 'escaped', 'original', 'as_float32', 'nominal', 'packed'),
@@ -20,7 +21,7 @@ _RATES = {
 """The bytes that each rate is relative to."""
 
 
-def sizes_as_json(path: str, metadata: Mapping[str, str], report: SizeReport) -> dict[str, Any]:
+def sizes_as_json(path: str, metadata: Mapping[str, str], report: 'SizeReport') -> dict[str, Any]:
   """Returns the sizes of a file and of its leaves, for `json.dumps`."""
   return {
     'path': path,
@@ -32,7 +33,7 @@ def sizes_as_json(path: str, metadata: Mapping[str, str], report: SizeReport) ->
 
 
 def verification_as_json(
-  path: str, against: str, metadata: Mapping[str, str], verified: Verification
+  path: str, against: str, metadata: Mapping[str, str], verified: 'Verification'
 ) -> dict[str, Any]:
   """Returns what a verification found, for `json.dumps` without infinities."""
   # the relative error of a leaf of zeros that was decoded to anything else is infinite
@@ -53,6 +54,6 @@ def verification_as_json(
   }
 
 
-def _totals(report: SizeReport) -> dict[str, Any]:
+def _totals(report: 'SizeReport') -> dict[str, Any]:
   totals = {name: getattr(report, name) for name in (*_TOTALS, *_RATES)}
   return {**totals, 'rates_are_against': _RATES}
