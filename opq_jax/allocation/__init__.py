@@ -12,22 +12,26 @@
     targets, objectives, selection, answer_checks  arguments and answers, checked
 """
 
-from opq_jax.allocation.allocator import allocate
-from opq_jax.allocation.answer_checks import LAPLACE_FIT_BOUNDS
-from opq_jax.allocation.merging import merge_statistics
-from opq_jax.allocation.objectives import OBJECTIVES, Objective
-from opq_jax.allocation.records import Allocation, LeafAllocation
-from opq_jax.allocation.selection import axis_of, choose_leaves, is_compressible
-from opq_jax.allocation.statistics import LeafStatistics, leaf_statistics
-from opq_jax.allocation.targets import (
-  DEFAULT_COMPRESSION_RATE,
-  TARGET_NAMES,
-  BitsPerWeight,
-  SparsityAndBits,
-  TooFewBitsError,
-  check_file_rate,
-  check_targets,
-)
+from typing import TYPE_CHECKING
+
+from opq_jax.core import lazy
+
+if TYPE_CHECKING:
+  from opq_jax.allocation.allocator import allocate
+  from opq_jax.allocation.answer_checks import LAPLACE_FIT_BOUNDS
+  from opq_jax.allocation.defaults import DEFAULT_COMPRESSION_RATE, OBJECTIVES, Objective
+  from opq_jax.allocation.merging import merge_statistics
+  from opq_jax.allocation.records import Allocation, LeafAllocation
+  from opq_jax.allocation.selection import axis_of, choose_leaves, is_compressible
+  from opq_jax.allocation.statistics import LeafStatistics, leaf_statistics
+  from opq_jax.allocation.targets import (
+    TARGET_NAMES,
+    BitsPerWeight,
+    SparsityAndBits,
+    TooFewBitsError,
+    check_file_rate,
+    check_targets,
+  )
 
 __all__ = [
   'DEFAULT_COMPRESSION_RATE',
@@ -50,3 +54,21 @@ __all__ = [
   'leaf_statistics',
   'merge_statistics',
 ]
+
+_MODULES = {
+  'allocator': ('allocate',),
+  'answer_checks': ('LAPLACE_FIT_BOUNDS',),
+  'defaults': ('DEFAULT_COMPRESSION_RATE', 'OBJECTIVES', 'Objective'),
+  'merging': ('merge_statistics',),
+  'records': ('Allocation', 'LeafAllocation'),
+  'selection': ('axis_of', 'choose_leaves', 'is_compressible'),
+  'statistics': ('LeafStatistics', 'leaf_statistics'),
+  'targets': (
+    *('TARGET_NAMES', 'BitsPerWeight', 'SparsityAndBits', 'TooFewBitsError'),
+    *('check_file_rate', 'check_targets'),
+  ),
+}
+
+__getattr__, __dir__ = lazy.attributes(
+  __name__, {name: module for module, names in _MODULES.items() for name in names}
+)

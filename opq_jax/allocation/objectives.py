@@ -1,17 +1,14 @@
 """Objectives: what a squared error of one leaf costs beside the same error of another."""
 
 import math
-from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from opq_jax.allocation.defaults import OBJECTIVES, Objective
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
-
-Objective = Literal['balanced_error', 'retained_signal', 'relative_error', 'squared_error']
-OBJECTIVES: tuple[str, ...] = get_args(Objective)
 
 _ENERGY_POWERS = {
   'balanced_error': 0.5,

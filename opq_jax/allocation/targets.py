@@ -9,13 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32
 
+from opq_jax.allocation.defaults import DEFAULT_COMPRESSION_RATE
 from opq_jax.core.limits import MAX_LEVELS
 
 TARGET_NAMES = 'sparsity', 'bits', 'compression_rate', 'bits_per_weight'
 """Arguments of `check_targets`, in their order.  `file_rate` is apart: it measures files."""
-
-DEFAULT_COMPRESSION_RATE = 10.0
-"""The rate where no target is given: 3.2 bits per weight."""
 
 _FLOAT_BITS = 32.0  # bits of the float32 weight that a compression rate is relative to
 _MIN_RATE_CORRECTED = 0.5  # 64 bits per weight: above a float32 and the cost of its position

@@ -14,8 +14,8 @@ HEAVY = {
   *('jax', 'flax', 'optax', 'orbax', 'tensorflow_datasets', 'ml_collections', 'absl'),
   *('grain', 'PIL', 'torch', 'h5py', 'matplotlib', 'sklearn', 'scipy'),
 }
-UNUSED = HEAVY - {'jax', 'flax', 'scipy'}
-"""Packages that compressing a plain file has no use for; SciPy is a requirement of JAX."""
+UNUSED = HEAVY - {'jax', 'flax', 'scipy', 'absl'}
+"""Packages that a file of weights has no use for; JAX and Flax import SciPy and absl."""
 
 PROGRAM = """
 import json, sys
