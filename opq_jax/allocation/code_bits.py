@@ -44,7 +44,7 @@ def payload_bits(
   """
   dtype = cells.dtype
   # the precision P of the frequencies grows with the size, up to 16 bits
-  # (`opq_jax.coding.ans.fit`)
+  # (`opq_jax.coding.frequencies.fit`)
   bits = jnp.frexp(jnp.minimum(sizes, 2.0**20))[1]
   precision = jnp.minimum(1 + 3 * bits // 4, 16)
   whole = jnp.ldexp(jnp.ones_like(sizes), precision)[:, None, None]

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float32
 from opq_jax.allocation.bins import BINS, bin_edge, bin_of
 from opq_jax.allocation.code_bits import CODER_BITS
 from opq_jax.allocation.statistics import LeafStatistics
-from opq_jax.coding import ans
+from opq_jax.coding import frequencies
 from opq_jax.core.limits import MAX_LEVELS, STEP_BITS
 
 _NEAR = 2e-3  # of a step: multiples of .1, say, are off a grid by roundings of float32
@@ -95,7 +95,11 @@ def lattice_of(stats: LeafStatistics, numbers: Float32[np.ndarray, ' bins']) -> 
   codes[0] = counts[:, 0].sum()
   for sign, row in zip((1, -1), counts, strict=True):
     codes[sign * place] += row[occurs]
-  bits = float(ans.ideal_bits(codes)) + len(ans.write_table(ans.fit(codes))) + CODER_BITS
+  bits = (
+    float(frequencies.ideal_bits(codes))
+    + len(frequencies.write_table(frequencies.fit(codes)))
+    + CODER_BITS
+  )
   off = magnitudes.astype(np.float64) - _values(first, step, place - 1, np.dtype(stats.dtype))
   off /= float(stats.largest)
   error = float(np.sum(counts[:, occurs] * np.square(off)) / stats.size)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int8, Int64, UInt8
 
-from opq_jax.coding import ans, arrangements, neighbours, trellis
+from opq_jax.coding import ans, arrangements, frequencies, neighbours, trellis
 from opq_jax.coding.contexts import (
   MAX_RANGES,
   SCORES_PER_OCTAVE,
@@ -190,18 +190,20 @@ def _plan(
   bits, first = _partition(counts)
   for part in scores:
     if part.any():
-      histogram = ans.histogram(part)
-      bits += float(ans.ideal_bits(histogram)) + len(ans.write_table(ans.fit(histogram)))
+      histogram = frequencies.histogram(part)
+      bits += float(frequencies.ideal_bits(histogram)) + len(
+        frequencies.write_table(frequencies.fit(histogram))
+      )
   is_stored = scores.inputs.any(), scores.outputs.any(), has_window
   head = Head(
     has_trellis,
     arrangement,
     [
-      ans.fit(ans.histogram(part)) if stored else None
+      frequencies.fit(frequencies.histogram(part)) if stored else None
       for part, stored in zip(scores, is_stored, strict=True)
     ],
     occurring_scores[first[1:]].tolist(),
-    [ans.fit(row) for row in np.add.reduceat(counts, first).reshape(-1, 256)],
+    [frequencies.fit(row) for row in np.add.reduceat(counts, first).reshape(-1, 256)],
   )
   return _Plan(bits, coded, scores, head)
 
@@ -213,7 +215,7 @@ def _coded(
   has_window: bool,
 ) -> _Coded:
   """Returns a kernel with its activities and flipped signs."""
-  counts = ans.histogram(kernel)
+  counts = frequencies.histogram(kernel)
   counts += counts[-np.arange(256)]  # a sign may be flipped
   occurring = np.flatnonzero(counts).astype(np.uint8)
   place = np.zeros(256, np.uint8)
@@ -321,7 +323,7 @@ def _partition(counts: Int64[np.ndarray, 'k subsets 256']) -> tuple[float, list[
     for stop in range(1, k + 1):
       start = np.arange(stop) if price < math.inf else np.zeros(1, int)
       parts = sums[stop] - sums[start]
-      bits = ans.ideal_bits(parts) + min(price, 64) * _table_bits(parts)
+      bits = frequencies.ideal_bits(parts) + min(price, 64) * _table_bits(parts)
       bits = best[start] + bits.sum(-1)
       cut[stop], best[stop] = start[np.argmin(bits)], bits.min()
     first, stop = [], k
@@ -334,7 +336,7 @@ def _partition(counts: Int64[np.ndarray, 'k subsets 256']) -> tuple[float, list[
 
 
 def _table_bits(counts: Float[np.ndarray, '... symbols']) -> Float[np.ndarray, '...']:
-  """About the bits of `ans.write_table`, which would take too long for every cut."""
+  """About the bits of `frequencies.write_table`, which would take too long for every cut."""
   total = counts.sum(-1, keepdims=True)
   precision = np.minimum(1 + 0.75 * np.log2(np.maximum(total, 1)), 16)
   frequency = counts * 2**precision / np.maximum(total, 1)

@@ -50,12 +50,12 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int8, Int16, Int64, UInt8
 
-from opq_jax.coding import ans, arrangements, neighbours, trellis
+from opq_jax.coding import ans, arrangements, frequencies, neighbours, trellis
 
 # read as a table: a precision of 1 or 2 bits, then 0 as largest and as least symbol, which no table
 # has, because every one knows two symbols
-MARKER = '0000' + ans.golomb(0, 2) + ans.golomb(0, 2)
-TRELLIS_MARKER = '0001' + ans.golomb(0, 2) + ans.golomb(0, 2)
+MARKER = '0000' + frequencies.golomb(0, 2) + frequencies.golomb(0, 2)
+TRELLIS_MARKER = '0001' + frequencies.golomb(0, 2) + frequencies.golomb(0, 2)
 
 MAX_RANGES = 16
 MAX_HEAD_BYTES = 1 << 15
@@ -106,9 +106,9 @@ class Head(NamedTuple):
 
   has_trellis: bool
   arrangement: int
-  score_models: list[ans.Frequencies | None]
+  score_models: list[frequencies.Frequencies | None]
   starts: list[int]
-  models: list[ans.Frequencies]
+  models: list[frequencies.Frequencies]
 
   @property
   def has_window(self) -> bool:
@@ -123,12 +123,14 @@ class Head(NamedTuple):
     """Returns the bits, padded."""
     bits = f'{TRELLIS_MARKER if self.has_trellis else MARKER}{self.arrangement:02b}'
     for model in self.score_models:
-      bits += '0' if model is None else '1' + ans.write_table(model)
-    bits += ans.golomb(len(self.starts), 2)
+      bits += '0' if model is None else '1' + frequencies.write_table(model)
+    bits += frequencies.golomb(len(self.starts), 2)
     for i, start in enumerate(self.starts):
-      bits += ans.golomb(start - self.starts[i - 1] - 1, 2) if i else ans.golomb(start, 8)
-    bits += ''.join(map(ans.write_table, self.models))
-    return ans.to_bytes(bits)
+      bits += (
+        frequencies.golomb(start - self.starts[i - 1] - 1, 2) if i else frequencies.golomb(start, 8)
+      )
+    bits += ''.join(map(frequencies.write_table, self.models))
+    return frequencies.to_bytes(bits)
 
 
 def read_head(data: bytes | memoryview, shape: tuple[int, ...]) -> tuple[Head, int]:
@@ -137,31 +139,31 @@ def read_head(data: bytes | memoryview, shape: tuple[int, ...]) -> tuple[Head, i
   Raises:
     ValueError: no encoder writes such bits for codes of this shape.
   """
-  bits, position = ans.to_bits(data, MAX_HEAD_BYTES), len(MARKER) + 2
+  bits, position = frequencies.to_bits(data, MAX_HEAD_BYTES), len(MARKER) + 2
   has_trellis = bits.startswith(TRELLIS_MARKER)
   arrangement = int(bits[position - 2 : position], 2)
   if not arrangements.is_possible(shape, arrangement):
     raise ValueError(f'found codes in arrangement {arrangement}, expected those of shape {shape}')
-  score_models: list[ans.Frequencies | None] = []
+  score_models: list[frequencies.Frequencies | None] = []
   for _ in Scores._fields:
     is_stored, position = bits[position : position + 1] == '1', position + 1
     model = None
     if is_stored:
-      model, position = ans.read_table(bits, position)
+      model, position = frequencies.read_table(bits, position)
     score_models.append(model)
-  more, position = ans.read_golomb(bits, position, 2)
+  more, position = frequencies.read_golomb(bits, position, 2)
   if more >= MAX_RANGES:
     raise ValueError(f'found {more + 1} ranges of scores, expected at most {MAX_RANGES}')
   starts: list[int] = []
   for i in range(more):
-    gap, position = ans.read_golomb(bits, position, 2 if i else 8)
+    gap, position = frequencies.read_golomb(bits, position, 2 if i else 8)
     starts.append(starts[-1] + 1 + gap if i else gap)
   models = []
   for _ in range((more + 1) * (1 + has_trellis)):
-    model, position = ans.read_table(bits, position)
+    model, position = frequencies.read_table(bits, position)
     models.append(model)
   head = Head(has_trellis, arrangement, score_models, starts, models)
-  return head, ans.end_of_bits(bits, position)
+  return head, frequencies.end_of_bits(bits, position)
 
 
 def decode(data: bytes | memoryview, shape: tuple[int, ...]) -> Int8[np.ndarray, '...']:

@@ -21,7 +21,7 @@ import math
 import numpy as np
 from jaxtyping import Int8
 
-from opq_jax.coding import ans, arrangements, context_search, trellis
+from opq_jax.coding import ans, arrangements, context_search, frequencies, trellis
 from opq_jax.coding import contexts as context_coding
 
 _MAX_TABLE_BYTES = 1200  # 255 frequencies of at most 33 bits, the bounds of the alphabet, and P
@@ -44,9 +44,10 @@ def entropy(codes: Int8[np.ndarray, '...']) -> float:
     if found is not None:
       indices, subsets = found
       indices[arrangements.arranged(escaped, arrangement)[0]] = -128
-      bits = sum(float(ans.ideal_bits(ans.histogram(indices[subsets == q]))) for q in (0, 1))
+      counts = [frequencies.histogram(indices[subsets == q]) for q in (0, 1)]
+      bits = sum(float(frequencies.ideal_bits(count)) for count in counts)
       return bits / max(codes.size, 1)
-  return float(ans.ideal_bits(ans.histogram(codes))) / max(codes.size, 1)
+  return float(frequencies.ideal_bits(frequencies.histogram(codes))) / max(codes.size, 1)
 
 
 def encode_codes(codes: Int8[np.ndarray, '...'], *, contexts: bool = True) -> bytes:
@@ -72,10 +73,10 @@ def encode_codes(codes: Int8[np.ndarray, '...'], *, contexts: bool = True) -> by
   if codes.size == 0:
     return b''
   codes = np.ascontiguousarray(codes)
-  model = ans.fit(ans.histogram(codes))
+  model = frequencies.fit(frequencies.histogram(codes))
   coder = ans.begin(codes)
   model.encode(coder, codes.reshape(-1))
-  plain = ans.to_bytes(ans.write_table(model)) + ans.end(coder)
+  plain = frequencies.to_bytes(frequencies.write_table(model)) + ans.end(coder)
   known = context_search.encode(codes) if contexts else None
   return plain if known is None or len(known) >= len(plain) else known
 
@@ -99,11 +100,11 @@ def decode_codes(data: bytes | memoryview, shape: tuple[int, ...]) -> Int8[np.nd
     return np.zeros(shape, np.int8)
   if size <= 0 or min(shape, default=1) <= 0 or len(data) == 0:
     raise ValueError(f'found {len(data)} bytes of codes, expected those of {size} codes')
-  bits = ans.to_bits(data, _MAX_TABLE_BYTES)
+  bits = frequencies.to_bits(data, _MAX_TABLE_BYTES)
   if bits.startswith((context_coding.MARKER, context_coding.TRELLIS_MARKER)):
     return context_coding.decode(data, shape)
-  model, position = ans.read_table(bits, 0)
-  end = ans.end_of_bits(bits, position)
+  model, position = frequencies.read_table(bits, 0)
+  end = frequencies.end_of_bits(bits, position)
   coder = ans.resume(bytes(data[end:]), size, model.least_bits)
   codes = ans.room(shape)
   model.decode(coder, codes.reshape(-1))

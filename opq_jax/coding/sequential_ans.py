@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int8, Int64, UInt8, UInt32
 
-from opq_jax.coding import ans
+from opq_jax.coding import frequencies
 from opq_jax.coding.trellis import NEXT, SUBSET_OF
 from opq_jax.core import native
 
@@ -20,7 +20,7 @@ _LOW = np.uint64(0xFFFFFFFF)
 
 
 class Tables(NamedTuple):
-  """Models side by side: the symbols of each that occur, in the order of `ans.Frequencies`.
+  """Models side by side: the symbols of each that occur, in the order of `frequencies.Frequencies`.
 
   Attributes:
     symbols: padded with zeros.
@@ -33,7 +33,7 @@ class Tables(NamedTuple):
   precisions: Int64[np.ndarray, ' models']
 
 
-def tables(models: list[ans.Frequencies]) -> Tables:
+def tables(models: list[frequencies.Frequencies]) -> Tables:
   """The tables of models."""
   occurring = [model.frequencies > 0 for model in models]
   most = max(int(np.count_nonzero(o)) for o in occurring)

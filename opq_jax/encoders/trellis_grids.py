@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float32, Int8
 
-from opq_jax.coding import ans, trellis, viterbi
+from opq_jax.coding import frequencies, trellis, viterbi
 from opq_jax.coding.trellis import MAX_INDEX
 from opq_jax.core.limits import MAX_LEVELS
 
@@ -75,7 +75,7 @@ def fit(
     found = trellis.indices_and_subsets(codes)
     assert found is not None
     indices, subsets = found
-    counts = np.stack([ans.histogram(indices[subsets == q]) for q in (0, 1)])
+    counts = np.stack([frequencies.histogram(indices[subsets == q]) for q in (0, 1)])
     counts = np.maximum(counts[:, index.astype(np.int8).view(np.uint8)], 0.1)
     bits[0] = np.log2(counts.sum(1, keepdims=True) / counts)
     grid = _refitted(grid, codes, sample)

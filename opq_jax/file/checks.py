@@ -1,18 +1,18 @@
-"""What must hold of the grid and the codes of a leaf, of a file to write and of one that is read.
+"""Checks of the grid and the codes of a compressed leaf, for writer and reader alike.
 
-Files of any origin are held to these rules: what a reader takes, a writer could have written.
+A reader holds files of any origin to these rules: it takes no leaf that the writer would refuse.
 """
 
 import numpy as np
 from jaxtyping import Int8
 
-from opq_jax.coding.ans import histogram
+from opq_jax.coding.frequencies import histogram
 from opq_jax.core.limits import ESCAPE
 from opq_jax.file.grids import ALL_CODES, Grid
 
 
 def check_grid(name: str, grid: Grid, version: str) -> None:
-  """Raises where no cells and values can be those of a grid.
+  """Checks that a grid has cells and values.
 
   Raises:
     ValueError: a number is not finite, the threshold is negative, the step is not positive, a
@@ -38,7 +38,7 @@ def check_grid(name: str, grid: Grid, version: str) -> None:
 
 
 def check_levels(codes: Int8[np.ndarray, '...'], levels: int) -> None:
-  """Raises where a code is beyond the last level.
+  """Checks that no code is beyond the last level.
 
   Raises:
     ValueError: the largest |code| is more than `levels`.
@@ -49,7 +49,7 @@ def check_levels(codes: Int8[np.ndarray, '...'], levels: int) -> None:
 
 
 def check_cells(name: str, codes: Int8[np.ndarray, '...'], grid: Grid) -> None:
-  """Raises where encoding the values of codes again would give other codes.
+  """Checks that encoding the values of codes again gives these codes.
 
   Raises:
     ValueError: the value of a code that occurs is not finite in the leaf's dtype, or lies in

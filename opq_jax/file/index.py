@@ -1,49 +1,53 @@
-"""The `.opq` format, and its header and index: where every leaf lies, as text and back.
+"""The `.opq` format, and its index: the tree of a file as text, and back.
 
-The file is a valid safetensors file of four tensors, few because each costs 70 bytes of header:
+An `.opq` file is a valid safetensors file of four tensors, few because each costs 70 bytes of
+header:
 
     grids         F32 [compressed leaves, 3]: threshold, first value and step of each
-    index         U8, LZMA of JSON: the tree, below
-    codes         U8: a payload of `opq_jax.coding.payload` for every compressed leaf, of two kinds
-    uncompressed  U8: the bytes of the other leaves, end to end, each at a multiple of its item
-                  size; cut into blocks of 1 MiB, each block LZMA
+    index         U8: packed JSON, below
+    codes         U8: the payloads of the compressed leaves, end to end
+    uncompressed  U8: the bytes of the other leaves in C order, end to end, each at a multiple of
+                  its item size; cut into blocks of 2**20 bytes, and every block packed
 
-    {"tree": {"params": {"conv": {"bias": "float32[16]", "kernel": "float32[3,3,3,16] 9 141"}}},
-     "blocks": [bytes, CRC-32, ...], "metadata": {"the user's": "own"}}
+All numbers are little-endian.  `opq_jax.file.front` describes the header, `opq_jax.file.packing`
+how index and blocks are packed, `opq_jax.coding.payload` the payloads, `opq_jax.file.grids` the
+values of codes.  Leaves follow each other in the order of JAX: dicts by their sorted keys.
 
-A leaf is one string: dtype, shape, and where it is compressed its levels and the bytes of its
-payload.  Named fields may follow, sorted by name, each a space and `name=value` without spaces:
+The index is one JSON object, ASCII, without spaces and with every key once:
 
-    escapes=COUNT,BYTES   so many weights are stored as they are, in the last BYTES of the payload,
-                          a section of `opq_jax.coding.escapes`; the bytes before it code the array
-                          with 0 in their places
+    {"blocks": [bytes, CRC-32, bytes, CRC-32, ...],       of every packed block
+     "metadata": {"the user's": "own strings"},
+     "tree": {"params": {"conv": {"bias": "float32[16]", "kernel": "float32[3,3,3,16] 9 141"}}}}
 
-A reader refuses every other name: slices of a leaf, a leaf that equals another one, a palette, a
-scale an output channel and a rotation will be fields too, once they are defined.  A compressed leaf
-is of floats of whole bytes that know 0.
+In the tree an object is a dict (":3" is the key 3, "::a" the key ":a"), null is None, and an array
+that begins with "list" or "tuple" is a list or a tuple of its other items.  A leaf is one string:
 
-An object is a dict (":3" is the key 3, "::a" the key ":a"), null is None, and a list that begins
-with "list" or "tuple" is that.  Leaves follow each other in the order of JAX.
+    dtype[shape]                  of an uncompressed leaf: float32[3,3,16], int64[] of a scalar
+    dtype[shape] LEVELS BYTES     of a compressed leaf: cells a sign, bytes of its payload
+    ... name=value name=value     fields of a compressed leaf may follow, sorted by name:
+
+    escapes=COUNT,BYTES           COUNT weights are stored as they are, in the last BYTES of the
+                                  payload, a section of `opq_jax.coding.escapes`; the bytes before
+                                  it code the array with 0 in their places
+
+A reader refuses every other field: slices of a leaf, a leaf that equals another one, a palette, a
+scale an output channel and a rotation will be fields too, once they are defined.  Names of dtypes
+are those of NumPy and ml_dtypes.  A compressed leaf is of floats of 1, 2, 4 or 8 whole bytes that
+know 0.
 
 Every byte is under a checksum: the header must be the one that its own sizes imply and holds the
 CRC-32 of grids and index, the index holds those of the blocks, every payload ends in one of its
-codes, and a section of escaped weights in its own.  LZMA takes 14 to 19 % off float32 biases and
-BatchNorm statistics, whose exponents repeat; at 2 bits per weight they are a fifth of the file of a
-MobileNet-V2.
+codes, and a section of escaped weights in its own.
 
-The value of cell k is first + k step in float32, where k step never rounds, and the values of all
-levels rise.  In the leaf's dtype it is the nearest number in its own cell (`opq_jax.file.grids`).
-
-The header says version 2 where a leaf has a field, or first + k step rounds for a k below its
-levels.  All other files are of version 1, in which neither may be.
+The header says version 2 where a leaf has a field, or where a value first + k step, k < levels, is
+not exact in float32.  All other files are of version 1, in which neither may be.
 """
 
 import dataclasses
 import json
-import lzma
 import math
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -53,21 +57,24 @@ from opq_jax.core.limits import MAX_LEVELS
 Node = Any
 """A tree of dicts, lists, tuples and None alone, which no JAX is needed to walk."""
 
-VERSIONS = ('1', '2')
+MAX_INDEX = 1 << 22
+"""Bytes of JSON, enough for 80,000 leaves."""
 
-TENSORS = ('grids', 'index', 'codes', 'uncompressed')
-BLOCK = 1 << 20  # bytes of uncompressed leaves that are packed, checked and read together
-MAX_HEADER = 1 << 12  # bytes; a header has some 350
-MAX_INDEX = 1 << 22  # bytes of JSON, enough for 80,000 leaves
-MAX_NAMES = 1 << 24  # characters of all path names, which a key above many leaves multiplies
-MAX_DEPTH = 100  # containers in containers, well within Python's own bound
+MAX_NAMES = 1 << 24
+"""Characters of all path names together: one long key above many leaves is in every name."""
+
+MAX_DEPTH = 100
+"""Containers within containers, well within the bound of Python's own recursion."""
 
 _SCALARS: tuple[type[np.generic], ...] = (
   *(np.bool_, np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64),
   *(np.float16, np.float32, np.float64, np.complex64, np.complex128),
   *(t for t in vars(ml_dtypes).values() if isinstance(t, type) and issubclass(t, np.generic)),
 )
+"""Types of numbers that NumPy and ml_dtypes know."""
+
 DTYPES = {np.dtype(scalar).name: np.dtype(scalar) for scalar in _SCALARS}
+"""The dtypes that a leaf may have, by name."""
 
 _LEAF = re.compile(
   r'(?P<dtype>\w+)\[(?P<shape>(\d{1,18}(,\d{1,18})*)?)\]'
@@ -79,16 +86,15 @@ _ESCAPES = re.compile(r'(\d{1,18}),(\d{1,18})', re.ASCII)
 
 @dataclasses.dataclass(frozen=True)
 class LeafEntry:
-  """What the index says of one leaf.
+  """One leaf in the index.
 
   Attributes:
     dtype, shape: the leaf's own.
     levels: cells a sign; None where the leaf is not compressed.
-    stored: the bytes of its payload; uncompressed, its own bytes.
+    stored: bytes of its payload; of an uncompressed leaf, its own bytes.
     escapes: how many of its weights are escaped.
-    escape_bytes: the bytes of these, at the end of the payload.
-    begin: where these begin among all payloads, or among the bytes of all uncompressed leaves.
-    row: its row of `grids`.
+    escape_bytes: bytes of the section of escaped weights, at the end of the payload.
+    begin: where its bytes begin in `codes`, or in the unpacked bytes of `uncompressed`.
   """
 
   dtype: np.dtype
@@ -98,45 +104,36 @@ class LeafEntry:
   escapes: int = 0
   escape_bytes: int = 0
   begin: int = 0
-  row: int = 0
 
 
-def header(sizes: tuple[int, ...], checksum: int, version: str) -> bytes:
-  """safetensors' header: its length as 8 bytes, JSON, and spaces up to a multiple of 8."""
-  about = {'format': 'opq', 'version': version, 'crc32': f'{checksum:08x}'}
-  header: dict[str, Any] = {'__metadata__': about}
-  begin = 0
-  for name, size in zip(TENSORS, sizes, strict=True):
-    dtype, shape, end = 'U8', [size], begin + size
-    if name == 'grids':
-      dtype, shape, end = 'F32', [size, 3], begin + 12 * size
-    header[name] = {'dtype': dtype, 'shape': shape, 'data_offsets': [begin, end]}
-    begin = end
-  text = json.dumps(header, separators=(',', ':')).encode('ascii')
-  text += b' ' * (-len(text) % 8)
-  return len(text).to_bytes(8, 'little') + text
+class Index(NamedTuple):
+  """A parsed index.
+
+  Attributes:
+    tree: a plain tree with a `LeafEntry` at every leaf.
+    blocks: bytes and CRC-32 of every packed block.
+    metadata: of the user.
+  """
+
+  tree: Node
+  blocks: list[tuple[int, int]]
+  metadata: dict[str, str]
 
 
-def pack(data: bytes | bytearray, period: int = 1) -> bytes:
-  return lzma.compress(data, format=lzma.FORMAT_RAW, filters=_lzma(period))
+class Placed(NamedTuple):
+  """Leaves, each in its place.
 
+  Attributes:
+    leaves: by path name, with `begin`.
+    compressed: how many of them are compressed.
+    codes_size: bytes of all payloads.
+    uncompressed_size: bytes of all uncompressed leaves, unpacked.
+  """
 
-def unpack(data: bytes, most: int, period: int = 1) -> bytes:
-  """What was packed, if that is no more than `most` bytes: nothing small unpacks to fill memory."""
-  decompressor = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_lzma(period))
-  try:
-    unpacked = decompressor.decompress(data, most + 1)
-  except lzma.LZMAError as error:
-    raise ValueError(f'found damaged LZMA data: {error}') from error
-  if len(unpacked) > most or not decompressor.eof or decompressor.unused_data:
-    raise ValueError(f'found LZMA data that do not end within {most} bytes')
-  return unpacked
-
-
-def _lzma(period: int) -> list[dict[str, int]]:
-  """LZMA that knows nothing of a byte but its place in a period: 4 suits the bytes of float32."""
-  place = period.bit_length() - 1
-  return [{'id': lzma.FILTER_LZMA1, 'dict_size': BLOCK, 'lc': 0, 'lp': place, 'pb': 0}]
+  leaves: dict[str, LeafEntry]
+  compressed: int
+  codes_size: int
+  uncompressed_size: int
 
 
 def named_leaves(tree: Node) -> dict[str, Any]:
@@ -174,7 +171,7 @@ def named_leaves(tree: Node) -> dict[str, Any]:
 
 
 def check_names(tree: Node) -> None:
-  """Finds out what the path names of all leaves would take before anybody makes them.
+  """Checks how long the path names of all leaves would be, before they are made.
 
   Raises:
     ValueError: the names have more than `MAX_NAMES` characters together, or containers lie deeper
@@ -185,7 +182,7 @@ def check_names(tree: Node) -> None:
 
   def characters(node: Any, length: int, depth: int) -> int:
     if depth > MAX_DEPTH:
-      raise ValueError(f'found a tree deeper than {MAX_DEPTH} containers, expected at most these')
+      raise ValueError(f'found a tree deeper than {MAX_DEPTH} containers, expected no deeper one')
     items: Any = node.items() if isinstance(node, dict) else ()
     if isinstance(node, list | tuple):
       items = enumerate(node)
@@ -198,20 +195,28 @@ def check_names(tree: Node) -> None:
 
 
 def spec(dtype: np.dtype, shape: tuple[int, ...]) -> str:
-  """The notation of an uncompressed leaf, with which that of every leaf begins."""
+  """Returns the notation of an uncompressed leaf; that of every leaf begins so.
+
+  >>> spec(np.dtype(np.float32), (3, 16))
+  'float32[3,16]'
+  """
   return f'{dtype.name}[{",".join(map(str, shape))}]'
 
 
 def compressed_spec(
   dtype: np.dtype, shape: tuple[int, ...], levels: int, stored: int, escapes: int, escape_bytes: int
 ) -> str:
-  """The notation of a compressed leaf (see `LeafEntry`)."""
+  """Returns the notation of a compressed leaf (see `LeafEntry`).
+
+  >>> compressed_spec(np.dtype(np.float32), (3, 16), 9, 141, 2, 40)
+  'float32[3,16] 9 141 escapes=2,40'
+  """
   fields = f' escapes={escapes},{escape_bytes}' if escapes else ''
   return f'{spec(dtype, shape)} {levels} {stored}{fields}'
 
 
 def can_be_compressed(dtype: np.dtype) -> bool:
-  """Whether a compressed leaf may have this dtype: a float of whole bytes that knows 0."""
+  """Returns whether a compressed leaf may have this dtype: floats of whole bytes that know 0."""
   if dtype.kind == 'c':  # whose `finfo` is that of its parts
     return False
   try:
@@ -222,7 +227,7 @@ def can_be_compressed(dtype: np.dtype) -> bool:
 
 
 def to_json(node: Node) -> Any:
-  """A plain tree of strings in the notation of the index."""
+  """Returns the JSON of a plain tree of strings."""
   if isinstance(node, list | tuple):
     return [type(node).__name__, *map(to_json, node)]
   if isinstance(node, dict):
@@ -232,7 +237,11 @@ def to_json(node: Node) -> Any:
 
 
 def from_json(node: Any) -> Node:
-  """The plain tree, with a `LeafEntry` at every leaf, that the index notes."""
+  """Returns the plain tree of JSON, with a `LeafEntry` at every leaf.
+
+  Raises:
+    ValueError: a container, a key or a leaf is not in the notation of the index.
+  """
   match node:
     case None:
       return None
@@ -247,8 +256,12 @@ def from_json(node: Any) -> Node:
   raise ValueError(f'found {str(node)[:80]!r} in the tree, expected a container or a leaf')
 
 
-def parsed_index(text: bytes) -> tuple[Node, list[tuple[int, int]], dict[str, str]]:
-  """The tree of `LeafEntry`s, size and checksum of every block, and the metadata of the user."""
+def parsed_index(text: bytes) -> Index:
+  """Parses the JSON of an index.
+
+  Raises:
+    ValueError: the text is no index, or its names are longer or deeper than a reader takes.
+  """
   match json.loads(text, object_pairs_hook=_unique):
     case {'blocks': list(numbers), 'metadata': dict(metadata), 'tree': node}:
       if all(type(n) is int and n >= 0 for n in numbers) and all(
@@ -257,15 +270,15 @@ def parsed_index(text: bytes) -> tuple[Node, list[tuple[int, int]], dict[str, st
         blocks = list(zip(numbers[::2], numbers[1::2], strict=True))
         tree = from_json(node)
         check_names(tree)
-        return tree, blocks, metadata
+        return Index(tree, blocks, metadata)
   raise ValueError(f'found {text[:80]!r}, expected blocks, metadata and tree')
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  found = dict(pairs)
-  if len(found) != len(pairs):
+  content = dict(pairs)
+  if len(content) != len(pairs):
     raise ValueError(f'found keys {[key for key, _ in pairs][:10]}, expected every key once')
-  return found
+  return content
 
 
 def _parsed_key(text: str) -> str | int:
@@ -304,7 +317,7 @@ def _parsed_leaf(text: str) -> LeafEntry:
 
 
 def _parsed_fields(text: str) -> dict[str, str]:
-  """The fields of an entry by name; with no name that this reader does not know."""
+  """Returns the fields of an entry by name."""
   pairs = [field.split('=', 1) for field in text.split()]
   names = [name for name, _ in pairs]
   for name in names:
@@ -315,16 +328,15 @@ def _parsed_fields(text: str) -> dict[str, str]:
   return dict(pairs)
 
 
-def placed(leaves: dict[str, LeafEntry]) -> tuple[dict[str, LeafEntry], int, int, int]:
-  """The leaves, each in its place; how many are compressed, bytes of codes, bytes of the others."""
-  placed, rows, codes_size, raw_size = {}, 0, 0, 0
+def placed(leaves: dict[str, LeafEntry]) -> Placed:
+  """Places the leaves end to end, uncompressed ones at multiples of their item size."""
+  with_places, compressed, codes_size, uncompressed_size = {}, 0, 0, 0
   for name, leaf in leaves.items():
     if leaf.levels is None:
-      begin = raw_size + -raw_size % leaf.dtype.itemsize
-      placed[name] = dataclasses.replace(leaf, begin=begin)
-      raw_size = begin + leaf.stored
+      begin = uncompressed_size + -uncompressed_size % leaf.dtype.itemsize
+      uncompressed_size = begin + leaf.stored
     else:
-      placed[name] = dataclasses.replace(leaf, begin=codes_size, row=rows)
+      begin, compressed = codes_size, compressed + 1
       codes_size += leaf.stored
-      rows += 1
-  return placed, rows, codes_size, raw_size
+    with_places[name] = dataclasses.replace(leaf, begin=begin)
+  return Placed(with_places, compressed, codes_size, uncompressed_size)

@@ -5,9 +5,6 @@ it is imported where a compression state is asked for.
 """
 
 import io
-import itertools
-import json
-import math
 import os
 import zlib
 from collections.abc import Iterator, Mapping
@@ -18,18 +15,14 @@ from jaxtyping import Int8, Shaped
 
 from opq_jax.coding import decode_codes, escapes
 from opq_jax.core.limits import ESCAPE
-from opq_jax.file import checks
-from opq_jax.file import index as file_index
+from opq_jax.file import checks, packing
+from opq_jax.file.front import GRID_BYTES, read_bytes, read_front
 from opq_jax.file.grids import Grid
 from opq_jax.file.index import LeafEntry
 
 if TYPE_CHECKING:
   from opq_jax.compression import CompressionState, LeafState
   from opq_jax.core.trees import PyTree
-
-# decoded bytes that a file may claim unless the caller admits more: both bounds must be passed
-_ADMITTED_BYTES = 1 << 30
-_ADMITTED_RATIO = 1000  # of the bytes of the file; real networks stay below 200
 
 
 def load(
@@ -90,21 +83,21 @@ class _CodedLeaf(NamedTuple):
 
 
 class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
-  """A file whose leaves are decoded one at a time, when they are asked for.
+  """Opens an `.opq` file, a mapping whose leaves are decoded when they are asked for.
 
-  A mapping from path names, in the order of JAX, to host arrays: the values of compressed leaves,
-  the others bit for bit.  Opening reads and checks the header, the grids and the index; a leaf is
-  read and checked when it is asked for.  A context manager.
+  Keys are path names, in the order of JAX; items are host arrays: the values of compressed leaves,
+  the others bit for bit.  Opening reads and checks the header, the grids and the index.  A leaf is
+  read and checked each time it is asked for.  The file is a context manager.
 
   Args:
     path: of the file; or its bytes.
-    most_bytes: that its leaves may have, decoded.  A run of zeros takes next to nothing, so 3 MB
-      may well hold 2**40 of them; by default a file is refused that claims more than 1 GiB and
+    most_bytes: bytes that its leaves may have, decoded.  A run of zeros takes next to nothing, so
+      3 MB may well hold 2**40 of them; by default a file is refused that claims more than 1 GiB and
       more than 1000 times its own size.
 
   Raises:
-    ValueError: this is no whole and undamaged `.opq` file of a version up to 2.  The time and the
-      memory that it takes to find out are bounded, whatever is in the file; nothing is executed.
+    ValueError: this is no whole and undamaged `.opq` file of a version up to 2.  Checking takes
+      bounded time and memory, whatever is in the file; nothing in it is executed.
 
   >>> import jax, opq_jax
   >>> kernel = jax.random.laplace(jax.random.key(0), (64, 32))
@@ -116,14 +109,12 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
   ['bias', 'kernel'] (32,) int8 {'source': 'an example'}
   """
 
-  metadata: dict[str, str]
-
   def __init__(self, path: str | os.PathLike[str] | bytes, most_bytes: int | None = None):
     self._label = 'the file' if isinstance(path, bytes) else os.fspath(path)
     self._file = io.BytesIO(path) if isinstance(path, bytes) else open(path, 'rb')  # noqa: SIM115
-    self._unpacked = -1, b''  # number and bytes of the block that was read last
+    self._last_block = -1, b''  # number and unpacked bytes
     try:
-      self._read_front(most_bytes)
+      self._front = read_front(self._file, self._label, most_bytes)
     except BaseException:
       self._file.close()
       raise
@@ -135,16 +126,21 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     return self._coded(name, leaf, leaf.levels).values()
 
   def __iter__(self) -> Iterator[str]:
-    return iter(self._leaves)
+    return iter(self._front.leaves)
 
   def __len__(self) -> int:
-    return len(self._leaves)
+    return len(self._front.leaves)
 
   def __enter__(self) -> Self:
     return self
 
   def __exit__(self, *_: object) -> None:
     self.close()
+
+  @property
+  def metadata(self) -> dict[str, str]:
+    """The strings that were saved with the network."""
+    return self._front.metadata
 
   def close(self) -> None:
     """Closes the file; nothing can be read from it afterwards."""
@@ -168,8 +164,8 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     Raises:
       KeyError: the file has no such leaf.
     """
-    leaf = self._leaf(name)
-    return None if leaf.levels is None else self._grid(leaf, leaf.levels)
+    self._leaf(name)
+    return self._front.grids.get(name)
 
   def leaf_state(self, name: str) -> 'LeafState | None':
     """Returns kinds and codebook of a leaf, None where it is not compressed.
@@ -190,13 +186,14 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     A compressed leaf takes its payload and 12 bytes of `grids`.  The packed bytes of all
     uncompressed leaves are shared out in proportion to their own.
     """
-    packed, begin, sizes = self._block_begins[-1], 0, {}
-    for name, leaf in self._leaves.items():
+    front, begin, sizes = self._front, 0, {}
+    packed = front.block_begins[-1] - front.block_begins[0]
+    for name, leaf in front.leaves.items():
       if leaf.levels is None:
-        end = packed * (leaf.begin + leaf.stored) // max(self._raw_size, 1)
+        end = packed * (leaf.begin + leaf.stored) // max(front.uncompressed_size, 1)
         begin, sizes[name] = end, end - begin
       else:
-        sizes[name] = leaf.stored + 12
+        sizes[name] = leaf.stored + GRID_BYTES
     return sizes
 
   def load(self, like: 'PyTree | None' = None) -> 'tuple[PyTree, CompressionState]':
@@ -220,7 +217,7 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     from opq_jax.compression import CompressionState
     from opq_jax.core import trees
 
-    structure, order = jax.tree.structure(self._tree), list(self._leaves)
+    structure, order = jax.tree.structure(self._front.tree), list(self._front.leaves)
     if like is not None:
       shapes = {name: np.shape(leaf) for name, leaf in trees.named_leaves(like).items()}
       self._check_like(shapes)
@@ -242,7 +239,7 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     )
 
   def _check_like(self, shapes: dict[str, tuple[int, ...]]) -> None:
-    expected = {name: leaf.shape for name, leaf in self._leaves.items()}
+    expected = {name: leaf.shape for name, leaf in self._front.leaves.items()}
     lines = [
       f'  {name}: found {shapes.get(name, "nothing")}, expected {expected.get(name, "nothing")}'
       for name in dict.fromkeys([*expected, *shapes])
@@ -252,14 +249,14 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
       raise ValueError('\n'.join([f'`like` is another tree than {self._label} holds:', *lines]))
 
   def _leaf(self, name: str) -> LeafEntry:
-    if name not in self._leaves:
+    if name not in self._front.leaves:
       raise KeyError(f'{name}: not found in {self._label}')
-    return self._leaves[name]
+    return self._front.leaves[name]
 
   def _coded(self, name: str, leaf: LeafEntry, levels: int) -> _CodedLeaf:
     """Reads and checks a compressed leaf."""
     try:
-      data = self._read(self._codes_begin + leaf.begin, leaf.stored)
+      data = self._read(self._front.codes_begin + leaf.begin, leaf.stored)
       end = leaf.stored - leaf.escape_bytes
       codes = decode_codes(data[:end], leaf.shape)
       checks.check_levels(codes, levels)
@@ -272,112 +269,33 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
       flat[positions] = ESCAPE
     except ValueError as error:
       raise ValueError(f'{name}: {error}') from error
-    grid = self._grid(leaf, levels)
+    grid = self._front.grids[name]
     checks.check_cells(name, codes, grid)
     return _CodedLeaf(codes, escaped, grid)
-
-  def _grid(self, leaf: LeafEntry, levels: int) -> Grid:
-    threshold, first, step = self._grids[leaf.row]
-    return Grid(threshold, first, step, levels, leaf.dtype)
 
   def _uncompressed(self, name: str, leaf: LeafEntry) -> Shaped[np.ndarray, '...']:
     """Reads and checks an uncompressed leaf."""
     data = bytearray()
     try:
       while len(data) < leaf.stored:
-        number, start = divmod(leaf.begin + len(data), file_index.BLOCK)
+        number, start = divmod(leaf.begin + len(data), packing.BLOCK)
         data += self._block(number)[start : start + leaf.stored - len(data)]
     except ValueError as error:
       raise ValueError(f'{name}: {error}') from error
     return np.frombuffer(data, leaf.dtype).reshape(leaf.shape)
 
   def _block(self, number: int) -> bytes:
-    """One block of uncompressed leaves; kept, because the next leaf is likely to lie in it."""
-    if self._unpacked[0] != number:
-      stored, checksum = self._blocks[number]
-      data = self._read(self._blocks_begin + self._block_begins[number], stored)
+    """One unpacked block; it is kept, because the next leaf is likely to lie in it."""
+    if self._last_block[0] != number:
+      stored, checksum = self._front.blocks[number]
+      data = self._read(self._front.block_begins[number], stored)
       if (found := zlib.crc32(data)) != checksum:
         raise ValueError(f'found CRC-32 {found:08x}, expected {checksum:08x}')
-      size = min(file_index.BLOCK, self._raw_size - number * file_index.BLOCK)
-      if len(block := file_index.unpack(data, size, period=4)) != size:
+      size = min(packing.BLOCK, self._front.uncompressed_size - number * packing.BLOCK)
+      if len(block := packing.unpack(data, size, packing.FLOAT_PERIOD)) != size:
         raise ValueError(f'found a block of {len(block)} bytes, expected {size}')
-      self._unpacked = number, block
-    return self._unpacked[1]
+      self._last_block = number, block
+    return self._last_block[1]
 
   def _read(self, begin: int, size: int) -> bytes:
-    self._file.seek(begin)
-    data = self._file.read(size)
-    if len(data) != size:
-      raise ValueError(f'{self._label}: found {len(data)} bytes at {begin}, expected {size}')
-    return data
-
-  def _read_front(self, most_bytes: int | None) -> None:
-    """Reads and checks all that comes before the codes."""
-    version, (rows, *sizes), checksum, begin = self._read_header()
-    table, index = self._read(begin, 12 * rows), self._read(begin + 12 * rows, sizes[0])
-    self._codes_begin = begin + 12 * rows + sizes[0]
-    self._blocks_begin = self._codes_begin + sizes[1]
-    self._grids = np.frombuffer(table, '<f4').astype(np.float32).reshape(rows, 3)
-    if (found := zlib.crc32(index, zlib.crc32(table))) != checksum:
-      raise ValueError(f'{self._label}: found CRC-32 {found:08x} of the index, not {checksum:08x}')
-    try:
-      self._tree, self._blocks, self.metadata = file_index.parsed_index(
-        file_index.unpack(index, file_index.MAX_INDEX)
-      )
-      leaves = file_index.named_leaves(self._tree)
-    except (ValueError, RecursionError) as error:
-      raise ValueError(f'{self._label}: found an index that cannot be: {error}') from error
-    self._block_begins = [0, *itertools.accumulate(size for size, _ in self._blocks)]
-    self._leaves, found_rows, codes_size, self._raw_size = file_index.placed(leaves)
-    for what, found, expected in (
-      ('compressed leaves', found_rows, rows),
-      ('bytes of codes', codes_size, sizes[1]),
-      ('blocks', len(self._blocks), -(-self._raw_size // file_index.BLOCK)),
-      ('bytes of blocks', self._block_begins[-1], sizes[2]),
-    ):
-      if found != expected:
-        raise ValueError(f'{self._label}: found an index of {found} {what}, expected {expected}')
-    file_size = self._blocks_begin + sizes[2]
-    if most_bytes is None:
-      most_bytes = max(_ADMITTED_BYTES, _ADMITTED_RATIO * file_size)
-    claimed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in self._leaves.values())
-    if claimed > most_bytes:
-      raise ValueError(
-        f'{self._label}: found leaves of {claimed} bytes in {file_size}, expected '
-        f'at most {most_bytes}; a greater most_bytes admits them'
-      )
-    for name, leaf in self._leaves.items():
-      if leaf.levels is not None:
-        checks.check_grid(f'{self._label}: {name}', self._grid(leaf, leaf.levels), version)
-        if leaf.escapes and version == '1':
-          raise ValueError(f'{self._label}: {name}: found escapes, expected none in version 1')
-
-  def _read_header(self) -> tuple[str, tuple[int, ...], int, int]:
-    """Version, sizes of the tensors (for `grids`, rows), checksum, and where the data begin."""
-    size = self._file.seek(0, os.SEEK_END)
-    self._file.seek(0)
-    length = int.from_bytes(self._file.read(8), 'little')
-    text = self._file.read(min(length, file_index.MAX_HEADER))
-    try:
-      header = json.loads(text)
-      about = header['__metadata__']
-      if about['format'] != 'opq':
-        raise ValueError(f'found format {about["format"]!r}, expected opq')
-      version = about['version']
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-      raise ValueError(f'{self._label}: found no .opq file: {error!r}') from error
-    if version not in file_index.VERSIONS:
-      raise ValueError(f"{self._label}: found version {version!r}, expected '1' or '2'")
-    try:
-      sizes = tuple(header[name]['shape'][0] for name in file_index.TENSORS)
-      if not all(type(n) is int and n >= 0 for n in sizes):
-        raise ValueError(f'found sizes {sizes}')
-      checksum = int(about['crc32'], 16)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-      raise ValueError(f'{self._label}: found a damaged header: {error!r}') from error
-    expected = file_index.header(sizes, checksum, version)
-    if length.to_bytes(8, 'little') + text != expected:
-      raise ValueError(f'{self._label}: found header {text!r}, expected {expected[8:]!r}')
-    if size != (expected_size := len(expected) + 12 * sizes[0] + sum(sizes[1:])):
-      raise ValueError(f'{self._label}: found {size} bytes, expected {expected_size}')
-    return version, sizes, checksum, len(expected)
+    return read_bytes(self._file, self._label, begin, size)

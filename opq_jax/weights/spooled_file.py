@@ -19,8 +19,9 @@ from jaxtyping import Int8, Shaped
 from opq_jax.compression import LeafState
 from opq_jax.core import files
 from opq_jax.core.trees import PyTree
+from opq_jax.file import front as file_front
 from opq_jax.file import index as file_index
-from opq_jax.file import writer
+from opq_jax.file import packing, writer
 
 _MAX_PENDING = 8  # blocks of 1 MiB packed by threads or waiting for it: a bound of memory
 _COPY = 1 << 20  # bytes copied at a time
@@ -85,10 +86,10 @@ class SpooledFile:
     as_bytes = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     self._raw_size += padding + as_bytes.size
     self._raw += bytes(padding)
-    for start in range(0, as_bytes.size, file_index.BLOCK):
-      self._raw += as_bytes[start : start + file_index.BLOCK].data
-      while len(self._raw) >= file_index.BLOCK:
-        self._pack(file_index.BLOCK)
+    for start in range(0, as_bytes.size, packing.BLOCK):
+      self._raw += as_bytes[start : start + packing.BLOCK].data
+      while len(self._raw) >= packing.BLOCK:
+        self._pack(packing.BLOCK)
 
   def finish(self, unflatten: Callable[[list[str]], PyTree], metadata: dict[str, str]) -> None:
     """Makes header, grids and index.
@@ -102,7 +103,7 @@ class SpooledFile:
     while self._pending:
       self._write_block()
     codes_size = self._codes_file.tell()
-    self._front = writer.front(
+    self._front = file_front.front_bytes(
       unflatten(self._specs), self._grids, codes_size, self._blocks, metadata, self._version
     )
 
@@ -127,7 +128,7 @@ class SpooledFile:
     """Has a thread pack the next block of uncompressed bytes."""
     block = bytes(self._raw[:size])
     del self._raw[:size]
-    self._pending.append(self._pool.submit(file_index.pack, block, period=4))
+    self._pending.append(self._pool.submit(packing.pack, block, packing.FLOAT_PERIOD))
     if len(self._pending) > _MAX_PENDING:
       self._write_block()
 

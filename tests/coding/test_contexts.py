@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from opq_jax.coding import ans, context_search, escapes, trellis
+from opq_jax.coding import ans, context_search, escapes, frequencies, trellis
 from opq_jax.coding import contexts as context_coding
 from opq_jax.coding.payload import decode_codes, encode_codes, entropy
 from opq_jax.compression import LeafState
@@ -47,16 +47,16 @@ def spec_decode(payload, shape):
     position += 1
     table = None
     if bits[position - 1] == '1':
-      table, position = ans.read_table(bits, position)
+      table, position = frequencies.read_table(bits, position)
     score_tables.append(table)
-  more, position = ans.read_golomb(bits, position, 2)
+  more, position = frequencies.read_golomb(bits, position, 2)
   begins = [-(10**9)]
   for i in range(more):
-    step, position = ans.read_golomb(bits, position, 2 if i else 8)
+    step, position = frequencies.read_golomb(bits, position, 2 if i else 8)
     begins.append(begins[-1] + 1 + step if i else step)
   tables = []
   for _ in range(2 * len(begins) if has_trellis else len(begins)):
-    table, position = ans.read_table(bits, position)
+    table, position = frequencies.read_table(bits, position)
     tables.append(table)
   coder = ans.resume(payload[-(-position // 8) :], 1, 1.0)
 
@@ -162,7 +162,7 @@ def test_escapes_take_the_places_of_zeros_along_a_trellis():
   _, subsets = trellis.indices_and_subsets(codes)
   indices, _ = trellis.indices_and_subsets(codes)
   indices.reshape(-1)[zeros] = -128
-  bits = sum(ans.ideal_bits(ans.histogram(indices[subsets == q])) for q in (0, 1))
+  bits = sum(frequencies.ideal_bits(frequencies.histogram(indices[subsets == q])) for q in (0, 1))
   assert entropy(escaped) == pytest.approx(bits / codes.size)
   assert entropy(escaped) > entropy(codes)
 
@@ -179,7 +179,7 @@ def test_escapes_take_the_places_of_zeros_along_a_trellis():
   written = writer.written_leaf(escaped, values, record, contexts=True)
   payload = encode_codes(codes)
   assert written.payload == payload + escapes.encode(zeros, values)
-  assert ans.to_bits(payload, 8).startswith(context_coding.TRELLIS_MARKER)
+  assert frequencies.to_bits(payload, 8).startswith(context_coding.TRELLIS_MARKER)
 
 
 @pytest.mark.parametrize('at', range(0, 1200, 97))
@@ -278,9 +278,9 @@ def test_a_vector_has_no_arrangement():
 
 
 def test_more_ranges_than_there_may_be_are_refused():
-  bits = f'{context_coding.MARKER}00' + '000' + ans.golomb(16, 2)
+  bits = f'{context_coding.MARKER}00' + '000' + frequencies.golomb(16, 2)
   with pytest.raises(ValueError, match='found 17 ranges of scores, expected at most 16'):
-    decode_codes(ans.to_bytes(bits) + bytes(400), (3, 3, 24, 32))
+    decode_codes(frequencies.to_bytes(bits) + bytes(400), (3, 3, 24, 32))
 
 
 def test_smooth_windows_take_less_in_either_layout():

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from opq_jax.coding import ans
+from opq_jax.coding import ans, frequencies
 from opq_jax.coding.payload import decode_codes, encode_codes, entropy
 
 INT8 = st.integers(-128, 127)
@@ -103,7 +103,7 @@ def test_the_format_does_not_move():
 
 
 def test_a_symbol_that_does_not_occur_is_never_coded_as_another():
-  model = ans.fit(ans.histogram(np.array([0, 0, 1, 2], np.int8)))
+  model = frequencies.fit(frequencies.histogram(np.array([0, 0, 1, 2], np.int8)))
   with pytest.raises(KeyError):
     model.encode(ans.begin(np.zeros(1, np.int8)), np.array([-1], np.int8))
 

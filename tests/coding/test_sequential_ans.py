@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from opq_jax.coding import ans, sequential_ans, trellis
+from opq_jax.coding import ans, frequencies, sequential_ans, trellis
 
 RNG = np.random.default_rng
 
@@ -17,7 +17,7 @@ def message(seed, n, start):
     subsets[i] = trellis.SUBSET_OF[state]
     state = trellis.NEXT[state, k & 1]
   models = 2 * ranges + subsets
-  fitted = [ans.fit(ans.histogram(indices[models == m])) for m in range(4)]
+  fitted = [frequencies.fit(frequencies.histogram(indices[models == m])) for m in range(4)]
   words = sequential_ans.encode(start, indices, models, sequential_ans.tables(fitted))
   return indices, ranges, subsets, models, fitted, words
 
@@ -46,7 +46,7 @@ def test_a_symbol_takes_the_logarithm_of_its_share():
 
 def test_a_message_goes_on_with_the_coder_of_many_symbols():
   codes = np.rint(RNG(2).laplace(size=500)).astype(np.int8)
-  model = ans.fit(ans.histogram(codes))
+  model = frequencies.fit(frequencies.histogram(codes))
   coder = ans.begin(codes)
   model.encode(coder, codes)
   before = ans.words(coder)

@@ -26,7 +26,9 @@ from opq_jax.coding.payload import encode_codes, entropy
 from opq_jax.compression import CompressionState, LeafState, apply_compression, encode
 from opq_jax.compression.records import affine_codebook, exact_grid
 from opq_jax.core import trees
+from opq_jax.file import front as file_front
 from opq_jax.file import index as file_index
+from opq_jax.file import packing
 from opq_jax.file.reader import OpqFile, load
 from opq_jax.file.writer import save, serialize
 from tests.helpers.opq_files import (
@@ -374,7 +376,7 @@ def test_all_weights_pruned():
 
 
 def test_leaves_across_blocks(monkeypatch):
-  monkeypatch.setattr(file_index, 'BLOCK', 1 << 12)
+  monkeypatch.setattr(packing, 'BLOCK', 1 << 12)
   params = {
     'a': laplace(3000),
     'b': np.int8(1),
@@ -636,7 +638,7 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch, call):
 def index_text(data):
   header, offsets = parts(data)
   index = data[len(header) :][slice(*offsets['index'])]
-  return file_index.unpack(index, file_index.MAX_INDEX).decode()
+  return packing.unpack(index, file_index.MAX_INDEX).decode()
 
 
 def index_size(data):
@@ -788,7 +790,7 @@ def test_an_index_that_unpacks_for_ever_is_refused():
 def test_a_block_that_unpacks_to_more_than_its_leaves_is_refused():
   params = {'a': laplace(7)}
   data = serialize(params, state_of(params))
-  bomb = file_index.pack(bytes(1 << 24), period=4)
+  bomb = packing.pack(bytes(1 << 24), packing.FLOAT_PERIOD)
   header, offsets = parts(data)
   data = data[: len(header) + offsets['codes'][1]] + bomb
   data = rebuilt_sizes(data, len(bomb))
@@ -803,14 +805,14 @@ def rebuilt_sizes(data, blocks_size):
   index, codes = (offsets[name][1] - offsets[name][0] for name in ('index', 'codes'))
   rows = (offsets['grids'][1] - offsets['grids'][0]) // 12
   sizes = rows, index, codes, blocks_size
-  return file_index.header(sizes, checksum, version_of(data)) + data[len(header) :]
+  return file_front.header(sizes, checksum, version_of(data)) + data[len(header) :]
 
 
 @given(st.binary(max_size=300))
 @settings(deadline=None)
 def test_noise_for_an_index_is_refused(noise):
   table = b''
-  header = file_index.header((0, len(noise), 0, 0), zlib.crc32(noise, zlib.crc32(table)), '1')
+  header = file_front.header((0, len(noise), 0, 0), zlib.crc32(noise, zlib.crc32(table)), '1')
   with pytest.raises(ValueError):
     OpqFile(header + noise)
 

@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 
 import opq_jax
-from opq_jax.file import index as file_index
+from opq_jax.file import front as file_front
 from tests.helpers import fresh_run
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
@@ -21,7 +21,7 @@ VERSIONS = sorted(path.stem for path in GOLDEN.glob('*.opq'))
 
 def test_every_version_has_a_golden_file():
   assert {'version_1', 'version_1_contexts', 'version_2_escapes'} <= set(VERSIONS)
-  assert {name.split('_')[1] for name in VERSIONS} == set(file_index.VERSIONS)
+  assert {name.split('_')[1] for name in VERSIONS} == set(file_front.VERSIONS)
 
 
 @pytest.mark.parametrize('version', VERSIONS)

@@ -28,8 +28,9 @@ from experiments.benchmarks.robustness import hostile_files
 from opq_jax.coding import payload as entropy_coding
 from opq_jax.compression import CompressionState
 from opq_jax.compression.records import affine_codebook
+from opq_jax.file import front as file_front
 from opq_jax.file import index as file_index
-from opq_jax.file import reader, writer
+from opq_jax.file import packing, reader, writer
 from opq_jax.weights import read_weights, write_safetensors
 from tests.helpers.opq_files import (
   leaf_state,
@@ -106,10 +107,10 @@ def with_grids(data, grids):
   """The file with other grids under a checksum that is right."""
   header, offsets = parts(data)
   table = np.array(grids, '<f4').tobytes()
-  sizes = [offsets[name][1] - offsets[name][0] for name in file_index.TENSORS]
+  sizes = [offsets[name][1] - offsets[name][0] for name in file_front.TENSORS]
   body = data[len(header) :]
   checksum = zlib.crc32(body[slice(*offsets['index'])], zlib.crc32(table))
-  header = file_index.header((sizes[0] // 12, *sizes[1:]), checksum, version_of(data))
+  header = file_front.header((sizes[0] // 12, *sizes[1:]), checksum, version_of(data))
   return header + table + body[len(table) :]
 
 
@@ -198,13 +199,13 @@ def test_more_zeros_than_memory_are_refused_unless_they_are_asked_for():
   header, offsets = parts(data)
   body = data[len(header) :]
   index = body[slice(*offsets['index'])]
-  text = file_index.unpack(index, 1 << 20).decode()
+  text = packing.unpack(index, 1 << 20).decode()
   old = offsets['codes'][1] - offsets['codes'][0]
   text = text.replace(f'[8,8] 4 {old}', f'[1099511627776] 4 {len(words)}')
   assert '[1099511627776]' in text
-  index = file_index.pack(text.encode())
+  index = packing.pack(text.encode())
   table = body[: offsets['grids'][1]]
-  header = file_index.header(
+  header = file_front.header(
     (1, len(index), len(words), 0), zlib.crc32(index, zlib.crc32(table)), '1'
   )
   bomb = header + table + index + words

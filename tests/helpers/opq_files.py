@@ -11,7 +11,8 @@ import numpy as np
 
 from opq_jax.compression import CompressionState, LeafState
 from opq_jax.compression.records import affine_codebook
-from opq_jax.file import index as file_index
+from opq_jax.file import front as file_front
+from opq_jax.file import packing
 
 
 def leaf_state(weights, threshold=0.5, step=0.5, levels=4, offset=0.5):
@@ -98,8 +99,8 @@ def rebuilt(data, edit):
   header, offsets = parts(data)
   body = data[len(header) :]
   table, codes, blocks = (body[slice(*offsets[k])] for k in ('grids', 'codes', 'uncompressed'))
-  text = edit(file_index.unpack(body[slice(*offsets['index'])], 1 << 20).decode()).encode()
-  index = file_index.pack(text)
+  text = edit(packing.unpack(body[slice(*offsets['index'])], 1 << 20).decode()).encode()
+  index = packing.pack(text)
   sizes = (len(table) // 12, len(index), len(codes), len(blocks))
-  header = file_index.header(sizes, zlib.crc32(index, zlib.crc32(table)), version_of(data))
+  header = file_front.header(sizes, zlib.crc32(index, zlib.crc32(table)), version_of(data))
   return header + table + index + codes + blocks

@@ -5,7 +5,9 @@ import random
 import zlib
 from collections.abc import Callable
 
+from opq_jax.file import front as file_front
 from opq_jax.file import index as file_index
+from opq_jax.file import packing
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:
@@ -37,9 +39,9 @@ def resealed(data: bytes, rng: random.Random) -> bytes:
   header = json.loads(data[8:end])
   table, index, codes, blocks = (
     data[end + header[name]['data_offsets'][0] : end + header[name]['data_offsets'][1]]
-    for name in file_index.TENSORS
+    for name in file_front.TENSORS
   )
-  text = file_index.unpack(index, file_index.MAX_INDEX)
+  text = packing.unpack(index, file_index.MAX_INDEX)
   match rng.randrange(4):
     case 0:
       table = mutated(table, rng)
@@ -53,10 +55,10 @@ def resealed(data: bytes, rng: random.Random) -> bytes:
       content = json.loads(text)
       content['blocks'] = [len(blocks), zlib.crc32(blocks)]
       text = json.dumps(content).encode()
-  index = file_index.pack(text)
+  index = packing.pack(text)
   sizes = len(table) // 12, len(index), len(codes), len(blocks)
   version = header['__metadata__']['version']
-  sealed = file_index.header(sizes, zlib.crc32(index, zlib.crc32(table)), version)
+  sealed = file_front.header(sizes, zlib.crc32(index, zlib.crc32(table)), version)
   return sealed + table + index + codes + blocks
 
 

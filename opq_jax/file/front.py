@@ -1,0 +1,271 @@
+"""The front of an `.opq` file: everything before the payloads, written and read.
+
+    u64            length of the header in bytes, little-endian
+    header         JSON without spaces, then spaces up to a multiple of 8 bytes
+    grids          3 little-endian float32 for each compressed leaf: threshold, first value, step
+    index          packed JSON (`opq_jax.file.index`)
+
+The header is that of safetensors, and one of its kind alone: a reader builds the header that the
+sizes, the version and the checksum in it imply, and refuses any other text.  Its `crc32` is the
+CRC-32 of grids and index.
+"""
+
+import itertools
+import json
+import math
+import os
+import zlib
+from collections.abc import Sequence
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from opq_jax.file import checks, packing
+from opq_jax.file import index as file_index
+from opq_jax.file.grids import Grid
+
+VERSIONS = ('1', '2')
+"""Versions of the format that a reader takes."""
+
+TENSORS = ('grids', 'index', 'codes', 'uncompressed')
+"""Names of the four safetensors tensors, in their order in the file."""
+
+GRID_BYTES = 12
+"""Bytes of one row of grids."""
+
+MAX_HEADER = 1 << 12
+"""Bytes of a header that are read; one has some 350."""
+
+# decoded bytes that a file may claim by default, where it passes both bounds
+_ADMITTED_BYTES = 1 << 30
+_ADMITTED_RATIO = 1000  # of the bytes of the file
+
+
+class Block(NamedTuple):
+  """A packed block of uncompressed leaves.
+
+  Attributes:
+    size: its bytes in the file.
+    checksum: their CRC-32.
+  """
+
+  size: int
+  checksum: int
+
+
+class Front(NamedTuple):
+  """The front of a file, checked.
+
+  Attributes:
+    tree: a plain tree with a `LeafEntry` at every leaf.
+    leaves: the entries by path name, in the order of JAX, with their places.
+    grids: of the compressed leaves.
+    metadata: of the user.
+    codes_begin: where the payloads begin in the file.
+    blocks: the packed blocks of uncompressed leaves.
+    block_begins: where each begins in the file, and where the last one ends.
+    uncompressed_size: bytes of all uncompressed leaves, unpacked.
+  """
+
+  tree: file_index.Node
+  leaves: dict[str, file_index.LeafEntry]
+  grids: dict[str, Grid]
+  metadata: dict[str, str]
+  codes_begin: int
+  blocks: list[Block]
+  block_begins: list[int]
+  uncompressed_size: int
+
+
+class _Header(NamedTuple):
+  """What a header says.
+
+  Attributes:
+    version: of the format.
+    sizes: of the four tensors: rows of grids, bytes of the others.
+    checksum: of grids and index.
+    size: bytes of the header, with its length.
+  """
+
+  version: str
+  sizes: tuple[int, ...]
+  checksum: int
+  size: int
+
+
+def header(sizes: Sequence[int], checksum: int, version: str) -> bytes:
+  """Returns the header of a file, with its length.
+
+  Args:
+    sizes: rows of grids, and bytes of the index, the codes and the packed uncompressed leaves.
+    checksum: CRC-32 of grids and index.
+    version: of the format.
+  """
+  about = {'format': 'opq', 'version': version, 'crc32': f'{checksum:08x}'}
+  content: dict[str, Any] = {'__metadata__': about}
+  begin = 0
+  for name, size in zip(TENSORS, sizes, strict=True):
+    dtype, shape, end = 'U8', [size], begin + size
+    if name == 'grids':
+      dtype, shape, end = 'F32', [size, 3], begin + GRID_BYTES * size
+    content[name] = {'dtype': dtype, 'shape': shape, 'data_offsets': [begin, end]}
+    begin = end
+  text = json.dumps(content, separators=(',', ':')).encode('ascii')
+  text += b' ' * (-len(text) % 8)
+  return len(text).to_bytes(8, 'little') + text
+
+
+def front_bytes(
+  tree: file_index.Node,
+  grids: list[list[np.float32]],
+  codes_size: int,
+  blocks: Sequence[tuple[int, int]],
+  metadata: dict[str, str],
+  version: str,
+) -> bytes:
+  """Returns the front of a file.
+
+  Args:
+    tree: a plain tree with the notation of every leaf.
+    grids: threshold, first value and step of each compressed leaf.
+    codes_size: bytes of all payloads.
+    blocks: bytes and checksum of every packed block.
+    metadata: of the user.
+    version: of the format; the largest that a leaf needs.
+
+  Raises:
+    ValueError: the index is larger than a reader would take.
+  """
+  content = {
+    'blocks': [number for block in blocks for number in block],
+    'metadata': metadata,
+    'tree': file_index.to_json(tree),
+  }
+  text = json.dumps(content, separators=(',', ':')).encode('ascii')
+  if len(text) > file_index.MAX_INDEX:
+    raise ValueError(
+      f'found an index of {len(text)} bytes, expected at most {file_index.MAX_INDEX}'
+    )
+  index = packing.pack(text)
+  table = np.array(grids, '<f4').tobytes()
+  sizes = len(grids), len(index), codes_size, sum(size for size, _ in blocks)
+  return header(sizes, zlib.crc32(index, zlib.crc32(table)), version) + table + index
+
+
+def read_front(file: BinaryIO, label: str, most_bytes: int | None) -> Front:
+  """Reads and checks the front of a file, in time and memory that its own size bounds.
+
+  Args:
+    file: open, with a position that may be set.
+    label: the name of the file in messages.
+    most_bytes: bytes that the leaves may have, decoded; None for the default of `OpqFile`.
+
+  Raises:
+    ValueError: the file is none of a known version, damaged, or claims too many bytes.
+  """
+  version, (rows, *sizes), checksum, begin = _read_header(file, label)
+  table = read_bytes(file, label, begin, GRID_BYTES * rows)
+  packed_index = read_bytes(file, label, begin + len(table), sizes[0])
+  codes_begin = begin + len(table) + sizes[0]
+  blocks_begin, file_size = codes_begin + sizes[1], codes_begin + sizes[1] + sizes[2]
+  if (found := zlib.crc32(packed_index, zlib.crc32(table))) != checksum:
+    raise ValueError(f'{label}: found CRC-32 {found:08x} of the index, not {checksum:08x}')
+  try:
+    index = file_index.parsed_index(packing.unpack(packed_index, file_index.MAX_INDEX))
+    placed = file_index.placed(file_index.named_leaves(index.tree))
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f'{label}: found an index that cannot be: {error}') from error
+  blocks = [Block(*block) for block in index.blocks]
+  block_begins = list(itertools.accumulate((b.size for b in blocks), initial=blocks_begin))
+  for what, count, expected in (
+    ('compressed leaves', placed.compressed, rows),
+    ('bytes of codes', placed.codes_size, sizes[1]),
+    ('blocks', len(blocks), -(-placed.uncompressed_size // packing.BLOCK)),
+    ('bytes of blocks', block_begins[-1] - blocks_begin, sizes[2]),
+  ):
+    if count != expected:
+      raise ValueError(f'{label}: found an index of {count} {what}, expected {expected}')
+  _check_claim(label, placed.leaves, file_size, most_bytes)
+  grids = _read_grids(label, version, table, placed.leaves)
+  return Front(
+    index.tree,
+    placed.leaves,
+    grids,
+    index.metadata,
+    codes_begin,
+    blocks,
+    block_begins,
+    placed.uncompressed_size,
+  )
+
+
+def read_bytes(file: BinaryIO, label: str, begin: int, size: int) -> bytes:
+  """Returns bytes of a file.
+
+  Raises:
+    ValueError: the file ends before.
+  """
+  file.seek(begin)
+  data = file.read(size)
+  if len(data) != size:
+    raise ValueError(f'{label}: found {len(data)} bytes at {begin}, expected {size}')
+  return data
+
+
+def _check_claim(
+  label: str, leaves: dict[str, file_index.LeafEntry], file_size: int, most_bytes: int | None
+) -> None:
+  """Raises where leaves would take more memory than is admitted."""
+  if most_bytes is None:
+    most_bytes = max(_ADMITTED_BYTES, _ADMITTED_RATIO * file_size)
+  claimed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
+  if claimed > most_bytes:
+    raise ValueError(
+      f'{label}: found leaves of {claimed} bytes in {file_size}, expected at most {most_bytes}; a '
+      'greater most_bytes admits them'
+    )
+
+
+def _read_grids(
+  label: str, version: str, table: bytes, leaves: dict[str, file_index.LeafEntry]
+) -> dict[str, Grid]:
+  """Returns the grids of compressed leaves, each in its row."""
+  rows = np.frombuffer(table, '<f4').astype(np.float32).reshape(-1, 3)
+  compressed = {name: leaf for name, leaf in leaves.items() if leaf.levels is not None}
+  grids = {}
+  for (threshold, first, step), (name, leaf) in zip(rows, compressed.items(), strict=True):
+    grids[name] = Grid(threshold, first, step, leaf.levels or 0, leaf.dtype)
+    checks.check_grid(f'{label}: {name}', grids[name], version)
+    if leaf.escapes and version == '1':
+      raise ValueError(f'{label}: {name}: found escapes, expected none in version 1')
+  return grids
+
+
+def _read_header(file: BinaryIO, label: str) -> _Header:
+  file_size = file.seek(0, os.SEEK_END)
+  file.seek(0)
+  length = int.from_bytes(file.read(8), 'little')
+  text = file.read(min(length, MAX_HEADER))
+  try:
+    content = json.loads(text)
+    about = content['__metadata__']
+    if about['format'] != 'opq':
+      raise ValueError(f'found format {about["format"]!r}, expected opq')
+    version = about['version']
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
+    raise ValueError(f'{label}: found no .opq file: {error!r}') from error
+  if version not in VERSIONS:
+    raise ValueError(f"{label}: found version {version!r}, expected '1' or '2'")
+  try:
+    sizes = tuple(content[name]['shape'][0] for name in TENSORS)
+    if not all(type(size) is int and size >= 0 for size in sizes):
+      raise ValueError(f'found sizes {sizes}')
+    checksum = int(about['crc32'], 16)
+  except (ValueError, KeyError, TypeError, IndexError) as error:
+    raise ValueError(f'{label}: found a damaged header: {error!r}') from error
+  expected = header(sizes, checksum, version)
+  if length.to_bytes(8, 'little') + text != expected:
+    raise ValueError(f'{label}: found header {text!r}, expected {expected[8:]!r}')
+  if file_size != (expected_size := len(expected) + GRID_BYTES * sizes[0] + sum(sizes[1:])):
+    raise ValueError(f'{label}: found {file_size} bytes, expected {expected_size}')
+  return _Header(version, sizes, checksum, len(expected))
