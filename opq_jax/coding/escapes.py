@@ -1,24 +1,26 @@
-"""Escaped weights of a leaf <-> bytes: their positions and their values.
+"""Escaped weights of a leaf to bytes and back: their positions and their values.
 
 m of the n weights of a leaf, in C order, at the ascending positions p_1 ... p_m, are stored as they
-are.  The gap before each is g_i = p_i - p_(i-1) - 1, with p_0 = -1, and its bucket the bit length
-of the gap: 0 for a gap of 0, else 1 + floor(log2 g).  A section is
+are.  The gap before each is g_i = p_i - p_(i-1) - 1, with p_0 = -1, and its bucket is the bit
+length of the gap: 0 for a gap of 0, else 1 + floor(log2 g).  A section is
 
-    u32                 the bytes of the buckets
-    buckets             a plain payload of `opq_jax.coding.payload`, of m codes
-    bits                of every gap those below its leading one, the highest first; of 2**16 gaps
-                        at a time, padded with zeros to whole bytes
-    u32                 the bytes of the heads
+    u32                 bytes of the buckets
+    buckets             plain payload (`opq_jax.coding.payload`) of the m buckets
+    gaps                of every gap its bits below the leading one, the highest first; after every
+                        2**16 gaps, padded with zeros to whole bytes
+    u32                 bytes of the heads
     u8                  h, the head that most values have
-    heads               a plain payload of (head - h) mod 256, as int8
-    rests               of every value; rests of one bit lie eight in a byte, the first the highest
+    heads               plain payload of the m heads, each as (head - h) mod 256, an int8
+    rests               of every value, w - 1 bytes, little-endian, of a value of w bytes; rests of
+                        one bit (w = 1) eight in a byte, the first the highest, padded with zeros
     u32                 CRC-32 of all of the above
 
-with all numbers little-endian.  The head of a value is the 8 bits (of a value of 8 bits, the 7)
-that follow its sign: the exponent of float32 and bfloat16, which repeats, and costs its entropy.
-The rest is the sign, then the bits below the head.  At random places an escape takes
-log2(n / m) + 1.5 bits and those of its value, its head at its entropy, and some 30 bytes go with
-them all.
+with all numbers little-endian.  The head of a value is the 8 bits that follow its sign (7 of a
+value of 8 bits): the exponent of float32 and bfloat16, which repeats, and so costs its entropy
+alone.  The rest is the sign, then the bits below the head.
+
+At random places an escape takes log2(n / m) + 1.5 bits for its position, the entropy of its head
+and the bits of its rest; a section adds some 30 bytes.
 """
 
 import zlib
@@ -28,19 +30,23 @@ from jaxtyping import Int8, Int64, Shaped, UInt8
 
 from opq_jax.coding.payload import decode_codes, encode_codes
 
-_PIECE = 1 << 16  # gaps whose bits are unpacked, and padded, together
-_WORD = 4  # bytes of the length and of the checksum
+_PIECE = 1 << 16
+"""Gaps whose bits are padded to whole bytes together, and values that are cut at a time: memory for
+one piece bounds what a hostile section takes."""
+
+_WORD = 4
+"""Bytes of a length and of the checksum."""
 
 
 def encode(positions: Int64[np.ndarray, ' m'], values: Shaped[np.ndarray, ' m']) -> bytes:
-  """The section of escaped weights.
+  """Returns the section of escaped weights.
 
   Args:
-    positions: in the leaf, ascending.
-    values: of each, in the leaf's dtype.
+    positions: in the leaf, in C order, ascending.
+    values: the weight at each position, in the leaf's dtype.
 
   Returns:
-    The section, empty where there are no escaped weights.  The same ones make the same bytes.
+    The section, empty where there are no escaped weights.  The same weights make the same bytes.
 
   >>> section = encode(np.array([3, 70]), np.array([9.5, -8.0], np.float32))
   >>> [part.tolist() for part in decode(section, 100, 2, np.dtype('float32'))]
@@ -57,9 +63,10 @@ def encode(positions: Int64[np.ndarray, ' m'], values: Shaped[np.ndarray, ' m'])
     bits.append(_packed(gaps, np.maximum(length.astype(np.int64) - 1, 0)))
   coded = encode_codes(buckets, contexts=False)
   heads, rests = _cut(values)
-  usual = int(np.argmax(np.bincount(heads, minlength=256)))
-  relative = encode_codes((heads - np.uint8(usual)).view(np.int8), contexts=False)
-  parts = [_length(coded), coded, *bits, _length(relative), bytes([usual]), relative, *rests]
+  # relative to the most frequent head, heads are near 0, and their table is short
+  frequent = int(np.argmax(np.bincount(heads, minlength=256)))
+  relative = encode_codes((heads - np.uint8(frequent)).view(np.int8), contexts=False)
+  parts = [_length(coded), coded, *bits, _length(relative), bytes([frequent]), relative, *rests]
   section = b''.join(parts)
   return section + zlib.crc32(section).to_bytes(_WORD, 'little')
 
@@ -67,12 +74,12 @@ def encode(positions: Int64[np.ndarray, ' m'], values: Shaped[np.ndarray, ' m'])
 def decode(
   data: bytes, size: int, count: int, dtype: np.dtype
 ) -> tuple[Int64[np.ndarray, ' m'], Shaped[np.ndarray, ' m']]:
-  """The positions and the values of a section.
+  """Returns the positions and the values of a section.
 
   Args:
-    data: what `encode` returned.
+    data: the section.
     size: weights of the leaf, n.
-    count: of its escaped weights, m.
+    count: its escaped weights, m.
     dtype: of the leaf.
 
   Raises:
@@ -102,7 +109,7 @@ def decode(
     if end > len(body):
       raise ValueError(f'found {len(body) - begin} bytes of gaps, expected {end - begin}')
     gaps = _unpacked(body[begin:end], widths) + np.where(length > 0, 1 << widths, 0)
-    # in float64 first, where no sum wraps around
+    # in float64 first: a hostile sum of int64 may wrap around to a small one
     is_far = float(np.sum(gaps, dtype=np.float64)) > 1.5 * size
     if is_far or last + int(gaps.sum()) + gaps.size >= size:
       raise ValueError(f'found an escaped weight beyond the {size} of the leaf')
@@ -110,10 +117,10 @@ def decode(
     np.cumsum(gaps + 1, out=piece)
     piece += last
     last = int(piece[-1])
-  return positions, _values(body[end:], count, dtype)
+  return positions, _parsed_values(body[end:], count, dtype)
 
 
-def _values(data: bytes, count: int, dtype: np.dtype) -> Shaped[np.ndarray, ' m']:
+def _parsed_values(data: bytes, count: int, dtype: np.dtype) -> Shaped[np.ndarray, ' m']:
   head = _WORD + 1
   end = head + int.from_bytes(data[:_WORD], 'little')
   if len(data) < head or end > len(data):
@@ -140,7 +147,7 @@ def _length(part: bytes) -> bytes:
 
 
 def _cut(values: Shaped[np.ndarray, ' m']) -> tuple[UInt8[np.ndarray, ' m'], list[bytes]]:
-  """Heads of values, and their rests in pieces."""
+  """Cuts values into heads, and rests as bytes of one piece after the other."""
   size = values.dtype.itemsize
   heads, rests = np.empty(values.size, np.uint8), []
   for start in range(0, values.size, _PIECE):
@@ -160,7 +167,7 @@ def _cut(values: Shaped[np.ndarray, ' m']) -> tuple[UInt8[np.ndarray, ' m'], lis
 def _joined(
   heads: UInt8[np.ndarray, ' m'], rests: bytes, dtype: np.dtype
 ) -> Shaped[np.ndarray, ' m']:
-  """The values of heads and rests."""
+  """Joins heads and rests to values: the inverse of `_cut`."""
   size, stored = dtype.itemsize, np.frombuffer(rests, np.uint8)
   if size == 1:
     signs = np.unpackbits(stored)
@@ -177,7 +184,7 @@ def _joined(
 
 
 def _bit_length(numbers: Int64[np.ndarray, ' k']) -> Int8[np.ndarray, ' k']:
-  """Of numbers from 0 to 2**62; exact, which a logarithm in float64 is not."""
+  """The bit length of numbers from 0 to 2**62; exact, unlike a logarithm in float64."""
   length = np.zeros(numbers.size, np.int8)
   rest = numbers.copy()
   for shift in (32, 16, 8, 4, 2, 1):
@@ -190,7 +197,7 @@ def _bit_length(numbers: Int64[np.ndarray, ' k']) -> Int8[np.ndarray, ' k']:
 def _places(
   widths: Int64[np.ndarray, ' k'],
 ) -> tuple[Int64[np.ndarray, ' bits'], Int64[np.ndarray, ' bits']]:
-  """Of every bit the number that it is of, and its place in that, the lowest 0."""
+  """For every bit of a sequence of numbers: which number has it, and its place, the lowest 0."""
   ends = np.cumsum(widths)
   which = np.repeat(np.arange(widths.size), widths)
   return which, ends[which] - 1 - np.arange(which.size)

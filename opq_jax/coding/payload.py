@@ -1,16 +1,16 @@
-"""Arrays of integer codes <-> bytes: at the cost of their entropy, or of less.
+"""Payloads: arrays of integer codes to bytes and back, at their entropy or below it.
 
-One payload codes one array, in the shorter of two ways.  Plain, as if all codes were alike and in
-no order, which takes their zeroth-order entropy:
+A payload codes one array, in the shorter of two ways.  A plain payload takes the entropy of the
+codes in C order:
 
-    [table of frequencies][words of an ANS, little-endian uint32]
+    [table of frequencies, padded with zeros to whole bytes][words of an ANS]
 
-with the table padded with zeros to whole bytes (`opq_jax.coding.ans`); or as
-`opq_jax.coding.contexts` says, which begins with what no table begins with, knows the axes of the
-kernel and takes less.
+as in `opq_jax.coding.frequencies` and `opq_jax.coding.ans`.  A payload with contexts
+(`opq_jax.coding.contexts`) knows the axes of the kernel and takes less; it begins with bits that
+begin no table.  An empty array has an empty payload.
 
-The coder does not begin empty but with the checksum of the codes, which costs one byte more than
-beginning empty and which the decoder must find at the end.
+The words end in the checksum of the codes, one byte more than words without it.  A decoder must
+find it there.
 
 No symbol is ever certain, so the length of a payload bounds the number of codes in it:
 `decode_codes` refuses a shape that the payload cannot hold before it allocates anything.
@@ -24,15 +24,16 @@ from jaxtyping import Int8
 from opq_jax.coding import ans, arrangements, context_search, frequencies, trellis
 from opq_jax.coding import contexts as context_coding
 
-_MAX_TABLE_BYTES = 1200  # 255 frequencies of at most 33 bits, the bounds of the alphabet, and P
+_MAX_TABLE_BYTES = 1200
+"""Bytes of a table: 255 frequencies of at most 33 bits, the bounds of the alphabet, and P."""
 
 
 def entropy(codes: Int8[np.ndarray, '...']) -> float:
-  """The empirical zeroth-order entropy of `codes` in bits per code (METHOD.md section 6).
+  """Returns the empirical zeroth-order entropy of codes in bits per code.
 
-  Where codes follow the trellis of `opq_jax.coding.trellis`, that given their subsets.  The code
-  -128 of an escaped weight is a symbol like any other; along a trellis it stands in the place of a
-  0.
+  sum_c (n_c / n) log2(n / n_c) over the n_c codes c of n.  Where codes follow the trellis of
+  `opq_jax.coding.trellis`, the entropy of their indices given their subsets.  The code -128 of an
+  escaped weight is a symbol like any other; along a trellis it takes the place of a 0.
 
   >>> entropy(np.array([0, 0, 1, -1], np.int8))
   1.5
@@ -51,12 +52,12 @@ def entropy(codes: Int8[np.ndarray, '...']) -> float:
 
 
 def encode_codes(codes: Int8[np.ndarray, '...'], *, contexts: bool = True) -> bytes:
-  """The payload of `codes`.
+  """Returns the payload of codes.
 
   Args:
     codes: int8, of any shape and any values.
-    contexts: whether to try them; without, encoding is 6 to 60 times faster and takes the entropy
-      (`experiments.benchmarks.payload`).
+    contexts: whether to try them; a plain payload is encoded 6 to 60 times faster and takes the
+      entropy (`experiments.benchmarks.rate.payload`).
 
   Returns:
     The payload, empty where `codes` is.  The same codes make the same bytes.
@@ -77,16 +78,16 @@ def encode_codes(codes: Int8[np.ndarray, '...'], *, contexts: bool = True) -> by
   coder = ans.begin(codes)
   model.encode(coder, codes.reshape(-1))
   plain = frequencies.to_bytes(frequencies.write_table(model)) + ans.end(coder)
-  known = context_search.encode(codes) if contexts else None
-  return plain if known is None or len(known) >= len(plain) else known
+  with_contexts = context_search.encode(codes) if contexts else None
+  return plain if with_contexts is None else min(plain, with_contexts, key=len)
 
 
 def decode_codes(data: bytes | memoryview, shape: tuple[int, ...]) -> Int8[np.ndarray, '...']:
-  """The codes of a payload.
+  """Returns the codes of a payload.
 
   Args:
-    data: what `encode_codes` returned.
-    shape: of the codes that it was given.
+    data: the payload.
+    shape: of the codes.
 
   Returns:
     int8, of that shape.

@@ -1,9 +1,17 @@
-"""Symbols <-> words of an ANS, one after the other: the model of each depends on those before it.
+"""Symbols to words of an ANS and back, one by one: the symbols before select the model of the next.
 
-The words are those of `opq_jax.coding.ans`, so that a message may go on with either.
-`constriction` decodes many symbols of one model at once; along a trellis
-(`opq_jax.coding.trellis`) each symbol says which model the next one has, and what took a call of
-Python's has to take nanoseconds.
+`constriction` decodes many symbols of one model at once.  Along a trellis
+(`opq_jax.coding.trellis`) each index selects the model of the next one, so a compiled loop takes
+the place of a call a symbol.  This module loads numba.
+
+State and words are those of `opq_jax.coding.ans`, so that a message may go on with either.  But
+probabilities have the P bits of their own table instead of 24: with F_i = f_0 + ... + f_(i-1),
+
+    encode i:   if x >> (64 - P) >= f_i:  push the low 32 bits of x;  x >>= 32
+                x  <-  (x // f_i) 2**P  +  x mod f_i  +  F_i
+    decode:     i with F_i <= x mod 2**P < F_(i+1)
+                x  <-  (x >> P) f_i  +  x mod 2**P  -  F_i
+                if x < 2**32 and a word is left:  x  <-  2**32 x + word
 """
 
 from typing import NamedTuple
@@ -20,11 +28,11 @@ _LOW = np.uint64(0xFFFFFFFF)
 
 
 class Tables(NamedTuple):
-  """Models side by side: the symbols of each that occur, in the order of `frequencies.Frequencies`.
+  """Models side by side: the symbols of each that occur, in the order of its table.
 
   Attributes:
     symbols: padded with zeros.
-    cumulative: where the share of each symbol of 2**precision begins, and the last one ends.
+    cumulative: F_i of each symbol, then 2**precision.
     precisions: of each model.
   """
 
@@ -34,7 +42,7 @@ class Tables(NamedTuple):
 
 
 def tables(models: list[frequencies.Frequencies]) -> Tables:
-  """The tables of models."""
+  """Returns models as tables for compiled loops."""
   occurring = [model.frequencies > 0 for model in models]
   most = max(int(np.count_nonzero(o)) for o in occurring)
   symbols = np.zeros((len(models), most), np.int8)
@@ -53,7 +61,17 @@ def encode(
   models: UInt8[np.ndarray, ' n'],
   known: Tables,
 ) -> UInt32[np.ndarray, ' more']:
-  """The words with symbols put onto them, the last one first; each must occur in its model."""
+  """Puts symbols onto words, the last one first.
+
+  Args:
+    words: of the message so far.
+    symbols: in the order in which they will be decoded; each must occur in its model.
+    models: the row of `known` of each symbol.
+    known: the models.
+
+  Returns:
+    The words of the longer message.
+  """
   place = np.full((len(known.precisions), 256), -1, np.int64)
   for row, (some, ends) in enumerate(zip(known.symbols, known.cumulative, strict=True)):
     count = int(np.count_nonzero(np.diff(ends)))
@@ -71,17 +89,17 @@ def decode(
   indices: Int8[np.ndarray, ' n'],
   subsets: UInt8[np.ndarray, ' n'],
 ) -> tuple[UInt32[np.ndarray, ' fewer'], int]:
-  """Takes indices of a trellis off words, each of the model 2 range + subset.
+  """Takes indices along a trellis off words, each of the model 2 range + subset.
 
   Args:
-    words: of the message; their room is used again.
-    ranges: of the weights.
-    state: of the trellis before the first.
+    words: of the message; their memory is used again.
+    ranges: the range of scores of each weight.
+    state: of the trellis before the first weight.
     known: the models.
-    indices, subsets: room for what is found.
+    indices, subsets: room for the index and the subset of each weight.
 
   Returns:
-    The words that are left, and the state after the last.
+    The words that are left, and the state of the trellis after the last weight.
   """
   count, state = _pull(words, len(words), ranges, state, *known, indices, subsets)
   return words[:count], state
@@ -92,10 +110,10 @@ def _push(words, size, symbols, models, place, cumulative, precisions):  # type:
   head, size = _taken(words, size)
   for i in range(symbols.size - 1, -1, -1):
     model = models[i]
-    at = place[model, np.uint8(symbols[i])]
+    column = place[model, np.uint8(symbols[i])]
     precision = np.uint64(precisions[model])
-    begin = np.uint64(cumulative[model, at])
-    frequency = np.uint64(cumulative[model, at + 1]) - begin
+    begin = np.uint64(cumulative[model, column])
+    frequency = np.uint64(cumulative[model, column + 1]) - begin
     if head >> (np.uint64(64) - precision) >= frequency:
       words[size] = np.uint32(head & _LOW)
       size += 1
@@ -115,16 +133,16 @@ def _pull(  # type: ignore[no-untyped-def]
     model = 2 * ranges[i] + subset
     precision = np.uint64(precisions[model])
     slot = head & ((one << precision) - one)
-    at = 0
-    while np.uint64(cumulative[model, at + 1]) <= slot:
-      at += 1
-    begin = np.uint64(cumulative[model, at])
-    frequency = np.uint64(cumulative[model, at + 1]) - begin
+    column = 0
+    while np.uint64(cumulative[model, column + 1]) <= slot:
+      column += 1
+    begin = np.uint64(cumulative[model, column])
+    frequency = np.uint64(cumulative[model, column + 1]) - begin
     head = (head >> precision) * frequency + slot - begin
     if head >> _WORD == 0 and size > 0:
       size -= 1
       head = (head << _WORD) | np.uint64(words[size])
-    index = symbols[model, at]
+    index = symbols[model, column]
     indices[i], subsets[i] = index, subset
     state = NEXT[state, index & 1]
   return _put(words, size, head), state

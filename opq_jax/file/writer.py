@@ -128,7 +128,7 @@ def plain_tree(node: PyTree, path: tree_util.KeyPath = ()) -> PyTree:
 
   >>> import collections
   >>> plain_tree([collections.namedtuple('Layer', 'kernel bias')(1, None), (2,)])
-  [{'bias': None, 'kernel': 1}, (2,)]
+  [{'kernel': 1, 'bias': None}, (2,)]
   """
   if node is None:
     return None
