@@ -62,7 +62,7 @@ def encode(params: PyTree, state: CompressionState) -> PyTree:
   >>> params = {'w': jnp.array([[0.1, -2.0], [1.0, 0.2]])}
   >>> state = opq_jax.init_state(params, opq_jax.allocate(params, sparsity=0.5, bits=2.0))
   >>> encode(params, state)['w'].tolist()
-  [[0, -2], [1, 0]]
+  [[0, -3], [2, 0]]
   """
   return trees.map_records(_encode_leaf, params, state.tree, LeafState)
 
