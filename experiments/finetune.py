@@ -164,9 +164,9 @@ def run(
       train_state, metrics = step_fn(train_state, state, next(batches), teacher)
       if step % config.log_every == 0 or step == steps:
         values = {name: float(value) for name, value in metrics.items()}
-        now = time.perf_counter()
-        speed = config.batch_size * (step - last_step) / (now - last_time)
-        last_time, last_step = now, step
+        this_time = time.perf_counter()
+        speed = config.batch_size * (step - last_step) / (this_time - last_time)
+        last_time, last_step = this_time, step
         log.write(step, kind='train', **values, images_per_second=speed)
         description = f'finetuning, loss {values["loss"]:.3f}, {speed:.0f} images/s'
         progress.update(task, completed=step, description=description)

@@ -101,10 +101,10 @@ def compress(
     # room for growth: finetuning moves weights to other levels, which take more bits
     rate = (1 + config.growth) * config.file_rate
   if rate:
-    found = file_rate.at_file_rate(variables, rate, **options)
+    search = file_rate.at_file_rate(variables, rate, **options)
     if not config.feedback:
-      return found.state
-    targets = {'compression_rate': found.compression_rate}
+      return search.state
+    targets = {'compression_rate': search.compression_rate}
   elif config.compression_rate:
     targets = {'compression_rate': config.compression_rate}
   if not config.feedback:

@@ -25,8 +25,8 @@ _MARKED = re.compile(r'<!-- (\w+) -->\n.*?<!-- end of \1 -->', re.DOTALL)
 
 def pages(root: pathlib.Path = ROOT) -> list[pathlib.Path]:
   """README.md and the Markdown files of docs/, built pages excluded."""
-  found = [root / 'README.md', *sorted((root / 'docs').rglob('*.md'))]
-  return [path for path in found if '_build' not in path.parts]
+  paths = [root / 'README.md', *sorted((root / 'docs').rglob('*.md'))]
+  return [path for path in paths if '_build' not in path.parts]
 
 
 def fill(

@@ -121,8 +121,8 @@ def run(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> list[dict[s
       opq_jax.save(path, saved, state, metadata)
       if (objective, bits) == settings[0]:
         # quoted accuracies are those of the file, read again
-        found, expected = networks.load(path).variables, saved
-        np.testing.assert_array_equal(logits_of(found), logits_of(expected), f'{path} differs')
+        loaded = networks.load(path).variables
+        np.testing.assert_array_equal(logits_of(loaded), logits_of(saved), f'{path} differs')
 
       for kind, matrices in matrices_of.items() if objective == config.objectives[0] else ():
         encoder = opq_jax.encoders.Feedback(matrices)

@@ -59,8 +59,8 @@ def select(rows: list[dict[str, str]]) -> list[dict[str, object]]:
   for row in chosen:
     by_bits.setdefault(row['bits_asked'], {})[row['correction']] = row
   lines: list[dict[str, object]] = []
-  for found in by_bits.values():
-    plain, corrected = found['none'], found.get('noise')
+  for by_correction in by_bits.values():
+    plain, corrected = by_correction['none'], by_correction.get('noise')
     best = corrected or plain
     lines.append(
       {
@@ -87,7 +87,9 @@ def corrections() -> str:
     chosen = [row for row in rows if row['objective'] == OBJECTIVES[0]]
     for bits in dict.fromkeys(row['bits_asked'] for row in chosen):
       same = [row for row in chosen if row['bits_asked'] == bits]
-      found = {row['correction']: row for row in same if row.get('moments', 'none') == 'none'}
+      by_correction = {
+        row['correction']: row for row in same if row.get('moments', 'none') == 'none'
+      }
       feedback = {
         f'feedback, {where}': top_1(row)
         for where, kind in (
@@ -102,11 +104,11 @@ def corrections() -> str:
           'network': folder.name.removeprefix('one_shot_'),
           'float32': top_1(rows[0]),
           'bits per weight': f'{float(bits):g}',
-          'file, times smaller': f'{float(found["images"]["file_rate"]):.1f}',
-          'not corrected': top_1(found['none']),
+          'file, times smaller': f'{float(by_correction["images"]["file_rate"]):.1f}',
+          'not corrected': top_1(by_correction['none']),
           # without BatchNorm there is nothing for noise to correct
-          'from noise': top_1(found['noise']) if 'noise' in found else '',
-          'from unlabelled images': top_1(found['images']),
+          'from noise': top_1(by_correction['noise']) if 'noise' in by_correction else '',
+          'from unlabelled images': top_1(by_correction['images']),
         }
         | feedback
       )

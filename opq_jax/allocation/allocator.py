@@ -90,7 +90,7 @@ def allocate(
         equal for all leaves (omega_i = 1, where outputs are summed, as in residual streams) and
         relative to the leaf's energy (omega_i = 1 / S_i, where a normalisation follows).  The
         geometric mean misprices a pair of leaves by at most the root of their energy ratio (our
-        derivation; `experiments/benchmarks/objectives.py` compares all four);
+        derivation; `experiments/benchmarks/accuracy/objectives.py` compares all four);
       * 'retained_signal': F_i = -log(1 - D_i / S_i), the log of the squared correlation of a leaf
         with its original: correlations multiply along a chain of layers (our derivation);
       * 'relative_error': F_i = D_i / S_i;

@@ -73,6 +73,12 @@ class RandomResizedCrop:
     area: range of the window's share of the image.
     ratio: range of the aspect ratio, width over height.
     flip: True to mirror half of the views.
+
+  >>> crop = RandomResizedCrop(size=8)
+  >>> crop(np.zeros((30, 40, 3), np.uint8), np.full(UNIFORMS, 0.5)).shape
+  (8, 8, 3)
+  >>> crop.window(30, 40, np.full(UNIFORMS, 0.5))  # .54 of the area, square, in the middle
+  (8, 3, 25, 25)
   """
 
   size: int = 224

@@ -84,11 +84,11 @@ def stream(
   def batch(number: int, ids: Sequence[int]) -> dict[str, np.ndarray]:
     # drawn for all rows, so that no view depends on the number of processes
     uniforms = np.random.default_rng((view_seed, number)).random((batch_size, UNIFORMS))[rows]
-    found = _take(examples, [int(i) for i in ids[rows]])
-    images = [example['image'] for example in found]
+    chosen = _take(examples, [int(i) for i in ids[rows]])
+    images = [example['image'] for example in chosen]
     if augmentation is not None:
       images = [augmentation(image, u) for image, u in zip(images, uniforms, strict=True)]
-    return _batch(found, images, preprocessing)
+    return _batch(chosen, images, preprocessing)
 
   batches = (
     grain.MapDataset.range(len(examples))
@@ -106,15 +106,31 @@ def in_order(
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yields batches of every example once, not augmented: for evaluation.
 
-  The last batch may be smaller.
+  Args:
+    examples: the whole dataset, or a share of it.
+    batch_size: examples in a batch; the last batch may be smaller.
+    preprocessing: from an image to the network's input.
+
+  >>> examples = fake((8, 8, 3), classes=5, count=5)
+  >>> plain = Preprocessing(mean=(0.0,) * 3, std=(1.0,) * 3)
+  >>> [len(batch['label']) for batch in in_order(examples, batch_size=2, preprocessing=plain)]
+  [2, 2, 1]
   """
   for begin in range(0, len(examples), batch_size):
-    found = _take(examples, range(begin, min(begin + batch_size, len(examples))))
-    yield _batch(found, [example['image'] for example in found], preprocessing)
+    chosen = _take(examples, range(begin, min(begin + batch_size, len(examples))))
+    yield _batch(chosen, [example['image'] for example in chosen], preprocessing)
 
 
 def in_memory(examples: Examples, *, threads: int = 4) -> Examples:
-  """Decodes all examples at once, for small datasets: CIFAR then takes 150 MB of memory."""
+  """Decodes all examples at once, for small datasets: CIFAR then takes 150 MB of memory.
+
+  Args:
+    examples: the dataset; only `image` and `label` are kept.
+    threads: number of threads that decode.
+
+  >>> len(in_memory(fake((8, 8, 3), classes=5, count=10)))
+  10
+  """
 
   def decoded(begin: int) -> list[dict[str, Any]]:
     ids = range(begin, min(begin + _CHUNK, len(examples)))
@@ -127,7 +143,18 @@ def in_memory(examples: Examples, *, threads: int = 4) -> Examples:
 def fake(
   shape: tuple[int, int, int], *, classes: int, count: int = 1024, seed: int = 0
 ) -> Examples:
-  """Makes examples of noise with random labels, for tests and for measuring speed."""
+  """Makes examples of noise with random labels, for tests and for measuring speed.
+
+  Args:
+    shape: (height, width, channels) of the images.
+    classes: number of labels.
+    count: number of examples.
+    seed: of images and labels.
+
+  >>> example = fake((8, 8, 3), classes=5, count=10)[3]
+  >>> example['image'].shape, example['image'].dtype, 0 <= example['label'] < 5
+  ((8, 8, 3), dtype('uint8'), True)
+  """
   rng = np.random.default_rng(seed)
   images = rng.integers(0, 256, (min(count, _FAKE_IMAGES), *shape), np.uint8)
   labels = rng.integers(0, classes, count)

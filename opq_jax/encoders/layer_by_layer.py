@@ -58,7 +58,7 @@ class LayerByLayer(Encoder):
     inputs: calibration inputs, unlabelled, prepared as the network expects them, or
       `opq_jax.correction.synthetic_inputs`; one batch, of which two copies are in memory.  Noise
       will not do: compressed layers make of it something else than of images
-      (`experiments/benchmarks/error_feedback.py`).
+      (`experiments/benchmarks/accuracy/error_feedback.py`).
     first: `Rounding()`, `Feedback(moments)` or `Trellis(moments)`.
     share: how far to go from W to V; 0 ignores that the float layer saw other inputs.
     damping: of H, as in `Feedback`.

@@ -30,6 +30,11 @@ def eval_step(
     {'top1', 'top5', 'examples'}: whole numbers, to be summed over batches.  A label is among the
     top k if fewer than k other logits are larger; equal logits are ranked by their class.  NaN
     logits are never correct.
+
+  >>> batch = {'image': jnp.eye(6), 'label': jnp.array([0, 1, 2, 0, 0, 0])}
+  >>> counts = eval_step({}, batch, apply_fn=lambda variables, images, train: images)
+  >>> {name: int(count) for name, count in counts.items()}
+  {'top1': 3, 'top5': 6, 'examples': 6}
   """
   rank = label_rank(apply_fn(variables, batch['image'], train=False), batch['label'])
   is_example = batch.get('is_example', jnp.ones(rank.shape, bool))

@@ -148,6 +148,15 @@ def train_step(
   Raises:
     ValueError: the compression state was made for another tree; `accumulation` does not divide the
       batch; or `ema_decay` is given and there is no average.
+
+  >>> def apply_fn(variables, images, train, **_):
+  ...   return images @ variables['params']['w'], {}
+  >>> optimizer = optax.sgd(0.1)
+  >>> state = init_train_state({'params': {'w': jnp.zeros((4, 3))}}, optimizer, jax.random.key(0))
+  >>> batch = {'image': jnp.ones((2, 4)), 'label': jnp.array([0, 0])}
+  >>> state, metrics = train_step(state, None, batch, apply_fn=apply_fn, optimizer=optimizer)
+  >>> int(state.step), round(float(metrics['loss']), 4)  # log 3
+  (1, 1.0986)
   """
   loss_fn = loss_fn or classification_loss()
   key = jax.random.fold_in(train_state.rng, train_state.step)
@@ -175,8 +184,8 @@ def train_step(
   def gradient(
     batch_stats: PyTree, x: tuple[Batch, Array]
   ) -> tuple[PyTree, tuple[PyTree, Metrics]]:
-    found, (new, metrics) = jax.grad(loss, has_aux=True)(train_state.params, batch_stats, *x)
-    return new, (found, metrics)
+    gradients, (new, metrics) = jax.grad(loss, has_aux=True)(train_state.params, batch_stats, *x)
+    return new, (gradients, metrics)
 
   if accumulation == 1:
     batch_stats, results = gradient(train_state.batch_stats, (batch, key))

@@ -98,10 +98,10 @@ def codes_of(kernel: np.ndarray, moments: np.ndarray, leaf: LeafState, rule: str
   gains = np.broadcast_to(RULES[rule](weights, worth), weights.shape)
   codes = np.zeros(weights.shape, np.int8)
   book = np.asarray(leaf.codebook, np.float64)
-  most = max(float(leaf.step), float(leaf.threshold))
+  bound = max(float(leaf.step), float(leaf.threshold))
   for i, push in enumerate(factor):
     codes[order[i]] = cheapest(weights[i], gains[i], leaf)
-    error = np.clip(weights[i] - book[codes[order[i]]], -most, most) / push[i]
+    error = np.clip(weights[i] - book[codes[order[i]]], -bound, bound) / push[i]
     weights[i + 1 :] -= push[i + 1 :, None] * error
   return codes.reshape(kernel.shape)
 

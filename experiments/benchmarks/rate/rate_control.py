@@ -38,9 +38,10 @@ def pruned(params: dict[str, np.ndarray], zeros: float) -> dict[str, np.ndarray]
   {'a': array([[3., 0.]]), 'b': array([[0., 2.]])}
   """
   magnitudes = np.concatenate([np.abs(leaf).reshape(-1) for leaf in params.values()])
-  most = np.quantile(magnitudes, zeros, method='inverted_cdf')
+  threshold = np.quantile(magnitudes, zeros, method='inverted_cdf')
   return {
-    name: np.where(np.abs(leaf) > most, leaf, 0).astype(leaf.dtype) for name, leaf in params.items()
+    name: np.where(np.abs(leaf) > threshold, leaf, 0).astype(leaf.dtype)
+    for name, leaf in params.items()
   }
 
 
@@ -56,11 +57,11 @@ def measure(params: dict[str, np.ndarray], rate: float) -> tuple[object, bool, s
     return 'refused', False, str(error)
   with opq_jax.OpqFile(data) as file:
     payload = sum(size - GRID_BYTES for size in file.sizes().values())
-  found = 4 * sum(leaf.size for leaf in params.values()) / payload / rate
+  ratio = 4 * sum(leaf.size for leaf in params.values()) / payload / rate
   notes = [str(w.message) for w in caught if re.search(r'\b(compression_)?rate\b', str(w.message))]
   if found > 1 + TOLERANCE and notes:
-    return f'{found:.4f}, with a warning', True, notes[0]
-  return round(found, 4), abs(found - 1) <= TOLERANCE, ''
+    return f'{ratio:.4f}, with a warning', True, notes[0]
+  return round(ratio, 4), abs(ratio - 1) <= TOLERANCE, ''
 
 
 def row_of(network: str, params: dict[str, np.ndarray]) -> dict[str, object]:

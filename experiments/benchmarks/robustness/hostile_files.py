@@ -135,14 +135,14 @@ def tried(kind: str, begin: int, count: int) -> Iterator[tuple[int, str, float]]
         data = MUTATIONS.get(kind, mutated)(original, rng)
       start = time.perf_counter()
       try:
-        found = read(data)
+        arrays = read(data)
       except ValueError:
         outcome = 'refused'
       except Exception as error:
         outcome = 'wrong'
         print(kind, number, repr(error), file=sys.stderr)
       else:
-        outcome = 'original' if same_arrays(found, expected) else check(data, found)
+        outcome = 'original' if same_arrays(arrays, expected) else check(data, arrays)
       seconds = time.perf_counter() - start
       yield number, 'wrong' if seconds > LIMIT else outcome, round(seconds, 4)
 

@@ -62,12 +62,12 @@ def main(count: int, writes: Sequence[str] = WRITES) -> None:
   document = json.loads(path.read_text()) if path.exists() else {}
   # rows of the same command's other writes are kept
   before = document['rows'] if document.get('command') == command else []
-  found = {row['write']: row for row in before}
+  by_write = {row['write']: row for row in before}
   for write in writes:
     with tempfile.TemporaryDirectory() as folder:
-      found[write] = {'write': write, **killed(write, pathlib.Path(folder), count)}
-    print(found[write], file=sys.stderr, flush=True)
-  rows = [found[write] for write in WRITES if write in found]
+      by_write[write] = {'write': write, **killed(write, pathlib.Path(folder), count)}
+    print(by_write[write], file=sys.stderr, flush=True)
+  rows = [by_write[write] for write in WRITES if write in by_write]
   harness.report('killed_writes', 'kills, and what the file was afterwards', command, rows)
   if any(row['neither'] or row['left after the next write'] for row in rows):
     sys.exit('found a file that is neither the old nor the new one, or what was left beside it')
@@ -88,28 +88,32 @@ def killed(write: str, folder: pathlib.Path, count: int, unkilled: int = 5) -> d
   length = statistics.median(lengths)
   new = path.read_bytes()
   assert new != old
-  found = dict.fromkeys(('kills', 'old file', 'new file', 'neither', 'parts left'), 0)
+  counts = dict.fromkeys(('kills', 'old file', 'new file', 'neither', 'parts left'), 0)
   rng = random.Random(write)
   shutil.rmtree(begun, ignore_errors=True)
   for _ in range(count):
     path.write_bytes(old)
     _seconds(write, folder, rng.uniform(0, length))
-    now = path.read_bytes() if path.exists() else None
-    found['kills'] += 1
-    found['old file' if now == old else 'new file' if now == new else 'neither'] += 1
-    if now != old:
+    content = path.read_bytes() if path.exists() else None
+    counts['kills'] += 1
+    counts['old file' if content == old else 'new file' if content == new else 'neither'] += 1
+    if content != old:
       shutil.rmtree(begun, ignore_errors=True)
     parts = [folder / name for name in set(os.listdir(folder)) - expected]
-    found['parts left'] += sum(part.stat().st_mtime > 1 for part in parts)
+    counts['parts left'] += sum(part.stat().st_mtime > 1 for part in parts)
     for part in parts:
       os.utime(part, (1, 1))  # old enough for the next write to remove it
   if begun.exists():
     # the last of the killed runs, to its end
     _seconds(write, folder, None)
-    found['neither'] += path.read_bytes() != new
+    counts['neither'] += path.read_bytes() != new
   files.write_bytes(path, old)
   left_at_last = len(set(os.listdir(folder)) - expected)
-  return {'seconds, unkilled': round(length, 3), **found, 'left after the next write': left_at_last}
+  return {
+    'seconds, unkilled': round(length, 3),
+    **counts,
+    'left after the next write': left_at_last,
+  }
 
 
 def _seconds(write: str, folder: pathlib.Path, kill_after: float | None) -> float:

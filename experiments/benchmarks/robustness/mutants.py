@@ -50,10 +50,10 @@ TESTS = {
 
 
 def tried(
-  module: str, count: int, seconds: float, most: float, folder: str
+  module: str, count: int, seconds: float, budget: float, folder: str
 ) -> list[dict[str, str]]:
   """Returns the outcomes of the first `count` mutants of a module, or as many as time allows."""
-  tests = Tests(module, TESTS[module], folder, most)
+  tests = Tests(module, TESTS[module], folder, budget)
   baseline = tests.measure()
   print(f'{module}: {len(tests.seconds)} tests in {baseline:.0f} s', file=sys.stderr)
   possible, end = mutations(source_of(module)), time.monotonic() + seconds
@@ -61,19 +61,19 @@ def tried(
   def one(mutant: Mutant) -> dict[str, str] | None:
     if time.monotonic() > end:
       return None
-    said, test, took = tests.outcome(mutant.source, 60 + 5 * baseline)
-    print(f'{module} {said} {took:.0f} s: {mutant.line}: {mutant.key()} {test}', file=sys.stderr)
+    outcome, test, took = tests.outcome(mutant.source, 60 + 5 * baseline)
+    print(f'{module} {outcome} {took:.0f} s: {mutant.line}: {mutant.key()} {test}', file=sys.stderr)
     return {
       'module': module,
       'function': mutant.function,
       'line': mutant.text,
       'change': mutant.change,
-      'outcome': said,
+      'outcome': outcome,
     }
 
   with ThreadPoolExecutor(PROCESSES) as pool:
-    found = pool.map(one, random.Random(0).sample(possible, min(count, len(possible))))
-    return [mutant for mutant in found if mutant is not None]
+    outcomes = pool.map(one, random.Random(0).sample(possible, min(count, len(possible))))
+    return [mutant for mutant in outcomes if mutant is not None]
 
 
 def tried_again(mutants: list[dict[str, str]], only: str, folder: str) -> None:
@@ -92,9 +92,9 @@ def tried_again(mutants: list[dict[str, str]], only: str, folder: str) -> None:
         tests[module] = Tests(module, TESTS[module], folder, only=only)
         tests[module].measure()
       # a line may hold the same change twice
-      said = [tests[module].outcome(found.source, 3600)[0] for found in same]
-      mutant['outcome'] = 'survived' if 'survived' in said else said[0]
-      print(mutant, said, file=sys.stderr)
+      outcomes = [tests[module].outcome(found.source, 3600)[0] for found in same]
+      mutant['outcome'] = 'survived' if 'survived' in outcomes else outcomes[0]
+      print(mutant, outcomes, file=sys.stderr)
 
 
 def _why(mutant: dict[str, str]) -> str:
