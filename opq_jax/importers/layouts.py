@@ -106,8 +106,8 @@ class Source:
     preprocessing: the preprocessing that the weights were trained with.
     options: attributes of the model that reproduce the framework's network.
     ignored: suffixes of tensor names that hold no weights of the network.
-    prepare: turns the tensors of a file into the tensors that `place` names, one a Flax leaf.  It
-      does whatever is no matter of names and layouts.
+    prepare: turns the tensors of a file into the tensors that `place` names, one for each Flax
+      leaf: conversions beyond names and layouts, such as folding a bias into a mean.
     restore: the inverse of `prepare`.
   """
 

@@ -38,7 +38,7 @@ def _state_dict_key(loaded: Mapping[str, Any]) -> str | None:
 
 
 def _to_numpy(node: Any) -> Any:
-  """Returns a tree of PyTorch's with NumPy arrays for tensors; other leaves stay."""
+  """Replaces the tensors of a tree by NumPy arrays; other leaves stay."""
   if isinstance(node, Mapping):
     return {key: _to_numpy(child) for key, child in node.items()}
   if isinstance(node, list | tuple):
