@@ -105,8 +105,8 @@ def allocate(
       those of the actual codes, thresholds prune exactly the share that each leaf is given, `bits`
       counts the true survivors, a leaf of few magnitudes may be held exactly
       (`opq_jax.allocation.lattices`), and a leaf of zeros passes through.  Otherwise the answer is
-      that of the Laplace density, in a fraction of the time (`experiments/benchmarks/speed.py`), at
-      no more than 8 bits per weight.
+      that of the Laplace density, at no more than 8 bits per weight, in a fraction of the time
+      (`experiments/benchmarks/resources/speed.py`).
     read: path -> the weights of a leaf whose statistics stand in `params`.  `sparsity` and `bits`
       read the weights twice more, for exact thresholds and for the survivors of every channel.
       Without `read`, thresholds are interpolated in the histograms (off by at most the weights of

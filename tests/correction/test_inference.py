@@ -1,4 +1,4 @@
-"""Variables for inference only: the same outputs, of a smaller file."""
+"""Variables for inference only: equal outputs, smaller files."""
 
 import flax.linen as nn
 import jax

@@ -1,4 +1,4 @@
-"""Synthetic inputs against the data that a network has seen, which they are made without."""
+"""Synthetic inputs against the training data of a network, which their making never sees."""
 
 import dataclasses
 import functools

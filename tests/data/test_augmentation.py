@@ -1,4 +1,4 @@
-"""Views of images from given numbers."""
+"""Augmented views of images from given uniform numbers."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The stream of training batches: each a function of the seed and its number alone."""
+"""The stream of training batches, each a function of the seed and its number alone."""
 
 import itertools
 import json

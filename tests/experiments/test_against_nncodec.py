@@ -1,4 +1,4 @@
-"""What the comparison with NNCodec computes from its rows, and how arrays go there and back."""
+"""The summary of the comparison with NNCodec, and the layout of its arrays."""
 
 import doctest
 

@@ -1,4 +1,4 @@
-"""The finetuning experiment on noise: what it writes, and that it goes on where it was stopped."""
+"""The finetuning experiment on noise: its results, and how it continues after an interruption."""
 
 import functools
 import json

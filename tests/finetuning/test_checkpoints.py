@@ -1,4 +1,4 @@
-"""What is restored is what was saved, and a killed run is one that was not killed."""
+"""Checkpoints restore what was saved, and a killed run ends as an undisturbed one."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The loss against its formula, by optax where optax has it."""
+"""The loss against its formula, and against optax where optax has it."""
 
 import jax
 import jax.numpy as jnp

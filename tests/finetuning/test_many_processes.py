@@ -1,4 +1,4 @@
-"""Two processes of one device each are one process of two, bit for bit, and stop together."""
+"""Two processes of one device each equal one process of two, bit for bit, and stop together."""
 
 import numpy as np
 import pytest

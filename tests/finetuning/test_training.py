@@ -1,4 +1,4 @@
-"""The training step: what it computes, on any number of devices, and what it cannot change."""
+"""The training step on any number of devices, and the compression state that it cannot change."""
 
 import functools
 

@@ -2,11 +2,11 @@
 
     python -m experiments.benchmarks.accuracy.error_feedback TFDS_FOLDER WEIGHTS.safetensors ...
 
-`feedback` is `opq_jax.encoders.Feedback`, every layer for the inputs of the float network's;
-`layer by layer` is `opq_jax.encoders.LayerByLayer` on the grids that it found.  Moments, and the
-correction of BatchNorm after it, are from noise of photographs' spectrum, from synthetic images
-(`opq_jax.correction.synthetic_inputs`) or from the unlabelled images of
-`configs/one_shot.py:NETWORK`; each file is named as a network (`mobilenet_v1.safetensors`).
+`feedback` is `opq_jax.encoders.Feedback`, with moments of the float network's layer inputs.
+`layer by layer` is `opq_jax.encoders.LayerByLayer` on the grids of `feedback`.  Moments and the
+correction of BatchNorm use the same inputs: noise with the spectrum of photographs, synthetic
+images (`opq_jax.correction.synthetic_inputs`), or the unlabelled images of
+`configs/one_shot.py:NETWORK`.  Each file is named as a network (`mobilenet_v1.safetensors`).
 """
 
 import functools

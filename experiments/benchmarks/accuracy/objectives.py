@@ -3,10 +3,10 @@
     python -m experiments.benchmarks.accuracy.objectives TFDS_FOLDER WEIGHTS.safetensors ...
 
 Each file is named as a network (`mobilenet_v1.safetensors`) and judged on the images of
-`configs/one_shot.py:NETWORK`, of CIFAR-10 the first 5,000.  Nothing but noise is used: codes by
-`opq_jax.encoders.Feedback`, and each weight for itself, then
-`opq_jax.correction.correct_batch_norm`. `divergence` is the mean Kullback-Leibler divergence, in
-nats, from the float network's answers: with few images it tells more than top-1.
+`configs/one_shot.py:NETWORK`, for CIFAR-10 on the first 5,000.  Codes are chosen by
+`opq_jax.encoders.Feedback` with moments of noise, and by plain rounding; BatchNorm is corrected by
+`opq_jax.correction.correct_batch_norm`.  `divergence` is the mean Kullback-Leibler divergence from
+the float network's answers, in nats: on few images it is less noisy than top-1.
 """
 
 import pathlib

@@ -2,15 +2,15 @@
 
     python -m experiments.benchmarks.accuracy.synthetic_images TFDS_FOLDER WEIGHTS.safetensors ...
 
-`opq_jax.correction.synthetic_inputs` takes a forward and a backward pass a step, so that images
-times steps is what they cost to make.  From images and steps of each setting are moments, and from
-these codes along a trellis on the grids of one allocation; they differ in nothing else.
+`opq_jax.correction.synthetic_inputs` takes a forward and a backward pass a step, so the cost of a
+setting is images times steps.  The moments of each setting give codes along a trellis, all on the
+grids of one allocation.
 
-Judged are images that no codes have seen: the divergence from the float network's answers, both
-on the statistics of the batch, summed over networks of which one leaf each is coded, and of all
-leaves at once.  The sum tells settings better apart, since errors of leaves that happen to cancel
-are no merit of the moments.  Leaves of less than a hundredth of the weights are left out of it.
-Each file is named as a network with images of `configs/one_shot.py:NETWORK`.
+The measure is the divergence from the float network's answers on held-out images, both networks on
+batch statistics: summed over networks with a single compressed leaf, and for all leaves at once.
+The sum separates settings better, since it excludes errors that happen to cancel between leaves.
+Leaves with less than a hundredth of the weights are left out of the sum.  Each file is named as a
+network with images of `configs/one_shot.py:NETWORK`.
 """
 
 import pathlib

@@ -2,23 +2,22 @@
 
     python -m experiments.benchmarks.accuracy.thresholds TFDS_FOLDER WEIGHTS.safetensors ...
 
-With error feedback an error of the weight at input i costs 1 / U_ii^2 of
-`opq_jax.encoders.feedback`, and with a multiplier lambda the best code of a weight w is that of
-the least
+With error feedback, an error of the weight at input i costs 1 / U_ii^2 (U: the factor in
+`opq_jax.encoders.feedback`).  With a multiplier lambda, the best code k of a weight w minimises
 
     gain (w - v_k)^2 + lambda bits_k
 
-The grid's own cells are those for gain 1: its threshold and the place of its values in their cells
-say what lambda bits_k is.  Other gains move the edges of the cells, and the threshold most:
+The grid's own cells are optimal for gain 1: its threshold, and the positions of its values in their
+cells, determine lambda bits_k.  Other gains move the edges of the cells, above all the threshold:
 
     one         gain 1, as `opq_jax.encoders.Feedback`
-    by input    1 / U_ii^2: inputs that count for less are pruned sooner
-    by output   one over the channel's mean square: small channels are kept
-    root        of either
+    by input    gain 1 / U_ii^2: weights of less important inputs are pruned sooner
+    by output   gain 1 / mean square of the channel: weights of small channels are kept
+    root        the square root of either
 
-each over its geometric mean.  At the same entropy of the codes, from synthetic images, with
-BatchNorm corrected, on the first 5,000 test images; each file is named as a network of CIFAR-10
-(`resnet20_cifar10.safetensors`).
+each divided by its geometric mean.  Compared at the same entropy of the codes, with moments of
+synthetic images and BatchNorm corrected, on the first 5,000 test images.  Each file is named as a
+network of CIFAR-10 (`resnet20_cifar10.safetensors`).
 """
 
 import dataclasses
@@ -41,7 +40,7 @@ from opq_jax.importers import networks
 
 BITS = 2.0, 1.5, 1.0
 IMAGES = 5000
-STEPS = 4  # towards the asked entropy
+STEPS = 4  # of the search for the asked entropy
 
 
 def relative(worth: np.ndarray) -> np.ndarray:
@@ -70,14 +69,14 @@ def cheapest(w: np.ndarray, gain: np.ndarray, leaf: LeafState) -> np.ndarray:
 
   >>> kernel = np.random.default_rng(0).laplace(size=(64, 64)).astype(np.float32)
   >>> state = opq_jax.init_state(kernel, opq_jax.allocate(kernel, compression_rate=16.0))
-  >>> found = cheapest(kernel, np.ones(1), state.tree)
-  >>> bool(np.mean(found == np.asarray(opq_jax.encode(kernel, state))) > 0.999)
+  >>> codes = cheapest(kernel, np.ones(1), state.tree)
+  >>> bool(np.mean(codes == np.asarray(opq_jax.encode(kernel, state))) > 0.999)
   True
   """
   threshold, first, step = float(leaf.threshold), float(leaf.codebook[1]), float(leaf.step)
   last = max(int(leaf.levels) - 1, 0)
   size = np.abs(w)
-  # of the edges of gain 1: what a level more costs, and what the first does
+  # lambda times the bits of one more level, and of the first level, from the edges for gain 1
   a_level = 2 * step * max(threshold + step / 2 - first, 0)
   a_survivor = max(threshold**2 - (threshold - first) ** 2, 0)
   cell = np.clip(np.ceil((size - first - a_level / (2 * step * gain)) / step - 0.5), 0, last)
@@ -87,7 +86,7 @@ def cheapest(w: np.ndarray, gain: np.ndarray, leaf: LeafState) -> np.ndarray:
 
 
 def codes_of(kernel: np.ndarray, moments: np.ndarray, leaf: LeafState, rule: str) -> np.ndarray:
-  """`opq_jax.encoders.feedback.codes_of_leaf` of one group, in float64, with a rule of gains."""
+  """Returns codes by error feedback in float64, as `opq_jax.encoders.feedback`, with a rule."""
   weights = kernel.reshape(len(moments), -1).astype(np.float64)
   energy = np.diagonal(moments)
   order = np.argsort(-energy, kind='stable')

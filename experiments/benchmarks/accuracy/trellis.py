@@ -2,12 +2,13 @@
 
     python -m experiments.benchmarks.accuracy.trellis WEIGHTS.safetensors ...
 
-Of a million Laplace weights, the bits are the entropy of the codes given their subsets, and plain
-bits those of the closed forms of `opq_jax.allocation.laplace`, at the threshold and step that are
-best for the error.  Of a network, both are bytes of files of the kernels alone, plain ones at the
-error in question by a line through the logarithms of the errors of files a little smaller and
-larger; all leaves have the same slope, `objective='squared_error'`.  Millions of weights a second
-are those of all cores' processor time: to choose the codes, and to read the file.
+For a million Laplace weights, trellis bits are the entropy of the codes given their subsets, and
+plain bits are those of the closed forms of `opq_jax.allocation.laplace` at the best threshold and
+step for the same error.  For a network, both are bytes of files of the kernels alone.  The plain
+file's bytes at the same error are interpolated, linearly in the logarithm of the error, between
+slightly smaller and larger files.  All leaves have the same slope, `objective='squared_error'`.
+Speeds are millions of weights a second of processor time over all cores, for choosing codes and for
+reading the file.
 """
 
 import pathlib

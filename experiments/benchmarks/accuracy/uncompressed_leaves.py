@@ -1,4 +1,4 @@
-r"""What BatchNorm and biases cost in a file, and what fewer bits for them cost in accuracy.
+r"""Bytes of BatchNorm and biases in a file, and accuracy with fewer bits for them.
 
     python -m experiments.benchmarks.accuracy.uncompressed_leaves \
       TFDS_FOLDER WEIGHTS.safetensors ...
@@ -6,8 +6,8 @@ r"""What BatchNorm and biases cost in a file, and what fewer bits for them cost 
 Networks at 2 bits a weight, BatchNorm corrected from noise; each file named as a network
 (`mobilenet_v1.safetensors`), with the images of `configs/one_shot.py:NETWORK`.  `folded` is
 `opq_jax.correction.fold_batch_norm`, bfloat16 and float16 are
-`opq_jax.correction.round_uncompressed`.  `same answer` is how often the network as it is says the
-same.
+`opq_jax.correction.round_uncompressed`.  `same answer` is the share of images on which
+the answer is that of the unchanged network.
 """
 
 import pathlib

@@ -4,8 +4,8 @@
 
 One Laplace channel of scale 1, at the grids that are optimal for a range of multipliers.  The code
 of a survivor is either its cell [threshold + (k-1) step, threshold + k step) or the nearest value
-of the same codebook.  The latter has less error and more entropy; its excess is what it needs above
-the optimal trade of error for bits.  Computed from the density, without samples.
+of the same codebook.  Nearest values have less error and more entropy; their excess is the bits
+above the optimal trade-off of error and bits.  Computed from the density, without samples.
 """
 
 import math

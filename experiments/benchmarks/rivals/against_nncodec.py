@@ -9,13 +9,13 @@ NNCodec (ISO/IEC 15938-17) needs numpy below 2 and so an environment of its own,
 with the images of `configs/one_shot.py:NETWORK`.  Rows that experiments/results/against_nncodec
 already holds are not made again.
 
-What is judged is what was decoded, from files that were written and read back; kernels alone stay
-in memory on our side.  `noise` is `opq_jax.correction.correct_batch_norm` and `synthetic` is
-`opq_jax.correction.correct_on_images` with `opq_jax.correction.synthetic_inputs`, for either side;
-NNCodec's corrected vectors are a stream of their own, quantized at QP -75 as all its vectors, whose
-bytes count in place of those of the vectors before.  Seconds are those from the weights to the
-file, correction and moments included, the first of a kind with XLA's compilation; those of the
-processor hold on a busy machine too.
+Networks are judged as decoded from files that were written and read back; only our files of kernels
+alone stay in memory.  `noise` is `opq_jax.correction.correct_batch_norm` and `synthetic` is
+`opq_jax.correction.correct_on_images` with `opq_jax.correction.synthetic_inputs`, for both codecs.
+NNCodec's corrected vectors form a stream of their own, quantized at QP -75 as all its vectors; its
+bytes replace those of the uncorrected vectors.  Seconds are from the weights to the file, including
+correction and moments; the first of a kind includes XLA's compilation.  Processor time is reliable
+on a busy machine too.
 """
 
 import argparse

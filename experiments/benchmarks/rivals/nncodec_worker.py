@@ -1,13 +1,13 @@
 """NNCodec's side of `against_nncodec`; runs in an environment of its own, which has no JAX.
 
-A line of JSON on stdin asks, a line of JSON on stdout answers:
+Each line of JSON on stdin is a request, each line of JSON on stdout its answer:
 
     {"params": "in.npz", "stream": "net.nnc", "decoded": "out.npz", "settings": {"qp": -32}}
     {"bytes": 210034, "encode": [8.9, 8.8], "decode": [0.9, 0.9]}
 
-Settings go to `nncodec.nn.encode`; with a `lambda_scale`, which that does not pass on, to
-`nncodec.nnc.compress` with the other defaults of the former.  What is decoded is the stream as it
-lies on disk; seconds are those of the clock and of the processor.
+Settings go to `nncodec.nn.encode`.  It does not pass `lambda_scale` on; with one, settings go to
+`nncodec.nnc.compress`, with the same defaults.  The stream is decoded from the file on disk.
+Seconds are of the wall clock and of the processor.
 """
 
 import json
@@ -29,7 +29,7 @@ def encode(params, settings):
     return nn.encode(params, {'verbose': False, 'results': folder, **settings})
 
 
-def now():
+def seconds():
   return np.array([time.perf_counter(), time.process_time()])
 
 
@@ -37,11 +37,11 @@ def answer(question):
   with np.load(question['params']) as file:
     params = dict(file)
   stream = pathlib.Path(question['stream'])
-  begin = now()
+  begin = seconds()
   stream.write_bytes(encode(params, question['settings']))
-  encoded = now()
+  encoded = seconds()
   decoded = nn.decode(bytearray(stream.read_bytes()))
-  end = now()
+  end = seconds()
   np.savez(question['decoded'], **{name: np.asarray(leaf) for name, leaf in decoded.items()})
   return {
     'bytes': stream.stat().st_size,
@@ -52,7 +52,7 @@ def answer(question):
 
 def main():
   torch.set_num_threads(2)
-  # whatever NNCodec prints is no answer
+  # NNCodec prints to stdout
   answers, sys.stdout = sys.stdout, sys.stderr
   for line in sys.stdin:
     print(json.dumps(answer(json.loads(line))), file=answers, flush=True)
