@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from opq_jax.compression import CompressionState, LeafState
+from opq_jax.compression import CompressionState, LeafState, apply_compression, encode
 from opq_jax.compression.records import affine_codebook
+from opq_jax.core import trees
 from opq_jax.file import front as file_front
+from opq_jax.file import index as file_index
 from opq_jax.file import packing
 
 
@@ -104,3 +106,54 @@ def rebuilt(data, edit):
   sizes = (len(table) // 12, len(index), len(codes), len(blocks))
   header = file_front.header(sizes, zlib.crc32(index, zlib.crc32(table)), version_of(data))
   return header + table + index + codes + blocks
+
+
+def assert_same(first, second):
+  assert jax.tree.structure(first) == jax.tree.structure(second)
+  for name, leaf in trees.named_leaves(first).items():
+    assert same_bits(leaf, trees.named_leaves(second)[name]), name
+
+
+def assert_contract(params, state, loaded, loaded_state):
+  """What a file promises, leaf by leaf, so that no jit narrows a leaf of 64 bits."""
+  states = trees.records(params, state.tree, LeafState)
+  new_leaves = trees.named_leaves(loaded)
+  new_states = trees.records(loaded, loaded_state.tree, LeafState)
+  assert set(trees.named_leaves(params)) == set(new_leaves)
+  new_states = dict(zip(new_leaves, new_states, strict=True))
+  for (name, leaf), record in zip(trees.named_leaves(params).items(), states, strict=True):
+    new, new_record = new_leaves[name], new_states[name]
+    assert type(new) is np.ndarray
+    if record is None:
+      assert new_record is None and same_bits(leaf, new), name
+      continue
+    expected, kept = CompressionState(record), CompressionState(new_record)
+    assert same_bits(apply_compression(leaf, expected), new), name
+    assert same_bits(apply_compression(new, kept), new), name
+    assert same_bits(encode(leaf, expected), encode(new, kept)), name
+    assert record.dtype == new_record.dtype
+    for field in ('codebook', 'threshold', 'step', 'levels', 'kinds'):
+      assert same_bits(getattr(record, field), getattr(new_record, field)), (name, field)
+
+
+def index_text(data):
+  header, offsets = parts(data)
+  index = data[len(header) :][slice(*offsets['index'])]
+  return packing.unpack(index, file_index.MAX_INDEX).decode()
+
+
+def index_size(data):
+  """Bytes of the index once it is unpacked."""
+  return len(index_text(data))
+
+
+def edited(**changes):
+  return lambda text: json.dumps({**json.loads(text), **changes})
+
+
+def replaced(old, new):
+  def edit(text):
+    assert old in text
+    return text.replace(old, new, 1)
+
+  return edit

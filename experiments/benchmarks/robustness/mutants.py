@@ -26,6 +26,8 @@ from experiments.benchmarks.robustness.mutations import Mutant, mutations
 
 PROCESSES = 1
 EXPLAINED = pathlib.Path(__file__).parent / 'equivalent_mutants.json'
+FILE_TESTS = ['file/test_round_trip.py', 'file/test_writer.py', 'file/test_reader.py']
+CONTEXT_TESTS = ['coding/test_contexts.py', 'coding/test_payload.py']
 TESTS = {
   'allocation.laplace': ['allocation/test_laplace.py'],
   'allocation.allocator': ['allocation/test_allocator.py', 'compression/test_codes.py'],
@@ -35,17 +37,22 @@ TESTS = {
     'allocation/test_lattices.py',
     'allocation/test_allocator.py',
   ],
-  'compression.cells': ['compression/test_codes.py', 'file/test_artifact.py'],
-  'compression.codes': ['compression/test_codes.py', 'file/test_artifact.py'],
-  'compression.records': ['compression/test_codes.py', 'file/test_artifact.py'],
-  'file.checks': ['file/test_artifact.py', 'file/test_hostile_files.py'],
-  'file.grids': ['file/test_grids.py', 'file/test_artifact.py', 'file/test_hostile_files.py'],
-  'file.reader': ['file/test_artifact.py', 'file/test_hostile_files.py'],
-  'file.writer': ['file/test_artifact.py', 'file/test_hostile_files.py'],
-  'coding.arrangements': ['coding/test_contexts.py', 'coding/test_payload.py'],
-  'coding.context_search': ['coding/test_contexts.py', 'coding/test_payload.py'],
-  'coding.contexts': ['coding/test_contexts.py', 'coding/test_payload.py'],
-  'coding.neighbours': ['coding/test_contexts.py', 'coding/test_payload.py'],
+  'compression.cells': ['compression/test_codes.py', *FILE_TESTS],
+  'compression.codes': ['compression/test_codes.py', *FILE_TESTS],
+  'compression.records': ['compression/test_codes.py', *FILE_TESTS],
+  'file.checks': [*FILE_TESTS, 'file/test_hostile_files.py'],
+  'file.front': [*FILE_TESTS, 'file/test_hostile_files.py'],
+  'file.grids': ['file/test_grids.py', *FILE_TESTS, 'file/test_hostile_files.py'],
+  'file.index': [*FILE_TESTS, 'file/test_hostile_files.py'],
+  'file.reader': [*FILE_TESTS, 'file/test_hostile_files.py'],
+  'file.writer': [*FILE_TESTS, 'file/test_hostile_files.py'],
+  'coding.arrangements': CONTEXT_TESTS,
+  'coding.context_search': CONTEXT_TESTS,
+  'coding.contexts': CONTEXT_TESTS,
+  'coding.escapes': ['coding/test_escapes.py'],
+  'coding.frequencies': ['coding/test_ans.py', 'coding/test_payload.py'],
+  'coding.neighbours': CONTEXT_TESTS,
+  'coding.trellis': ['coding/test_trellis.py', 'coding/test_contexts.py'],
 }
 
 
