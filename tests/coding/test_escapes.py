@@ -48,7 +48,7 @@ def assert_round_trip(positions, values, size):
   st.data(),
 )
 @settings(deadline=None)
-def test_any_escapes_come_back(places, rest, dtype, data):
+def test_decode_any_escapes(places, rest, dtype, data):
   positions = np.array(sorted(places))
   size = len(places) * dtype.itemsize
   values = np.frombuffer(data.draw(st.binary(min_size=size, max_size=size)), dtype)
@@ -57,7 +57,7 @@ def test_any_escapes_come_back(places, rest, dtype, data):
 
 @given(st.lists(st.tuples(st.integers(0, 5000), st.integers(1, 300)), min_size=1, max_size=20))
 @settings(deadline=None)
-def test_clusters_come_back(runs):
+def test_decode_clusters(runs):
   is_escaped = np.concatenate([np.repeat([False, True], pair) for pair in runs])
   positions = np.flatnonzero(is_escaped)
   data = assert_round_trip(positions, outliers(positions.size), is_escaped.size)
@@ -67,20 +67,20 @@ def test_clusters_come_back(runs):
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
 @pytest.mark.parametrize('size', [1, 2, 100, 65_536, 65_537])
-def test_one_and_all_come_back(dtype, size):
+def test_decode_one_and_all(dtype, size):
   assert_round_trip(np.arange(size), outliers(size, dtype), size)
   for place in (0, size // 2, size - 1):
     assert len(assert_round_trip(np.array([place]), outliers(1, dtype), size)) <= 42
 
 
 @pytest.mark.parametrize('size', [1 << 31, (1 << 62) - 1])
-def test_the_ends_of_a_huge_leaf_come_back(size):
+def test_decode_ends_of_huge_leaf(size):
   positions = np.array([0, 1, size // 2, size - 2, size - 1])
   assert_round_trip(positions, outliers(5), size)
 
 
 @pytest.mark.parametrize('share', [2, 30, 1000, 100_000])
-def test_cost_at_random_places(share):
+def test_encode_bits_of_positions(share):
   count = 20_000
   size = share * count
   values = np.frombuffer(np.random.default_rng(1).bytes(4 * count), np.float32)
@@ -91,7 +91,7 @@ def test_cost_at_random_places(share):
   assert places <= np.log2(share) + 1.6
 
 
-def test_exponents_take_their_entropy():
+def test_encode_bits_of_exponents():
   positions = somewhere(100_000, 1000)
   noise = np.frombuffer(np.random.default_rng(1).bytes(4000), np.float32)
   whole = len(escapes.encode(positions, noise))
@@ -104,13 +104,13 @@ def test_exponents_take_their_entropy():
     assert 8 * size / 1000 == pytest.approx(np.log2(100) + 1.5 + bits, rel=0.02)
 
 
-def test_none_takes_nothing():
+def test_encode_nothing():
   assert escapes.encode(np.zeros(0, np.int64), np.zeros(0, np.float32)) == b''
   places, values = escapes.decode(b'', 10, 0, FLOAT32)
   assert places.size == values.size == 0 and values.dtype == FLOAT32
 
 
-def test_ten_million_weights_in_bounded_memory():
+def test_encode_in_bounded_memory():
   size = 10_000_000
   positions = np.arange(size)
   values = np.zeros(size, np.float32)
@@ -148,7 +148,7 @@ def section(buckets, bits=b'', values=None, length=None):
   return sealed(length.to_bytes(4, 'little') + coded + bits + values)
 
 
-def test_a_section_by_hand():
+def test_decode_section_by_hand():
   # gaps 3 and 5: of 2 and 3 bits, below whose leading ones are 1 and 01
   # exponents 127 and 128; a sign and a mantissa of 0, a mantissa of .5
   values = two([0, 1], 127, bytes([0, 0, 128, 0, 0, 64]))
@@ -157,7 +157,7 @@ def test_a_section_by_hand():
 
 
 @pytest.mark.parametrize('mask', [0x01, 0x80, 0xFF])
-def test_every_flipped_byte_and_every_cut_is_found(mask):
+def test_decode_finds_flips_and_cuts(mask):
   data = escapes.encode(somewhere(1000, 20), outliers(20))
   for i in range(len(data)):
     damaged = bytearray(data)
@@ -199,11 +199,11 @@ def refused(data, size, count, match='found'):
 
 
 @pytest.mark.parametrize('name', HOSTILE)
-def test_sections_that_cannot_be_are_refused(name):
+def test_decode_refuses_sections(name):
   refused(HOSTILE[name], 100, 2)
 
 
-def test_sums_that_wrap_around_are_refused():
+def test_decode_refuses_wrapped_sums():
   size = (1 << 62) - 1
   count = 40
   bits = np.packbits(np.ones(61 * count, np.uint8)).tobytes()
@@ -211,7 +211,7 @@ def test_sums_that_wrap_around_are_refused():
   refused(data, size, count, 'found an escaped weight beyond')
 
 
-def test_counts_that_the_data_do_not_hold_are_refused():
+def test_decode_refuses_counts():
   data = escapes.encode(somewhere(1000, 20), outliers(20))
   for size, count in ((1000, 19), (1000, 21), (10, 20), (1 << 60, 1 << 59), (5, -1)):
     refused(data, size, count)
@@ -222,6 +222,6 @@ def test_counts_that_the_data_do_not_hold_are_refused():
 
 @given(st.binary(max_size=80), st.integers(1, 30), st.integers(0, 2000))
 @settings(deadline=None)
-def test_noise_is_refused(noise, count, rest):
+def test_decode_refuses_noise(noise, count, rest):
   with pytest.raises(ValueError):
     escapes.decode(sealed(len(noise).to_bytes(4, 'little') + noise), count + rest, count, FLOAT32)

@@ -23,7 +23,7 @@ def message(seed, n, start):
 
 
 @pytest.mark.parametrize('n', [1, 2, 7, 20_000])
-def test_what_is_put_on_comes_off(n):
+def test_decode_of_encode(n):
   start = np.array([0x9ABCDEF0], np.uint32)
   indices, ranges, subsets, _, fitted, words = message(0, n, start)
   assert words[-1] != 0
@@ -34,7 +34,7 @@ def test_what_is_put_on_comes_off(n):
   np.testing.assert_array_equal(left, start)
 
 
-def test_a_symbol_takes_the_logarithm_of_its_share():
+def test_encode_takes_ideal_bits():
   start = np.array([1 << 31], np.uint32)
   indices, _, _, models, fitted, words = message(1, 20_000, start)
   ideal = 0.0
@@ -44,7 +44,7 @@ def test_a_symbol_takes_the_logarithm_of_its_share():
   assert ideal < 32 * len(words) < 1.0005 * ideal + 96
 
 
-def test_a_message_goes_on_with_the_coder_of_many_symbols():
+def test_encode_continues_a_coder():
   codes = np.rint(RNG(2).laplace(size=500)).astype(np.int8)
   model = frequencies.fit(frequencies.histogram(codes))
   coder = ans.begin(codes)

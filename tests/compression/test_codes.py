@@ -54,7 +54,7 @@ def assert_invariants(params, state):
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
-def test_values_are_the_codebook_at_the_codes(dtype):
+def test_values_are_codebook_at_codes(dtype):
   params, _, state = compressed(dtype)
   assert_invariants(params, state)
   values = apply_compression(params, state)
@@ -66,7 +66,7 @@ def test_values_are_the_codebook_at_the_codes(dtype):
   jax.tree.map(assert_same_bits, params, tree(dtype))
 
 
-def test_a_weight_at_the_threshold_is_pruned_and_one_beyond_the_last_cell_escapes():
+def test_init_state_at_edges():
   params = {'w': jnp.array([[0.5, -0.5, 0.501, -0.501], [0.99, -1.01, 9.0, -9.0]])}
   leaf = allocate(params, sparsity=0.25, bits=2.0).tree['w']
   leaf = leaf.replace(
@@ -89,7 +89,7 @@ def test_a_weight_at_the_threshold_is_pruned_and_one_beyond_the_last_cell_escape
 
 
 @pytest.mark.parametrize('levels', [0, 1, 2, 127])
-def test_every_code_has_the_value_that_the_codebook_gives_it(levels):
+def test_decode_every_code(levels):
   codes = jnp.arange(-127, 128, dtype=jnp.int8)
   leaf = LeafState(
     kinds=(codes != 0).astype(np.uint8),
@@ -104,7 +104,7 @@ def test_every_code_has_the_value_that_the_codebook_gives_it(levels):
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
-def test_gradient_is_straight_through(dtype):
+def test_apply_gradient(dtype):
   params, _, state = compressed(dtype)
   away = jax.tree.map(
     lambda x: jnp.asarray(np.random.default_rng(1).normal(size=x.shape), dtype), params
@@ -118,7 +118,7 @@ def test_gradient_is_straight_through(dtype):
       np.testing.assert_array_equal(kernels(found)[name], expected)
 
 
-def test_inside_vmap_and_scan():
+def test_apply_in_vmap_and_scan():
   params, _, state = compressed(jnp.float32)
   two = jax.tree.map(lambda x: jnp.stack([x, -x]), params)
   together = jax.vmap(apply_compression, (0, None))(two, state)
@@ -138,7 +138,7 @@ def test_inside_vmap_and_scan():
   ],
   ids=['sgd', 'adamw'],
 )
-def test_invariants_survive_training(optimizer, dtype):
+def test_apply_invariants_in_training(optimizer, dtype):
   params, _, state = compressed(dtype)
   before = jax.device_get(state)
   targets = jax.tree.map(
@@ -165,7 +165,7 @@ def test_invariants_survive_training(optimizer, dtype):
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)
 
 
-def test_predictions_are_what_is_measured():
+def test_apply_error_as_predicted():
   params, allocation, state = compressed(jnp.float32)
   values, codes = apply_compression(params, state), encode(params, state)
   for part in 'ab':
@@ -180,7 +180,7 @@ def test_predictions_are_what_is_measured():
     assert float(leaf.sparsity) == pytest.approx(np.mean(value == 0), abs=0.005)
 
 
-def test_sharded_over_four_devices():
+def test_apply_on_four_devices():
   assert jax.device_count() == 4
   params, allocation, state = compressed(jnp.float32)
   mesh = Mesh(np.array(jax.devices()), 'x')
@@ -194,7 +194,7 @@ def test_sharded_over_four_devices():
   jax.tree.map(assert_same_bits, apply_compression(spread, state), apply_compression(params, state))
 
 
-def test_other_trees_are_refused():
+def test_apply_refuses_other_trees():
   params, _, state = compressed(jnp.float32)
   kernel = params['a']['kernel']
   others = [

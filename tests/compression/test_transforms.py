@@ -23,7 +23,7 @@ def forward(params, x):
   return jnp.tanh(x @ params['hidden']['kernel']) @ params['head']['kernel']
 
 
-def test_a_compressed_function_is_that_of_compressed_parameters():
+def test_compressed_equals_apply():
   variables, state = small_networks.compressed_network()
   params = variables['params']
   values = opq_jax.apply_compression(params, state)
@@ -37,7 +37,7 @@ def test_a_compressed_function_is_that_of_compressed_parameters():
     assert (gradient[~mask] == 0).all()
 
 
-def test_a_compressed_function_keeps_its_name_and_its_other_arguments():
+def test_compressed_keeps_signature():
   _, state = small_networks.compressed_network()
 
   def scaled(params, x, *, factor):
@@ -63,7 +63,7 @@ def test_a_compressed_function_keeps_its_name_and_its_other_arguments():
   ids=['sgd', 'adamw', 'noise', 'multi_steps'],
 )
 @pytest.mark.filterwarnings('default')  # of optax
-def test_pruned_weights_stay_exactly_zero_whatever_the_optimizer(optimizer):
+def test_keep_compressed_keeps_zeros(optimizer):
   variables, state = small_networks.compressed_network()
   params = variables['params']
   optimizer = optax.chain(optimizer, opq_jax.keep_compressed(state))
@@ -86,7 +86,7 @@ def test_pruned_weights_stay_exactly_zero_whatever_the_optimizer(optimizer):
   small_networks.assert_compressed(params, state)
 
 
-def test_updates_of_survivors_and_of_other_leaves_are_as_they_were():
+def test_keep_compressed_other_updates():
   variables, state = small_networks.compressed_network()
   params = variables['params']
   updates = jax.tree.map(jnp.ones_like, params)
@@ -97,7 +97,7 @@ def test_updates_of_survivors_and_of_other_leaves_are_as_they_were():
   np.testing.assert_array_equal(kept['head']['kernel'], expected)
 
 
-def test_in_the_step_of_the_library():
+def test_keep_compressed_in_train_step():
   _, state = small_networks.compressed_network()
   optimizer = optax.chain(optax.adam(1e-2), opq_jax.keep_compressed(state))
   step = parallel.pmap_train_step(small_networks.Network().apply, optimizer)
@@ -109,7 +109,7 @@ def test_in_the_step_of_the_library():
   assert (np.asarray(train_state.params['hidden']['kernel'])[~mask] == 0).all()
 
 
-def test_errors():
+def test_keep_compressed_errors():
   variables, state = small_networks.compressed_network()
   keep = opq_jax.keep_compressed(state)
   updates = jax.tree.map(jnp.ones_like, variables['params'])
@@ -122,7 +122,7 @@ def test_errors():
     keep.update(turned, keep.init(updates), jax.tree.map(jnp.transpose, variables['params']))
 
 
-def test_beyond_the_last_cell_the_gradient_that_leads_further_out_is_dropped():
+def test_clip_drops_outward_gradient():
   variables, state = small_networks.compressed_network()
   leaf = state.tree['head']['kernel']
   end = float(leaf.threshold) + int(leaf.levels) * float(leaf.step)
@@ -141,7 +141,7 @@ def test_beyond_the_last_cell_the_gradient_that_leads_further_out_is_dropped():
   assert (found['head']['bias'] == -1).all()
 
 
-def test_in_the_step_weights_beyond_the_grid_go_no_further_if_asked():
+def test_clip_in_train_step():
   variables, state = small_networks.compressed_network()
   [batch] = small_networks.batches(1)
   optimizer = optax.sgd(0.1)
@@ -162,7 +162,7 @@ def test_in_the_step_weights_beyond_the_grid_go_no_further_if_asked():
     np.testing.assert_array_equal(kept, np.where(dropped, before, free))
 
 
-def test_clipping_needs_the_parameters():
+def test_clip_needs_params():
   variables, state = small_networks.compressed_network()
   clip = clip_to_grid(state)
   with pytest.raises(ValueError, match='params: found None'):

@@ -19,13 +19,13 @@ GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 VERSIONS = sorted(path.stem for path in GOLDEN.glob('*.opq'))
 
 
-def test_every_version_has_a_golden_file():
+def test_golden_file_of_every_version():
   assert {'version_1', 'version_1_contexts', 'version_2_escapes'} <= set(VERSIONS)
   assert {name.split('_')[1] for name in VERSIONS} == set(file_front.VERSIONS)
 
 
 @pytest.mark.parametrize('version', VERSIONS)
-def test_golden_files_load_for_ever(version):
+def test_load_golden_files(version):
   expected = safetensors.numpy.load_file(GOLDEN / f'{version}.safetensors')
   with opq_jax.OpqFile(GOLDEN / f'{version}.opq') as file:
     assert file.metadata == {'weights': 'golden', 'é': '[{"'}
@@ -62,7 +62,7 @@ def test_golden_files_load_for_ever(version):
   assert_same_bits(np.asarray(again['x']), kernel, 'conv')
 
 
-def test_the_same_network_makes_the_same_file_everywhere(tmp_path):
+def test_serialize_equal_everywhere(tmp_path):
   # a process of one device, of another order of hashes, against this one of four, twice
   assert jax.device_count() == 4
   environment = {**os.environ, 'PYTHONHASHSEED': '12345'}

@@ -66,7 +66,7 @@ def outcomes(kind, count):
 @pytest.mark.parametrize(
   'kind', [kind for kind in MUTATIONS if 'codes' not in kind and kind != 'escapes']
 )
-def test_mutations_are_refused_or_harmless(kind):
+def test_mutations_refused_or_harmless(kind):
   if kind in ('h5', 'keras'):
     pytest.importorskip('h5py')
   found = outcomes(kind, MUTATIONS[kind])
@@ -74,7 +74,7 @@ def test_mutations_are_refused_or_harmless(kind):
   assert found.total() == MUTATIONS[kind]
 
 
-def test_the_native_coder_survives_hostile_words():
+def test_decode_survives_hostile_words():
   # in a process of its own, which a native crash would end
   code = (
     'import sys; sys.path[:0] = sys.argv[1:]\n'
@@ -123,7 +123,7 @@ def with_grids(data, grids):
     *[(0.5, 0.75, 0.7), (0.5, 0.75, 1e-45), (0.5, 16777216.0, 0.5)],
   ],
 )
-def test_grids_that_no_codebook_has_are_refused(grid):
+def test_open_refuses_grids(grid):
   data = serialize_small()
   assert with_grids(data, [(0.5, 0.75, 0.5)] * 2) == data
   with pytest.raises(ValueError, match=r'the file: b/1: found a grid of threshold'):
@@ -140,7 +140,7 @@ def test_grids_that_no_codebook_has_are_refused(grid):
     writer.serialize(params, CompressionState({**state.tree, 'a': record}))
 
 
-def test_sums_that_round_are_none_of_version_1():
+def test_open_refuses_rounded_sums():
   params, state = small()
   first = np.float32(0.7)
   record = state.tree['a'].replace(
@@ -155,7 +155,7 @@ def test_sums_that_round_are_none_of_version_1():
 
 
 @pytest.mark.parametrize('grid', [(0.5, 0.25, 0.5), (0.5, 1.25, 0.5), (0.5, 0.75, 0.25)])
-def test_values_outside_of_their_cells_are_refused(grid):
+def test_load_refuses_values_off_cell(grid):
   data = with_grids(serialize_small(), [(0.5, 0.75, 0.5), grid])
   with pytest.raises(ValueError, match=r'^b/1: found \d+ values that lie in another cell'):
     opq_jax.load(data)
@@ -165,7 +165,7 @@ def serialize_small():
   return writer.serialize(*small())
 
 
-def test_path_names_that_fill_memory_are_refused():
+def test_open_refuses_huge_names():
   params = {'x': np.zeros(0, bool)}
   data = writer.serialize(params, state_of(params))
   tree = {'k' * 1_500_000: {str(i): 'bool[0]' for i in range(10_000)}}
@@ -175,7 +175,7 @@ def test_path_names_that_fill_memory_are_refused():
 
 
 @pytest.mark.parametrize('kind', ['list', 'dict'])
-def test_deep_trees_are_refused_both_ways(kind):
+def test_deep_trees_are_refused(kind):
   params = np.zeros(3, np.float32)
   for _ in range(file_index.MAX_DEPTH):
     params = [params] if kind == 'list' else {'a': params}
@@ -189,7 +189,7 @@ def test_deep_trees_are_refused_both_ways(kind):
     reader.OpqFile(deeper)
 
 
-def test_more_zeros_than_memory_are_refused_unless_they_are_asked_for():
+def test_open_refuses_many_zeros():
   payload = entropy_coding.encode_codes(np.zeros(1 << 22, np.int8))
   refused(lambda: entropy_coding.decode_codes(payload, (1 << 40,)), 'expected 1099511627776')
   # 3 MB of words do hold 2**40 codes that cost next to nothing each
@@ -212,7 +212,7 @@ def test_more_zeros_than_memory_are_refused_unless_they_are_asked_for():
   refused(lambda: opq_jax.load(bomb), 'found leaves of 4398046511104 bytes in 3', memory=30 << 20)
 
 
-def test_what_is_large_is_read_where_it_is_asked_for():
+def test_open_admits_most_bytes():
   params = {'w': np.zeros((64, 64), np.float32)}
   data = writer.serialize(params, state_of(params))
   loaded, _ = opq_jax.load(data, most_bytes=4 * 64 * 64)
@@ -224,14 +224,14 @@ def test_what_is_large_is_read_where_it_is_asked_for():
 
 
 @pytest.mark.parametrize('name', ['../../etc/passwd', '/etc/passwd', 'a\0b', '..', '', '\ud800'])
-def test_names_that_look_like_paths_are_names(tmp_path, name):
+def test_names_like_paths_are_names(tmp_path, name):
   params = {name: np.ones((4, 5), np.float32)}
   opq_jax.save(tmp_path / 'net.opq', params, CompressionState({name: leaf_state(params[name])}))
   loaded, _ = opq_jax.load(tmp_path / 'net.opq')
   assert list(loaded) == [name] and [path.name for path in tmp_path.iterdir()] == ['net.opq']
 
 
-def test_a_network_that_the_metadata_lie_about_is_refused(tmp_path, capsys):
+def test_metadata_of_other_network(tmp_path, capsys):
   from opq_jax.cli import command as cli
 
   params, state = small()
@@ -337,7 +337,7 @@ CRAFTED = {
 
 
 @pytest.mark.parametrize('name', CRAFTED)
-def test_crafted_files_are_refused(tmp_path, name):
+def test_read_refuses_crafted_files(tmp_path, name):
   if name.endswith('.keras'):
     pytest.importorskip('h5py')
   data, message = CRAFTED[name]
@@ -347,7 +347,7 @@ def test_crafted_files_are_refused(tmp_path, name):
   refused(lambda: read_weights(path), expected)
 
 
-def test_tensors_that_repeat_one_number_for_ever_are_refused(tmp_path):
+def test_read_refuses_endless_tensors(tmp_path):
   torch = pytest.importorskip('torch')
   torch.save({'a': torch.zeros(1).expand(1 << 40)}, tmp_path / 'net.pt')
   with pytest.raises(ValueError, match=r'net.pt: .*found 4 bytes, expected those of shape'):
@@ -356,7 +356,7 @@ def test_tensors_that_repeat_one_number_for_ever_are_refused(tmp_path):
   assert read_weights(tmp_path / 'net.pt')['a'].shape == (16,)
 
 
-def test_the_name_that_safetensors_keeps_for_itself_is_not_written(tmp_path):
+def test_write_refuses_metadata_name(tmp_path):
   with pytest.raises(ValueError, match='__metadata__: found a name'):
     write_safetensors(tmp_path / 'x.safetensors', {'__metadata__': np.ones(2)})
   assert not list(tmp_path.iterdir())
@@ -370,7 +370,7 @@ EXECUTES = re.compile(
 )
 
 
-def test_no_module_unpickles_or_evaluates():
+def test_no_module_unpickles():
   root = pathlib.Path(opq_jax.__file__).parent
   lines = [
     f'{path.relative_to(root)}:{number}: {line.strip()}'
@@ -392,6 +392,6 @@ def test_no_module_unpickles_or_evaluates():
     'yaml.load(text)',
   ],
 )
-def test_the_scan_would_find(line):
+def test_scan_finds_unpickling(line):
   assert EXECUTES.search(line)
   assert not EXECUTES.search("torch.load(path, map_location='cpu', weights_only=True)")

@@ -15,7 +15,7 @@ def tree():
 
 
 @pytest.mark.parametrize('rate', [10.0, 25.0])
-def test_the_file_is_as_small_as_asked(tmp_path, rate):
+def test_file_rate_is_met(tmp_path, rate):
   variables = tree()
   found = at_file_rate(variables, rate, objective='relative_error')
   assert rate <= found.file_rate <= 1.003 * rate
@@ -32,7 +32,7 @@ def test_the_file_is_as_small_as_asked(tmp_path, rate):
     np.testing.assert_array_equal(one, other)
 
 
-def test_what_the_uncompressed_leaves_forbid_is_an_error():
+def test_file_rate_out_of_reach():
   variables = {'kernel': tree()['a']['kernel'][:32], 'bias': tree()['a']['kernel'][32:].reshape(-1)}
   with pytest.raises(
     ValueError, match=r'file_rate: found 20, a file of .* expected one of [\d,]+ at least'

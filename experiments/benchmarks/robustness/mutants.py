@@ -27,7 +27,9 @@ from experiments.benchmarks.robustness.mutations import Mutant, mutations
 PROCESSES = 1
 EXPLAINED = pathlib.Path(__file__).parent / 'equivalent_mutants.json'
 FILE_TESTS = ['file/test_round_trip.py', 'file/test_writer.py', 'file/test_reader.py']
-CONTEXT_TESTS = ['coding/test_contexts.py', 'coding/test_payload.py']
+CONTEXT_TESTS = [
+  *('coding/test_contexts.py', 'coding/test_context_search.py', 'coding/test_payload.py'),
+]
 TESTS = {
   'allocation.laplace': ['allocation/test_laplace.py'],
   'allocation.allocator': ['allocation/test_allocator.py', 'compression/test_codes.py'],
@@ -52,7 +54,7 @@ TESTS = {
   'coding.escapes': ['coding/test_escapes.py'],
   'coding.frequencies': ['coding/test_ans.py', 'coding/test_payload.py'],
   'coding.neighbours': CONTEXT_TESTS,
-  'coding.trellis': ['coding/test_trellis.py', 'coding/test_contexts.py'],
+  'coding.trellis': ['coding/test_trellis.py', 'coding/test_viterbi.py', 'coding/test_contexts.py'],
 }
 
 
