@@ -28,7 +28,7 @@ from docutils.statemachine import StringList
 TOP = 'opq_jax'
 FIELDS = {
   'Args': 'param {}',
-  'Attributes': 'ivar {}',
+  'Attributes': '',
   'Raises': 'raises {}',
   'Warns': 'raises {}',
   'Returns': 'returns',
@@ -170,9 +170,14 @@ def _fields(section: str, lines: list[str]) -> list[str]:
   lines = [*lines, '']
   width = min((_indent(line) for line in lines if line.strip()), default=0)
   lines = [line[width:] for line in lines]
-  if '{}' not in FIELDS[section]:
+  if section in ('Returns', 'Yields'):
     return [f':{FIELDS[section]}:', *(f'  {line}'.rstrip() for line in converted(lines))]
   out: list[str] = []
+  if section == 'Attributes':
+    for name, body in _entries(lines):
+      first, *rest = _entry_body(body)
+      out += [f'  * ``{name.strip("`")}`` – {first.strip()}', *(f'  {line}' for line in rest), '']
+    return [':Attributes:', *out]
   for name, body in _entries(lines):
     text = _entry_body(body)
     names = re.split(r',\s*', name)
@@ -247,7 +252,8 @@ class CommandHelp(Directive):
   def run(self) -> list[nodes.Node]:
     found: list[nodes.Node] = []
     text = _help([])
-    for command in ['', *re.findall(r'^    (\w+) ', text, re.MULTILINE)]:
+    listed = text.partition('\ncommands:')[2].partition('\n\n')[0]
+    for command in ['', *re.findall(r'^    (\w+)(?: |$)', listed, re.MULTILINE)]:
       title = f'opq {command}'.strip()
       section = nodes.section(ids=[nodes.make_id(title)])
       section += nodes.title(text=title)
@@ -268,6 +274,8 @@ def _help(arguments: list[str]) -> str:
 
 def _process(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
   _learn_places()
+  if what == 'data' and (type(thing).__doc__ or '').split() == ' '.join(lines).split():
+    lines.clear()  # what a float is
   lines[:] = converted(lines)
 
 
