@@ -98,7 +98,8 @@ def escaped(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-  return re.sub(r'([\\*|`])|(?<=\w)(_)(?!\w)', lambda m: '\\' + m[0], text)
+  text = re.sub(r'([\\*|`])|(?<=\w)(_)(?!\w)', lambda m: '\\' + m[0], text)
+  return re.sub(r'docs/([\w/]+)\.md', r':doc:`/\1`', text)  # links to pages of these documents
 
 
 def _code(text: str) -> str:
@@ -176,7 +177,7 @@ def _fields(section: str, lines: list[str]) -> list[str]:
   if section == 'Attributes':
     for name, body in _entries(lines):
       first, *rest = _entry_body(body)
-      out += [f'  * ``{name.strip("`")}`` – {first.strip()}', *(f'  {line}' for line in rest), '']
+      out += [f'  * ``{name.strip("`")}`` -- {first.strip()}', *(f'  {line}' for line in rest), '']
     return [':Attributes:', *out]
   for name, body in _entries(lines):
     text = _entry_body(body)

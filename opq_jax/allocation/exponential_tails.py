@@ -2,8 +2,8 @@
 
 A grid minimises D + mu R, squared error and bits per weight.  Whatever the density, its tail beyond
 a threshold beta is nearly exponential, with the scale tau = E[|w| - beta; |w| > beta] of the
-survivors.  For an exponential tail the best step Delta is METHOD.md's (section 4), and the edge
-between the codes 0 and 1 is where both cost the same:
+survivors.  For an exponential tail the best step Delta, and the edge between the codes 0 and 1,
+where both cost the same, are (docs/method/allocation.md):
 
     mu      =  tau^2 ln 2 (d coth(d / 2) - 2),   d = Delta / tau
     beta^2  =  delta^2 + mu (log2 p_0 - log2 p_1)

@@ -55,7 +55,7 @@ def compressed_leaf(
   axis: int,
   stored: int,
 ) -> CompressedLeaf:
-  """Returns the four sizes of one leaf (METHOD.md section 6).
+  """Returns the four sizes of one leaf (docs/method/index.md).
 
   Args:
     path: the leaf's name.

@@ -1,4 +1,4 @@
-"""The three constrained problems against SLSQP, and against the table of METHOD.md section 4."""
+"""The three constrained problems, against SLSQP and the table of docs/method/allocation.md."""
 
 import functools
 import math
@@ -263,7 +263,7 @@ def test_few_bits_are_met_at_nearly_the_least_cost(problem, sparsity, bits):
   check_bits(problem, sparsity, bits, 5e-3)
 
 
-TABLE = [  # lambda, beta, Delta, D/2, R, pruned: METHOD.md section 4
+TABLE = [  # lambda, beta, Delta, D/2, R, pruned: docs/method/allocation.md
   (2, 3.668, 4.806, 0.7195, 0.199, 0.975),
   (1, 2.188, 3.163, 0.4043, 0.648, 0.888),
   (0.5, 1.372, 2.157, 0.1994, 1.219, 0.747),
@@ -303,7 +303,7 @@ def test_table_of_the_method(row):
 
 
 def test_squared_error_shares_one_threshold_whatever_the_channels():
-  # beta_i = s / sqrt(omega_i), METHOD.md section 3
+  # beta_i = s / sqrt(omega_i), docs/method/allocation.md
   with jax.enable_x64(True):
     channels = random_problem(3, 0, 0.6, 'squared_error')
     threshold = solve(minimise_at_sparsity, channels, 0.7)
