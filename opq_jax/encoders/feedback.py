@@ -1,11 +1,8 @@
-r"""Codes chosen with error feedback: a better encoder for the same codebooks and the same decoder.
-
-`opq_jax.encode` rounds every weight for itself.  What counts is a layer's output, and there the
-error of one weight can be made good by the weights that are still to be rounded.
-"""
+"""Codes by error feedback: weights coded later compensate for errors in the layer's output."""
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +25,8 @@ from opq_jax.encoders.encoder import (
   leaves_to_code,
 )
 
-_BLOCK = 64  # inputs whose feedback is pushed on within a block that stays in the cache
+# inputs whose errors are pushed on one by one, within rows that stay in the processor's cache
+_BLOCK = 64
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -118,30 +116,30 @@ class Feedback(LeafEncoder):
   def trials(self) -> Callable[[PyTree, CompressionState], Trial]:
     def trial(params: PyTree, grids: CompressionState) -> Trial:
       coded = self.choose_codes(params, grids)
-      return Trial(*coded, _entropy(*coded))
+      return Trial(*coded, _bits_per_weight(*coded))
 
     return trial
 
 
 @jax.jit
 def codes_of_leaf(
-  kernel: Float[Array, '... channels'],
+  weights: Float[Array, '... channels'],
   moments: Float32[Array, 'groups K K'],
-  leaf: LeafState,
+  grid: LeafState,
   damping: Float[Array, ''],
 ) -> Array:
   """Returns the int8 codes of one leaf by error feedback (`Feedback`)."""
   groups, width, _ = moments.shape
-  weights = kernel.astype(jnp.float32).reshape(width, groups, -1).swapaxes(0, 1)
-  # so few inputs at a time, and inputs of nothing for the last block to be a whole one
+  by_group = lambda array: array.reshape(width, groups, -1).swapaxes(0, 1)
+  rows = by_group(weights.astype(jnp.float32))
+  # the value of an escaped weight, in the leaf's dtype; NaN where a weight is not escaped
+  exact = by_group(jnp.where(grid.escaped, weights.astype(grid.dtype).astype(jnp.float32), jnp.nan))
+  # whole blocks: inputs without weights, independent of all others, fill the last one
   block = min(_BLOCK, width)
   padded = -(-width // block) * block
-  # the value of an escaped weight, in the leaf's dtype; NaN where a weight is not escaped
-  exact = jnp.where(leaf.escaped, kernel.astype(leaf.dtype).astype(jnp.float32), jnp.nan)
-  exact = exact.reshape(width, groups, -1).swapaxes(0, 1)
 
-  def group(
-    weights: Float32[Array, 'K channels'],
+  def codes_of_group(
+    rows: Float32[Array, 'K channels'],
     exact: Float32[Array, 'K channels'],
     moments: Float32[Array, 'K K'],
   ) -> Float32[Array, 'K channels']:
@@ -150,93 +148,119 @@ def codes_of_leaf(
     matrix = moments / jnp.where(mean > 0, mean, 1)
     order = jnp.argsort(-energy)
     matrix = matrix[order][:, order] + jnp.float32(damping) * jnp.eye(width)
-    # independent of all others
     matrix = jnp.eye(padded).at[:width, :width].set(matrix)
-    rows = jnp.zeros((padded, weights.shape[1])).at[:width].set(weights[order])
-    kept = jnp.full((padded, weights.shape[1]), jnp.nan).at[:width].set(exact[order])
-    codes = _feedback(rows, kept, _factor(matrix), leaf, block)[:width]
+    rows = jnp.zeros((padded, rows.shape[1])).at[:width].set(rows[order])
+    exact = jnp.full((padded, rows.shape[1]), jnp.nan).at[:width].set(exact[order])
+    codes = _coded_rows(rows, exact, _factor(matrix), grid, block)[:width]
     return jnp.zeros_like(codes).at[order].set(codes)
 
-  codes = jax.vmap(group)(weights, exact, moments)
-  return codes.swapaxes(0, 1).reshape(kernel.shape).astype(jnp.int8)
+  codes = jax.vmap(codes_of_group)(rows, exact, moments)
+  return codes.swapaxes(0, 1).reshape(weights.shape).astype(jnp.int8)
 
 
 def _factor(matrix: Float32[Array, 'K K']) -> Float32[Array, 'K K']:
-  """The upper triangular U of matrix^-1 = U^T U."""
+  """Returns the upper triangular U of matrix^-1 = U^T U."""
   # J H J = L L^T with J the reversal, so H = R R^T with R = J L J upper, and U = R^-1 = J L^-1 J
   lower = jnp.linalg.cholesky(matrix[::-1, ::-1])
   inverse = jax.scipy.linalg.solve_triangular(lower, jnp.eye(len(matrix)), lower=True)
   return inverse[::-1, ::-1]
 
 
-def _feedback(
+class _AllRows(NamedTuple):
+  """All rows of one group, between two blocks: weights with pushed errors, and codes so far."""
+
+  weights: Float32[Array, 'K channels']
+  codes: Float32[Array, 'K channels']
+
+
+class _BlockRows(NamedTuple):
+  """The rows of one block, between two inputs; errors are (w_i - q_i) / U_ii."""
+
+  weights: Float32[Array, 'block channels']
+  codes: Float32[Array, 'block channels']
+  errors: Float32[Array, 'block channels']
+
+
+def _coded_rows(
   weights: Float32[Array, 'K channels'],
   exact: Float32[Array, 'K channels'],
   factor: Float32[Array, 'K K'],
-  leaf: LeafState,
+  grid: LeafState,
   block: int,
 ) -> Float32[Array, 'K channels']:
-  """The codes, as whole numbers, of K inputs one after the other; `block` divides K."""
+  """Returns the codes, as whole numbers, of K inputs one after the other; `block` divides K.
+
+  An error reaches the rows of its own block at once, and all rows after the block by one product of
+  matrices at the block's end.
+  """
   inputs, channels = weights.shape
-  most = jnp.maximum(leaf.step, leaf.threshold)
+  limit = jnp.maximum(grid.step, grid.threshold)
 
-  def per_block(number: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-    weights, codes = carry
+  def code_block(number: Array, rows: _AllRows) -> _AllRows:
     begin = number * block
-    mine = lax.dynamic_slice(weights, (begin, 0), (block, channels))
-    kept = lax.dynamic_slice(exact, (begin, 0), (block, channels))
-    push = lax.dynamic_slice(factor, (begin, 0), (block, inputs))
-    within = lax.dynamic_slice(push, (0, begin), (block, block))
+    block_weights = lax.dynamic_slice(rows.weights, (begin, 0), (block, channels))
+    block_exact = lax.dynamic_slice(exact, (begin, 0), (block, channels))
+    to_all = lax.dynamic_slice(factor, (begin, 0), (block, inputs))
+    to_block = lax.dynamic_slice(to_all, (0, begin), (block, block))
 
-    def per_input(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-      mine, codes, errors = carry
-      code, value = nearest(mine[i], leaf)
-      is_escaped = ~jnp.isnan(kept[i])
+    def code_input(i: Array, rows: _BlockRows) -> _BlockRows:
+      code, value = codes_in_cells(rows.weights[i], grid)
+      is_escaped = ~jnp.isnan(block_exact[i])
       code = jnp.where(is_escaped, float(ESCAPE), code)
-      value = jnp.where(is_escaped, kept[i], value)
-      error = jnp.clip(mine[i] - value, -most, most) / within[i, i]
-      mine = mine - within[i][:, None] * error[None]
-      return mine, codes.at[i].set(code), errors.at[i].set(error)
+      value = jnp.where(is_escaped, block_exact[i], value)
+      error = jnp.clip(rows.weights[i] - value, -limit, limit) / to_block[i, i]
+      return _BlockRows(
+        rows.weights - to_block[i][:, None] * error[None],
+        rows.codes.at[i].set(code),
+        rows.errors.at[i].set(error),
+      )
 
     zeros = jnp.zeros((block, channels))
-    _, mine, errors = lax.fori_loop(0, block, per_input, (mine, zeros, zeros))
-    weights = weights - jnp.matmul(push.T, errors, precision=lax.Precision.HIGHEST)
-    return weights, lax.dynamic_update_slice(codes, mine, (begin, 0))
+    coded = lax.fori_loop(0, block, code_input, _BlockRows(block_weights, zeros, zeros))
+    push = jnp.matmul(to_all.T, coded.errors, precision=lax.Precision.HIGHEST)
+    return _AllRows(
+      rows.weights - push, lax.dynamic_update_slice(rows.codes, coded.codes, (begin, 0))
+    )
 
-  blocks = inputs // block
-  _, codes = lax.fori_loop(0, blocks, per_block, (weights, jnp.zeros_like(weights)))
-  return codes
+  start = _AllRows(weights, jnp.zeros_like(weights))
+  return lax.fori_loop(0, inputs // block, code_block, start).codes
+
+
+class CodedRow(NamedTuple):
+  """Codes, as whole float32 numbers, and their values."""
+
+  codes: Float32[Array, ' channels']
+  values: Float32[Array, ' channels']
 
 
 @jax.jit
-def nearest(
-  weights: Float32[Array, ' channels'], leaf: LeafState
-) -> tuple[Float32[Array, ' channels'], Float32[Array, ' channels']]:
-  """The code of each weight, by the rule of `opq_jax.encode` but with no mask given; its value."""
+def codes_in_cells(weights: Float32[Array, ' channels'], grid: LeafState) -> CodedRow:
+  """Returns the code of the cell that each weight lies in: as `opq_jax.encode`, without a mask."""
   magnitude = jnp.abs(weights)
-  cell = settled(cell_of(magnitude, leaf), leaf)
-  survives = (magnitude > leaf.threshold) & (leaf.levels > 0)
+  cell = settled(cell_of(magnitude, grid), grid)
+  survives = (magnitude > grid.threshold) & (grid.levels > 0)
   sign = jnp.where(weights < 0, -1.0, 1.0)
   code = jnp.where(survives, sign * (cell + 1), 0)
-  value = value_of(cell, leaf).astype(jnp.float32)
-  return code, jnp.where(survives, sign * value, 0)
+  value = value_of(cell, grid).astype(jnp.float32)
+  return CodedRow(code, jnp.where(survives, sign * value, 0))
 
 
-def _entropy(params: PyTree, state: CompressionState) -> float:
-  """Zeroth-order entropy of all codes, in bits a weight, each leaf by its own distribution.
+def _bits_per_weight(params: PyTree, state: CompressionState) -> float:
+  """Returns the zeroth-order entropy of all codes and the bits of escaped values, per weight.
 
-  With the values of escaped weights.
+  Each leaf has its own distribution.
   """
   codes = trees.named_leaves(compression.encode(params, state))
   records = trees.records(params, state.tree, LeafState)
-  chosen = [
+  compressed = [
     (code, record)
     for code, record in zip(codes.values(), records, strict=True)
     if record is not None
   ]
-  value_bits = [8.0 * jnp.dtype(record.dtype).itemsize for _, record in chosen]
-  bits = sum(float(_leaf_bits(code, b)) for (code, _), b in zip(chosen, value_bits, strict=True))
-  return bits / max(sum(code.size for code, _ in chosen), 1)
+  bits = sum(
+    float(_leaf_bits(code, 8.0 * jnp.dtype(record.dtype).itemsize)) for code, record in compressed
+  )
+  return bits / max(sum(code.size for code, _ in compressed), 1)
 
 
 @jax.jit

@@ -23,5 +23,5 @@ def test_the_slope_is_the_one_that_a_plain_grid_is_best_for(slope, scale):
   q = np.exp(-step / scale)
   first = threshold + scale - step * q / (1 - q)
   weights = (scale * np.random.default_rng(0).laplace(size=40_000)).astype(np.float32)
-  found = trellis_grids.fit(weights, first, threshold, step)
-  assert found.slope == pytest.approx(slope * scale**2, rel=0.03)
+  fit = trellis_grids.fit(weights, first, threshold, step)
+  assert fit.slope == pytest.approx(slope * scale**2, rel=0.03)
