@@ -1,8 +1,8 @@
 """Codes chosen layer after layer, each for the inputs that the compressed layers before it give.
 
 `Feedback` and `Trellis` minimise each layer's error on the inputs that the layer reads in the float
-network.  In the compressed network it reads x' instead of x, and can make good a part of the error
-that the layers before it have made.
+network.  In the compressed network it reads other inputs, and can make good a part of the error of
+the layers before it.
 """
 
 import dataclasses
@@ -23,7 +23,8 @@ from opq_jax.network.moments import layer_moments
 if TYPE_CHECKING:
   import flax.linen as nn
 
-# of the way from the weights to those that fit the compressed network's inputs
+# how far to go from the weights to those that fit the compressed network's inputs best: a fit to
+# few calibration inputs is a fit to their noise too
 SHARE = 0.5
 
 
@@ -103,86 +104,109 @@ class LayerByLayer(Encoder):
       ValueError: grids were made for another tree; a compressed leaf is not the kernel of an
         `nn.Dense` or `nn.Conv` that is called; or a layer is called twice.
     """
-    return _choose(self, params, grids)
+    return _SideBySide(self, params, grids).run()
 
 
-def _choose(
-  encoder: LayerByLayer, variables: Mapping[str, PyTree], state: CompressionState
-) -> Encoded:
-  import flax.linen as nn
+class _SideBySide:
+  """Runs the float and the compressed network together, and chooses codes on the way.
 
-  leaves = trees.named_leaves(variables)
-  records = dict(zip(leaves, trees.records(variables, state.tree, LeafState), strict=True))
-  values, masks = dict(leaves), dict(records)
-  seen: set[str] = set()
-  is_nested = False
+  The network is called once, on a batch that holds the inputs twice.  At every layer and BatchNorm
+  an interceptor cuts the batch in two: the first half goes through the float network's module, the
+  second half through the same module with decoded weights.  All other operations treat examples
+  apart, so they need no care.
+  """
 
-  def compressed(module: 'nn.Module', replaced: dict[str, Any], *args: Any, **kwargs: Any) -> Array:
-    """The layer on its own, with other parameters; what it would update is dropped."""
-    nonlocal is_nested
-    is_nested = True
-    bound = {**module.variables, 'params': {**module.variables.get('params', {}), **replaced}}
-    alone = module.clone(parent=None, name=None)
-    output, _ = alone.apply(bound, *args, **kwargs, mutable=['batch_stats'])
-    is_nested = False
-    return output
+  def __init__(
+    self, encoder: LayerByLayer, variables: Mapping[str, PyTree], grids: CompressionState
+  ):
+    self._encoder, self._variables = encoder, variables
+    self._leaves = trees.named_leaves(variables)
+    records = trees.records(variables, grids.tree, LeafState)
+    self._grids: dict[str, LeafState | None] = dict(zip(self._leaves, records, strict=True))
+    self._values: dict[str, Any] = dict(self._leaves)
+    self._called: set[str] = set()
+    self._is_inside = False  # of a module that this class has called itself
 
-  def side_by_side(layer: Callable[..., Any], args: tuple, kwargs: dict, context: Any) -> Any:
+  def run(self) -> Encoded:
+    import flax.linen as nn
+
+    fn, variables = self._encoder.fn, self._variables
+    twice = jnp.concatenate([self._encoder.inputs, self._encoder.inputs])
+    with nn.intercept_methods(self._intercept):
+      if trees.named_leaves(variables.get('batch_stats', {})):
+        fn(variables, twice, train=True, mutable=['batch_stats'])
+      else:
+        fn(variables, twice)
+    compressed = (name for name, grid in self._grids.items() if grid is not None)
+    missing = [name for name in compressed if name not in self._called]
+    if missing:
+      raise ValueError(
+        f'{missing[0]}: found a compressed leaf of no layer that was called, expected the kernel '
+        'of an nn.Dense or nn.Conv'
+      )
+    chosen = [(self._values[name], self._grids[name]) for name in self._leaves]
+    return encoded(self._variables, chosen)
+
+  def _intercept(self, call: Callable[..., Any], args: tuple, kwargs: dict, context: Any) -> Any:
+    """Calls one method of the network; layers and BatchNorm once for each half of the batch."""
+    import flax.linen as nn
+
     module = context.module
     name = '/'.join(('params', *module.path, 'kernel'))
-    is_layer = isinstance(module, nn.Conv | nn.Dense) and records.get(name) is not None
+    is_layer = isinstance(module, nn.Conv | nn.Dense) and self._grids.get(name) is not None
     is_norm = isinstance(module, nn.BatchNorm)
-    if is_nested or context.method_name != '__call__' or not (is_layer or is_norm):
-      return layer(*args, **kwargs)
+    if self._is_inside or context.method_name != '__call__' or not (is_layer or is_norm):
+      return call(*args, **kwargs)
     both, *others = args or (kwargs.pop('inputs' if is_layer else 'x'),)
-    first, second = jnp.split(both, 2)
-    replaced = {}
+    float_inputs, compressed_inputs = jnp.split(both, 2)
+    new_params = {}
     if is_layer:
-      if name in seen:
-        raise ValueError(f'{name}: found a layer that is called twice, expected once')
-      seen.add(name)
-      values[name], masks[name] = _chosen(
-        encoder, module, leaves[name], records[name], first, second
-      )
-      replaced = {'kernel': values[name]}
-    outputs = (
-      layer(first, *others, **kwargs),
-      compressed(module, replaced, second, *others, **kwargs),
+      new_params['kernel'] = self._choose(name, module, float_inputs, compressed_inputs)
+    return jnp.concatenate(
+      [
+        call(float_inputs, *others, **kwargs),
+        self._call_with(module, new_params, compressed_inputs, *others, **kwargs),
+      ]
     )
-    return jnp.concatenate(outputs)
 
-  doubled = jnp.concatenate([encoder.inputs, encoder.inputs])
-  with nn.intercept_methods(side_by_side):
-    if trees.named_leaves(variables.get('batch_stats', {})):
-      encoder.fn(variables, doubled, train=True, mutable=['batch_stats'])
-    else:
-      encoder.fn(variables, doubled)
-  missing = [name for name, record in records.items() if record is not None and name not in seen]
-  if missing:
-    raise ValueError(
-      f'{missing[0]}: found a compressed leaf of no layer that was called, expected the kernel of '
-      'an nn.Dense or nn.Conv'
+  def _choose(
+    self,
+    name: str,
+    module: 'nn.Module',
+    float_inputs: Float[Array, 'batch ... channels'],
+    compressed_inputs: Float[Array, 'batch ... channels'],
+  ) -> Array:
+    """Chooses the codes of one layer, and returns the decoded weights."""
+    if name in self._called:
+      raise ValueError(f'{name}: found a layer that is called twice, expected once')
+    self._called.add(name)
+    # a module of no network equals all modules that are like it: compiled once for them
+    alone = module.clone(parent=None, name=None)
+    encoder, kernel = self._encoder, self._leaves[name]
+    moments = _layer_moments(alone, compressed_inputs)
+    target = kernel
+    if moments is not None:
+      cross_moments = _layer_moments(alone, compressed_inputs, float_inputs)
+      target = _fitted(kernel, moments, cross_moments, encoder.share, encoder.damping)
+    grid = self._grids[name]
+    assert grid is not None
+    self._values[name], self._grids[name] = encoder.first.choose_leaf(
+      target, grid, moments, encoder.damping
     )
-  return encoded(variables, [(values[name], masks[name]) for name in leaves])
+    return self._values[name]
 
-
-def _chosen(
-  encoder: LayerByLayer,
-  module: 'nn.Module',
-  kernel: Float[Array, '... channels'],
-  record: LeafState,
-  inputs: Float[Array, 'batch ... channels'],
-  compressed: Float[Array, 'batch ... channels'],
-) -> tuple[Array, LeafState]:
-  """One layer's decoded weights, and its grid with their mask."""
-  # a layer that belongs to no network is the same for all that are alike: compiled once
-  alone = module.clone(parent=None, name=None)
-  moments = _layer_moments(alone, compressed)
-  target = kernel
-  if moments is not None:
-    cross = _layer_moments(alone, compressed, inputs)
-    target = _fitted(kernel, moments, cross, encoder.share, encoder.damping)
-  return encoder.first.choose_leaf(target, record, moments, encoder.damping)
+  def _call_with(
+    self, module: 'nn.Module', new_params: dict[str, Any], *args: Any, **kwargs: Any
+  ) -> Array:
+    """Calls a module by itself, with some other parameters; drops its updates of statistics."""
+    params = {**module.variables.get('params', {}), **new_params}
+    alone = module.clone(parent=None, name=None)
+    self._is_inside = True
+    output, _ = alone.apply(
+      {**module.variables, 'params': params}, *args, **kwargs, mutable=['batch_stats']
+    )
+    self._is_inside = False
+    return output
 
 
 _layer_moments = jax.jit(layer_moments, static_argnums=0)
@@ -192,16 +216,16 @@ _layer_moments = jax.jit(layer_moments, static_argnums=0)
 def _fitted(
   kernel: Float[Array, '... channels'],
   moments: Float32[Array, 'groups K K'],
-  cross: Float32[Array, 'groups K K'],
+  cross_moments: Float32[Array, 'groups K K'],
   share: Float[Array, ''],
   damping: Float[Array, ''],
 ) -> Float32[Array, '... channels']:
-  """W + share (H^-1 C W - W), damped."""
+  """Returns W + share (H^-1 C W - W), with H damped."""
   groups, width, _ = moments.shape
   weights = kernel.astype(jnp.float32).reshape(width, groups, -1).swapaxes(0, 1)
   mean = jnp.mean(jnp.diagonal(moments, axis1=1, axis2=2), axis=1)[:, None, None]
   damped = moments + damping * jnp.where(mean > 0, mean, 1) * jnp.eye(width)[None]
-  # H^-1 C - 1 = H^-1 (C - H): nothing where the inputs are the float network's
-  moved = jnp.matmul(cross - moments, weights, precision=lax.Precision.HIGHEST)
+  # H^-1 C - 1 = H^-1 (C - H), which is 0 where the inputs are those of the float network
+  moved = jnp.matmul(cross_moments - moments, weights, precision=lax.Precision.HIGHEST)
   fitted = weights + share * jnp.linalg.solve(damped, moved)
   return fitted.swapaxes(0, 1).reshape(kernel.shape)

@@ -36,23 +36,23 @@ def compressed(model, inputs, rate=16.0):
   return variables, coded, state
 
 
-def encode_layer_by_layer(fn, variables, state, inputs, **options):
+def choose_codes(fn, variables, state, inputs, **options):
   first = encoders.Feedback({})  # of which only the way to choose codes is asked here
   return encoders.LayerByLayer(fn, inputs, first, **options).choose_codes(variables, state)
 
 
-def test_the_first_layer_is_that_of_feedback(inputs):
+def test_layer_by_layer_first_is_feedback(inputs):
   model = Dense((64,))
   variables, coded, state = compressed(model, inputs)
-  found, found_state = encode_layer_by_layer(model.apply, variables, state, inputs)
+  found, found_state = choose_codes(model.apply, variables, state, inputs)
   jax.tree.map(np.testing.assert_array_equal, found, coded)
   jax.tree.map(np.testing.assert_array_equal, found_state, state)
 
 
-def test_the_second_layer_makes_good_what_the_first_has_done(inputs):
+def test_layer_by_layer_mends_first_layer(inputs):
   model = Dense((64, 64))
   variables, _, state = compressed(model, inputs, rate=12.0)
-  code = lambda share: encode_layer_by_layer(model.apply, variables, state, inputs, share=share)[0]
+  code = lambda share: choose_codes(model.apply, variables, state, inputs, share=share)[0]
   first, second = (np.asarray(variables['params'][f'layer_{i}']['kernel']) for i in (0, 1))
   wanted = np.asarray(inputs, np.float64) @ first @ second
   plain, found = code(0.0), code(1.0)
@@ -63,7 +63,7 @@ def test_the_second_layer_makes_good_what_the_first_has_done(inputs):
 
 
 @pytest.mark.parametrize('share', [0.5, 1.0])
-def test_the_weights_for_other_inputs_are_those_of_least_squares(inputs, share):
+def test_fitted_is_least_squares(inputs, share):
   rng = np.random.default_rng(1)
   others = np.asarray(inputs) + rng.normal(size=inputs.shape).astype(np.float32)
   kernel = rng.normal(size=(48, 8)).astype(np.float32)
@@ -86,13 +86,13 @@ class Convolutions(nn.Module):
     return nn.Dense(10)(x.mean(axis=(1, 2)))
 
 
-def test_a_network_errs_less_on_inputs_that_it_has_not_seen():
+def test_layer_by_layer_generalises():
   model = Convolutions()
   images, others = jnp.split(
     opq_jax.correction.natural_noise(jax.random.key(1), (1024, 8, 8, 3)), 2
   )
   variables, coded, state = compressed(model, images, rate=20.0)
-  found, found_state = encode_layer_by_layer(model.apply, variables, state, images)
+  found, found_state = choose_codes(model.apply, variables, state, images)
   # values and state belong together, and to the grids that were given
   again = opq_jax.apply_compression(found, found_state)
   jax.tree.map(np.testing.assert_array_equal, again, found)
@@ -103,14 +103,14 @@ def test_a_network_errs_less_on_inputs_that_it_has_not_seen():
   assert error(found) < 0.9 * error(coded)
 
 
-def test_what_is_not_compressed_stays(inputs):
+def test_layer_by_layer_keeps_the_rest(inputs):
   model = Dense((64, 64))
   variables = model.init(jax.random.key(0), inputs)
   allocation = opq_jax.allocate(
     variables, compression_rate=12.0, compressible=lambda name, _: 'layer_1' in name
   )
   state = opq_jax.init_state(variables, allocation)
-  found, _ = encode_layer_by_layer(model.apply, variables, state, inputs)
+  found, _ = choose_codes(model.apply, variables, state, inputs)
   kernel = lambda tree: np.asarray(tree['params']['layer_0']['kernel'])
   np.testing.assert_array_equal(kernel(found), kernel(variables))
 
@@ -123,7 +123,7 @@ class Embedded(nn.Module):
     return layer(x @ table) if self.is_initializing() else layer(layer(x @ table))
 
 
-def test_what_cannot_be_done_is_refused(inputs):
+def test_layer_by_layer_refusals(inputs):
   model = Embedded()
   variables = model.init(jax.random.key(0), inputs)
   for chosen, message in (
@@ -137,4 +137,4 @@ def test_what_cannot_be_done_is_refused(inputs):
     )
     state = opq_jax.init_state(variables, allocation)
     with pytest.raises(ValueError, match=message):
-      encode_layer_by_layer(model.apply, variables, state, inputs)
+      choose_codes(model.apply, variables, state, inputs)

@@ -12,7 +12,7 @@ from opq_jax import encoders
 from opq_jax.allocation import laplace
 from opq_jax.coding import arrangements, trellis
 from opq_jax.coding import payload as entropy_coding
-from opq_jax.encoders import trellis as trellis_encoding
+from opq_jax.encoders import trellis as trellis_encoder
 from opq_jax.file import writer
 
 RNG = np.random.default_rng
@@ -31,7 +31,7 @@ def error(kernel, values):
 
 
 @pytest.mark.parametrize('rate', [32.0, 16.0, 10.0])
-def test_laplace_weights_take_fewer_bits_than_the_best_plain_codes_at_that_error(rate):
+def test_trellis_beats_best_plain_codes(rate):
   # the bits of the best plain codes of an error from the closed forms, not from our encoder
   kernel = laplace_kernel((1024, 512))
   coded, state, _ = opq_jax.compress(kernel, compression_rate=rate, encoder=encoders.Trellis())
@@ -47,7 +47,7 @@ def test_laplace_weights_take_fewer_bits_than_the_best_plain_codes_at_that_error
   assert 0.91 * plain < bits < 0.95 * plain
 
 
-def test_the_rate_is_the_one_that_is_asked():
+def test_trellis_meets_rate():
   tree = {'a': laplace_kernel((3, 3, 32, 64)), 'b': laplace_kernel((256, 128), 1, 0.02)}
   state = opq_jax.init_state(tree, opq_jax.allocate(tree, compression_rate=20.0))
   coded, coded_state, _ = opq_jax.compress(tree, compression_rate=20.0, encoder=encoders.Trellis())
@@ -63,7 +63,7 @@ def test_the_rate_is_the_one_that_is_asked():
 @pytest.mark.parametrize(
   'shape', [(3, 3, 16, 24), (200, 48), (24, 16, 3, 3), (30, 4, 16), (3, 3, 1, 96)]
 )
-def test_a_file_of_codes_along_the_trellis_loads_exactly(shape, dtype):
+def test_trellis_file_loads_exactly(shape, dtype):
   kernel = jnp.asarray(laplace_kernel(shape), dtype)
   coded, state = encoders.Trellis().choose_codes({'w': kernel}, plain_state({'w': kernel}))
   data = writer.serialize(coded, state)
@@ -88,7 +88,7 @@ def inputs_and_kernel(width=96, outputs=64):
   return x.astype(np.float32), laplace_kernel((width, outputs), 4)
 
 
-def test_feedback_makes_the_outputs_err_less_at_the_same_entropy():
+def test_trellis_feedback_lowers_output_error():
   x, kernel = inputs_and_kernel()
   moments = (x.T @ x / len(x))[None]
   output_error = lambda values: float(np.square(x @ (kernel - np.asarray(values))).sum())
@@ -105,7 +105,7 @@ def test_feedback_makes_the_outputs_err_less_at_the_same_entropy():
   assert trellis.indices_and_subsets(codes) is not None
 
 
-def test_independent_inputs_have_nothing_to_make_good():
+def test_trellis_of_identity_moments():
   kernel = laplace_kernel((64, 96))
   state = plain_state(kernel)
   coded, _ = encoders.Trellis(np.eye(64, dtype=np.float32)[None]).choose_codes(kernel, state)
@@ -114,7 +114,7 @@ def test_independent_inputs_have_nothing_to_make_good():
   assert np.mean(np.asarray(coded) == np.asarray(alone)) > 0.9
 
 
-def test_groups_have_moments_of_their_own():
+def test_trellis_groups_have_own_moments():
   # a depthwise kernel: every channel reads one input, by a matrix of its own
   rng = RNG(5)
   kernel = laplace_kernel((3, 3, 1, 64), 6)
@@ -131,7 +131,7 @@ def test_groups_have_moments_of_their_own():
 
 
 @pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16])
-def test_weights_beyond_the_grid_escape(dtype):
+def test_trellis_escapes_outliers(dtype):
   x, kernel = inputs_and_kernel(width=80)
   kernel[3, 5], kernel[70, 1] = 14.0, -1e3
   kernel = kernel.astype(dtype)
@@ -161,9 +161,9 @@ def test_weights_beyond_the_grid_escape(dtype):
       assert output_error(coded) < 0.7 * output_error(plain)
 
 
-def test_a_leaf_that_the_trellis_does_not_serve_is_named_and_makes_its_errors_good(monkeypatch):
+def test_trellis_names_unserved_leaves(monkeypatch):
   x, kernel = inputs_and_kernel(width=80)  # more inputs than a block has
-  monkeypatch.setattr(trellis_encoding, '_has_too_many_beyond', lambda *_: True)
+  monkeypatch.setattr(trellis_encoder, '_has_too_many_beyond', lambda *_: True)
   moments = (x.T @ x / len(x))[None]
   state = plain_state(kernel)
   with pytest.warns(UserWarning, match='the trellis does not serve'):
@@ -190,7 +190,7 @@ def test_a_leaf_that_the_trellis_does_not_serve_is_named_and_makes_its_errors_go
 
 
 @pytest.mark.parametrize('exponent', [-60, 50])
-def test_codes_do_not_depend_on_the_unit(exponent):
+def test_trellis_codes_have_no_unit(exponent):
   kernel = laplace_kernel((3, 3, 16, 24))
   unit = np.float32(2.0**exponent)
   encoded = lambda weights: opq_jax.encode(*encoders.Trellis().choose_codes(*weights))
@@ -205,7 +205,7 @@ def test_codes_do_not_depend_on_the_unit(exponent):
   np.testing.assert_array_equal(encoded((kernel, state)), encoded((unit * kernel, other)))
 
 
-def test_what_is_pruned_altogether_stays_so():
+def test_trellis_keeps_pruned_leaves():
   kernel = laplace_kernel((32, 32))
   state = plain_state(kernel)
   nothing = jnp.zeros(kernel.shape, jnp.uint8)
@@ -215,7 +215,7 @@ def test_what_is_pruned_altogether_stays_so():
 
 
 @pytest.mark.parametrize('found', [np.nan, np.inf])
-def test_what_is_not_finite_is_refused(found):
+def test_trellis_refuses_nonfinite(found):
   kernel = laplace_kernel((32, 32))
   state = plain_state({'w': kernel})
   kernel[1, 2] = found
@@ -223,7 +223,7 @@ def test_what_is_not_finite_is_refused(found):
     encoders.Trellis().choose_codes({'w': kernel}, state)
 
 
-def test_moments_of_another_kernel_are_refused():
+def test_trellis_refuses_wrong_moments():
   kernel = laplace_kernel((32, 32))
   state = plain_state({'w': kernel})
   with pytest.raises(
@@ -242,7 +242,7 @@ class Network(nn.Module):
     return x
 
 
-def test_layer_by_layer_errs_less_along_the_trellis():
+def test_layer_by_layer_along_trellis():
   # files so small differ by some percent in size and in error: the sums of four networks
   distances = np.zeros(2)
   for seed in range(4):

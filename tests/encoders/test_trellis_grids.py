@@ -9,7 +9,7 @@ from opq_jax.encoders import trellis_grids
 
 @pytest.mark.parametrize('slope', [2.0, 1.0, 0.3, 0.1, 0.02])
 @pytest.mark.parametrize('scale', [1.0, 0.03])
-def test_the_slope_is_the_one_that_a_plain_grid_is_best_for(slope, scale):
+def test_slope_of_optimal_plain_grid(slope, scale):
   def cost(logarithms):
     threshold, step = jnp.exp(jnp.float32(logarithms))
     one = jnp.float32(1)

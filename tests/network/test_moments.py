@@ -44,7 +44,7 @@ class Convolution(nn.Module):
     ({'kernel_size': (1, 1), 'padding': [(0, 1), (0, 1)]}, 1, 1, (0, 1), 1, 1),
   ],
 )
-def test_convolutions(options, size, strides, pads, dilation, groups):
+def test_moments_of_convolutions(options, size, strides, pads, dilation, groups):
   x = np.random.default_rng(0).normal(size=(2, 6, 6, 4)).astype(np.float32)
   model = Convolution(options)
   variables = model.init(jax.random.key(0), x)
@@ -66,7 +66,7 @@ def test_convolutions(options, size, strides, pads, dilation, groups):
 
 
 @pytest.mark.parametrize('size', [3, 5])
-def test_depthwise_inputs_that_might_have_been(size):
+def test_moments_of_depthwise_pairs(size):
   # E[x^T y] is no symmetric matrix
   first, second = np.random.default_rng(1).normal(size=(2, 2, 6, 6, 4)).astype(np.float32)
   layer = nn.Conv(4, (size, size), feature_group_count=4)
@@ -87,7 +87,7 @@ class Separable(nn.Module):
     return norm(x, 'depthwise_bn')
 
 
-def test_a_network_runs_on_batch_statistics():
+def test_moments_use_batch_statistics():
   x = jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
   variables = Separable().init(jax.random.key(1), x)
   shifted = jax.tree.map(lambda leaf: leaf + 3, variables['batch_stats'])
@@ -102,7 +102,7 @@ def test_a_network_runs_on_batch_statistics():
   np.testing.assert_allclose(energy, 0.5, atol=0.1)
 
 
-def test_what_cannot_be_had_is_none_or_an_error():
+def test_moments_none_or_error():
   x = np.ones((2, 6, 6, 4), np.float32)
   for options in (
     {'kernel_size': (3, 3), 'padding': 'CIRCULAR'},
