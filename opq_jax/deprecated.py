@@ -50,7 +50,7 @@ _MODULES = {
   'file_rate': 'file.rate',
   'files': 'core.files',
   'fixed_width': 'allocation.fixed_width',
-  'histograms': 'allocation.histograms',
+  'histograms': 'allocation',
   'inference': 'correction.inference',
   'joined_statistics': 'allocation.joined_statistics',
   'keras_files': 'weights.keras',
