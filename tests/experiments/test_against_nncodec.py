@@ -1,7 +1,5 @@
 """The summary of the comparison with NNCodec, and the layout of its arrays."""
 
-import doctest
-
 import numpy as np
 import pytest
 
@@ -10,7 +8,6 @@ from experiments.benchmarks.rivals import (
   jobs,
   nncodec_jobs,
   nncodec_summary,
-  recipe_jobs,
 )
 from experiments.benchmarks.rivals.nncodec_summary import Point
 
@@ -27,11 +24,6 @@ def rows(method, correction, sizes, tops, **more):
     | {name: str(value) for name, value in more.items()}
     for i, (size, top1) in enumerate(zip(sizes, tops, strict=True))
   ]
-
-
-def test_nncodec_doctests():
-  for module in (nncodec_summary, recipe_jobs):
-    assert doctest.testmod(module).failed == 0
 
 
 def test_monotone_passes_rising_points():

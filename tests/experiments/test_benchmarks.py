@@ -1,5 +1,6 @@
-"""Every benchmark imports, and every recorded command names a module and a config that exist."""
+"""Benchmarks import, and recorded commands name modules and configs that exist."""
 
+import doctest
 import importlib
 import importlib.util
 import json
@@ -9,6 +10,8 @@ import re
 import pytest
 
 import experiments
+from configs import finetune_base
+from experiments import make_results, result_tables
 from experiments.benchmarks.robustness import mutants, mutations
 
 ROOT = pathlib.Path(experiments.__file__).parents[1]
@@ -21,11 +24,17 @@ ELSEWHERE = 'nncodec_worker'
 @pytest.mark.parametrize(
   'path', sorted(BENCHMARKS.glob('*/[!_]*.py')), ids=lambda path: f'{path.parent.name}.{path.stem}'
 )
-def test_benchmark_imports(path):
+def test_benchmark_doctests(path):
   if path.stem in OPTIONAL:
     pytest.importorskip(OPTIONAL[path.stem])
   if path.stem != ELSEWHERE:
-    importlib.import_module(f'experiments.benchmarks.{path.parent.name}.{path.stem}')
+    module = importlib.import_module(f'experiments.benchmarks.{path.parent.name}.{path.stem}')
+    assert doctest.testmod(module).failed == 0
+
+
+def test_experiment_doctests():
+  for module in (finetune_base, make_results, result_tables):
+    assert doctest.testmod(module).failed == 0
 
 
 def test_recorded_commands_name_modules():

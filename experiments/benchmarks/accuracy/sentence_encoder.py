@@ -24,6 +24,7 @@ import pathlib
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -116,26 +117,29 @@ def variables_of(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
 def sentences() -> list[str]:
   """Returns sentences of 6 to 40 words from docstrings of Python's modules, in a fixed order.
 
-  >>> found = sentences()
-  >>> len(found) > 1000, len(set(found)) == len(found)
+  >>> texts = sentences()
+  >>> len(texts) > 1000, len(set(texts)) == len(texts)
   (True, True)
   """
-  found: dict[str, None] = {}
+  chosen: dict[str, None] = {}
   for name in MODULES:
     module = importlib.import_module(name)
-    texts = [inspect.getdoc(module) or '']
-    for _, thing in sorted(vars(module).items()):
-      if inspect.isclass(thing) or inspect.isfunction(thing):
-        texts.append(inspect.getdoc(thing) or '')
+    with warnings.catch_warnings():
+      # members of some modules warn that they are deprecated when their docstring is read
+      warnings.simplefilter('ignore', DeprecationWarning)
+      members = [thing for _, thing in sorted(vars(module).items())]
+      members = [thing for thing in members if inspect.isclass(thing) or inspect.isfunction(thing)]
+      texts = [inspect.getdoc(thing) or '' for thing in (module, *members)]
     for text in texts:
       for sentence in re.split(r'(?<=[.!?])\s+|\n\n', text):
         words = sentence.split()
         if 6 <= len(words) <= 40 and words[0][:1].isupper() and sentence.endswith('.'):
-          found[' '.join(words)] = None
-  return list(found)
+          chosen[' '.join(words)] = None
+  return list(chosen)
 
 
 def tokens_of(texts: list[str], path: pathlib.Path) -> np.ndarray:
+  """Returns the tokens of texts, [texts, LENGTH], padded with 0."""
   from tokenizers import Tokenizer
 
   tokenizer = Tokenizer.from_file(str(path))
