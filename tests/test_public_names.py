@@ -141,6 +141,24 @@ def test_old_functions_call_encoders(with_moments):
   jax.tree.map(np.testing.assert_array_equal, encode_with(kernel, grids, **arguments), network[:2])
 
 
+def test_old_layer_by_layer_calls_encoder():
+  import flax.linen as nn
+
+  kernel, moments = small_problem()
+  x = np.random.default_rng(1).normal(size=(64, 32)).astype(np.float32)
+  variables = {'params': {'kernel': kernel, 'bias': np.zeros(48, np.float32)}}
+  grids = opq_jax.init_state(variables, opq_jax.allocate(variables, compression_rate=12.0))
+  fn = nn.Dense(48).apply
+  for is_trellis, first in (
+    (True, opq_jax.encoders.Trellis()),
+    (False, opq_jax.encoders.Feedback({'params': {'kernel': moments, 'bias': None}})),
+  ):
+    found = deprecated.encode_layer_by_layer(fn, variables, grids, x, trellis=is_trellis, share=0.3)
+    encoder = opq_jax.encoders.LayerByLayer(fn, x, first, share=0.3)
+    expected = tuple(encoder.choose_codes(variables, grids))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def test_importing_loads_no_heavy_package():
   code = f"""
 import json, sys

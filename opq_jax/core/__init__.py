@@ -3,4 +3,8 @@
 The door is a list of modules, and none of them imports JAX before it is used.
 """
 
-__all__ = ['files', 'limits', 'messages', 'native', 'trees']
+from opq_jax.core import lazy
+
+__all__ = ['extras', 'files', 'lazy', 'limits', 'messages', 'native', 'trees']
+
+__getattr__, __dir__ = lazy.attributes(__name__, {}, __all__)

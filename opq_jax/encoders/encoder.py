@@ -17,9 +17,11 @@ from opq_jax.compression import CompressionState, LeafState
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 
-# Added to the diagonal of a matrix of moments, over its mean.  Moments of few, or of synthetic,
-# inputs are noisy, and error feedback without damping would fit their noise.
 DAMPING = 0.05
+"""Damping of moments: added to the diagonal of a matrix, times the diagonal's mean.
+
+Moments of few or synthetic inputs are noisy, and error feedback without damping fits their noise.
+"""
 
 
 class Encoded(NamedTuple):

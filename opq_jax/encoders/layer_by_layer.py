@@ -23,9 +23,11 @@ from opq_jax.network.moments import layer_moments
 if TYPE_CHECKING:
   import flax.linen as nn
 
-# how far to go from the weights to those that fit the compressed network's inputs best: a fit to
-# few calibration inputs is a fit to their noise too
 SHARE = 0.5
+"""How far to go from the weights to those that fit the compressed network's inputs best.
+
+Half of the way, because a fit to few calibration inputs is a fit to their noise too.
+"""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

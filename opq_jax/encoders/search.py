@@ -25,15 +25,18 @@ from opq_jax.allocation import (
 from opq_jax.compression import CompressionState, init_state
 from opq_jax.core import messages, trees
 from opq_jax.core.trees import PyTree
-from opq_jax.encoders.encoder import Encoder, LeafEncoder
+from opq_jax.encoders.encoder import Encoder, LeafEncoder, Trial
 from opq_jax.encoders.layer_by_layer import LayerByLayer
 from opq_jax.encoders.rounding import Rounding
 from opq_jax.file import writer
 from opq_jax.file.rate import bits_of_file
 
-_TOLERANCE = 3e-3  # of the bits asked, either way
-_MAX_STEPS = 4  # allocations; each takes a run of the encoder
-_MOST_BITS = 8.0  # bits per weight: all that the codes of a grid can have
+# share of the bits asked that codes may have more or fewer; contexts change a file by more
+_TOLERANCE = 3e-3
+# allocations tried: each takes a run of the encoder, and the third is usually within the tolerance
+_MAX_STEPS = 4
+# bits per weight that a search asks for at most: a code is one int8
+_MAX_BITS = 8.0
 _ROUNDING = Rounding()
 
 
@@ -67,8 +70,11 @@ def compress(
 ) -> CompressedNetwork:
   """Compresses a parameter tree to one target, with the codes that an encoder chooses.
 
-  With the default encoder this is `allocate`, `init_state` and `apply_compression`.  With another,
-  it searches for the allocation whose codes by that encoder have the bits of the target.
+  With the default encoder this is `allocate`, `init_state` and `apply_compression`.  The
+  predictions of `allocate` are for rounded codes; with another encoder, `compress` searches for the
+  allocation whose codes by this encoder have the bits of the target.  Plain grids and encoder
+  always belong
+  together: a `LayerByLayer` gets the grids of the allocation that was found for its `first`.
 
   Args:
     params: any pytree of arrays: params, or whole Flax variables.
@@ -133,7 +139,7 @@ def compress(
 def _at_file_rate(
   encoder: Encoder, params: PyTree, file_rate: float, options: dict[str, Any]
 ) -> CompressedNetwork:
-  """Compresses to a size of the whole file."""
+  """Compresses such that the file has the size asked: a search over searches."""
   tried: dict[float, tuple[CompressedNetwork, list[Any]]] = {}
 
   def size_of(bits: float) -> int:
@@ -153,7 +159,7 @@ def _at_file_rate(
 def _at_bits(
   encoder: Encoder, params: PyTree, bits_per_weight: float, options: dict[str, Any]
 ) -> CompressedNetwork:
-  """Compresses to an entropy of the codes."""
+  """Compresses such that the codes have the entropy asked."""
   if isinstance(encoder, LayerByLayer):
     _, _, allocation = _at_bits(encoder.first, params, bits_per_weight, options)
     coded = encoder.choose_codes(params, init_state(params, allocation))
@@ -175,17 +181,17 @@ class _Step(NamedTuple):
 
 
 def search_allocation(
-  trial: Callable[[PyTree, CompressionState], Any],
+  trial: Callable[[PyTree, CompressionState], Trial],
   params: PyTree,
   bits_per_weight: float,
   options: dict[str, Any],
 ) -> CompressedNetwork:
   """Searches for the allocation whose codes have the entropy of rounded codes at the target.
 
-  Error feedback costs a leaf a few percent of entropy at the same grid, and a trellis has a finer
-  one.  `allocate` is asked for other bits per weight: at first in proportion to the excess, then by
-  the secant of the last two steps in logarithms, until the codes have the bits within 0.3 %, or for
-  the fourth time.
+  On the same plain grids, codes by error feedback take a few percent more bits than rounded codes,
+  and codes along a trellis fewer.  So `allocate` is asked for other bits per weight: at first in
+  inverse proportion to the excess, then by the secant through the last two steps, in logarithms.
+  The search ends with codes within 0.3 % of the target, or after four allocations.
 
   Args:
     trial: (params, plain grids) -> `Trial`, from an encoder's `trials()`.
@@ -205,7 +211,7 @@ def search_allocation(
       break
     if last is not None:
       elasticity = min(max((log_excess - last.log_excess) / last.move, 0.5), 2.0)
-    move = min(-log_excess / elasticity, math.log(_MOST_BITS) - log_asked)
+    move = min(-log_excess / elasticity, math.log(_MAX_BITS) - log_asked)
     if move == 0:  # no grid has more bits
       break
     log_asked, last = log_asked + move, _Step(log_excess, move)
@@ -215,24 +221,24 @@ def search_allocation(
 
 
 def _tried(
-  trial: Callable[[PyTree, CompressionState], Any],
+  trial: Callable[[PyTree, CompressionState], Trial],
   params: PyTree,
   bits_per_weight: float,
   options: dict[str, Any],
-) -> tuple[Allocation, Any]:
+) -> tuple[Allocation, Trial]:
   allocation = allocate(params, bits_per_weight=bits_per_weight, **options)
   return allocation, trial(params, init_state(params, allocation))
 
 
 def _predicted_entropy(params: PyTree, allocation: Allocation) -> float:
-  """Bits per weight of the rounded codes of all compressed leaves."""
+  """Returns the bits per weight that an allocation predicts for rounded codes."""
   records = trees.records(params, allocation.tree, LeafAllocation)
   leaves = [(math.prod(r.shape), float(r.entropy)) for r in records if r is not None]
   return sum(size * bits for size, bits in leaves) / max(sum(size for size, _ in leaves), 1)
 
 
 def _quietly(function: Callable[..., Any], *args: Any) -> tuple[Any, list[str | Warning]]:
-  """Calls a function that is one of several trials; returns its answer and its warnings."""
+  """Returns the answer of a call, and its warnings, which only the last of several calls issues."""
   with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter('always')
     answer = function(*args)
