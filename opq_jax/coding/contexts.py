@@ -76,7 +76,7 @@ class Scores(NamedTuple):
   activities: Int8[np.ndarray, ' activities']
 
   def bounds(self) -> tuple[int, int]:
-    """Returns scores that no weight's is below, and above."""
+    """Returns a lower and an upper bound of the scores of all weights."""
     least = sum(int(part.min()) for part in self) + int(_OFFSETS.min())
     return least, sum(int(part.max()) for part in self) + int(_OFFSETS.max())
 
@@ -94,7 +94,7 @@ class Scores(NamedTuple):
 
 
 class Head(NamedTuple):
-  """What the bits of a payload hold.
+  """The bits of a payload, parsed.
 
   Attributes:
     has_trellis: whether codes are indices in subsets.

@@ -30,14 +30,14 @@ _ALONG_AXIS, _ACROSS = 6, 1
 """Weights of neighbours one step along one axis, and along two."""
 
 ACTIVITIES = 1 + 2 * (len(_EDGES) + 1)
-"""How many activities there are: 21."""
+"""The number of activities, 21: none, and two for each of 10 sizes."""
 
 AGREES = np.array([activity > 0 and activity % 2 == 0 for activity in range(ACTIVITIES)])
 """Whether the signs of the neighbours mostly agree, by activity."""
 
 
 class Neighbourhood(NamedTuple):
-  """What the neighbours say of the weights of a block; None where no weight has neighbours.
+  """Activities and flips of the weights of a block; None where no weight has neighbours.
 
   Attributes:
     activities: of each weight.
@@ -52,7 +52,7 @@ NOTHING = Neighbourhood(None, None)
 
 
 def neighbourhood(kernel: Kernel, window: tuple[int, ...], tap: int, rows: slice) -> Neighbourhood:
-  """Returns what the taps before `tap` say of the inputs `rows` of it."""
+  """Returns activities and flips of the inputs `rows` of a tap, from the taps before it."""
   neighbours = _neighbours(window, tap)
   if not neighbours:
     return NOTHING

@@ -139,14 +139,14 @@ def search(
       new -= new.min()
     cost, new = new, cost
   # back along the cheapest path
-  at = int(np.argmin(cost))
-  end = at
+  here = int(np.argmin(cost))
+  end = here
   for i in range(weights.size - 1, -1, -1):
     if i == codes.size - 1:
-      end = at
-    which = int(is_second[i, at])
+      end = here
+    way = int(is_second[i, here])
     if i < codes.size:
-      code = chosen[i, _KIND[at, which]]
+      code = chosen[i, _KIND[here, way]]
       codes[i] = -code if weights[i] < 0 else code
-    at = _BEFORE[at, which]
+    here = _BEFORE[here, way]
   return end

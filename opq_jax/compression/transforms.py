@@ -1,9 +1,8 @@
-"""Compression for people with a training loop of their own.
+"""Compression in a training loop of your own: transforms of functions and of optimizers.
 
 `compressed` makes any apply function read compressed parameters, and `keep_compressed` makes any
-optimizer keep pruned weights at zero.  Each is enough by itself for the forward pass to stay
-compressed; with both, the latent weights are pruned too.  `clip_to_grid` is an option for the
-gradient.
+optimizer keep pruned weights at zero.  `compressed` alone keeps the forward pass compressed; with
+both, the latent weights are pruned too.  `clip_to_grid` is an option for the gradient.
 
 Flax Linen:
 
@@ -80,17 +79,17 @@ from opq_jax.core.trees import PyTree
 
 
 def compressed(apply_fn: Callable[..., Any], state: CompressionState) -> Callable[..., Any]:
-  """`apply_fn` of the compressed parameters, `apply_fn(apply_compression(tree, state), ...)`.
+  """Returns `apply_fn` of compressed parameters: `apply_fn(apply_compression(tree, state), ...)`.
 
   Args:
     apply_fn: any function whose first argument is the tree that `state` was made for: `params`,
       or whole Flax variables with `model.apply`.
-    state: its masks and codebooks.  Inside a `jit` they are constants of the compiled program;
+    state: its kinds and codebooks.  Inside a `jit` they are constants of the compiled program;
       `opq_jax.finetuning.train_step` passes them as an argument instead.
 
   Returns:
-    A function of the same arguments.  Its derivative by the tree is straight-through: the identity
-    on survivors and exactly 0 on pruned weights.
+    A function of the same arguments.  Its derivative with respect to the tree is straight-through:
+    the identity on survivors and exactly 0 on pruned weights.
 
   Raises:
     ValueError: when called, the tree has other structure, shapes or dtypes than the state.
@@ -104,19 +103,19 @@ def compressed(apply_fn: Callable[..., Any], state: CompressionState) -> Callabl
 
 
 def keep_compressed(state: CompressionState) -> optax.GradientTransformation:
-  """Keeps pruned weights at exactly zero, whatever comes before it in the chain.
+  """Keeps pruned weights at exactly zero, under any optimizer before it in the chain.
 
   The update u of a pruned weight w becomes -w, so that `optax.apply_updates` gives w + u = 0, also
-  where momentum, weight decay or a restored optimizer would move it.  Everything else is as it
-  was.  It has no state of its own.
+  where momentum, weight decay or a restored optimizer would move it.  All other updates stay as
+  they are.  The transformation has no state of its own.
 
       optimizer = optax.chain(optax.adamw(1e-3), opq_jax.keep_compressed(state))
 
-  Values of survivors are latent: it is the forward pass, `compressed` or `apply_compression`, that
-  puts them on the codebook.
+  Survivors keep their latent values: the forward pass (`compressed` or `apply_compression`) puts
+  them on the codebook.
 
   Args:
-    state: masks and codebooks of the tree that the optimizer works on.
+    state: kinds and codebooks of the tree that the optimizer works on.
 
   Returns:
     An `optax.GradientTransformation`, to be the last of a chain.
@@ -132,25 +131,25 @@ def keep_compressed(state: CompressionState) -> optax.GradientTransformation:
 
 
 def clip_to_grid(state: CompressionState) -> optax.GradientTransformation:
-  """Drops the gradient that would move a weight which is beyond the last cell further out.
+  """Drops the gradient that would move a weight beyond the last cell further out.
 
-  The last cell of a leaf ends at e = threshold + levels * step, and beyond it a weight has the
-  value of that cell however large it becomes, unless it is escaped.  The straight-through gradient
-  does not know that.  Here the gradient g of a weight w is
+  The last cell of a leaf ends at e = threshold + levels * step.  A weight beyond it has the value
+  of that cell, however large it becomes, unless it is escaped; the straight-through gradient
+  ignores this.  Here the gradient g of a weight w is
 
-      0    where |w| >= e and w g < 0,     for a descent would make |w| larger
+      0    where |w| >= e and w g < 0: descent would make |w| larger
       g    elsewhere, so that a weight may always come back
 
-  which is how learned quantizers clip (Choi et al., "PACT", arXiv 1805.06085; Esser et al.,
-  "Learned Step Size Quantization", ICLR 2020), with their gradient of 0 on one side alone.  It has
-  no state of its own.
+  Learned quantizers clip like this (Choi et al., "PACT", arXiv 1805.06085; Esser et al., "Learned
+  Step Size Quantization", ICLR 2020), but on both sides.  The transformation has no state of its
+  own.
 
       optimizer = optax.chain(
         clip_to_grid(state), optax.sgd(0.01, momentum=0.9), opq_jax.keep_compressed(state)
       )
 
   Args:
-    state: masks and codebooks of the tree that the optimizer works on.
+    state: kinds and codebooks of the tree that the optimizer works on.
 
   Returns:
     An `optax.GradientTransformation`, to be the first of a chain: it takes gradients, not updates.
@@ -172,7 +171,7 @@ def clip_to_grid(state: CompressionState) -> optax.GradientTransformation:
     end = leaf.threshold + leaf.step * leaf.levels.astype(jnp.float32)
     is_beyond = jnp.abs(weight.astype(jnp.float32)) >= end
     is_outwards = jnp.sign(weight).astype(gradient.dtype) * gradient < 0
-    is_beyond &= ~leaf.escaped  # which is beyond by right, and is what it is
+    is_beyond &= ~leaf.escaped  # an escaped weight is its own value
     return jnp.where(is_beyond & is_outwards, jnp.zeros_like(gradient), gradient)
 
   return _of_leaves(clip, state)
@@ -181,7 +180,7 @@ def clip_to_grid(state: CompressionState) -> optax.GradientTransformation:
 def _of_leaves(
   function: Callable[[Array, Array, LeafState], Array], state: CompressionState
 ) -> optax.GradientTransformation:
-  """Without a state: `function` of every compressed leaf's update, weights and record."""
+  """Returns the stateless transformation of every compressed leaf's update by `function`."""
 
   def update(
     updates: PyTree, memory: optax.EmptyState, params: PyTree | None = None

@@ -78,7 +78,7 @@ class Front(NamedTuple):
 
 
 class _Header(NamedTuple):
-  """What a header says.
+  """A parsed header.
 
   Attributes:
     version: of the format.
@@ -215,7 +215,7 @@ def read_bytes(file: BinaryIO, label: str, begin: int, size: int) -> bytes:
 def _check_claim(
   label: str, leaves: dict[str, file_index.LeafEntry], file_size: int, most_bytes: int | None
 ) -> None:
-  """Raises where leaves would take more memory than is admitted."""
+  """Checks that decoded leaves take no more memory than is admitted."""
   if most_bytes is None:
     most_bytes = max(_ADMITTED_BYTES, _ADMITTED_RATIO * file_size)
   claimed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())

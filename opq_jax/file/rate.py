@@ -1,36 +1,58 @@
-"""The bits per weight that make the whole file so many times smaller.
+"""Finds the bits per weight with which the whole file is so many times smaller than the network.
 
-`opq_jax.allocate` is asked for the bits of the codes alone.  A file holds more (biases, BatchNorm,
-tables, headers), which matters for small networks, and less, for contexts make codes smaller.
+`opq_jax.allocate` spends bits on codes alone.  A file holds more than codes (biases, BatchNorm,
+tables, headers), which matters for small networks, and contexts make the codes themselves smaller.
+So files are written at several bits per weight, and their sizes compared.
 """
 
 import dataclasses
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from opq_jax.allocation import Allocation, TooFewBitsError, allocate
 from opq_jax.compression import CompressionState, init_state
+from opq_jax.core import messages
 from opq_jax.core.trees import PyTree
 from opq_jax.file import writer
 
-_TOLERANCE = 3e-3  # of the size, towards smaller alone
+_TOLERANCE = 3e-3
+"""Share of the size by which a file may be smaller than asked; it is never larger."""
+
 _MAX_STEPS = 10
+"""Files that are written at most; a secant takes three to five."""
+
 _MOST_BITS = 32.0
+"""Bits per weight of float32, beyond which nothing is gained."""
+
+
+class _Trial(NamedTuple):
+  """One file that was written.
+
+  Attributes:
+    allocation, state: of the whole tree.
+    file_bytes: of the file.
+    messages: the warnings of the allocation.
+  """
+
+  allocation: Allocation
+  state: CompressionState
+  file_bytes: int
+  messages: list[Warning | str]
 
 
 @dataclasses.dataclass(frozen=True)
 class FileTarget:
-  """What `at_file_rate` found.
+  """An allocation whose file is as small as asked.
 
   Attributes:
-    allocation, state: of the whole tree, such that the file is about as small as asked.
-    bits_per_weight: what `allocate` was asked for.
+    allocation, state: of the whole tree.
+    bits_per_weight: the target of `opq_jax.allocate` that gives them.
     file_bytes: of the file.
-    file_rate: bytes of the tree in its own dtypes over those of the file.
+    file_rate: bytes of the tree in its own dtypes over bytes of the file.
   """
 
   allocation: Allocation
@@ -55,58 +77,59 @@ def at_file_rate(variables: PyTree, file_rate: float, **options: Any) -> FileTar
 
   Returns:
     A `FileTarget`.  Where no bits per weight give a file within 0.3 % (a very small tree, or one
-    whose values are exact in a smaller file), the largest that is smaller, and a warning says so.
+    whose values are exact in a smaller file), the largest file that is smaller, with a warning.
 
   Raises:
-    ValueError: what `allocate` raises, or the uncompressed leaves alone are larger than the file
-      may be.
+    ValueError: as `opq_jax.allocate`; or the uncompressed leaves alone are larger than the file may
+      be.
 
   >>> import jax.numpy as jnp
   >>> kernel = jax.random.laplace(jax.random.key(0), (256, 256))
-  >>> found = at_file_rate({'kernel': kernel, 'bias': jnp.ones(256)}, 16.0)
-  >>> round(found.file_rate, 1), found.bits_per_weight < 2
+  >>> target = at_file_rate({'kernel': kernel, 'bias': jnp.ones(256)}, 16.0)
+  >>> round(target.file_rate, 1), target.bits_per_weight < 2
   (16.0, True)
   """
   leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(variables)]
   original = sum(leaf.nbytes for leaf in leaves)
-  found: dict[float, tuple[Allocation, CompressionState, int, list[Warning | str]]] = {}
+  trials: dict[float, _Trial] = {}
 
   def size_of(bits: float) -> int:
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
       warnings.simplefilter('always')
       allocation = allocate(variables, bits_per_weight=bits, **options)
     state = init_state(variables, allocation)
     size = len(writer.serialize(variables, state))
-    found[bits] = allocation, state, size, [warning.message for warning in said]
+    trials[bits] = _Trial(allocation, state, size, [warning.message for warning in caught])
     return size
 
   bits = bits_of_file(size_of, original, file_rate, sum(leaf.size for leaf in leaves))
-  allocation, state, size, said = found[bits]
-  for message in said:
-    warnings.warn(message, stacklevel=3)
-  return FileTarget(allocation, state, bits, size, original / size)
+  trial = trials[bits]
+  for message in trial.messages:
+    messages.warn(message)
+  size = trial.file_bytes
+  return FileTarget(trial.allocation, trial.state, bits, size, original / size)
 
 
 def bits_of_file(
   size_of: Callable[[float], int], original: int, file_rate: float, weights: int
 ) -> float:
-  """The bits per weight with which a file has the size that is asked, or the next smaller.
+  """Returns the bits per weight with which a file has the asked size, or the next smaller one.
 
-  The size is nearly a line in the bits per weight b: size(b) = rest + n b / 8.  The first guess
-  takes the rest to be nothing; then a secant between the largest file that was small enough and the
-  smallest that was not, ten steps at the most.
+  The size is nearly linear in the bits per weight b: size(b) = rest + n b / 8.  The first guess
+  takes the rest to be 0; then follow secants between the largest file that is small enough and the
+  smallest that is not, ten steps at most.
 
   Args:
     size_of: bits per weight -> bytes of the file.
-    original: bytes of the tree as it came.
-    file_rate: these over the bytes that are asked.
-    weights: of the tree, about.
+    original: bytes of the tree in its own dtypes.
+    file_rate: `original` over the asked bytes.
+    weights: n, about.
 
   Returns:
-    Bits that `size_of` was called with.
+    Bits per weight that `size_of` was called with.
 
   Raises:
-    ValueError: the file is larger than asked whatever the bits.
+    ValueError: the file is larger than asked, however few the bits.
 
   >>> bits_of_file(lambda bits: 1000 + int(bits * 1000), 32000, 10.0, 8000) > 2.19
   True
@@ -121,7 +144,7 @@ def bits_of_file(
     except TooFewBitsError as error:
       bits = error.least * (1 + _TOLERANCE)
       sizes[bits] = size_of(bits)
-      break  # next to nothing may be too much
+      break  # even the fewest bits may be too many
     small = max((b for b, size in sizes.items() if size <= limit), default=None)
     large = min((b for b, size in sizes.items() if size > limit), default=None)
     if small is not None and (sizes[small] >= limit * (1 - _TOLERANCE) or small == _MOST_BITS):
@@ -143,9 +166,7 @@ def bits_of_file(
     )
   if sizes[small] < limit * (1 - 2 * _TOLERANCE):
     found = f'{original / sizes[small]:.4g} times smaller, {sizes[small]:,} bytes'
-    warnings.warn(
-      f'file_rate: found {found}, where {file_rate:.4g} was asked: there is nothing between',
-      UserWarning,
-      stacklevel=4,
+    messages.warn(
+      f'file_rate: found {found}, where {file_rate:.4g} was asked: there is nothing between'
     )
   return small
