@@ -1,4 +1,7 @@
-"""One strict JAX for all tests: four devices, no silent promotion, no warnings (pyproject.toml)."""
+"""One strict JAX for all tests: four devices, no silent promotion, no warnings (pyproject.toml).
+
+Doctests, which run in the same session, see the promotion that users have.
+"""
 
 import os
 from collections.abc import Iterator
@@ -19,8 +22,6 @@ os.environ['XLA_FLAGS'] = (
 )
 
 jax.config.update('jax_num_cpu_devices', 4)
-jax.config.update('jax_numpy_dtype_promotion', 'strict')
-jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 hypothesis.settings.register_profile(
   'opq', deadline=None, derandomize=True, max_examples=25, database=None
@@ -30,6 +31,18 @@ hypothesis.settings.load_profile('opq')
 
 def pytest_sessionfinish() -> None:
   programs.finish()
+
+
+@pytest.fixture(scope='module', autouse=True)
+def strict_promotion() -> Iterator[None]:
+  """Makes a promotion of dtypes or ranks that nobody wrote down an error."""
+  strict = {'jax_numpy_dtype_promotion': 'strict', 'jax_numpy_rank_promotion': 'raise'}
+  before = {option: getattr(jax.config, option) for option in strict}
+  for option, value in strict.items():
+    jax.config.update(option, value)
+  yield
+  for option, value in before.items():
+    jax.config.update(option, value)
 
 
 @pytest.fixture(scope='module', autouse=True)
