@@ -1,7 +1,7 @@
-"""`opq demo`: a small network is trained, compressed, finetuned, written, read back.
+"""Trains, compresses, finetunes, writes and reads a small network, for `opq demo`.
 
-The data are scikit-learn's handwritten digits (1,797 images of 8 x 8 pixels, in the package), so
-nothing is downloaded; needs scikit-learn (`pip install opq_jax[demo]`).
+The data are the handwritten digits of scikit-learn (`pip install opq_jax[demo]`): 1,797 images of
+8 x 8 pixels, which the package contains, so nothing is downloaded.
 """
 
 import dataclasses
@@ -26,16 +26,17 @@ from opq_jax import finetuning
 from opq_jax.allocation import allocate
 from opq_jax.compression import CompressionState, apply_compression, init_state
 from opq_jax.core import trees
+from opq_jax.core.extras import require
 from opq_jax.core.trees import PyTree
 from opq_jax.correction import correct_batch_norm
 from opq_jax.file import reader, writer
 from opq_jax.weights import write_safetensors
 
-_TEST = 597  # images that training never sees, a third
-_BATCH = 60
-_PEAK_RATE = 0.003  # of learning; a third of it for finetuning
-_NOISE_SHAPE = (128, 8, 8, 1)
-_WIDTH = 100
+_TEST = 597  # test images: a third of 1,797, so that 1,200 are left for training
+_BATCH = 60  # images: a divisor of 1,200
+_PEAK_RATE = 0.003  # learning rate of Adam at the start; finetuning uses a third of it
+_NOISE_SHAPE = (128, 8, 8, 1)  # noise batch of the BatchNorm correction, in the images' shape
+_WIDTH = 100  # columns where stdout is no terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +44,10 @@ class Row:
   """One network of the table.
 
   Attributes:
-    network: what it is.
-    accuracy: on the test images, 0 ... 1.
-    size: bytes of its file.
-    rate: how many times smaller that is than the float network's file.
+    network: its description.
+    accuracy: top-1 accuracy on the test images, in [0, 1].
+    size: size of its file, in bytes.
+    rate: size of the float network's file over this size.
   """
 
   network: str
@@ -82,16 +83,16 @@ def run(
 
   Args:
     seed: of everything random: which images are held out, the first weights, the batches.
-    rate: what is asked of `opq_jax.allocate`, as its `compression_rate`.
-    output: where the .opq file goes; by default it is deleted in the end.
-    epochs: of training; half as many of finetuning.
+    rate: `compression_rate` of `opq_jax.allocate`.
+    output: path of the .opq file; by default it is deleted at the end.
+    epochs: epochs of training; finetuning takes half as many.
 
   Returns:
     The rows of the table.
 
   Raises:
-    ValueError: scikit-learn is missing, or the rate is one that `opq_jax.allocate` refuses.
-    RuntimeError: the file did not give back what was written into it.
+    ValueError: scikit-learn is missing, or `opq_jax.allocate` refuses the rate.
+    RuntimeError: a leaf read from the file differs from the leaf written.
   """
   console = Console()
   if not console.is_terminal:
@@ -102,7 +103,7 @@ def run(
   trained = _train(model, variables, None, train, seed, epochs, _PEAK_RATE, console)
   variables = {'params': trained.params, 'batch_stats': trained.batch_stats}
 
-  # the lines that this is about
+  # the library's part of the demo
   allocation = allocate(variables, compression_rate=rate)
   state = init_state(variables, allocation)
   compressed = apply_compression(variables, state)
@@ -114,7 +115,7 @@ def run(
   )
   finetuned, state = finetuning.network(trained, params_state)
 
-  # weights are arguments: compiled once, for every network
+  # the weights are arguments, so one program serves every network
   logits = jax.jit(model.apply)
   images, labels = test
   accuracy = lambda network: float(np.mean(np.argmax(logits(network, images), axis=-1) == labels))
@@ -147,18 +148,15 @@ def run(
 
 
 def _digits(seed: int) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-  """Images (standardised, [count, 8, 8, 1]) and labels: those to train with, those to test with."""
-  try:
-    from sklearn.datasets import load_digits
-  except ImportError as error:
-    raise ValueError('found no scikit-learn, expected it: pip install opq_jax[demo]') from error
-  pixels, labels = load_digits(return_X_y=True)
+  """Returns (images, labels) of training and of test, images standardised, [count, 8, 8, 1]."""
+  datasets = require('sklearn.datasets', 'demo', 'opq demo')
+  pixels, labels = datasets.load_digits(return_X_y=True)
   order = np.random.default_rng(seed).permutation(len(labels))
   images = pixels[order].reshape(-1, 8, 8, 1).astype(np.float32)
   labels = labels[order].astype(np.int32)
-  # by the training images alone; the noise of the BatchNorm correction has this mean and variance
-  seen = images[_TEST:]
-  images = (images - seen.mean()) / seen.std()
+  # standardised by the training images alone, to the mean and variance of the correction's noise
+  training = images[_TEST:]
+  images = (images - training.mean()) / training.std()
   split = lambda part: (jnp.asarray(images[part]), jnp.asarray(labels[part]))
   return split(slice(_TEST, None)), split(slice(None, _TEST))
 
@@ -173,29 +171,29 @@ def _train(
   peak: float,
   console: Console,
 ) -> finetuning.TrainState:
-  """What training ends with; the params are latent if there is a compression state."""
+  """Trains; with a compression state, finetunes latent weights."""
   images, labels = train
   steps = len(labels) // _BATCH
   optimizer = optax.adamw(optax.cosine_decay_schedule(peak, epochs * steps))
   train_state = finetuning.init_train_state(variables, optimizer, jax.random.key(seed))
-  # one step a call: XLA's CPU backend runs convolutions inside of a scan several times slower
+  # one step per call: XLA's CPU backend runs convolutions inside a scan several times slower
   step = jax.jit(partial(finetuning.train_step, apply_fn=model.apply, optimizer=optimizer))
-  what = 'training on handwritten digits' if state is None else 'finetuning, masks frozen'
+  title = 'training on handwritten digits' if state is None else 'finetuning, masks frozen'
   columns = TextColumn('{task.description}'), BarColumn(), TimeElapsedColumn()
   rng = np.random.default_rng(seed)
   with Progress(*columns, console=console, transient=True) as progress:
-    task = progress.add_task(what, total=epochs)
+    task = progress.add_task(title, total=epochs)
     for _ in range(epochs):
       for batch in rng.permutation(len(labels))[: steps * _BATCH].reshape(steps, _BATCH):
         examples = {'image': images[batch], 'label': labels[batch]}
         train_state, metrics = step(train_state, state, examples)
       loss = float(metrics['loss'])
-      progress.update(task, advance=1, description=f'{what}, loss {loss:.3f}')
+      progress.update(task, advance=1, description=f'{title}, loss {loss:.3f}')
   return train_state
 
 
 def _check_identical(loaded: PyTree, written: PyTree) -> None:
-  """Whether what was read is what was written, bit for bit."""
+  """Raises RuntimeError unless all leaves that were read are those written, bit for bit."""
   expected = trees.named_leaves(written)
   found = trees.named_leaves(loaded)
   same = lambda a, b: np.asarray(a).dtype == b.dtype and np.asarray(a).tobytes() == b.tobytes()
@@ -219,13 +217,13 @@ def _report(
     table.add_column(name, justify='right')
   for row in rows:
     table.add_row(row.network, f'{row.accuracy:.1%}', f'{row.size / 1000:.1f}', f'{row.rate:.1f}')
-  happened = (
+  summary = (
     f'{weights:,} parameters, {32 / rate:g} bits per weight instead of 32: pruned, quantized and '
-    f'corrected without any data, then finetuned with masks and codebooks frozen; the file gives '
-    f'back every bit. Accuracy is over {_TEST} images that training never saw.'
+    f'corrected without any data, then finetuned with masks and codebooks frozen. The network read '
+    f'from the file is the finetuned one bit for bit. Accuracy is on {_TEST} held-out images.'
   )
-  where = output or 'small.opq'
-  then = (
-    f'Next: opq compress your_model.safetensors small.opq; in Python, opq_jax.load({str(where)!r})'
+  path = output or 'small.opq'
+  next_steps = (
+    f'Next: opq compress your_model.safetensors small.opq; in Python, opq_jax.load({str(path)!r})'
   )
-  return Group(table, Text(happened), Text(then))
+  return Group(table, Text(summary), Text(next_steps))

@@ -93,7 +93,7 @@ def resnet(net):
   return variables
 
 
-def test_a_known_network_goes_home_from_a_file_that_knows_it(resnet, capsys):
+def test_decompress_uses_source_names(resnet, capsys):
   command = 'compress', '--model', 'resnet20', 'resnet.safetensors', 'net.opq', '--rate', 8
   assert run(*command) == 0
   out = capsys.readouterr().out
@@ -122,14 +122,14 @@ def test_a_known_network_goes_home_from_a_file_that_knows_it(resnet, capsys):
   assert flax.keys() == trees.named_leaves(resnet).keys()
 
 
-def test_a_network_is_compressed_again_as_what_it_is(resnet, capsys):
+def test_compress_keeps_network_of_file(resnet, capsys):
   assert run('compress', '--model', 'resnet20', 'resnet.safetensors', 'net.opq', '--rate', 6) == 0
   assert run('compress', 'net.opq', 'small.opq', '--rate', 7) == 0
   assert 'resnet20, 5 classes, by the names of akamaster' in capsys.readouterr().out
   assert networks.load('small.opq').model == networks.load('net.opq').model
 
 
-def test_batch_norm_stays_as_it_is_where_that_is_asked_for(resnet, capsys):
+def test_no_correction_keeps_batch_norm(resnet, capsys):
   command = 'compress', '--model', 'resnet20', 'resnet.safetensors', 'net.opq', '--no-correction'
   assert run(*command) == 0
   assert 'BatchNorm not corrected' in capsys.readouterr().out
@@ -137,7 +137,7 @@ def test_batch_norm_stays_as_it_is_where_that_is_asked_for(resnet, capsys):
   jax.tree.map(np.testing.assert_array_equal, found, resnet['batch_stats'])
 
 
-def test_a_file_for_inference_is_smaller_and_gives_the_same_answers(resnet):
+def test_inference_only_is_smaller(resnet):
   command = 'compress', '--model', 'resnet20', 'resnet.safetensors', '--rate', 12
   assert run(*command, 'net.opq') == 0
   assert run(*command, 'small.opq', '--inference-only') == 0
@@ -150,7 +150,7 @@ def test_a_file_for_inference_is_smaller_and_gives_the_same_answers(resnet):
 
 
 @pytest.mark.parametrize('options', [(), ('--model', 'resnet20')], ids=['streamed', 'network'])
-def test_a_file_that_was_written_fast_is_the_same_network_and_larger(resnet, options):
+def test_fast_is_larger_and_equal(resnet, options):
   tensors = safetensors.numpy.load_file('resnet.safetensors')
   for name, tensor in tensors.items():
     if tensor.ndim == 4:  # neighbours in the window are alike, as in a network that was trained
@@ -164,13 +164,13 @@ def test_a_file_that_was_written_fast_is_the_same_network_and_larger(resnet, opt
       np.testing.assert_array_equal(fast[name], leaf)
 
 
-def test_only_a_known_network_has_a_source(net, capsys):
+def test_to_source_needs_a_network(net, capsys):
   assert run('compress', 'net.safetensors', 'net.opq') == 0
   assert run('decompress', 'net.opq', 'out.safetensors', '--to', 'source') == 2
   assert '--to: found no name of a network in net.opq' in capsys.readouterr().err
 
 
-def test_the_file_is_what_the_library_makes(net):
+def test_compress_equals_the_library(net):
   assert run('compress', 'net.safetensors', 'net.opq', '--sparsity', 0.5, '--bits', 3) == 0
   params = tree()
   allocation = opq_jax.allocate(params, sparsity=0.5, bits=3.0, channel_axis=channel_axis)
@@ -183,7 +183,7 @@ def test_the_file_is_what_the_library_makes(net):
     assert {'sparsity': '0.5', 'bits': '3'}.items() <= file.metadata.items()
 
 
-def test_rate_is_10_by_default_and_globs_choose(net):
+def test_compress_chooses_leaves_by_globs(net):
   assert run('compress', 'net.safetensors', 'net.opq', '--exclude', 'fc2*') == 0
   with opq_jax.OpqFile('net.opq') as file:
     assert file.metadata['compression_rate'] == '10'
@@ -196,7 +196,7 @@ def test_rate_is_10_by_default_and_globs_choose(net):
     assert file.leaf_state('fc2.weight') is None
 
 
-def test_float64_weights_are_compressed_as_float32(net):
+def test_compress_narrows_float64(net):
   np.savez('wide.npz', **{name: leaf.astype(np.float64) for name, leaf in tree().items()})
   assert run('compress', 'wide.npz', 'wide.opq', '--exclude', 'steps') == 0
   with opq_jax.OpqFile('wide.opq') as file:
@@ -270,7 +270,7 @@ def test_float64_weights_are_compressed_as_float32(net):
     (['decompress', 'notes.txt', 'out.safetensors'], 'no .opq file'),
   ],
 )
-def test_errors_are_one_line_and_nothing_is_written(net, capsys, argv, message):
+def test_errors_are_one_line(net, capsys, argv, message):
   (net / 'notes.txt').write_text('no weights')
   np.savez('nan.npz', w=np.full((96, 64), np.nan, np.float32))
   before = {name: (net / name).read_bytes() for name in files(net)}
@@ -283,7 +283,7 @@ def test_errors_are_one_line_and_nothing_is_written(net, capsys, argv, message):
   assert {name: (net / name).read_bytes() for name in files(net)} == before
 
 
-def test_a_failure_keeps_the_file_that_was_there(net):
+def test_failure_keeps_old_file(net):
   (net / 'net.opq').write_bytes(b'old')
   assert run('compress', 'net.safetensors', 'net.opq', '--rate', 0.2) == 2
   assert (net / 'net.opq').read_bytes() == b'old'
@@ -318,7 +318,7 @@ def test_usage_errors_exit_with_2(capsys, argv):
   assert 'usage: opq' in capsys.readouterr().err
 
 
-def test_demo_hands_over_what_was_given(monkeypatch):
+def test_demo_passes_given_options(monkeypatch):
   calls = []
   monkeypatch.setattr(digits, 'run', lambda **options: calls.append(options))
   assert run('demo') == 0
@@ -327,14 +327,14 @@ def test_demo_hands_over_what_was_given(monkeypatch):
   assert calls[1]['seed'] == 3
 
 
-def test_the_command_runs_as_a_module():
+def test_cli_runs_as_a_module():
   command = [sys.executable, '-m', 'opq_jax.cli', '--version']
   result = subprocess.run(command, capture_output=True, text=True, check=False)
   assert result.returncode == 0
   assert result.stdout == f'opq_jax {opq_jax.__version__}\n'
 
 
-def test_rates_as_people_say_them(net, capsys):
+def test_targets_agree(net, capsys):
   assert run('compress', 'net.safetensors', 'rate.opq', '--rate', 16) == 0
   assert run('compress', 'net.safetensors', 'bits.opq', '--bits-per-weight', 2) == 0
   same = [opq_jax.load(name)[0]['fc1.weight'] for name in ('rate.opq', 'bits.opq')]
@@ -358,7 +358,7 @@ def test_rates_as_people_say_them(net, capsys):
   assert found['metadata']['file_rate'] == '9'
 
 
-def test_a_file_rate_along_the_trellis_holds_against_the_weights(net):
+def test_file_rate_along_trellis_verifies(net):
   arguments = '--trellis', '--file-rate', 12
   assert run('compress', 'net.safetensors', 'net.opq', *arguments) == 0
   original = sum(leaf.nbytes for leaf in tree().values())
@@ -367,12 +367,12 @@ def test_a_file_rate_along_the_trellis_holds_against_the_weights(net):
 
 
 @pytest.mark.parametrize('options', [['--rate', 9], ['--bits', 3, '--sparsity', 0.5]])
-def test_a_file_rate_stands_alone(net, capsys, options):
+def test_file_rate_excludes_other_targets(net, capsys, options):
   assert run('compress', 'net.safetensors', 'net.opq', '--file-rate', 9, *options) == 2
   assert 'found file_rate together with another target' in capsys.readouterr().err
 
 
-def test_what_is_lost_escaped_or_not_met_is_said(net, capsys):
+def test_compress_notes_what_is_lost(net, capsys):
   params = tree()
   params['fc1.weight'][3] *= 1e-6
   params['fc2.weight'][5, 7] = 5e4

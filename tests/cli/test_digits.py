@@ -9,7 +9,7 @@ import opq_jax
 from opq_jax.cli import digits
 
 
-def test_the_table_is_true(tmp_path, capsys):
+def test_digits_table_is_true(tmp_path, capsys):
   pytest.importorskip('sklearn')
   path = tmp_path / 'digits.opq'
   rows = digits.run(output=path, epochs=4)
@@ -34,7 +34,7 @@ def test_the_table_is_true(tmp_path, capsys):
   digits._check_identical(variables, again)
 
 
-def test_test_images_are_held_out():
+def test_digits_hold_out_test_images():
   pytest.importorskip('sklearn')
   (images, labels), (test_images, test_labels) = digits._digits(3)
   assert len(images) == len(labels) == 1200
@@ -45,7 +45,7 @@ def test_test_images_are_held_out():
   np.testing.assert_array_equal(test_images, again)
 
 
-def test_a_changed_bit_is_noticed():
+def test_digits_notice_a_changed_bit():
   tree = {'a': np.zeros(3, np.float32), 'b': np.ones(2, np.float32)}
   digits._check_identical(tree, dict(tree))
   with pytest.raises(RuntimeError, match=r"\['b'\]"):
@@ -54,7 +54,7 @@ def test_a_changed_bit_is_noticed():
     digits._check_identical(tree | {'a': -tree['a']}, tree)  # -0.0 is not 0.0
 
 
-def test_without_scikit_learn_the_error_names_the_extra(monkeypatch):
+def test_digits_name_the_missing_extra(monkeypatch):
   monkeypatch.setitem(sys.modules, 'sklearn.datasets', None)
   with pytest.raises(ValueError, match=r'opq_jax\[demo\]'):
     digits.run()

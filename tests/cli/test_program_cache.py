@@ -37,7 +37,7 @@ def compress(folder, name):
   return (folder / name).read_bytes(), 'PERSISTENT COMPILATION CACHE MISS' in result.stderr
 
 
-def test_second_run_compiles_nothing(tmp_path, cache, monkeypatch):
+def test_cache_spares_second_compile(tmp_path, cache, monkeypatch):
   weight = np.random.default_rng(0).laplace(size=(48, 32)).astype(np.float32)
   safetensors.numpy.save_file({'fc.weight': weight}, tmp_path / 'net.safetensors')
   monkeypatch.setenv('JAX_EXPLAIN_CACHE_MISSES', '1')
@@ -59,7 +59,7 @@ def place(cache):
   return place
 
 
-def test_run_folders_hold_kept_programs(place):
+def test_cache_links_kept_programs(place):
   program(place, 'old')
   with program_cache._run_folder(place) as one, program_cache._run_folder(place) as two:
     assert names(one) == names(two) == ['lock', 'old-cache']
@@ -72,7 +72,7 @@ def test_run_folders_hold_kept_programs(place):
   assert zlib.decompress((place / 'new-cache').read_bytes()) == b'1'
 
 
-def test_programs_cut_off_are_not_kept(place):
+def test_cache_refuses_cut_programs(place):
   data = zlib.compress(bytes(range(256)))
   with program_cache._run_folder(place) as run:
     for name, part in (('empty', b''), ('half', data[:-9]), ('zstd', b'\x28\xb5\x2f\xfd\0')):
@@ -81,7 +81,7 @@ def test_programs_cut_off_are_not_kept(place):
   assert names(place) == []
 
 
-def test_an_interrupted_run_keeps_nothing(place, monkeypatch):
+def test_cache_drops_interrupted_run(place, monkeypatch):
   monkeypatch.setattr(jax.config, 'update', lambda name, value: None)
   with pytest.raises(KeyboardInterrupt), program_cache.kept_programs():
     (run,) = place.iterdir()
@@ -90,7 +90,7 @@ def test_an_interrupted_run_keeps_nothing(place, monkeypatch):
   assert names(place) == []
 
 
-def test_abandoned_run_folders_are_removed(place):
+def test_cache_removes_abandoned_runs(place):
   long_ago = (1.0, 1.0)
   for name in ('run_killed', 'run_early', 'run_young'):
     (place / name).mkdir()
@@ -103,7 +103,7 @@ def test_abandoned_run_folders_are_removed(place):
       assert names(place) == sorted(['run_young', alive.name, run.name])
 
 
-def test_oldest_programs_make_room(place, monkeypatch):
+def test_cache_removes_oldest_programs(place, monkeypatch):
   for age, name in enumerate(('newest', 'middle', 'oldest')):
     (place / f'{name}-cache').write_bytes(bytes(1000))
     os.utime(place / f'{name}-cache', (1e9 - age, 1e9 - age))
@@ -112,7 +112,7 @@ def test_oldest_programs_make_room(place, monkeypatch):
   assert names(place) == ['middle-cache', 'newest-cache']
 
 
-def test_folder_follows_the_environment(tmp_path, monkeypatch):
+def test_cache_folder_by_environment(tmp_path, monkeypatch):
   assert program_cache.folder().parent == tmp_path / 'cache'
   monkeypatch.setenv(program_cache.VARIABLE, '0')
   assert program_cache.folder() is None
@@ -125,7 +125,7 @@ def test_folder_follows_the_environment(tmp_path, monkeypatch):
   assert jax.__version__ in program_cache.folder().name
 
 
-def test_without_a_folder_nothing_is_kept(tmp_path, cache, monkeypatch):
+def test_cache_needs_a_folder(tmp_path, cache, monkeypatch):
   before = jax.config.jax_compilation_cache_dir
   cache.write_text('a file in the place of the folder')
   with program_cache.kept_programs():

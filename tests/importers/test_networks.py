@@ -27,14 +27,14 @@ def save(path, variables, metadata=None):
   return path
 
 
-def test_a_file_knows_its_network(tmp_path, network):
+def test_load_uses_names_in_file(tmp_path, network):
   metadata = networks.metadata(network)
   found = networks.load(save(tmp_path / 'net.opq', network.variables, metadata))
   assert (found.name, found.model, found.source.name) == ('resnet20', network.model, 'akamaster')
   jax.tree.map(np.testing.assert_array_equal, found.variables, network.variables)
 
 
-def test_who_names_a_network_needs_no_file_that_does(tmp_path, network):
+def test_load_takes_a_given_name(tmp_path, network):
   path = save(tmp_path / 'net.opq', network.variables)
   with pytest.raises(ValueError, match=r'net.opq: found no name of a network in it, expected one'):
     networks.load(path)
@@ -49,7 +49,7 @@ def test_who_names_a_network_needs_no_file_that_does(tmp_path, network):
   jax.tree.map(np.testing.assert_array_equal, found.variables, network.variables)
 
 
-def test_one_class_fewer_drops_the_background(tmp_path, network):
+def test_load_drops_background_class(tmp_path, network):
   path = save(tmp_path / 'net.opq', network.variables, networks.metadata(network))
   found = networks.load(path, num_classes=CLASSES - 1)
   assert found.model.num_classes == CLASSES - 1
@@ -72,19 +72,19 @@ def test_one_class_fewer_drops_the_background(tmp_path, network):
     ),
   ],
 )
-def test_a_file_that_names_another_network_is_refused(tmp_path, network, metadata, message):
+def test_load_refuses_other_networks(tmp_path, network, metadata, message):
   path = save(tmp_path / 'net.opq', network.variables, metadata)
   with pytest.raises(ValueError, match=message):
     networks.load(path)
 
 
-def test_noise_has_the_size_of_the_images():
+def test_noise_shape_is_that_of_images():
   sizes = {name: networks.noise_shape(importers.sources(name)[0]) for name in models.names()}
   assert sizes['mobilenet_v1'] == (16, 224, 224, 3)
   assert sizes['resnet110'] == (128, 32, 32, 3)
 
 
-def test_large_synthetic_images_have_half_the_pixels():
+def test_synthetic_batches_halve_pixels():
   model = models.create('mobilenet_v1_050', num_classes=CLASSES)
   source = importers.sources('mobilenet_v1_050')[0]
   large = networks.Network('mobilenet_v1_050', model, random_variables(model), source)
@@ -92,7 +92,7 @@ def test_large_synthetic_images_have_half_the_pixels():
   assert shapes == 8 * [(16, 160, 160, 3)]
 
 
-def test_noise_has_the_units_of_the_images(network):
+def test_correction_noise_has_image_units(network):
   """A network that reads bytes is corrected as the one that reads their standardised values."""
 
   def corrected(network):
