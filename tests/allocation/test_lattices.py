@@ -72,7 +72,7 @@ def test_a_trellis_leaves_what_is_exact_as_it_is():
 def test_float8_checkpoints_are_read_and_compressed(tmp_path, name):
   import safetensors.numpy
 
-  from opq_jax.cli import command as cli
+  from opq_jax import cli
   from opq_jax.weights import read_weights
 
   weights = (RNG(0).laplace(size=(96, 64)) * 20).astype(getattr(ml_dtypes, name))

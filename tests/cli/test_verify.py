@@ -7,8 +7,7 @@ import pytest
 import safetensors.numpy
 
 import opq_jax
-from opq_jax import importers, models
-from opq_jax.cli import command as cli
+from opq_jax import cli, importers, models
 from opq_jax.compression import CompressionState
 from opq_jax.importers import networks
 from tests.helpers.opq_files import leaf_state

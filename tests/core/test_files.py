@@ -16,7 +16,7 @@ import safetensors.numpy
 
 import opq_jax
 from experiments.benchmarks.robustness import killed_writes
-from opq_jax.cli import command as cli
+from opq_jax import cli
 from opq_jax.core import files
 
 OLD, NEW = b'old', bytes(50_000)

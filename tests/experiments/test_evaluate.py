@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from experiments import evaluate
-from opq_jax import data
-from opq_jax.cli import command as cli
+from opq_jax import cli, data
 from opq_jax.importers import networks
 from opq_jax.report import accuracy
 from tests.helpers import assets

@@ -232,7 +232,7 @@ def test_names_like_paths_are_names(tmp_path, name):
 
 
 def test_metadata_of_other_network(tmp_path, capsys):
-  from opq_jax.cli import command as cli
+  from opq_jax import cli
 
   params, state = small()
   for model, classes in (('resnet20', '5'), ('nonsense', '5'), ('resnet20', '9' * 30)):

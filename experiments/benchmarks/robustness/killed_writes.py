@@ -39,8 +39,7 @@ import safetensors.numpy
 
 import opq_jax
 from experiments.benchmarks import harness
-from opq_jax import data, finetuning
-from opq_jax.cli import command as cli
+from opq_jax import cli, data, finetuning
 from opq_jax.core import files
 from opq_jax.data import streams
 from opq_jax.file import writer
