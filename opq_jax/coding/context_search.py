@@ -5,64 +5,20 @@ scores of inputs and outputs, and the one of the fewest bits is written.
 """
 
 import itertools
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int8, Int64, UInt8
+from jaxtyping import Bool, Float32, Int8, UInt8
 
 from opq_jax.coding import ans, arrangements, frequencies, neighbours, trellis
-from opq_jax.coding.contexts import (
-  MAX_RANGES,
-  SCORES_PER_OCTAVE,
-  Head,
-  Scores,
-  grouped,
-)
+from opq_jax.coding.coded_kernels import CodedKernel, coded_kernel
+from opq_jax.coding.contexts import Head, Scores, grouped
+from opq_jax.coding.score_fitting import fitted_scores
+from opq_jax.coding.score_ranges import counts_by_score, partition
 
-_MAX_SCORE = 40  # 2**(40 / 3), some 10,000 times the mean magnitude or as many times less
-_SWEEPS = 2  # rounds in which three factors are fitted in turn
-_PRIOR = 8.0  # added to observed and expected sums of |code|: a few codes make no score
-_SMALL = 1 << 16  # weights up to which all combinations of scores are tried
-# factors on the bits of tables: the next one, where more than `MAX_RANGES` ranges are left; with
-# infinity there is one range
-_TABLE_PRICES = (1, 2, 4, 8, 16, 32, math.inf)
-
-
-class _Block(NamedTuple):
-  """A block of a kernel as it is coded.
-
-  Attributes:
-    rows: its inputs.
-    activities: of each weight, None where no weight has neighbours.
-    symbols: of each weight, as places among the symbols that occur: counts of these are small.
-    subsets: of each weight where codes follow the trellis.
-  """
-
-  rows: slice
-  activities: UInt8[np.ndarray, 'rows outputs'] | None
-  symbols: UInt8[np.ndarray, 'rows outputs']
-  subsets: UInt8[np.ndarray, 'rows outputs'] | None
-
-
-class _Coded(NamedTuple):
-  """A kernel as it is coded, signs flipped.
-
-  Attributes:
-    shape: of the kernel.
-    blocks: in the order of the payload.
-    occurring: the symbols that occur.
-  """
-
-  shape: tuple[int, ...]
-  blocks: list[_Block]
-  occurring: Int8[np.ndarray, ' symbols']
-
-  @property
-  def magnitudes(self) -> Float32[np.ndarray, ' symbols']:
-    """The magnitude of every symbol that occurs."""
-    return np.abs(self.occurring.astype(np.float32))
+_SMALL = 1 << 16
+"""Weights up to which all combinations of scores are tried."""
 
 
 class _Plan(NamedTuple):
@@ -76,7 +32,7 @@ class _Plan(NamedTuple):
   """
 
   bits: float
-  coded: _Coded
+  coded: CodedKernel
   scores: Scores
   head: Head
 
@@ -174,20 +130,22 @@ def _plans(codes: Int8[np.ndarray, '...'], arrangement: int) -> Iterator[_Plan]:
   kernel, subsets = (kernel, None) if along_trellis is None else along_trellis
   is_small = kernel.size <= _SMALL
   for has_window in (True, False) if kernel.shape[0] > 1 else (False,):
-    coded = _coded(kernel, subsets, window, has_window)
+    coded = coded_kernel(kernel, subsets, window, has_window)
     for has_inputs, has_outputs in itertools.product((True, False), repeat=2):
       if has_window and not is_small and has_inputs != has_outputs:
         continue
-      scores = _fitted(coded, has_inputs, has_outputs, has_window)
+      scores = fitted_scores(
+        coded, has_inputs=has_inputs, has_outputs=has_outputs, has_window=has_window
+      )
       yield _plan(coded, scores, arrangement, has_window, subsets is not None)
 
 
 def _plan(
-  coded: _Coded, scores: Scores, arrangement: int, has_window: bool, has_trellis: bool
+  coded: CodedKernel, scores: Scores, arrangement: int, has_window: bool, has_trellis: bool
 ) -> _Plan:
   """Returns the plan of given scores: their ranges, and the bits of all."""
-  occurring_scores, counts = _counts_by_score(coded, scores)
-  bits, first = _partition(counts)
+  occurring_scores, counts = counts_by_score(coded, scores)
+  bits, first = partition(counts)
   for part in scores:
     if part.any():
       histogram = frequencies.histogram(part)
@@ -206,138 +164,3 @@ def _plan(
     [frequencies.fit(row) for row in np.add.reduceat(counts, first).reshape(-1, 256)],
   )
   return _Plan(bits, coded, scores, head)
-
-
-def _coded(
-  kernel: arrangements.Kernel,
-  subsets: UInt8[np.ndarray, 'taps inputs outputs'] | None,
-  window: tuple[int, ...],
-  has_window: bool,
-) -> _Coded:
-  """Returns a kernel with its activities and flipped signs."""
-  counts = frequencies.histogram(kernel)
-  counts += counts[-np.arange(256)]  # a sign may be flipped
-  occurring = np.flatnonzero(counts).astype(np.uint8)
-  place = np.zeros(256, np.uint8)
-  place[occurring] = np.arange(occurring.size)
-  blocks = []
-  for tap, rows in arrangements.blocks(kernel.shape):
-    activities, is_flipped = neighbours.NOTHING
-    if has_window:
-      activities, is_flipped = neighbours.neighbourhood(kernel, window, tap, rows)
-    symbols = place[neighbours.flipped(kernel[tap, rows], is_flipped).view(np.uint8)]
-    block_subsets = None if subsets is None else subsets[tap, rows]
-    blocks.append(_Block(rows, activities, symbols, block_subsets))
-  return _Coded(kernel.shape, blocks, occurring.view(np.int8))
-
-
-def _fitted(coded: _Coded, has_inputs: bool, has_outputs: bool, has_window: bool) -> Scores:
-  """Fits scores: |code| is expected to be mean x factor of input x of output x of activity.
-
-  Each factor in turn is set such that the expected sums of |code| over every input (output,
-  activity) are the observed ones, which is iterative proportional fitting.
-  """
-  _, inputs, outputs = coded.shape
-  of_activity, of_input, of_output = (
-    np.ones(n, np.float32) for n in (neighbours.ACTIVITIES, inputs, outputs)
-  )
-  magnitudes, blocks = coded.magnitudes, coded.blocks
-  mean = sum(float(magnitudes[b.symbols].sum()) for b in blocks) / math.prod(coded.shape)
-  # two factors alone are fitted in one sweep, for the sums of one are those of the other
-  for _ in range(_SWEEPS if has_window else 1):
-    if has_window:
-      observed, expected = np.full((2, neighbours.ACTIVITIES), _PRIOR)
-      for b in blocks:
-        if b.activities is not None:
-          at = b.activities.reshape(-1)
-          product = (mean * of_input[b.rows, None]) * of_output * of_activity[b.activities]
-          observed += np.bincount(at, magnitudes[b.symbols].reshape(-1), neighbours.ACTIVITIES)
-          expected += np.bincount(at, product.reshape(-1), neighbours.ACTIVITIES)
-      of_activity *= (observed / expected).astype(np.float32)
-    if has_inputs:
-      observed, expected = np.full((2, inputs), _PRIOR)
-      for b in blocks:
-        factor = _factors(of_activity, b)
-        observed[b.rows] += magnitudes[b.symbols].sum(1)
-        expected[b.rows] += (mean * of_input[b.rows]) * (of_output * factor).sum(-1)
-      of_input *= (observed / expected).astype(np.float32)
-    if has_outputs:
-      observed, expected = np.full((2, outputs), _PRIOR)
-      for b in blocks:
-        factor = _factors(of_activity, b)
-        observed += magnitudes[b.symbols].sum(0)
-        expected += (mean * of_output) * (of_input[b.rows, None] * factor).sum(0)
-      of_output *= (observed / expected).astype(np.float32)
-  return Scores(*map(_rounded, (of_input, of_output, of_activity)))
-
-
-def _factors(
-  of_activity: Float32[np.ndarray, ' activities'], block: _Block
-) -> Float32[np.ndarray, 'rows outputs']:
-  """The factor of every weight of a block by its activity; [1, 1] where there are none."""
-  if block.activities is None:
-    return of_activity[np.zeros((1, 1), int)]
-  return of_activity[block.activities]
-
-
-def _rounded(factor: Float[np.ndarray, ' k']) -> Int8[np.ndarray, ' k']:
-  """The score of every factor."""
-  score = np.rint(SCORES_PER_OCTAVE * np.log2(factor))
-  return np.clip(score, -_MAX_SCORE, _MAX_SCORE).astype(np.int8)
-
-
-def _counts_by_score(
-  coded: _Coded, scores: Scores
-) -> tuple[Int64[np.ndarray, ' k'], Int64[np.ndarray, 'k subsets 256']]:
-  """The scores that occur, in order, and how often each symbol of each subset has each of them."""
-  several = 1 if coded.blocks[0].subsets is None else 2
-  symbols = coded.occurring.size
-  least, largest = scores.bounds()
-  by_score = np.zeros((largest - least + 1, several, symbols), np.int64)
-  for b in coded.blocks:
-    place = scores.of_block(b.rows, b.activities).astype(np.int64) - least
-    if b.subsets is not None:
-      place = 2 * place + b.subsets
-    place = place * symbols + b.symbols
-    by_score += np.bincount(place.reshape(-1), minlength=by_score.size).reshape(by_score.shape)
-  occurring = np.flatnonzero(by_score.any((1, 2)))
-  counts = np.zeros((occurring.size, several, 256), np.int64)
-  counts[..., coded.occurring.view(np.uint8)] = by_score[occurring]
-  return occurring + least, counts
-
-
-def _partition(counts: Int64[np.ndarray, 'k subsets 256']) -> tuple[float, list[int]]:
-  """Cuts the scores that occur into the ranges of the fewest bits, tables included.
-
-  The shortest path from the first score to the last over all cuts, by dynamic programming in k**2
-  steps.
-
-  Returns:
-    The bits, and the place at which each range begins.
-  """
-  occurring = counts[..., counts.any((0, 1))]
-  sums = np.concatenate([np.zeros((1, *occurring.shape[1:])), np.cumsum(occurring, 0)])
-  k = len(counts)
-  for price in _TABLE_PRICES:
-    best, cut = np.zeros(k + 1), np.zeros(k + 1, int)
-    for stop in range(1, k + 1):
-      start = np.arange(stop) if price < math.inf else np.zeros(1, int)
-      parts = sums[stop] - sums[start]
-      bits = frequencies.ideal_bits(parts) + min(price, 64) * _table_bits(parts)
-      bits = best[start] + bits.sum(-1)
-      cut[stop], best[stop] = start[np.argmin(bits)], bits.min()
-    first, stop = [], k
-    while stop:
-      stop = int(cut[stop])
-      first.append(stop)
-    if len(first) <= MAX_RANGES:
-      break
-  return float(best[k]), first[::-1]
-
-
-def _table_bits(counts: Float[np.ndarray, '... symbols']) -> Float[np.ndarray, '...']:
-  """About the bits of `frequencies.write_table`, which would take too long for every cut."""
-  total = counts.sum(-1, keepdims=True)
-  precision = np.minimum(1 + 0.75 * np.log2(np.maximum(total, 1)), 16)
-  frequency = counts * 2**precision / np.maximum(total, 1)
-  return 10 + (np.log2(1 + frequency) + 1.5 * (counts > 0)).sum(-1)

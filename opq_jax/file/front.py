@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from opq_jax.file import checks, packing
+from opq_jax.file import checks, packing, plain_trees
 from opq_jax.file import index as file_index
 from opq_jax.file.grids import Grid
 
@@ -67,7 +67,7 @@ class Front(NamedTuple):
     uncompressed_size: bytes of all uncompressed leaves, unpacked.
   """
 
-  tree: file_index.Node
+  tree: plain_trees.Node
   leaves: dict[str, file_index.LeafEntry]
   grids: dict[str, Grid]
   metadata: dict[str, str]
@@ -116,7 +116,7 @@ def header(sizes: Sequence[int], checksum: int, version: str) -> bytes:
 
 
 def front_bytes(
-  tree: file_index.Node,
+  tree: plain_trees.Node,
   grids: list[list[np.float32]],
   codes_size: int,
   blocks: Sequence[tuple[int, int]],
@@ -172,7 +172,7 @@ def read_front(file: BinaryIO, label: str, most_bytes: int | None) -> Front:
     raise ValueError(f'{label}: found CRC-32 {found:08x} of the index, not {checksum:08x}')
   try:
     index = file_index.parsed_index(packing.unpack(packed_index, file_index.MAX_INDEX))
-    placed = file_index.placed(file_index.named_leaves(index.tree))
+    placed = file_index.placed(plain_trees.named_leaves(index.tree))
   except (ValueError, RecursionError) as error:
     raise ValueError(f'{label}: found an index that cannot be: {error}') from error
   blocks = [Block(*block) for block in index.blocks]

@@ -20,7 +20,7 @@ from opq_jax.compression import encode as encode_weights
 from opq_jax.core import files, trees
 from opq_jax.core.limits import ESCAPE, MAX_LEVELS
 from opq_jax.core.trees import PyTree
-from opq_jax.file import checks, packing
+from opq_jax.file import checks, packing, plain_trees
 from opq_jax.file import index as file_index
 from opq_jax.file.front import VERSIONS, front_bytes
 from opq_jax.file.grids import Grid
@@ -87,7 +87,7 @@ def serialize(
   leaf_states = trees.records(params, state.tree, LeafState)
   records = dict(zip(trees.named_leaves(params), leaf_states, strict=True))
   tree = plain_tree(params)
-  file_index.check_names(tree)
+  plain_trees.check_names(tree)
   specs, grids, payloads, raw, versions = [], [], [], bytearray(), ['1']
   for name, leaf in trees.named_leaves(tree).items():
     array, record = host_array(name, leaf), records[name]

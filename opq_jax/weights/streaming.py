@@ -24,9 +24,8 @@ from opq_jax.allocation import (
 )
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
-from opq_jax.file import index as file_index
+from opq_jax.file import plain_trees, writer
 from opq_jax.file import rate as file_rates
-from opq_jax.file import writer
 from opq_jax.file.reader import OpqFile
 from opq_jax.report.records import SizeReport
 from opq_jax.report.sizes import ChannelAxis
@@ -105,7 +104,7 @@ def compress_stored(
   metadata = writer.checked_metadata(metadata)
   _return_freed_blocks()
   tree = writer.plain_tree(tree)
-  file_index.check_names(tree)
+  plain_trees.check_names(tree)
   leaves = trees.named_leaves(tree)
   chosen = allocations.choose_leaves(leaves, compressible)
   axes = {name: allocations.axis_of(name, leaves[name], channel_axis) for name in chosen}

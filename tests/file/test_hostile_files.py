@@ -29,8 +29,7 @@ from opq_jax.coding import payload as entropy_coding
 from opq_jax.compression import CompressionState
 from opq_jax.compression.records import affine_codebook
 from opq_jax.file import front as file_front
-from opq_jax.file import index as file_index
-from opq_jax.file import packing, reader, writer
+from opq_jax.file import packing, plain_trees, reader, writer
 from opq_jax.weights import read_weights, write_safetensors
 from tests.helpers.opq_files import (
   leaf_state,
@@ -177,7 +176,7 @@ def test_open_refuses_huge_names():
 @pytest.mark.parametrize('kind', ['list', 'dict'])
 def test_deep_trees_are_refused(kind):
   params = np.zeros(3, np.float32)
-  for _ in range(file_index.MAX_DEPTH):
+  for _ in range(plain_trees.MAX_DEPTH):
     params = [params] if kind == 'list' else {'a': params}
   data = writer.serialize(params, state_of(params))
   assert len(reader.OpqFile(data)) == 1

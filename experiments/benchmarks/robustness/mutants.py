@@ -54,6 +54,8 @@ TESTS = {
   'coding.escapes': ['coding/test_escapes.py'],
   'coding.frequencies': ['coding/test_ans.py', 'coding/test_payload.py'],
   'coding.neighbours': CONTEXT_TESTS,
+  'coding.score_fitting': CONTEXT_TESTS,
+  'coding.score_ranges': CONTEXT_TESTS,
   'coding.trellis': ['coding/test_trellis.py', 'coding/test_viterbi.py', 'coding/test_contexts.py'],
 }
 
