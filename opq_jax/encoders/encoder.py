@@ -1,7 +1,7 @@
 """What all encoders have in common: values that choose the code of every weight.
 
-An encoder is a frozen dataclass.  It holds what its choice rests on (moments of the inputs, a
-network and its calibration inputs), and no state.
+An encoder is a frozen dataclass without state.  Its fields are the moments, or the network and its
+calibration inputs, that the choice depends on.
 """
 
 import abc
@@ -95,15 +95,15 @@ class LeafEncoder(Encoder):
     """
 
   def trials(self) -> Callable[[PyTree, CompressionState], Trial] | None:
-    """Returns the function of (params, plain grids) that one search for an allocation calls.
+    """Returns a function (params, plain grids) -> `Trial`, for one search for an allocation.
 
-    None where the codes have the bits that `opq_jax.allocate` predicts: nothing is to be searched.
+    None where codes have the bits that `opq_jax.allocate` predicts, so that no search is needed.
     """
     return None
 
 
 class LeafToCode(NamedTuple):
-  """A leaf of a tree, beside all that an encoder has to know of it.
+  """A leaf of a tree, with all that an encoder has to know of it.
 
   Attributes:
     name: its path.
@@ -165,7 +165,7 @@ def _check_moments(name: str, weights: Array, moments: Array | np.ndarray) -> No
     )
   if isinstance(moments, jax.core.Tracer):
     return
-  # each where it is: for arrays of numpy, XLA would compile a program for every shape
+  # numpy's arrays by numpy: XLA would compile a program for every shape
   numpy = np if isinstance(moments, np.ndarray) else jax.numpy
   if not numpy.isfinite(moments).all():
     raise ValueError(f'{name}: found NaN or infinite moments, expected finite ones')

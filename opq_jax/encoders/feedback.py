@@ -33,9 +33,9 @@ _BLOCK = 64
 class Feedback(LeafEncoder):
   r"""Chooses codes that minimise the error of each layer's output, by error feedback (GPTQ).
 
-  A layer y = x W whose inputs have second moments H = E[x^T x] errs, with decoded weights Q, by
+  With decoded weights Q in the place of W, the output of a layer y = x W has the squared error
 
-      E |x W - x Q|^2 = tr((W - Q)^T H (W - Q))
+      E |x W - x Q|^2 = tr((W - Q)^T H (W - Q))          H = E[x^T x]
 
   With the upper triangular U of H^-1 = U^T U, inputs are coded one after the other, inputs of most
   energy first, for all output channels at once:
@@ -51,17 +51,18 @@ class Feedback(LeafEncoder):
   entropy.  For independent inputs of equal energy the codes are those of `Rounding`.
 
   An error w_i - q_i is pushed on only up to the larger of step and threshold.  A larger error
-  belongs to a weight out of the grid's reach, and the remaining weights would all be bent for it:
-  where a few massive rows of x dominate H, all other rows would lose more than those gain
-  (`tests/encoders/test_feedback.py`).
+  belongs to a weight out of the grid's reach, and all remaining weights would be bent to compensate
+  for it.  Where a few massive rows of x dominate H, this would cost the other rows more than it
+  gives the massive ones (`tests/encoders/test_feedback.py`).
 
   The update is that of Hassibi and Stork, "Second Order Derivatives for Network Pruning: Optimal
   Brain Surgeon", NIPS 1992, in the form of Frantar et al., "GPTQ: Accurate Post-Training
   Quantization for Generative Pre-trained Transformers", ICLR 2023.  Ours are the entropy-coded
   grid and mask of a whole leaf, and moments without data (`opq_jax.correction.synthetic_inputs`).
 
-  Pushed errors make weights a little larger, and codes on the same grid dearer by a few percent.
-  `opq_jax.compress` therefore searches for coarser grids, whose codes have the bits asked.
+  Pushed errors make weights a little larger, and their codes take a few percent more bits on the
+  same grid.  `opq_jax.compress` therefore searches for coarser grids, whose codes have the bits
+  asked.
 
   Attributes:
     moments: second moments of each layer's inputs, from `opq_jax.network.second_moments`: a tree
@@ -86,7 +87,9 @@ class Feedback(LeafEncoder):
 
   def __post_init__(self) -> None:
     if self.moments is None:
-      raise ValueError('moments: found None, expected a tree of matrices: without, use Rounding()')
+      raise ValueError(
+        'moments: found None, expected a tree of matrices (without moments: Rounding())'
+      )
 
   def choose_codes(self, params: PyTree, grids: CompressionState) -> Encoded:
     """Chooses the codes of a tree on its plain grids; pure, and may be traced.

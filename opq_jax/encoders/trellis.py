@@ -48,16 +48,16 @@ class Trellis(LeafEncoder):
 
       sum_i (w_i - v_i)^2  +  (slope / h_i) bits_i
 
-  where `bits` are those that `opq_jax.coding.contexts` charges, by scores of inputs, outputs and
-  neighbouring taps, given the codes of a first walk at one price for all.  The slope is that of the
-  plain grid: dD/dR of the Laplace density for which the grid is optimal.
+  where `bits` is the price of the code in `opq_jax.coding.contexts`, by scores of inputs, outputs
+  and neighbouring taps; a first walk, without contexts, gives the codes that scores are made from.
+  The slope is that of the plain grid: -dD/dR of the Laplace density for which the grid is optimal.
 
   With moments, the errors of a row of weights are pushed on to the inputs to come as by `Feedback`,
   input after input in the order of the file.  An error of input i then costs h_i = 1 / U_ii^2 in
   the layer's output, relative to the geometric mean over inputs; h_i is 1 without moments.
 
-  On the same plain grid, the file is smaller and errs less than one of rounded codes;
-  `opq_jax.compress` searches for the grid with which it has the bits asked.  The file loads as any
+  From the same plain grid, the file is smaller and the error lower than with rounded codes;
+  `opq_jax.compress` searches for the grid whose codes have the bits asked.  The file loads as any
   other: a leaf has one codebook and one mask.  To finetune, start from `Rounding` or `Feedback`:
   training moves weights off the trellis, and all levels then cost bits.
 
@@ -79,9 +79,9 @@ class Trellis(LeafEncoder):
   def choose_codes(self, params: PyTree, grids: CompressionState) -> Encoded:
     """Chooses the codes of a tree, and the grids that the trellis refines.
 
-    A weight beyond 127 levels of the new grid escapes.  A leaf that would have too many of them,
-    or whose shape the coder has no order for, keeps its plain grid, and pushes its errors on all
-    the same; a warning names it.  Runs on the host, and cannot be traced.
+    A weight beyond 127 levels of the new grid escapes.  A leaf of too many escapes, or of a shape
+    that the coder has no order for, keeps its plain grid (its errors are still pushed on), and a
+    warning names it.  Runs on the host, and cannot be traced.
 
     Raises:
       ValueError: grids or moments were made for another tree, a matrix has another shape than its
