@@ -1,12 +1,12 @@
 """Closed forms for Laplace weights: pruning, quantization and entropy of one channel.
 
-A channel's weights have the density f(w) = exp(-|w| / tau) / (2 tau).  Those with |w| <= beta are
-pruned; the excess |w| - beta of a survivor is again exponential with scale tau (the density has no
-memory), so cells of one width Delta all have the same error and the same centroid, and the best
-codebook is the affine grid +-(beta + (k - 1) Delta + delta), k = 1, 2, …, with 0 for the rest.
+A channel's weights have the density f(w) = exp(-|w| / tau) / (2 tau).  Weights with |w| <= beta are
+pruned.  The excess |w| - beta of a survivor is again exponential with scale tau (the density has no
+memory), so all cells of one width Delta have the same error and the same centroid, and the best
+codebook is the affine grid +-(beta + (k - 1) Delta + delta), k = 1, 2, …, with 0 for pruned weights.
 
-In every function `threshold` is beta, `step` is Delta and `scale` is tau = E|w|, the maximum
-likelihood estimate; all are >= 0, broadcast against each other, and `threshold` and `step` may be
+In every function `threshold` is beta, `step` is Delta and `scale` is tau = E|w|, its maximum
+likelihood estimate.  All are >= 0 and broadcast against each other; `threshold` and `step` may be
 inf.  With b = beta / tau, d = Delta / tau and q = exp(-d) the functions return, per weight:
 
     pruned_fraction     p     = 1 - exp(-b)
@@ -19,10 +19,11 @@ inf.  With b = beta / tau, d = Delta / tau and q = exp(-d) the functions return,
     entropy             R     = h_b(p) + exp(-b) C                         bits
 
 where h_b is the binary entropy.  No formula is evaluated as written: each is arranged so that
-nothing cancels for small b or d and nothing overflows for large ones, and value and gradient are
-free of NaN on the whole closed domain.  A channel of zeros (tau = 0) is pruned entirely at no
-error and no rate.  C grows without bound as Delta -> 0, and so does R where anything survives.
-The formulas are derived from the density; the paper (Hu et al., AAAI 2021) uses E.
+nothing cancels for small b or d and nothing overflows for large ones.  Value and gradient are free
+of NaN on the whole closed domain.  A channel of zeros (tau = 0) is pruned entirely at no error and
+no rate.  C grows without bound as Delta -> 0, and so does R where anything survives.
+
+The formulas are our derivation from the density; the paper (Hu et al., AAAI 2021) uses E.
 """
 
 import math
@@ -34,14 +35,14 @@ from jaxtyping import Array, Float
 Value = Float[Array, '...']
 
 _LOG2 = math.log(2.0)
-# beyond this many scales every exponential underflows to 0, in float64 too
-_FAR = 800.0
-# stands for the infinite entropy of step 0 where it multiplies a derivative: inf * 0 is NaN
-_MANY_BITS = 1e4
+_FAR = 800.0  # scales beyond which every exponential underflows to 0, in float64 too
+_MANY_BITS = (
+  1e4  # in the place of infinite entropy where it multiplies a derivative: inf * 0 is NaN
+)
 
 
 def pruned_fraction(threshold: Value, scale: Value) -> Value:
-  """Share of the weights with |w| <= threshold: 1 - exp(-threshold / scale).
+  """Returns the share of the weights with |w| <= threshold: 1 - exp(-threshold / scale).
 
   >>> float(pruned_fraction(jnp.float32(0.0), jnp.float32(1.0)))
   0.0
@@ -50,10 +51,10 @@ def pruned_fraction(threshold: Value, scale: Value) -> Value:
 
 
 def pruning_error(threshold: Value, scale: Value) -> Value:
-  """Squared error per weight of setting |w| <= threshold to 0.
+  """Returns the squared error per weight of setting |w| <= threshold to 0.
 
-  E = E[w^2; |w| <= beta] = 2 tau^2 - (beta^2 + 2 beta tau + 2 tau^2) exp(-beta / tau).  For small
-  b the equal series exp(-b) b^3 / 3 (1 + b/4 + b^2/(4 5) + …) is summed instead.
+  E = E[w^2; |w| <= beta] = 2 tau^2 - (beta^2 + 2 beta tau + 2 tau^2) exp(-beta / tau).  For b < 1
+  the equal series exp(-b) b^3 / 3 (1 + b/4 + b^2/(4 5) + …) is summed instead.
 
   >>> round(float(pruning_error(jnp.float32(jnp.inf), jnp.float32(2.0))), 6)
   8.0
@@ -69,7 +70,7 @@ def pruning_error(threshold: Value, scale: Value) -> Value:
 
 
 def survivor_error(step: Value, scale: Value) -> Value:
-  """Squared error of a survivor: the variance inside a cell, V = tau^2 - Delta^2 q / (1 - q)^2.
+  """Returns the squared error of a survivor: the variance in a cell, tau^2 - Delta^2 q / (1 - q)^2.
 
   V -> Delta^2 / 12 as Delta -> 0 and V -> tau^2 as Delta -> inf.
 
@@ -81,7 +82,7 @@ def survivor_error(step: Value, scale: Value) -> Value:
 
 
 def survivor_offset(step: Value, scale: Value) -> Value:
-  """Where in a cell its centroid lies: delta = tau - Delta q / (1 - q), from the cell's inner edge.
+  """Returns the distance of a centroid from its cell's inner edge: tau - Delta q / (1 - q).
 
   delta -> Delta / 2 as Delta -> 0 and delta -> tau as Delta -> inf.
 
@@ -93,15 +94,15 @@ def survivor_offset(step: Value, scale: Value) -> Value:
 
 
 def survivor_entropy(step: Value, scale: Value) -> Value:
-  """Bits of a survivor's code: its sign and its cell, C = 1 + h_b(q) / (1 - q).
+  """Returns the bits of a survivor's code, its sign and its cell: C = 1 + h_b(q) / (1 - q).
 
-  +inf at step 0; 1 (the sign alone) as step -> inf.
+  C is +inf at step 0, and 1 (the sign alone) as step -> inf.
 
   >>> float(survivor_entropy(jnp.float32(jnp.inf), jnp.float32(1.0)))
   1.0
   """
-  # h_b(q) / (1 - q) is d / expm1(d) - log(1 - q) in nats, and 1 - q is d times a factor near 1
-  # for small d: log(d) taken apart keeps the derivative in the scale finite at step 0
+  # h_b(q) / (1 - q) is d / expm1(d) - log(1 - q) in nats, and for small d 1 - q is d times a factor
+  # near 1.  With log(d) split into two logarithms the derivative in the scale is finite at step 0
   is_near = step < scale
   near_step, near_scale = jnp.where(is_near, step, 1), jnp.where(is_near, scale, 1)
   x = _ratio(near_step, near_scale) / 2
@@ -113,7 +114,7 @@ def survivor_entropy(step: Value, scale: Value) -> Value:
 
 
 def distortion(threshold: Value, step: Value, scale: Value) -> Value:
-  """Squared error per weight after pruning and quantization: D = E + exp(-beta / tau) V.
+  """Returns the squared error per weight of pruning and quantization: E + exp(-beta / tau) V.
 
   >>> round(float(distortion(jnp.float32(1.372), jnp.float32(2.157), jnp.float32(1.0)) / 2), 4)
   0.1993
@@ -123,9 +124,9 @@ def distortion(threshold: Value, step: Value, scale: Value) -> Value:
 
 
 def retained_energy(threshold: Value, step: Value, scale: Value) -> Value:
-  """Energy per weight of the compressed weights: 2 tau^2 - D, without the cancellation.
+  """Returns the energy per weight of the compressed weights: 2 tau^2 - D, without cancellation.
 
-  With centroids as values, E[w^2] = E[value^2] + E[(w - value)^2].
+  Values are centroids, so E[w^2] = E[value^2] + E[(w - value)^2].
 
   >>> round(float(retained_energy(jnp.float32(0.0), jnp.float32(0.0), jnp.float32(3.0))), 5)
   18.0
@@ -136,9 +137,9 @@ def retained_energy(threshold: Value, step: Value, scale: Value) -> Value:
 
 
 def entropy(threshold: Value, step: Value, scale: Value) -> Value:
-  """Bits per weight of the codes: which weights survive, and the codes of those.
+  """Returns the bits per weight of the codes: the mask, and the codes of the survivors.
 
-  R = h_b(1 - exp(-b)) + exp(-b) C.  0 where everything is pruned.  At threshold 0 the one-sided
+  R = h_b(1 - exp(-b)) + exp(-b) C, 0 where everything is pruned.  At threshold 0 the one-sided
   derivative in the threshold is +inf; the gradient there is the largest finite logarithm.
 
   >>> round(float(entropy(jnp.float32(1.372), jnp.float32(2.157), jnp.float32(1.0))), 3)
@@ -154,7 +155,7 @@ def entropy(threshold: Value, step: Value, scale: Value) -> Value:
 
 @jax.custom_jvp
 def _ratio(x: Value, scale: Value) -> Value:
-  """x / scale, at most _FAR; _FAR where scale is 0."""
+  """Returns x / scale, at most _FAR; _FAR where the scale is 0."""
   inside = x < _FAR * scale
   return jnp.where(inside, jnp.where(inside, x, 0) / jnp.where(inside, scale, 1), _FAR)
 
@@ -171,7 +172,7 @@ def _ratio_jvp(primals: tuple, tangents: tuple) -> tuple[Value, Value]:
 
 @jax.custom_jvp
 def _product(share: Value, bits: Value) -> Value:
-  """share * bits, where bits may be inf; the derivative in `share` is at most _MANY_BITS."""
+  """Returns share * bits, where bits may be inf; the derivative in `share` is at most _MANY_BITS."""
   return share * bits
 
 
@@ -182,7 +183,7 @@ def _product_jvp(primals: tuple, tangents: tuple) -> tuple[Value, Value]:
 
 
 def _log1mexp(x: Value) -> Value:
-  """log(1 - exp(-x)), accurate for small and large x; the log of the least float at x = 0."""
+  """Returns log(1 - exp(-x)), accurate for small and large x; at 0, the log of the least float."""
   near, far = jnp.minimum(x, _LOG2), jnp.maximum(x, _LOG2)
   tiny = jnp.finfo(near.dtype).tiny
   small = jnp.log(jnp.maximum(-jnp.expm1(-near), tiny))
@@ -190,7 +191,7 @@ def _log1mexp(x: Value) -> Value:
 
 
 def _sinh_shortfall(x: Value) -> Value:
-  """1 - x / sinh(x), in [0, 1]: x^2 / 6 for small x, without cancellation."""
+  """Returns 1 - x / sinh(x), in [0, 1], without cancellation: x^2 / 6 for small x."""
   near, far = jnp.minimum(x, 1.0), jnp.maximum(x, 1.0)
   square = near * near
   series = jnp.ones_like(near)

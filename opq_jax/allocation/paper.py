@@ -1,21 +1,21 @@
-"""What the paper reports, and the targets that give its rates here.
+"""Published rates of the paper, and the targets that give them here.
 
 Hu, Peng, Zhu, Aly, Lin, "OPQ: Compressing Deep Neural Networks with One-shot
 Pruning-Quantization", AAAI 2021.  Its rates are nominal (`opq_jax.report.sizes`): 32 bits over the
-bits of the survivors per weight, positions not counted, 32 / ((1 - sparsity) bits).  It does not
-say which sparsity and bits its ImageNet networks have in a form that we could read; these are
-ours, such that the rates are its own.
+bits of the survivors per weight, 32 / ((1 - sparsity) bits), without the positions of the
+survivors.  The sparsity and bits of its ImageNet networks are not public in a form that we could
+read.  The targets below are ours, chosen so that the rates are the published ones.
 """
 
 from typing import NamedTuple
 
 
 class Target(NamedTuple):
-  """One network of the paper.
+  """Targets of one network of the paper.
 
   Attributes:
     sparsity: share of its weights that is pruned.
-    bits: mean bits of a survivor.
+    bits: mean bits of a surviving weight, sign included.
     nominal_rate: as published.
   """
 

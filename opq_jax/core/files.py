@@ -12,17 +12,22 @@ from typing import BinaryIO
 
 try:
   import fcntl
-except ImportError:  # Windows, where what a killed process left is left
+except ImportError:  # Windows: temporary files of killed processes are never removed there
   fcntl = None  # type: ignore[assignment]
 
-_YOUNG = 60.0  # seconds in which a file may be somebody's who has not locked it yet
+_YOUNG = 60.0  # seconds; a younger file may belong to a process that has not locked it yet
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-  """Writes beside the place and moves there; a file that was there before stays until then.
+  """Writes a file by way of a temporary one, so that `path` is never half written.
 
   Raises:
     OSError: as `replacing`.
+
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   write_bytes(f'{folder}/name', b'data')
+  ...   Path(folder, 'name').read_bytes()
+  b'data'
   """
   with replacing(path) as file:
     file.write(data)
@@ -30,38 +35,45 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-  """A file to write piece by piece, which takes its place when the context ends without an error.
+  """Yields a file to write, which replaces `path` when the context ends without an error.
 
   A process that is killed leaves the old file or the new one, whole, and perhaps a hidden
-  `.opq-…` beside it, which the next write to the same place removes.
+  `.opq-…` beside it, which the next write to the same path removes.
 
   Raises:
     OSError: the folder is missing or read-only, or the disk is full.  The message names `path`,
-      and nothing is left behind.
+      and no temporary file stays behind.
   """
   path = Path(path)
-  # of one length, however long the name is
+  # a checksum instead of the name: of fixed length, so that long names stay within the limit
   prefix = f'.opq-{zlib.crc32(os.fsencode(path.name)):08x}-'
   temporary = path.parent / f'{prefix}{secrets.token_hex(8)}'
   try:
     _remove_litter(path.parent, prefix)
     with errors_of(path, temporary), open(temporary, 'xb') as file:
-      _is_locked(file)
+      _lock(file)
       yield file
       file.flush()
       os.fsync(file.fileno())
       os.replace(temporary, path)
   finally:
-    # on a full or read-only disk even this may fail, and the first error is the one to know of
+    # on a full or read-only disk the removal may fail too; the first error is the one to report
     with contextlib.suppress(OSError):
       temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def errors_of(path: str | os.PathLike[str], temporary: Path | None = None) -> Iterator[None]:
-  """Errors that name no file, or the temporary one, as those of the file that it is to become.
+  """Makes errors that name no file, or the temporary one, name `path`.
 
-  One that names another file is not of this one: of what was read meanwhile, say.
+  Errors that name another file (one that is read meanwhile, say) pass through.
+
+  >>> try:
+  ...   with errors_of('net.opq'):
+  ...     raise OSError(28, 'No space left on device')
+  ... except OSError as error:
+  ...   print(error.filename)
+  net.opq
   """
   try:
     yield
@@ -73,7 +85,7 @@ def errors_of(path: str | os.PathLike[str], temporary: Path | None = None) -> It
 
 
 def spool(path: str | os.PathLike[str]) -> BinaryIO:
-  """A file on the disk of `path` that has no name, so that nothing stays behind of it ever.
+  """Opens a file without a name on the disk of `path`, so that nothing of it can stay behind.
 
   Raises:
     OSError: the folder is missing or read-only; the message names `path`.
@@ -81,33 +93,33 @@ def spool(path: str | os.PathLike[str]) -> BinaryIO:
   try:
     return tempfile.TemporaryFile(dir=Path(path).parent)
   except OSError as error:
-    # it names a file that nobody has heard of
+    # the original error names a file that the caller has never heard of
     raise OSError(error.errno, os.strerror(error.errno or 0), os.fspath(path)) from error
 
 
 def close(file: BinaryIO) -> None:
-  """Closes a file that nobody needs any more: what it could not write is of no interest."""
+  """Closes a file whose contents are no longer needed; errors of the last write are ignored."""
   with contextlib.suppress(OSError):
     file.close()
 
 
 def _remove_litter(folder: Path, prefix: str) -> None:
-  """What killed processes left: old files that nobody holds locked."""
+  """Removes temporary files of killed processes: old ones that no process holds locked."""
   for left in folder.glob(f'{prefix}*') if fcntl is not None else ():
     try:
       with open(left, 'rb') as file:
-        if time.time() - left.stat().st_mtime > _YOUNG and _is_locked(file):
+        if time.time() - left.stat().st_mtime > _YOUNG and _lock(file):
           left.unlink()
     except OSError:
-      continue  # somebody else's, or gone
+      continue  # another user's file, or already removed
 
 
-def _is_locked(file: BinaryIO) -> bool:
-  """Whether the file is locked for this process from now on; the lock ends with the process."""
+def _lock(file: BinaryIO) -> bool:
+  """Locks a file for this process, until it ends, and returns whether that succeeded."""
   if fcntl is None:
     return False
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except OSError:  # another's, or a file system without locks
+  except OSError:  # locked by another process, or a file system without locks
     return False
   return True

@@ -234,7 +234,7 @@ def test_what_killed_writes_left_is_removed_and_what_others_write_is_not(tmp_pat
   assert left.exists()  # it may be of a process that only just began
   os.utime(left, (1, 1))
   with open(left, 'rb') as file:
-    assert files._is_locked(file)  # as a process does that still writes
+    assert files._lock(file)  # as a process does that still writes
     files.write_bytes(path, OLD)
     assert left.exists()
   files.write_bytes(tmp_path / 'other.opq', OLD)
