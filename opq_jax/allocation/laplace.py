@@ -3,7 +3,7 @@
 A channel's weights have the density f(w) = exp(-|w| / tau) / (2 tau).  Weights with |w| <= beta are
 pruned.  The excess |w| - beta of a survivor is again exponential with scale tau (the density has no
 memory), so all cells of one width Delta have the same error and the same centroid, and the best
-codebook is the affine grid +-(beta + (k - 1) Delta + delta), k = 1, 2, …, with 0 for pruned weights.
+codebook is the affine grid +-(beta + (k - 1) Delta + delta), k = 1, 2, …, and 0 for the pruned.
 
 In every function `threshold` is beta, `step` is Delta and `scale` is tau = E|w|, its maximum
 likelihood estimate.  All are >= 0 and broadcast against each other; `threshold` and `step` may be
@@ -36,9 +36,7 @@ Value = Float[Array, '...']
 
 _LOG2 = math.log(2.0)
 _FAR = 800.0  # scales beyond which every exponential underflows to 0, in float64 too
-_MANY_BITS = (
-  1e4  # in the place of infinite entropy where it multiplies a derivative: inf * 0 is NaN
-)
+_MANY_BITS = 1e4  # stands for infinite entropy as the factor of a derivative: inf * 0 is NaN
 
 
 def pruned_fraction(threshold: Value, scale: Value) -> Value:
@@ -172,7 +170,7 @@ def _ratio_jvp(primals: tuple, tangents: tuple) -> tuple[Value, Value]:
 
 @jax.custom_jvp
 def _product(share: Value, bits: Value) -> Value:
-  """Returns share * bits, where bits may be inf; the derivative in `share` is at most _MANY_BITS."""
+  """Returns share * bits; bits may be inf, the derivative in `share` is at most _MANY_BITS."""
   return share * bits
 
 
