@@ -139,7 +139,7 @@ def has_weights(params):
 @pytest.mark.parametrize('is_wide', [False, True], ids=['float32', 'float64'])
 @given(params=TREES.filter(has_weights))
 @settings(max_examples=2)  # XLA compiles for every tree
-def test_any_tree_is_compressed_exactly(is_wide, params):
+def test_any_tree_is_exact(is_wide, params):
   with jax.enable_x64(True) if is_wide else contextlib.nullcontext():
     allocation = quiet_allocate(
       params, sparsity=0.5, bits=2.0, compressible=compressible, corrected=False
@@ -149,7 +149,7 @@ def test_any_tree_is_compressed_exactly(is_wide, params):
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
 @pytest.mark.parametrize('kind', KINDS)
-def test_weights_of_any_kind_are_compressed_exactly(kind, dtype):
+def test_any_weights_are_exact(kind, dtype):
   params = {'w': leaf(kind, (16, 8), dtype, 0), 'other': leaf('laplace', (16, 8), dtype, 1)}
   targets_of = [{'sparsity': 0.5, 'bits': 3.0}]
   # half a tree of zeros cannot have every rate
@@ -163,7 +163,7 @@ def test_weights_of_any_kind_are_compressed_exactly(kind, dtype):
 @pytest.mark.parametrize(
   'targets', [{'compression_rate': 12.0}, {'sparsity': 0.6, 'bits': 3.0}], ids=['rate', 'sparsity']
 )
-def test_corrected_allocations_are_the_same_with_float64_enabled(targets):
+def test_allocate_with_float64(targets):
   params = {
     'w': leaf('laplace', (64, 32), np.float32, 0),
     'half': leaf('channels', (64, 32), np.float16, 1) * leaf('laplace', (64, 32), np.float16, 2),
@@ -181,7 +181,7 @@ def test_corrected_allocations_are_the_same_with_float64_enabled(targets):
 
 @given(st.floats(0.05, 0.95), st.floats(0.05, 0.95), st.floats(1.2, 6.0), st.floats(1.2, 6.0))
 @settings(max_examples=10)
-def test_allocation_is_monotone_in_its_targets(first, second, some, more):
+def test_allocate_is_monotone(first, second, some, more):
   params = {
     'a': leaf('laplace', (16, 8), np.float32, 0),
     'b': leaf('heavy', (16, 8), np.float32, 1),

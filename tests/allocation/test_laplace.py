@@ -57,7 +57,7 @@ POINTS = [
 
 
 @pytest.mark.parametrize(('threshold', 'step', 'scale'), POINTS)
-def test_closed_forms_are_what_integrals_say(threshold, step, scale):
+def test_laplace_matches_integrals(threshold, step, scale):
   def integral(function, low, high):
     return quad(function, low, high, epsabs=0, epsrel=1e-12)[0] if high > low else 0.0
 
@@ -92,7 +92,7 @@ def test_closed_forms_are_what_integrals_say(threshold, step, scale):
 
 
 @pytest.mark.parametrize(('threshold', 'step', 'scale'), POINTS)
-def test_closed_forms_are_what_samples_show(threshold, step, scale):
+def test_laplace_matches_samples(threshold, step, scale):
   n = 400_000
   weights = np.random.default_rng(0).laplace(scale=scale, size=n)
   magnitude = np.abs(weights)
@@ -123,7 +123,7 @@ def test_closed_forms_are_what_samples_show(threshold, step, scale):
     assert abs(found - np.mean(sampled[name])) <= 4.5 * error + 1e-12, name
 
 
-def test_limits_are_exact():
+def test_laplace_limits():
   for scale in (0.5, 3.0):
     expected = {
       ('pruned_fraction', (0.0,)): 0,
@@ -158,7 +158,7 @@ def test_limits_are_exact():
 
 
 @pytest.mark.parametrize('at', [0.0, 1e-3, 1.0, INF])
-def test_channel_of_zeros_costs_nothing(at):
+def test_laplace_channel_of_zeros(at):
   at, zero = np.float32(at), np.float32(0)
   assert JITTED['pruned_fraction'](at, zero) == 1
   for name in ('pruning_error', 'survivor_error', 'survivor_offset'):
@@ -170,7 +170,7 @@ def test_channel_of_zeros_costs_nothing(at):
 
 @pytest.mark.parametrize('name', FORMS)
 @pytest.mark.parametrize('number', [np.float32, np.float64])
-def test_no_nan_in_value_or_gradient(name, number):
+def test_laplace_has_no_nan(name, number):
   lengths = [0, 1e-30, 1e-12, 1e-3, 1, 1e3, 1e12, INF]
   scales = [0, 1e-30, 1e-12, 1, 1e12]
   points = list(itertools.product(*[lengths] * (len(FORMS[name]) - 1), scales))
@@ -183,7 +183,7 @@ def test_no_nan_in_value_or_gradient(name, number):
 
 
 @pytest.mark.parametrize('name', FORMS)
-def test_gradients_are_those_of_differences(name):
+def test_laplace_gradients(name):
   points = np.random.default_rng(1).uniform(0.2, 3, size=(20, len(FORMS[name])))
   h = 1e-6
   with jax.enable_x64(True):
@@ -213,7 +213,7 @@ TRENDS = {  # the distortion may fall in the threshold and in the scale, where c
 
 
 @pytest.mark.parametrize(('name', 'argument'), TRENDS)
-def test_monotone(name, argument):
+def test_laplace_is_monotone(name, argument):
   grid = np.geomspace(1e-6, 1e3, 400)
   others = np.random.default_rng(2).uniform(0.1, 4, size=(4, 3))
   for other in others:
@@ -224,7 +224,7 @@ def test_monotone(name, argument):
 
 
 @pytest.mark.parametrize('name', FORMS)
-def test_float32_keeps_seven_digits_less_one(name):
+def test_laplace_in_float32(name):
   decades = np.geomspace(1e-3, 1e3, 25)
   ratios = np.array(list(itertools.product(*[decades] * (len(FORMS[name]) - 1))), np.float32)
   for scale in np.float32([1e-6, 1e-2, 1, 1e3]):
@@ -243,7 +243,7 @@ def test_float32_keeps_seven_digits_less_one(name):
 @given(
   b=st.floats(0, 40), d=st.floats(1e-6, 40), scale=st.floats(1e-6, 1e6), unit=st.floats(1e-3, 1e3)
 )
-def test_forms_fit_together(b, d, scale, unit):
+def test_laplace_identities(b, d, scale, unit):
   threshold, step = b * scale, d * scale
   get = lambda name, *args: float(float64(name, *args))
   error = get('distortion', threshold, step, scale)

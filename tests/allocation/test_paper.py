@@ -9,14 +9,14 @@ from opq_jax.allocation import paper
 
 
 @pytest.mark.parametrize('name', paper.TARGETS)
-def test_rates_are_the_published_ones(name):
+def test_paper_rates(name):
   assert name in models.names()
   sparsity, bits, rate = paper.TARGETS[name]
   assert 32 / ((1 - sparsity) * bits) == pytest.approx(rate, rel=0.01)
 
 
 @pytest.mark.parametrize('name', ['alexnet', 'mobilenet_v1'])
-def test_the_nominal_rate_of_real_codes_is_within_a_percent(name):
+def test_paper_rates_of_codes(name):
   sparsity, bits, rate = paper.TARGETS[name]
   rng = np.random.default_rng(0)
   params = {

@@ -99,7 +99,7 @@ def compressed(weights, **targets):
   st.sampled_from(KINDS), st.sampled_from(DTYPES), st.floats(-2.0, 4.9), st.integers(0, 3)
 )
 @hypothesis.settings(max_examples=60)
-def test_search_meets_the_bits_or_says_what_it_met(kind, dtype, log_bits, seed):
+def test_search_meets_bits(kind, dtype, log_bits, seed):
   bits = 2.0**log_bits
   weights = drawn(kind, dtype, seed)
   codes, values, leaf, said = compressed(weights, bits_per_weight=bits)
@@ -118,7 +118,7 @@ def test_search_meets_the_bits_or_says_what_it_met(kind, dtype, log_bits, seed):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_more_bits_never_err_more(kind):
+def test_search_errs_less_with_bits(kind):
   weights = drawn(kind, np.float32)
   # below 2 bits, a grid from zero on is none for weights that are all far from it
   few = () if kind == 'far from zero' else (0.25, 0.5, 1)
@@ -131,7 +131,7 @@ def test_more_bits_never_err_more(kind):
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
-def test_all_bits_of_the_dtype_are_exact(dtype):
+def test_search_is_exact_at_the_top(dtype):
   weights = drawn('student', dtype)
   bits = 8 * np.dtype(dtype).itemsize
   _, values, _, said = compressed(weights, bits_per_weight=bits + 1.0)
@@ -152,7 +152,7 @@ def cost(weights, price, threshold, step):
 
 @pytest.mark.parametrize('kind', ['laplace', 'normal', 'student', 'half zeros', 'mixed scales'])
 @pytest.mark.parametrize('price', [0.01, 0.1, 0.5])
-def test_grid_in_closed_form_is_nearly_the_best_of_all(kind, price):
+def test_best_grid_is_nearly_best(kind, price):
   weights = drawn(kind, np.float32)
   weights = weights / np.abs(weights).mean()
   statistics = opq_jax.allocation.leaf_statistics(weights)

@@ -16,5 +16,5 @@ def failures():
 
 
 @pytest.mark.parametrize('name', [check.__name__ for check in many_devices.CHECKS])
-def test_on_eight_devices(name):
+def test_allocate_on_eight_devices(name):
   assert failures()[name] == ''

@@ -53,7 +53,7 @@ def read_only_folder():
         assert file.read() == OLD
 
 
-def test_a_full_disk_leaves_the_old_file(tmp_path):
+def test_write_on_full_disk(tmp_path):
   path = tmp_path / 'net.opq'
   files.write_bytes(path, OLD)
   with small_disk(10_000), pytest.raises(OSError, match=r"File too large: '.*/net\.opq'") as caught:
@@ -64,13 +64,13 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
   assert path.read_bytes() == NEW and os.listdir(tmp_path) == ['net.opq']
 
 
-def test_a_read_only_folder_leaves_the_old_file():
+def test_write_in_read_only_folder():
   denied = pytest.raises(PermissionError, match=r"Permission denied: '.*/net\.opq'")
   with read_only_folder() as folder, denied:
     files.write_bytes(f'{folder}/net.opq', NEW)
 
 
-def test_a_folder_in_the_place_of_the_file_is_named(tmp_path):
+def test_write_names_the_path(tmp_path):
   (tmp_path / 'net.opq').mkdir()
   with pytest.raises(IsADirectoryError, match=r"'.*/net\.opq'"):
     files.write_bytes(tmp_path / 'net.opq', NEW)
@@ -79,7 +79,7 @@ def test_a_folder_in_the_place_of_the_file_is_named(tmp_path):
   assert os.listdir(tmp_path) == ['net.opq']
 
 
-def test_the_command_says_in_one_line_what_is_full_or_not_allowed(tmp_path, capfd):
+def test_cli_full_disk_in_one_line(tmp_path, capfd):
   weights = {
     'kernel': np.ones((4, 4), np.float32),
     'bias': np.random.default_rng(0).normal(size=9000),
@@ -157,7 +157,7 @@ def says_what_failed(kind, output, capfd, message):
 @pytest.mark.parametrize('room', [10_000, 30_000])
 @pytest.mark.parametrize('kind', WRITES)
 @pytest.mark.parametrize('error', ['ENOSPC', 'EFBIG'])
-def test_a_full_disk_is_named_whoever_writes(tmp_path, monkeypatch, capfd, kind, room, error):
+def test_writers_name_full_disk(tmp_path, monkeypatch, capfd, kind, room, error):
   source, output = stored(tmp_path, kind), tmp_path / 'net.opq'
   write(kind, source, output)
   assert output.stat().st_size > 40_000
@@ -188,7 +188,7 @@ def test_a_full_disk_is_named_whoever_writes(tmp_path, monkeypatch, capfd, kind,
 
 
 @pytest.mark.parametrize('kind', WRITES)
-def test_a_read_only_folder_is_named_whoever_writes(capfd, kind):
+def test_writers_name_read_only_folder(capfd, kind):
   with tempfile.TemporaryDirectory(dir='/tmp') as readable:
     os.chmod(readable, 0o755)
     source = stored(pathlib.Path(readable), kind)
@@ -201,7 +201,7 @@ def test_a_read_only_folder_is_named_whoever_writes(capfd, kind):
         write(kind, source, output)
 
 
-def test_weights_that_may_not_be_read_are_not_said_to_be_missing(capfd):
+def test_cli_unreadable_weights(capfd):
   with tempfile.TemporaryDirectory(dir='/tmp') as readable:
     os.chmod(readable, 0o755)
     source = stored(pathlib.Path(readable), 'leaf by leaf')
@@ -213,17 +213,17 @@ def test_weights_that_may_not_be_read_are_not_said_to_be_missing(capfd):
       assert capfd.readouterr().err == f'opq: {source}: Permission denied\n'
 
 
-def test_names_of_every_length_are_written(tmp_path):
+def test_write_long_names(tmp_path):
   path = tmp_path / ('n' * 251 + '.opq')
   files.write_bytes(path, NEW)
   assert path.read_bytes() == NEW
 
 
-def test_what_killed_writes_left_is_removed_and_what_others_write_is_not(tmp_path):
+def test_write_removes_litter(tmp_path):
   pytest.importorskip('fcntl')
   path = tmp_path / 'net.opq'
   command = (
-    'import os, signal, sys; from opq_jax import files; '
+    'import os, signal, sys; from opq_jax.core import files; '
     'os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL); '
     'files.write_bytes(sys.argv[1], b"new")'
   )
@@ -243,13 +243,13 @@ def test_what_killed_writes_left_is_removed_and_what_others_write_is_not(tmp_pat
   assert not left.exists() and path.read_bytes() == NEW
 
 
-def test_kills_leave_the_old_file_or_the_new_one(tmp_path):
+def test_save_survives_kills(tmp_path):
   found = killed_writes.killed('opq_jax.save', tmp_path, 3, unkilled=1)
   assert found['old file'] + found['new file'] == found['kills'] == 3
   assert found['neither'] == found['left after the next write'] == 0
 
 
-def test_an_old_file_is_not_opened_for_writing(tmp_path):
+def test_save_spares_open_readers(tmp_path):
   # a reader that has it open keeps what it reads
   path = tmp_path / 'net.opq'
   data = {'a': np.arange(300_000, dtype=np.float32)}

@@ -7,6 +7,6 @@ def double(number):
   return 2 * number
 
 
-def test_what_cannot_be_kept_on_disk_is_compiled_all_the_same(monkeypatch):
+def test_compiled_without_cache(monkeypatch):
   monkeypatch.setattr(caching.FunctionCache._impl_class, '_locator_classes', [])
   assert native.compiled(double)(21) == 42

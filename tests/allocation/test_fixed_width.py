@@ -1,0 +1,103 @@
+"""Steps at a budget of fixed-width bits, against SLSQP."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opq_jax.allocation import laplace
+from opq_jax.allocation.fixed_width import minimise_at_bits
+from opq_jax.allocation.sparsity import minimise_at_sparsity
+from tests.helpers.channel_problems import (
+  LEAVES,
+  PROBLEMS,
+  assert_no_worse,
+  random_problem,
+  slsqp,
+  solve,
+  with_slopes,
+)
+
+
+def escape_bits(channels, survivors, step):
+  """Of values of 32 bits, per weight of all: the density's tail beyond 127 cells."""
+  beyond = jnp.exp(-127 * channels.of(step) / channels.scale.reshape(-1, *[1] * (step.ndim - 1)))
+  return 32 * channels.sum(survivors.reshape(-1, *[1] * (step.ndim - 1)) * beyond)
+
+
+def at_bits(channels, bits, threshold, survivors, reach):
+  escapes = functools.partial(escape_bits, channels, survivors)
+  return minimise_at_bits(channels, bits, threshold, survivors, reach, escapes)
+
+
+def bits_problem(channels, x, pruned, survivors, reach):
+  scale = channels.scale
+  error = channels.sum(survivors * laplace.survivor_error(jnp.exp(x)[channels.leaf], scale))
+  needed = 1 + jnp.clip(jnp.log2(reach) - x[channels.leaf] / math.log(2), 0, math.log2(127))
+  cost = channels.cost(1 - (error + pruned) / (2 * channels.leaf_share()))
+  escapes = jnp.sum(escape_bits(channels, survivors, jnp.exp(x)))
+  return jnp.stack([jnp.sum(cost), (jnp.sum(survivors * needed) + escapes) / jnp.sum(survivors)])
+
+
+BITS = with_slopes(bits_problem)
+
+
+def random_bits_problem(problem, sparsity, number=np.float64):
+  channels = random_problem(**problem, number=number)
+  rng = np.random.default_rng(problem['seed'] + 1)
+  channels = channels._replace(min_step=jnp.full(LEAVES, 1e-2, number))
+  scale, share = np.asarray(channels.scale, float), np.asarray(channels.share, float)
+  threshold = solve(minimise_at_sparsity, channels, sparsity)
+  survivors = share * np.exp(-threshold[channels.leaf] / scale)
+  reach = scale * rng.uniform(3, 9, size=len(scale))
+  return channels, (threshold, survivors, reach)
+
+
+def bits_starts(ours, reach, leaf, bits, seed):
+  rng = np.random.default_rng(seed)
+  largest = np.zeros(LEAVES)
+  np.maximum.at(largest, leaf, reach)
+  one_grid = np.log(largest) - (bits - 1) * math.log(2)
+  near = [ours + 0.2 * rng.normal(size=LEAVES) for _ in range(2)]
+  return [*near, one_grid, one_grid + rng.normal(size=LEAVES)]
+
+
+def check_bits(problem, sparsity, bits, tolerance):
+  with jax.enable_x64(True):
+    channels, given_ = random_bits_problem(problem, sparsity)
+    ours = np.log(solve(at_bits, channels, bits, *given_))
+    threshold, survivors, reach = given_
+    pruned = laplace.pruning_error(jnp.asarray(threshold[channels.leaf]), channels.scale)
+    pruned = np.asarray(channels.sum(channels.share * pruned))
+    args = pruned, survivors, reach
+    (cost, found), _ = solve(BITS, channels, ours, *args)
+    assert found == pytest.approx(bits, rel=1e-5)
+    lowest = -8.0
+    tries = bits_starts(ours, reach, channels.leaf, bits, problem['seed'])
+    tries = [np.maximum(start, lowest) for start in tries]
+    reference = slsqp(BITS, channels, bits, tries, *args, lowest=lowest)
+    assert_no_worse(cost, reference, tolerance)
+  narrow, given_ = random_bits_problem(problem, sparsity, np.float32)
+  narrow = solve(at_bits, narrow, bits, *given_)
+  with jax.enable_x64(True):
+    (narrow_cost, narrow_found), _ = solve(BITS, channels, np.log(narrow.astype(float)), *args)
+  assert narrow_cost == pytest.approx(cost, rel=max(1e-3, tolerance))
+  assert narrow_found == pytest.approx(bits, rel=1e-4)
+
+
+@settings(max_examples=8)
+@given(problem=PROBLEMS, sparsity=st.floats(0.05, 0.95), bits=st.floats(3, 6))
+def test_fixed_width_least_cost(problem, sparsity, bits):
+  check_bits(problem, sparsity, bits, 1e-6)
+
+
+@settings(max_examples=8)
+@given(problem=PROBLEMS, sparsity=st.floats(0.05, 0.95), bits=st.floats(1.05, 3))
+def test_fixed_width_few_bits(problem, sparsity, bits):
+  # many local minima: SLSQP, from four starts, finds now a better and now a worse one
+  check_bits(problem, sparsity, bits, 5e-3)

@@ -1,0 +1,134 @@
+"""Random allocation problems of eight leaves, and SLSQP to compare their answers with."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+
+from opq_jax.allocation import laplace
+from opq_jax.allocation.channels import Channels
+
+LEAVES = 8
+
+
+# a handful of layouts, so that a handful of compilations serve every example
+LAYOUTS = [np.array([3, 1, 5, 2, 4, 1, 2, 3]), np.ones(8, int), np.full(8, 4)]
+
+
+PROBLEMS = st.fixed_dictionaries(
+  {
+    'seed': st.integers(0, 10**6),
+    'layout': st.integers(0, len(LAYOUTS) - 1),
+    'spread': st.sampled_from([0.0, 0.3, 0.6, 1.0]),
+    'objective': st.sampled_from(['retained_signal', 'relative_error', 'squared_error']),
+  }
+)
+
+
+def random_problem(seed, layout, spread, objective, number=np.float64):
+  """Eight leaves of 1e2 ... 1e6 weights, channels of lognormal scales."""
+  rng = np.random.default_rng(seed)
+  counts = LAYOUTS[layout]
+  leaf = np.repeat(np.arange(LEAVES, dtype=np.int32), counts)
+  share = np.repeat(10 ** rng.uniform(2, 6, size=LEAVES) / counts, counts)
+  share /= share.sum()
+  scale = np.exp(spread * rng.normal(size=len(leaf)))
+  per_leaf = np.bincount(leaf, share)
+  scale /= np.sqrt(np.bincount(leaf, share * scale**2) / per_leaf)[leaf]
+  price = {
+    'retained_signal': None,
+    'relative_error': np.ones(LEAVES),
+    'squared_error': per_leaf * 10 ** rng.uniform(-4, 0, size=LEAVES),
+  }[objective]
+  if price is not None:
+    price = jnp.asarray(price / price.max(), number)
+  as_array = lambda x: jnp.asarray(x, number)
+  return Channels(
+    as_array(scale), as_array(share), leaf, LEAVES, price, as_array(np.full(LEAVES, 1e-6))
+  )
+
+
+def shape_of(channels):
+  """What a compiled function depends on, to key a cache with."""
+  return tuple(np.bincount(channels.leaf)), channels.price is None
+
+
+@functools.cache
+def compiled(make, shape):
+  """Jitted `make(Channels, arguments) -> outputs` for one layout; the arrays are arguments."""
+  leaf = np.repeat(np.arange(LEAVES, dtype=np.int32), shape[0])
+
+  def call(scale, share, price, min_step, *args):
+    channels = Channels(scale, share, leaf, LEAVES, price, min_step)
+    return make(channels, *args)
+
+  return jax.jit(call)
+
+
+def solve(make, channels, *args):
+  """Numpy results of `make(channels, *args)`, compiled once a layout and dtype."""
+  function = compiled(make, shape_of(channels))
+  number = channels.scale.dtype
+  args = [jnp.asarray(a, number) for a in args]
+  arrays = channels.scale, channels.share, channels.price, channels.min_step
+  return jax.device_get(function(*arrays, *args))
+
+
+def relative_error_cost(channels, threshold, step):
+  at, width = threshold[channels.leaf], step[channels.leaf]
+  kept = channels.sum(channels.share * laplace.retained_energy(at, width, channels.scale))
+  return jnp.sum(channels.cost(kept / (2 * channels.leaf_share())))
+
+
+def with_slopes(problem):
+  """(cost, constraint) and their exact Jacobian."""
+
+  def both(channels, x, *args):
+    function = lambda x: problem(channels, x, *args)
+    return function(x), jax.jacrev(function)(x)
+
+  return both
+
+
+def slsqp(problem, channels, target, starts, *args, lowest=-14):
+  """The least cost that SLSQP finds from several starts, or inf where it meets no target."""
+  last = {}
+
+  def at(x):
+    if last.get('x') != x.tobytes():
+      values, slopes = solve(problem, channels, x, *args)
+      last.update(x=x.tobytes(), values=values, slopes=slopes)
+    return last['values'], last['slopes']
+
+  best = math.inf
+  for start in starts:
+    found = minimize(
+      lambda x: at(x)[0][0],
+      start,
+      jac=lambda x: at(x)[1][0],
+      bounds=[(lowest, 6)] * len(start),
+      constraints={
+        'type': 'eq', 'fun': lambda x: at(x)[0][1] - target, 'jac': lambda x: at(x)[1][1]
+      },
+      method='SLSQP',
+      options={'maxiter': 400, 'ftol': 1e-13},
+    )  # fmt: skip
+    if abs(at(found.x)[0][1] - target) < 1e-8:
+      best = min(best, float(found.fun))
+  return best
+
+
+def starts(ours, seed):
+  """Near ours, far from it, and somewhere that knows nothing of it."""
+  rng = np.random.default_rng(seed)
+  ours = np.clip(ours, -10, 5)
+  return [ours + 0.3 * rng.normal(size=ours.shape), np.full(ours.shape, 0.1)]
+
+
+def assert_no_worse(cost, reference, tolerance=1e-6):
+  """The least costs that count: relative to a cost that is itself near zero means nothing."""
+  assert cost <= reference * (1 + tolerance) + 1e-12, (cost, reference, cost / reference - 1)
