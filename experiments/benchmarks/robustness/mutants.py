@@ -30,15 +30,35 @@ FILE_TESTS = ['file/test_round_trip.py', 'file/test_writer.py', 'file/test_reade
 CONTEXT_TESTS = [
   *('coding/test_contexts.py', 'coding/test_context_search.py', 'coding/test_payload.py'),
 ]
+ALLOCATION_TESTS = [
+  'allocation/test_allocator.py',
+  'allocation/test_dtypes.py',
+  'compression/test_codes.py',
+]
+RATE_TESTS = [
+  'allocation/test_rate_search.py',
+  'allocation/test_lattices.py',
+  'allocation/test_allocator.py',
+]
 TESTS = {
   'allocation.laplace': ['allocation/test_laplace.py'],
-  'allocation.allocator': ['allocation/test_allocator.py', 'compression/test_codes.py'],
-  'allocation.solver': ['allocation/test_allocator.py', 'compression/test_codes.py'],
-  'allocation.rate_search': [
-    'allocation/test_rate_search.py',
-    'allocation/test_lattices.py',
+  'allocation.targets': ['allocation/test_targets.py', 'allocation/test_allocator.py'],
+  'allocation.allocator': [
     'allocation/test_allocator.py',
+    'allocation/test_targets.py',
+    'compression/test_codes.py',
   ],
+  'allocation.answer_checks': [
+    'allocation/test_answer_checks.py',
+    'allocation/test_allocator.py',
+    'allocation/test_lattices.py',
+  ],
+  'allocation.solver': ALLOCATION_TESTS,
+  'allocation.description': ALLOCATION_TESTS,
+  'allocation.units': ALLOCATION_TESTS,
+  'allocation.rate_search': RATE_TESTS,
+  'allocation.choices': RATE_TESTS,
+  'allocation.exponential_tails': RATE_TESTS,
   'compression.cells': ['compression/test_codes.py', *FILE_TESTS],
   'compression.codes': ['compression/test_codes.py', *FILE_TESTS],
   'compression.records': ['compression/test_codes.py', *FILE_TESTS],
