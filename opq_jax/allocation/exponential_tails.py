@@ -32,11 +32,11 @@ from opq_jax.allocation.rate_problem import RateProblem, shares_of
 from opq_jax.core.limits import MAX_LEVELS, STEP_BITS
 
 _LOG2 = math.log(2.0)
-_ROUNDS = 9  # of threshold and step: the distance to the fixed point about halves in each
+_ROUNDS = 9  # of threshold and step; they end within about 1 % of a minimum that is flat
 _FAR = 60.0  # d = Delta / tau beyond which coth(d / 2) is 1 in every float
 _FINE_STEP = math.sqrt(6 / _LOG2)  # Delta over sqrt(mu) as Delta / tau -> 0: mu = ln 2 Delta^2 / 6
 _MAX_LOG_ODDS = 64.0  # bits: more than the odds of any two shares of a leaf of 2^31 weights
-_UNIT = 2.0**-33  # of the largest |w|: below every magnitude that a histogram tells from zero
+_LEAST = 2.0**-33  # of the largest |w|: below every magnitude that a histogram tells from zero
 
 
 class Grid(NamedTuple):
@@ -101,7 +101,7 @@ def best_grid(problem: RateProblem, log_mu: Float[Array, 'leaves']) -> Grid:
     odds = jnp.clip(odds, -_MAX_LOG_ODDS, _MAX_LOG_ODDS)
     square = offset * offset + price * odds
     wanted = jnp.sqrt(jnp.maximum(square, least * least))
-    # the geometric mean of old and new: the plain iteration may oscillate
+    # the geometric mean of old and new damps the iteration
     threshold = jnp.clip(jnp.sqrt(threshold * wanted), least, sums.largest)
     if not problem.is_linear:
       error = tail.pruning_error + tail.share * laplace.survivor_error(step, tail.scale)
@@ -122,7 +122,7 @@ def best_grid(problem: RateProblem, log_mu: Float[Array, 'leaves']) -> Grid:
 
 def _least(sums: Sums) -> Array:
   """Returns a magnitude below every weight that a histogram tells from zero."""
-  return sums.largest * _UNIT
+  return sums.largest * _LEAST
 
 
 def _tail(sums: Sums, threshold: Array, step: Array) -> _Tail:
@@ -131,7 +131,7 @@ def _tail(sums: Sums, threshold: Array, step: Array) -> _Tail:
   left = tail.positive + tail.negative
   inside = left - far.positive - far.negative
   scale = (tail.magnitude - far.magnitude) / jnp.where(inside > 0, inside, 1) - threshold
-  # a difference of sums: below 2^-9 of the threshold it is rounding
+  # a difference of sums: below 2^-9 of the threshold, a bin's width or so, it means nothing
   least = jnp.maximum(threshold * 2.0**-9, _least(sums))
   return _Tail(left, jnp.maximum(scale, least), tail.squares)
 
@@ -139,8 +139,7 @@ def _tail(sums: Sums, threshold: Array, step: Array) -> _Tail:
 def _best_step(price: Array, scale: Array) -> Array:
   """Solves price = tau^2 ln 2 (d coth(d / 2) - 2) for Delta = d tau."""
   x = price / (scale * scale * _LOG2)
-  # leading order of both limits, x = d^2 / 6 and x = d - 2; three Newton steps from there suffice
-  # for float32
+  # leading order of both limits, x = d^2 / 6 and x = d - 2; three Newton steps lead to 3e-5 of d
   d = jnp.sqrt(x * (x + 6))
   for _ in range(3):
     half = jnp.minimum(d, _FAR) / 2

@@ -3,20 +3,23 @@
     minimise  sum_i F_i(D_i)   subject to   sum_i n_i R_i = bits * sum_i n_i
 
 with D_i the squared error of leaf i and R_i the bits per weight of its payload, tables and escaped
-weights included, both from the leaf's true histogram.  One multiplier lambda serves all leaves;
-given it, a leaf minimises D + mu R per weight, mu = lambda / F_i'(D_i), over its four choices
+weights included, both from the leaf's true histogram.  One multiplier lambda serves all leaves.
+Given lambda, a leaf minimises D + mu R per weight, mu = lambda / F_i'(D_i), over its four choices
 (`opq_jax.allocation.choices`).
 
-As lambda falls from infinity to 0 the bits rise from those of everything pruned to those of all
+As lambda falls from infinity to 0, the bits rise from those of everything pruned to those of all
 values exact.  The search keeps two points, `under` with at most the bits that are asked and `over`
-with more, so it ends at choices that are met exactly as predicted.  It has five stages:
+with more.  Its answer is `under`: choices that were evaluated, never interpolated ones.  It has
+five stages:
 
-    1, 2   both ends: all values exact, everything pruned.  Where one of them is the answer, it ends
-    3      lambda, with all leaves free
-    4      leaves that jump from a grid to (next to) nothing between the two points make the bits
-           jump too: such leaves keep their grid, and their thresholds are raised until the gap is
-           filled
-    5      every leaf holds its choice, and lambda falls: the grids alone become finer
+    TRY_EXACT          lambda at its lower end, where all values are exact
+    TRY_PRUNED         lambda at its upper end, where everything is pruned.  Where one of the two
+                       ends is the answer, the search is done
+    ALL_FREE           lambda between the ends
+    RAISE_THRESHOLDS   leaves that jump from a grid to (next to) nothing between the two points make
+                       the bits jump too.  Such leaves keep their grid, and their thresholds are
+                       raised until the gap is filled
+    HOLD_CHOICES       every leaf holds its choice, and lambda falls: the grids alone become finer
 
 Where no stage fills the gap, the answer has fewer bits than asked.  (Our derivation.)
 """
@@ -42,11 +45,11 @@ from opq_jax.allocation.rate_problem import RateProblem
 
 _LOG2 = math.log(2.0)
 _TRY_EXACT, _TRY_PRUNED, _ALL_FREE, _RAISE_THRESHOLDS, _HOLD_CHOICES, _DONE = range(6)  # stages
-_TOLERANCE = 1e-4  # of the bits, relative: a tenth of a percent of a file is never noticed
-_MAX_TRIALS = 40  # of one stage; about ten are usual
+_TOLERANCE = 1e-4  # of the bits, relative: far below what contexts and headers change in a file
+_MAX_TRIALS = 40  # of one stage; 4 to 15 are usual
 _NARROW = 1e-5  # of lambda's logarithm, where a stage ends: float32 keeps a few 1e-6 of it
 _GUESSED_TRIALS = 4  # of the free stage, before the secant takes over
-_OVERSHOOT = 1.1  # of a guess: both ends of the bracket come near only if it lands beyond the root
+_OVERSHOOT = 1.1  # of a guess: a little beyond the root, so that both ends of the bracket come near
 _JUMP = 0.98  # of the payload at `over`: a leaf that has less at `under` jumps
 _SLOPE = 2 * _LOG2  # of lambda's logarithm over the bits, where grids are fine: a bit quarters mu
 _FINE_LAPLACE = 3.41  # mu over tau^2 / 4^bits of fine grids on Laplace weights: e^2 ln 2 * 2/3
@@ -56,7 +59,7 @@ class _Search(NamedTuple):
   """State of the search.
 
   Attributes:
-    stage: one of the stages above.
+    stage: one of the stages of the module's description, or DONE.
     trials: points tried in this stage.
     at_under, under: the best point of few enough bits, and the choices there.
     at_over, over: the point of too many bits, and the choices there.
@@ -179,12 +182,12 @@ def _next_stage(bits: Float[Array, ''], lowest: Float[Array, ''], search: _Searc
   held = jnp.where(jumps, RAISED, over.choice)
   held = jnp.where(from_free, held, under.choice)
   held = jnp.where(from_ends, search.held, held).astype(jnp.int32)
-  # stage 4 begins between thresholds raised all the way and not at all; stage 5 between the last
-  # multiplier of few enough bits and the least of all
+  # thresholds are raised between all the way and not at all; then lambda falls between its last
+  # value of few enough bits and its lower end
   all_raised = Point(search.at_over.log_lambda, jnp.ones_like(zero))
   at_under = _select(from_free, all_raised, Point(search.at_under.log_lambda, zero))
   at_over = _select(from_free, search.at_over, Point(lowest, zero))
-  # without a leaf that jumps, stage 4 ends after one trial
+  # without a leaf that jumps there is no threshold to raise: one trial, and the stage ends
   skips = from_free & ~jnp.any(jumps)
   return _Search(
     stage=jnp.where(is_done, _DONE, search.stage + 1).astype(jnp.int32),
