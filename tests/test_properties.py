@@ -1,4 +1,4 @@
-"""What holds for every tree: any nesting, containers, dtypes, shapes, scales and values."""
+"""Properties of every tree: any nesting, containers, dtypes, shapes, scales and values."""
 
 import collections
 import contextlib
@@ -37,7 +37,7 @@ class Record:
 
 
 def values(kind, shape, seed):
-  """Weights in float64 of some kind; the scale is about 1, or at an end of what float32 has."""
+  """Draws weights in float64 of some kind, with a scale of about 1 or at an end of float32."""
   rng = np.random.default_rng(seed)
   draw = rng.laplace(size=shape)
   match kind:
@@ -91,7 +91,7 @@ TREES = st.recursive(
 
 
 def compressible(path, leaf):
-  """Vectors as well; a scalar is nothing to compress."""
+  """Chooses vectors as well; a scalar is nothing to compress."""
   return np.ndim(leaf) > 0
 
 
@@ -102,7 +102,7 @@ def quiet_allocate(params, **options):
 
 
 def assert_contract(params, state):
-  """What every compressed tree promises."""
+  """Checks the promises of every compressed tree: idempotence, round trips, verification."""
   compressed = opq_jax.apply_compression(params, state)
   codes = opq_jax.encode(params, state)
   assert_same(opq_jax.decode(codes, state, params), compressed)

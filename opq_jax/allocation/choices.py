@@ -1,9 +1,11 @@
 """The four choices of a leaf, and the best of them for one Lagrange multiplier.
 
-on a grid    threshold, step and number of levels; weights beyond the last cell escape
-pruned       all weights are 0: no bits but those of a table, all of the error
-a lattice    where the leaf has few distinct magnitudes, a grid that holds them exactly
-exact        every weight but zeros escapes: no error, the bits of the dtype
+    on a grid    threshold, step and number of levels; weights beyond the last cell escape
+    pruned       all weights are 0: no bits but those of a table, all of the error
+    a lattice    where the leaf has few distinct magnitudes, a grid that holds them exactly
+    exact        every weight but zeros escapes: no error, the bits of the dtype
+
+The best choice has the least F_i(D_i) + lambda n_i R_i, with squared error D, bits per weight R.
 """
 
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Predicted bits of codes: their entropy, and what a file adds to it."""
+"""Predicted bits of codes: entropy, frequency tables, checksums and escaped weights."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +11,7 @@ from opq_jax.allocation.histogram_sums import Sums
 CODER_BITS = 40
 """Bits of a payload beside table and codes: a checksum of 32, and one byte of the coder's state."""
 
-# what `opq_jax.coding` adds to the entropy; tests hold the sum to 1.5 % of payloads
+# additions of `opq_jax.coding` to the entropy; tests hold the sum to 1.5 % of actual payloads
 _BITS_OF_PRECISION = 4  # the field of a table that tells how precise its frequencies are
 _BITS_OF_PLACE = 0.02  # of an escaped weight, over the entropy of the places of escaped weights
 _BITS_OF_ESCAPES = 190.0  # of a section of escaped weights: its checksum, tables and entry
@@ -28,11 +28,10 @@ def payload_bits(
 ) -> Float[Array, 'leaves levels']:
   """Returns bits per weight of each leaf's payload in a file, for every number of levels a sign.
 
-  The payload takes the zeroth-order entropy of the codes (an escaped weight has the code of a
-  pruned one) and, not little in a small leaf, what a file adds to it.  `opq_jax.coding.payload`
-  writes a frequency f of P bits in about 2 + log2 f bits, the bounds of the alphabet, and a
-  checksum.  An escaped weight takes the bits of its value and, unless all weights are escaped, the
-  bits of its position.
+  A payload takes the zeroth-order entropy of the codes, in which an escaped weight has the code of
+  a pruned one.  To it `opq_jax.coding.payload` adds a table (a frequency f in about 2 + log2 f
+  bits, and the bounds of the alphabet) and a checksum, which is not little in a small leaf.  An
+  escaped weight takes the bits of its value and, unless all weights escape, those of its position.
 
   Args:
     pruned: share of the weights.

@@ -68,7 +68,7 @@ def describe(
   grid: Grid,
   problem: RateProblem | None,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-  """Returns the fields of all `LeafAllocation`s: those per leaf, and those per channel.
+  """Returns the fields of all `LeafAllocation`s, one dictionary per leaf and one per channel.
 
   Args:
     tree, channels, unit: all leaves, in the units of the weights and dimensionless.

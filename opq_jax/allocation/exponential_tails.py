@@ -14,8 +14,8 @@ derivation.)
 
 Zeros do not count in tau, nor do weights beyond 127 cells.  On Laplace, Gaussian and Student-t
 weights, half of them zeros or not, D + mu R is within .6 % of the least over all thresholds and
-steps (`tests/allocation/test_rate_search.py`).  The grid suits those leaves least whose weights are
-all far from zero: below 2 bits they may err more with more bits.
+steps (`tests/allocation/test_rate_search.py`).  The grid suits a leaf least if all its weights are
+far from zero: below 2 bits such a leaf may err more with more bits.
 """
 
 import math
@@ -58,7 +58,7 @@ class _Tail(NamedTuple):
 
   Attributes:
     share: their share of the leaf.
-    scale: mean of |w| - threshold over those within 127 cells.
+    scale: mean excess |w| - threshold of the weights within 127 cells.
     pruning_error: squared error of the weights below the threshold, per weight of the leaf.
   """
 
@@ -97,7 +97,7 @@ def best_grid(problem: RateProblem, log_mu: Float[Array, 'leaves']) -> Grid:
     beyond = sums.at(threshold + step)
     first = (tail.share - beyond.positive - beyond.negative) / 2
     odds = jnp.log2(jnp.maximum(1 - tail.share, tiny) / jnp.maximum(first, tiny))
-    # an empty share is taken as `tiny`, whose odds mean nothing
+    # an empty share counts as `tiny`, and such odds mean nothing
     odds = jnp.clip(odds, -_MAX_LOG_ODDS, _MAX_LOG_ODDS)
     square = offset * offset + price * odds
     wanted = jnp.sqrt(jnp.maximum(square, least * least))
@@ -163,8 +163,8 @@ def best_levels(problem: RateProblem, grid: Grid) -> Levels:
   sums, (threshold, step, log_price) = problem.sums, grid
   shares = shares_of(sums, threshold, step)
   scale = _tail(sums, threshold, step).scale
-  # the bits of a value depend little on the edge: those of the upper half serve all numbers of
-  # levels, and the chosen one is corrected below
+  # the bits of a value depend little on the edge: one estimate, in the upper half of the reach,
+  # serves all numbers of levels, and the chosen one is corrected below
   upper = threshold + 0.6 * jnp.minimum(MAX_LEVELS * step, sums.largest - threshold)
   about = escaped_value_bits(sums, upper, problem.mantissa)
   bits = payload_bits(shares.pruned, shares.cells, shares.escaped, problem.sizes, about)

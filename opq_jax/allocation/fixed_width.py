@@ -63,7 +63,7 @@ def minimise_at_bits(
   differ, some leaf jumps from one minimum to the other just at the multiplier that meets the
   budget, and its best step may lie between them, where no multiplier takes it.  That leaf is then
   held near its best place (`best_node`), and the search is repeated until cost and bound meet.
-  With several such leaves the problem has many local minima, and this finds a good one of them.
+  With several leaves that jump, the problem has many local minima; the search finds a good one.
 
   Args:
     channels: the problem.

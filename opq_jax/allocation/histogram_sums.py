@@ -40,7 +40,7 @@ class Sums(NamedTuple):
   numbers: Float[Array, 'leaves bins']
 
   def at(self, magnitude: Float[Array, 'leaves *more']) -> Tail:
-    """Returns the sums at edges of these magnitudes.
+    """Returns the sums at edges of the given magnitudes.
 
     In a bin of one number the sums jump there; elsewhere they are interpolated linearly.
     """

@@ -122,7 +122,7 @@ def _magnitudes(
 def _affine(magnitudes: Float32[np.ndarray, ' k'], dtype: np.dtype) -> _Affine | None:
   """Returns a grid with a level at each of ascending magnitudes, or None where there is none.
 
-  Levels of one or two magnitudes are exact.  Those of three or more may be off by `_NEAR` of a
+  Levels of one or two magnitudes are exact; levels of three or more may be off by `_NEAR` of a
   step.
   """
   first, last = magnitudes[0], magnitudes[-1]

@@ -62,7 +62,7 @@ def solve_stationarity(
   h = math.sqrt(float(jnp.finfo(start.dtype).eps))  # balances truncation and rounding
   # row 0 is the point itself, the others move one unknown each, the last one the multiplier
   moves = np.eye(k + 2, k + 1, -1, dtype=start.dtype)
-  # sums ignore the third unknown and the multiplier: those rows reuse the sums of row 0
+  # sums ignore the third unknown and the multiplier, and such rows reuse the sums of row 0
   moves_sums = moves[: 1 + min(k, 2)]
   which_sums = np.where(np.arange(k + 2) < len(moves_sums), np.arange(k + 2), 0)
 

@@ -1,4 +1,4 @@
-"""Objectives: what a squared error of one leaf costs beside the same error of another."""
+"""Objectives: the price of a squared error in one leaf beside the same error in another."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The problem of `opq_jax.allocation.rate_search`, and what a grid gives in a leaf's histogram."""
+"""The problem of `opq_jax.allocation.rate_search`, and shares and bits of its leaves on a grid."""
 
 from typing import NamedTuple
 

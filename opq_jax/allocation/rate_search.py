@@ -1,4 +1,4 @@
-"""Choices of all leaves whose codes take the bits that are asked.
+"""Search for the choices of all leaves at a given number of bits per weight.
 
     minimise  sum_i F_i(D_i)   subject to   sum_i n_i R_i = bits * sum_i n_i
 
@@ -7,10 +7,9 @@ weights included, both from the leaf's true histogram.  One multiplier lambda se
 Given lambda, a leaf minimises D + mu R per weight, mu = lambda / F_i'(D_i), over its four choices
 (`opq_jax.allocation.choices`).
 
-As lambda falls from infinity to 0, the bits rise from those of everything pruned to those of all
-values exact.  The search keeps two points, `under` with at most the bits that are asked and `over`
-with more.  Its answer is `under`: choices that were evaluated, never interpolated ones.  It has
-five stages:
+As lambda falls from infinity to 0, the bits rise from everything pruned to all values exact.  The
+search keeps two points, `under` with at most the bits that are asked and `over` with more.  Its
+answer is `under`: choices that were evaluated, never interpolated ones.  It has five stages:
 
     TRY_EXACT          lambda at its lower end, where all values are exact
     TRY_PRUNED         lambda at its upper end, where everything is pruned.  Where one of the two
@@ -82,8 +81,8 @@ class _Search(NamedTuple):
 def minimise_at_bits_per_weight(problem: RateProblem, bits: Float[Array, '']) -> Choices:
   """Returns the choices of all leaves with at most `bits` bits per weight over all of them.
 
-  The bits are within 1e-4 of those asked, or the most below them that the search has met, or,
-  where everything pruned has more, those of everything pruned.
+  Returned choices take within 1e-4 of `bits`, or the most bits below that the search has met, or,
+  where everything pruned takes more than `bits`, everything is pruned.
   """
   lowest, highest = _log_lambda_ends(problem)
   zero = jnp.zeros_like(lowest)
@@ -110,7 +109,7 @@ def minimise_at_bits_per_weight(problem: RateProblem, bits: Float[Array, '']) ->
 
 
 def _excess(choices: Choices, bits: Float[Array, '']) -> Float[Array, '']:
-  """Returns the log of the choices' bits over those asked; positive where they are too many."""
+  """Returns log(bits of the choices / bits asked): positive where the choices take too many."""
   return jnp.log(choices.bits / bits)
 
 

@@ -47,7 +47,7 @@ class _Problem(NamedTuple):
 def solve(
   tree: JoinedStatistics, targets: Targets, counted: Counted | None, block: int
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-  """Returns the fields of all `LeafAllocation`s: those per leaf, and those per channel, joined.
+  """Returns the fields of all `LeafAllocation`s, one dictionary per leaf and one per channel.
 
   Args:
     tree: all leaves; with histograms the answer is corrected by them.

@@ -157,7 +157,7 @@ class Layer:
 
 
 def through_a_file(params):
-  """What comes back of the compressed parameters, and what they were."""
+  """Returns the compressed parameters after a round trip through a file, and before it."""
   state = init_state(params, allocate(params, compression_rate=15.0))
   loaded, _ = opq_jax.load(opq_jax.file.serialize(params, state), like=params)
   return loaded, opq_jax.apply_compression(params, state)

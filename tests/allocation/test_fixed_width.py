@@ -25,7 +25,7 @@ from tests.helpers.channel_problems import (
 
 
 def escape_bits(channels, survivors, step):
-  """Of values of 32 bits, per weight of all: the density's tail beyond 127 cells."""
+  """Returns bits of 32-bit values in the tail beyond 127 cells, per weight of the tree."""
   beyond = jnp.exp(-127 * channels.of(step) / channels.scale.reshape(-1, *[1] * (step.ndim - 1)))
   return 32 * channels.sum(survivors.reshape(-1, *[1] * (step.ndim - 1)) * beyond)
 

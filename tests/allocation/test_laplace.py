@@ -33,14 +33,14 @@ GRADIENTS = {
 
 
 def float64(name, *args):
-  """A closed form in float64, as numpy."""
+  """Evaluates a closed form in float64."""
   with jax.enable_x64(True):
     shape = np.broadcast_shapes(*map(np.shape, args))
     return np.asarray(JITTED[name](*(np.broadcast_to(np.float64(a), shape) for a in args)))
 
 
 def cells(threshold, step, scale):
-  """Probabilities of code 0 and of one sign's cells, by summation."""
+  """Returns the probabilities of code 0 and of one sign's cells."""
   k = np.arange(math.ceil(60 * scale / step) + 2)
   edges = threshold + step * k
   tail = np.exp(-edges / scale) / 2

@@ -12,7 +12,7 @@ RNG = np.random.default_rng
 
 
 def drawn(values, shape=(96, 128), seed=0):
-  """Values that occur more rarely the farther they are from the first."""
+  """Draws values, each half as often as the one before it."""
   share = 0.5 ** np.arange(len(values))
   return RNG(seed).choice(np.asarray(values), shape, p=share / share.sum())
 

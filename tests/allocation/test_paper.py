@@ -1,4 +1,4 @@
-"""The targets give the published rates: by arithmetic, and by what `allocate` makes of them."""
+"""The paper's targets give the published rates, by arithmetic and by actual codes."""
 
 import numpy as np
 import pytest

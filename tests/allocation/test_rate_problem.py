@@ -16,7 +16,7 @@ from tests.helpers.allocations import sample
 
 
 def summed(stats):
-  """The sums of one leaf's histogram, in a unit of 1."""
+  """Returns the sums of one leaf's histogram, in a unit of 1."""
   unknown = jnp.full((1, BINS), jnp.nan)
   is_coarse = jnp.asarray([jnp.finfo(stats.dtype).nmant <= 7])
   return sums_of(stats.histogram[None], stats.largest[None], unknown, is_coarse)
@@ -27,7 +27,7 @@ GRIDS = [(0.013, 0.11, 127), (0.21, 0.51, 127), (0.71, 1.31, 4), (2.53, 3.51, 2)
 
 
 def codes_on(weights, threshold, step, levels):
-  """Codes of a grid, -128 beyond its last level, on the host."""
+  """Returns the codes of a grid, -128 beyond its last level, by numpy."""
   flat = np.asarray(weights, np.float64).ravel()
   cell = 1 + np.floor((np.abs(flat) - threshold) / step)
   codes = np.where(np.abs(flat) > threshold, np.sign(flat) * np.minimum(cell, 127), 0)

@@ -1,4 +1,4 @@
-"""Bits per weight that are met, whatever the weights; and at nearly the least cost."""
+"""The search for a rate meets it, whatever the weights, at nearly the least cost."""
 
 import itertools
 import warnings
@@ -75,7 +75,7 @@ def drawn(kind, dtype, seed=0):
 
 
 def bits_in_a_file(codes, values):
-  """Of the payload that the coder writes, and of the escaped weights beside it."""
+  """Returns the bits per weight of the actual payload and of the escaped weights beside it."""
   is_escaped = (codes == ESCAPE).reshape(-1)
   on_grid = np.where(codes == ESCAPE, 0, codes).astype(np.int8)
   size = len(entropy_coding.encode_codes(on_grid, contexts=False))
@@ -85,7 +85,7 @@ def bits_in_a_file(codes, values):
 
 
 def compressed(weights, **targets):
-  """Codes, values, allocation and the warnings."""
+  """Returns codes, values, allocation and the messages of the warnings."""
   with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter('always')
     allocation = opq_jax.allocate({'w': weights}, **targets)
@@ -140,7 +140,7 @@ def test_search_is_exact_at_the_top(dtype):
 
 
 def cost(weights, price, threshold, step):
-  """D + price R of a grid, per weight, from the weights themselves."""
+  """Returns D + price R of a grid, per weight, from the weights themselves."""
   magnitude = np.abs(weights).reshape(-1)
   cell = np.where(magnitude > threshold, 1 + np.floor((magnitude - threshold) / step), 0)
   kept = cell > 0

@@ -10,7 +10,7 @@ from tests.helpers import many_devices, processes
 
 @functools.cache
 def failures():
-  """What every check has to say, of one process with eight devices."""
+  """Returns the failure of every check, or '', from one process with eight devices."""
   process = processes.start('-m', 'tests.helpers.many_devices')
   return json.loads(process.finish(timeout=600).splitlines()[-1])
 

@@ -1,4 +1,4 @@
-"""Writes that are killed, run out of disk or are not allowed leave the old file, or the new one."""
+"""A write that is killed, refused or out of disk leaves the old file or the new one, whole."""
 
 import contextlib
 import errno
@@ -24,7 +24,7 @@ OLD, NEW = b'old', bytes(50_000)
 
 @contextlib.contextmanager
 def small_disk(size):
-  """No file grows beyond `size` bytes: what a full disk does, without one."""
+  """Limits every file to `size` bytes, as a full disk would."""
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
   try:
@@ -35,7 +35,7 @@ def small_disk(size):
 
 @contextlib.contextmanager
 def read_only_folder():
-  """A folder with an old file that this process, even root's, may not change."""
+  """Yields a folder with an old file that this process, even root's, may not change."""
   with tempfile.TemporaryDirectory(dir='/tmp') as folder:
     user = os.geteuid()
     with open(f'{folder}/net.opq', 'wb') as file:
@@ -130,7 +130,7 @@ def weights():
 
 
 def stored(folder, kind):
-  """The network's weights as a file of the format that is read so."""
+  """Returns a file of the network's weights, in the format that this way of writing reads."""
   path = folder / ('net.safetensors' if kind == 'leaf by leaf' else 'net.npz')
   if kind == 'leaf by leaf':
     safetensors.numpy.save_file(weights(), path)
@@ -142,7 +142,7 @@ def stored(folder, kind):
 
 @contextlib.contextmanager
 def says_what_failed(kind, output, capfd, message):
-  """`save` raises it and the command says it in one line, either with the name of the file."""
+  """Checks that `save` raises and the command prints the error, with the file's name."""
   if kind == 'save':
     with pytest.raises(OSError, match=f'{message}: .*{output.name}') as caught:
       yield

@@ -1,4 +1,4 @@
-"""A small tree of weights, and what its allocation gives in actual codes."""
+"""A small tree of weights, and the actual rate, sparsity and width of an allocation."""
 
 import functools
 from typing import NamedTuple

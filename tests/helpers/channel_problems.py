@@ -30,7 +30,7 @@ PROBLEMS = st.fixed_dictionaries(
 
 
 def random_problem(seed, layout, spread, objective, number=np.float64):
-  """Eight leaves of 1e2 ... 1e6 weights, channels of lognormal scales."""
+  """Draws eight leaves of 1e2 ... 1e6 weights, with channels of lognormal scales."""
   rng = np.random.default_rng(seed)
   counts = LAYOUTS[layout]
   leaf = np.repeat(np.arange(LEAVES, dtype=np.int32), counts)
@@ -53,13 +53,13 @@ def random_problem(seed, layout, spread, objective, number=np.float64):
 
 
 def shape_of(channels):
-  """What a compiled function depends on, to key a cache with."""
+  """Returns the key of a compiled function: channels of the leaves, and kind of objective."""
   return tuple(np.bincount(channels.leaf)), channels.price is None
 
 
 @functools.cache
 def compiled(make, shape):
-  """Jitted `make(Channels, arguments) -> outputs` for one layout; the arrays are arguments."""
+  """Returns the jitted `make(channels, *args)` of one layout, with arrays as arguments."""
   leaf = np.repeat(np.arange(LEAVES, dtype=np.int32), shape[0])
 
   def call(scale, share, price, min_step, *args):
@@ -70,7 +70,7 @@ def compiled(make, shape):
 
 
 def solve(make, channels, *args):
-  """Numpy results of `make(channels, *args)`, compiled once a layout and dtype."""
+  """Returns `make(channels, *args)` as numpy, compiled once a layout and dtype."""
   function = compiled(make, shape_of(channels))
   number = channels.scale.dtype
   args = [jnp.asarray(a, number) for a in args]
@@ -85,7 +85,7 @@ def relative_error_cost(channels, threshold, step):
 
 
 def with_slopes(problem):
-  """(cost, constraint) and their exact Jacobian."""
+  """Returns a function of (cost, constraint) and their exact Jacobian."""
 
   def both(channels, x, *args):
     function = lambda x: problem(channels, x, *args)
@@ -95,7 +95,7 @@ def with_slopes(problem):
 
 
 def slsqp(problem, channels, target, starts, *args, lowest=-14):
-  """The least cost that SLSQP finds from several starts, or inf where it meets no target."""
+  """Returns the least cost that SLSQP finds from several starts, inf if it meets no target."""
   last = {}
 
   def at(x):
@@ -123,12 +123,12 @@ def slsqp(problem, channels, target, starts, *args, lowest=-14):
 
 
 def starts(ours, seed):
-  """Near ours, far from it, and somewhere that knows nothing of it."""
+  """Returns a start near our answer, and one that does not depend on it."""
   rng = np.random.default_rng(seed)
   ours = np.clip(ours, -10, 5)
   return [ours + 0.3 * rng.normal(size=ours.shape), np.full(ours.shape, 0.1)]
 
 
 def assert_no_worse(cost, reference, tolerance=1e-6):
-  """The least costs that count: relative to a cost that is itself near zero means nothing."""
+  """Checks a cost relatively, but for 1e-12: near zero a relative error means nothing."""
   assert cost <= reference * (1 + tolerance) + 1e-12, (cost, reference, cost / reference - 1)
