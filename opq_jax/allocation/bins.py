@@ -59,10 +59,12 @@ def fine_bin_of(magnitude: Float32[Array, '...']) -> Int32[Array, '...']:
 def bin_edge(
   index: Int32[Array, '...'], largest: Float32[Array, '...'], fine: Int32[Array, '...'] | int = 0
 ) -> Float32[Array, '...']:
-  """Returns the least |w| of a bin, or of the part `fine` of it; bin 0 holds all below it too.
+  """Returns the inner edge of a bin, or of the part `fine` of it, 0 where it is denormal.
 
-  >>> bin_edge(jnp.int32([3968, 4032]), jnp.float32(1.7)).tolist()
-  [1.0, 1.5]
+  Bin 0 also counts the magnitudes below its edge.
+
+  >>> bin_edge(jnp.int32([3968, 4032, 4096]), jnp.float32(1.7)).tolist()
+  [1.0, 1.5, 2.0]
   """
   bits = ((index + _end(largest) - BINS) << _SHIFT) + (fine << _FINE_SHIFT)
   bits = jnp.where(bits < _LEAST_NORMAL, 0, bits)
