@@ -33,7 +33,7 @@ def test_allocate_grid_of_bfloat16():
 def test_compress_float8(tmp_path, name):
   import safetensors.numpy
 
-  from opq_jax.cli import command as cli
+  from opq_jax import cli
   from opq_jax.weights import read_weights
 
   weights = (RNG(0).laplace(size=(96, 64)) * 20).astype(getattr(ml_dtypes, name))

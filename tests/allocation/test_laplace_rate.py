@@ -1,4 +1,4 @@
-"""The joint target in closed form, against SLSQP and METHOD.md's table (section 4)."""
+"""The joint target in closed form, against SLSQP and the table of docs/method/allocation.md."""
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ def test_rate_least_cost(problem, bits):
   assert narrow_found == pytest.approx(bits, rel=1e-4)
 
 
-TABLE = [  # lambda, beta, Delta, D/2, R, pruned: METHOD.md section 4
+TABLE = [  # lambda, beta, Delta, D/2, R, pruned: docs/method/allocation.md
   (2, 3.668, 4.806, 0.7195, 0.199, 0.975),
   (1, 2.188, 3.163, 0.4043, 0.648, 0.888),
   (0.5, 1.372, 2.157, 0.1994, 1.219, 0.747),

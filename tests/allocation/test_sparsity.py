@@ -49,7 +49,7 @@ def test_sparsity_least_cost(problem, sparsity):
 
 
 def test_sparsity_of_squared_error():
-  # beta_i = s / sqrt(omega_i), METHOD.md section 3
+  # beta_i = s / sqrt(omega_i), docs/method/allocation.md
   with jax.enable_x64(True):
     channels = random_problem(3, 0, 0.6, 'squared_error')
     threshold = solve(minimise_at_sparsity, channels, 0.7)
