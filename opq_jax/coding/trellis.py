@@ -34,8 +34,8 @@ MAX_INDEX = 64
 
 # bits of the state whose parity is the subset, and the next bit of the shift register
 _SUBSET_MASK, _REGISTER_MASK = 9, 29
-# codes that Python checks before numba is loaded: 256 plain codes hardly ever follow the trellis
-_HEAD = 256
+# codes that Python walks, in some 2 ms, before numba is loaded: plain codes leave the trellis there
+_HEAD = 1 << 12
 
 
 def _parity(number: int) -> int:
@@ -79,23 +79,33 @@ def indices_and_subsets(
   True
   """
   flat = np.ascontiguousarray(codes).reshape(-1)
-  if not _follows(flat[:_HEAD].tolist()):
+  head = _walked(flat[:_HEAD].tolist())
+  if head is None:
     return None
-  from opq_jax.coding import viterbi  # loads numba
-
   indices, subsets = np.empty((2, flat.size), np.int8)
-  if not viterbi.split(flat, indices, subsets.view(np.uint8)):
-    return None
+  if flat.size <= _HEAD:
+    indices[:], subsets[:] = head
+  else:
+    from opq_jax.coding import viterbi  # loads numba
+
+    if not viterbi.split(flat, indices, subsets.view(np.uint8)):
+      return None
   return indices.reshape(codes.shape), subsets.view(np.uint8).reshape(codes.shape)
 
 
-def _follows(codes: list[int]) -> bool:
-  state = 0
+def _walked(codes: list[int]) -> tuple[list[int], list[int]] | None:
+  """Index and subset of every code; None where a code is off the trellis."""
+  indices, subsets, state = [], [], 0
+  subset_of, following = SUBSET_OF.tolist(), NEXT.tolist()
   for code in codes:
-    if code and (code & 1) != SUBSET_OF[state]:
-      return False
-    state = NEXT[state, (abs(code) + 1) >> 1 & 1]
-  return True
+    subset = subset_of[state]
+    if code and (code & 1) != subset:
+      return None
+    index = (abs(code) + 1) >> 1
+    indices.append(index if code > 0 else -index)
+    subsets.append(subset)
+    state = following[state][index & 1]
+  return indices, subsets
 
 
 def join(

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opq_jax.coding import trellis
+from tests.helpers.kernels import codes_along_the_trellis
 
 RNG = np.random.default_rng
 
@@ -38,3 +39,14 @@ def test_indices_of_other_codes():
 def test_join_refuses_wide_codes():
   with pytest.raises(ValueError, match='found codes 0 to 128, expected -127 to 127'):
     trellis.join(np.array([0, 64], np.int8), np.zeros(2, np.uint8))
+
+
+def test_indices_of_long_codes():
+  # beyond the head that is walked without numba
+  codes = codes_along_the_trellis((96, 64))
+  indices, subsets = trellis.indices_and_subsets(codes)
+  for part in (slice(0, 20), slice(0, 60)):
+    head = trellis.indices_and_subsets(codes[part])
+    np.testing.assert_array_equal(head, (indices[part], subsets[part]))
+  codes[-1, -1] = 1 + codes[-1, -1] | 1 if subsets[-1, -1] == 0 else 2
+  assert trellis.indices_and_subsets(codes) is None
