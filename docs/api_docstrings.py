@@ -181,10 +181,9 @@ def _fields(section: str, lines: list[str]) -> list[str]:
     return [':Attributes:', *out]
   for name, body in _entries(lines):
     text = _entry_body(body)
-    names = re.split(r',\s*', name)
-    for other in names[:-1]:
-      out.append(f':{FIELDS[section].format(_bare(other))}: see \\ ``{_bare(names[-1])}``')
-    out += [f':{FIELDS[section].format(_bare(names[-1]))}:', *text]
+    first, *others = map(_bare, re.split(r',\s*', name))
+    out += [f':{FIELDS[section].format(first)}:', *text]
+    out += [f':{FIELDS[section].format(other)}: see \\ ``{first}``' for other in others]
   return out
 
 
