@@ -75,7 +75,13 @@ def shard_map_train_step(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
   """Maps `train_step` over all axes of a mesh by `jax.jit` and `jax.shard_map`.
 
-  Args and result are those of `pmap_train_step`, with a mesh in place of devices.
+  Args:
+    mesh: its devices split the batch.
+    apply_fn, optimizer: as for `train_step`.
+    **options: of `train_step`.
+
+  Returns:
+    A function like that of `pmap_train_step`, with the same result, bit for bit.
   """
   axes = tuple(mesh.axis_names)
   function = functools.partial(
@@ -160,7 +166,15 @@ def sharded_train_step(
 def pmap_eval_step(
   apply_fn: Callable[..., Any], *, devices: Sequence[jax.Device] | None = None
 ) -> Callable[[Mapping[str, PyTree], Batch], dict[str, Int32[Array, '']]]:
-  """Maps `eval_step` over devices: (variables, this process's share of a batch) -> all counts."""
+  """Maps `eval_step` over devices by `jax.pmap`.
+
+  Args:
+    apply_fn: as for `eval_step`.
+    devices: by default those of all processes.
+
+  Returns:
+    A function (variables, this process's share of a batch) -> counts summed over all devices.
+  """
   function = functools.partial(eval_step, apply_fn=apply_fn, axis_name=AXIS)
   mapped = jax.pmap(function, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=devices)
   local = _local_count(devices)

@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float32, Int32
 
 from opq_jax.compression import CompressionState, apply_compression
-from opq_jax.compression.transforms import clip_to_grid as clip_gradient
+from opq_jax.compression import clip_to_grid as clip_gradient
 from opq_jax.core.trees import PyTree
 from opq_jax.finetuning.batches import Batch, split_batch
 from opq_jax.finetuning.evaluation import label_rank
@@ -139,7 +139,7 @@ def train_step(
     ema_decay: of `train_state.average`, whose new value is decay * old + (1 - decay) * params;
       None leaves the average as it is.
     clip_to_grid: True to drop gradients that move a weight further beyond the last cell; see
-      `opq_jax.compression.transforms.clip_to_grid`.
+      `opq_jax.compression.clip_to_grid`.
     axis_name: of the enclosing `pmap` or `shard_map`.
 
   Returns:
