@@ -95,7 +95,7 @@ def escapes() -> tuple[dict[str, object], opq_jax.CompressionState]:
     kinds = np.asarray(kinds_of(leaf, *grid))
     book = affine_codebook(np.float32(first), grid[1], grid[2])
     states.append(
-      opq_jax.LeafState(
+      opq_jax.compression.LeafState(
         kinds=kinds,
         codebook=book,
         threshold=grid[0],
