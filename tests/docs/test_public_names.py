@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import opq_jax
+from opq_jax import deprecated
 from tests.helpers import snippets
 
 
@@ -53,3 +54,18 @@ def test_unknown_name_fresh_process():
   """`hasattr` of a name that never was is False, also before anything else is imported."""
   code = 'import opq_jax; raise SystemExit(hasattr(opq_jax, "no_such_name"))'
   subprocess.run([sys.executable, '-c', code], check=True, cwd=snippets.ROOT, timeout=120)
+
+
+def test_changelog_lists_renames():
+  """Every name that warns has a row with its new place."""
+  rows = re.findall(
+    r'^\| `opq_jax\.(\w+)(?:\(.*\))?` \| `(.*)` \|$',
+    (snippets.ROOT / 'CHANGELOG.md').read_text(),
+    re.MULTILINE,
+  )
+  moved = {name: f'opq_jax.{room}.{name}' for name, room in deprecated._MOVED.items()}
+  moved |= {name: f'opq_jax.{place}' for name, place in deprecated._MODULES.items()}
+  listed = dict(rows)
+  assert len(rows) == len(listed)
+  assert {name: listed.get(name) for name in moved} == moved
+  assert set(listed) == {*moved, *deprecated._FUNCTIONS}
