@@ -1,4 +1,4 @@
-"""Docstrings to reStructuredText, and a directive that documents the public names of a room.
+"""Converts docstrings to reStructuredText, and documents the public names of a room.
 
 The docstrings of the library are plain text for people: mathematics in indented blocks, names in
 single backticks, sections `Args:`, `Returns:`, `Raises:`.  They are not reStructuredText, where
@@ -40,7 +40,7 @@ _CODE = re.compile(r'(`+)(.+?)\1')
 
 
 def rooms() -> list[str]:
-  """The top level and every room that has an `__all__`, by name."""
+  """Returns the names of the top level and of every room that has an `__all__`."""
   package = importlib.import_module(TOP)
   names = [TOP]
   for folder in sorted(child.name for child in _folders(package)):
@@ -55,7 +55,7 @@ def _folders(package: Any) -> list[Any]:
 
 
 def public_names(room: str) -> list[str]:
-  """The names of the `__all__` of a room, modules aside."""
+  """Returns the names of the `__all__` of a room, without modules, sorted."""
   module = importlib.import_module(room)
   found = [name for name in module.__all__ if not name.startswith('_')]
   is_module = lambda name: inspect.ismodule(getattr(module, name, module))  # perhaps not imported
@@ -63,7 +63,7 @@ def public_names(room: str) -> list[str]:
 
 
 def places() -> dict[str, str]:
-  """Every public name, with its room, to the place where it is documented: the first room."""
+  """Maps every public name, with its room, to its place: the first room that has the object."""
   first: dict[int, str] = {}
   found = {}
   for room in rooms():
@@ -88,7 +88,7 @@ def _learn_places() -> None:
 
 
 def escaped(text: str) -> str:
-  """A line of prose with nothing in it that reStructuredText would take for markup."""
+  """Escapes a line of prose, so that reStructuredText finds no markup of its own in it."""
   parts, end = [], 0
   for match in _CODE.finditer(text):
     parts += [_plain(text[end : match.start()]), _code(match[2].strip())]
@@ -114,7 +114,7 @@ def _indent(line: str) -> int:
 
 
 def converted(lines: list[str]) -> list[str]:
-  """The docstring as reStructuredText."""
+  """Returns the lines of a docstring as reStructuredText."""
   out: list[str] = []
   i = 0
   while i < len(lines):
@@ -143,7 +143,7 @@ def converted(lines: list[str]) -> list[str]:
 
 
 def _block(lines: list[str]) -> list[str]:
-  """An indented block: a list, or text to keep as it is."""
+  """Converts an indented block: a list, or literal text."""
   width = min(_indent(line) for line in lines if line.strip())
   lines = [line[width:] for line in lines]
   while lines and not lines[-1].strip():
@@ -167,7 +167,7 @@ def _bullets(lines: list[str]) -> list[str]:
 
 
 def _fields(section: str, lines: list[str]) -> list[str]:
-  """The entries of a section as fields."""
+  """Converts the entries of a section to fields."""
   lines = [*lines, '']
   width = min((_indent(line) for line in lines if line.strip()), default=0)
   lines = [line[width:] for line in lines]
@@ -188,12 +188,12 @@ def _fields(section: str, lines: list[str]) -> list[str]:
 
 
 def _bare(name: str) -> str:
-  """A name in a field, where * is an asterisk."""
+  """Returns a name as fields take it, with * escaped."""
   return name.strip().strip('`').replace('*', '\\*')
 
 
 def _entries(lines: list[str]) -> list[tuple[str, list[str]]]:
-  """Name and text of every entry: a name, a colon, and what is indented below it."""
+  """Splits a section into entries: a name, and its text with the indented lines below."""
   found: list[tuple[str, list[str]]] = []
   for line in lines:
     match = re.match(r'([\w*`, .]+): (.*)$', line)
@@ -207,7 +207,7 @@ def _entries(lines: list[str]) -> list[tuple[str, list[str]]]:
 
 
 def _entry_body(lines: list[str]) -> list[str]:
-  """The text of an entry, whose first line has no indentation."""
+  """Converts the text of an entry, whose first line has no indentation."""
   first, *rest = lines
   width = min((_indent(line) for line in rest if line.strip()), default=0)
   return [f'  {line}'.rstrip() for line in converted([first, *(line[width:] for line in rest)])]
@@ -247,7 +247,7 @@ class Door(Directive):
 
 
 class CommandHelp(Directive):
-  """The help texts of `opq` and of its commands."""
+  """Shows the help texts of `opq` and of its commands."""
 
   def run(self) -> list[nodes.Node]:
     found: list[nodes.Node] = []
@@ -275,7 +275,7 @@ def _help(arguments: list[str]) -> str:
 def _process(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
   _learn_places()
   if what == 'data' and (type(thing).__doc__ or '').split() == ' '.join(lines).split():
-    lines.clear()  # what a float is
+    lines.clear()  # the docstring of float, say
   lines[:] = converted(lines)
 
 

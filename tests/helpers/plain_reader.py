@@ -1,4 +1,4 @@
-"""A reader of `.opq` files written from docs/format.md alone, in plain Python.
+"""Reads `.opq` files by docs/format.md alone, in plain Python.
 
 It imports nothing of the library.  numpy makes the arrays and rounds to float32.  It decodes a few
 thousand weights a second and checks no more than it needs: its purpose is to hold the page to the
@@ -33,7 +33,7 @@ class Bits:
     return int(self.text[self.place - count : self.place] or '0', 2)
 
   def golomb(self, order):
-    """An exponential Golomb code."""
+    """Reads an exponential Golomb code."""
     zeros = 0
     while self.take(1) == 0:
       zeros += 1
@@ -45,7 +45,7 @@ class Bits:
 
 
 def read_table(bits):
-  """{symbol: frequency} in the order of the table, and the precision."""
+  """Returns {symbol: frequency} in the order of the table, and the precision."""
   precision = bits.take(4) + 1
   largest, least = bits.golomb(2), -bits.golomb(2)
   symbols = sorted(range(least, largest + 1), key=lambda s: (abs(s), s < 0))
@@ -83,7 +83,7 @@ class Coder:
 
 
 def bounds_24(table):
-  """Symbols, and shares of 2**24."""
+  """Returns symbols, the bounds of their shares of 2**24, and 24."""
   used, precision = table
   sums = [0, *itertools.accumulate(used.values())]
   free = (1 << 24) - len(used)
@@ -92,13 +92,13 @@ def bounds_24(table):
 
 
 def bounds_own(table):
-  """Symbols, and shares of 2**precision."""
+  """Returns symbols, the bounds of their shares of 2**precision, and the precision."""
   used, precision = table
   return list(used), [0, *itertools.accumulate(used.values())], precision
 
 
 def read_payload(data, shape):
-  """The codes of a payload, flat, in C order."""
+  """Returns the codes of a payload, flat, in C order."""
   size = math.prod(shape)
   if size == 0:
     return []
@@ -170,7 +170,7 @@ def read_contexts(data, shape, has_trellis):
 
 
 def neighbours(window, tap):
-  """Taps before this one, one step away along one axis or two, and their weights."""
+  """Returns earlier taps, one step away along one axis or two, with their weights."""
   place = np.unravel_index(tap, window)
   found = []
   for offset in itertools.product((-1, 0, 1), repeat=len(window)):
@@ -183,7 +183,7 @@ def neighbours(window, tap):
 
 
 def level_of(beside):
-  """The level of a weight's neighbours, and the sign that its code was multiplied by."""
+  """Returns the level of a weight's neighbours, and the factor of its sign."""
   if not beside:
     return 0, 1
   signed = sum(w * c for w, c in beside)
@@ -194,7 +194,7 @@ def level_of(beside):
 
 
 def read_escapes(data, count, dtype):
-  """Positions and values of the escaped weights of a section."""
+  """Returns positions and values of the escaped weights of a section."""
   assert zlib.crc32(data[:-4]) == int.from_bytes(data[-4:], 'little')
   place = 4 + int.from_bytes(data[:4], 'little')
   buckets = read_payload(data[4:place], (count,))
@@ -227,7 +227,7 @@ def unpack(data, period):
 
 
 def read_value(k, threshold, first, step, levels, dtype):
-  """The value of cell k, from 0 up, in the dtype of the leaf: in its own cell, if one is."""
+  """Returns the value of cell k = 0, 1, ... in the dtype of the leaf, inside its cell."""
   exact = np.float32(first) + np.float32(step) * np.float32(k)
   value = np.array(exact).astype(dtype)
   if np.dtype(dtype).itemsize >= 4:
@@ -242,7 +242,7 @@ def read_value(k, threshold, first, step, levels, dtype):
 
 
 def read(path):
-  """{path name: array} and the metadata of a file."""
+  """Returns {path name: array} and the metadata of a file."""
   with open(path, 'rb') as file:
     data = file.read()
   length = int.from_bytes(data[:8], 'little')
@@ -290,7 +290,7 @@ def read(path):
 
 
 def leaves(node, names=()):
-  """Path names and notations, in the order of JAX: the keys of a dict are sorted."""
+  """Yields path names and notations in the order of JAX: keys of a dict are sorted."""
   if node is None:
     return
   if isinstance(node, str):

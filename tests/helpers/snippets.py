@@ -1,4 +1,4 @@
-"""The code of README.md, CONTRIBUTING.md and docs/, page by page."""
+"""Finds the code of README.md, CONTRIBUTING.md and docs/, page by page."""
 
 import pathlib
 import re
@@ -27,13 +27,13 @@ class Snippet(NamedTuple):
 
 
 def pages():
-  """Every page by its name."""
+  """Returns the path of every page by its name."""
   found = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').rglob('*.md'))]
   return {str(p.relative_to(ROOT)): p for p in found if '_build' not in p.parts}
 
 
 def snippets(path):
-  """The blocks of Python and of shell commands of a page."""
+  """Returns the blocks of Python and of shell commands of a page."""
   text = path.read_text()
   return [
     Snippet(
@@ -45,7 +45,7 @@ def snippets(path):
 
 
 def commands(text):
-  """The commands of a shell block as lists of words, comments and `&&` removed."""
+  """Splits a shell block into commands, lists of words without comments and `&&`."""
   joined = text.replace('\\\n', ' ')
   words = [shlex.split(line, comments=True) for line in joined.splitlines()]
   found = []
