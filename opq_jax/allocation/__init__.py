@@ -2,14 +2,16 @@
 
 `allocate` reads a parameter tree once and answers with an `Allocation`.
 
-    shards, counts, bins, statistics, merging      numbers that are read off the weights
+    bins, shards, counts, statistics, merging,
+      ranks, second_look                           numbers that are read off the weights
     laplace, histogram_sums, code_bits             errors and bits: by density, by histogram
     channels, newton, dual_search                  algorithms on all leaves at once
     sparsity, fixed_width                          the two targets of the paper
     laplace_rate; exponential_tails, choices,
       rate_search                                  the joint target: by density, by histogram
     joined_statistics, units, solver, description  one compiled program from statistics to records
-    targets, objectives, selection, answer_checks  arguments and answers, checked
+    defaults, targets, objectives, selection,
+      answer_checks                                arguments and answers, checked
 """
 
 from typing import TYPE_CHECKING
