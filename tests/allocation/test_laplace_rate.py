@@ -83,8 +83,8 @@ def test_rate_table_of_the_method(row):
     np.testing.assert_allclose(table, expected, rtol=2e-3)
     # all leaves alike: the solver's answer is that row, whatever the objective
     for objective in ('retained_signal', 'relative_error'):
-      channels = random_problem(0, 1, 0.0, objective)
-      channels = channels._replace(share=jnp.full(LEAVES, 1 / LEAVES))
+      channels = random_problem(0, 2, 0.0, objective)
+      channels = channels._replace(share=jnp.full_like(channels.share, 1 / len(channels.share)))
       thresholds, steps = solve(minimise_at_rate, channels, float(bits))
       np.testing.assert_allclose(thresholds, threshold, rtol=1e-7)
       np.testing.assert_allclose(steps, step, rtol=1e-7)
