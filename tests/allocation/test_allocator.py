@@ -292,11 +292,13 @@ def test_allocate_odd_leaves(shape, fill):
 
 @pytest.mark.parametrize('corrected', [False, True])
 def test_allocate_last_level(corrected):
-  params = {'a': tree()['a']}
+  params = tree()
   for targets in ({'compression_rate': 12.0}, {'sparsity': 0.5, 'bits': 4.0}):
     allocation = allocate(params, corrected=corrected, **targets)
-    codes = encode(params, init_state(params, allocation))['a']
-    assert np.abs(np.asarray(codes, int)).max() == int(allocation.tree['a'].levels) < 127
+    codes = encode(params, init_state(params, allocation))
+    for name in 'abc':
+      largest = np.abs(np.asarray(codes[name], int)).max()
+      assert largest == int(allocation.tree[name].levels) < 127
 
 
 def test_allocate_exact_sparsity():
