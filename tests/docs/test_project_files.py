@@ -77,3 +77,10 @@ def test_readme_links():
   for page in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md'):
     for target in re.findall(r'\]\(([^)#:]+)\)', (ROOT / page).read_text()):
       assert (ROOT / target).exists(), f'{page}: found no file {target}'
+
+
+def test_architecture_lists_rooms():
+  table = (ROOT / 'docs' / 'architecture.md').read_text().partition('## Principles')[0]
+  rows = re.findall(r'^\| \d+ \| (.*?) \|', table, re.MULTILINE)
+  listed = [room for row in rows for room in re.findall(r'`(\w+)`', row)]
+  assert sorted(listed) == sorted(path.parent.name for path in ROOT.glob('opq_jax/*/__init__.py'))

@@ -273,6 +273,29 @@ def test_moments_linen():
   assert sorted(found) == sorted(network('Linen').kernels)
 
 
+class ConvNetwork(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(10)(nn.relu(nn.Conv(16, (3, 3))(x)).mean((1, 2)))
+
+
+def test_convolution_linen():
+  """Moments, and layer by layer, of `nn.Conv`."""
+  images = jax.random.normal(jax.random.key(3), (16, 8, 8, 4))
+  model = ConvNetwork()
+  variables = model.init(jax.random.key(4), images)
+  moments = second_moments(model.apply, variables, images)
+  shapes = {name: leaf.shape for name, leaf in leaves(moments).items()}
+  assert shapes == {'params/Conv_0/kernel': (1, 36, 36), 'params/Dense_0/kernel': (1, 16, 16)}
+  first = encoders.Feedback(moments)
+  encoder = encoders.LayerByLayer(model.apply, images, first=first)
+  result = opq_jax.compress(variables, compression_rate=8.0, encoder=encoder)
+  error = lambda params: float(
+    jnp.square(model.apply(params, images) - model.apply(variables, images)).sum()
+  )
+  assert error(result.params) < error(opq_jax.compress(variables, compression_rate=8.0).params)
+
+
 @pytest.mark.parametrize('framework', ['NNX', 'Haiku', 'plain JAX'])
 def test_moments_not_found(framework):
   net = network(framework)
