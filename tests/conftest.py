@@ -52,3 +52,11 @@ def programs_of_one_module() -> Iterator[None]:
   programs.exchange()
   if programs.number_of_maps() > MANY_MAPS:
     jax.clear_caches()
+
+
+@pytest.fixture(scope='module')
+def programs_made_fast() -> Iterator[None]:
+  """Compiles in less time to slower programs, where whole experiments run for a few steps."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)

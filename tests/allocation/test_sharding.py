@@ -7,6 +7,8 @@ import pytest
 
 from tests.helpers import many_devices, processes
 
+pytestmark = pytest.mark.slow
+
 
 @functools.cache
 def failures():

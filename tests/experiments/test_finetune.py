@@ -32,15 +32,8 @@ event_pb2 = pytest.importorskip('tensorboardX.proto.event_pb2')
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.fixture(scope='module', autouse=True)
-def programs_made_fast():
-  """No step is run often enough to pay for a fast program, here and in processes that are started;
-  what the steps compute is for test_training.py."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
-    jax.config.update('jax_disable_most_optimizations', True)
-    yield
-    jax.config.update('jax_disable_most_optimizations', False)
+# what the steps compute is for test_training.py
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('programs_made_fast')]
 
 
 def start(workdir, *arguments, devices=2, **options):

@@ -18,6 +18,8 @@ from experiments import one_shot
 from opq_jax import importers, models
 from opq_jax.importers import networks
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('programs_made_fast')]
+
 
 @pytest.fixture
 def data_dir(tmp_path):

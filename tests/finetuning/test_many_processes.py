@@ -5,6 +5,8 @@ import pytest
 
 from tests.helpers import processes
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):

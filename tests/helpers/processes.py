@@ -19,9 +19,12 @@ TIMEOUT = 300  # seconds that a process may take, on a machine that has much els
 def environment(devices: int | None = None, is_killed: bool = False) -> dict[str, str]:
   """Returns the variables of a process with so many devices.
 
-  A process that is to be killed reads compiled programs and writes none.
+  No process runs a program often enough to pay for all of XLA's optimizations.  One that is to be
+  killed reads compiled programs and writes none.
   """
-  variables = {**os.environ, **(programs.READ_ONLY if is_killed else {})}
+  variables = {**os.environ, 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
+  if is_killed:
+    variables |= programs.READ_ONLY
   variables['PYTHONPATH'] = os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])
   if devices is not None:
     variables['JAX_NUM_CPU_DEVICES'] = str(devices)
