@@ -264,12 +264,14 @@ def without_warnings(params, **options) -> Allocation:
     return allocate(params, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('rate', [6.0, 12.8, 60.0])
 def test_allocate_real_rate(rate):
   bits, _, _ = measured(mobilenet_v1(), without_warnings(mobilenet_v1(), compression_rate=rate))
   assert bits == pytest.approx(32 / rate, rel=6e-3)
 
 
+@pytest.mark.slow
 def test_allocate_real_bits():
   allocation = without_warnings(mobilenet_v1(), sparsity=0.6, bits=3.5)
   _, sparsity, width = measured(mobilenet_v1(), allocation)

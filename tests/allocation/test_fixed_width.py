@@ -106,6 +106,7 @@ def compare(problem, sparsity, bits):
   )
 
 
+@pytest.mark.slow
 def test_fixed_width_least_cost():
   # nearly always the least cost to six digits; but some problems have several local minima, and
   # some have a leaf that jumps just where the budget is met

@@ -9,6 +9,7 @@ import opq_jax
 from opq_jax.cli import digits
 
 
+@pytest.mark.slow
 def test_digits_table_is_true(tmp_path, capsys):
   pytest.importorskip('sklearn')
   path = tmp_path / 'digits.opq'

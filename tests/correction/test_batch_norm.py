@@ -262,6 +262,7 @@ def test_idle_batch_norm_is_an_error():
     correct_batch_norm(frozen, variables, compressed, KEY, SHAPE)
 
 
+@pytest.mark.slow
 def test_correct_batch_norm_restores_top_1():
   folder = assets.assets() / 'tfds'
   variables = tf_slim.mobilenet_v1(load_file(assets.real_weights('mobilenet_v1')))

@@ -86,6 +86,7 @@ class Convolutions(nn.Module):
     return nn.Dense(10)(x.mean(axis=(1, 2)))
 
 
+@pytest.mark.slow
 def test_layer_by_layer_generalises():
   model = Convolutions()
   images, others = jnp.split(

@@ -30,6 +30,7 @@ def error(kernel, values):
   return float(np.square(np.asarray(values, np.float32) - kernel).sum(dtype=np.float64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('rate', [32.0, 16.0, 10.0])
 def test_trellis_beats_best_plain_codes(rate):
   # the bits of the best plain codes of an error from the closed forms, not from our encoder
@@ -88,6 +89,7 @@ def inputs_and_kernel(width=96, outputs=64):
   return x.astype(np.float32), laplace_kernel((width, outputs), 4)
 
 
+@pytest.mark.slow
 def test_trellis_feedback_lowers_output_error():
   x, kernel = inputs_and_kernel()
   moments = (x.T @ x / len(x))[None]
@@ -242,6 +244,7 @@ class Network(nn.Module):
     return x
 
 
+@pytest.mark.slow
 def test_layer_by_layer_along_trellis():
   # files so small differ by some percent in size and in error: the sums of four networks
   distances = np.zeros(2)

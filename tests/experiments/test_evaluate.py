@@ -9,6 +9,8 @@ from opq_jax.importers import networks
 from opq_jax.report import accuracy
 from tests.helpers import assets
 
+pytestmark = pytest.mark.slow
+
 CIFAR = {'dataset': 'cifar10:3.0.2', 'split': 'test[:300]', 'batch_size': 128}
 
 

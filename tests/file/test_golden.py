@@ -62,6 +62,7 @@ def test_load_golden_files(version):
   assert_same_bits(np.asarray(again['x']), kernel, 'conv')
 
 
+@pytest.mark.slow
 def test_serialize_equal_everywhere(tmp_path):
   # a process of one device, of another order of hashes, against this one of four, twice
   assert jax.device_count() == 4

@@ -73,6 +73,7 @@ def test_mutations_refused_or_harmless(kind):
   assert found.total() == MUTATIONS[kind]
 
 
+@pytest.mark.slow
 def test_decode_survives_hostile_words():
   # in a process of its own, which a native crash would end
   code = (

@@ -291,6 +291,7 @@ def test_load_beyond_last_cell():
   assert_contract({'w': weights}, state, loaded, loaded_state)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif('OPQ_TEST_ASSETS' not in os.environ, reason='OPQ_TEST_ASSETS is not set')
 def test_load_real_network():
   path = Path(os.environ['OPQ_TEST_ASSETS']) / 'weights' / 'resnet20_cifar10.safetensors'

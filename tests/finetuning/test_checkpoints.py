@@ -129,6 +129,7 @@ def final(folder):
     return [arrays[name] for name in arrays.files]
 
 
+@pytest.mark.slow
 def test_disturbed_run_ends_bit_identical(tmp_path):
   start(tmp_path / 'undisturbed').finish()
   disturbed = tmp_path / 'disturbed'

@@ -100,6 +100,7 @@ def test_tf_slim_logits_equal_pytorchs():
   assert np.ptp(expected, axis=0).max() > 0.1 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_tf_slim_pretrained_logits(pretrained):
   tensors, variables = pretrained
   folder = assets.assets() / 'tfds'

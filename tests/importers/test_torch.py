@@ -152,6 +152,7 @@ def test_from_tensors_equals_transformers(name, config, network):
     assert np.ptp(expected, axis=0).max() > 0.05 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_mobilenet_v2_pretrained_logits():
   model, variables, source = importers.load('mobilenet_v2', assets.real_weights('mobilenet_v2'))
   tensors = networks.Tensors(read_weights(assets.real_weights('mobilenet_v2')))
