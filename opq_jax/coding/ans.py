@@ -51,6 +51,8 @@ def begin(codes: Int8[np.ndarray, '...'], head: bytes = b'') -> Coder:
 
 def end(coder: Coder) -> bytes:
   """Returns the words of a coder as bytes, without the zero bytes at their end."""
+  # the last word is not 0: less than one word is cut off, and a decoder that pads to whole words
+  # restores it
   return coder.get_compressed().astype('<u4').tobytes().rstrip(b'\0')
 
 
@@ -65,6 +67,8 @@ def resume(words: bytes, size: int, least_bits: float) -> Coder:
   Raises:
     ValueError: no encoder ends in such words, or they cannot hold `size` symbols of `least_bits`.
   """
+  # the top bit of the checksum is set and symbols only lengthen a message: four bytes at least,
+  # and the last of them is not 0
   if len(words) < 4 or words[-1] == 0:
     raise ValueError(f'found {len(words)} bytes of ANS words that no encoder ends in this way')
   words += bytes(-len(words) % 4)
@@ -109,4 +113,6 @@ def room(shape: tuple[int, ...]) -> Int8[np.ndarray, '...']:
 
 
 def _first_word(codes: Int8[np.ndarray, '...'], head: bytes) -> int:
+  # bit 31 is set whatever the CRC: the state begins above 2**24 (see `begin`), and the word of an
+  # empty message is not cut off
   return zlib.crc32(np.ascontiguousarray(codes).data, zlib.crc32(head)) | 1 << 31

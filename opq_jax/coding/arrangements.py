@@ -55,6 +55,7 @@ def choices(shape: tuple[int, ...]) -> list[int]:
   ([0], [1], [2], [])
   """
   first, last = math.prod(shape[:-2]), math.prod(shape[2:])
+  # a window has few taps, and inputs times outputs are many: the window is at the smaller end
   window = TORCH if 1 < last < first else FLAX
   tried = {0: [], 1: [], 2: [JOINED_INPUTS], 3: [window, JOINED_INPUTS, JOINED_OUTPUTS]}
   return [choice for choice in tried.get(len(shape), [window]) if is_possible(shape, choice)]
@@ -66,6 +67,7 @@ def is_possible(shape: tuple[int, ...], arrangement: int) -> bool:
     return False
   window = _window(shape, arrangement)
   outputs = (shape[-1], shape[1], shape[-1], math.prod(shape[1:]))[arrangement]
+  # a block is one input at least: all outputs of an input must fit into it
   return len(window) <= MAX_WINDOW_AXES and math.prod(window) <= MAX_TAPS and outputs <= BLOCK
 
 
@@ -76,6 +78,8 @@ def arranged(codes: Int8[np.ndarray, '...'], arrangement: int) -> Arranged:
   (9, 16, 32)
   """
   window = _window(codes.shape, arrangement)
+  # reshapes split or join whole axes of a contiguous array: the views share its memory, so a
+  # decoder fills the array by writing to the kernel
   if arrangement == FLAX:
     return Arranged(codes.reshape(-1, *codes.shape[-2:]), window)
   if arrangement == TORCH:

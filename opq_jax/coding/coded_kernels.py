@@ -51,8 +51,11 @@ def coded_kernel(
 ) -> CodedKernel:
   """Returns a kernel with its activities and flipped signs."""
   counts = frequencies.histogram(kernel)
-  counts += counts[-np.arange(256)]  # a sign may be flipped
+  # a sign may be flipped: -c occurs wherever c does; the byte of -c is 256 less that of c
+  counts += counts[-np.arange(256)]
   occurring = np.flatnonzero(counts).astype(np.uint8)
+  # places are dense, where bytes may lie at both ends of 0 to 255: counts by score (`score_ranges`)
+  # then have no columns of zeros
   place = np.zeros(256, np.uint8)
   place[occurring] = np.arange(occurring.size)
   blocks = []

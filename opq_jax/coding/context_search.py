@@ -63,6 +63,7 @@ class Prices(NamedTuple):
 def encode(codes: Int8[np.ndarray, '...']) -> bytes | None:
   """Returns the payload of codes from -127 to 127; None where their shape has no arrangement."""
   choices = arrangements.choices(codes.shape)
+  # signs are flipped, and int8 has no 128: codes that hold -128 cannot have contexts
   if not choices or codes.min() < -127:
     return None
   plan = _best_plan(codes, choices)
@@ -86,7 +87,8 @@ def prices(codes: Int8[np.ndarray, '...'], arrangement: int) -> Prices:
   models = plan.head.models
   bits = np.empty((len(models), 2 * trellis.MAX_INDEX + 1), np.float32)
   for row, model in zip(bits, models, strict=True):
-    # an index that did not occur may be chosen all the same: its frequency will not be 0 then
+    # an index that did not occur may be chosen all the same: its frequency will not be 0 then.  The
+    # rarest that can occur has 1 of 2**P and costs P bits; one that does not is priced a bit above
     row[:] = model.precision + 1
     occurs = model.frequencies > 0
     at = model.symbols[occurs].astype(int) + trellis.MAX_INDEX
@@ -102,6 +104,7 @@ def _with_codes(coder: ans.Coder, plan: _Plan) -> ans.Coder:
   if not head.has_trellis:
     for block in reversed(blocks):
       order, ends = grouped(ranges_of(block), len(head.models))
+      # a range at a time: constriction takes all symbols of one model in one call
       in_order = occurring[block.symbols.reshape(-1)[order]]
       parts = zip(head.models, [0, *ends[:-1]], ends, strict=True)
       for model, start, stop in reversed(list(parts)):
@@ -109,6 +112,7 @@ def _with_codes(coder: ans.Coder, plan: _Plan) -> ans.Coder:
     return coder
   from opq_jax.coding import sequential_ans  # loads numba
 
+  # C order, not range by range: a decoder knows the subset of an index from all indices before it
   models = [(2 * ranges_of(block) + block.subsets).reshape(-1) for block in blocks]
   symbols = [occurring[block.symbols].reshape(-1) for block in blocks]
   tables = sequential_ans.tables(head.models)
@@ -132,6 +136,7 @@ def _plans(codes: Int8[np.ndarray, '...'], arrangement: int) -> Iterator[_Plan]:
   for has_window in (True, False) if kernel.shape[0] > 1 else (False,):
     coded = coded_kernel(kernel, subsets, window, has_window)
     for has_inputs, has_outputs in itertools.product((True, False), repeat=2):
+      # a plan walks the whole kernel: a large one with a window has both scores, or none
       if has_window and not is_small and has_inputs != has_outputs:
         continue
       scores = fitted_scores(
@@ -152,6 +157,8 @@ def _plan(
       bits += float(frequencies.ideal_bits(histogram)) + len(
         frequencies.write_table(frequencies.fit(histogram))
       )
+  # a table of activities is what tells a decoder that there are neighbours: with a window it is
+  # stored even where all its scores are 0
   is_stored = scores.inputs.any(), scores.outputs.any(), has_window
   head = Head(
     has_trellis,

@@ -84,6 +84,8 @@ class Scores(NamedTuple):
     self, rows: slice, activities: UInt8[np.ndarray, 'rows outputs'] | None
   ) -> Int16[np.ndarray, 'rows outputs']:
     """Returns the score of every weight of the inputs `rows` of a tap."""
+    # an int8 and an int16 add up to int16, which holds every score, 0 to 1535; larger integers
+    # would double the memory that a block of 2**18 scores moves
     of_activity = self.activities + _OFFSETS
     if activities is None:
       return (self.inputs[rows, None] + of_activity[0]) + self.outputs
@@ -156,6 +158,7 @@ def read_head(data: bytes | memoryview, shape: tuple[int, ...]) -> tuple[Head, i
     raise ValueError(f'found {more + 1} ranges of scores, expected at most {MAX_RANGES}')
   starts: list[int] = []
   for i in range(more):
+    # the first start is of the size of the offset 384, the distances of a few thirds of an octave
     gap, position = frequencies.read_golomb(bits, position, 2 if i else 8)
     starts.append(starts[-1] + 1 + gap if i else gap)
   models = []
@@ -172,11 +175,12 @@ def decode(data: bytes | memoryview, shape: tuple[int, ...]) -> Int8[np.ndarray,
   Raises:
     ValueError: `data` is no payload of codes of this shape.
   """
+  # the shape is not allocated before the number of words is known to suffice for it (`resume`)
   head, end = read_head(data, shape)
   least_bits = min(model.least_bits for model in head.models)
   coder = ans.resume(bytes(data[end:]), math.prod(shape), least_bits)
   codes = ans.room(shape)
-  kernel, window = arrangements.arranged(codes, head.arrangement)  # of the same memory
+  kernel, window = arrangements.arranged(codes, head.arrangement)  # of the memory of `codes`
   parts = []
   counts = *kernel.shape[1:], neighbours.ACTIVITIES
   for model, count in zip(head.score_models, counts, strict=True):
@@ -200,6 +204,7 @@ def _decode_ranges(
   """Takes the codes of a kernel off a coder: range by range, whole blocks at once."""
   range_of = head.range_of()
   for tap, rows in arrangements.blocks(kernel.shape):
+    # neighbours lie at taps before this one, and these have their codes already
     activities, is_flipped = _neighbourhood(head, kernel, window, tap, rows)
     ranges = range_of[scores.of_block(rows, activities)]
     order, ends = grouped(ranges, len(head.models))
@@ -227,6 +232,7 @@ def _decode_along_trellis(
     activities, is_flipped = _neighbourhood(head, kernel, window, tap, rows)
     ranges = range_of[scores.of_block(rows, activities)]
     indices, block_subsets = np.empty((2, ranges.size), np.int8)
+    # `kernel` holds indices until all are decoded, since neighbours along a trellis are indices
     words, state = sequential_ans.decode(
       words, ranges.reshape(-1), state, tables, indices, block_subsets.view(np.uint8)
     )
@@ -248,5 +254,6 @@ def grouped(
   ranges: UInt8[np.ndarray, 'rows outputs'], count: int
 ) -> tuple[Int64[np.ndarray, ' size'], list[int]]:
   """Returns the order that brings the weights of a range together, and where each range ends."""
+  # stable: within a range the weights stay in C order, as the format has them
   flat = ranges.reshape(-1)
   return np.argsort(flat, kind='stable'), np.cumsum(np.bincount(flat, minlength=count)).tolist()

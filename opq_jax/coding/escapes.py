@@ -98,6 +98,7 @@ def decode(
   if end > len(body):
     raise ValueError(f'found {end - _WORD} bytes of buckets in {len(body)}, expected fewer')
   buckets = decode_codes(body[_WORD:end], (count,))
+  # no gap is beyond size - 1, so no hostile bucket shifts a bit out of an int64 below
   least, largest, bound = int(buckets.min()), int(buckets.max()), (size - 1).bit_length()
   if least < 0 or largest > bound:
     raise ValueError(f'found buckets {least} to {largest}, expected 0 to {bound}')
@@ -128,9 +129,11 @@ def _parsed_values(data: bytes, count: int, dtype: np.dtype) -> Shaped[np.ndarra
       f'found {len(data)} bytes of escaped values, expected {max(end, head)} and more'
     )
   relative = decode_codes(data[head:end], (count,)).view(np.uint8)
+  # values of one byte have rests of one bit, eight to a byte
   expected = count * (dtype.itemsize - 1) or -(-count // 8)
   if len(data) - end != expected:
     raise ValueError(f'found {len(data) - end} bytes of rests, expected {expected}')
+  # uint8 wraps around: the inverse of (head - h) mod 256
   heads, width = relative + np.uint8(data[_WORD]), dtype.itemsize - 1
   values = np.empty(count, dtype)
   for start in range(0, count, _PIECE):
@@ -156,9 +159,11 @@ def _cut(values: Shaped[np.ndarray, ' m']) -> tuple[UInt8[np.ndarray, ' m'], lis
       heads[start : start + _PIECE] = bits & np.uint8(127)
       rests.append(np.packbits(bits >> 7).tobytes())
       continue
+    # bits below the head: all but the sign and 8 more
     below = bits.dtype.type(8 * size - 9)
     heads[start : start + _PIECE] = (bits >> below).astype(np.uint8)
     sign, low = bits >> bits.dtype.type(8 * size - 1), bits & bits.dtype.type((1 << int(below)) - 1)
+    # the sign takes the place of the head's lowest bit: 8 size - 8 bits, whose top byte is empty
     rest = (sign << below | low).astype(f'<u{size}').view(np.uint8).reshape(-1, size)
     rests.append(rest[:, : size - 1].tobytes())
   return heads, rests
@@ -187,6 +192,7 @@ def _bit_length(numbers: Int64[np.ndarray, ' k']) -> Int8[np.ndarray, ' k']:
   """The bit length of numbers from 0 to 2**62; exact, unlike a logarithm in float64."""
   length = np.zeros(numbers.size, np.int8)
   rest = numbers.copy()
+  # a binary search for the highest bit, in six passes over all numbers at once
   for shift in (32, 16, 8, 4, 2, 1):
     is_long = rest >> shift > 0
     length[is_long] += shift
@@ -213,6 +219,8 @@ def _unpacked(data: bytes, widths: Int64[np.ndarray, ' k']) -> Int64[np.ndarray,
   bits: UInt8[np.ndarray, ' bits'] = np.unpackbits(np.frombuffer(data, np.uint8))
   if bits[which.size :].any():
     raise ValueError('found bits of gaps that are not padded with zeros')
+  # each number is the difference of two running sums; the sums may wrap around mod 2**64, their
+  # differences, below 2**62, are right all the same
   sums = np.concatenate([[0], np.cumsum(bits[: which.size].astype(np.int64) << place)])
   ends = np.cumsum(widths)
   return sums[ends] - sums[ends - widths]

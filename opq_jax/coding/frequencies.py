@@ -61,6 +61,8 @@ class Frequencies:
   @functools.cached_property
   def _model(self) -> constriction.stream.model.Categorical:
     frequencies = self.frequencies[self.frequencies > 0]
+    # a power of two divides exactly, so every platform hands over the same float64; False asks for
+    # the rounding of `opq_jax.coding.ans`, whose shares are then the same integers everywhere
     return constriction.stream.model.Categorical(frequencies / float(1 << self.precision), False)
 
   def encode(self, coder: Any, symbols: Int8[np.ndarray, ' size']) -> None:
@@ -76,6 +78,7 @@ class Frequencies:
     """Takes as many symbols off the coder as `out` has room for."""
     for start in range(0, out.size, _CHUNK):
       part = out[start : start + _CHUNK]
+      # clip, because `take` with `out` copies once more where it checks; no place is out of range
       np.take(self._occurring, coder.decode(self._model, part.size), out=part, mode='clip')
 
 
@@ -87,6 +90,7 @@ def histogram(codes: Int8[np.ndarray, '...']) -> Int64[np.ndarray, '256']:
   """
   counts = np.zeros(256, np.int64)
   as_bytes = np.ascontiguousarray(codes).reshape(-1).view(np.uint8)
+  # `bincount` widens its input to 8 bytes an element
   for start in range(0, as_bytes.size, _CHUNK):
     counts += np.bincount(as_bytes[start : start + _CHUNK], minlength=256)
   return counts
@@ -100,6 +104,7 @@ def ideal_bits(counts: Num[np.ndarray, '... symbols']) -> Float64[np.ndarray, '.
   >>> float(ideal_bits(np.array([4, 2, 2])))
   12.0
   """
+  # a count of 0 is multiplied by a finite logarithm, so it adds 0 and no NaN
   total = counts.sum(-1, keepdims=True)
   return (counts * np.log2(np.maximum(total, 1) / np.maximum(counts, 1))).sum(-1)
 
@@ -126,6 +131,7 @@ def fit(counts: Int64[np.ndarray, '256']) -> Frequencies:
     counts[0 if occurring[0] else 1] = 1
     occurring = np.append(occurring, np.int8(0 if occurring[0] else 1))
   symbols = _symbols(min(0, int(occurring.min())), max(0, int(occurring.max())))
+  # 2**P is at least the number of symbols, so that each may have a frequency of 1 or more
   precision = min(
     max((symbols.size - 1).bit_length(), 1 + 3 * size.bit_length() // 4), _MAX_PRECISION
   )
@@ -217,6 +223,7 @@ def read_golomb(bits: str, position: int, k: int) -> tuple[int, int]:
   Raises:
     ValueError: no code of a number up to 2**17 begins there.
   """
+  # a frequency, at most 2**16, has no more than 16 leading zeros: a longer run is damage
   first = bits.find('1', position, position + _MAX_PRECISION + 1)
   end = 2 * first - position + k + 1
   if first < 0 or end > len(bits):
@@ -240,6 +247,8 @@ def _quantized(counts: Int64[np.ndarray, ' k'], precision: int) -> Int64[np.ndar
   while excess := int(frequencies.sum()) - (1 << precision):
     changed = frequencies - (1 if excess > 0 else -1)
     allowed = (counts > 0) & (changed > 0)
+    # a symbol of count n costs n (P - log2 f) bits: this is what the unit saves, below 0 where one
+    # is taken
     saved = counts * np.log2(np.maximum(changed, 1) / np.maximum(frequencies, 1))
     best = np.argmax(np.where(allowed, saved, -np.inf))
     frequencies[best] = changed[best]

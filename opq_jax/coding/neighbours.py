@@ -63,6 +63,7 @@ def neighbourhood(kernel: Kernel, window: tuple[int, ...], tap: int, rows: slice
     codes *= np.int16(weight)
     signed += codes
     magnitude += np.abs(codes)
+  # a table of all sums that can be, in place of a division and a search at every weight
   activity = _edges_below(sum(weight for _, weight in neighbours))[magnitude]
   activity *= 2
   activity += 1
@@ -87,6 +88,7 @@ def _neighbours(window: tuple[int, ...], tap: int) -> list[tuple[int, int]]:
     steps = sum(map(abs, offset))
     other = [int(a) + b for a, b in zip(place, offset, strict=True)]
     is_inside = all(0 <= a < n for a, n in zip(other, window, strict=True))
+    # tuples compare as C order does: a tap with such an offset is decoded before this one
     if offset < (0,) * len(window) and steps <= 2 and is_inside:
       weight = _ALONG_AXIS if steps == 1 else _ACROSS
       neighbours.append((int(np.ravel_multi_index(other, window)), weight))

@@ -39,6 +39,7 @@ def entropy(codes: Int8[np.ndarray, '...']) -> float:
   1.5
   """
   escaped = codes == -128
+  # a writer codes 0 in the place of an escape, and the trellis goes through that 0
   on_grid = np.where(escaped, np.int8(0), codes) if escaped.any() else codes
   for arrangement in arrangements.choices(codes.shape):
     found = trellis.indices_and_subsets(arrangements.arranged(on_grid, arrangement)[0])
@@ -79,6 +80,7 @@ def encode_codes(codes: Int8[np.ndarray, '...'], *, contexts: bool = True) -> by
   model.encode(coder, codes.reshape(-1))
   plain = frequencies.to_bytes(frequencies.write_table(model)) + ans.end(coder)
   with_contexts = context_search.encode(codes) if contexts else None
+  # of equal lengths `min` takes the plain one, which decodes faster
   return plain if with_contexts is None else min(plain, with_contexts, key=len)
 
 

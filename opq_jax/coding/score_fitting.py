@@ -40,6 +40,8 @@ def fitted_scores(
   # two factors alone are fitted in one sweep, for the sums of one are those of the other
   for _ in range(_SWEEPS if has_window else 1):
     if has_window:
+      # the prior on both sides pulls a factor towards 1 and keeps it positive, for the logarithm;
+      # where all codes are 0 every factor stays 1
       observed, expected = np.full((2, neighbours.ACTIVITIES), _PRIOR)
       for b in blocks:
         if b.activities is not None:

@@ -23,6 +23,7 @@ def counts_by_score(
   least, largest = scores.bounds()
   by_score = np.zeros((largest - least + 1, several, symbols), np.int64)
   for b in coded.blocks:
+    # score, subset and symbol as one number: one `bincount` counts all three at once
     place = scores.of_block(b.rows, b.activities).astype(np.int64) - least
     if b.subsets is not None:
       place = 2 * place + b.subsets
@@ -44,11 +45,13 @@ def partition(counts: Int64[np.ndarray, 'k subsets 256']) -> tuple[float, list[i
     The bits, and the place at which each range begins.
   """
   occurring = counts[..., counts.any((0, 1))]
+  # counts of any run of scores are then one difference
   sums = np.concatenate([np.zeros((1, *occurring.shape[1:])), np.cumsum(occurring, 0)])
   k = len(counts)
   for price in _TABLE_PRICES:
     best, cut = np.zeros(k + 1), np.zeros(k + 1, int)
     for stop in range(1, k + 1):
+      # an infinite price leaves no cut to choose; its bits are priced at 64, a finite sum
       start = np.arange(stop) if price < math.inf else np.zeros(1, int)
       parts = sums[stop] - sums[start]
       bits = frequencies.ideal_bits(parts) + min(price, 64) * _table_bits(parts)

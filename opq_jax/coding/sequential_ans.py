@@ -50,6 +50,7 @@ def tables(models: list[frequencies.Frequencies]) -> Tables:
   for row, (model, o) in enumerate(zip(models, occurring, strict=True)):
     count = int(np.count_nonzero(o))
     symbols[row, :count] = model.symbols[o]
+    # padded with 2**P: a slot is below it, so the search of `_pull` ends at the model's own symbols
     cumulative[row, 1:] = 1 << model.precision
     cumulative[row, 1 : count + 1] = np.cumsum(model.frequencies[o])
   return Tables(symbols, cumulative, np.array([model.precision for model in models], np.int64))
@@ -76,6 +77,7 @@ def encode(
   for row, (some, ends) in enumerate(zip(known.symbols, known.cumulative, strict=True)):
     count = int(np.count_nonzero(np.diff(ends)))
     place[row, some[:count].view(np.uint8)] = np.arange(count)
+  # a symbol pushes one word at most, and the head of a message of one word may grow to two
   room = np.empty(len(words) + symbols.size + 1, np.uint32)
   room[: len(words)] = words
   return room[: _push(room, len(words), symbols, models, place, *known[1:])]
@@ -105,6 +107,8 @@ def decode(
   return words[:count], state
 
 
+# in the loops every operand of the coder is uint64: an int64 beside one would make numba compute in
+# float64, which holds 53 bits
 @native.compiled
 def _push(words, size, symbols, models, place, cumulative, precisions):  # type: ignore[no-untyped-def]
   head, size = _taken(words, size)
@@ -114,6 +118,7 @@ def _push(words, size, symbols, models, place, cumulative, precisions):  # type:
     precision = np.uint64(precisions[model])
     begin = np.uint64(cumulative[model, column])
     frequency = np.uint64(cumulative[model, column + 1]) - begin
+    # one word is enough: the head is below 2**32 then, and f 2**(64 - P) is at least 2**48
     if head >> (np.uint64(64) - precision) >= frequency:
       words[size] = np.uint32(head & _LOW)
       size += 1
@@ -134,6 +139,7 @@ def _pull(  # type: ignore[no-untyped-def]
     precision = np.uint64(precisions[model])
     slot = head & ((one << precision) - one)
     column = 0
+    # from the first symbol on: codes near 0 come first and are the most frequent ones
     while np.uint64(cumulative[model, column + 1]) <= slot:
       column += 1
     begin = np.uint64(cumulative[model, column])

@@ -99,6 +99,7 @@ def _walked(codes: list[int]) -> tuple[list[int], list[int]] | None:
   subset_of, following = SUBSET_OF.tolist(), NEXT.tolist()
   for code in codes:
     subset = subset_of[state]
+    # 0 is in both subsets; any other code is in that of its own parity
     if code and (code & 1) != subset:
       return None
     index = (abs(code) + 1) >> 1
@@ -119,6 +120,7 @@ def join(
   >>> join(np.array([1, -1, 0, 2], np.int8), np.array([0, 1, 0, 1], np.uint8)).tolist()
   [2, -1, 0, 3]
   """
+  # indices of a damaged file reach 127 and codes 254, beyond int8
   codes = 2 * indices.astype(np.int16) - np.sign(indices) * subsets.astype(np.int16)
   if codes.size and (codes.min() < -127 or codes.max() > 127):
     raise ValueError(f'found codes {codes.min()} to {codes.max()}, expected -127 to 127')

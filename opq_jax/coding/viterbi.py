@@ -92,15 +92,18 @@ def search(
   """
   cost, new = np.full(STATES, np.inf, np.float32), np.empty(STATES, np.float32)
   cost[state] = 0
+  # 36 bytes a weight to find the way back: the best code of every kind, and which of two paths won
   branch = np.empty(4, np.float32)
   chosen = np.empty((weights.size, 4), np.int8)
   is_second = np.empty((weights.size, STATES), np.bool_)
+  # float32 throughout: a Python float would make numba compute in float64
   origin, width = np.float32(first - step), np.float32(step)
   per_width = np.float32(1 / step)
   for i in range(weights.size):
     size, slope, table = abs(weights[i]), slopes[i], bits[models[i]]
     is_escaped = np.isnan(weights[i])
     turn = -1 if (weights[i] < 0) != is_turned[i] else 1
+    # the code whose value would be |w|, with a fraction
     place = (size - origin) * per_width
     # the best code of each kind: 0, or one of the two magnitudes around |w|
     for kind in range(4):
@@ -114,9 +117,11 @@ def search(
           best = slope * price[MAX_INDEX]
         branch[kind], chosen[i, kind] = best, 0
         continue
+      # the largest magnitude of the kind at or below |w|; the next one, 4 further, is above it
       if place >= least + 4:
         c += int((place - np.float32(least)) * np.float32(0.25)) * 4
       for side in range(2):
+        # back by whole fours to the last of the kind on the grid
         if c > levels:
           c -= (c - levels + 3) & ~3
         # the next usable one, inwards on the first side and outwards on the second
@@ -127,6 +132,8 @@ def search(
           total = error * error + slope * price[MAX_INDEX + turn * ((c + 1) >> 1)]
           if total < best:
             best, code = total, c
+        # from the inner magnitude to the outer one; where the inner side ran down to nothing, to
+        # the least of the kind
         c = max(c, least - 4) + 4
       branch[kind], chosen[i, kind] = best, code
     # of the two paths that meet in each state the cheaper one goes on
@@ -135,6 +142,7 @@ def search(
       two = cost[_BEFORE[target, 1]] + branch[_KIND[target, 1]]
       is_second[i, target] = two < one
       new[target] = min(one, two)
+    # only differences between paths matter: a common constant may go
     if i % _REBASE == 0:
       new -= new.min()
     cost, new = new, cost
@@ -142,6 +150,7 @@ def search(
   here = int(np.argmin(cost))
   end = here
   for i in range(weights.size - 1, -1, -1):
+    # the state after the last code that is kept; steps beyond it belong to the look-ahead
     if i == codes.size - 1:
       end = here
     way = int(is_second[i, here])

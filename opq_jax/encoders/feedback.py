@@ -133,6 +133,7 @@ def codes_of_leaf(
 ) -> Array:
   """Returns the int8 codes of one leaf by error feedback (`Feedback`)."""
   groups, width, _ = moments.shape
+  # the outputs of a group lie next to each other, as in Flax; a group has moments of its own
   by_group = lambda array: array.reshape(width, groups, -1).swapaxes(0, 1)
   rows = by_group(weights.astype(jnp.float32))
   # the value of an escaped weight, in the leaf's dtype; NaN where a weight is not escaped
@@ -146,9 +147,12 @@ def codes_of_leaf(
     exact: Float32[Array, 'K channels'],
     moments: Float32[Array, 'K K'],
   ) -> Float32[Array, 'K channels']:
+    # over the mean energy: a factor of H cancels in U_ij / U_ii, but damping and float32 then see
+    # numbers near 1.  Where all inputs are 0, H is the damping alone, and weights are rounded
     energy = jnp.diagonal(moments)
     mean = jnp.mean(energy)
     matrix = moments / jnp.where(mean > 0, mean, 1)
+    # the errors that cost most are made first, while the most weights are left to answer them
     order = jnp.argsort(-energy)
     matrix = matrix[order][:, order] + jnp.float32(damping) * jnp.eye(width)
     matrix = jnp.eye(padded).at[:width, :width].set(matrix)
@@ -163,7 +167,8 @@ def codes_of_leaf(
 
 def _factor(matrix: Float32[Array, 'K K']) -> Float32[Array, 'K K']:
   """Returns the upper triangular U of matrix^-1 = U^T U."""
-  # J H J = L L^T with J the reversal, so H = R R^T with R = J L J upper, and U = R^-1 = J L^-1 J
+  # J H J = L L^T with J the reversal, so H = R R^T with R = J L J upper, and U = R^-1 = J L^-1 J;
+  # H^-1 itself, whose condition is the square of that of L, is never formed
   lower = jnp.linalg.cholesky(matrix[::-1, ::-1])
   inverse = jax.scipy.linalg.solve_triangular(lower, jnp.eye(len(matrix)), lower=True)
   return inverse[::-1, ::-1]
@@ -212,6 +217,7 @@ def _coded_rows(
       code = jnp.where(is_escaped, float(ESCAPE), code)
       value = jnp.where(is_escaped, block_exact[i], value)
       error = jnp.clip(rows.weights[i] - value, -limit, limit) / to_block[i, i]
+      # U is 0 before its diagonal, so this leaves rows alone that have their codes
       return _BlockRows(
         rows.weights - to_block[i][:, None] * error[None],
         rows.codes.at[i].set(code),
@@ -220,6 +226,8 @@ def _coded_rows(
 
     zeros = jnp.zeros((block, channels))
     coded = lax.fori_loop(0, block, code_input, _BlockRows(block_weights, zeros, zeros))
+    # to all rows, because shapes in a loop of XLA are fixed: rows that have their codes change too,
+    # and are never read again.  In full float32: by default GPUs and TPUs would round the factors
     push = jnp.matmul(to_all.T, coded.errors, precision=lax.Precision.HIGHEST)
     return _AllRows(
       rows.weights - push, lax.dynamic_update_slice(rows.codes, coded.codes, (begin, 0))
@@ -271,4 +279,5 @@ def _leaf_bits(codes: Array, value_bits: Float[Array, '']) -> Float32[Array, '']
   counts = jnp.zeros(256).at[codes.reshape(-1).astype(jnp.int32) + 128].add(1)
   share = counts / codes.size
   entropy = -jnp.sum(share * jnp.log2(jnp.where(share > 0, share, 1)))
+  # an escape, -128, is counted first
   return codes.size * entropy + counts[0] * value_bits

@@ -30,6 +30,8 @@ def factor_of(moments: Factor, damping: float) -> Factor:
 
   groups, width, _ = moments.shape
   energy = np.mean(np.diagonal(moments, axis1=1, axis2=2), axis=1)[:, None, None]
+  # a factor of H cancels in U_ij / U_ii: over its mean, damping is relative and float32 sees
+  # numbers near 1
   matrix = moments / np.where(energy > 0, energy, 1) + damping * np.eye(width)
   # with J the reversal, J H J = L L^T, and so U = J L^-1 J
   lower = np.linalg.cholesky(matrix.astype(np.float32)[:, ::-1, ::-1])
@@ -85,6 +87,7 @@ class RowFeedback:
       self._values,
       self._limit,
     )
+    # all errors of the block at once, where the last of its rows is coded
     if stop == end < len(self._rows):
       block = slice((begin // _BLOCK) * _BLOCK, end)
       groups, outputs = len(self._factor), self._rows.shape[1]
@@ -107,6 +110,7 @@ def _push_within_block(  # type: ignore[no-untyped-def]
         value = exact[i, o] if is_escaped[i, o] else values[codes[i - begin, o]]
         error = rows[i, o] - value
         scaled_errors[i, o] = np.float32(min(max(error, -limit), limit)) * scale
+      # row by row, so that the innermost loop runs along memory
       for j in range(i + 1, end):
         share = factor[group, i, j]
         for o in range(group * channels, (group + 1) * channels):

@@ -134,6 +134,7 @@ class _SideBySide:
 
     fn, variables = self._encoder.fn, self._variables
     twice = jnp.concatenate([self._encoder.inputs, self._encoder.inputs])
+    # not compiled: at every layer the codes are values that the host works on
     with nn.intercept_methods(self._intercept):
       if trees.named_leaves(variables.get('batch_stats', {})):
         fn(variables, twice, train=True, mutable=['batch_stats'])
@@ -201,6 +202,8 @@ class _SideBySide:
     self, module: 'nn.Module', new_params: dict[str, Any], *args: Any, **kwargs: Any
   ) -> Array:
     """Calls a module by itself, with some other parameters; drops its updates of statistics."""
+    # updates of the compressed half are dropped: statistics in the variables are those of the float
+    # network alone
     params = {**module.variables.get('params', {}), **new_params}
     alone = module.clone(parent=None, name=None)
     self._is_inside = True

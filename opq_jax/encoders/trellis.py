@@ -192,6 +192,7 @@ def _code_leaf(
     is_served = not codes.any() or int(plain.levels) == 0 or is_lattice
     return _CodedLeaf(_decoded(weights, codes, state), state, codes, is_served)
 
+  # rounded before the walk: codes are chosen for the very values that a file will hold
   grid_step, grid_first = exact_grid(
     unit * jnp.float32(fit.grid.step), unit * jnp.float32(fit.grid.first), jnp.int32(MAX_LEVELS)
   )
@@ -201,7 +202,8 @@ def _code_leaf(
   state = LeafState(
     kinds=plain.kinds,
     codebook=affine_codebook(grid_first, grid_step, jnp.int32(MAX_LEVELS)),
-    # a level's cell reaches half a step to either side
+    # a level's cell reaches half a step to either side: values lie in the middle of their cells and
+    # keep their codes; the cells have no other part, since codes are chosen by error and price
     threshold=jnp.maximum(grid_first - grid_step / 2, 0),
     step=grid_step,
     levels=jnp.int32(MAX_LEVELS),
@@ -212,6 +214,7 @@ def _code_leaf(
   # of two steps, since a state allows every other level
   codes = walk.codes(factor, limit=max(2 * fit.grid.step, threshold))
   on_grid = np.where(codes == ESCAPE, 0, codes)
+  # the walk had all levels; the state ends at the last that a weight has
   levels = jnp.int32(max(int(on_grid.max()), -int(on_grid.min()), 1))
   state = dataclasses.replace(
     state,

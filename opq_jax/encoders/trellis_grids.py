@@ -76,6 +76,7 @@ def fit(
   sample = _sampled(flat)
   slopes, models = np.full(sample.size, slope, np.float32), np.zeros(sample.size, np.uint8)
   is_turned, codes = np.zeros(sample.size, bool), np.empty(sample.size, np.int8)
+  # a narrow dtype makes some levels unusable only later, in the walk: the grid is not final here
   usable = np.ones(MAX_LEVELS + 1, bool)
   for _ in range(_TURNS):
     to_code = np.where(is_beyond(sample, grid), np.float32(np.nan), sample)
@@ -109,6 +110,8 @@ def _first_prices(pruned: float, beyond_first: float) -> Float32[np.ndarray, '1 
   """Returns the bits of each index under a geometric distribution of magnitudes."""
   ratio = np.clip(beyond_first, 0.01, 0.99)
   index = np.arange(-MAX_INDEX, MAX_INDEX + 1)
+  # survivors of a Laplace density: each magnitude is as much rarer than the one before; half of
+  # them have either sign
   share = (1 - pruned) / 2 * (1 - ratio) * ratio ** (np.abs(index) - 1.0)
   share[MAX_INDEX] = max(pruned, 0.01)
   return np.tile(-np.log2(np.maximum(share, 1e-9)), (1, 2, 1)).astype(np.float32)
@@ -138,6 +141,7 @@ def _refitted(
   grid: trellis.Grid, codes: Int8[np.ndarray, ' n'], weights: Float32[np.ndarray, ' n']
 ) -> trellis.Grid:
   """Returns the grid of least squared error for given codes: a line through the magnitudes."""
+  # signs of codes are those of weights, so magnitudes are fitted alone; 0 has no level to fit
   is_kept = codes != 0
   level = np.abs(codes[is_kept].astype(np.float64)) - 1
   magnitude = np.abs(weights[is_kept].astype(np.float64))

@@ -77,6 +77,8 @@ class Walk:
     slopes = np.full(self._rows.shape, self._fit.slope, np.float32)
     feedback, search = None, _SEARCH
     if factor is not None:
+      # an error of input i costs h_i: the search divides by it and prices bits at slope / h_i
+      # instead
       slopes *= np.repeat(_worth(factor).T, outputs // len(factor), 1)
       feedback = RowFeedback(self._rows, self._is_escaped, factor, self._values, limit)
       search = _SEARCH_WITH_FEEDBACK
@@ -91,6 +93,7 @@ class Walk:
         stop = min(start + rows_at_once, inputs)
         if feedback is not None:
           stop = min(stop, feedback.end_of_block(first_row + start) - first_row)
+        # the look-ahead ends with the tap: what codes of the next one cost is not known yet
         rows = slice(first_row + start, first_row + min(stop + rows_ahead, inputs))
         in_tap = slice(start, rows.stop - first_row)
         chosen = self._chosen[tap, start:stop]
@@ -144,6 +147,7 @@ class Walk:
 
 def _worth(factor: Factor) -> Float32[np.ndarray, 'groups K']:
   """Returns U_ii^2 of each input over the geometric mean: how cheap its errors are."""
+  # in logarithms, since a product of thousands of U_ii leaves the range of floats
   logarithm = 2 * np.log(np.diagonal(factor, axis1=1, axis2=2))
   relative = np.exp(logarithm - logarithm.mean())
   return np.clip(relative, 1 / _MAX_WORTH, _MAX_WORTH).astype(np.float32)

@@ -26,7 +26,8 @@ from opq_jax.core.trees import PyTree
 MAX_INPUTS = 4608
 """Inputs of one output, K: those of a 3 x 3 window over 512 channels, whose matrix takes 85 MB."""
 
-# taps of a depthwise window, up to which every pair of taps has a loop of its own
+# taps of a depthwise window, up to which every pair of taps has a loop of its own: 45 loops for a
+# 3 x 3 window; the program grows with the square of the taps
 _FEW_TAPS = 9
 
 
@@ -156,6 +157,8 @@ def layer_moments(
   padding = module.padding
   is_plain = not isinstance(padding, str) or padding in ('SAME', 'VALID')
   is_dilated = set(_per_axis(module.input_dilation, rank)) != {1}
+  # kernels read zeros alone beyond the border; circular and reflecting inputs would have other
+  # moments
   if not is_plain or is_dilated or math.prod(window) * inputs.shape[-1] // groups > MAX_INPUTS:
     return None
   strides = _per_axis(module.strides, rank)
@@ -213,6 +216,7 @@ def _gram(
       sums[i, j] = sums[j, i] if is_known else jnp.sum(x[i] * y[j], axis=0)
     return jnp.stack(list(sums.values()), axis=-1).reshape(-1, len(x), len(x))
   rows = [jnp.concatenate(taps, axis=2) for taps in (first, second)]
+  # in full float32: by default GPUs and TPUs would round the inputs, and H must stay definite
   return jnp.einsum('ngk,ngl->gkl', *rows, precision=lax.Precision.HIGHEST)
 
 
