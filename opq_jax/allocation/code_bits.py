@@ -44,6 +44,7 @@ def payload_bits(
   dtype = cells.dtype
   # the precision P of the frequencies grows with the size, up to 16 bits
   # (`opq_jax.coding.frequencies.fit`)
+  # the exponent of a whole number is its bit length; P is 16 from 20 bits on
   bits = jnp.frexp(jnp.minimum(sizes, 2.0**20))[1]
   precision = jnp.minimum(1 + 3 * bits // 4, 16)
   whole = jnp.ldexp(jnp.ones_like(sizes), precision)[:, None, None]
@@ -79,10 +80,12 @@ def escaped_value_bits(
     edge: magnitude beyond which weights are escaped, in the leaf's unit.
     mantissa: bits of the mantissa of the leaf's dtype.
   """
+  # an octave of magnitudes has one exponent
   octaves = jnp.sum(sums.columns[:, ::BINS_AN_OCTAVE, :2], axis=2)
   # the first bin holds zeros, and they do not escape
   octaves = octaves.at[:, 0].set(sums.nonzero())
   tail = sums.at(edge)
+  # the edge cuts its own octave: no more is beyond an octave's lower end than beyond the edge
   beyond = jnp.minimum(octaves, (tail.positive + tail.negative)[:, None])
   share = (beyond[:, :-1] - beyond[:, 1:]) / jnp.maximum(beyond[:, :1], 1e-30)
   return 1 + mantissa - jnp.sum(times_log2(jnp.maximum(share, 0)), axis=1)

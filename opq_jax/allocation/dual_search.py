@@ -103,6 +103,8 @@ def dual_search(
       lagrangian = cost + jnp.exp(middle) * need
       # several times faster than argmin, which XLA's CPU backend does not vectorise
       is_best = lagrangian <= jnp.min(lagrangian, axis=1, keepdims=True)
+      # of equal nodes the one that needs most: a leaf that jumps here is on the far side of its
+      # jump
       too_many = jnp.sum(jnp.max(jnp.where(is_best, need, 0), axis=1)) > budget
       return _Bracket(
         jnp.where(too_many, middle, bracket.under), jnp.where(too_many, bracket.over, middle)
@@ -113,6 +115,7 @@ def dual_search(
       low + width * jnp.argmin(cost + jnp.exp(x) * need, axis=1).astype(low.dtype)
       for x in (under, over)
     )
+    # any multiplier gives a lower bound; near the root it is the best one
     multiplier = jnp.exp(over)
     bound = jnp.sum(jnp.min(cost + multiplier * need, axis=1)) - multiplier * budget
     return _Refinement(
@@ -131,6 +134,8 @@ def dual_search(
   def close(_: Array, segment: _Segment) -> _Segment:
     first, last = segment.first, segment.last
     cost, need = (jnp.sum(x, axis=0) for x in evaluate(first, last))
+    # needs fall along the segment, from `many` to `few`: the last node above the budget begins the
+    # part that crosses it.  The ends of a leaf may be in either order
     k = jnp.clip(jnp.sum((need > budget).astype(jnp.int32)) - 1, 0, GRID - 2)
     width = (last - first) / (GRID - 1)
     first = first + width * k.astype(low.dtype)

@@ -24,7 +24,9 @@ _LOG2 = math.log(2.0)
 _MAX_SEARCHES = 8  # each holds one more leaf near its best place
 _LOG_LEVELS = math.log(MAX_LEVELS)
 _LOG_FINEST = math.log(2.0**-12)  # step over t_i at which hardly a weight is within 127 cells
-_TABLE = -0.04, 1.04, 33  # ends, as parts of the span of log steps, and nodes of the error's table
+# ends, as parts of the span of log steps, and nodes of the error's table: one node beyond either
+# end, since interpolation is best between nodes
+_TABLE = -0.04, 1.04, 33
 
 
 class _Best(NamedTuple):
@@ -94,6 +96,7 @@ def minimise_at_bits(
   log_steps = channels.of(least[:, None] + (most - least)[:, None] * nodes[None])
   scale = jnp.broadcast_to(channels.scale[:, None], log_steps.shape)
   error = channels.sum(survivors[:, None] * laplace.survivor_error(jnp.exp(log_steps), scale))
+  # in logarithms, in which the error of fine steps is a line, 2 log Delta: little is left to fit
   log_error = jnp.log(jnp.maximum(error, tiny))
 
   def evaluate(low: Array, high: Array) -> tuple[Array, Array]:
@@ -143,6 +146,8 @@ def minimise_at_bits(
     found = dual_search(evaluate, bits, low, high)
     is_better = (state.searches == 0) | (found.cost < state.best.cost)
     best = jax.tree.map(lambda new, old: jnp.where(is_better, new, old), found, state.best)
+    # the next search holds the leaf that jumps to two nodes either side of its best place; its
+    # bound is of this narrower problem, so the best answer so far is kept
     node = best_node(*evaluate(low, high), bits, found.log_multiplier, found.leaf)
     width = (high - low) / (GRID - 1)
     inner = low + width * jnp.maximum(node - 2, 0).astype(low.dtype)

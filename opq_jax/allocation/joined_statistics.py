@@ -109,6 +109,7 @@ def layout_of(stats: Sequence[LeafStatistics], is_traced: bool) -> Layout:
   counts, sizes = [s.channels for s in stats], [s.size for s in stats]
   if is_traced:
     leaf = np.repeat(np.arange(len(stats), dtype=np.int32), counts)
+    # a block must divide the channels of every leaf, since sums are taken block by block
     return Layout(slice(None), leaf, np.array(sizes), math.gcd(*counts), True)
   short, long = _BLOCKS
   places = lambda block: sum(-(-count // block) * block for count in counts)
@@ -116,6 +117,7 @@ def layout_of(stats: Sequence[LeafStatistics], is_traced: bool) -> Layout:
   leaves = _rounded_up(len(stats), _MIN_LEAVES)
   blocks = [-(-count // block) for count in counts] + [1] * (leaves - len(stats))
   sizes += [block] * (leaves - len(stats))
+  # padding up to the whole size goes to the last leaf, as blocks of zeros
   blocks[-1] += _rounded_up(sum(blocks), _MIN_CHANNELS // block) - sum(blocks)
   starts = np.cumsum([0, *blocks]) * block
   place = [start + np.arange(count) for start, count in zip(starts, counts, strict=False)]

@@ -58,8 +58,11 @@ def pruning_error(threshold: Value, scale: Value) -> Value:
   8.0
   """
   b = _ratio(threshold, scale)
+  # clamped on either side of 1: a derivative goes through the branch that is not taken as well, and
+  # what overflows there times 0 is NaN
   near, far = jnp.minimum(b, 1.0), jnp.maximum(b, 1.0)
   series = jnp.ones_like(near)
+  # 15 terms: at b = 1 the next one, 3! / 19!, is below the rounding of float64
   for k in range(18, 3, -1):
     series = 1 + near / k * series
   small = jnp.exp(-near) * near**3 / 3 * series
@@ -75,6 +78,7 @@ def survivor_error(step: Value, scale: Value) -> Value:
   >>> round(float(survivor_error(jnp.float32(0.01), jnp.float32(1.0)) / 0.01**2 * 12), 4)
   1.0
   """
+  # Delta^2 q / (1 - q)^2 = tau^2 (x / sinh x)^2 with x = d / 2, and 1 - (1 - s)^2 = s (2 - s)
   shortfall = _sinh_shortfall(_ratio(step, scale) / 2)
   return scale * scale * shortfall * (2 - shortfall)
 
@@ -87,6 +91,7 @@ def survivor_offset(step: Value, scale: Value) -> Value:
   >>> round(float(survivor_offset(jnp.float32(0.01), jnp.float32(1.0))), 5)
   0.00499
   """
+  # d q / (1 - q) = exp(-x) x / sinh x with x = d / 2: a sum of two positive terms is left
   x = _ratio(step, scale) / 2
   return scale * (-jnp.expm1(-x) + jnp.exp(-x) * _sinh_shortfall(x))
 
@@ -145,6 +150,7 @@ def entropy(threshold: Value, step: Value, scale: Value) -> Value:
   """
   b = _ratio(threshold, scale)
   survivors, pruned = jnp.exp(-b), -jnp.expm1(-b)
+  # the logarithm of the survivors' share is -b itself: no logarithm of an underflow
   which = (b * survivors - pruned * _log1mexp(b)) / _LOG2
   any_left = survivors > 0
   codes = survivor_entropy(jnp.where(any_left, step, 1), jnp.where(any_left, scale, 1))
@@ -182,6 +188,7 @@ def _product_jvp(primals: tuple, tangents: tuple) -> tuple[Value, Value]:
 
 def _log1mexp(x: Value) -> Value:
   """Returns log(1 - exp(-x)), accurate for small and large x; at 0, the log of the least float."""
+  # at log 2, where exp(-x) is 1/2, neither form has lost a digit
   near, far = jnp.minimum(x, _LOG2), jnp.maximum(x, _LOG2)
   tiny = jnp.finfo(near.dtype).tiny
   small = jnp.log(jnp.maximum(-jnp.expm1(-near), tiny))
@@ -193,9 +200,11 @@ def _sinh_shortfall(x: Value) -> Value:
   near, far = jnp.minimum(x, 1.0), jnp.maximum(x, 1.0)
   square = near * near
   series = jnp.ones_like(near)
+  # seven terms: at x = 1 the next one is again 3! / 19!
   for k in range(8, 1, -1):
     series = 1 + square / ((2 * k) * (2 * k + 1)) * series
   excess = square / 6 * series  # sinh(x) / x - 1
   small = excess / (1 + excess)
+  # sinh itself would overflow
   large = 1 - 2 * far * jnp.exp(-far) / -jnp.expm1(-2 * far)
   return jnp.where(x < 1, small, large)

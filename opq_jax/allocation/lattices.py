@@ -126,12 +126,14 @@ def _affine(magnitudes: Float32[np.ndarray, ' k'], dtype: np.dtype) -> _Affine |
   step.
   """
   first, last = magnitudes[0], magnitudes[-1]
+  # one cell from half the magnitude to one and a half: the value is far from both edges
   if len(magnitudes) == 1:
     return _Affine(first / 2, first, first, 1)
   gap = float(np.min(np.diff(magnitudes.astype(np.float64))))
   levels = round((float(last) - float(first)) / gap) + 1
   if levels > MAX_LEVELS:
     return None
+  # from the ends, not the least gap: the rounding of the ends is spread over all levels
   step = np.float32((float(last) - float(first)) / (levels - 1))
   if levels > 2:
     # as `opq_jax.compression.records.exact_grid` will round them

@@ -78,6 +78,8 @@ def solve_stationarity(
     )(moves, [total[which_sums] for total in summed])
     slopes = (residuals[1:] - residuals[:1]) / h  # [unknown, leaves, residual]
     gradient = (parts[1 : k + 1] - parts[:1]).T / h
+    # z moves by -J^-1 r, and by -J^-1 dr/dlog(lambda) for each unit of log lambda: one solve for
+    # both
     right = jnp.stack([residuals[0], slopes[k]], axis=-1)
     solved = _solve_small(slopes[:k], right)
     # a leaf that has run out of room (all pruned) has a singular system: it stays where it is

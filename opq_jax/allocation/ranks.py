@@ -50,6 +50,7 @@ def magnitudes_at_rank(
   """
   # entry k counts the weights below edge k of the bin
   below = jnp.pad(jnp.cumsum(fine, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+  # ties may share a part: then the nearest count, above or below
   number = jnp.argmin(jnp.abs(below - left[:, None]), axis=1)
   edge = bin_edge(coarse, largest, number.astype(jnp.int32))
   # just under the edge: a weight on it is counted above, and must survive

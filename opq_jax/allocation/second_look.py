@@ -67,6 +67,7 @@ def look_again(
     readers: return the weights of each leaf; called twice.
     targets: the problem.
   """
+  # read leaf by leaf, twice, and never kept: the weights may be larger than memory
   ranks = trees.on_host(_ranks(tree, targets.sparsity, layout.block))
   fine = [
     fine_histogram(read(), s.largest, number)

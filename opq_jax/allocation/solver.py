@@ -113,6 +113,8 @@ def _of_choice(grid: Grid, tree: JoinedStatistics, own: Float[Array, 'leaves']) 
   """Returns the grid of each choice: all pruned, all exact and a lattice are grids too."""
   zero, choice = jnp.zeros_like(grid.step), grid.choice
 
+  # exact: threshold 0 and no levels, so every weight but 0 escapes; pruned: no weight is beyond the
+  # largest.  Their steps are never used, but must be positive
   def of(on_grid: Array, pruned: Array, lattice: Array | float, exact: Array) -> Array:
     return jnp.select(
       [choice == PRUNED, choice == ON_LATTICE, choice == EXACT], [pruned, lattice, exact], on_grid
@@ -137,5 +139,6 @@ def _escape_bits(
   end = threshold[:, None] + MAX_LEVELS * step * unit[:, None]
   tail = rate.sums.at(end / binary_unit(unit)[:, None])
   beyond = (tail.positive + tail.negative) * channels.leaf_share()[:, None]
+  # interpolation within the last bin would leave some beyond its largest weight
   beyond = jnp.where(end >= tree.largest()[:, None], 0, beyond)
   return beyond * tree.value_bits[:, None]

@@ -41,6 +41,7 @@ def value_of(cell: Float32[Array, '...'], leaf: LeafState) -> Float[Array, '...'
   value = leaf.codebook[1] + leaf.step * cell
   if _is_wide(leaf.dtype):
     return value.astype(leaf.dtype)
+  # at most the largest number, since infinity lies in no cell
   largest = jnp.finfo(leaf.dtype).max.astype(leaf.dtype)
   rounded = jnp.minimum(value, largest.astype(jnp.float32)).astype(leaf.dtype)
   rounded_cell = _unbounded_cell(rounded.astype(jnp.float32), leaf)
@@ -48,6 +49,7 @@ def value_of(cell: Float32[Array, '...'], leaf: LeafState) -> Float[Array, '...'
   bits = jax.lax.bitcast_convert_type(rounded, _unsigned(leaf.dtype))
   one, most = bits.dtype.type(1), jax.lax.bitcast_convert_type(largest, bits.dtype)
   bits = jnp.where(rounded_cell < cell, jnp.minimum(bits + one, most), bits)
+  # beyond the last cell magnitudes still count as its own: no need to move these
   is_beyond = (rounded_cell > cell) & (cell < _last(leaf))
   bits = jnp.where(is_beyond, jnp.maximum(bits, one) - one, bits)
   return jax.lax.bitcast_convert_type(bits, leaf.dtype)

@@ -100,6 +100,7 @@ def _decode(codes: PyTree, state: CompressionState, params: PyTree | None) -> Py
   def look_up(name: str, code: Int8[Array, '...'], leaf: LeafState) -> Float[Array, '...']:
     _check_shape(name, code, leaf.kinds.shape)
     value = values_of_codes(code, leaf)
+    # NaN cannot be mistaken for a weight
     escaped = jnp.full_like(value, jnp.nan)
     if params is not None:
       escaped = weights[name]
@@ -136,6 +137,7 @@ def _quantize(weights: Array, leaf: LeafState) -> Array:
 def _straight_through(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
   weights, leaf = primals
   tangent = tangents[0]
+  # a custom rule, because the derivative of `floor` is 0; tangents of the state are dropped
   return _quantize(weights, leaf), jnp.where(leaf.mask, tangent, jnp.zeros_like(tangent))
 
 

@@ -158,7 +158,9 @@ def kinds_of(
 ) -> UInt8[Array, '...']:
   """Returns the kind of every weight: 0 pruned, 1 on the grid, 2 escaped."""
   magnitude = jnp.abs(weights.astype(jnp.float32))
+  # without levels the grid ends at the threshold, and every survivor escapes
   end = jnp.where(levels > 0, levels.astype(jnp.float32) + _SLACK, 0)
+  # the operations of `opq_jax.compression.cells`, in their order, so that both agree at edges
   is_escaped = (magnitude - threshold) * (1 / step) >= end
   return jnp.where(magnitude > threshold, 1 + is_escaped.astype(jnp.uint8), 0).astype(jnp.uint8)
 
@@ -179,6 +181,7 @@ def affine_codebook(
   """
   index = jnp.arange(MAX_LEVELS, dtype=jnp.float32)
   last = jnp.maximum(levels.astype(jnp.float32) - 1, 0)
+  # one product and one sum a level, as in `value_of`: running sums would round differently
   positive = jnp.asarray(first, jnp.float32) + jnp.asarray(step, jnp.float32) * jnp.minimum(
     index, last
   )
@@ -208,5 +211,6 @@ def exact_grid(
   # 2**-126 is the smallest normal float32: below it XLA flushes to 0
   unit = jnp.ldexp(jnp.float32(1), jnp.maximum(exponent, -126))
   is_exact = levels <= 2
+  # at least one unit: where the first value is huge beside the step, levels must still differ
   rounded = jnp.maximum(jnp.round(step / unit), 1) * unit, jnp.round(first / unit) * unit
   return jnp.where(is_exact, step, rounded[0]), jnp.where(is_exact, first, rounded[1])

@@ -170,6 +170,7 @@ def clip_to_grid(state: CompressionState) -> optax.GradientTransformation:
   def clip(gradient: Array, weight: Array, leaf: LeafState) -> Array:
     end = leaf.threshold + leaf.step * leaf.levels.astype(jnp.float32)
     is_beyond = jnp.abs(weight.astype(jnp.float32)) >= end
+    # by signs: w g would underflow to 0 for tiny gradients
     is_outwards = jnp.sign(weight).astype(gradient.dtype) * gradient < 0
     is_beyond &= ~leaf.escaped  # an escaped weight is its own value
     return jnp.where(is_beyond & is_outwards, jnp.zeros_like(gradient), gradient)

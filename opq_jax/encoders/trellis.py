@@ -202,8 +202,8 @@ def _code_leaf(
   state = LeafState(
     kinds=plain.kinds,
     codebook=affine_codebook(grid_first, grid_step, jnp.int32(MAX_LEVELS)),
-    # a level's cell reaches half a step to either side: values lie in the middle of their cells and
-    # keep their codes; the cells have no other part, since codes are chosen by error and price
+    # a level's cell reaches half a step to either side, so that a value keeps its code; the cells
+    # have no other part, since codes are chosen by error and price
     threshold=jnp.maximum(grid_first - grid_step / 2, 0),
     step=grid_step,
     levels=jnp.int32(MAX_LEVELS),

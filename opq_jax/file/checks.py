@@ -56,6 +56,8 @@ def check_cells(name: str, codes: Int8[np.ndarray, '...'], grid: Grid) -> None:
       another cell than the code's own.
   """
   is_on_grid = (ALL_CODES != 0) & (ALL_CODES != ESCAPE)
+  # 256 values in place of all weights; a level that no code has may lie in another cell, as many of
+  # bfloat16 do far from 0
   counts = np.where(is_on_grid, histogram(codes), 0)
   values = grid.value_table().astype(np.float32)
   if bad := int(counts[~np.isfinite(values)].sum()):

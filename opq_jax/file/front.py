@@ -164,6 +164,7 @@ def read_front(file: BinaryIO, label: str, most_bytes: int | None) -> Front:
     ValueError: the file is none of a known version, damaged, or claims too many bytes.
   """
   version, (rows, *sizes), checksum, begin = _read_header(file, label)
+  # all sizes together are the file's own (`_read_header`): no read takes more memory than that
   table = read_bytes(file, label, begin, GRID_BYTES * rows)
   packed_index = read_bytes(file, label, begin + len(table), sizes[0])
   codes_begin = begin + len(table) + sizes[0]
@@ -178,6 +179,7 @@ def read_front(file: BinaryIO, label: str, most_bytes: int | None) -> Front:
   blocks = [Block(*block) for block in index.blocks]
   block_begins = list(itertools.accumulate((b.size for b in blocks), initial=blocks_begin))
   for what, count, expected in (
+    # the tree implies all sizes that the header states: nothing in a file is left over
     ('compressed leaves', placed.compressed, rows),
     ('bytes of codes', placed.codes_size, sizes[1]),
     ('blocks', len(blocks), -(-placed.uncompressed_size // packing.BLOCK)),
@@ -218,6 +220,7 @@ def _check_claim(
   """Checks that decoded leaves take no more memory than is admitted."""
   if most_bytes is None:
     most_bytes = max(_ADMITTED_BYTES, _ADMITTED_RATIO * file_size)
+  # Python's integers: the products of hostile shapes do not wrap around
   claimed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
   if claimed > most_bytes:
     raise ValueError(
@@ -258,11 +261,14 @@ def _read_header(file: BinaryIO, label: str) -> _Header:
     raise ValueError(f"{label}: found version {version!r}, expected '1' or '2'")
   try:
     sizes = tuple(content[name]['shape'][0] for name in TENSORS)
+    # `true` would pass as an int
     if not all(type(size) is int and size >= 0 for size in sizes):
       raise ValueError(f'found sizes {sizes}')
     checksum = int(about['crc32'], 16)
   except (ValueError, KeyError, TypeError, IndexError) as error:
     raise ValueError(f'{label}: found a damaged header: {error!r}') from error
+  # one header for given sizes: JSON of other spacing, order or repeated keys, which readers
+  # understand differently, cannot hide here
   expected = header(sizes, checksum, version)
   if length.to_bytes(8, 'little') + text != expected:
     raise ValueError(f'{label}: found header {text!r}, expected {expected[8:]!r}')

@@ -61,6 +61,7 @@ class Grid(NamedTuple):
 
   def level_values(self) -> LevelValues:
     """Returns the value of every cell, with what rounding it took."""
+    # 24 bits of a step times 7 of a level: exact in float64
     exact = np.float64(self.step) * np.arange(max(self.levels, 1))
     products = exact.astype(np.float32)
     values = self.first + products
@@ -114,6 +115,7 @@ class Grid(NamedTuple):
   ) -> Shaped[np.ndarray, '256']:
     """Rounds magnitudes to the leaf's dtype, each within its cell where the cell has a number."""
     largest = np.array(ml_dtypes.finfo(self.dtype).max, self.dtype)
+    # at most the largest number, since infinity lies in no cell
     rounded = np.minimum(magnitudes, np.float32(largest)).astype(self.dtype)
     found = self.cell(rounded.astype(np.float32))
     # positive numbers of a dtype are in the order of their bits

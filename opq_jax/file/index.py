@@ -69,6 +69,7 @@ _SCALARS: tuple[type[np.generic], ...] = (
 DTYPES = {np.dtype(scalar).name: np.dtype(scalar) for scalar in _SCALARS}
 """The dtypes that a leaf may have, by name."""
 
+# numbers of at most 18 digits fit int64; ASCII, because `\d` would take the digits of all scripts
 _LEAF = re.compile(
   r'(?P<dtype>\w+)\[(?P<shape>(\d{1,18}(,\d{1,18})*)?)\]'
   r'( (?P<levels>\d{1,3}) (?P<stored>\d{1,18}))?(?P<fields>( [a-z_]+=[^ ]+)*)',
@@ -158,6 +159,7 @@ def can_be_compressed(dtype: np.dtype) -> bool:
     info = ml_dtypes.finfo(dtype)
   except ValueError:  # not of floats
     return False
+  # floats of 4 and 6 bits fill bytes only in part; float8_e8m0fnu has no mantissa, and no zero
   return bool(info.bits == 8 * dtype.itemsize and info.nmant > 0)
 
 
@@ -219,6 +221,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _parsed_key(text: str) -> str | int:
   if text.startswith('::') or not text.startswith(':'):
     return text.removeprefix(':')
+  # `int` takes signs, spaces, underscores and leading zeros too: two keys could mean one number
   if f':{int(text[1:])}' != text:
     raise ValueError(f'found key {text!r}, expected a plain number after the colon')
   return int(text[1:])
@@ -230,6 +233,7 @@ def _parsed_leaf(text: str) -> LeafEntry:
     raise ValueError(f'found leaf {text[:80]!r}, expected dtype and shape, or levels and bytes too')
   dtype = DTYPES[match['dtype']]
   shape = tuple(int(n) for n in match['shape'].split(',') if n)
+  # limits of NumPy, which multiplies all axes but those of 0 elements; sizes below fit int64
   if len(shape) > 64 or math.prod(max(n, 1) for n in shape) * dtype.itemsize >= 1 << 62:
     raise ValueError(f'found leaf {text[:80]!r}, expected a shape that an array can have')
   fields = _parsed_fields(match['fields'])
@@ -268,6 +272,7 @@ def placed(leaves: dict[str, LeafEntry]) -> Placed:
   with_places, compressed, codes_size, uncompressed_size = {}, 0, 0, 0
   for name, leaf in leaves.items():
     if leaf.levels is None:
+      # aligned, so that the bytes of float32 numbers keep their period of 4 for `packing`
       begin = uncompressed_size + -uncompressed_size % leaf.dtype.itemsize
       uncompressed_size = begin + leaf.stored
     else:

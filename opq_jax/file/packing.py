@@ -43,5 +43,7 @@ def unpack(data: bytes, most: int, period: int = 1) -> bytes:
 
 
 def _filters(period: int) -> list[dict[str, int]]:
+  # a block is no longer than the dictionary, so no match in it is out of reach; a larger dictionary
+  # would be memory that a reader has to take
   place_bits = period.bit_length() - 1
   return [{'id': lzma.FILTER_LZMA1, 'dict_size': BLOCK, 'lc': 0, 'lp': place_bits, 'pb': 0}]

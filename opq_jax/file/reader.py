@@ -115,7 +115,7 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     self._last_block = -1, b''  # number and unpacked bytes
     try:
       self._front = read_front(self._file, self._label, most_bytes)
-    except BaseException:
+    except BaseException:  # an interrupt as well: nobody else has the file to close it
       self._file.close()
       raise
 
@@ -190,6 +190,7 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     packed = front.block_begins[-1] - front.block_begins[0]
     for name, leaf in front.leaves.items():
       if leaf.levels is None:
+        # differences of rounded running sums: their own sum is the packed bytes, to the byte
         end = packed * (leaf.begin + leaf.stored) // max(front.uncompressed_size, 1)
         begin, sizes[name] = end, end - begin
       else:
@@ -275,6 +276,8 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
 
   def _uncompressed(self, name: str, leaf: LeafEntry) -> Shaped[np.ndarray, '...']:
     """Reads and checks an uncompressed leaf."""
+    # a bytearray, because arrays of its memory are writable; a leaf may begin and end inside of
+    # blocks
     data = bytearray()
     try:
       while len(data) < leaf.stored:

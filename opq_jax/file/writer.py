@@ -102,6 +102,8 @@ def serialize(
     specs.append(written.spec)
     versions.append(written.version)
 
+  # in blocks, so that a reader of one leaf unpacks no more than the blocks it lies in; `lzma` works
+  # without the interpreter's lock
   pieces = [raw[start : start + packing.BLOCK] for start in range(0, len(raw), packing.BLOCK)]
   with ThreadPoolExecutor() as pool:
     blocks = list(pool.map(lambda piece: packing.pack(piece, packing.FLOAT_PERIOD), pieces))
@@ -132,6 +134,7 @@ def plain_tree(node: PyTree, path: tree_util.KeyPath = ()) -> PyTree:
   """
   if node is None:
     return None
+  # any node but the first counts as a leaf: the children alone, with one key each
   children = tree_util.tree_leaves_with_path(node, is_leaf=lambda inner: inner is not node)
   if len(children) == 1 and children[0][0] == ():
     return node
@@ -237,6 +240,7 @@ def checked_grid(name: str, record: LeafState) -> list[np.float32]:
     raise ValueError(f'{name}: found {levels} levels, expected 0 to {MAX_LEVELS}')
   grid = grid_of(record)
   checks.check_grid(name, grid, VERSIONS[-1])
+  # the file has no codebook, only its grid: a reader must get the same bits, -0 told from 0
   if codebook.tobytes() != grid.codebook().tobytes():
     raise ValueError(
       f'{name}: found another codebook than the affine one of first value {grid.first}, step '
