@@ -103,8 +103,7 @@ def dual_search(
       lagrangian = cost + jnp.exp(middle) * need
       # several times faster than argmin, which XLA's CPU backend does not vectorise
       is_best = lagrangian <= jnp.min(lagrangian, axis=1, keepdims=True)
-      # of equal nodes the one that needs most: a leaf that jumps here is on the far side of its
-      # jump
+      # of equal nodes the one that needs most: `over` then never has a choice that needs too much
       too_many = jnp.sum(jnp.max(jnp.where(is_best, need, 0), axis=1)) > budget
       return _Bracket(
         jnp.where(too_many, middle, bracket.under), jnp.where(too_many, bracket.over, middle)

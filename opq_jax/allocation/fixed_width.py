@@ -146,8 +146,8 @@ def minimise_at_bits(
     found = dual_search(evaluate, bits, low, high)
     is_better = (state.searches == 0) | (found.cost < state.best.cost)
     best = jax.tree.map(lambda new, old: jnp.where(is_better, new, old), found, state.best)
-    # the next search holds the leaf that jumps to two nodes either side of its best place; its
-    # bound is of this narrower problem, so the best answer so far is kept
+    # the next search holds the leaf that jumps within two nodes of its best place; costs may rise
+    # there, so the best answer of all searches is kept
     node = best_node(*evaluate(low, high), bits, found.log_multiplier, found.leaf)
     width = (high - low) / (GRID - 1)
     inner = low + width * jnp.maximum(node - 2, 0).astype(low.dtype)

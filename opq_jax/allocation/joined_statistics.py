@@ -117,7 +117,7 @@ def layout_of(stats: Sequence[LeafStatistics], is_traced: bool) -> Layout:
   leaves = _rounded_up(len(stats), _MIN_LEAVES)
   blocks = [-(-count // block) for count in counts] + [1] * (leaves - len(stats))
   sizes += [block] * (leaves - len(stats))
-  # padding up to the whole size goes to the last leaf, as blocks of zeros
+  # padding up to the whole size goes to the last leaf, as channels of scale 0
   blocks[-1] += _rounded_up(sum(blocks), _MIN_CHANNELS // block) - sum(blocks)
   starts = np.cumsum([0, *blocks]) * block
   place = [start + np.arange(count) for start, count in zip(starts, counts, strict=False)]

@@ -188,7 +188,7 @@ def _product_jvp(primals: tuple, tangents: tuple) -> tuple[Value, Value]:
 
 def _log1mexp(x: Value) -> Value:
   """Returns log(1 - exp(-x)), accurate for small and large x; at 0, the log of the least float."""
-  # at log 2, where exp(-x) is 1/2, neither form has lost a digit
+  # at log 2, where exp(-x) is 1/2, neither form has lost more than a bit
   near, far = jnp.minimum(x, _LOG2), jnp.maximum(x, _LOG2)
   tiny = jnp.finfo(near.dtype).tiny
   small = jnp.log(jnp.maximum(-jnp.expm1(-near), tiny))

@@ -205,7 +205,8 @@ def _corrected_statistics(
   new = {}
   for mean, var in mean_var_pairs(running):
     # scaled / (1 - momentum) is the moment itself.  A momentum in float32 is exact enough to divide
-    # a difference by (1 part in 10,000 at .9997); in the ratio of variances it cancels.
+    # a difference by (1 part in 10,000 at .9997); in the ratio of variances it cancels.  Over
+    # infinity, statistics that never update are not shifted
     share = 1 - before.momentum[mean]
     shift = (after.scaled[mean] - before.scaled[mean]) / jnp.where(share > 0, share, jnp.inf)
     new[mean] = running[mean] + shift.astype(running[mean].dtype)

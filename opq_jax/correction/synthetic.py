@@ -143,6 +143,7 @@ def _divergence(
 ) -> Float32[Array, '']:
   """Returns the divergence that `synthetic_inputs` minimises."""
   stored = trees.named_leaves(variables[STATISTICS])
+  # from statistics of 0 an update is (1 - momentum) times the batch's own: no digits cancel
   zeros = zero_statistics(variables)
   scaled, _ = updated_statistics(apply_fn, variables, inputs, zeros)
   batch = {name: leaf / (1 - momentum[name]) for name, leaf in scaled.items()}

@@ -141,6 +141,8 @@ def sharded_train_step(
     sharding = leaf.sharding
     return sharding if isinstance(sharding, NamedSharding) and sharding.mesh == mesh else whole
 
+  # one program, for the shardings of the states of one run; those of the next state are asked for,
+  # since XLA might choose others and compile the next step anew
   @functools.lru_cache(maxsize=1)
   def compiled(structure: Any, leaves: tuple[NamedSharding, ...]) -> Callable[..., Any]:
     shardings = jax.tree.unflatten(structure, leaves)
@@ -153,6 +155,7 @@ def sharded_train_step(
     teacher: Mapping[str, PyTree] | None = None,
   ) -> tuple[TrainState, Metrics]:
     leaves, structure = jax.tree.flatten(jax.tree.map(placed, train_state))
+    # copies nothing but counters and keys of the first step: later states lie there already
     train_state = jax.device_put(train_state, jax.tree.unflatten(structure, leaves))
     batch = {
       name: jax.make_array_from_process_local_data(rows, np.asarray(leaf))
@@ -198,6 +201,7 @@ def replicate(tree: PyTree, devices: Sequence[jax.Device] | None = None) -> PyTr
 
   def put(leaf: Any) -> Array:
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      # a callback hands over NumPy arrays, which know no typed keys
       data = put(jax.random.key_data(leaf))
       return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     host = np.asarray(leaf)

@@ -159,6 +159,8 @@ def train_step(
   (1, 1.0986)
   """
   loss_fn = loss_fn or classification_loss()
+  # from the number of the step, so that a run that goes on from a checkpoint draws the same
+  # numbers; then from the device, so that dropout differs between parts of the batch
   key = jax.random.fold_in(train_state.rng, train_state.step)
   if axis_name is not None:
     key = jax.random.fold_in(key, lax.axis_index(axis_name))
@@ -195,6 +197,8 @@ def train_step(
     batch_stats, results = lax.scan(gradient, train_state.batch_stats, (parts, keys))
     results = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), results)
   if axis_name is not None:
+    # each device has updated the running statistics from its own part; the means are equal
+    # everywhere, as replicated outputs must be
     batch_stats, results = lax.pmean((batch_stats, results), axis_name)
   gradients, metrics = results
   if clip_to_grid and compression_state is not None:
@@ -210,6 +214,7 @@ def train_step(
     if average is None:
       raise ValueError('average: found None, expected init_train_state(…, with_average=True)')
     new = {'params': params, _STATISTICS: batch_stats}
+    # in this form a number that does not move stays as it is, bit for bit
     average = jax.tree.map(lambda old, new: old + (1 - ema_decay) * (new - old), average, new)
   next_state = dataclasses.replace(
     train_state,

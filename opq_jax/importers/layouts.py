@@ -60,6 +60,7 @@ class Layout(NamedTuple):
 
   def to_flax(self, array: np.ndarray) -> np.ndarray:
     """Returns the Flax leaf of a framework's tensor; the inverse of `to_source`."""
+    # `argsort` of a permutation is its inverse
     permuted = array.reshape([self.view[axis] for axis in self.axes])
     return permuted.transpose(np.argsort(self.axes)).reshape(self.flax_shape)
 
@@ -128,6 +129,7 @@ class Source:
     }
 
   def _place(self, path: str, shape: Shape) -> tuple[str, Layout]:
+    # without the collection: scale and bias of a BatchNorm are params, mean and variance are not
     module, _, kind = path.partition('/')[2].rpartition('/')
     layer = module.removesuffix('_bn')
     is_norm = layer != module

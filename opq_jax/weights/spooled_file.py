@@ -86,6 +86,7 @@ class SpooledFile:
     as_bytes = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     self._raw_size += padding + as_bytes.size
     self._raw += bytes(padding)
+    # a block at a time: the buffer holds two blocks at most, however large the leaf is
     for start in range(0, as_bytes.size, packing.BLOCK):
       self._raw += as_bytes[start : start + packing.BLOCK].data
       while len(self._raw) >= packing.BLOCK:
@@ -129,6 +130,8 @@ class SpooledFile:
     block = bytes(self._raw[:size])
     del self._raw[:size]
     self._pending.append(self._pool.submit(packing.pack, block, packing.FLOAT_PERIOD))
+    # blocks are written in order; waiting for the oldest one also keeps a fast reader of leaves
+    # from filling memory with blocks
     if len(self._pending) > _MAX_PENDING:
       self._write_block()
 

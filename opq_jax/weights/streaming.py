@@ -116,6 +116,7 @@ def compress_stored(
 
     def coded(**targets: Any) -> CodedTree:
       """Codes the tree for these targets; the parts of an earlier call are deleted."""
+      # at once, so that the disk holds the parts of one trial
       spooled.close()
       with stage('allocate'):
         allocation = source.allocation(**targets)
@@ -148,6 +149,7 @@ def _coded_at_rate(
 
   original, weights = sum(leaf.nbytes for leaf in leaves), sum(leaf.size for leaf in leaves)
   bits = file_rates.bits_of_file(size_of, original, file_rate, weights)
+  # the search may answer with a trial before its last one, whose parts are gone: coded again
   if bits not in last:
     size_of(bits)
   return last[bits]
