@@ -5,7 +5,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-_MAX_IMAGES = 128
+MAX_IMAGES = 128
 """Images read by default: as many as synthetic ones of 224 pixels."""
 
 
@@ -72,9 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(
     '--max-images',
     type=int,
-    default=_MAX_IMAGES,
     metavar='N',
-    help='number of images to use of FOLDER, at most (default: %(default)s)',
+    help=f'number of images to use of FOLDER, at most (default: {MAX_IMAGES})',
   )
   add(
     '--inference-only',
@@ -113,7 +112,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     '--objective',
     choices=OBJECTIVES,
     default=OBJECTIVES[0],
-    help='error that the allocation minimises over all layers (default: %(default)s)',
+    metavar='NAME',
+    help=f'error that the allocation minimises over all layers: {", ".join(OBJECTIVES)} (default: '
+    '%(default)s)',
   )
   add = parser.add_argument_group('leaves').add_argument
   globs: dict[str, Any] = {'nargs': '+', 'action': 'extend', 'default': [], 'metavar': 'GLOB'}
@@ -192,6 +193,8 @@ def _check_options(arguments: argparse.Namespace) -> None:
     for option, is_given in needs_model.items():
       if is_given:
         raise ValueError(f'{option} needs --model')
+  if arguments.max_images is not None and arguments.images is None:
+    raise ValueError('--max-images needs --images')
   encoders = {
     '--feedback': arguments.feedback,
     '--trellis': arguments.trellis,

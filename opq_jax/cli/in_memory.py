@@ -12,6 +12,7 @@ from rich.text import Text
 
 import opq_jax
 from opq_jax.cli import steps
+from opq_jax.cli.compress import MAX_IMAGES
 from opq_jax.cli.console import collected_warnings, console, note
 from opq_jax.cli.encoding import (
   FEEDBACK,
@@ -63,7 +64,8 @@ def compress(
         )
         about |= networks.metadata(network)
         if arguments.images is not None:
-          images = steps.folder_images(network, arguments.images, arguments.max_images)
+          limit = MAX_IMAGES if arguments.max_images is None else arguments.max_images
+          images = steps.folder_images(network, arguments.images, limit)
       params = read_weights(source) if network is None else network.variables
       chosen = chosen_paths(params, arguments.include, arguments.exclude)
       original = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params))

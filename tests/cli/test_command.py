@@ -222,7 +222,7 @@ def test_compress_narrows_float64(net):
       (['compress', 'net.safetensors', 'out.opq', *option.split()], f'{option.split()[0]} needs')
       for option in (
         *('--source timm', '--no-correction', '--inference-only', '--feedback'),
-        *('--layer-by-layer', '--images folder', '--num-classes 3'),
+        *('--layer-by-layer', '--images folder', '--num-classes 3', '--max-images 3'),
       )
     ),
     (
