@@ -10,6 +10,7 @@ import sys
 import jax
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from opq_jax import data
@@ -25,6 +26,8 @@ OPTIMIZER = optax.adamw(1e-2)
 def main(folder, index, count, port):
   if count > 1:
     jax.distributed.initialize(f'localhost:{port}', num_processes=count, process_id=index)
+    # Gloo connects within 30 s or never: now, while both have just begun
+    multihost_utils.sync_global_devices('begun')
   assert jax.device_count() == 2
   pmap_step = parallel.pmap_train_step(apply_fn, OPTIMIZER)
   mesh = Mesh(np.array(jax.devices()), (parallel.AXIS,))
