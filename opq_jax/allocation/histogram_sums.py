@@ -107,6 +107,7 @@ def sums_of(
   both = jnp.sum(counts, axis=1)
   centre, width = sums.centres()
   beyond = [counts[:, 0], counts[:, 1], both * centre]
+  # summed from the far end: as a difference of sums from 0, a thin tail would have no digits left
   beyond = [jnp.pad(lax.cumsum(x, axis=1, reverse=True), ((0, 0), (0, 1))) for x in beyond]
   # width^2 / 12: the variance of weights spread evenly over their bin
   squares = both * (centre * centre + width * width / 12)

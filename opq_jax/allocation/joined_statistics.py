@@ -116,6 +116,7 @@ def layout_of(stats: Sequence[LeafStatistics], is_traced: bool) -> Layout:
   block = long if places(long) <= places(short) * _MAX_PADDING else short
   leaves = _rounded_up(len(stats), _MIN_LEAVES)
   blocks = [-(-count // block) for count in counts] + [1] * (leaves - len(stats))
+  # padding leaves have weights too, because bits are divided by sizes
   sizes += [block] * (leaves - len(stats))
   # padding up to the whole size goes to the last leaf, as channels of scale 0
   blocks[-1] += _rounded_up(sum(blocks), _MIN_CHANNELS // block) - sum(blocks)

@@ -72,6 +72,7 @@ def _grid_at_rate(problem: _Problem, targets: BitsPerWeight) -> Grid:
   if rate is None:
     threshold, step = (x * unit for x in minimise_at_rate(channels, bits))
     return _full_grid(tree, threshold, step)
+  # a power of two near t_i: lengths divided by it stay in the bins of the histogram
   own, found = binary_unit(unit), minimise_at_bits_per_weight(rate, bits)
   grid = Grid(found.threshold * own, found.step * own, found.levels, found.choice)
   return _of_choice(grid, tree, own)

@@ -133,6 +133,7 @@ def _plans(codes: Int8[np.ndarray, '...'], arrangement: int) -> Iterator[_Plan]:
   along_trellis = trellis.indices_and_subsets(kernel)
   kernel, subsets = (kernel, None) if along_trellis is None else along_trellis
   is_small = kernel.size <= _SMALL
+  # their bits tell whether neighbours pay for the 21 scores of their activities
   for has_window in (True, False) if kernel.shape[0] > 1 else (False,):
     coded = coded_kernel(kernel, subsets, window, has_window)
     for has_inputs, has_outputs in itertools.product((True, False), repeat=2):

@@ -156,6 +156,7 @@ def read_head(data: bytes | memoryview, shape: tuple[int, ...]) -> tuple[Head, i
   more, position = frequencies.read_golomb(bits, position, 2)
   if more >= MAX_RANGES:
     raise ValueError(f'found {more + 1} ranges of scores, expected at most {MAX_RANGES}')
+  # a range that begins beyond the largest score has no weights, which does no harm
   starts: list[int] = []
   for i in range(more):
     # the first start is of the size of the offset 384, the distances of a few thirds of an octave

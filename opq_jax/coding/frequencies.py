@@ -242,6 +242,8 @@ def _quantized(counts: Int64[np.ndarray, ' k'], precision: int) -> Int64[np.ndar
   Counts are rounded each for itself; then single units are taken or given where this costs the
   fewest bits (or saves the most), until the sum is right.
   """
+  # the loop takes no more turns than there are symbols: each is off by one unit at most.  Other
+  # platforms may compute other logarithms, hence tables; a decoder reads whole numbers alone
   ideal = np.rint(counts * ((1 << precision) / counts.sum()))
   frequencies = np.where(counts > 0, np.maximum(ideal, 1), 0).astype(np.int64)
   while excess := int(frequencies.sum()) - (1 << precision):

@@ -42,6 +42,7 @@ def entropy(codes: Int8[np.ndarray, '...']) -> float:
   # a writer codes 0 in the place of an escape, and the trellis goes through that 0
   on_grid = np.where(escaped, np.int8(0), codes) if escaped.any() else codes
   for arrangement in arrangements.choices(codes.shape):
+    # codes that were not chosen along a trellis leave it within a few weights: the test is cheap
     found = trellis.indices_and_subsets(arrangements.arranged(on_grid, arrangement)[0])
     if found is not None:
       indices, subsets = found
@@ -101,6 +102,7 @@ def decode_codes(data: bytes | memoryview, shape: tuple[int, ...]) -> Int8[np.nd
   size = math.prod(shape)
   if size == 0 and len(data) == 0 and min(shape) >= 0:
     return np.zeros(shape, np.int8)
+  # a shape from a file: two negative axes have a positive product
   if size <= 0 or min(shape, default=1) <= 0 or len(data) == 0:
     raise ValueError(f'found {len(data)} bytes of codes, expected those of {size} codes')
   bits = frequencies.to_bits(data, _MAX_TABLE_BYTES)

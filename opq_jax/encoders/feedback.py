@@ -29,6 +29,7 @@ from opq_jax.encoders.encoder import (
 _BLOCK = 64
 
 
+# eq=False in all encoders: arrays do not compare to one boolean, and have no hash
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Feedback(LeafEncoder):
   r"""Chooses codes that minimise the error of each layer's output, by error feedback (GPTQ).

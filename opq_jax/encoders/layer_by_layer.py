@@ -160,6 +160,7 @@ class _SideBySide:
     is_norm = isinstance(module, nn.BatchNorm)
     if self._is_inside or context.method_name != '__call__' or not (is_layer or is_norm):
       return call(*args, **kwargs)
+    # by position or by name, and Flax has two names for the inputs of a layer and of a BatchNorm
     both, *others = args or (kwargs.pop('inputs' if is_layer else 'x'),)
     float_inputs, compressed_inputs = jnp.split(both, 2)
     new_params = {}
@@ -206,6 +207,7 @@ class _SideBySide:
     # network alone
     params = {**module.variables.get('params', {}), **new_params}
     alone = module.clone(parent=None, name=None)
+    # the call below comes through the interceptor again, and must pass
     self._is_inside = True
     output, _ = alone.apply(
       {**module.variables, 'params': params}, *args, **kwargs, mutable=['batch_stats']

@@ -19,6 +19,7 @@ def check_grid(name: str, grid: Grid, version: str) -> None:
       multiple of the step rounds in float32, the values do not rise, or, in version 1, a value
       rounds.
   """
+  # grids of a damaged file overflow here; the tests below find what comes of it
   with np.errstate(over='ignore', invalid='ignore'):
     values, rounds, has_exact_products = grid.level_values()
   is_finite = bool(np.isfinite([grid.threshold, grid.step, values[-1]]).all())

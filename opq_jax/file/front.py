@@ -111,6 +111,7 @@ def header(sizes: Sequence[int], checksum: int, version: str) -> bytes:
     content[name] = {'dtype': dtype, 'shape': shape, 'data_offsets': [begin, end]}
     begin = end
   text = json.dumps(content, separators=(',', ':')).encode('ascii')
+  # as safetensors pads: the tensor of grids then begins at a multiple of its item size
   text += b' ' * (-len(text) % 8)
   return len(text).to_bytes(8, 'little') + text
 
@@ -171,6 +172,7 @@ def read_front(file: BinaryIO, label: str, most_bytes: int | None) -> Front:
   blocks_begin, file_size = codes_begin + sizes[1], codes_begin + sizes[1] + sizes[2]
   if (found := zlib.crc32(packed_index, zlib.crc32(table))) != checksum:
     raise ValueError(f'{label}: found CRC-32 {found:08x} of the index, not {checksum:08x}')
+  # JSON of 4 MB may be nested deeper than Python's stack: a RecursionError
   try:
     index = file_index.parsed_index(packing.unpack(packed_index, file_index.MAX_INDEX))
     placed = file_index.placed(plain_trees.named_leaves(index.tree))
@@ -248,6 +250,8 @@ def _read_header(file: BinaryIO, label: str) -> _Header:
   file_size = file.seek(0, os.SEEK_END)
   file.seek(0)
   length = int.from_bytes(file.read(8), 'little')
+  # a length of 2**63 must not be believed; what is cut off here is no JSON, or not the header that
+  # is expected below
   text = file.read(min(length, MAX_HEADER))
   try:
     content = json.loads(text)

@@ -212,6 +212,7 @@ def parsed_index(text: bytes) -> Index:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  # of two equal keys Python keeps the last and other parsers the first: two readers, two networks
   content = dict(pairs)
   if len(content) != len(pairs):
     raise ValueError(f'found keys {[key for key, _ in pairs][:10]}, expected every key once')
@@ -260,6 +261,7 @@ def _parsed_fields(text: str) -> dict[str, str]:
   pairs = [field.split('=', 1) for field in text.split()]
   names = [name for name, _ in pairs]
   for name in names:
+    # a field says what bytes mean: weights read without it would be wrong ones
     if name != 'escapes':
       raise ValueError(f'found field {name}, which a newer opq_jax wrote, expected escapes')
   if names != sorted(set(names)):

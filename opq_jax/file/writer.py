@@ -85,6 +85,7 @@ def serialize(
   """
   metadata = checked_metadata(metadata)
   leaf_states = trees.records(params, state.tree, LeafState)
+  # by name: a namedtuple becomes a dict, whose leaves may come in another order
   records = dict(zip(trees.named_leaves(params), leaf_states, strict=True))
   tree = plain_tree(params)
   plain_trees.check_names(tree)
@@ -221,6 +222,7 @@ def host_array(name: str, leaf: Any) -> Shaped[np.ndarray, '...']:
     array = np.asarray(leaf)
   except TypeError as error:  # keys of random numbers, tracers
     raise ValueError(f'{name}: found {type(leaf).__name__}, expected an array: {error}') from error
+  # a name says nothing of the byte order, and the dtype of the table is native
   dtype = file_index.DTYPES.get(array.dtype.name)
   if dtype is None:
     raise ValueError(
