@@ -83,17 +83,17 @@ def minimise_at_bits(
     channels.share * laplace.pruning_error(channels.of(threshold), channels.scale)
   )
   log_reach = jnp.log(jnp.maximum(reach, tiny))
-  most = jnp.maximum(channels.max(log_reach), _LOG_FINEST)
+  coarsest = jnp.maximum(channels.max(log_reach), _LOG_FINEST)
   # the finest step of use: 127 cells reach the largest weight, or, with escaped weights, only a
   # fraction of the leaf's scale
-  least = most - _LOG_LEVELS
+  finest = coarsest - _LOG_LEVELS
   if escape_bits is not None:
-    least = jnp.minimum(least, _LOG_FINEST)
-  span = jnp.where(most > least, most - least, 1)
+    finest = jnp.minimum(finest, _LOG_FINEST)
+  span = jnp.where(coarsest > finest, coarsest - finest, 1)
 
   # the error is a smooth function of the log step: a table saves most exponentials of the search
-  nodes = jnp.linspace(*_TABLE, dtype=least.dtype)
-  log_steps = channels.of(least[:, None] + (most - least)[:, None] * nodes[None])
+  nodes = jnp.linspace(*_TABLE, dtype=finest.dtype)
+  log_steps = channels.of(finest[:, None] + (coarsest - finest)[:, None] * nodes[None])
   scale = jnp.broadcast_to(channels.scale[:, None], log_steps.shape)
   error = channels.sum(survivors[:, None] * laplace.survivor_error(jnp.exp(log_steps), scale))
   # in logarithms, in which the error of fine steps is a line, 2 log Delta: little is left to fit
@@ -103,7 +103,7 @@ def minimise_at_bits(
     """Returns costs, and bits per survivor of the tree, at GRID log steps from `low` to `high`."""
     width = (high - low) / (GRID - 1)
     log_step = low[:, None] + width[:, None] * jnp.arange(GRID, dtype=low.dtype)[None]
-    place = (log_step - least[:, None]) / span[:, None]
+    place = (log_step - finest[:, None]) / span[:, None]
     error = jnp.exp(_interpolate(log_error, (place - nodes[0]) / (nodes[1] - nodes[0])))
     cost = channels.cost(1 - (error + pruned[:, None]) / (2 * share[:, None]))
     beyond = log_reach - channels.of(low)
@@ -130,35 +130,35 @@ def minimise_at_bits(
       return index / _LOG2 + escape_bits(jnp.exp(log_step))
 
     # in later rounds 127 cells mostly suffice, and the second sum is saved
-    needs_more = jnp.any(most - low > _LOG_LEVELS * (1 + 1e-6))
+    needs_more = jnp.any(coarsest - low > _LOG_LEVELS * (1 + 1e-6))
     more = within(log_step)
     if escape_bits is not None:
       more = jax.lax.cond(needs_more, limited, lambda _: more, log_step)
     return cost, (channels.sum(survivors)[:, None] + more) / total
 
   def is_open(state: _Best) -> Array:
-    tolerance = max(1e-7, 64 * float(jnp.finfo(least.dtype).eps))
+    tolerance = max(1e-7, 64 * float(jnp.finfo(finest.dtype).eps))
     has_gap = state.best.cost - state.bound > tolerance * state.best.cost
     return (state.searches == 0) | ((state.searches < _MAX_SEARCHES) & has_gap)
 
   def search(state: _Best) -> _Best:
     low, high = state.low, state.high
-    found = dual_search(evaluate, bits, low, high)
-    is_better = (state.searches == 0) | (found.cost < state.best.cost)
-    best = jax.tree.map(lambda new, old: jnp.where(is_better, new, old), found, state.best)
+    result = dual_search(evaluate, bits, low, high)
+    is_better = (state.searches == 0) | (result.cost < state.best.cost)
+    best = jax.tree.map(lambda new, old: jnp.where(is_better, new, old), result, state.best)
     # the next search holds the leaf that jumps within two nodes of its best place; costs may rise
     # there, so the best answer of all searches is kept
-    node = best_node(*evaluate(low, high), bits, found.log_multiplier, found.leaf)
+    node = best_node(*evaluate(low, high), bits, result.log_multiplier, result.leaf)
     width = (high - low) / (GRID - 1)
     inner = low + width * jnp.maximum(node - 2, 0).astype(low.dtype)
     outer = low + width * jnp.minimum(node + 2, GRID - 1).astype(low.dtype)
-    is_held = np.arange(channels.leaves, dtype=np.int32) == found.leaf
+    is_held = np.arange(channels.leaves, dtype=np.int32) == result.leaf
     low, high = jnp.where(is_held, inner, low), jnp.where(is_held, outer, high)
-    return _Best(state.searches + 1, low, high, best, found.bound)
+    return _Best(state.searches + 1, low, high, best, result.bound)
 
-  zero = jnp.zeros((), least.dtype)
-  nothing = Minimum(least, zero, zero, zero, jnp.int32(0))
-  state = jax.lax.while_loop(is_open, search, _Best(jnp.int32(0), least, most, nothing, zero))
+  zero = jnp.zeros((), finest.dtype)
+  nothing = Minimum(finest, zero, zero, zero, jnp.int32(0))
+  state = jax.lax.while_loop(is_open, search, _Best(jnp.int32(0), finest, coarsest, nothing, zero))
   return jnp.exp(state.best.x)
 
 

@@ -54,11 +54,11 @@ class Sums(NamedTuple):
     low, high = (
       jnp.take_along_axis(self.columns, i[..., None], axis=1) for i in (index, index + 1)
     )
-    found = low + part * (high - low)
+    sums = low + part * (high - low)
     # the last bin is filled only up to the largest weight; 1e-6 is eight roundings of float32
     is_all = (flat >= self.largest[:, None] * (1 - 1e-6))[..., None]
-    found = jnp.where(is_all, self.columns[:, -1:], found)
-    return Tail(*(found[..., k].reshape(magnitude.shape) for k in range(4)))
+    sums = jnp.where(is_all, self.columns[:, -1:], sums)
+    return Tail(*(sums[..., k].reshape(magnitude.shape) for k in range(4)))
 
   def energy(self) -> Float[Array, 'leaves']:
     """Returns the mean of w^2."""

@@ -72,8 +72,8 @@ def numbers_of(
     return np.array(bin_edge(jnp.arange(BINS, dtype=jnp.int32), jnp.float32(stats.largest)))
   if weights is None:
     return None
-  found, is_one = jax.device_get(_magnitudes(weights, jnp.float32(stats.largest)))
-  return found if is_one else None
+  numbers, is_one = jax.device_get(_magnitudes(weights, jnp.float32(stats.largest)))
+  return numbers if is_one else None
 
 
 def lattice_of(stats: LeafStatistics, numbers: Float32[np.ndarray, ' bins']) -> Lattice:
@@ -100,9 +100,9 @@ def lattice_of(stats: LeafStatistics, numbers: Float32[np.ndarray, ' bins']) -> 
     + len(frequencies.write_table(frequencies.fit(codes)))
     + CODER_BITS
   )
-  off = magnitudes.astype(np.float64) - _values(first, step, place - 1, np.dtype(stats.dtype))
-  off /= float(stats.largest)
-  error = float(np.sum(counts[:, occurs] * np.square(off)) / stats.size)
+  errors = magnitudes.astype(np.float64) - _values(first, step, place - 1, np.dtype(stats.dtype))
+  errors /= float(stats.largest)
+  error = float(np.sum(counts[:, occurs] * np.square(errors)) / stats.size)
   return Lattice(
     float(threshold), float(first), float(step), float(levels), bits / stats.size, error
   )
@@ -115,8 +115,8 @@ def _magnitudes(
   """Returns the largest |w| of every bin, and whether no bin has another (bin 0: only zeros)."""
   magnitude = jnp.abs(weights.astype(jnp.float32))
   index = bin_of(magnitude, largest)
-  found = jnp.zeros(BINS, jnp.float32).at[index].max(magnitude)
-  return found, jnp.all(magnitude == found[index]) & (found[0] == 0)
+  largest_of_bin = jnp.zeros(BINS, jnp.float32).at[index].max(magnitude)
+  return largest_of_bin, jnp.all(magnitude == largest_of_bin[index]) & (largest_of_bin[0] == 0)
 
 
 def _affine(magnitudes: Float32[np.ndarray, ' k'], dtype: np.dtype) -> _Affine | None:

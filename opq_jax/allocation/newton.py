@@ -66,12 +66,12 @@ def solve_stationarity(
   moves_sums = moves[: 1 + min(k, 2)]
   which_sums = np.where(np.arange(k + 2) < len(moves_sums), np.arange(k + 2), 0)
 
-  def is_moving(at: _Iterate) -> Array:
+  def is_moving(iterate: _Iterate) -> Array:
     # convergence is quadratic: after a step of 4 h the next one is below the float's precision
-    return (at.steps < _MAX_STEPS) & (at.moved > 4 * h)
+    return (iterate.steps < _MAX_STEPS) & (iterate.moved > 4 * h)
 
-  def step(at: _Iterate) -> _Iterate:
-    z, multiplier = at.z, at.multiplier
+  def step(iterate: _Iterate) -> _Iterate:
+    z, multiplier = iterate.z, iterate.multiplier
     summed = jax.vmap(lambda move: sums(z + h * move[None, :k]))(moves_sums)
     residuals, parts = jax.vmap(
       lambda move, total: conditions(z + h * move[None, :k], multiplier + h * move[k], total)
@@ -90,7 +90,7 @@ def solve_stationarity(
     # limited steps: far from the solution the linear model is wrong, and exp would overflow
     dm = jnp.clip(missing / jnp.where(jnp.abs(slope) > 0, slope, 1), -2, 2)
     dz = jnp.clip(towards + dm * along, -1, 1)
-    return _Iterate(at.steps + 1, z + dz, multiplier + dm, jnp.max(jnp.abs(dz)))
+    return _Iterate(iterate.steps + 1, z + dz, multiplier + dm, jnp.max(jnp.abs(dz)))
 
   infinity = jnp.asarray(jnp.inf, start.dtype)
   end = jax.lax.while_loop(is_moving, step, _Iterate(0, start, multiplier, infinity))
@@ -107,5 +107,5 @@ def _solve_small(columns: Float[Array, 'k leaves k'], right: Float[Array, 'leave
   first, second, third = columns
   rows = jnp.cross(second, third), jnp.cross(third, first), jnp.cross(first, second)
   determinant = jnp.sum(first * rows[0], axis=-1)
-  found = [jnp.sum(row[..., None] * right, axis=-2) for row in rows]
-  return jnp.stack(found, axis=-2) / determinant[:, None, None]
+  numerators = [jnp.sum(row[..., None] * right, axis=-2) for row in rows]
+  return jnp.stack(numerators, axis=-2) / determinant[:, None, None]

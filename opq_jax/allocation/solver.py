@@ -73,8 +73,8 @@ def _grid_at_rate(problem: _Problem, targets: BitsPerWeight) -> Grid:
     threshold, step = (x * unit for x in minimise_at_rate(channels, bits))
     return _full_grid(tree, threshold, step)
   # a power of two near t_i: lengths divided by it stay in the bins of the histogram
-  own, found = binary_unit(unit), minimise_at_bits_per_weight(rate, bits)
-  grid = Grid(found.threshold * own, found.step * own, found.levels, found.choice)
+  own, choices = binary_unit(unit), minimise_at_bits_per_weight(rate, bits)
+  grid = Grid(choices.threshold * own, choices.step * own, choices.levels, choices.choice)
   return _of_choice(grid, tree, own)
 
 

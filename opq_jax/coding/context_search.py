@@ -91,8 +91,8 @@ def prices(codes: Int8[np.ndarray, '...'], arrangement: int) -> Prices:
     # rarest that can occur has 1 of 2**P and costs P bits; one that does not is priced a bit above
     row[:] = model.precision + 1
     occurs = model.frequencies > 0
-    at = model.symbols[occurs].astype(int) + trellis.MAX_INDEX
-    row[at] = model.precision - np.log2(model.frequencies[occurs])
+    places = model.symbols[occurs].astype(int) + trellis.MAX_INDEX
+    row[places] = model.precision - np.log2(model.frequencies[occurs])
   return Prices(plan, bits.reshape(-1, 2, bits.shape[1]))
 
 

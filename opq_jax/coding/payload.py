@@ -43,9 +43,9 @@ def entropy(codes: Int8[np.ndarray, '...']) -> float:
   on_grid = np.where(escaped, np.int8(0), codes) if escaped.any() else codes
   for arrangement in arrangements.choices(codes.shape):
     # codes that were not chosen along a trellis leave it within a few weights: the test is cheap
-    found = trellis.indices_and_subsets(arrangements.arranged(on_grid, arrangement)[0])
-    if found is not None:
-      indices, subsets = found
+    along_trellis = trellis.indices_and_subsets(arrangements.arranged(on_grid, arrangement)[0])
+    if along_trellis is not None:
+      indices, subsets = along_trellis
       indices[arrangements.arranged(escaped, arrangement)[0]] = -128
       counts = [frequencies.histogram(indices[subsets == q]) for q in (0, 1)]
       bits = sum(float(frequencies.ideal_bits(count)) for count in counts)

@@ -45,10 +45,12 @@ def fitted_scores(
       observed, expected = np.full((2, neighbours.ACTIVITIES), _PRIOR)
       for b in blocks:
         if b.activities is not None:
-          at = b.activities.reshape(-1)
+          activity = b.activities.reshape(-1)
           product = (mean * of_input[b.rows, None]) * of_output * of_activity[b.activities]
-          observed += np.bincount(at, magnitudes[b.symbols].reshape(-1), neighbours.ACTIVITIES)
-          expected += np.bincount(at, product.reshape(-1), neighbours.ACTIVITIES)
+          observed += np.bincount(
+            activity, magnitudes[b.symbols].reshape(-1), neighbours.ACTIVITIES
+          )
+          expected += np.bincount(activity, product.reshape(-1), neighbours.ACTIVITIES)
       of_activity *= (observed / expected).astype(np.float32)
     if has_inputs:
       observed, expected = np.full((2, inputs), _PRIOR)

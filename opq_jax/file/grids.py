@@ -117,11 +117,11 @@ class Grid(NamedTuple):
     largest = np.array(ml_dtypes.finfo(self.dtype).max, self.dtype)
     # at most the largest number, since infinity lies in no cell
     rounded = np.minimum(magnitudes, np.float32(largest)).astype(self.dtype)
-    found = self.cell(rounded.astype(np.float32))
+    rounded_cells = self.cell(rounded.astype(np.float32))
     # positive numbers of a dtype are in the order of their bits
     bits = rounded.view(f'u{self.dtype.itemsize}')
     one, most = bits.dtype.type(1), largest.view(bits.dtype)
-    bits = np.where(found < cells, np.minimum(bits + one, most), bits)
-    is_beyond = (found > cells) & (cells < max(self.levels - 1, 0))
+    bits = np.where(rounded_cells < cells, np.minimum(bits + one, most), bits)
+    is_beyond = (rounded_cells > cells) & (cells < max(self.levels - 1, 0))
     bits = np.where(is_beyond, np.maximum(bits, one) - one, bits)
     return bits.view(self.dtype)
