@@ -84,6 +84,7 @@ def lattice_of(stats: LeafStatistics, numbers: Float32[np.ndarray, ' bins']) -> 
     numbers: from `numbers_of`.
   """
   counts = np.asarray(stats.histogram)
+  # the first bin holds zeros, which need no level
   occurs = np.flatnonzero(counts.sum(axis=0)[1:]) + 1
   magnitudes = numbers[occurs].astype(np.float32)
   grid = _affine(magnitudes, np.dtype(stats.dtype))

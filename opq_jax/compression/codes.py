@@ -84,6 +84,7 @@ def decode(codes: PyTree, state: CompressionState, params: PyTree | None = None)
     leaves = trees.named_leaves(codes).items()
     leaf_states = trees.records(codes, state.tree, LeafState)
     for (name, code), record in zip(leaves, leaf_states, strict=True):
+      # a traced code has no value yet to look for escapes in
       if record is None or isinstance(code, jax.core.Tracer):
         continue
       if bool(jnp.any(code == ESCAPE)):

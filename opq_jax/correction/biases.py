@@ -120,7 +120,7 @@ def _layer_means(
       return output
     if name in means:
       raise ValueError(f'{name}: found a layer that is called twice, expected once')
-    # before the shift: the layer's own error, behind layers that have none left
+    # before the shift: the layer's own error, behind layers whose means are right
     means[name] = feature_means(output)
     if targets is None:
       return output

@@ -210,6 +210,7 @@ def _code_leaf(
     dtype=plain.dtype,
   )
   values = np.asarray(_value_table(state)).astype(np.float32) / unit
+  # in one order: every other one would be a walk of its own
   walk = Walk(scaled, fit, orders[0], _usable(state), values)
   # of two steps, since a state allows every other level
   codes = walk.codes(factor, limit=max(2 * fit.grid.step, threshold))

@@ -50,6 +50,7 @@ class Walk:
     self._codes = np.empty(weights.shape, np.int8)
     view, self._window = arrangements.arranged(weights, arrangement)
     self._shape = view.shape
+    # a copy, since feedback changes the weights to come in place
     self._rows = np.array(view, order='C').reshape(-1, view.shape[-1])
     self._is_escaped = is_beyond(self._rows, fit.grid)
     self._has_escapes = bool(self._is_escaped.any())
@@ -96,6 +97,7 @@ class Walk:
         # the look-ahead ends with the tap: what codes of the next one cost is not known yet
         rows = slice(first_row + start, first_row + min(stop + rows_ahead, inputs))
         in_tap = slice(start, rows.stop - first_row)
+        # a view, which the search fills
         chosen = self._chosen[tap, start:stop]
         state = viterbi.search(
           self._weights_to_code(rows),

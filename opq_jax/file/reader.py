@@ -259,6 +259,7 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     try:
       data = self._read(self._front.codes_begin + leaf.begin, leaf.stored)
       end = leaf.stored - leaf.escape_bytes
+      # the shape is only a claim, which the payload bounds before memory is taken for it
       codes = decode_codes(data[:end], leaf.shape)
       checks.check_levels(codes, levels)
       positions, escaped = escapes.decode(data[end:], codes.size, leaf.escapes, leaf.dtype)

@@ -49,6 +49,7 @@ def pmap_train_step(
   function = functools.partial(
     train_step, apply_fn=apply_fn, optimizer=optimizer, axis_name=AXIS, **options
   )
+  # the old state is donated: memory holds one copy of weights and optimizer, not two
   mapped = jax.pmap(
     function,
     axis_name=AXIS,

@@ -73,7 +73,7 @@ def init_train_state(
   >>> int(state.step), state.batch_stats, state.average
   (0, {}, None)
   """
-  # copies: steps donate their state
+  # copies: steps donate their state, and no buffer may be donated twice
   params, batch_stats = jax.tree.map(
     lambda leaf: jnp.array(leaf, copy=True), (variables['params'], variables.get(_STATISTICS, {}))
   )
@@ -192,6 +192,8 @@ def train_step(
   if accumulation == 1:
     batch_stats, results = gradient(train_state.batch_stats, (batch, key))
   else:
+    # running statistics go from part to part as they go from step to step; gradients are averaged,
+    # so that the learning rate need not change
     parts = split_batch(batch, accumulation, 'parts')
     keys = jax.random.split(key, accumulation)
     batch_stats, results = lax.scan(gradient, train_state.batch_stats, (parts, keys))
