@@ -32,7 +32,9 @@ STATES = 32
 MAX_INDEX = 64
 """The largest |k|, that of codes 127 and -127."""
 
-# bits of the state whose parity is the subset, and the next bit of the shift register
+# bits of the state whose parity is the subset, and the next bit of the shift register.  The second
+# mask has the bit that is shifted out: states that differ in it alone lead to the same two states,
+# each by the other parity, so every state has two ways in
 _SUBSET_MASK, _REGISTER_MASK = 9, 29
 # codes that Python walks, in some 2 ms, before numba is loaded: plain codes leave the trellis there
 _HEAD = 1 << 12
