@@ -53,7 +53,7 @@ if TYPE_CHECKING:
   from opq_jax.file import OpqFile, load, save
   from opq_jax.report import size_report, summary
 
-__version__ = '0.1.0'
+__version__ = '0.2.0.dev0'
 
 __all__ = [
   'Allocation',

@@ -144,8 +144,8 @@ def run(arguments: argparse.Namespace) -> None:
 
   source = Path(arguments.input)
   check_output(source, Path(arguments.output))
-  _check_options(arguments)
   is_known = arguments.model is not None or networks.identity_of(source) is not None
+  _check_options(arguments, is_known)
   targets = {
     'sparsity': arguments.sparsity,
     'bits': arguments.bits,
@@ -174,8 +174,12 @@ def run(arguments: argparse.Namespace) -> None:
     in_memory.compress(arguments, is_known, plan, about)
 
 
-def _check_options(arguments: argparse.Namespace) -> None:
+def _check_options(arguments: argparse.Namespace, is_known: bool) -> None:
   """Refuses options that do not go together.
+
+  Args:
+    arguments: of `opq compress`.
+    is_known: whether IN is of a network of `opq_jax.models`, by --model or by its own metadata.
 
   Raises:
     ValueError: an option needs another one, or excludes it.
@@ -189,7 +193,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
     '--images': arguments.images is not None,
     '--inference-only': arguments.inference_only,
   }
-  if arguments.model is None:
+  if not is_known:
     for option, is_given in needs_model.items():
       if is_given:
         raise ValueError(f'{option} needs --model')
@@ -211,8 +215,8 @@ def _check_options(arguments: argparse.Namespace) -> None:
       '--images: found it together with --no-correction, expected --feedback or --layer-by-layer '
       'too: nothing else reads images'
     )
-  if arguments.model is not None and arguments.channel_axis == 'first':
+  if is_known and arguments.channel_axis == 'first':
     raise ValueError(
-      '--channel-axis: found first with --model, expected last: a network is compressed as Flax '
-      'has it'
+      '--channel-axis: found first with a known network, expected last: a network is compressed '
+      'as Flax has it'
     )

@@ -39,6 +39,18 @@ _CHOICES = {
   'inputs': (SYNTHETIC, IMAGES),
   'batch_norm': (NOISE, SYNTHETIC, IMAGES, UNCORRECTED),
 }
+# key, value, and the other key that it needs.  Whatever is computed by running a network needs the
+# name of that network
+_NEEDS = (
+  ('encoder', FEEDBACK, 'moments'),
+  ('encoder', LAYER_BY_LAYER, 'first'),
+  ('encoder', LAYER_BY_LAYER, 'inputs'),
+  ('first', FEEDBACK, 'moments'),
+  *((key, source, 'model') for key in ('moments', 'inputs') for source in (SYNTHETIC, IMAGES)),
+  *(('batch_norm', source, 'model') for source in (NOISE, SYNTHETIC, IMAGES)),
+  *((key, IMAGES, 'images') for key in ('moments', 'inputs', 'batch_norm')),
+  ('inference_only', 'true', 'model'),
+)
 
 
 class ImageSet(NamedTuple):
@@ -103,7 +115,7 @@ class Encoding:
     """Parses the metadata of a file; those of a file that `opq compress` did not write say nothing.
 
     Raises:
-      ValueError: a value is none of those that its key can have.
+      ValueError: a value is none of those that its key can have, or keys do not go together.
     """
     if _VERSION not in metadata:
       return cls(channel_axis=_axis_mode(metadata))
@@ -113,6 +125,7 @@ class Encoding:
         raise ValueError(
           f'metadata: {key}: found {texts[key]!r}, expected one of {", ".join(expected)}'
         )
+    _check_together(texts)
     return cls(
       targets={name: _parsed(texts, name, float) for name in TARGETS if name in texts},
       objective=texts.get('objective'),
@@ -127,6 +140,13 @@ class Encoding:
       batch_norm=texts.get('batch_norm'),
       inference_only=texts.get('inference_only') == 'true',
     )
+
+
+def _check_together(texts: Mapping[str, str]) -> None:
+  """Raises ValueError where a key of the metadata is there without another that it needs."""
+  for key, value, needed in _NEEDS:
+    if texts.get(key) == value and needed not in texts:
+      raise ValueError(f'metadata: found {key}={value} without {needed}, expected both')
 
 
 def channel_axis(metadata: Mapping[str, str]) -> Callable[[str, Any], int]:

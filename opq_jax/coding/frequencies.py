@@ -228,7 +228,10 @@ def read_golomb(bits: str, position: int, k: int) -> tuple[int, int]:
   end = 2 * first - position + k + 1
   if first < 0 or end > len(bits):
     raise ValueError('found a table of frequencies that is cut off or damaged')
-  return int(bits[first:end], 2) - (1 << k), end
+  number = int(bits[first:end], 2) - (1 << k)
+  if number > 2 << _MAX_PRECISION:
+    raise ValueError(f'found {number} in a table of frequencies, expected 2**17 at most')
+  return number, end
 
 
 def _symbols(least: int, largest: int) -> Int8[np.ndarray, ' k']:

@@ -105,9 +105,9 @@ def compressed(apply_fn: Callable[..., Any], state: CompressionState) -> Callabl
 def keep_compressed(state: CompressionState) -> optax.GradientTransformation:
   """Keeps pruned weights at exactly zero, under any optimizer before it in the chain.
 
-  The update u of a pruned weight w becomes -w, so that `optax.apply_updates` gives w + u = 0, also
-  where momentum, weight decay or a restored optimizer would move it.  All other updates stay as
-  they are.  The transformation has no state of its own.
+  The update u of a pruned weight w becomes -w, in the wider dtype of the two, so that
+  `optax.apply_updates` gives w + u = 0, also where momentum, weight decay or a restored optimizer
+  would move it.  All other updates keep their values.  The transformation has no state of its own.
 
       optimizer = optax.chain(optax.adamw(1e-3), opq_jax.keep_compressed(state))
 
@@ -125,7 +125,9 @@ def keep_compressed(state: CompressionState) -> optax.GradientTransformation:
   """
 
   def keep(change: Array, weight: Array, leaf: LeafState) -> Array:
-    return jnp.where(leaf.mask, change, -weight.astype(change.dtype))
+    # in the wider dtype of the two: a weight that is rounded to a narrower one leaves a rest
+    dtype = max(weight.dtype, change.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
+    return jnp.where(leaf.mask, change.astype(dtype), -weight.astype(dtype))
 
   return _of_leaves(keep, state)
 

@@ -5,7 +5,9 @@ calibration inputs, that the choice depends on.
 """
 
 import abc
+import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +24,22 @@ DAMPING = 0.05
 
 Moments of few or synthetic inputs are noisy, and error feedback without damping fits their noise.
 """
+
+
+def check_damping(damping: float) -> None:
+  """Raises ValueError where a damping is negative or not finite."""
+  if not 0 <= damping < math.inf:
+    raise ValueError(f'damping: found {damping}, expected a finite number of 0 or more')
+
+
+class IndefiniteMomentsError(ValueError):
+  """Damped moments are not positive definite, and so have no factor that pushes errors on."""
+
+  def __init__(self, damping: float):
+    super().__init__(
+      f'found moments that are not positive definite with damping {damping:g}, expected more '
+      'damping, or moments E[x^T x]'
+    )
 
 
 class Encoded(NamedTuple):
@@ -92,6 +110,9 @@ class LeafEncoder(Encoder):
 
     Returns:
       The decoded values, in the dtype of the grid, and the grid with the mask of these codes.
+
+    Raises:
+      IndefiniteMomentsError: (outside of a trace) damped moments are not positive definite.
     """
 
   def trials(self) -> Callable[[PyTree, CompressionState], Trial] | None:
@@ -134,6 +155,15 @@ def leaves_to_code(
     if grid is not None and matrix is not None:
       _check_moments(name, leaf, matrix)
     yield LeafToCode(name, leaf if grid is None else trees.native(leaf), grid, matrix)
+
+
+@contextlib.contextmanager
+def named_leaf(name: str) -> Iterator[None]:
+  """Puts a leaf's path in front of an `IndefiniteMomentsError`."""
+  try:
+    yield
+  except IndefiniteMomentsError as error:
+    raise ValueError(f'{name}: {error}') from error
 
 
 def encoded(params: PyTree, chosen: Sequence[tuple[Any, LeafState | None]]) -> Encoded:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32, Int8
 
 from opq_jax import compression
 from opq_jax.compression import CompressionState, LeafState
@@ -19,10 +19,13 @@ from opq_jax.core.trees import PyTree
 from opq_jax.encoders.encoder import (
   DAMPING,
   Encoded,
+  IndefiniteMomentsError,
   LeafEncoder,
   Trial,
+  check_damping,
   encoded,
   leaves_to_code,
+  named_leaf,
 )
 
 # inputs whose errors are pushed on one by one, within rows that stay in the processor's cache
@@ -91,20 +94,24 @@ class Feedback(LeafEncoder):
       raise ValueError(
         'moments: found None, expected a tree of matrices (without moments: Rounding())'
       )
+    check_damping(self.damping)
 
   def choose_codes(self, params: PyTree, grids: CompressionState) -> Encoded:
     """Chooses the codes of a tree on its plain grids; pure, and may be traced.
 
+    In a trace, a leaf whose damped moments are not positive definite is rounded.
+
     Raises:
       ValueError: grids or moments were made for another tree, a matrix has another shape than its
-        leaf needs, or (outside of a trace) is not finite.
+        leaf needs, or (outside of a trace) is not finite or not positive definite once damped.
     """
-    chosen = [
-      (leaf.weights, None)
-      if leaf.grid is None
-      else self.choose_leaf(leaf.weights, leaf.grid, leaf.moments, self.damping)
-      for leaf in leaves_to_code(params, grids, self.moments)
-    ]
+    chosen: list[tuple[Array, LeafState | None]] = []
+    for leaf in leaves_to_code(params, grids, self.moments):
+      if leaf.grid is None:
+        chosen.append((leaf.weights, None))
+        continue
+      with named_leaf(leaf.name):
+        chosen.append(self.choose_leaf(leaf.weights, leaf.grid, leaf.moments, self.damping))
     return encoded(params, chosen)
 
   def choose_leaf(
@@ -113,7 +120,9 @@ class Feedback(LeafEncoder):
     if moments is None:
       codes = compression.encode(weights, CompressionState(grid))
     else:
-      codes = codes_of_leaf(weights, moments, grid, damping)
+      codes, is_definite = codes_of_leaf(weights, moments, grid, damping)
+      if not isinstance(is_definite, jax.core.Tracer) and not is_definite:
+        raise IndefiniteMomentsError(damping)
     values = compression.decode(codes, CompressionState(grid), weights.astype(grid.dtype))
     return values, dataclasses.replace(grid, kinds=kinds_of_codes(codes))
 
@@ -131,8 +140,11 @@ def codes_of_leaf(
   moments: Float32[Array, 'groups K K'],
   grid: LeafState,
   damping: Float[Array, ''],
-) -> Array:
-  """Returns the int8 codes of one leaf by error feedback (`Feedback`)."""
+) -> tuple[Int8[Array, '... channels'], Bool[Array, '']]:
+  """Returns the codes of one leaf by error feedback, and whether all damped moments have a factor.
+
+  Where one has none, the weights of its group are rounded.
+  """
   groups, width, _ = moments.shape
   # the outputs of a group lie next to each other, as in Flax; a group has moments of its own
   by_group = lambda array: array.reshape(width, groups, -1).swapaxes(0, 1)
@@ -147,7 +159,7 @@ def codes_of_leaf(
     rows: Float32[Array, 'K channels'],
     exact: Float32[Array, 'K channels'],
     moments: Float32[Array, 'K K'],
-  ) -> Float32[Array, 'K channels']:
+  ) -> tuple[Float32[Array, 'K channels'], Bool[Array, '']]:
     # over the mean energy: a factor of H cancels in U_ij / U_ii, but damping and float32 then see
     # numbers near 1.  Where all inputs are 0, H is the damping alone, and weights are rounded
     energy = jnp.diagonal(moments)
@@ -159,11 +171,15 @@ def codes_of_leaf(
     matrix = jnp.eye(padded).at[:width, :width].set(matrix)
     rows = jnp.zeros((padded, rows.shape[1])).at[:width].set(rows[order])
     exact = jnp.full((padded, rows.shape[1]), jnp.nan).at[:width].set(exact[order])
-    codes = _coded_rows(rows, exact, _factor(matrix), grid, block)[:width]
-    return jnp.zeros_like(codes).at[order].set(codes)
+    factor = _factor(matrix)
+    # Cholesky's answer of NaN would make every weight 0: NaN is in no cell
+    is_definite = jnp.isfinite(factor).all()
+    factor = jnp.where(is_definite, factor, jnp.eye(padded))
+    codes = _coded_rows(rows, exact, factor, grid, block)[:width]
+    return jnp.zeros_like(codes).at[order].set(codes), is_definite
 
-  codes = jax.vmap(codes_of_group)(rows, exact, moments)
-  return codes.swapaxes(0, 1).reshape(weights.shape).astype(jnp.int8)
+  codes, is_definite = jax.vmap(codes_of_group)(rows, exact, moments)
+  return codes.swapaxes(0, 1).reshape(weights.shape).astype(jnp.int8), is_definite.all()
 
 
 def _factor(matrix: Float32[Array, 'K K']) -> Float32[Array, 'K K']:
@@ -277,8 +293,9 @@ def _bits_per_weight(params: PyTree, state: CompressionState) -> float:
 
 @jax.jit
 def _leaf_bits(codes: Array, value_bits: Float[Array, '']) -> Float32[Array, '']:
-  counts = jnp.zeros(256).at[codes.reshape(-1).astype(jnp.int32) + 128].add(1)
-  share = counts / codes.size
+  # whole numbers: a count in float32 would stop at 2^24
+  counts = jnp.zeros(256, jnp.int32).at[codes.reshape(-1).astype(jnp.int32) + 128].add(1)
+  share = counts.astype(jnp.float32) / codes.size
   entropy = -jnp.sum(share * jnp.log2(jnp.where(share > 0, share, 1)))
   # an escape, -128, is counted first
-  return codes.size * entropy + counts[0] * value_bits
+  return codes.size * entropy + counts[0].astype(jnp.float32) * value_bits

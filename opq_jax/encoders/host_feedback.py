@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int8
 
 from opq_jax.core import native
+from opq_jax.encoders.encoder import IndefiniteMomentsError
 
 # inputs; errors are pushed on one by one within a block that stays in the processor's cache, and
 # by one product of matrices to all inputs after it
@@ -25,6 +26,9 @@ def factor_of(moments: Factor, damping: float) -> Factor:
   Args:
     moments: H.
     damping: added to the diagonal of H, once H is divided by its mean energy.
+
+  Raises:
+    IndefiniteMomentsError: a damped matrix is not positive definite.
   """
   import scipy.linalg
 
@@ -34,7 +38,10 @@ def factor_of(moments: Factor, damping: float) -> Factor:
   # numbers near 1
   matrix = moments / np.where(energy > 0, energy, 1) + damping * np.eye(width)
   # with J the reversal, J H J = L L^T, and so U = J L^-1 J
-  lower = np.linalg.cholesky(matrix.astype(np.float32)[:, ::-1, ::-1])
+  try:
+    lower = np.linalg.cholesky(matrix.astype(np.float32)[:, ::-1, ::-1])
+  except np.linalg.LinAlgError as error:
+    raise IndefiniteMomentsError(damping) from error
   if groups == 1:
     identity = np.eye(width, dtype=np.float32)
     inverse = scipy.linalg.solve_triangular(lower[0], identity, lower=True)[None]

@@ -17,7 +17,16 @@ from jaxtyping import Array, Float, Float32
 from opq_jax.compression import CompressionState, LeafState
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
-from opq_jax.encoders.encoder import DAMPING, Encoded, Encoder, LeafEncoder, encoded
+from opq_jax.encoders.encoder import (
+  DAMPING,
+  Encoded,
+  Encoder,
+  IndefiniteMomentsError,
+  LeafEncoder,
+  check_damping,
+  encoded,
+  named_leaf,
+)
 from opq_jax.network.moments import layer_moments
 
 if TYPE_CHECKING:
@@ -94,6 +103,9 @@ class LayerByLayer(Encoder):
       raise ValueError(
         f'first: found {self.first!r}, expected Rounding(), Feedback(moments) or Trellis(moments)'
       )
+    check_damping(self.damping)
+    if not 0 <= self.share <= 1:
+      raise ValueError(f'share: found {self.share}, expected 0 ... 1')
 
   def choose_codes(self, params: Mapping[str, PyTree], grids: CompressionState) -> Encoded:
     """Chooses the codes of a network on its plain grids.
@@ -104,7 +116,8 @@ class LayerByLayer(Encoder):
 
     Raises:
       ValueError: grids were made for another tree; a compressed leaf is not the kernel of an
-        `nn.Dense` or `nn.Conv` that is called; or a layer is called twice.
+        `nn.Dense` or `nn.Conv` that is called; a layer is called twice; or damped moments are not
+        positive definite.
     """
     return _SideBySide(self, params, grids).run()
 
@@ -188,15 +201,18 @@ class _SideBySide:
     alone = module.clone(parent=None, name=None)
     encoder, kernel = self._encoder, self._leaves[name]
     moments = _layer_moments(alone, compressed_inputs)
-    target = kernel
-    if moments is not None:
-      cross_moments = _layer_moments(alone, compressed_inputs, float_inputs)
-      target = _fitted(kernel, moments, cross_moments, encoder.share, encoder.damping)
     grid = self._grids[name]
     assert grid is not None
-    self._values[name], self._grids[name] = encoder.first.choose_leaf(
-      target, grid, moments, encoder.damping
-    )
+    with named_leaf(name):
+      target = kernel
+      if moments is not None:
+        cross_moments = _layer_moments(alone, compressed_inputs, float_inputs)
+        target = _fitted(kernel, moments, cross_moments, encoder.share, encoder.damping)
+        if not jnp.isfinite(target).all():
+          raise IndefiniteMomentsError(encoder.damping)
+      self._values[name], self._grids[name] = encoder.first.choose_leaf(
+        target, grid, moments, encoder.damping
+      )
     return self._values[name]
 
   def _call_with(

@@ -27,8 +27,10 @@ from opq_jax.encoders.encoder import (
   LeafEncoder,
   LeafToCode,
   Trial,
+  check_damping,
   encoded,
   leaves_to_code,
+  named_leaf,
 )
 from opq_jax.encoders.host_feedback import Factor, RowFeedback, factor_of
 from opq_jax.encoders.trellis_walk import Walk
@@ -76,6 +78,9 @@ class Trellis(LeafEncoder):
   moments: PyTree | None = None
   damping: float = DAMPING
 
+  def __post_init__(self) -> None:
+    check_damping(self.damping)
+
   def choose_codes(self, params: PyTree, grids: CompressionState) -> Encoded:
     """Chooses the codes of a tree, and the grids that the trellis refines.
 
@@ -85,7 +90,8 @@ class Trellis(LeafEncoder):
 
     Raises:
       ValueError: grids or moments were made for another tree, a matrix has another shape than its
-        leaf needs, or a leaf or matrix is not finite.
+        leaf needs, a leaf or matrix is not finite, or a matrix is not positive definite once
+        damped.
     """
     return _encoded(params, _code_leaves(params, grids, self.moments, self.damping))
 
@@ -146,7 +152,8 @@ def _code_leaves(
     if not np.isfinite(np.asarray(leaf.weights, np.float32)).all():
       raise ValueError(f'{leaf.name}: found NaN or an infinity, expected finite weights')
     matrix = None if leaf.moments is None else np.asarray(leaf.moments)
-    return _code_leaf(leaf.weights, leaf.grid, matrix, damping, leaf.name not in unserved)
+    with named_leaf(leaf.name):
+      return _code_leaf(leaf.weights, leaf.grid, matrix, damping, leaf.name not in unserved)
 
   leaves = list(leaves_to_code(params, grids, moments))
   # numba and BLAS run without the interpreter's lock

@@ -31,7 +31,7 @@ FULL = Encoding(
 def test_encoding_comes_back_from_metadata(encoding):
   metadata = encoding.metadata()
   assert all(isinstance(text, str) for text in metadata.values())
-  assert Encoding.of({**metadata, 'opq_jax': '0.2.0', 'weights': 'net.npz'}) == encoding
+  assert Encoding.of({**metadata, 'opq_jax': '0.2.0', 'model': 'resnet20'}) == encoding
 
 
 @pytest.mark.parametrize(
@@ -45,9 +45,26 @@ def test_encoding_comes_back_from_metadata(encoding):
   ],
 )
 def test_encoding_refuses_unknown_values(key, value):
-  metadata = {**FULL.metadata(), 'opq_jax': '0.2.0', key: value}
+  metadata = {**FULL.metadata(), 'opq_jax': '0.2.0', 'model': 'resnet20', key: value}
   with pytest.raises(ValueError, match=f"metadata: {key}: found '{value}', expected"):
     Encoding.of(metadata)
+
+
+@pytest.mark.parametrize(
+  ('metadata', 'missing'),
+  [
+    ({'encoder': 'feedback'}, 'moments'),
+    ({'encoder': 'layer_by_layer', 'inputs': 'synthetic', 'model': 'resnet20'}, 'first'),
+    ({'encoder': 'layer_by_layer', 'first': 'trellis'}, 'inputs'),
+    ({'encoder': 'trellis', 'moments': 'synthetic'}, 'model'),
+    ({'batch_norm': 'images', 'model': 'resnet20'}, 'images'),
+    ({'batch_norm': 'noise'}, 'model'),
+    ({'inference_only': 'true'}, 'model'),
+  ],
+)
+def test_encoding_refuses_half_claims(metadata, missing):
+  with pytest.raises(ValueError, match=rf'metadata: found \S+ without {missing}, expected both'):
+    Encoding.of({**metadata, 'opq_jax': '0.2.0'})
 
 
 def test_encoding_ignores_metadata_of_others():
@@ -80,7 +97,8 @@ def test_encoding_reads_files_with_sentences(name):
 
 def test_encoding_reads_every_sentence():
   both = 'along a trellis, by error feedback, moments from synthetic images'
-  old = {'opq_jax': '0.1.0', 'targets': 'file_rate=9 bits_per_weight=2.5', 'codes': both}
+  old = {'opq_jax': '0.1.0', 'model': 'resnet20', 'codes': both}
+  old['targets'] = 'file_rate=9 bits_per_weight=2.5'
   encoding = Encoding(
     targets={'file_rate': 9.0, 'bits_per_weight': 2.5}, encoder='trellis', moments='synthetic'
   )

@@ -71,3 +71,17 @@ def test_fit_keeps_two_symbols():
   for codes in (np.zeros(5, np.int8), np.full(5, 7, np.int8), np.full(5, -128, np.int8)):
     model = frequencies.fit(frequencies.histogram(codes))
     assert np.count_nonzero(model.frequencies) == 2 and model.least_bits > 0
+
+
+def test_hostile_tables_are_value_errors():
+  # each frequency sets the order of the code of the next: numbers that are not bounded explode
+  bits = f'{15:04b}' + frequencies.golomb(127, 2) + frequencies.golomb(128, 2)
+  previous = 1 << 13
+  for _ in range(256):
+    number = 2 * previous * (1 << 14)
+    bits += frequencies.golomb(number, frequencies._order(previous))
+    previous = number
+    with pytest.raises(ValueError, match='table of frequencies'):
+      frequencies.read_table(bits, 0)
+    if len(bits) > 4000:
+      break

@@ -86,6 +86,16 @@ def test_keep_compressed_keeps_zeros(optimizer):
   small_networks.assert_compressed(params, state)
 
 
+def test_keep_compressed_of_narrow_updates():
+  weights = {'w': jax.random.laplace(jax.random.key(0), (64, 32))}
+  state = opq_jax.init_state(weights, opq_jax.allocate(weights, compression_rate=16.0))
+  keep = opq_jax.keep_compressed(state)
+  updates = {'w': jnp.full((64, 32), 0.5, jnp.bfloat16)}
+  kept, _ = keep.update(updates, keep.init(weights), weights)
+  moved = optax.apply_updates(weights, kept)['w']
+  np.testing.assert_array_equal(moved == 0, ~state.tree['w'].mask)
+
+
 def test_keep_compressed_other_updates():
   variables, state = small_networks.compressed_network()
   params = variables['params']

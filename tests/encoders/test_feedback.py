@@ -192,3 +192,39 @@ def test_feedback_ignores_massive_rows():
   assert error(rows, coded) < error(rows, plain)
   # pushing the whole error of the weight beyond the grid on makes it many times larger
   assert error(x, coded) < 1.02 * error(x, plain)
+
+
+@pytest.mark.parametrize('damping', [-1.0, float('nan'), float('inf')])
+@pytest.mark.parametrize('encoder', [encoders.Feedback, encoders.Trellis])
+def test_damping_is_checked(encoder, damping):
+  with pytest.raises(ValueError, match=r'damping: found .*, expected a finite number of 0'):
+    encoder(np.eye(2)[None], damping=damping)
+
+
+@pytest.mark.parametrize('encoder', [encoders.Feedback, encoders.Trellis])
+def test_indefinite_moments_are_refused(encoder):
+  kernel, state, _, moments = problem()
+  singular = np.ones_like(moments)
+  params, grids = {'kernel': kernel}, opq_jax.CompressionState({'kernel': state.tree})
+  for matrix, damping in ((singular, 0.0), (moments - 2 * np.eye(96) * moments.max(), 0.05)):
+    with pytest.raises(ValueError, match=r'^kernel: found moments that are not positive definite'):
+      encoder({'kernel': matrix.astype(np.float32)}, damping).choose_codes(params, grids)
+  # damped, they have a factor; in a trace nobody can be told, and weights are rounded
+  encoder({'kernel': singular}, 0.05).choose_codes(params, grids)
+
+
+def test_indefinite_moments_are_rounded_in_trace():
+  kernel, state, _, moments = problem()
+  traced = jax.jit(lambda m: encoders.Feedback(m, 0.0).choose_codes(kernel, state).params)
+  rounded = encoders.Rounding().choose_codes(kernel, state).params
+  np.testing.assert_array_equal(traced(np.ones_like(moments)), rounded)
+
+
+def test_entropy_of_many_equal_codes():
+  from opq_jax.encoders.feedback import _leaf_bits
+
+  codes = np.zeros(3 << 23, np.int8)
+  codes[: 1 << 21] = 1
+  share = 1 / 12
+  expected = codes.size * -(share * np.log2(share) + (1 - share) * np.log2(1 - share))
+  np.testing.assert_allclose(_leaf_bits(codes, 32.0), expected, rtol=1e-5)
