@@ -34,11 +34,11 @@ intervals of 4 to 7 points either way), ResNets on the 10,000 test images of CIF
     resnet20, float32 .917
       bits per weight          3      2.5    2      1.5    1
       file, KB (1084)          102    86     71     56     41
-      compressed               .906   .893   .851   .670   .367
-      corrected from noise     .915   .915   .902   .867   .764
-      corrected on images      .915   .914   .904   .871   .780
-      feedback, synthetic      .915   .915   .911   .901   .841
-      feedback on images       .915   .914   .912   .901   .861
+      compressed               .910   .890   .845   .586   .380
+      corrected from noise     .916   .912   .904   .866   .748
+      corrected on images      .916   .912   .904   .871   .773
+      feedback, synthetic      .916   .914   .910   .901   .832
+      feedback on images       .915   .916   .911   .901   .852
 
     resnet32, float32 .926
       bits per weight          3      2.5    2      1.5    1
