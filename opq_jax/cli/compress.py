@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     '--num-classes',
     type=int,
     metavar='N',
-    help='number of logits (default: all); one fewer than IN has drops the first, '
+    help='number of logits (default: all of IN); all but one leaves out the first, which is '
     "TensorFlow's background class",
   )
   add(
@@ -93,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     '--bits-per-weight',
     type=float,
     metavar='B',
-    help='bits per weight of the compressed leaves, with tables and escaped weights',
+    help='bits per weight of the compressed leaves, tables and exactly stored outliers counted',
   )
   add(
     '--file-rate',

@@ -19,7 +19,7 @@ examples:
   opq decompress model.opq model.safetensors
       back to plain arrays
   opq demo
-      a tour in a minute
+      a tour in two minutes
 
 environment:
   OPQ_JAX_CACHE    folder of compiled programs, which later runs use again
@@ -97,8 +97,8 @@ examples:
   opq verify resnet50.opq --against resnet50.pth
       for a file made with --model: imports the weights again and repeats the
       BatchNorm correction; for one made with --feedback, --trellis or
-      --layer-by-layer, chooses the codes again (on a platform that rounds as
-      the first one did)
+      --layer-by-layer, chooses the codes again (floating-point results must
+      be those of the machine that made the file)
   opq verify resnet50.opq --against resnet50.pth --images photos/
       for a file made with --images
 """

@@ -114,7 +114,10 @@ def _run_folder(place: Path) -> Iterator[Path]:
       for program in place.glob(f'*{_SUFFIX}'):
         # another process may just have removed it
         with contextlib.suppress(FileNotFoundError):
-          os.link(program, run / program.name)
+          if _is_whole(program.read_bytes()):
+            os.link(program, run / program.name)
+          else:  # JAX would compile it in every run, and never replace the file
+            program.unlink()
       yield run
   finally:
     shutil.rmtree(run, ignore_errors=True)

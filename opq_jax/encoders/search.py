@@ -73,8 +73,8 @@ def compress(
   With the default encoder this is `allocate`, `init_state` and `apply_compression`.  The
   predictions of `allocate` are for rounded codes; with another encoder, `compress` searches for the
   allocation whose codes by this encoder have the bits of the target.  Plain grids and encoder
-  always belong
-  together: a `LayerByLayer` gets the grids of the allocation that was found for its `first`.
+  always belong together: a `LayerByLayer` gets the grids of the allocation that was found for its
+  `first`.
 
   Args:
     params: any pytree of arrays: params, or whole Flax variables.
@@ -92,8 +92,8 @@ def compress(
     A `CompressedNetwork(params, state, allocation)`.
 
   Raises:
-    ValueError: `encoder` is not an encoder, or does not go with the target; and where `allocate` or
-      the encoder raises it.
+    ValueError: `encoder` is not an encoder, does not go with the target, or searches in a trace;
+      and where `allocate` or the encoder raises it.
 
   >>> import opq_jax
   >>> params = {'kernel': jax.random.laplace(jax.random.key(0), (256, 256))}
@@ -122,6 +122,11 @@ def compress(
     allocation = allocate(params, **targets, file_rate=file_rate, **options)
     return CompressedNetwork(
       *encoder.choose_codes(params, init_state(params, allocation)), allocation
+    )
+  if trees.is_traced((params, targets, file_rate)):
+    raise ValueError(
+      f'encoder: found {encoder!r} in a trace, expected Rounding(), or concrete parameters and '
+      'targets: this encoder searches for an allocation'
     )
   if sparsity is not None or bits is not None:
     raise ValueError(

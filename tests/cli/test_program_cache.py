@@ -81,6 +81,17 @@ def test_cache_refuses_cut_programs(place):
   assert names(place) == []
 
 
+def test_cache_drops_damaged_programs(place):
+  program(place, 'good')
+  program(place, 'cut')
+  with open(place / 'cut-cache', 'r+b') as file:
+    file.truncate(3)
+  (place / 'empty-cache').touch()
+  with program_cache._run_folder(place) as run:
+    assert names(run) == ['good-cache', 'lock']
+  assert names(place) == ['good-cache']
+
+
 def test_cache_drops_interrupted_run(place, monkeypatch):
   monkeypatch.setattr(jax.config, 'update', lambda name, value: None)
   with pytest.raises(KeyboardInterrupt), program_cache.kept_programs():

@@ -212,3 +212,13 @@ def test_search_warns_of_its_last_allocation():
   with pytest.warns(UserWarning, match='all weights are pruned of') as caught:
     opq_jax.compress({'w': kernel}, compression_rate=16.0, encoder=encoders.Trellis())
   assert len(caught) == 1 and caught[0].filename == __file__
+
+
+def test_compress_searches_outside_of_traces():
+  kernel = jax.random.laplace(jax.random.key(0), (64, 32))
+  compressed = lambda encoder: lambda kernel: opq_jax.compress(kernel, encoder=encoder).params
+  np.testing.assert_array_equal(
+    jax.jit(compressed(encoders.Rounding()))(kernel), compressed(encoders.Rounding())(kernel)
+  )
+  with pytest.raises(ValueError, match=r'encoder: found Trellis\(.*\) in a trace, expected'):
+    jax.jit(compressed(encoders.Trellis()))(kernel)
