@@ -16,8 +16,14 @@ from experiments.benchmarks.robustness import mutants, mutations
 
 ROOT = pathlib.Path(experiments.__file__).parents[1]
 BENCHMARKS = ROOT / 'experiments' / 'benchmarks'
-# this one needs PyTorch, and NNCodec's own environment runs the worker
-OPTIONAL = {'inference': 'torch', 'inference_layers': 'torch', 'inference_profile': 'torch'}
+# packages of rivals and references, which no extra installs; NNCodec's own environment runs the
+# worker
+OPTIONAL = {
+  'inference': ('torch',),
+  'inference_layers': ('torch',),
+  'inference_profile': ('torch',),
+  'language_model': ('torch', 'transformers', 'tokenizers'),
+}
 ELSEWHERE = 'nncodec_worker'
 
 
@@ -25,8 +31,8 @@ ELSEWHERE = 'nncodec_worker'
   'path', sorted(BENCHMARKS.glob('*/[!_]*.py')), ids=lambda path: f'{path.parent.name}.{path.stem}'
 )
 def test_benchmark_doctests(path):
-  if path.stem in OPTIONAL:
-    pytest.importorskip(OPTIONAL[path.stem])
+  for package in OPTIONAL.get(path.stem, ()):
+    pytest.importorskip(package)
   if path.stem != ELSEWHERE:
     module = importlib.import_module(f'experiments.benchmarks.{path.parent.name}.{path.stem}')
     assert doctest.testmod(module).failed == 0
