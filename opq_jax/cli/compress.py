@@ -5,14 +5,12 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-MAX_IMAGES = 128
-"""Images read by default: as many as synthetic ones of 224 pixels."""
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the options of `opq compress`, and the names of the known networks."""
   from opq_jax import models
   from opq_jax.allocation import DEFAULT_COMPRESSION_RATE, OBJECTIVES
+  from opq_jax.cli.encoding import MAX_IMAGES
 
   names = ' '.join(models.names())
   parser.description = f'{parser.description}\nnetworks:\n' + textwrap.fill(

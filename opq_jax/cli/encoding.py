@@ -29,6 +29,10 @@ TARGETS = ('sparsity', 'bits', 'compression_rate', 'bits_per_weight', 'file_rate
 
 SYNTHETIC, IMAGES, NOISE, UNCORRECTED = 'synthetic', 'images', 'noise', 'uncorrected'
 FEEDBACK, TRELLIS, ROUNDING, LAYER_BY_LAYER = 'feedback', 'trellis', 'rounding', 'layer_by_layer'
+
+MAX_IMAGES = 128
+"""Images read from a folder by default: as many as synthetic ones of 224 pixels."""
+
 _VERSION = 'opq_jax'  # the key with which the command line marks its files
 
 _CHOICES = {

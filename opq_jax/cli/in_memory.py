@@ -12,12 +12,12 @@ from rich.text import Text
 
 import opq_jax
 from opq_jax.cli import steps
-from opq_jax.cli.compress import MAX_IMAGES
 from opq_jax.cli.console import collected_warnings, console, note
 from opq_jax.cli.encoding import (
   FEEDBACK,
   IMAGES,
   LAYER_BY_LAYER,
+  MAX_IMAGES,
   NOISE,
   ROUNDING,
   SYNTHETIC,
