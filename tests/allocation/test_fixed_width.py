@@ -106,28 +106,39 @@ def compare(problem, sparsity, bits):
   )
 
 
+def draw_problem(seed, low_bits, high_bits):
+  rng = np.random.default_rng(seed)
+  problem = {
+    'seed': seed,
+    'layout': int(rng.integers(3)),
+    'spread': float(rng.choice([0.0, 0.3, 0.6, 1.0])),
+    'objective': str(rng.choice(['retained_signal', 'relative_error', 'squared_error'])),
+  }
+  return problem, rng.uniform(0.05, 0.95), rng.uniform(low_bits, high_bits)
+
+
+# where a leaf jumps just where the budget is met, the search ends beside the budget: a defect
+MISSED = pytest.mark.xfail(strict=True, reason='found bits up to 1e-3 off, expected 1e-5')
+SEEDS = [pytest.param(seed, marks=MISSED) if seed in (2, 9) else seed for seed in range(20)]
+
+
 @pytest.mark.slow
-def test_fixed_width_least_cost():
-  # nearly always the least cost to six digits; but some problems have several local minima, and
-  # some have a leaf that jumps just where the budget is met
-  rng = np.random.default_rng(0)
-  found = []
-  for seed in range(12):
-    objective = ['retained_signal', 'relative_error', 'squared_error'][seed % 3]
-    layout, spread = seed // 3 % 3, (0.0, 0.3, 0.6, 1.0)[seed // 3]
-    problem = {'seed': seed, 'layout': layout, 'spread': spread, 'objective': objective}
-    found.append(compare(problem, rng.uniform(0.05, 0.95), rng.uniform(3, 6)))
-  assert sum(abs(one.bits_off) < 1e-5 and -1 < one.excess < 1e-6 for one in found) >= 10
-  assert max(abs(one.bits_off) for one in found) < 1e-3
-  assert max(one.excess for one in found) < 1e-3
-  assert max(abs(one.narrow_bits_off) for one in found) < 1e-3
-  assert max(abs(one.narrow_excess) for one in found) < 2e-3
+@pytest.mark.parametrize('seed', SEEDS)
+def test_fixed_width_least_cost(seed):
+  few = seed >= 12
+  comparison = compare(*draw_problem(seed, *((1.05, 3) if few else (3, 6))))
+  # few bits have many local minima: SLSQP, from four starts, finds now a better and now a worse one
+  tolerance = 5e-3 if few else 1e-6
+  assert abs(comparison.bits_off) < 1e-5
+  assert -1 < comparison.excess < tolerance
+  assert abs(comparison.narrow_bits_off) < 1e-4
+  assert abs(comparison.narrow_excess) < max(1e-3, tolerance)
 
 
 @settings(max_examples=8)
 @given(problem=PROBLEMS, sparsity=st.floats(0.05, 0.95), bits=st.floats(1.05, 6))
 def test_fixed_width_any_problem(problem, sparsity, bits):
-  # with few bits there are many local minima: SLSQP finds now a better and now a worse one
+  # wide bounds that hold for the missed problems too
   found = compare(problem, sparsity, bits)
   assert found.bits_off == pytest.approx(0, abs=1e-3)
   assert found.narrow_bits_off == pytest.approx(0, abs=1e-3)
