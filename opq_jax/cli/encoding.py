@@ -1,4 +1,4 @@
-"""What the metadata of a file say of how it was made, as a record instead of texts.
+"""A record of how a file was made, to and from the texts of its metadata.
 
 A file that `opq compress` wrote has these keys; `opq verify` repeats what they say.
 

@@ -1,4 +1,4 @@
-"""What `opq --help` and `opq COMMAND --help` say around the lists of options."""
+"""Texts of `opq --help` and `opq COMMAND --help`, around the lists of options."""
 
 OPQ = """\
 Compresses neural networks: one-shot pruning and quantization from the weights

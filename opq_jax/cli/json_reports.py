@@ -1,4 +1,4 @@
-"""What `--json` prints of a file's sizes and of its verification."""
+"""Reports of a file's sizes and of its verification as JSON, for `--json`."""
 
 import dataclasses
 import math

@@ -135,7 +135,10 @@ def _keep(run: Path, place: Path) -> None:
 
 
 def _is_whole(data: bytes) -> bool:
-  """Whether a program is not cut off, as on a full disk; JAX packs it with zlib or zstandard."""
+  """Returns whether a program is not cut off, as on a full disk.
+
+  JAX packs it with zlib or zstandard.
+  """
   try:
     if data[:4] == b'\x28\xb5\x2f\xfd':
       import zstandard

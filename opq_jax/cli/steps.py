@@ -1,4 +1,4 @@
-"""What both `opq compress` does to weights and `opq verify` repeats, as an `Encoding` says it."""
+"""Steps that `opq compress` takes and `opq verify` repeats, as an `Encoding` describes them."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

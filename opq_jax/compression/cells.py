@@ -73,7 +73,7 @@ def values_of_codes(codes: Array, leaf: LeafState) -> Float[Array, '...']:
 
 
 def _is_wide(dtype: Any) -> bool:
-  """Whether a dtype holds every float32: no value is rounded."""
+  """Returns whether a dtype holds every float32: no value is rounded."""
   return bool(jnp.finfo(dtype).nmant >= 23)
 
 

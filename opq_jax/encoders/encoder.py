@@ -1,4 +1,4 @@
-"""What all encoders have in common: values that choose the code of every weight.
+"""The base of all encoders: values that choose the code of every weight.
 
 An encoder is a frozen dataclass without state.  Its fields are the moments, or the network and its
 calibration inputs, that the choice depends on.

@@ -31,7 +31,7 @@ _FIRST = 0.65, 0.69, 0.745, 0.813, 0.876, 0.9
 
 
 class Fit(NamedTuple):
-  """All that the first walk along a leaf needs.
+  """The grid, slope and bits with which the first walk along a leaf begins.
 
   Attributes:
     grid: of the trellis.

@@ -32,7 +32,7 @@ class _Row(NamedTuple):
 
   @property
   def is_misfit(self) -> bool:
-    """Whether the Laplace density describes the leaf badly."""
+    """Returns whether the Laplace density describes the leaf badly."""
     (low, high), fit = LAPLACE_FIT_BOUNDS, float(self.leaf.laplace_fit)
     return fit < low or fit > high  # False for NaN: a leaf of zeros has no fit
 

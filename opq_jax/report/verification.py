@@ -51,7 +51,7 @@ class Verification:
 
   @property
   def holds(self) -> bool:
-    """Whether every claim of the file holds."""
+    """Returns whether every claim of the file holds."""
     return not self.problems
 
   def __rich__(self) -> Table:

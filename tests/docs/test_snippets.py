@@ -13,7 +13,18 @@ from tests.helpers import snippets
 PAGES = snippets.pages()
 WITH_CODE = [name for name, path in PAGES.items() if snippets.snippets(path)]
 # commands of other programs, which are only parsed
-OTHERS = {'.', '.ci/run', 'mypy', 'pip', 'pre-commit', 'pytest', 'python3', 'ruff', 'sphinx-build'}
+OTHERS = {
+  'du',
+  '.',
+  '.ci/run',
+  'mypy',
+  'pip',
+  'pre-commit',
+  'pytest',
+  'python3',
+  'ruff',
+  'sphinx-build',
+}
 
 
 @pytest.fixture
