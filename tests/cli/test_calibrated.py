@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from opq_jax import cli, importers, models
-from opq_jax.importers import networks
-from tests.helpers.variables import random_variables
+from opq_jax import cli
+from tests.helpers import tiny_resnet
 
 Image = pytest.importorskip('PIL.Image')
 
@@ -19,15 +18,13 @@ def run(*argv):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-  """A folder with a network's weights and images, and calibration batches of four."""
+  """A folder with a network's weights and images: one more than there are synthetic ones."""
   monkeypatch.chdir(tmp_path)
-  monkeypatch.setattr(networks, 'noise_shape', lambda source: (4, 32, 32, 3))
-  variables = random_variables(models.create('resnet20', num_classes=5))
-  tensors = importers.to_tensors('resnet20', variables, 'akamaster')
-  safetensors.numpy.save_file(tensors, 'net.safetensors')
+  tiny_resnet.replace_resnet20(monkeypatch)
+  safetensors.numpy.save_file(tiny_resnet.tensors(), 'net.safetensors')
   (tmp_path / 'images').mkdir()
   rng = np.random.default_rng(0)
-  for number in range(9):
+  for number in range(17):
     pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
     smooth = Image.fromarray(pixels).resize((32, 32), Image.Resampling.BILINEAR)
     smooth.save(tmp_path / 'images' / f'{number}.png')
@@ -45,17 +42,17 @@ def metadata(capsys):
 
 
 def test_layer_by_layer_on_images_verifies(folder, capsys):
-  options = '--layer-by-layer', '--feedback', '--images', 'images', '--max-images', 8
+  options = '--layer-by-layer', '--feedback', '--images', 'images', '--max-images', 16
   assert run(*COMMAND, *options) == 0
   out = ' '.join(capsys.readouterr().out.split())
-  assert 'images: 8 of 9 images used' in out and 'BatchNorm corrected from images' in out
+  assert 'images: 16 of 17 images used' in out and 'BatchNorm corrected from images' in out
   found = metadata(capsys)
   expected = {
     'encoder': 'layer_by_layer',
     'first': 'feedback',
     'moments': 'images',
     'inputs': 'images',
-    'images': '8',
+    'images': '16',
     'batch_norm': 'images',
     'compression_rate': '8',
   }
@@ -68,7 +65,7 @@ def test_layer_by_layer_on_images_verifies(folder, capsys):
   assert 'expected --images FOLDER with the same ones' in capsys.readouterr().err
   (folder / 'images' / '0.png').write_bytes((folder / 'images' / '1.png').read_bytes())
   assert run(*VERIFY, '--images', 'images') == 2
-  assert '--images: found 8 other images in images' in capsys.readouterr().err
+  assert '--images: found 16 other images in images' in capsys.readouterr().err
 
 
 def test_layer_by_layer_rounds_without_first(folder, capsys):
@@ -92,5 +89,5 @@ def test_layer_by_layer_along_trellis_verifies(folder, capsys):
 def test_images_correct_batch_norm(folder, capsys):
   assert run(*COMMAND, '--images', 'images') == 0
   found = metadata(capsys)
-  assert (found['encoder'], found['batch_norm'], found['images']) == ('rounding', 'images', '8')
+  assert (found['encoder'], found['batch_norm'], found['images']) == ('rounding', 'images', '16')
   assert run(*VERIFY, '--images', 'images') == 0

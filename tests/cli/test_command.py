@@ -9,12 +9,12 @@ import pytest
 import safetensors.numpy
 
 import opq_jax
-from opq_jax import cli, importers, models
+from opq_jax import cli, importers
 from opq_jax.cli import digits
 from opq_jax.core import trees
 from opq_jax.importers import networks
 from opq_jax.weights import channel_axis
-from tests.helpers.variables import random_variables
+from tests.helpers import tiny_resnet
 
 
 def tree():
@@ -86,11 +86,10 @@ def test_compress_inspect_decompress(net, capsys):
 
 
 @pytest.fixture
-def resnet(net):
-  variables = random_variables(models.create('resnet20', num_classes=5))
-  tensors = importers.to_tensors('resnet20', variables, 'akamaster')
-  safetensors.numpy.save_file(tensors, 'resnet.safetensors')
-  return variables
+def resnet(net, monkeypatch):
+  tiny_resnet.replace_resnet20(monkeypatch)
+  safetensors.numpy.save_file(tiny_resnet.tensors(), 'resnet.safetensors')
+  return tiny_resnet.variables()
 
 
 def test_decompress_uses_source_names(resnet, capsys):

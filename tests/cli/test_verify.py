@@ -7,11 +7,10 @@ import pytest
 import safetensors.numpy
 
 import opq_jax
-from opq_jax import cli, importers, models
+from opq_jax import cli
 from opq_jax.compression import CompressionState
-from opq_jax.importers import networks
+from tests.helpers import tiny_resnet
 from tests.helpers.opq_files import leaf_state
-from tests.helpers.variables import random_variables
 
 
 def run(*argv):
@@ -120,9 +119,8 @@ def test_verify_lists_at_most_a_page(net, capsys):
 )
 def test_verify_corrects_batch_norm_again(tmp_path, monkeypatch, capsys, options):
   monkeypatch.chdir(tmp_path)
-  monkeypatch.setattr(networks, 'noise_shape', lambda source: (4, 32, 32, 3))  # quicker
-  variables = random_variables(models.create('resnet20', num_classes=5))
-  tensors = importers.to_tensors('resnet20', variables, 'akamaster')
+  tiny_resnet.replace_resnet20(monkeypatch)
+  tensors = tiny_resnet.tensors()
   safetensors.numpy.save_file(tensors, 'net.safetensors')
   command = 'compress', '--model', 'resnet20', 'net.safetensors', 'net.opq', '--rate', 8
   assert run(*command, *options) == 0
