@@ -1,0 +1,347 @@
+"""Walks the jaxpr of a function with the leaf that each value comes from.
+
+A jaxpr is the list of operations that JAX records of a function.  The walk goes through it in
+order, into the bodies of jit, remat, custom derivatives, scan, cond and while, and knows of every
+value
+
+  * through which leaf of the parameters it can be seen (`opq_jax.network.views`),
+  * whether it depends on the inputs of the function: a kernel times a function of parameters is
+    still a kernel, a kernel times activations is not,
+  * a number that two values share if they are equal up to their dtype: so q, k and v are known to
+    read the same activations.
+
+At every product of a leaf with activations it calls `Interpreter.product`.  Subclasses give values
+their contents: none (`opq_jax.network.usage`), those of one network (`opq_jax.network.moments`), or
+those of the float and of the compressed network (`opq_jax.encoders.LayerByLayer`).
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core as jex
+
+from opq_jax.network import views
+from opq_jax.network.views import View
+
+# operations whose result has the numbers of their operand, up to its dtype
+_SAME_NUMBERS = frozenset(
+  ('convert_element_type', 'copy', 'copy_p', 'optimization_barrier', 'reduce_precision')
+  + ('sharding_constraint', 'stop_gradient', 'name', 'pvary', 'mesh_cast', 'reshard')
+)
+_LAYOUT = frozenset(
+  ('reshape', 'transpose', 'squeeze', 'expand_dims', 'broadcast_in_dim', 'rev', 'slice')
+  + ('dynamic_slice', 'concatenate', 'pad', 'split')
+)
+# elementwise: a weight that only parameters take part in computing is still a weight
+_ARITHMETIC = frozenset(
+  ('add', 'sub', 'mul', 'div', 'neg', 'max', 'min', 'select_n', 'clamp', 'exp', 'log', 'tanh')
+  + ('logistic', 'sqrt', 'rsqrt', 'square', 'pow', 'integer_pow', 'sign', 'abs', 'round')
+)
+_DATA = frozenset(('scan', 'while', 'cond', 'random_bits', 'random_unwrap', 'threefry2x32'))
+
+
+class Value(NamedTuple):
+  """A value of the walk.
+
+  Attributes:
+    shape, dtype: of the array.
+    content: what the interpreter computes; None where it only looks.
+    views: the leaves whose numbers it holds; of several, each fills a part of it.
+    is_data: whether it depends on the inputs of the function.
+    number: equal for values that are equal up to their dtype.
+  """
+
+  shape: tuple[int, ...]
+  dtype: Any
+  content: Any
+  views: tuple[View, ...]
+  is_data: bool
+  number: Any
+
+
+class Product(NamedTuple):
+  """A product of a leaf with another value, or another operation that a leaf takes part in.
+
+  Attributes:
+    equation: of the jaxpr.
+    view: the leaf, as the operation sees it.
+    operand: which operand the leaf is.
+    values: all operands.
+    where: the loops and branches around it, the outermost first.
+  """
+
+  equation: Any
+  view: View
+  operand: int
+  values: Sequence[Value]
+  where: tuple[str, ...]
+
+  @property
+  def operation(self) -> str:
+    """The name of the operation."""
+    return str(self.equation.primitive.name)
+
+
+class Interpreter:
+  """Walks a jaxpr.  The base class computes no contents."""
+
+  def __init__(self) -> None:
+    self._fresh = itertools.count()
+    self._known: dict[Any, Any] = {}
+
+  def fresh(self) -> int:
+    """Returns a number that no value has."""
+    return next(self._fresh)
+
+  # what subclasses override
+
+  def compute(self, equation: Any, values: Sequence[Value]) -> Sequence[Any]:
+    """Returns the contents of an operation's results."""
+    return [None] * len(equation.outvars)
+
+  def product(self, product: Product) -> None:
+    """Is told of every operation that uses a leaf, before it is computed."""
+
+  def loop(self, equation: Any, values: Sequence[Value], where: tuple[str, ...]) -> list[Value]:
+    """Walks a scan, while or cond that leaves go into, once."""
+    results = self.results(equation, values, [None] * len(equation.outvars))
+    for body, arguments in _bodies(self, equation, values):
+      name = equation.primitive.name
+      self.walk(body.jaxpr, self.constants(body), arguments, (*where, name))
+    for operand in _carried(equation, values):
+      for view in values[operand].views:
+        self.product(Product(equation, view, operand, values, where))
+    return results
+
+  # the walk
+
+  def constants(self, closed: Any) -> list[Value]:
+    """Returns the values of the constants of a closed jaxpr; they count as data."""
+    return [self.constant(value) for value in closed.consts]
+
+  def constant(self, content: Any) -> Value:
+    shape, dtype = jax.numpy.shape(content), jax.dtypes.result_type(content)
+    return Value(shape, dtype, self.lift(content), (), bool(shape), self.fresh())
+
+  def carried(self, value: Value) -> Value:
+    """Returns a value that a loop carries, as each step finds it."""
+    return value._replace(views=(), is_data=True, number=self.fresh(), content=None)
+
+  def step_of(self, value: Value, content: Any = None) -> Value:
+    """Returns one step's part of a value that a scan runs over."""
+    return Value(
+      value.shape[1:],
+      value.dtype,
+      content,
+      tuple(views.picked(view, 0, None) for view in value.views),
+      value.is_data,
+      self.fresh(),
+    )
+
+  def lift(self, content: Any) -> Any:
+    """Returns the content of a constant."""
+    return None
+
+  def walk(
+    self, jaxpr: Any, constants: Sequence[Value], arguments: Sequence[Value], where: tuple[str, ...]
+  ) -> list[Value]:
+    """Walks the equations of a jaxpr, and returns the values of its results."""
+    environment: dict[Any, Value] = {}
+
+    def read(atom: Any) -> Value:
+      if isinstance(atom, jex.Literal):
+        aval = atom.aval
+        return Value(aval.shape, aval.dtype, self.lift(atom.val), (), False, ('literal', repr(atom)))
+      return environment[atom]
+
+    environment.update(zip(jaxpr.constvars, constants, strict=True))
+    environment.update(zip(jaxpr.invars, arguments, strict=True))
+    last = _last_uses(jaxpr)
+    for number, equation in enumerate(jaxpr.eqns):
+      results = self._equation(equation, [read(atom) for atom in equation.invars], where)
+      for variable, value in zip(equation.outvars, results, strict=True):
+        environment[variable] = value
+      # contents are freed as soon as nothing reads them again
+      for variable in last[number]:
+        environment.pop(variable, None)
+    return [read(atom) for atom in jaxpr.outvars]
+
+  def _equation(
+    self, equation: Any, values: list[Value], where: tuple[str, ...]
+  ) -> list[Value]:
+    name = equation.primitive.name
+    if any(value.views for value in values):
+      inner = _inlined(equation)
+      if inner is not None:
+        return self.walk(inner.jaxpr, self.constants(inner), values, where)
+      if name in ('scan', 'while', 'cond'):
+        return self.loop(equation, values, where)
+      moved = _moved(equation, values)
+      kept = {view.leaf for result in moved for view in result}
+      for operand, value in enumerate(values):
+        for view in value.views:
+          if view.leaf not in kept:
+            self.product(Product(equation, view, operand, values, where))
+    else:
+      moved = [()] * len(equation.outvars)
+    results = self.results(equation, values, self.compute(equation, values))
+    return [
+      result._replace(views=tuple(seen)) for result, seen in zip(results, moved, strict=True)
+    ]
+
+  def results(
+    self, equation: Any, values: Sequence[Value], contents: Sequence[Any]
+  ) -> list[Value]:
+    """Returns the values of an operation's results, as they are without a view of a leaf."""
+    name = equation.primitive.name
+    # random bits and what a loop has carried are no parameters either
+    is_data = any(value.is_data for value in values) or name in _DATA
+    numbers = [self.fresh() for _ in equation.outvars]
+    if name in _SAME_NUMBERS and len(values) == len(numbers):
+      numbers = [value.number for value in values]
+    elif name in _LAYOUT and len(numbers) == 1:
+      key = (name, *(value.number for value in values), str(equation.params), str(values[0].shape))
+      numbers = [self._known.setdefault(key, numbers[0])]
+    avals = [variable.aval for variable in equation.outvars]
+    return [
+      Value(getattr(aval, 'shape', ()), getattr(aval, 'dtype', None), content, (), is_data, number)
+      for aval, content, number in zip(avals, contents, numbers, strict=True)
+    ]
+
+
+def _moved(equation: Any, values: Sequence[Value]) -> list[Sequence[View]]:
+  """Returns the views that the results of an operation have."""
+  name, parameters = equation.primitive.name, equation.params
+  shapes = [getattr(variable.aval, 'shape', ()) for variable in equation.outvars]
+  seen = [(place, view) for place, value in enumerate(values) for view in value.views]
+  if name in _SAME_NUMBERS and len(values) == len(shapes):
+    return [value.views for value in values]
+  if name == 'neg':
+    return [values[0].views]
+  if name == 'split':
+    # parts of an axis, which are no kernels of their own
+    return [[view._replace(is_exact=False) for _, view in seen] for _ in shapes]
+  if name in _LAYOUT:
+    new = [_through_layout(name, parameters, view, values[at], shapes[0]) for at, view in seen]
+    return [[view for view in new if view is not None]]
+  if name in _ARITHMETIC and not any(value.is_data for value in values):
+    if name in ('mul', 'div') and any(value.shape == () for value in values):
+      return [[view for _, view in seen if not view.is_repeated]]
+    return [
+      [
+        view._replace(is_exact=False)
+        for place, view in seen
+        if values[place].shape == shapes[0] and not view.is_repeated
+      ]
+    ]
+  return [()] * len(shapes)
+
+
+def _through_layout(
+  name: str, parameters: dict[str, Any], view: View, value: Value, shape: tuple[int, ...]
+) -> View | None:
+  """Returns the view through an operation that moves numbers, or None where it is lost."""
+  match name:
+    case 'reshape':
+      return views.reshaped(view, shape) if parameters.get('dimensions') is None else None
+    case 'transpose':
+      return views.transposed(view, parameters['permutation'])
+    case 'squeeze':
+      return views.squeezed(view, [axis % len(value.shape) for axis in parameters['dimensions']])
+    case 'broadcast_in_dim':
+      return views.broadcast(view, shape, parameters['broadcast_dimensions'])
+    case 'rev':
+      return views.reversed_along(view, parameters['dimensions'])
+    case 'slice' | 'dynamic_slice' | 'concatenate' | 'pad':
+      return _cut(name, parameters, view, value, shape)
+  return None
+
+
+def _cut(
+  name: str, parameters: dict[str, Any], view: View, value: Value, shape: tuple[int, ...]
+) -> View | None:
+  """Returns the view of a part of a value, or of a larger value that it is a part of."""
+  starts = parameters.get('start_indices') if name == 'slice' else None
+  axes, index, taken = list(view.axes), list(view.index), list(view.picked)
+  is_exact = view.is_exact and name != 'pad'
+  for place, (before, after) in enumerate(zip(value.shape, shape, strict=True)):
+    if before == after:
+      continue
+    if name in ('slice', 'dynamic_slice') and after == 1:
+      taken += [factor for factor in view.axes[place] if factor.axis != views.REPEATED]
+      index.append(starts[place] if starts is not None else None)
+      axes[place] = ()
+    elif name != 'concatenate':
+      is_exact = False
+  return view._replace(
+    axes=tuple(axes), picked=tuple(taken), index=tuple(index), is_exact=is_exact
+  )
+
+
+def _inlined(equation: Any) -> Any:
+  """Returns the one body of jit, remat, custom derivatives and the like, closed, or None."""
+  if equation.primitive.name in ('scan', 'while', 'cond', 'shard_map', 'pallas_call'):
+    return None
+  bodies = [
+    value for value in equation.params.values() if isinstance(value, jex.ClosedJaxpr | jex.Jaxpr)
+  ]
+  if len(bodies) != 1:
+    return None
+  body = bodies[0]
+  closed = body if isinstance(body, jex.ClosedJaxpr) else jex.ClosedJaxpr(body, ())
+  fits = len(closed.jaxpr.invars) == len(equation.invars)
+  return closed if fits and len(closed.jaxpr.outvars) == len(equation.outvars) else None
+
+
+def _bodies(
+  interpreter: Interpreter, equation: Any, values: Sequence[Value]
+) -> list[tuple[Any, list[Value]]]:
+  """Returns the bodies of a loop or of a branch, with the values that each is called with."""
+  parameters = equation.params
+  # what a loop carries changes from step to step: it is data where it is, or becomes, data
+  match equation.primitive.name:
+    case 'scan':
+      constants = parameters['num_consts']
+      carried = constants + parameters['num_carry']
+      arguments = [
+        *values[:constants],
+        *(interpreter.carried(value) for value in values[constants:carried]),
+        *(interpreter.step_of(value) for value in values[carried:]),
+      ]
+      return [(parameters['jaxpr'], arguments)]
+    case 'while':
+      of_test, of_body = parameters['cond_nconsts'], parameters['body_nconsts']
+      carry = [interpreter.carried(value) for value in values[of_test + of_body :]]
+      return [
+        (parameters['cond_jaxpr'], [*values[:of_test], *carry]),
+        (parameters['body_jaxpr'], [*values[of_test : of_test + of_body], *carry]),
+      ]
+    case 'cond':
+      return [(branch, list(values[1:])) for branch in parameters['branches']]
+  raise AssertionError(equation.primitive.name)
+
+
+def _carried(equation: Any, values: Sequence[Value]) -> range:
+  """Returns which operands a loop carries from step to step."""
+  parameters = equation.params
+  match equation.primitive.name:
+    case 'scan':
+      first = parameters['num_consts']
+      return range(first, first + parameters['num_carry'])
+    case 'while':
+      return range(parameters['cond_nconsts'] + parameters['body_nconsts'], len(values))
+  return range(0)
+
+
+def _last_uses(jaxpr: Any) -> list[list[Any]]:
+  """Returns, for every equation, the variables that nothing reads after it."""
+  seen = {atom for atom in jaxpr.outvars if not isinstance(atom, jex.Literal)}
+  last: list[list[Any]] = []
+  for equation in reversed(jaxpr.eqns):
+    atoms = [*equation.invars, *equation.outvars]
+    dead = {atom for atom in atoms if not isinstance(atom, jex.Literal) and atom not in seen}
+    seen |= dead
+    last.append(list(dead))
+  return last[::-1]

@@ -1,0 +1,144 @@
+"""Which axes of a leaf the axes of a value are.
+
+On its way from the parameters to a product a kernel is reshaped, transposed and converted.  Such
+operations move numbers and compute nothing, so every axis of their result is still an axis of the
+leaf, a part of one, or several joined:
+
+    kernel [in, heads, features]  --reshape-->  [in, heads * features]
+
+An axis of a value is therefore a sequence of `Factor`s, the slowest first, and the functions here
+say what an operation makes of them.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+REPEATED = -1
+"""The axis of a factor along which a leaf is broadcast."""
+
+
+class Factor(NamedTuple):
+  """A part of one axis of a leaf.
+
+  Attributes:
+    axis: of the leaf, or REPEATED.
+    size: how many places it has.
+    stride: places of the leaf's axis from one to the next; negative where the order is reversed.
+  """
+
+  axis: int
+  size: int
+  stride: int = 1
+
+
+Axis = tuple[Factor, ...]
+
+
+class View(NamedTuple):
+  """A leaf as it is seen through operations that only move numbers.
+
+  Attributes:
+    leaf: number of the leaf.
+    axes: factors of every axis of the value.
+    picked: factors of axes of which one index was picked: by a scan, or by `kernel[i]`.
+    index: the index that was picked of each of them, slowest first: a number, or None for the
+      steps of a scan.
+    is_exact: False where arithmetic (weight normalization), padding or a cut lies on the way, so
+      that the numbers of the value are not those of the leaf.
+  """
+
+  leaf: int
+  axes: tuple[Axis, ...]
+  picked: Axis = ()
+  index: tuple[int | None, ...] = ()
+  is_exact: bool = True
+
+  @property
+  def is_repeated(self) -> bool:
+    """Whether the leaf is broadcast: then the value is not a kernel of its own."""
+    return any(factor.axis == REPEATED for axis in self.axes for factor in axis)
+
+
+def whole(leaf: int, shape: Sequence[int]) -> View:
+  """Returns the view of a leaf itself."""
+  return View(leaf, tuple((Factor(axis, size),) for axis, size in enumerate(shape)))
+
+
+def transposed(view: View, permutation: Sequence[int]) -> View:
+  """Returns the view through a transpose."""
+  return view._replace(axes=tuple(view.axes[axis] for axis in permutation))
+
+
+def squeezed(view: View, axes: Sequence[int]) -> View:
+  """Returns the view without some axes of length 1."""
+  return view._replace(axes=tuple(a for i, a in enumerate(view.axes) if i not in axes))
+
+
+def broadcast(view: View, shape: Sequence[int], places: Sequence[int]) -> View:
+  """Returns the view through `broadcast_in_dim`: axis i of the value becomes axis places[i]."""
+  axes: list[Axis] = [(Factor(REPEATED, size),) if size != 1 else () for size in shape]
+  for axis, place in zip(view.axes, places, strict=True):
+    if size_of(axis) == shape[place]:
+      axes[place] = axis
+  return view._replace(axes=tuple(axes))
+
+
+def reversed_along(view: View, axes: Sequence[int]) -> View | None:
+  """Returns the view through `rev`, or None where joined axes are reversed."""
+  new = list(view.axes)
+  for place in axes:
+    factors = [factor for factor in view.axes[place] if factor.size > 1]
+    if len(factors) > 1:
+      return None
+    new[place] = tuple(f._replace(stride=-f.stride) for f in view.axes[place])
+  return view._replace(axes=tuple(new))
+
+
+def reshaped(view: View, shape: Sequence[int]) -> View | None:
+  """Returns the view through a reshape, or None where an axis is cut at no factor of its length.
+
+  >>> view = whole(0, (6, 4))
+  >>> [[(f.axis, f.size, f.stride) for f in axis] for axis in reshaped(view, (2, 12)).axes]
+  [[(0, 2, 3)], [(0, 3, 1), (1, 4, 1)]]
+  """
+  left = [factor for axis in view.axes for factor in axis][::-1]
+  if math.prod(factor.size for factor in left) != math.prod(shape):
+    return None
+  axes: list[Axis] = []
+  for size in shape:
+    axis: list[Factor] = []
+    wanted = size
+    while wanted > 1 or (left and left[-1].size == 1):
+      factor = left.pop()
+      if factor.size <= wanted or factor.size == 1:
+        if wanted % factor.size:
+          return None
+        axis.append(factor)
+        wanted //= factor.size
+        continue
+      if factor.size % wanted:
+        return None
+      rest = factor.size // wanted
+      axis.append(Factor(factor.axis, wanted, factor.stride * rest))
+      left.append(Factor(factor.axis, rest, factor.stride))
+      wanted = 1
+      # the rest of a factor belongs to the next axis
+      break
+    axes.append(tuple(axis))
+  return view._replace(axes=tuple(axes))
+
+
+def picked(view: View, place: int, index: int | None) -> View:
+  """Returns the view of one index along an axis, with that axis left out."""
+  factors = tuple(f for f in view.axes[place] if f.axis != REPEATED)
+  return view._replace(
+    axes=view.axes[:place] + view.axes[place + 1 :],
+    picked=view.picked + factors,
+    index=(*view.index, index),
+  )
+
+
+def size_of(axis: Axis) -> int:
+  """Returns the length of an axis."""
+  return math.prod(factor.size for factor in axis)
