@@ -10,7 +10,7 @@ SUBJECTS = {
   'opq_jax.allocation': 'How much of every leaf to prune, and how finely to quantize it.',
   'opq_jax.compression': 'Masks and codebooks, and the compressed forward pass.',
   'opq_jax.encoders': 'Which code a weight gets.',
-  'opq_jax.network': 'Inputs of the layers of a network: second moments.',
+  'opq_jax.network': 'How a function uses its leaves, and second moments of their inputs.',
   'opq_jax.correction': 'BatchNorm and biases after compression; files for inference.',
   'opq_jax.coding': 'Codes to bytes and back.',
   'opq_jax.file': 'The .opq file.',

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
   )
   from opq_jax.encoders import compress
   from opq_jax.file import OpqFile, load, save
+  from opq_jax.network import usage
   from opq_jax.report import size_report, summary
 
 __version__ = '0.2.0.dev0'
@@ -85,6 +86,7 @@ __all__ = [
   'save',
   'size_report',
   'summary',
+  'usage',
   'weights',
 ]
 
@@ -105,6 +107,7 @@ _ROOMS = {
   'save': 'file',
   'size_report': 'report',
   'summary': 'report',
+  'usage': 'network',
 }
 
 

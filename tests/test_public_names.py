@@ -28,6 +28,7 @@ NAMES = {
   'save',
   'size_report',
   'summary',
+  'usage',
 }
 ROOMS = {
   'allocation',

@@ -27,17 +27,23 @@ from opq_jax.network.views import View
 
 # operations whose result has the numbers of their operand, up to its dtype
 _SAME_NUMBERS = frozenset(
-  ('convert_element_type', 'copy', 'copy_p', 'optimization_barrier', 'reduce_precision')
-  + ('sharding_constraint', 'stop_gradient', 'name', 'pvary', 'mesh_cast', 'reshard')
+  (
+    *('convert_element_type', 'copy', 'copy_p', 'mesh_cast', 'name', 'optimization_barrier'),
+    *('pvary', 'reduce_precision', 'reshard', 'sharding_constraint', 'stop_gradient'),
+  )
 )
 _LAYOUT = frozenset(
-  ('reshape', 'transpose', 'squeeze', 'expand_dims', 'broadcast_in_dim', 'rev', 'slice')
-  + ('dynamic_slice', 'concatenate', 'pad', 'split')
+  (
+    *('broadcast_in_dim', 'concatenate', 'dynamic_slice', 'expand_dims', 'pad', 'reshape', 'rev'),
+    *('slice', 'split', 'squeeze', 'transpose'),
+  )
 )
 # elementwise: a weight that only parameters take part in computing is still a weight
 _ARITHMETIC = frozenset(
-  ('add', 'sub', 'mul', 'div', 'neg', 'max', 'min', 'select_n', 'clamp', 'exp', 'log', 'tanh')
-  + ('logistic', 'sqrt', 'rsqrt', 'square', 'pow', 'integer_pow', 'sign', 'abs', 'round')
+  (
+    *('abs', 'add', 'clamp', 'div', 'exp', 'integer_pow', 'log', 'logistic', 'max', 'min', 'mul'),
+    *('neg', 'pow', 'round', 'rsqrt', 'select_n', 'sign', 'sqrt', 'square', 'sub', 'tanh'),
+  )
 )
 _DATA = frozenset(('scan', 'while', 'cond', 'random_bits', 'random_unwrap', 'threefry2x32'))
 
@@ -152,8 +158,8 @@ class Interpreter:
 
     def read(atom: Any) -> Value:
       if isinstance(atom, jex.Literal):
-        aval = atom.aval
-        return Value(aval.shape, aval.dtype, self.lift(atom.val), (), False, ('literal', repr(atom)))
+        number = 'literal', repr(atom)
+        return Value(*_facts(atom), self.lift(atom.val), (), False, number)
       return environment[atom]
 
     environment.update(zip(jaxpr.constvars, constants, strict=True))
@@ -168,9 +174,7 @@ class Interpreter:
         environment.pop(variable, None)
     return [read(atom) for atom in jaxpr.outvars]
 
-  def _equation(
-    self, equation: Any, values: list[Value], where: tuple[str, ...]
-  ) -> list[Value]:
+  def _equation(self, equation: Any, values: list[Value], where: tuple[str, ...]) -> list[Value]:
     name = equation.primitive.name
     if any(value.views for value in values):
       inner = _inlined(equation)
@@ -187,13 +191,9 @@ class Interpreter:
     else:
       moved = [()] * len(equation.outvars)
     results = self.results(equation, values, self.compute(equation, values))
-    return [
-      result._replace(views=tuple(seen)) for result, seen in zip(results, moved, strict=True)
-    ]
+    return [result._replace(views=tuple(seen)) for result, seen in zip(results, moved, strict=True)]
 
-  def results(
-    self, equation: Any, values: Sequence[Value], contents: Sequence[Any]
-  ) -> list[Value]:
+  def results(self, equation: Any, values: Sequence[Value], contents: Sequence[Any]) -> list[Value]:
     """Returns the values of an operation's results, as they are without a view of a leaf."""
     name = equation.primitive.name
     # random bits and what a loop has carried are no parameters either
@@ -204,17 +204,16 @@ class Interpreter:
     elif name in _LAYOUT and len(numbers) == 1:
       key = (name, *(value.number for value in values), str(equation.params), str(values[0].shape))
       numbers = [self._known.setdefault(key, numbers[0])]
-    avals = [variable.aval for variable in equation.outvars]
     return [
-      Value(getattr(aval, 'shape', ()), getattr(aval, 'dtype', None), content, (), is_data, number)
-      for aval, content, number in zip(avals, contents, numbers, strict=True)
+      Value(*_facts(variable), content, (), is_data, number)
+      for variable, content, number in zip(equation.outvars, contents, numbers, strict=True)
     ]
 
 
 def _moved(equation: Any, values: Sequence[Value]) -> list[Sequence[View]]:
   """Returns the views that the results of an operation have."""
   name, parameters = equation.primitive.name, equation.params
-  shapes = [getattr(variable.aval, 'shape', ()) for variable in equation.outvars]
+  shapes = [_facts(variable)[0] for variable in equation.outvars]
   seen = [(place, view) for place, value in enumerate(values) for view in value.views]
   if name in _SAME_NUMBERS and len(values) == len(shapes):
     return [value.views for value in values]
@@ -237,6 +236,11 @@ def _moved(equation: Any, values: Sequence[Value]) -> list[Sequence[View]]:
       ]
     ]
   return [()] * len(shapes)
+
+
+def _facts(atom: Any) -> tuple[tuple[int, ...], Any]:
+  """Returns the shape and dtype of a variable or literal; tokens have neither."""
+  return getattr(atom.aval, 'shape', ()), getattr(atom.aval, 'dtype', None)
 
 
 def _through_layout(
@@ -264,19 +268,19 @@ def _cut(
 ) -> View | None:
   """Returns the view of a part of a value, or of a larger value that it is a part of."""
   starts = parameters.get('start_indices') if name == 'slice' else None
-  axes, index, taken = list(view.axes), list(view.index), list(view.picked)
+  axes, indices, taken = list(view.axes), list(view.indices), list(view.picked)
   is_exact = view.is_exact and name != 'pad'
   for place, (before, after) in enumerate(zip(value.shape, shape, strict=True)):
     if before == after:
       continue
     if name in ('slice', 'dynamic_slice') and after == 1:
       taken += [factor for factor in view.axes[place] if factor.axis != views.REPEATED]
-      index.append(starts[place] if starts is not None else None)
+      indices.append(starts[place] if starts is not None else None)
       axes[place] = ()
     elif name != 'concatenate':
       is_exact = False
   return view._replace(
-    axes=tuple(axes), picked=tuple(taken), index=tuple(index), is_exact=is_exact
+    axes=tuple(axes), picked=tuple(taken), indices=tuple(indices), is_exact=is_exact
   )
 
 

@@ -42,7 +42,7 @@ class View(NamedTuple):
     leaf: number of the leaf.
     axes: factors of every axis of the value.
     picked: factors of axes of which one index was picked: by a scan, or by `kernel[i]`.
-    index: the index that was picked of each of them, slowest first: a number, or None for the
+    indices: the index that was picked of each of them, slowest first: a number, or None for the
       steps of a scan.
     is_exact: False where arithmetic (weight normalization), padding or a cut lies on the way, so
       that the numbers of the value are not those of the leaf.
@@ -51,7 +51,7 @@ class View(NamedTuple):
   leaf: int
   axes: tuple[Axis, ...]
   picked: Axis = ()
-  index: tuple[int | None, ...] = ()
+  indices: tuple[int | None, ...] = ()
   is_exact: bool = True
 
   @property
@@ -135,7 +135,7 @@ def picked(view: View, place: int, index: int | None) -> View:
   return view._replace(
     axes=view.axes[:place] + view.axes[place + 1 :],
     picked=view.picked + factors,
-    index=(*view.index, index),
+    indices=(*view.indices, index),
   )
 
 
