@@ -34,13 +34,14 @@ def test_compress_stored_equals_save(stored, tmp_path, targets):
 
 
 @pytest.mark.filterwarnings('ignore:the Laplace density')
-@pytest.mark.parametrize('axis', [0, 1])
+@pytest.mark.parametrize('axis', [0, -1])
 def test_compress_stored_escaped_weights(tmp_path, monkeypatch, axis):
   params = {
     'w': large_tree()['z.weight'].copy(),
     'half': large_tree()['conv.weight'].reshape(32, -1).copy(),
   }
-  params['w'][[3, 700, 1099], [9, 0, 999]] = 3000, -5000, 4000
+  places = [0, 63, 99], [30, 70, 109], [9, 0, 99]  # in the first piece, and the last of all
+  params['w'][places] = 3000, -5000, 4000
   params['half'][[0, 31], [5, 71]] = 900, -900
   safetensors.numpy.save_file(params, tmp_path / 'net.safetensors')
   stored = open_weights(tmp_path / 'net.safetensors')
@@ -55,7 +56,7 @@ def test_compress_stored_escaped_weights(tmp_path, monkeypatch, axis):
   assert done.report == opq_jax.size_report(params, state, channel_axis=axis)
   assert done.report.escaped >= 5
   loaded, _ = opq_jax.load(tmp_path / 'net.opq')
-  assert loaded['w'][[3, 700, 1099], [9, 0, 999]].tolist() == [3000, -5000, 4000]
+  assert loaded['w'][places].tolist() == [3000, -5000, 4000]
 
 
 @pytest.mark.filterwarnings('ignore:the Laplace density')
@@ -90,7 +91,9 @@ def test_compress_stored_keeps_the_old_file(tmp_path):
 
 
 @pytest.mark.parametrize('source', ['.safetensors', 'Orbax'])
-def test_compress_stored_peak_memory(source):
+def test_compress_stored_peak_memory(source, monkeypatch):
+  # compiled in less time: the trees take as much memory
+  monkeypatch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
   # what else runs only adds to a peak, one run in a few fails for it: the least of three counts
   for _ in range(3):
     found = large_trees.run(80_000_000, 8_000_000, None, source)
