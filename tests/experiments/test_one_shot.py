@@ -15,8 +15,9 @@ from safetensors.numpy import save_file
 import opq_jax
 from configs.one_shot import NETWORKS, get_config
 from experiments import one_shot
-from opq_jax import importers, models
+from opq_jax import importers
 from opq_jax.importers import networks
+from tests.helpers import tiny_resnet
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('programs_made_fast')]
 
@@ -51,30 +52,15 @@ def data_dir(tmp_path):
   return folder
 
 
-def random_tensors():
-  """A ResNet-20 of random weights and sane statistics, by the names of its source."""
-  rng = np.random.default_rng(0)
-
-  def draw(path, leaf):
-    if leaf.ndim > 1:
-      values = rng.laplace(0, np.sqrt(1 / np.prod(leaf.shape[:-1])), leaf.shape)
-    else:
-      values = np.full(leaf.shape, path[-1].key in ('scale', 'var'))
-    return values.astype(np.float32)
-
-  shapes = models.variable_shapes(models.create('resnet20'))
-  variables = jax.tree.map_with_path(draw, shapes)
-  return importers.to_tensors('resnet20', variables, 'akamaster')
-
-
 def test_one_shot_writes_its_results(tmp_path, data_dir, capsys, monkeypatch):
   pytest.importorskip('matplotlib')
-  monkeypatch.setattr(networks, 'noise_shape', lambda source: (4, 32, 32, 3))  # quicker
-  save_file(random_tensors(), tmp_path / 'net.safetensors')
+  tiny_resnet.replace_resnet20(monkeypatch)
+  save_file(tiny_resnet.tensors(), tmp_path / 'net.safetensors')
   config = get_config('resnet20')
   config.update(
     {
       'weights': str(tmp_path / 'net.safetensors'),
+      'num_classes': tiny_resnet.CLASSES,
       'dataset': 'photographs',
       'split': 'train',
       'unlabelled_split': 'train',

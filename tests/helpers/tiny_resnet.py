@@ -16,7 +16,7 @@ def replace_resnet20(monkeypatch: pytest.MonkeyPatch) -> None:
 
   Its convolutions and its head have three shapes in all, so that little is compiled.
   """
-  attributes = {**registry._NETWORKS[NAME].attributes, 'blocks': (1,), 'width': 32}
+  attributes = {**registry._NETWORKS[NAME].attributes, 'blocks': (1,), 'width': 40}
   architecture = registry.Architecture('resnet', 'ResNet', attributes)
   monkeypatch.setitem(registry._NETWORKS, NAME, architecture)
   monkeypatch.setattr(networks, 'noise_shape', lambda source: BATCH)
