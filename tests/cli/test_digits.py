@@ -10,7 +10,6 @@ from opq_jax.cli import digits
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures('programs_made_fast')
 def test_digits_table_is_true(tmp_path, capsys):
   pytest.importorskip('sklearn')
   path = tmp_path / 'digits.opq'

@@ -10,22 +10,32 @@ import opq_jax
 from opq_jax import models
 
 
-def random_variables(model, image):
-  variables = jax.jit(model.init)(jax.random.key(0), image)
+def random_variables(model):
   rng = np.random.default_rng(0)
-  return jax.tree.map(
-    lambda leaf: (
-      jnp.asarray(rng.uniform(0.2, 2.0, leaf.shape), jnp.float32) if leaf.ndim == 1 else leaf
-    ),
-    variables,
-  )
+
+  def draw(leaf):
+    if leaf.ndim == 1:
+      values = rng.uniform(0.2, 2.0, leaf.shape)
+    else:
+      values = rng.normal(0, np.sqrt(2 / np.prod(leaf.shape[:-1])), leaf.shape)
+    return jnp.asarray(values, jnp.float32)
+
+  return jax.tree.map(draw, models.variable_shapes(model))
 
 
-@pytest.mark.parametrize('name', ['resnet20', 'mobilenet_v1'])
-def test_fold_batch_norm_keeps_logits(name):
-  model = models.create(name, num_classes=10)
+def small_resnet():
+  return models.ResNet((1, 1), cifar=True, width=16, num_classes=10)
+
+
+def small_mobilenet():
+  return models.MobileNetV1(width=0.25, num_classes=10)
+
+
+@pytest.mark.parametrize('create', [small_resnet, small_mobilenet], ids=['resnet', 'mobilenet_v1'])
+def test_fold_batch_norm_keeps_logits(create):
+  model = create()
   image = jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
-  variables = random_variables(model, image)
+  variables = random_variables(model)
   folded = opq_jax.correction.fold_batch_norm(variables, epsilon=model.epsilon)
   apply = jax.jit(model.apply)
   before, after = (np.asarray(apply(tree, image)) for tree in (variables, folded))
@@ -39,7 +49,7 @@ def test_fold_batch_norm_keeps_logits(name):
 
 def test_folded_and_rounded_file_is_smaller(tmp_path):
   model = models.create('resnet20', num_classes=10)
-  variables = random_variables(model, jnp.zeros((1, 32, 32, 3)))
+  variables = random_variables(model)
   state = opq_jax.init_state(variables, opq_jax.allocate(variables, compression_rate=16.0))
   folded = opq_jax.correction.fold_batch_norm(variables, epsilon=model.epsilon)
   vectors = sum(leaf.nbytes for leaf in jax.tree.leaves(variables) if leaf.ndim == 1)

@@ -37,7 +37,7 @@ def large_tree():
   rng = np.random.default_rng(0)
   laplace = lambda *shape: rng.laplace(size=shape).astype(np.float32)
   return {
-    # more than one piece, and no more channels than the allocation of small networks is compiled for
+    # more than one piece, and few channels: its allocation shares a program with small networks
     'z.weight': laplace(100, 110, 100),
     'conv.weight': laplace(32, 8, 3, 3).astype(np.float16),
     'conv.bias': laplace(32),
