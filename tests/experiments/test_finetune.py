@@ -49,10 +49,13 @@ def start(workdir, *arguments, devices=2, **options):
 
 
 @pytest.fixture(scope='module')
-def undisturbed(tmp_path_factory):
-  """The folder of one such run."""
-  folder = tmp_path_factory.mktemp('undisturbed')
-  start(folder).finish()
+def of_two_processes(tmp_path_factory):
+  """The folder of such a run of two processes of one device each, which nothing disturbs."""
+  folder = tmp_path_factory.mktemp('of_two_processes')
+  apart = '--distributed', f'--coordinator=localhost:{processes.free_port()}', '--processes=2'
+  both = [start(folder, *apart, f'--process={index}', devices=1) for index in range(2)]
+  for process in both:
+    process.finish()
   return folder
 
 
@@ -65,6 +68,7 @@ def smoke(**changes):
 
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
+  """The results and the folder of a run of four steps."""
   pytest.importorskip('matplotlib')
   workdir = tmp_path_factory.mktemp('finished')
   return finetune.run(smoke(steps=4), workdir), workdir
@@ -183,7 +187,8 @@ def test_finetune_continues_after_sigterm(finished, tmp_path, monkeypatch):
   assert lines(tmp_path) == lines(workdir)
 
 
-def test_finetune_continues_after_kill(undisturbed, tmp_path):
+def test_finetune_killed_equals_two_processes(of_two_processes, tmp_path):
+  """A run of one process that is killed and goes on: neither kill nor processes change its file."""
   with start(tmp_path, is_killed=True) as process:
     end = time.monotonic() + processes.TIMEOUT
     while not list((tmp_path / 'checkpoints').glob('[1-3]')):
@@ -193,20 +198,13 @@ def test_finetune_continues_after_kill(undisturbed, tmp_path):
   assert process.returncode == -signal.SIGKILL
   assert not (tmp_path / 'network.opq').exists()
   start(tmp_path).finish()
-  assert (tmp_path / 'network.opq').read_bytes() == (undisturbed / 'network.opq').read_bytes()
+  assert (tmp_path / 'network.opq').read_bytes() == (of_two_processes / 'network.opq').read_bytes()
   lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
   steps = [record['step'] for record in map(json.loads, lines) if record['kind'] == 'train']
   assert steps == [1, 2, 3, 4]
-
-
-def test_finetune_two_processes_equal_one(undisturbed, tmp_path):
-  apart = '--distributed', f'--coordinator=localhost:{processes.free_port()}', '--processes=2'
-  both = [start(tmp_path, *apart, f'--process={index}', devices=1) for index in range(2)]
-  for process in both:
-    process.finish()
-  assert (tmp_path / 'network.opq').read_bytes() == (undisturbed / 'network.opq').read_bytes()
   rows, others = (
-    json.loads((folder / 'results.json').read_text())['rows'] for folder in (tmp_path, undisturbed)
+    json.loads((folder / 'results.json').read_text())['rows']
+    for folder in (tmp_path, of_two_processes)
   )
   assert rows == others
 
