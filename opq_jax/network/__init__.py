@@ -5,15 +5,16 @@ from typing import TYPE_CHECKING
 from opq_jax.core import lazy
 
 if TYPE_CHECKING:
-  from opq_jax.network.moments import MAX_INPUTS, layer_moments, mean_moments, second_moments
+  from opq_jax.network.batch_mode import on_batch_statistics
+  from opq_jax.network.moments import InputMoments, mean_moments, second_moments
   from opq_jax.network.usage import LeafUsage, Use, usage
 
 __all__ = [
-  'MAX_INPUTS',
+  'InputMoments',
   'LeafUsage',
   'Use',
-  'layer_moments',
   'mean_moments',
+  'on_batch_statistics',
   'second_moments',
   'usage',
 ]
@@ -21,11 +22,11 @@ __all__ = [
 __getattr__, __dir__ = lazy.attributes(
   __name__,
   {
+    'InputMoments': 'moments',
     'LeafUsage': 'usage',
-    'MAX_INPUTS': 'moments',
     'Use': 'usage',
-    'layer_moments': 'moments',
     'mean_moments': 'moments',
+    'on_batch_statistics': 'batch_mode',
     'second_moments': 'moments',
     'usage': 'usage',
   },

@@ -16,7 +16,7 @@ those of the float and of the compressed network (`opq_jax.encoders.LayerByLayer
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -93,9 +93,10 @@ class Product(NamedTuple):
 class Interpreter:
   """Walks a jaxpr.  The base class computes no contents."""
 
-  def __init__(self) -> None:
-    self._fresh = itertools.count()
-    self._known: dict[Any, Any] = {}
+  def __init__(self, outer: 'Interpreter | None' = None):
+    # numbers are of one sequence in all walks of a function
+    self._fresh: Iterator[int] = outer._fresh if outer else itertools.count()
+    self._known: dict[Any, Any] = outer._known if outer else {}
 
   def fresh(self) -> int:
     """Returns a number that no value has."""
@@ -116,10 +117,14 @@ class Interpreter:
     for body, arguments in _bodies(self, equation, values):
       name = equation.primitive.name
       self.walk(body.jaxpr, self.constants(body), arguments, (*where, name))
+    self.carried_leaves(equation, values, where)
+    return results
+
+  def carried_leaves(self, equation: Any, values: Sequence[Value], where: tuple[str, ...]) -> None:
+    """Tells of leaves that a loop carries from step to step, and that are not followed."""
     for operand in _carried(equation, values):
       for view in values[operand].views:
         self.product(Product(equation, view, operand, values, where))
-    return results
 
   # the walk
 
@@ -131,9 +136,9 @@ class Interpreter:
     shape, dtype = jax.numpy.shape(content), jax.dtypes.result_type(content)
     return Value(shape, dtype, self.lift(content), (), bool(shape), self.fresh())
 
-  def carried(self, value: Value) -> Value:
+  def carried(self, value: Value, content: Any = None) -> Value:
     """Returns a value that a loop carries, as each step finds it."""
-    return value._replace(views=(), is_data=True, number=self.fresh(), content=None)
+    return value._replace(views=(), is_data=True, number=self.fresh(), content=content)
 
   def step_of(self, value: Value, content: Any = None) -> Value:
     """Returns one step's part of a value that a scan runs over."""
@@ -141,7 +146,7 @@ class Interpreter:
       value.shape[1:],
       value.dtype,
       content,
-      tuple(views.picked(view, 0, None) for view in value.views),
+      tuple(views.picked(view, 0, views.STEP) for view in value.views),
       value.is_data,
       self.fresh(),
     )
@@ -226,8 +231,9 @@ def _moved(equation: Any, values: Sequence[Value]) -> list[Sequence[View]]:
     new = [_through_layout(name, parameters, view, values[at], shapes[0]) for at, view in seen]
     return [[view for view in new if view is not None]]
   if name in _ARITHMETIC and not any(value.is_data for value in values):
-    if name in ('mul', 'div') and any(value.shape == () for value in values):
-      return [[view for _, view in seen if not view.is_repeated]]
+    if name in ('mul', 'div') and any(isinstance(atom, jex.Literal) for atom in equation.invars):
+      # a constant factor changes neither inputs nor outputs
+      return [[view for _, view in seen]]
     return [
       [
         view._replace(is_exact=False)
@@ -236,6 +242,17 @@ def _moved(equation: Any, values: Sequence[Value]) -> list[Sequence[View]]:
       ]
     ]
   return [()] * len(shapes)
+
+
+def evaluated(equation: Any, contents: Sequence[Any]) -> Sequence[Any]:
+  """Computes one equation of a jaxpr, as `jax.core.eval_jaxpr` does."""
+  primitive, functions = equation.primitive, ()
+  parameters = primitive.get_bind_params(equation.params)
+  if isinstance(parameters, tuple):  # before JAX 0.9 functions were apart
+    functions, parameters = parameters
+  with equation.ctx.manager:
+    result = primitive.bind(*functions, *contents, **parameters)
+  return result if primitive.multiple_results else [result]
 
 
 def _facts(atom: Any) -> tuple[tuple[int, ...], Any]:
@@ -275,7 +292,7 @@ def _cut(
       continue
     if name in ('slice', 'dynamic_slice') and after == 1:
       taken += [factor for factor in view.axes[place] if factor.axis != views.REPEATED]
-      indices.append(starts[place] if starts is not None else None)
+      indices.append(views.DYNAMIC if starts is None else starts[place])
       axes[place] = ()
     elif name != 'concatenate':
       is_exact = False

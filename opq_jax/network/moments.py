@@ -1,7 +1,7 @@
 """The second moments of each layer's inputs, from calibration inputs or without any data.
 
-A layer's output is y = x W, row by row of x: a window of a convolution, an example of a dense
-layer. Under other weights Q, its squared error depends on the inputs by one matrix alone,
+A layer's output is y = x W, row by row of x: a token, an example, a window of a convolution.  Under
+other weights Q, its squared error depends on the inputs by one matrix alone,
 
     E |x W - x Q|^2 = tr((W - Q)^T H (W - Q))          H = E[x^T x]
 
@@ -9,59 +9,84 @@ and this matrix is all that error feedback (`opq_jax.encoders.Feedback`) needs t
 """
 
 import functools
-import itertools
-import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32
+from jax.extend import core as jex
+from jaxtyping import Array, Float32
 
-from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
-
-MAX_INPUTS = 4608
-"""Inputs of one output, K: those of a 3 x 3 window over 512 channels, whose matrix takes 85 MB."""
-
-# taps of a depthwise window, up to which every pair of taps has a loop of its own: 45 loops for a
-# 3 x 3 window; the program grows with the square of the taps
-_FEW_TAPS = 9
+from opq_jax.network import views
+from opq_jax.network.batch_mode import on_batch_statistics
+from opq_jax.network.interpreter import Interpreter, Product, Value, evaluated
+from opq_jax.network.products import Sums, order_of, sums_of
+from opq_jax.network.usage import arguments, leading_slices, reading_of, traced, use_of
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def second_moments(
-  apply_fn: Callable[..., Any], variables: Mapping[str, PyTree], inputs: Float[Array, 'batch ...']
-) -> PyTree:
-  """Returns the second moments H = E[x^T x] of the inputs of every convolution and dense layer.
+@flax.struct.dataclass
+class InputMoments:
+  """Second moments of the inputs of one leaf.
 
-  A row x holds the K numbers that one output is a weighted sum of, in the order of the kernel:
-  rows, columns and input channels of the window.  The expectation is over the examples and, of a
-  convolution, over all places of the window, with the zeros that it sees beyond the border.
+  Attributes:
+    matrix: H = E[x^T x] of every slice and group.  A row x holds the K numbers that one output is
+      a weighted sum of, in the order of the leaf's axes.
+    inputs: axes of the leaf that a product sums over: K is the product of their lengths.
+    slices: how many leading axes of the leaf count slices.
+  """
 
-  A network with BatchNorm runs on batch statistics, as in `opq_jax.correction.correct_batch_norm`:
-  then every layer sees, per channel, the first two moments that it had in training, even if the
-  inputs are noise.  Noise does not know how channels and neighbours go together;
-  `opq_jax.correction.natural_noise` knows it of the neighbours, and
+  matrix: Float32[Array, '*slices groups K K']
+  inputs: tuple[int, ...] = flax.struct.field(pytree_node=False)
+  slices: int = flax.struct.field(pytree_node=False, default=0)
+
+
+@flax.struct.dataclass
+class _Measured:
+  """Matrices, and which leaf has which: leaves that read the same rows share one.
+
+  Attributes:
+    matrices: every one once.
+    leaves: of every leaf, the number of its matrix, its inputs and slices; or None.
+  """
+
+  matrices: list[Array]
+  leaves: tuple[tuple[int, tuple[int, ...], int] | None, ...] = flax.struct.field(pytree_node=False)
+
+
+def second_moments(fn: Callable[..., Any], params: PyTree, *inputs: Any) -> PyTree:
+  """Returns the second moments H = E[x^T x] of the inputs of every leaf that is multiplied.
+
+  The jaxpr of `fn` is walked with the leaf that each value comes from, so any function that JAX can
+  trace will do: dense layers, attention, einsum, convolutions (also grouped, dilated, transposed),
+  scan, remat, recurrent cells.  The expectation is over all rows that a leaf is multiplied with:
+  examples, tokens, places of a window with the zeros that it sees beyond the border, and steps of
+  a loop in which the leaf stays the same.  The layers of a scan and batched experts are slices, and
+  each has a matrix of its own.
+
+  A Linen network with BatchNorm runs on batch statistics, as in
+  `opq_jax.correction.correct_batch_norm`: then every layer sees, per channel, the first two moments
+  that it had in training, even if the inputs are noise.  Noise does not know how channels and
+  neighbours go together; `opq_jax.correction.natural_noise` knows it of the neighbours, and
   `opq_jax.correction.synthetic_inputs` knows much of both.
 
   Args:
-    apply_fn: `model.apply` of a Flax Linen module; called as `apply_fn(variables, x)` or, if there
-      are `batch_stats`, as `apply_fn(variables, x, train=True, mutable=['batch_stats'])`.
-      Compiled once for each such function.
-    variables: the variables of the network.
-    inputs: a batch, prepared as the network expects it, or synthetic, or noise.
+    fn: called as `fn(params, *inputs)`.  `model.apply` of a Flax Linen module whose variables hold
+      `batch_stats` is called such that BatchNorm runs on the batch
+      (`opq_jax.network.on_batch_statistics`).  Compiled once for each such function.
+    params: the parameters, or variables, of the network.
+    inputs: calibration inputs, any pytrees of arrays, or PRNG keys: prepared as the network expects
+      them, or synthetic, or noise.
 
   Returns:
-    The tree of the variables with a matrix [groups, K, K] in float32 at the kernel of every
-    `nn.Dense` and `nn.Conv`, and None elsewhere.  A depthwise convolution has as many groups as
-    channels, all others one.  None too where one output has more than `MAX_INPUTS` inputs, or where
-    a convolution pads otherwise than with zeros or dilates its input.
+    The tree of the parameters with an `InputMoments` at every leaf of a dot or a convolution, and
+    None elsewhere: at leaves that are looked up or taken part in elementwise, and where arithmetic,
+    a cut or a `shard_map` lies between the leaf and its product (`opq_jax.usage` names these).
 
   Raises:
-    ValueError: a layer is called twice.
+    ValueError: a leaf is no array; Linen's BatchNorm cannot be told to run on the batch.
 
   >>> import flax.linen as nn
   >>> class Network(nn.Module):
@@ -70,158 +95,254 @@ def second_moments(
   ...     return nn.Dense(3, name='head')(x)
   >>> x = jnp.array([[1.0, 2.0], [3.0, 0.0]])
   >>> variables = Network().init(jax.random.key(0), x)
-  >>> second_moments(Network().apply, variables, x)['params']['head']['kernel'].tolist()
+  >>> second_moments(Network().apply, variables, x)['params']['head']['kernel'].matrix.tolist()
   [[[5.0, 1.0], [1.0, 2.0]]]
   """
-  import flax.linen as nn
-
-  leaves = trees.named_leaves(variables)
-  moments: dict[str, Array | None] = {}
-
-  def measure(call: Callable[..., Any], args: tuple, kwargs: dict, context: Any) -> Any:
-    module = context.module
-    name = '/'.join(('params', *module.path, 'kernel'))
-    is_layer = isinstance(module, nn.Conv | nn.Dense) and name in leaves
-    if context.method_name == '__call__' and is_layer:
-      if name in moments:
-        raise ValueError(f'{name}: found a layer that is called twice, expected once')
-      moments[name] = layer_moments(module, args[0] if args else kwargs['inputs'])
-    return call(*args, **kwargs)
-
-  with nn.intercept_methods(measure):
-    if trees.named_leaves(variables.get('batch_stats', {})):
-      apply_fn(variables, inputs, train=True, mutable=['batch_stats'])
-    else:
-      apply_fn(variables, inputs)
-  return jax.tree.unflatten(jax.tree.structure(variables), [moments.get(name) for name in leaves])
+  measured = _measured(fn, params, *inputs)
+  found = [
+    None if entry is None else InputMoments(measured.matrices[entry[0]], *entry[1:])
+    for entry in measured.leaves
+  ]
+  return jax.tree.unflatten(jax.tree.structure(params), found)
 
 
-def mean_moments(
-  apply_fn: Callable[..., Any],
-  variables: Mapping[str, PyTree],
-  batches: Iterable[Float[Array, 'batch ...']],
-) -> PyTree:
+def mean_moments(fn: Callable[..., Any], params: PyTree, batches: Iterable[Any]) -> PyTree:
   """Returns the second moments over several batches of one size: the mean of `second_moments`.
+
+  Args:
+    fn, params: as for `second_moments`.
+    batches: the inputs of each call; a tuple is several arguments.
 
   Raises:
     ValueError: as `second_moments`, or there is no batch.
   """
   total, count = None, 0
   for batch in batches:
-    moments = second_moments(apply_fn, variables, batch)
-    total = moments if total is None else _sum(total, moments)
+    inputs = batch if type(batch) is tuple else (batch,)
+    measured = _measured(fn, params, *inputs)
+    total = measured if total is None else _sum(total, measured)
     count += 1
   if total is None:
     raise ValueError('batches: found none, expected at least one')
-  return _divided(total, count)
+  mean = _divided(total, count)
+  found = [
+    None if entry is None else InputMoments(mean.matrices[entry[0]], *entry[1:])
+    for entry in mean.leaves
+  ]
+  return jax.tree.unflatten(jax.tree.structure(params), found)
 
 
-@jax.jit
-def _sum(one: PyTree, other: PyTree) -> PyTree:
+@functools.partial(jax.jit, donate_argnums=0)
+def _sum(one: _Measured, other: _Measured) -> _Measured:
   return jax.tree.map(jnp.add, one, other)
 
 
-@jax.jit
-def _divided(total: PyTree, count: Array) -> PyTree:
+@functools.partial(jax.jit, donate_argnums=0)
+def _divided(total: _Measured, count: Array) -> _Measured:
   return jax.tree.map(lambda matrix: matrix / count, total)
 
 
-def layer_moments(
-  module: Any,
-  inputs: Float[Array, '*batch channels'],
-  other_inputs: Float[Array, '*batch channels'] | None = None,
-) -> Float32[Array, 'groups K K'] | None:
-  """Returns E[x^T x] of a layer's inputs x, or E[x^T y] with other inputs y of the same shape.
+@functools.partial(jax.jit, static_argnums=0)
+def _measured(fn: Callable[..., Any], params: PyTree, *inputs: Any) -> _Measured:
+  leaves = jax.tree.leaves(params)
+  closed = traced(on_batch_statistics(fn, params), params, *inputs)
+  walk = _Moments(len(leaves))
+  contents = [*leaves, *jax.tree.leaves(inputs)]
+  walk.walk(
+    closed.jaxpr, walk.constants(closed), arguments(walk, closed, len(leaves), contents), ()
+  )
+  return walk.measured()
+
+
+class _Reading(NamedTuple):
+  """Rows that one or more leaves are multiplied with.
+
+  Attributes:
+    key: equal for products of the same rows.
+    inputs: axes that a leaf's product sums over.
+    slices: leading axes of the leaf that count slices; those of a scan come first.
+  """
+
+  key: Any
+  inputs: tuple[int, ...]
+  slices: int
+
+
+class _Moments(Interpreter):
+  """Computes a network, and sums x^T x on the way.
 
   Args:
-    module: an `nn.Dense` or `nn.Conv`.
-    inputs: x, as the module is given them.
-    other_inputs: y; by default x.
-
-  Returns:
-    A matrix for each group, or None: see `second_moments`.
+    leaves: how many leaves the parameters have.
+    outer: the walk around this one, where this is the walk of a loop's body.
   """
-  import flax.linen as nn
 
-  # x, and y where it is another; `[0]` is x and `[-1]` is y
-  both = [array.astype(jnp.float32) for array in (inputs, other_inputs) if array is not None]
-  if isinstance(module, nn.Dense):
-    if inputs.shape[-1] > MAX_INPUTS:
-      return None
-    rows = [[array.reshape(-1, 1, array.shape[-1])] for array in both]
-    return _gram(rows[0], rows[-1]) / len(rows[0][0])
+  def __init__(self, leaves: int, outer: '_Moments | None' = None):
+    super().__init__(outer)
+    # x^T x and the number of rows, of all readings of this walk
+    self._sums: dict[Any, Sums] = {}
+    self._readings: list[list[_Reading]] = [[] for _ in range(leaves)]
+    self._refused: set[int] = set()
 
-  window = _per_axis(module.kernel_size, 1)
-  rank = len(window)
-  groups = module.feature_group_count
-  padding = module.padding
-  is_plain = not isinstance(padding, str) or padding in ('SAME', 'VALID')
-  is_dilated = set(_per_axis(module.input_dilation, rank)) != {1}
-  # kernels read zeros alone beyond the border; circular and reflecting inputs would have other
-  # moments
-  if not is_plain or is_dilated or math.prod(window) * inputs.shape[-1] // groups > MAX_INPUTS:
-    return None
-  strides = _per_axis(module.strides, rank)
-  dilation = _per_axis(module.kernel_dilation, rank)
-  stacks = [array.reshape(-1, *array.shape[-rank - 1 :]) for array in both]
-  images = stacks[0]
-  reach = tuple((size - 1) * step + 1 for size, step in zip(window, dilation, strict=True))
-  if isinstance(padding, str):
-    pads = lax.padtype_to_pads(images.shape[1:-1], reach, strides, padding)
-  else:
-    sides = (padding,) * rank if isinstance(padding, int) else padding
-    pads = [(side, side) if isinstance(side, int) else tuple(side) for side in sides]
+  def lift(self, content: Any) -> Any:
+    return content
 
-  def taps(image: Float32[Array, '... channels']) -> list[Float32[Array, 'places groups channels']]:
-    """Returns, for every tap of the window, its inputs at all places."""
-    padded = jnp.pad(image, (*pads, (0, 0)))
-    places = [
-      (size - width) // stride + 1
-      for size, width, stride in zip(padded.shape[:-1], reach, strides, strict=True)
-    ]
-    tap_inputs = []
-    for tap in np.ndindex(*window):
-      start = [i * step for i, step in zip(tap, dilation, strict=True)]
-      limit = [
-        begin + (count - 1) * stride + 1
-        for begin, count, stride in zip(start, places, strides, strict=True)
+  def compute(self, equation: Any, values: Sequence[Value]) -> Sequence[Any]:
+    return evaluated(equation, [value.content for value in values])
+
+  def product(self, product: Product) -> None:
+    use, view = use_of(product), product.view
+    if use.kind not in ('dot', 'convolution'):
+      return
+    # slices that a dynamic index picks are not known before the network runs
+    is_known = use.is_exact and views.DYNAMIC not in view.indices
+    if not is_known or leading_slices([use]) != len(use.slices) or not use.outputs:
+      self._refused.add(view.leaf)
+      return
+    indices = [index for index in view.indices if index != views.STEP]
+    key = reading_of(product), order_of(product), tuple(indices)
+    if key not in self._sums:
+      total, rows = sums_of(product, product.values[1 - product.operand].content)
+      sums = Sums(total, jnp.float32(rows))
+      for index, factor in zip(indices[::-1], view.picked[::-1], strict=False):
+        zeros = jax.tree.map(lambda x, size=factor.size: jnp.zeros((size, *x.shape)), sums)
+        sums = jax.tree.map(lambda all_, one, at=index: all_.at[at].set(one), zeros, sums)
+      self._sums[key] = sums
+    self._readings[view.leaf].append(_Reading(key, use.inputs, len(use.slices)))
+
+  def measured(self) -> _Measured:
+    """Returns the moments of all leaves."""
+    numbers: dict[Any, int] = {}
+    matrices: list[Array] = []
+    leaves: list[tuple[int, tuple[int, ...], int] | None] = []
+    for leaf, readings in enumerate(self._readings):
+      layouts = {(reading.inputs, reading.slices) for reading in readings}
+      if len(layouts) != 1 or leaf in self._refused:
+        leaves.append(None)
+        continue
+      keys = tuple(reading.key for reading in readings)
+      if keys not in numbers:
+        numbers[keys] = len(matrices)
+        total, rows = functools.reduce(_plus, (self._sums[key] for key in keys))
+        # without rows (a branch that was not taken) all moments are 0
+        rows = jnp.maximum(rows, 1).reshape(rows.shape + (1,) * (total.ndim - rows.ndim))
+        matrices.append(total / rows)
+      leaves.append((numbers[keys], *layouts.pop()))
+    return _Measured(matrices, tuple(leaves))
+
+  def loop(self, equation: Any, values: Sequence[Value], where: tuple[str, ...]) -> list[Value]:
+    name = equation.primitive.name
+    walks = {'scan': self._scan, 'while': self._while, 'cond': self._cond}
+    contents = walks[name](equation, values, (*where, name))
+    self.carried_leaves(equation, values, where)
+    return self.results(equation, values, contents)
+
+  def _scan(self, equation: Any, values: Sequence[Value], where: tuple[str, ...]) -> Sequence[Any]:
+    parameters = equation.params
+    constants = parameters['num_consts']
+    carried = constants + parameters['num_carry']
+    walks = []
+
+    def step(carry: list[Any], parts: list[Any]) -> tuple[list[Any], Any]:
+      inner = _Moments(len(self._readings), self)
+      arguments = [
+        *values[:constants],
+        *map(self.carried, values[constants:carried], carry),
+        *map(self.step_of, values[carried:], parts),
       ]
-      channels = padded.shape[-1]
-      part = lax.slice(padded, (*start, 0), (*limit, channels), (*strides, 1))
-      tap_inputs.append(part.reshape(-1, groups, channels // groups))
-    return tap_inputs
+      results = inner.contents_of(parameters['jaxpr'], arguments, where)
+      walks.append(inner)
+      count = parameters['num_carry']
+      return results[:count], (results[count:], list(inner._sums.values()))
 
-  # image after image, so that only one is ever written out as its windows
-  def add(total: Array, images: list[Array]) -> tuple[Array, None]:
-    windows = [taps(image) for image in images]
-    return total + _gram(windows[0], windows[-1]), None
+    contents = [value.content for value in values]
+    carry, (parts, sums) = lax.scan(
+      step,
+      contents[constants:carried],
+      contents[carried:],
+      length=parameters['length'],
+      reverse=parameters['reverse'],
+    )
+    # a leaf that the scan runs over has the moments of each step; all other leaves the sums
+    stacked = {view.leaf for value in values[carried:] for view in value.views}
+    inner = walks[-1]
+    for key, of_steps in zip(inner._sums, sums, strict=True):
+      self._sums['steps', key] = of_steps
+      self._sums['all', key] = jax.tree.map(lambda x: jnp.sum(x, axis=0), of_steps)
+    self._adopt(inner, lambda leaf, key: ('steps' if leaf in stacked else 'all', key))
+    return [*carry, *parts]
 
-  tap_shapes = jax.eval_shape(taps, images[0])
-  width = len(tap_shapes) * tap_shapes[0].shape[2]
-  total, _ = lax.scan(add, jnp.zeros((groups, width, width), jnp.float32), stacks)
-  return total / (len(tap_shapes[0]) * len(images))
+  def _while(self, equation: Any, values: Sequence[Value], where: tuple[str, ...]) -> Sequence[Any]:
+    parameters = equation.params
+    of_test, of_body = parameters['cond_nconsts'], parameters['body_nconsts']
+    first = of_test + of_body
+    test = jex.jaxpr_as_fun(parameters['cond_jaxpr'])
+    test_constants = [value.content for value in values[:of_test]]
+    walks = []
+
+    def step(carry: list[Any]) -> tuple[list[Any], list[Sums]]:
+      inner = _Moments(len(self._readings), self)
+      arguments = [*values[of_test:first], *map(self.carried, values[first:], carry)]
+      results = inner.contents_of(parameters['body_jaxpr'], arguments, where)
+      walks.append(inner)
+      return results, list(inner._sums.values())
+
+    start = [value.content for value in values[first:]]
+    _, shapes = jax.eval_shape(step, start)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def next_state(state: tuple[list[Any], list[Sums]]) -> tuple[list[Any], list[Sums]]:
+      results, sums = step(state[0])
+      return results, jax.tree.map(jnp.add, state[1], sums)
+
+    results, sums = lax.while_loop(
+      lambda state: test(*test_constants, *state[0])[0], next_state, (start, zeros)
+    )
+    self._sums.update(zip(walks[-1]._sums, sums, strict=True))
+    self._adopt(walks[-1], lambda leaf, key: key)
+    return results
+
+  def _cond(self, equation: Any, values: Sequence[Value], where: tuple[str, ...]) -> Sequence[Any]:
+    bodies = equation.params['branches']
+    walks: dict[int, _Moments] = {}
+
+    def branch(number: int, contents: list[Any]) -> tuple[list[Any], list[Sums]]:
+      walks[number] = inner = _Moments(len(self._readings), self)
+      arguments = [v._replace(content=x) for v, x in zip(values[1:], contents, strict=True)]
+      return inner.contents_of(bodies[number], arguments, where), list(inner._sums.values())
+
+    contents = [value.content for value in values[1:]]
+    shapes = [
+      jax.eval_shape(functools.partial(branch, number), contents)[1]
+      for number in range(len(bodies))
+    ]
+
+    # every branch gives the sums of all: its own, and zeros
+    def with_zeros(number: int, contents: list[Any]) -> tuple[list[Any], list[list[Sums]]]:
+      zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+      results, zeros[number] = branch(number, contents)
+      return results, zeros
+
+    results, sums = lax.switch(
+      values[0].content,
+      [functools.partial(with_zeros, number) for number in range(len(bodies))],
+      contents,
+    )
+    for number, of_branch in enumerate(sums):
+      self._sums.update(zip(walks[number]._sums, of_branch, strict=True))
+      self._adopt(walks[number], lambda leaf, key: key)
+    return results
+
+  def contents_of(self, body: Any, values: Sequence[Value], where: tuple[str, ...]) -> list[Any]:
+    """Returns the contents of the results of a loop's body."""
+    results = self.walk(body.jaxpr, self.constants(body), values, where)
+    return [result.content for result in results]
+
+  def _adopt(self, inner: '_Moments', key_of: Callable[[int, Any], Any]) -> None:
+    """Takes the readings of an inner walk, under other keys."""
+    self._refused |= inner._refused
+    for leaf, readings in enumerate(inner._readings):
+      self._readings[leaf] += [r._replace(key=key_of(leaf, r.key)) for r in readings]
 
 
-def _gram(
-  first: list[Float32[Array, 'places groups channels']],
-  second: list[Float32[Array, 'places groups channels']],
-) -> Float32[Array, 'groups K K']:
-  """Returns the sums over all places of x^T y, for windows x and y given tap by tap."""
-  if first[0].shape[2] == 1 < first[0].shape[1] and len(first) <= _FEW_TAPS:
-    # a depthwise window: loops over vectors of channels, without an array of all windows
-    x, y = ([tap[..., 0] for tap in taps] for taps in (first, second))
-    sums: dict[tuple[int, int], Array] = {}
-    for i, j in itertools.product(range(len(x)), repeat=2):
-      is_known = second is first and j < i
-      sums[i, j] = sums[j, i] if is_known else jnp.sum(x[i] * y[j], axis=0)
-    return jnp.stack(list(sums.values()), axis=-1).reshape(-1, len(x), len(x))
-  rows = [jnp.concatenate(taps, axis=2) for taps in (first, second)]
-  # in full float32: by default GPUs and TPUs would round the inputs, and H must stay definite
-  return jnp.einsum('ngk,ngl->gkl', *rows, precision=lax.Precision.HIGHEST)
-
-
-def _per_axis(value: Any, rank: int) -> tuple[int, ...]:
-  """Returns one number for each spatial axis: Flax takes None, a number, or several."""
-  if value is None or isinstance(value, int):
-    return (value or 1,) * rank
-  return tuple(value)
+def _plus(one: Sums, other: Sums) -> Sums:
+  return Sums(one.total + other.total, one.rows + other.rows)

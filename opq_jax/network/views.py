@@ -17,6 +17,9 @@ from typing import NamedTuple
 REPEATED = -1
 """The axis of a factor along which a leaf is broadcast."""
 
+STEP, DYNAMIC = -1, -2
+"""Indices that are no numbers: of the step of a scan, and of a value that is not known."""
+
 
 class Factor(NamedTuple):
   """A part of one axis of a leaf.
@@ -42,8 +45,7 @@ class View(NamedTuple):
     leaf: number of the leaf.
     axes: factors of every axis of the value.
     picked: factors of axes of which one index was picked: by a scan, or by `kernel[i]`.
-    indices: the index that was picked of each of them, slowest first: a number, or None for the
-      steps of a scan.
+    indices: what was picked of each of them: an index, STEP or DYNAMIC.
     is_exact: False where arithmetic (weight normalization), padding or a cut lies on the way, so
       that the numbers of the value are not those of the leaf.
   """
@@ -51,7 +53,7 @@ class View(NamedTuple):
   leaf: int
   axes: tuple[Axis, ...]
   picked: Axis = ()
-  indices: tuple[int | None, ...] = ()
+  indices: tuple[int, ...] = ()
   is_exact: bool = True
 
   @property
@@ -129,7 +131,7 @@ def reshaped(view: View, shape: Sequence[int]) -> View | None:
   return view._replace(axes=tuple(axes))
 
 
-def picked(view: View, place: int, index: int | None) -> View:
+def picked(view: View, place: int, index: int) -> View:
   """Returns the view of one index along an axis, with that axis left out."""
   factors = tuple(f for f in view.axes[place] if f.axis != REPEATED)
   return view._replace(

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import opq_jax
-from opq_jax.network import moments
 
 
 def windows(images, size, strides, pads, dilation=1):
@@ -62,18 +61,7 @@ def test_moments_of_convolutions(options, size, strides, pads, dilation, groups)
       rows @ kernel[..., channels].reshape(rows.shape[1], -1), output[:, channels], atol=1e-5
     )
     expected = rows.T @ rows / len(rows)
-    np.testing.assert_allclose(found['kernel'][group], expected, atol=1e-5)
-
-
-@pytest.mark.parametrize('size', [3, 5])
-def test_moments_of_depthwise_pairs(size):
-  # E[x^T y] is no symmetric matrix
-  first, second = np.random.default_rng(1).normal(size=(2, 2, 6, 6, 4)).astype(np.float32)
-  layer = nn.Conv(4, (size, size), feature_group_count=4)
-  found = moments.layer_moments(layer, jnp.asarray(first), jnp.asarray(second))
-  x, y = (windows(image, size, 1, (size // 2,) * 2, 1) for image in (first, second))
-  expected = np.einsum('nkg,nlg->gkl', *(s.reshape(len(s), -1, 4) for s in (x, y))) / len(x)
-  np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(found['kernel'].matrix[group], expected, atol=1e-5)
 
 
 class Separable(nn.Module):
@@ -95,32 +83,172 @@ def test_moments_use_batch_statistics():
     Separable().apply, {**variables, 'batch_stats': shifted}, x
   )
   assert found['batch_stats']['stem_bn']['mean'] is None
-  depthwise = found['params']['depthwise']['kernel']
+  depthwise = found['params']['depthwise']['kernel'].matrix
   assert depthwise.shape == (8, 9, 9)
   # BatchNorm's output before the first ReLU6 has variance 1 and mean 0, whatever was stored
   energy = np.diagonal(depthwise, axis1=1, axis2=2)[:, 4]
   np.testing.assert_allclose(energy, 0.5, atol=0.1)
 
 
-def test_moments_none_or_error():
-  x = np.ones((2, 6, 6, 4), np.float32)
-  for options in (
-    {'kernel_size': (3, 3), 'padding': 'CIRCULAR'},
-    {'kernel_size': (3, 3), 'input_dilation': 2, 'padding': 1},
-  ):
-    model = Convolution(options)
-    variables = model.init(jax.random.key(0), x)
-    assert (
-      opq_jax.network.second_moments(model.apply, variables, x)['params']['conv']['kernel'] is None
-    )
+def convolved(options):
+  def network(kernel, x):
+    return jax.lax.conv_general_dilated(x, kernel, **options)
 
-  class Twice(nn.Module):
+  return network
+
+
+def layers(stack, x):
+  return jax.lax.scan(lambda carry, pair: (carry, pair[0] @ pair[1]), 0, (x, stack))[1]
+
+
+def indexed(stack, x):
+  return jnp.stack([x[i] @ stack[i].astype(jnp.float32) for i in range(3)])
+
+
+def recurrent(kernel, x):
+  return jax.lax.scan(lambda carry, row: (carry, row @ kernel), 0, x)[1]
+
+
+def in_a_while(kernel, x):
+  step = lambda i, out: out.at[i].set(x[i] @ kernel)
+  return jax.lax.while_loop(
+    lambda state: state[0] < 3,
+    lambda state: (state[0] + 1, step(state[0], state[1])),
+    (0, jnp.zeros((3, 5, kernel.shape[1]))),
+  )[1]
+
+
+def in_a_branch(kernel, x):
+  return jax.lax.cond(x.sum() > -1e9, lambda x: x @ kernel, lambda x: x @ kernel * 0, x)
+
+
+def shared(kernel, x):
+  return jnp.stack([x[0] @ kernel, x[1] @ kernel, x[2] @ kernel])
+
+
+# kernels [leaf shape], inputs, and how the leaf is seen: slices, inputs
+PRODUCTS = {
+  'dense': (lambda w, x: x @ w, (4, 6), (3, 5, 4), 0, (0,)),
+  'transposed': (lambda w, x: x @ w.T, (6, 4), (3, 5, 4), 0, (1,)),
+  'to heads': (lambda w, x: jnp.einsum('btd,dhf->bthf', x, w), (4, 2, 3), (3, 5, 4), 0, (0,)),
+  'from heads': (
+    lambda w, x: jnp.einsum('bthf,hfd->btd', x, w),
+    (2, 3, 4),
+    (3, 5, 2, 3),
+    0,
+    (0, 1),
+  ),
+  # the sum runs over the axes in another order than the leaf's
+  'swapped': (lambda w, x: jnp.einsum('bfh,hfd->bd', x, w), (2, 3, 4), (5, 3, 2), 0, (0, 1)),
+  'joined': (lambda w, x: x @ w.reshape(6, 4), (2, 3, 4), (5, 6), 0, (0, 1)),
+  'experts': (lambda w, x: jnp.einsum('btd,bdf->btf', x, w), (3, 4, 6), (3, 5, 4), 1, (1,)),
+  'scan': (layers, (3, 4, 6), (3, 5, 4), 1, (1,)),
+  'indexed': (indexed, (3, 4, 6), (3, 5, 4), 1, (1,)),
+  'recurrent': (recurrent, (4, 6), (3, 5, 4), 0, (0,)),
+  'while': (in_a_while, (4, 6), (3, 5, 4), 0, (0,)),
+  'branch': (in_a_branch, (4, 6), (3, 5, 4), 0, (0,)),
+  'shared': (shared, (4, 6), (3, 5, 4), 0, (0,)),
+  'remat': (jax.checkpoint(lambda w, x: x @ w), (4, 6), (3, 5, 4), 0, (0,)),
+  'concatenated': (
+    lambda w, x: jnp.split(x @ jnp.concatenate([jnp.ones((4, 2)), w], axis=1), [2], axis=-1)[1],
+    *((4, 6), (3, 5, 4), 0, (0,)),
+  ),
+  'PyTorch': (
+    convolved(
+      {'window_strides': (2,), 'padding': [(1, 1)], 'dimension_numbers': ('NCH', 'OIH', 'NCH')}
+    ),
+    *((6, 4, 3), (2, 4, 8), 0, (1, 2)),
+  ),
+  'stretched': (
+    convolved(
+      {
+        'window_strides': (1, 1),
+        'padding': [(2, 1), (-1, 2)],
+        'lhs_dilation': (2, 3),
+        'rhs_dilation': (1, 2),
+        'dimension_numbers': ('NHWC', 'HWIO', 'NHWC'),
+      }
+    ),
+    *((3, 2, 4, 6), (2, 5, 4, 4), 0, (0, 1, 2)),
+  ),
+  'reversed': (
+    lambda w, x: jax.lax.conv_general_dilated(
+      x, w[::-1], (1,), 'SAME', dimension_numbers=('NHC', 'HIO', 'NHC')
+    ),
+    *((3, 4, 6), (2, 8, 4), 0, (0, 1)),
+  ),
+}
+
+
+@pytest.mark.parametrize('name', PRODUCTS)
+def test_moments_give_output_error(name):
+  """The squared error of the output under other weights is tr(E^T H E), with E their error."""
+  network, shape, input_shape, slices, inputs = PRODUCTS[name]
+  rng = np.random.default_rng(0)
+  kernel, error = rng.normal(size=(2, *shape)).astype(np.float32)
+  x = jnp.asarray(rng.normal(size=input_shape), jnp.float32)
+  kernel, error = jnp.asarray(kernel), jnp.asarray(error)
+  found = opq_jax.network.second_moments(network, kernel, x)
+  assert (found.slices, found.inputs) == (slices, inputs)
+  outputs = [axis for axis in range(len(shape)) if axis >= slices and axis not in inputs]
+  order = (*range(slices), *inputs, *outputs)
+  width = int(np.prod([shape[axis] for axis in inputs]))
+  rows = error.transpose(order).reshape(*shape[:slices], width, -1)
+  matrix = np.asarray(found.matrix)[..., 0, :, :]
+  change = np.asarray(network(kernel + error, x) - network(kernel, x), np.float64)
+  predicted = np.einsum('...ko,...kl,...lo->...', rows, matrix, rows).sum()
+  # the moments are means over the rows of one slice
+  count = change.size / (rows.shape[-1] * int(np.prod(shape[:slices])))
+  np.testing.assert_allclose(np.sum(np.square(change)), predicted * count, rtol=1e-5)
+
+
+def test_moments_are_shared_by_readers():
+  class Attention(nn.Module):
     @nn.compact
     def __call__(self, x):
-      layer = nn.Dense(4, name='layer')
-      return layer(layer(x))
+      return nn.MultiHeadDotProductAttention(2, name='attention')(x, x)
 
-  model = Twice()
-  variables = model.init(jax.random.key(0), x)
-  with pytest.raises(ValueError, match='params/layer/kernel: found a layer that is called twice'):
-    opq_jax.network.second_moments(model.apply, variables, x)
+  x = jnp.ones((2, 3, 4))
+  variables = Attention().init(jax.random.key(0), x)
+  found = opq_jax.network.second_moments(Attention().apply, variables, x)['params']['attention']
+  query, key, value = (found[name]['kernel'].matrix for name in ('query', 'key', 'value'))
+  assert query is key and key is value and found['out']['kernel'].matrix is not value
+  batches = [x, 2 * x]
+  mean = opq_jax.network.mean_moments(Attention().apply, variables, batches)
+  np.testing.assert_allclose(
+    mean['params']['attention']['key']['kernel'].matrix, 2.5 * key, rtol=1e-6
+  )
+
+
+def test_moments_none():
+  def network(params, x, key):
+    x = (
+      x * jax.random.bernoulli(key, 0.5, x.shape).astype(x.dtype)
+      + params['table'][jnp.array([0, 2])]
+    )
+    cut = x @ params['cut'][:3, :]
+    by_index = jax.lax.fori_loop(0, 2, lambda i, x: x @ params['stack'][i], x)
+    return cut, by_index, x @ (params['v'] / jnp.linalg.norm(params['v'])), x @ params['kernel']
+
+  names = ('cut', 'kernel', 'stack', 'table', 'v')
+  shapes = ((4, 3), (3, 3), (2, 3, 3), (4, 3), (3, 3))
+  params = {name: jnp.ones(shape) for name, shape in zip(names, shapes, strict=True)}
+  found = opq_jax.network.second_moments(network, params, jnp.ones((2, 3)), jax.random.key(0))
+  assert [name for name in names if found[name] is not None] == ['kernel']
+  # dropout's key is an input as any other, and rows are twice what they were, or 0
+  values = np.unique(np.asarray(found['kernel'].matrix))
+  assert values.min() >= 1 and values.max() <= 4
+
+
+def test_moments_need_a_batch_mode():
+  class Network(nn.Module):
+    @nn.compact
+    def __call__(self, x, mode='eval'):
+      return nn.BatchNorm(use_running_average=mode == 'eval')(nn.Dense(2)(x))
+
+  x = jnp.ones((2, 3))
+  variables = Network().init(jax.random.key(0), x)
+  with pytest.raises(ValueError, match=r'Network: found batch_stats and a call without any of'):
+    opq_jax.network.second_moments(Network().apply, variables, x)
+  train = lambda variables, x: Network().apply(variables, x, 'train', mutable=['batch_stats'])
+  assert opq_jax.network.second_moments(train, variables, x)['params']['Dense_0']['kernel']
