@@ -99,6 +99,17 @@ class CompressionState:
   tree: PyTree
 
 
+def slice_of(state: LeafState, place: tuple[int, ...]) -> LeafState:
+  """Returns the state of one slice."""
+  if not place:
+    return state
+  raise NotImplementedError
+
+
+def stacked(states: list[LeafState], like: LeafState) -> LeafState:
+  raise NotImplementedError
+
+
 def init_state(params: PyTree, allocation: Allocation) -> CompressionState:
   """Returns the kinds and codebooks that an allocation asks for; frozen from here on.
 

@@ -18,6 +18,8 @@ from jaxtyping import Array
 from opq_jax.compression import CompressionState, LeafState
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
+from opq_jax.encoders.matrices import MatrixLayout
+from opq_jax.network import InputMoments
 
 DAMPING = 0.05
 """Damping of moments: added to the diagonal of a matrix, times the diagonal's mean.
@@ -98,14 +100,14 @@ class LeafEncoder(Encoder):
 
   @abc.abstractmethod
   def choose_leaf(
-    self, weights: Array, grid: LeafState, moments: Array | None, damping: float
+    self, weights: Array, grid: LeafState, moments: InputMoments | None, damping: float
   ) -> tuple[Array, LeafState]:
     """Chooses the codes of one leaf, whatever moments the encoder itself holds.
 
     Args:
       weights: of the leaf, in its dtype or in float32.
       grid: its plain grid.
-      moments: second moments of its inputs, [groups, K, K], or None.
+      moments: second moments of its inputs, or None.
       damping: of the moments, as in `Feedback`.
 
     Returns:
@@ -130,13 +132,13 @@ class LeafToCode(NamedTuple):
     name: its path.
     weights: its values.
     grid: its plain grid; None where it passes through.
-    moments: second moments of its inputs, [groups, K, K], or None.
+    moments: second moments of its inputs, or None.
   """
 
   name: str
   weights: Any
   grid: LeafState | None
-  moments: Any
+  moments: InputMoments | None
 
 
 def leaves_to_code(
@@ -152,9 +154,10 @@ def leaves_to_code(
   records = trees.records(params, grids.tree, LeafState)
   matrices = [None] * len(records) if moments is None else _matrices(params, moments)
   for (name, leaf), grid, matrix in zip(leaves.items(), records, matrices, strict=True):
+    moments_of_leaf = None
     if grid is not None and matrix is not None:
-      _check_moments(name, leaf, matrix)
-    yield LeafToCode(name, leaf if grid is None else trees.native(leaf), grid, matrix)
+      moments_of_leaf = _checked_moments(name, leaf, matrix)
+    yield LeafToCode(name, leaf if grid is None else trees.native(leaf), grid, moments_of_leaf)
 
 
 @contextlib.contextmanager
@@ -185,20 +188,30 @@ def _matrices(params: PyTree, moments: PyTree) -> list[Any]:
     ) from error
 
 
-def _check_moments(name: str, weights: Array, moments: Array | np.ndarray) -> None:
-  groups = moments.shape[0] if moments.ndim == 3 else 0
-  width = weights.size // weights.shape[-1] if weights.ndim else 0
-  if groups == 0 or moments.shape[1:] != (width, width) or weights.shape[-1] % groups:
+def _checked_moments(name: str, weights: Array, moments: Any) -> InputMoments:
+  """Returns the moments of a leaf; a bare matrix is of a leaf whose last axis are the outputs."""
+  if not isinstance(moments, InputMoments):
+    slices = max(np.ndim(moments) - 3, 0)
+    moments = InputMoments(moments, tuple(range(slices, np.ndim(weights) - 1)), slices)
+  matrix, of_slices = moments.matrix, np.shape(weights)[: moments.slices]
+  layout = MatrixLayout(np.shape(weights), moments.inputs)
+  width = layout.width
+  outputs = math.prod(np.shape(weights)) // max(width * math.prod(of_slices), 1)
+  fits = np.ndim(matrix) == moments.slices + 3 and np.shape(matrix)[:-3] == of_slices
+  groups = np.shape(matrix)[-3] if fits else 0
+  if groups == 0 or np.shape(matrix)[-2:] != (width, width) or outputs % groups:
+    lead = ''.join(f'{size}, ' for size in of_slices)
     raise ValueError(
-      f'{name}: found moments of shape {moments.shape}, expected [groups, {width}, {width}] with '
-      f'groups that divide {weights.shape[-1]} channels'
+      f'{name}: found moments of shape {np.shape(matrix)}, expected [{lead}groups, {width}, '
+      f'{width}] with groups that divide {outputs} channels'
     )
-  if isinstance(moments, jax.core.Tracer):
-    return
+  if isinstance(matrix, jax.core.Tracer):
+    return moments
   # numpy's arrays by numpy: XLA would compile a program for every shape
-  numpy = np if isinstance(moments, np.ndarray) else jax.numpy
-  if not numpy.isfinite(moments).all():
+  numpy = np if isinstance(matrix, np.ndarray) else jax.numpy
+  if not numpy.isfinite(matrix).all():
     raise ValueError(f'{name}: found NaN or infinite moments, expected finite ones')
+  return moments
 
 
 def _short(value: Any) -> str:

@@ -27,6 +27,8 @@ from opq_jax.encoders.encoder import (
   leaves_to_code,
   named_leaf,
 )
+from opq_jax.encoders.matrices import MatrixLayout
+from opq_jax.network import InputMoments
 
 # inputs whose errors are pushed on one by one, within rows that stay in the processor's cache
 _BLOCK = 64
@@ -70,7 +72,8 @@ class Feedback(LeafEncoder):
 
   Attributes:
     moments: second moments of each layer's inputs, from `opq_jax.network.second_moments`: a tree
-      like the params, with a matrix [groups, K, K], or None where weights are rounded.
+      like the params, with an `InputMoments`, or None where weights are rounded.  A bare matrix
+      [groups, K, K] is of a leaf whose last axis are the outputs.
     damping: added to the diagonal of H, times its mean: how far to distrust the moments.
 
   >>> import numpy as np, opq_jax
@@ -115,14 +118,17 @@ class Feedback(LeafEncoder):
     return encoded(params, chosen)
 
   def choose_leaf(
-    self, weights: Array, grid: LeafState, moments: Array | None, damping: float
+    self, weights: Array, grid: LeafState, moments: InputMoments | None, damping: float
   ) -> tuple[Array, LeafState]:
     if moments is None:
-      codes = compression.encode(weights, CompressionState(grid))
+      codes = compression.encode(weights.astype(grid.dtype), CompressionState(grid))
     else:
-      codes, is_definite = codes_of_leaf(weights, moments, grid, damping)
+      layout = MatrixLayout(weights.shape, moments.inputs)
+      of_rows = dataclasses.replace(grid, kinds=layout.rows(grid.kinds))
+      rows, is_definite = codes_of_matrix(layout.rows(weights), moments.matrix, of_rows, damping)
       if not isinstance(is_definite, jax.core.Tracer) and not is_definite:
         raise IndefiniteMomentsError(damping)
+      codes = layout.leaf(rows)
     values = compression.decode(codes, CompressionState(grid), weights.astype(grid.dtype))
     return values, dataclasses.replace(grid, kinds=kinds_of_codes(codes))
 
@@ -135,7 +141,7 @@ class Feedback(LeafEncoder):
 
 
 @jax.jit
-def codes_of_leaf(
+def codes_of_matrix(
   weights: Float[Array, '... channels'],
   moments: Float32[Array, 'groups K K'],
   grid: LeafState,

@@ -6,8 +6,9 @@ the layers before it.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,8 @@ from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from opq_jax.compression import CompressionState, LeafState
-from opq_jax.core import trees
+from opq_jax.compression.records import slice_of, stacked
+from opq_jax.core import messages
 from opq_jax.core.trees import PyTree
 from opq_jax.encoders.encoder import (
   DAMPING,
@@ -23,15 +25,19 @@ from opq_jax.encoders.encoder import (
   Encoder,
   IndefiniteMomentsError,
   LeafEncoder,
+  LeafToCode,
   check_damping,
   encoded,
+  leaves_to_code,
   named_leaf,
 )
-from opq_jax.network.moments import layer_moments
+from opq_jax.encoders.matrices import MatrixLayout
+from opq_jax.network import InputMoments, on_batch_statistics, side_by_side
+from opq_jax.network.moments import mean_of
+from opq_jax.network.products import Reading, sums_of
+from opq_jax.network.side_by_side import Reached
 
-if TYPE_CHECKING:
-  import flax.linen as nn
-
+_MAX_NAMED = 10  # leaves that a warning lists
 SHARE = 0.5
 """How far to go from the weights to those that fit the compressed network's inputs best.
 
@@ -66,9 +72,9 @@ class LayerByLayer(Encoder):
   little less.
 
   Attributes:
-    fn: `model.apply` of a Flax Linen module, as for `opq_jax.network.second_moments`.
+    fn: called as `fn(params, inputs)`, as for `opq_jax.network.second_moments`.
     inputs: calibration inputs, unlabelled, prepared as the network expects them, or
-      `opq_jax.correction.synthetic_inputs`; one batch, of which two copies are in memory.  Noise
+      `opq_jax.correction.synthetic_inputs`: any pytree; a tuple is several arguments.  Noise
       will not do: compressed layers make of it something else than of images
       (`experiments/benchmarks/accuracy/error_feedback.py`).
     first: `Rounding()`, `Feedback(moments)` or `Trellis(moments)`.
@@ -93,7 +99,7 @@ class LayerByLayer(Encoder):
   """
 
   fn: Callable[..., Any]
-  inputs: Float[Array, 'batch ...']
+  inputs: PyTree
   first: LeafEncoder
   share: float = SHARE
   damping: float = DAMPING
@@ -107,148 +113,111 @@ class LayerByLayer(Encoder):
     if not 0 <= self.share <= 1:
       raise ValueError(f'share: found {self.share}, expected 0 ... 1')
 
-  def choose_codes(self, params: Mapping[str, PyTree], grids: CompressionState) -> Encoded:
+  def choose_codes(self, params: PyTree, grids: CompressionState) -> Encoded:
     """Chooses the codes of a network on its plain grids.
 
     Args:
-      params: the variables of the float network.
+      params: the parameters, or variables, of the float network.
       grids: plain grids, from `opq_jax.init_state(params, allocation)`.
 
     Raises:
-      ValueError: grids were made for another tree; a compressed leaf is not the kernel of an
-        `nn.Dense` or `nn.Conv` that is called; a layer is called twice; or damped moments are not
-        positive definite.
+      ValueError: grids were made for another tree; or damped moments are not positive definite.
+
+    Warns:
+      UserWarning: leaves that are looked up, used several times or not at all, by name.
     """
-    return _SideBySide(self, params, grids).run()
+    leaves = list(leaves_to_code(params, grids))
+    coded: list[list[_Coded]] = [[] for _ in leaves]
 
+    @functools.cache
+    def own_moments() -> list[LeafToCode]:
+      """Returns the leaves with the moments that `first` holds: few networks need them."""
+      return list(leaves_to_code(params, grids, getattr(self.first, 'moments', None)))
 
-class _SideBySide:
-  """Runs the float and the compressed network together, and chooses codes on the way.
+    alone: list[str] = []
 
-  The network is called once, on a batch that holds the inputs twice.  At every layer and BatchNorm
-  an interceptor cuts the batch in two: the first half goes through the float network's module, the
-  second half through the same module with decoded weights.  All other operations treat examples
-  apart, so they need no care.
-  """
+    def replace(reached: Reached) -> Array:
+      leaf, place = leaves[reached.leaf], reached.place
+      assert leaf.grid is not None
+      grid = slice_of(leaf.grid, place)
+      with named_leaf(leaf.name):
+        if reached.reading is None:
+          if not place:
+            alone.append(leaf.name)
+          # a slice of a branch that was not taken has no inputs
+          moments = None if place else own_moments()[reached.leaf].moments
+          new = self.first.choose_leaf(leaf.weights[place], grid, moments, self.damping)
+        else:
+          new = self._choose(leaf.weights[place], grid, reached)
+      coded[reached.leaf].append(_Coded(place, *new))
+      return new[0]
 
-  def __init__(
-    self, encoder: LayerByLayer, variables: Mapping[str, PyTree], grids: CompressionState
-  ):
-    self._encoder, self._variables = encoder, variables
-    self._leaves = trees.named_leaves(variables)
-    records = trees.records(variables, grids.tree, LeafState)
-    self._grids: dict[str, LeafState | None] = dict(zip(self._leaves, records, strict=True))
-    self._values: dict[str, Any] = dict(self._leaves)
-    self._called: set[str] = set()
-    self._is_inside = False  # of a module that this class has called itself
-
-  def run(self) -> Encoded:
-    import flax.linen as nn
-
-    fn, variables = self._encoder.fn, self._variables
-    twice = jnp.concatenate([self._encoder.inputs, self._encoder.inputs])
-    # not compiled: at every layer the codes are values that the host works on
-    with nn.intercept_methods(self._intercept):
-      if trees.named_leaves(variables.get('batch_stats', {})):
-        fn(variables, twice, train=True, mutable=['batch_stats'])
-      else:
-        fn(variables, twice)
-    compressed = (name for name, grid in self._grids.items() if grid is not None)
-    missing = [name for name in compressed if name not in self._called]
-    if missing:
-      raise ValueError(
-        f'{missing[0]}: found a compressed leaf of no layer that was called, expected the kernel '
-        'of an nn.Dense or nn.Conv'
+    inputs = self.inputs if type(self.inputs) is tuple else (self.inputs,)
+    fn = on_batch_statistics(self.fn, params)
+    is_compressed = [leaf.grid is not None for leaf in leaves]
+    values = side_by_side.run(fn, params, inputs, is_compressed, replace)
+    if alone:
+      messages.warn(
+        f'{", ".join(alone[:_MAX_NAMED])}{" ..." if len(alone) > _MAX_NAMED else ""}: found leaves '
+        f'that are looked up, used several times or not at all: {self.first!r} has chosen their '
+        'codes without regard to the layers before them'
       )
-    chosen = [(self._values[name], self._grids[name]) for name in self._leaves]
-    return encoded(self._variables, chosen)
+    states = [_whole_state(leaf, parts) for leaf, parts in zip(leaves, coded, strict=True)]
+    return encoded(params, list(zip(values, states, strict=True)))
 
-  def _intercept(self, call: Callable[..., Any], args: tuple, kwargs: dict, context: Any) -> Any:
-    """Calls one method of the network; layers and BatchNorm once for each half of the batch."""
-    import flax.linen as nn
-
-    module = context.module
-    name = '/'.join(('params', *module.path, 'kernel'))
-    is_layer = isinstance(module, nn.Conv | nn.Dense) and self._grids.get(name) is not None
-    is_norm = isinstance(module, nn.BatchNorm)
-    if self._is_inside or context.method_name != '__call__' or not (is_layer or is_norm):
-      return call(*args, **kwargs)
-    # by position or by name, and Flax has two names for the inputs of a layer and of a BatchNorm
-    both, *others = args or (kwargs.pop('inputs' if is_layer else 'x'),)
-    float_inputs, compressed_inputs = jnp.split(both, 2)
-    new_params = {}
-    if is_layer:
-      new_params['kernel'] = self._choose(name, module, float_inputs, compressed_inputs)
-    return jnp.concatenate(
-      [
-        call(float_inputs, *others, **kwargs),
-        self._call_with(module, new_params, compressed_inputs, *others, **kwargs),
-      ]
+  def _choose(self, weights: Array, grid: LeafState, reached: Reached) -> tuple[Array, LeafState]:
+    """Chooses the codes of one layer, whose inputs are known in both networks."""
+    reading, use, picked = reached.reading, reached.use, len(reached.place)
+    assert reading is not None and use is not None
+    inputs = tuple(axis - picked for axis in use.inputs)
+    moments = _moments(reading, reached.second_inputs)
+    cross_moments = _moments(reading, reached.second_inputs, reached.first_inputs)
+    layout = MatrixLayout(weights.shape, inputs)
+    target = layout.leaf(
+      _fitted(layout.rows(weights), moments, cross_moments, self.share, self.damping)
     )
-
-  def _choose(
-    self,
-    name: str,
-    module: 'nn.Module',
-    float_inputs: Float[Array, 'batch ... channels'],
-    compressed_inputs: Float[Array, 'batch ... channels'],
-  ) -> Array:
-    """Chooses the codes of one layer, and returns the decoded weights."""
-    if name in self._called:
-      raise ValueError(f'{name}: found a layer that is called twice, expected once')
-    self._called.add(name)
-    # a module of no network equals all modules that are like it: compiled once for them
-    alone = module.clone(parent=None, name=None)
-    encoder, kernel = self._encoder, self._leaves[name]
-    moments = _layer_moments(alone, compressed_inputs)
-    grid = self._grids[name]
-    assert grid is not None
-    with named_leaf(name):
-      target = kernel
-      if moments is not None:
-        cross_moments = _layer_moments(alone, compressed_inputs, float_inputs)
-        target = _fitted(kernel, moments, cross_moments, encoder.share, encoder.damping)
-        if not jnp.isfinite(target).all():
-          raise IndefiniteMomentsError(encoder.damping)
-      self._values[name], self._grids[name] = encoder.first.choose_leaf(
-        target, grid, moments, encoder.damping
-      )
-    return self._values[name]
-
-  def _call_with(
-    self, module: 'nn.Module', new_params: dict[str, Any], *args: Any, **kwargs: Any
-  ) -> Array:
-    """Calls a module by itself, with some other parameters; drops its updates of statistics."""
-    # updates of the compressed half are dropped: statistics in the variables are those of the float
-    # network alone
-    params = {**module.variables.get('params', {}), **new_params}
-    alone = module.clone(parent=None, name=None)
-    # the call below comes through the interceptor again, and must pass
-    self._is_inside = True
-    output, _ = alone.apply(
-      {**module.variables, 'params': params}, *args, **kwargs, mutable=['batch_stats']
-    )
-    self._is_inside = False
-    return output
+    if not jnp.isfinite(target).all():
+      raise IndefiniteMomentsError(self.damping)
+    slices = len(use.slices) - picked
+    return self.first.choose_leaf(target, grid, InputMoments(moments, inputs, slices), self.damping)
 
 
-_layer_moments = jax.jit(layer_moments, static_argnums=0)
+class _Coded(NamedTuple):
+  """Codes of a leaf, or of the slice at `place`."""
+
+  place: tuple[int, ...]
+  values: Array
+  state: LeafState
+
+
+def _whole_state(leaf: LeafToCode, parts: list[_Coded]) -> LeafState | None:
+  """Returns the state of a leaf, from those of its slices."""
+  if leaf.grid is None or not parts[0].place:
+    return parts[0].state if parts else None
+  return stacked([part.state for part in sorted(parts, key=lambda part: part.place)], leaf.grid)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _moments(
+  reading: Reading, inputs: Array, other_inputs: Array | None = None
+) -> Float32[Array, '*slices groups K K']:
+  return mean_of(sums_of(reading, inputs, other_inputs))
 
 
 @jax.jit
 def _fitted(
-  kernel: Float[Array, '... channels'],
+  rows: Float[Array, 'K outputs'],
   moments: Float32[Array, 'groups K K'],
   cross_moments: Float32[Array, 'groups K K'],
   share: Float[Array, ''],
   damping: Float[Array, ''],
-) -> Float32[Array, '... channels']:
+) -> Float32[Array, 'K outputs']:
   """Returns W + share (H^-1 C W - W), with H damped."""
   groups, width, _ = moments.shape
-  weights = kernel.astype(jnp.float32).reshape(width, groups, -1).swapaxes(0, 1)
+  weights = rows.astype(jnp.float32).reshape(width, groups, -1).swapaxes(0, 1)
   mean = jnp.mean(jnp.diagonal(moments, axis1=1, axis2=2), axis=1)[:, None, None]
   damped = moments + damping * jnp.where(mean > 0, mean, 1) * jnp.eye(width)[None]
   # H^-1 C - 1 = H^-1 (C - H), which is 0 where the inputs are those of the float network
   moved = jnp.matmul(cross_moments - moments, weights, precision=lax.Precision.HIGHEST)
   fitted = weights + share * jnp.linalg.solve(damped, moved)
-  return fitted.swapaxes(0, 1).reshape(kernel.shape)
+  return fitted.swapaxes(0, 1).reshape(rows.shape)

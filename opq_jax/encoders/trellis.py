@@ -33,7 +33,9 @@ from opq_jax.encoders.encoder import (
   named_leaf,
 )
 from opq_jax.encoders.host_feedback import Factor, RowFeedback, factor_of
+from opq_jax.encoders.matrices import MatrixLayout
 from opq_jax.encoders.trellis_walk import Walk
+from opq_jax.network import InputMoments
 
 # bits per weight that the trellis gains, at least, at the rates at which 127 levels do not suffice
 _GAIN = 0.1
@@ -96,10 +98,9 @@ class Trellis(LeafEncoder):
     return _encoded(params, _code_leaves(params, grids, self.moments, self.damping))
 
   def choose_leaf(
-    self, weights: Array, grid: LeafState, moments: Array | None, damping: float
+    self, weights: Array, grid: LeafState, moments: InputMoments | None, damping: float
   ) -> tuple[Array, LeafState]:
-    matrix = None if moments is None else np.asarray(moments)
-    coded = _code_leaf(weights, grid, matrix, damping)
+    coded = _code_leaf(weights, grid, moments, damping)
     assert coded.state is not None
     return coded.values, coded.state
 
@@ -151,9 +152,8 @@ def _code_leaves(
       return _CodedLeaf(leaf.weights)
     if not np.isfinite(np.asarray(leaf.weights, np.float32)).all():
       raise ValueError(f'{leaf.name}: found NaN or an infinity, expected finite weights')
-    matrix = None if leaf.moments is None else np.asarray(leaf.moments)
     with named_leaf(leaf.name):
-      return _code_leaf(leaf.weights, leaf.grid, matrix, damping, leaf.name not in unserved)
+      return _code_leaf(leaf.weights, leaf.grid, leaf.moments, damping, leaf.name not in unserved)
 
   leaves = list(leaves_to_code(params, grids, moments))
   # numba and BLAS run without the interpreter's lock
@@ -172,7 +172,7 @@ def _code_leaves(
 def _code_leaf(
   weights: Array,
   plain: LeafState,
-  moments: Float32[np.ndarray, 'groups K K'] | None,
+  moments: InputMoments | None,
   damping: float,
   may_follow_trellis: bool = True,
 ) -> _CodedLeaf:
@@ -183,18 +183,19 @@ def _code_leaf(
   first, threshold, step = (
     float(x) / float(unit) for x in (plain.codebook[1], plain.threshold, plain.step)
   )
-  factor = None
+  factor = layout = None
   if moments is not None:
-    factor = factor_of(np.asarray(moments, np.float32), damping)
+    factor = factor_of(np.asarray(moments.matrix, np.float32), damping)
+    layout = MatrixLayout(scaled.shape, moments.inputs)
   fit = None
   if int(plain.levels) and may_follow_trellis:
     fit = trellis_grids.fit(scaled, first, threshold, step)
   orders = arrangements.choices(scaled.shape) if fit else []
-  if moments is not None:
-    orders = [order for order in orders if order != 1]  # moments are in the order of the weights
+  if layout is not None:
+    orders = [order for order in orders if _has_rows_of_inputs(order, layout)]
   is_lattice = _is_exact(weights, plain)
   if fit is None or is_lattice or not orders or _has_too_many_beyond(scaled, fit.grid, plain):
-    codes = _code_on_plain_grid(weights, plain, factor)
+    codes = _code_on_plain_grid(weights, plain, factor, layout)
     state = dataclasses.replace(plain, kinds=jnp.asarray(kinds_of_codes(codes)))
     is_served = not codes.any() or int(plain.levels) == 0 or is_lattice
     return _CodedLeaf(_decoded(weights, codes, state), state, codes, is_served)
@@ -233,15 +234,22 @@ def _code_leaf(
   return _CodedLeaf(_decoded(weights, codes, state), state, codes)
 
 
+def _has_rows_of_inputs(order: int, layout: MatrixLayout) -> bool:
+  """Returns whether an arrangement of a leaf codes one input after the other, each whole."""
+  if order == arrangements.JOINED_OUTPUTS:
+    return layout.inputs == (0,)
+  # in PyTorch's arrangement, rows are of outputs
+  return order != arrangements.TORCH and layout.inputs == tuple(range(len(layout.shape) - 1))
+
+
 def _code_on_plain_grid(
-  weights: Array, plain: LeafState, factor: Factor | None
+  weights: Array, plain: LeafState, factor: Factor | None, layout: MatrixLayout | None
 ) -> Int8[np.ndarray, '...']:
   """Returns codes of the plain grid, with errors pushed on where there is a factor."""
-  if factor is None:
+  if factor is None or layout is None:
     return np.asarray(compression.encode(weights.astype(plain.dtype), CompressionState(plain)))
-  as_float = np.asarray(weights, np.float32)
-  rows = np.array(as_float.reshape(-1, as_float.shape[-1]), order='C')
-  is_escaped = np.asarray(plain.escaped).reshape(rows.shape)
+  rows = np.array(layout.rows(np.asarray(weights, np.float32)), order='C')
+  is_escaped = layout.rows(np.asarray(plain.escaped))
   codes = np.empty(rows.shape, np.int8)
   values = np.asarray(_value_table(plain)).astype(np.float32)
   limit = max(float(plain.step), float(plain.threshold))
@@ -250,7 +258,7 @@ def _code_on_plain_grid(
     codes[i] = np.where(is_escaped[i], 0, feedback.codes_in_cells(rows[i], plain).codes)
     row_feedback.push(i, codes[i : i + 1])
   codes[is_escaped] = ESCAPE
-  return codes.reshape(as_float.shape)
+  return np.ascontiguousarray(layout.leaf(codes))
 
 
 def _is_exact(weights: Array, plain: LeafState) -> bool:

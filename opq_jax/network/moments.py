@@ -23,8 +23,8 @@ from opq_jax.core.trees import PyTree
 from opq_jax.network import views
 from opq_jax.network.batch_mode import on_batch_statistics
 from opq_jax.network.interpreter import Interpreter, Product, Value, evaluated
-from opq_jax.network.products import Sums, order_of, sums_of
-from opq_jax.network.usage import arguments, leading_slices, reading_of, traced, use_of
+from opq_jax.network.products import Sums, order_of, reading_of, sums_of
+from opq_jax.network.usage import arguments, leading_slices, rows_key, traced, use_of
 
 
 @flax.struct.dataclass
@@ -154,7 +154,7 @@ def _measured(fn: Callable[..., Any], params: PyTree, *inputs: Any) -> _Measured
   return walk.measured()
 
 
-class _Reading(NamedTuple):
+class _Rows(NamedTuple):
   """Rows that one or more leaves are multiplied with.
 
   Attributes:
@@ -180,7 +180,7 @@ class _Moments(Interpreter):
     super().__init__(outer)
     # x^T x and the number of rows, of all readings of this walk
     self._sums: dict[Any, Sums] = {}
-    self._readings: list[list[_Reading]] = [[] for _ in range(leaves)]
+    self._readings: list[list[_Rows]] = [[] for _ in range(leaves)]
     self._refused: set[int] = set()
 
   def lift(self, content: Any) -> Any:
@@ -199,15 +199,16 @@ class _Moments(Interpreter):
       self._refused.add(view.leaf)
       return
     indices = [index for index in view.indices if index != views.STEP]
-    key = reading_of(product), order_of(product), tuple(indices)
+    reading = reading_of(product)
+    key = rows_key(product), order_of(reading), tuple(indices)
     if key not in self._sums:
-      total, rows = sums_of(product, product.values[1 - product.operand].content)
+      total, rows = sums_of(reading, product.values[1 - product.operand].content)
       sums = Sums(total, jnp.float32(rows))
       for index, factor in zip(indices[::-1], view.picked[::-1], strict=False):
         zeros = jax.tree.map(lambda x, size=factor.size: jnp.zeros((size, *x.shape)), sums)
         sums = jax.tree.map(lambda all_, one, at=index: all_.at[at].set(one), zeros, sums)
       self._sums[key] = sums
-    self._readings[view.leaf].append(_Reading(key, use.inputs, len(use.slices)))
+    self._readings[view.leaf].append(_Rows(key, use.inputs, len(use.slices)))
 
   def measured(self) -> _Measured:
     """Returns the moments of all leaves."""
@@ -222,10 +223,7 @@ class _Moments(Interpreter):
       keys = tuple(reading.key for reading in readings)
       if keys not in numbers:
         numbers[keys] = len(matrices)
-        total, rows = functools.reduce(_plus, (self._sums[key] for key in keys))
-        # without rows (a branch that was not taken) all moments are 0
-        rows = jnp.maximum(rows, 1).reshape(rows.shape + (1,) * (total.ndim - rows.ndim))
-        matrices.append(total / rows)
+        matrices.append(mean_of(functools.reduce(_plus, (self._sums[key] for key in keys))))
       leaves.append((numbers[keys], *layouts.pop()))
     return _Measured(matrices, tuple(leaves))
 
@@ -342,6 +340,12 @@ class _Moments(Interpreter):
     self._refused |= inner._refused
     for leaf, readings in enumerate(inner._readings):
       self._readings[leaf] += [r._replace(key=key_of(leaf, r.key)) for r in readings]
+
+
+def mean_of(sums: Sums) -> Float32[Array, '*slices groups K K']:
+  """Returns the moments of rows; 0 without rows, as in a branch that was not taken."""
+  rows = jnp.maximum(jnp.asarray(sums.rows, jnp.float32), 1)
+  return sums.total / rows.reshape(rows.shape + (1,) * (sums.total.ndim - rows.ndim))
 
 
 def _plus(one: Sums, other: Sums) -> Sums:

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float32
 
 from opq_jax.network.interpreter import Product
+from opq_jax.network.views import Axis
 
 # taps of a depthwise window, up to which every pair of taps has a loop of its own: 45 loops for a
 # 3 x 3 window; the program grows with the square of the taps
@@ -34,46 +35,106 @@ class Sums(NamedTuple):
   rows: int | Array
 
 
-def sums_of(product: Product, inputs: Array, other_inputs: Array | None = None) -> Sums:
+class Reading(NamedTuple):
+  """How a product reads its rows; equal, and so one compiled program, for layers that are alike.
+
+  Attributes:
+    axes: of the leaf, as the operation sees it.
+    contracted: axes of the leaf's operand over which the operation sums; of a convolution, those of
+      the window first.
+    others: the same axes of the other operand, of a dot.
+    batch: axes of the other operand that are slices, in the order of the leaf's.
+    convolution: parameters of a convolution, or None.
+  """
+
+  axes: tuple[Axis, ...]
+  contracted: tuple[int, ...]
+  others: tuple[int, ...] = ()
+  batch: tuple[int, ...] = ()
+  convolution: '_Convolution | None' = None
+
+
+class _Convolution(NamedTuple):
+  """Parameters of a convolution, as `jax.lax.conv_general_dilated` has them.
+
+  Attributes:
+    layout: axes of the images: batch, channels, then space.
+    window: shape of the window.
+    places: of the window, in one image.
+  """
+
+  layout: tuple[int, ...]
+  window: tuple[int, ...]
+  strides: tuple[int, ...]
+  padding: tuple[tuple[int, int], ...]
+  stretch: tuple[int, ...]
+  dilation: tuple[int, ...]
+  groups: int
+  places: int
+
+
+def reading_of(product: Product) -> Reading:
+  """Returns how a dot or a convolution with a leaf reads its rows."""
+  parameters, axes = product.equation.params, product.view.axes
+  if product.operation == 'dot_general':
+    contracted, batch = parameters['dimension_numbers']
+    ours, other = product.operand, 1 - product.operand
+    order = np.argsort([axes[axis][0].axis for axis in batch[ours]])
+    slices = tuple(batch[other][place] for place in order)
+    return Reading(axes, tuple(contracted[ours]), tuple(contracted[other]), slices)
+  numbers, kernel = parameters['dimension_numbers'], product.values[product.operand]
+  _, of_inputs, *spatial = numbers.rhs_spec
+  output = product.equation.outvars[0].aval
+  convolution = _Convolution(
+    tuple(numbers.lhs_spec),
+    tuple(kernel.shape[axis] for axis in spatial),
+    tuple(parameters['window_strides']),
+    tuple(map(tuple, parameters['padding'])),
+    tuple(parameters['lhs_dilation']),
+    tuple(parameters['rhs_dilation']),
+    parameters['feature_group_count'],
+    math.prod(output.shape[axis] for axis in numbers.out_spec[2:]),
+  )
+  return Reading(axes, (*spatial, of_inputs), convolution=convolution)
+
+
+def sums_of(reading: Reading, inputs: Array, other_inputs: Array | None = None) -> Sums:
   """Returns the sum of x^T x over all rows of a product with a leaf.
 
   Args:
-    product: an exact dot or convolution, whose slices are leading axes of the leaf.
+    reading: of an exact product, whose slices are leading axes of the leaf.
     inputs: the operand that is multiplied with the leaf.
     other_inputs: of the same shape: the sum is then that of x^T y, with y the rows of this.
   """
   both = [array.astype(jnp.float32) for array in (inputs, other_inputs) if array is not None]
-  of_kind = _of_dot if product.operation == 'dot_general' else _of_convolution
-  return of_kind(product, both)
+  sums = (_of_dot if reading.convolution is None else _of_convolution)(reading, both)
+  order = order_of(reading)
+  if order is None:
+    return sums
+  places = np.array(order)
+  return sums._replace(total=sums.total[..., places, :][..., places])
 
 
-def _of_dot(product: Product, both: list[Array]) -> Sums:
-  contracted, batch = product.equation.params['dimension_numbers']
-  ours, other = product.operand, 1 - product.operand
-  theirs = contracted[other]
-  # slices in the order of the leaf's axes
-  order = np.argsort([product.view.axes[axis][0].axis for axis in batch[ours]])
-  slices = [batch[other][i] for i in order]
+def _of_dot(reading: Reading, both: list[Array]) -> Sums:
+  theirs, slices = reading.others, reading.batch
   rest = [axis for axis in range(both[0].ndim) if axis not in (*theirs, *slices)]
   shape = [both[0].shape[axis] for axis in slices]
   width = math.prod(both[0].shape[axis] for axis in theirs)
   rows = [array.transpose(*slices, *rest, *theirs).reshape(*shape, -1, 1, width) for array in both]
-  return Sums(_in_leaf_order(product, _gram_of_rows(rows[0], rows[-1])), rows[0].shape[-3])
+  return Sums(_gram_of_rows(rows[0], rows[-1]), rows[0].shape[-3])
 
 
-def _of_convolution(product: Product, both: list[Array]) -> Sums:
-  parameters, kernel = product.equation.params, product.values[product.operand]
-  numbers = parameters['dimension_numbers']
-  _, _of_inputs, *spatial = numbers.rhs_spec
-  window = [kernel.shape[axis] for axis in spatial]
-  groups = parameters['feature_group_count']
-  strides, dilation = parameters['window_strides'], parameters['rhs_dilation']
-  images = [jnp.moveaxis(x, numbers.lhs_spec, (0, -1, *range(1, x.ndim - 1))) for x in both]
+def _of_convolution(reading: Reading, both: list[Array]) -> Sums:
+  convolution = reading.convolution
+  assert convolution is not None
+  window, dilation, groups = convolution.window, convolution.dilation, convolution.groups
+  images = [
+    jnp.moveaxis(x, convolution.layout, (0, x.ndim - 1, *range(1, x.ndim - 1))) for x in both
+  ]
   reach = [(size - 1) * step + 1 for size, step in zip(window, dilation, strict=True)]
   # a transposed convolution reads its inputs with zeros between them
   pads = [
-    (*sides, step - 1)
-    for sides, step in zip(parameters['padding'], parameters['lhs_dilation'], strict=True)
+    (*sides, step - 1) for sides, step in zip(convolution.padding, convolution.stretch, strict=True)
   ]
 
   def taps(image: Float32[Array, '... channels']) -> list[Float32[Array, 'places groups channels']]:
@@ -81,17 +142,17 @@ def _of_convolution(product: Product, both: list[Array]) -> Sums:
     padded = lax.pad(image, jnp.float32(0), (*pads, (0, 0, 0)))
     places = [
       (size - width) // stride + 1
-      for size, width, stride in zip(padded.shape[:-1], reach, strides, strict=True)
+      for size, width, stride in zip(padded.shape[:-1], reach, convolution.strides, strict=True)
     ]
     tap_inputs = []
     for tap in np.ndindex(*window):
       start = [i * step for i, step in zip(tap, dilation, strict=True)]
       limit = [
         begin + (count - 1) * stride + 1
-        for begin, count, stride in zip(start, places, strides, strict=True)
+        for begin, count, stride in zip(start, places, convolution.strides, strict=True)
       ]
       channels = padded.shape[-1]
-      part = lax.slice(padded, (*start, 0), (*limit, channels), (*strides, 1))
+      part = lax.slice(padded, (*start, 0), (*limit, channels), (*convolution.strides, 1))
       tap_inputs.append(part.reshape(-1, groups, channels // groups))
     return tap_inputs
 
@@ -102,22 +163,15 @@ def _of_convolution(product: Product, both: list[Array]) -> Sums:
 
   width = math.prod(window) * images[0].shape[-1] // groups
   total, _ = lax.scan(add, jnp.zeros((groups, width, width), jnp.float32), images)
-  places = math.prod(product.equation.outvars[0].aval.shape[axis] for axis in numbers.out_spec[2:])
-  return Sums(_in_leaf_order(product, total), places * images[0].shape[0])
+  return Sums(total, convolution.places * images[0].shape[0])
 
 
-def order_of(product: Product) -> tuple[int, ...] | None:
+def order_of(reading: Reading) -> tuple[int, ...] | None:
   """Returns which of an operation's inputs comes first in the leaf's order, and so on.
 
   None where both have one order.
   """
-  parameters = product.equation.params
-  if product.operation == 'dot_general':
-    contracted = parameters['dimension_numbers'][0][product.operand]
-  else:
-    _, of_inputs, *spatial = parameters['dimension_numbers'].rhs_spec
-    contracted = (*spatial, of_inputs)
-  factors = [factor for axis in contracted for factor in product.view.axes[axis]]
+  factors = [factor for axis in reading.contracted for factor in reading.axes[axis]]
   lengths: dict[int, int] = {}
   for factor in factors:
     lengths[factor.axis] = lengths.get(factor.axis, 1) * factor.size
@@ -133,15 +187,6 @@ def order_of(product: Product) -> tuple[int, ...] | None:
     place += (steps * abs(factor.stride) * after).reshape(along)
   order = np.argsort(place.reshape(-1))
   return None if np.array_equal(order, np.arange(len(order))) else tuple(order.tolist())
-
-
-def _in_leaf_order(product: Product, matrix: Matrix) -> Matrix:
-  """Returns a matrix with its inputs in the order of the leaf's axes."""
-  order = order_of(product)
-  if order is None:
-    return matrix
-  places = np.array(order)
-  return matrix[..., places, :][..., places]
 
 
 def _gram_of_taps(

@@ -35,6 +35,8 @@ class Use:
     operation: the name of JAX's primitive: 'dot_general', 'conv_general_dilated', 'gather', ...
     kind: 'dot', 'convolution', 'look-up', or 'elementwise' for all other operations.
     slices, inputs, outputs: axes of the leaf; empty where the use is elementwise.
+    indices: how the leading slices are reached: a number where one of them is indexed,
+      `views.STEP` where a scan runs over them, `views.DYNAMIC` where an index is computed.
     groups: of a convolution: its outputs are cut into so many runs, each of other inputs.
     reads: a number that uses share if they multiply the same rows; None of elementwise uses.
     rows: rows of inputs that a slice is multiplied with in one call.
@@ -48,6 +50,7 @@ class Use:
   slices: tuple[int, ...] = ()
   inputs: tuple[int, ...] = ()
   outputs: tuple[int, ...] = ()
+  indices: tuple[int, ...] = ()
   groups: int = 1
   reads: int | None = None
   rows: int = 0
@@ -199,7 +202,7 @@ class _Usage(Interpreter):
   def product(self, product: Product) -> None:
     use = use_of(product)
     if use.kind in ('dot', 'convolution'):
-      key = reading_of(product)
+      key = rows_key(product)
       use = dataclasses.replace(use, reads=self._readings.setdefault(key, len(self._readings)))
     self.uses[product.view.leaf].append(use)
 
@@ -224,6 +227,7 @@ def use_of(product: Product) -> Use:
     slices,
     inputs,
     outputs,
+    indices=view.indices,
     groups=product.equation.params.get('feature_group_count', 1),
     rows=rows,
     is_exact=view.is_exact and is_whole and (other is None or other.is_data),
@@ -231,7 +235,7 @@ def use_of(product: Product) -> Use:
   )
 
 
-def reading_of(product: Product) -> Any:
+def rows_key(product: Product) -> Any:
   """Returns a key that products share if they sum over the same rows."""
   parameters = product.equation.params
   other = product.values[1 - product.operand]

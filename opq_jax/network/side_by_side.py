@@ -1,0 +1,260 @@
+"""Two networks that are computed together: the float one, and one whose leaves change on the way.
+
+Operation after operation, both are computed on the same inputs.  Just before a leaf is used for the
+first time, a function may replace it, given what either network multiplies it with.  The steps of a
+scan run one after the other, so that the layers of a stack are replaced one after the other too.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core as jex
+from jaxtyping import Array
+
+from opq_jax.core.trees import PyTree
+from opq_jax.network import views
+from opq_jax.network.interpreter import Interpreter, Product, Value, evaluated
+from opq_jax.network.products import Reading, reading_of
+from opq_jax.network.usage import LeafUsage, Use, arguments, traced, usage, use_of
+
+
+class Both(NamedTuple):
+  """A value in either network.
+
+  Attributes:
+    first: in the float network.
+    second: returns it in the other; None where it is the same.  A function, because a leaf that
+      goes through reshapes and conversions is replaced after them, where it is used.
+  """
+
+  first: Any
+  second: Callable[[], Any] | None
+
+  def of_second(self) -> Any:
+    """Returns the value in the other network."""
+    return self.first if self.second is None else self.second()
+
+
+class Reached(NamedTuple):
+  """A leaf that is used for the first time, or one slice of it.
+
+  Attributes:
+    leaf: its number.
+    place: index of the slice; () where the whole leaf is used.
+    reading: how the operation reads its rows, where it alone uses the leaf, each slice once; else
+      None.
+    use: what it does with the leaf.
+    first_inputs, second_inputs: what the leaf is multiplied with in either network.
+  """
+
+  leaf: int
+  place: tuple[int, ...]
+  reading: Reading | None = None
+  use: Use | None = None
+  first_inputs: Array | None = None
+  second_inputs: Array | None = None
+
+
+class Replace(Protocol):
+  """Returns the leaf, or its slice, of the other network."""
+
+  def __call__(self, reached: Reached) -> Array: ...
+
+
+def run(
+  fn: Callable[..., Any],
+  params: PyTree,
+  inputs: Sequence[Any],
+  replaced: Sequence[bool],
+  replace: Replace,
+) -> list[Array]:
+  """Computes both networks, and returns the leaves of the other one.
+
+  Args:
+    fn: called as `fn(params, *inputs)`; not compiled, since leaves change on the way.
+    params: the leaves of the float network.
+    inputs: of either.
+    replaced: which leaves are replaced, in flattening order.  A leaf that no operation uses is
+      replaced at the end.
+    replace: is asked once for each of them, or once for each slice.
+  """
+  leaves = jax.tree.leaves(params)
+  walk = _SideBySide(leaves, jax.tree.leaves(usage(fn, params, *inputs)), replaced, replace)
+  closed = traced(fn, params, *inputs)
+  contents = [*map(walk.leaf, range(len(leaves))), *map(walk.lift, jax.tree.leaves(inputs))]
+  walk.walk(
+    closed.jaxpr, walk.constants(closed), arguments(walk, closed, len(leaves), contents), ()
+  )
+  return walk.finished()
+
+
+class _SideBySide(Interpreter):
+  """The walk."""
+
+  def __init__(
+    self,
+    leaves: list[Any],
+    used: Sequence[LeafUsage],
+    replaced: Sequence[bool],
+    replace: Replace,
+  ):
+    super().__init__()
+    self._first, self._second = leaves, list(leaves)
+    self._replaced, self._replace = replaced, replace
+    self._single = [_single_product(leaf) for leaf in used]
+    # slices that have been replaced; () is the whole leaf
+    self._done: list[set[tuple[int, ...]]] = [set() for _ in leaves]
+
+  def leaf(self, number: int) -> Both:
+    """Returns the value of a leaf."""
+    second = (lambda: self._second[number]) if self._replaced[number] else None
+    return Both(self._first[number], second)
+
+  def finished(self) -> list[Array]:
+    """Returns the leaves of the other network, all of them replaced."""
+    for number, is_replaced in enumerate(self._replaced):
+      done = self._done[number]
+      if is_replaced and not done:
+        self._second[number] = self._replace(Reached(number, ()))
+      elif done and () not in done:
+        # slices of a branch that was not taken
+        picked = np.shape(self._first[number])[: len(next(iter(done)))]
+        for index in np.ndindex(*picked):
+          if index not in done:
+            self._put(Reached(number, index))
+    return self._second
+
+  def _put(self, reached: Reached) -> None:
+    self._done[reached.leaf].add(reached.place)
+    new = self._replace(reached)
+    if reached.place:
+      new = jnp.asarray(self._second[reached.leaf]).at[reached.place].set(new)
+    self._second[reached.leaf] = new
+
+  def lift(self, content: Any) -> Both:
+    return Both(content, None)
+
+  def compute(self, equation: Any, values: Sequence[Value]) -> Sequence[Both]:
+    contents = [value.content for value in values]
+    first = evaluated(equation, [content.first for content in contents])
+    if all(content.second is None for content in contents):
+      return [Both(result, None) for result in first]
+    if any(value.views for value in values) and not any(value.is_data for value in values):
+      # on the way from a leaf: computed where it is used
+      def later(number: int) -> Any:
+        return evaluated(equation, [content.of_second() for content in contents])[number]
+
+      return [Both(x, functools.partial(later, number)) for number, x in enumerate(first)]
+    second = evaluated(equation, [content.of_second() for content in contents])
+    return [Both(x, functools.partial(_same, y)) for x, y in zip(first, second, strict=True)]
+
+  def product(self, product: Product) -> None:
+    view = product.view
+    number = view.leaf
+    if not self._replaced[number] or () in self._done[number]:
+      return
+    if not self._single[number]:
+      self._put(Reached(number, ()))
+    elif view.indices not in self._done[number]:
+      other = product.values[1 - product.operand].content
+      inputs = other.first, other.of_second()
+      self._put(Reached(number, view.indices, reading_of(product), use_of(product), *inputs))
+
+  def loop(self, equation: Any, values: Sequence[Value], where: tuple[str, ...]) -> list[Value]:
+    self.carried_leaves(equation, values, where)
+    loops = {'scan': self._scan, 'while': self._while, 'cond': self._cond}
+    name = equation.primitive.name
+    contents = loops[name](equation.params, values, (*where, name))
+    return self.results(equation, values, contents)
+
+  def _scan(
+    self, parameters: dict[str, Any], values: Sequence[Value], where: tuple[str, ...]
+  ) -> list[Both]:
+    constants = parameters['num_consts']
+    carried = constants + parameters['num_carry']
+    body, length = parameters['jaxpr'], parameters['length']
+    carry = [value.content for value in values[constants:carried]]
+    rows: list[list[Both]] = [[] for _ in range(length)]
+    for step in range(length)[:: -1 if parameters['reverse'] else 1]:
+      parts = [
+        self.step_of(value, _part(value.content, step))._replace(
+          views=tuple(views.picked(view, 0, step) for view in value.views)
+        )
+        for value in values[carried:]
+      ]
+      of_step = [*values[:constants], *map(self.carried, values[constants:carried], carry), *parts]
+      results = self.walk(body.jaxpr, self.constants(body), of_step, where)
+      contents = [result.content for result in results]
+      carry, rows[step] = contents[: len(carry)], contents[len(carry) :]
+    outputs = body.jaxpr.outvars[len(carry) :]
+    return [
+      *carry,
+      *(
+        _stacked([row[place] for row in rows], output.aval) for place, output in enumerate(outputs)
+      ),
+    ]
+
+  def _while(
+    self, parameters: dict[str, Any], values: Sequence[Value], where: tuple[str, ...]
+  ) -> list[Both]:
+    of_test, of_body = parameters['cond_nconsts'], parameters['body_nconsts']
+    first = of_test + of_body
+    test, body = jex.jaxpr_as_fun(parameters['cond_jaxpr']), parameters['body_jaxpr']
+    constants = [value.content.first for value in values[:of_test]]
+    carry = [value.content for value in values[first:]]
+    # the float network decides how often: layers of both must be reached together
+    while test(*constants, *(content.first for content in carry))[0]:
+      of_step = [*values[of_test:first], *map(self.carried, values[first:], carry)]
+      results = self.walk(body.jaxpr, self.constants(body), of_step, where)
+      carry = [result.content for result in results]
+    return carry
+
+  def _cond(
+    self, parameters: dict[str, Any], values: Sequence[Value], where: tuple[str, ...]
+  ) -> list[Both]:
+    branches = parameters['branches']
+    # the float network decides, as in a loop
+    taken = min(max(int(values[0].content.first), 0), len(branches) - 1)
+    body = branches[taken]
+    results = self.walk(body.jaxpr, self.constants(body), list(values[1:]), where)
+    return [result.content for result in results]
+
+
+def _single_product(leaf: LeafUsage) -> bool:
+  """Returns whether products alone use a leaf, each slice once, with its own numbers."""
+  for use in leaf.uses:
+    if use.kind not in ('dot', 'convolution') or not use.is_exact or not use.outputs:
+      return False
+    if leaf.slices != len(use.slices) or views.DYNAMIC in use.indices or 'while' in use.where:
+      return False
+    # each step of a scan reads a slice of its own
+    if use.where.count('scan') > use.indices.count(views.STEP):
+      return False
+  indices = [use.indices for use in leaf.uses]
+  return len(indices) == 1 or (
+    len(set(indices)) == len(indices) and all(views.STEP not in index for index in indices)
+  )
+
+
+def _same(value: Any) -> Any:
+  return value
+
+
+def _part(content: Both, step: int) -> Both:
+  second = content.second
+  return Both(content.first[step], None if second is None else lambda: second()[step])
+
+
+def _stacked(parts: list[Both], aval: Any) -> Both:
+  """Returns the results of all steps of a scan as one array."""
+  if not parts:
+    return Both(jnp.zeros(aval.shape, aval.dtype), None)
+  first = jnp.stack([part.first for part in parts])
+  if all(part.second is None for part in parts):
+    return Both(first, None)
+  second = jnp.stack([part.of_second() for part in parts])
+  return Both(first, functools.partial(_same, second))
