@@ -116,26 +116,25 @@ def test_layer_by_layer_keeps_the_rest(inputs):
   np.testing.assert_array_equal(kernel(found), kernel(variables))
 
 
-class Embedded(nn.Module):
-  @nn.compact
-  def __call__(self, x):
-    table = self.param('table', nn.initializers.normal(), (48, 48))
-    layer = nn.Dense(48, name='layer')
-    return layer(x @ table) if self.is_initializing() else layer(layer(x @ table))
+def test_layer_by_layer_names_other_leaves():
+  """A leaf that is looked up, used twice or not at all has the codes of `first` alone."""
 
+  def network(params, tokens):
+    x = params['table'][tokens]
+    x = jnp.tanh(x @ params['once'])
+    return jnp.tanh(x @ params['twice']) @ params['twice']
 
-def test_layer_by_layer_refusals(inputs):
-  model = Embedded()
-  variables = model.init(jax.random.key(0), inputs)
-  for chosen, message in (
-    ('table', 'params/table: found a compressed leaf of no layer that was called'),
-    ('layer', 'params/layer/kernel: found a layer that is called twice'),
-  ):
-    allocation = opq_jax.allocate(
-      variables,
-      compression_rate=12.0,
-      compressible=lambda name, _, chosen=chosen: chosen in name and 'bias' not in name,
-    )
-    state = opq_jax.init_state(variables, allocation)
-    with pytest.raises(ValueError, match=message):
-      choose_codes(model.apply, variables, state, inputs)
+  keys = jax.random.split(jax.random.key(0), 4)
+  names = ('once', 'table', 'twice', 'unused')
+  params = {name: jax.random.laplace(key, (64, 64)) for name, key in zip(names, keys, strict=True)}
+  tokens = jax.random.randint(jax.random.key(1), (512,), 0, 64)
+  first = encoders.Feedback(opq_jax.network.second_moments(network, params, tokens))
+  state = opq_jax.init_state(params, opq_jax.allocate(params, compression_rate=12.0))
+  named = (
+    r'^table, twice, unused: found leaves that are looked up, used several times or not at all'
+  )
+  with pytest.warns(UserWarning, match=named):
+    found, _ = encoders.LayerByLayer(network, tokens, first).choose_codes(params, state)
+  alone, _ = first.choose_codes(params, state)
+  changed = [name for name in names if (found[name] != alone[name]).any()]
+  assert changed == ['once']
