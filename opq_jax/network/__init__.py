@@ -7,7 +7,7 @@ from opq_jax.core import lazy
 if TYPE_CHECKING:
   from opq_jax.network.batch_mode import on_batch_statistics
   from opq_jax.network.moments import InputMoments, mean_moments, second_moments
-  from opq_jax.network.usage import LeafUsage, Use, usage
+  from opq_jax.network.uses import LeafUsage, Use, usage
 
 __all__ = [
   'InputMoments',
@@ -23,11 +23,11 @@ __getattr__, __dir__ = lazy.attributes(
   __name__,
   {
     'InputMoments': 'moments',
-    'LeafUsage': 'usage',
-    'Use': 'usage',
+    'LeafUsage': 'uses',
+    'Use': 'uses',
     'mean_moments': 'moments',
     'on_batch_statistics': 'batch_mode',
     'second_moments': 'moments',
-    'usage': 'usage',
+    'usage': 'uses',
   },
 )

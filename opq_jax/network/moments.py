@@ -24,7 +24,7 @@ from opq_jax.network import views
 from opq_jax.network.batch_mode import on_batch_statistics
 from opq_jax.network.interpreter import Interpreter, Product, Value, evaluated
 from opq_jax.network.products import Sums, order_of, reading_of, sums_of
-from opq_jax.network.usage import arguments, leading_slices, rows_key, traced, use_of
+from opq_jax.network.uses import arguments, leading_slices, rows_key, traced, use_of
 
 
 @flax.struct.dataclass

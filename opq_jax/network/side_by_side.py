@@ -19,7 +19,7 @@ from opq_jax.core.trees import PyTree
 from opq_jax.network import views
 from opq_jax.network.interpreter import Interpreter, Product, Value, evaluated
 from opq_jax.network.products import Reading, reading_of
-from opq_jax.network.usage import LeafUsage, Use, arguments, traced, usage, use_of
+from opq_jax.network.uses import LeafUsage, Use, arguments, traced, usage, use_of
 
 
 class Both(NamedTuple):

@@ -115,7 +115,7 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, 
   images = networks.synthetic_batches(network)
   apply_fn = network.model.apply
   matrices = trees.beside(variables, opq_jax.network.mean_moments(apply_fn, variables, images))
-  matrices = [None if matrix is None else np.asarray(matrix[0]) for matrix in matrices]
+  matrices = [None if found is None else np.asarray(found.matrix[0]) for found in matrices]
 
   def encoded(rule: str, bits: float) -> tuple[list, list, float]:
     """Returns values and states of all leaves, and the entropy of the codes in bits per weight."""
