@@ -98,7 +98,8 @@ def allocate(
       * a pytree like `params` with a positive number omega_i at every compressed leaf:
         F_i = omega_i D_i.
     compressible: (path, leaf) -> whether a leaf is compressed, with paths like
-      'params/Conv_0/kernel'; by default every floating leaf of two or more dimensions.
+      'params/Conv_0/kernel'; by default a rule of shapes and names (`is_compressible`) that leaves
+      biases, normalizations, masks, buffers and the state of an optimizer alone.
       Leaves without elements always pass through.
     channel_axis: axis of the output channels, or (path, leaf) -> axis.  A vector is one channel.
     corrected: whether to count one histogram per leaf and solve with it.  Bits per weight are then

@@ -6,21 +6,37 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from opq_jax.allocation.leaf_names import biases_beside_kernels, kind_of_name
+from opq_jax.allocation.optimizer_states import is_in_optimizer, optimizer_leaves
+
 _MAX_LISTED = 10  # paths in the error of a tree that has nothing to compress
 
 
 def is_compressible(path: str, leaf: Any) -> bool:
-  """Returns whether a leaf is compressed by default: floats of two or more dimensions.
+  """Returns whether a leaf is compressed by default, by its name and its shape.
 
-  A dtype needs a byte or more and a mantissa of two bits or more: float8_e8m0fnu holds scales, and
-  a float4 is smaller than a code.
+  A leaf is compressed where all of these hold:
 
-  >>> is_compressible('params/kernel', jnp.zeros((3, 2))), is_compressible('bias', jnp.zeros(2))
+    dtype   floating, of a byte or more and of two bits of mantissa or more: float8_e8m0fnu holds
+            scales, and a float4 is smaller than a code
+    shape   two axes or more are longer than 1: (1, 1, dim) and (channels, 1, 1) are vectors
+    name    it is not that of a bias, a normalization's scale, a mask, a running statistic, a table
+            of positions, ... (`opq_jax.allocation.leaf_names`, a table of regular expressions)
+    place   it is not in an optimizer's state: no part of its path is `opt_state`, `optimizer`, ...
+            (`opq_jax.allocation.optimizer_states`).  `allocate` also leaves out what the rest of
+            the tree tells: `b` beside `w`, and `mu` beside `nu`
+
+  >>> kernel, stacked = jnp.zeros((3, 2)), jnp.zeros((12, 64))
+  >>> is_compressible('params/kernel', kernel), is_compressible('layers/bias', stacked)
   (True, False)
   """
-  del path
-  # np.ndim also works on LeafStatistics and on leaves that are still on disk
-  if np.ndim(leaf) < 2 or not _is_floating(leaf):
+  return can_be_compressed(leaf) and kind_of_name(path) is None and not is_in_optimizer(path)
+
+
+def can_be_compressed(leaf: Any) -> bool:
+  """Returns whether a leaf is a matrix of floats, or of more axes, whatever its name says."""
+  # np.shape also works on LeafStatistics and on leaves that are still on disk
+  if sum(length > 1 for length in np.shape(leaf)) < 2 or not _is_floating(leaf):
     return False
   dtype = jnp.finfo(leaf.dtype)
   return bool(dtype.bits >= 8 and dtype.nmant >= 2)
@@ -31,7 +47,8 @@ def choose_leaves(named: dict[str, Any], compressible: Callable[[str, Any], bool
 
   Args:
     named: leaves by path.
-    compressible: (path, leaf) -> whether the leaf is compressed.
+    compressible: (path, leaf) -> whether the leaf is compressed.  With `is_compressible`, leaves
+      that the rest of the tree tells to be no matrices are left out too (`left_by_place`).
 
   Raises:
     ValueError: the choice is empty, or a chosen leaf is a scalar or not floating.
@@ -39,8 +56,9 @@ def choose_leaves(named: dict[str, Any], compressible: Callable[[str, Any], bool
   if not named:
     raise ValueError('params: found an empty tree, expected at least one array')
   chosen = []
+  left = left_by_place(named) if compressible is is_compressible else set()
   for name, leaf in named.items():
-    if not compressible(name, leaf) or np.size(leaf) == 0:
+    if name in left or not compressible(name, leaf) or np.size(leaf) == 0:
       continue
     if not _is_floating(leaf):
       kind = getattr(leaf, 'dtype', type(leaf).__name__)
@@ -51,9 +69,19 @@ def choose_leaves(named: dict[str, Any], compressible: Callable[[str, Any], bool
   if not chosen:
     raise ValueError(
       f'params: found no leaf to compress among {list(named)[:_MAX_LISTED]}, '
-      'expected at least one floating leaf of two or more dimensions'
+      'expected at least one floating matrix that is no bias, scale, mask, ... by its name '
+      '(opq_jax.allocation.is_compressible), or a choice of your own: compressible='
     )
   return chosen
+
+
+def left_by_place(named: dict[str, Any]) -> set[str]:
+  """Returns the leaves that are no matrices of a network, by the leaves that stand beside them.
+
+  >>> sorted(left_by_place({'net/w': np.zeros((4, 3, 2)), 'net/b': np.zeros((4, 2))}))
+  ['net/b']
+  """
+  return {*optimizer_leaves(named), *biases_beside_kernels(named)}
 
 
 def axis_of(name: str, leaf: Any, channel_axis: int | Callable[[str, Any], int]) -> int:

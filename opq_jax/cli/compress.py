@@ -119,7 +119,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(
     '--include',
     **globs,
-    help='compress only leaves whose path matches one of these; each must match some leaf',
+    help='compress only leaves whose path matches one of these; each must match some leaf.  One '
+    'that matches only leaves that their names leave alone compresses these',
   )
   add('--exclude', **globs, help='store leaves whose path matches one of these as they are')
   add(

@@ -7,6 +7,8 @@ import jax
 import numpy as np
 
 from opq_jax.allocation import is_compressible
+from opq_jax.allocation.optimizer_states import optimizer_leaves
+from opq_jax.allocation.selection import can_be_compressed, left_by_place
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 
@@ -15,23 +17,38 @@ def chosen_paths(params: PyTree, include: Sequence[str], exclude: Sequence[str])
   """Returns the paths of the leaves to compress.
 
   Args:
-    params: the weights; `is_compressible` says which leaves can be compressed.
-    include: globs; if there are any, a leaf must match one of them.
+    params: the weights; `is_compressible` says which leaves are compressed by default.
+    include: globs; if there are any, a leaf must match one of them.  A glob that matches none of
+      the default's leaves chooses the other leaves that it matches: matrices whose name is that of
+      a bias, a mask, ...
     exclude: globs; a leaf must match none of them.
 
   Raises:
-    ValueError: a glob matches no leaf that can be compressed.
+    ValueError: a glob of `include` matches no leaf that can be compressed, or one of `exclude` no
+      leaf.
   """
-  paths = [path for path, leaf in trees.named_leaves(params).items() if is_compressible(path, leaf)]
-  matches = lambda path, globs: any(fnmatchcase(path, glob) for glob in globs)
-  for option, globs in (('--include', include), ('--exclude', exclude)):
+  named = trees.named_leaves(params)
+  moments, left = set(optimizer_leaves(named)), left_by_place(named)
+  possible = [
+    path for path, leaf in named.items() if path not in moments and can_be_compressed(leaf)
+  ]
+  default = [path for path in possible if path not in left and is_compressible(path, named[path])]
+  for option, globs, paths in (('--include', include, possible), ('--exclude', exclude, [*named])):
     for glob in globs:
-      if not any(fnmatchcase(path, glob) for path in paths):
+      if not _matching(paths, glob):
         raise ValueError(
-          f'{option}: found no leaf that {glob!r} matches, expected one of {paths[:5]}'
+          f'{option}: found no leaf that {glob!r} matches, expected one of {possible[:5]}'
         )
-  chosen = {path for path in paths if not include or matches(path, include)}
-  return {path for path in chosen if not matches(path, exclude)}
+  chosen = set(default)
+  if include:
+    chosen = {
+      path for glob in include for path in _matching(default, glob) or _matching(possible, glob)
+    }
+  return chosen.difference(*(_matching(possible, glob) for glob in exclude))
+
+
+def _matching(paths: Sequence[str], glob: str) -> list[str]:
+  return [path for path in paths if fnmatchcase(path, glob)]
 
 
 def narrowed(params: PyTree, chosen: set[str]) -> PyTree:
