@@ -120,13 +120,15 @@ def allocate(
   Raises:
     ValueError: an empty tree, or nothing to compress in it; targets missing, contradictory or out
       of range; fewer bits than the frequency tables of the leaves take; a leaf that is NaN,
-      infinite or not floating; an objective that does not match the tree.  The message names the
+      infinite, not floating, or of float64 where JAX has none; a leaf without values (a function, a
+      `jax.ShapeDtypeStruct`); an objective that does not match the tree.  The message names the
       path.
 
   Warns:
-    UserWarning: fewer bits than asked; leaves, rows and channels that lose all their weights, by
-      name; leaves of zeros, which are left as they are; with `sparsity` and `bits`, leaves whose
-      weights are far from the Laplace density (`laplace_fit`).
+    UserWarning: keys of random numbers, which no file can hold; fewer bits than asked; leaves, rows
+      and channels that lose all their weights, by name; leaves of zeros, which are left as they
+      are; with `sparsity` and `bits`, leaves whose weights are far from the Laplace density
+      (`laplace_fit`).
 
   >>> import jax
   >>> params = {'kernel': jax.random.laplace(jax.random.key(0), (256, 64)), 'bias': jnp.zeros(64)}

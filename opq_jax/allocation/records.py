@@ -3,9 +3,11 @@
 import flax.struct
 from jaxtyping import Array, Float32, Int32
 
+from opq_jax.core import exported_nodes
 from opq_jax.core.trees import PyTree
 
 
+@exported_nodes.register
 @flax.struct.dataclass
 class LeafAllocation:
   """Pruning and quantization of one leaf of n weights in C output channels.
@@ -57,6 +59,7 @@ class LeafAllocation:
   channel_axis: int = flax.struct.field(pytree_node=False)
 
 
+@exported_nodes.register
 @flax.struct.dataclass
 class Allocation:
   """Pruning and quantization of a whole tree.

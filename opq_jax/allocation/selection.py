@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from opq_jax.allocation.leaf_names import biases_beside_kernels, kind_of_name
 from opq_jax.allocation.optimizer_states import is_in_optimizer, optimizer_leaves
+from opq_jax.core import messages
 
 _MAX_LISTED = 10  # paths in the error of a tree that has nothing to compress
 
@@ -51,10 +53,15 @@ def choose_leaves(named: dict[str, Any], compressible: Callable[[str, Any], bool
       that the rest of the tree tells to be no matrices are left out too (`left_by_place`).
 
   Raises:
-    ValueError: the choice is empty, or a chosen leaf is a scalar or not floating.
+    ValueError: the choice is empty; a chosen leaf is a scalar, not floating, or of float64 where
+      JAX has none; or a leaf has no values: a function, or the shape of an array.
+
+  Warns:
+    UserWarning: a leaf is a key of random numbers, which no file can hold.
   """
   if not named:
     raise ValueError('params: found an empty tree, expected at least one array')
+  _check_values(named)
   chosen = []
   left = left_by_place(named) if compressible is is_compressible else set()
   for name, leaf in named.items():
@@ -65,6 +72,11 @@ def choose_leaves(named: dict[str, Any], compressible: Callable[[str, Any], bool
       raise ValueError(f'{name}: found {kind}, expected a floating dtype to compress')
     if np.ndim(leaf) == 0:
       raise ValueError(f'{name}: found a scalar, expected at least one dimension to compress')
+    if leaf.dtype == np.float64 and not jax.config.jax_enable_x64:
+      raise ValueError(
+        f'{name}: found float64, which JAX makes float32, expected {name}.astype(np.float32), or '
+        "jax.config.update('jax_enable_x64', True)"
+      )
     chosen.append(name)
   if not chosen:
     raise ValueError(
@@ -94,6 +106,26 @@ def axis_of(name: str, leaf: Any, channel_axis: int | Callable[[str, Any], int])
   if not -leaf.ndim <= axis < leaf.ndim:
     raise ValueError(f'{name}: found channel_axis {axis}, expected an axis of shape {leaf.shape}')
   return axis
+
+
+def _check_values(named: dict[str, Any]) -> None:
+  """Checks that leaves have values; scalars of Python and the like pass through."""
+  keys = []
+  for name, leaf in named.items():
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+      raise ValueError(f'{name}: found a shape without values ({leaf}), expected an array')
+    if callable(leaf) and not hasattr(leaf, 'dtype'):
+      raise ValueError(
+        f'{name}: found {getattr(leaf, "__name__", type(leaf).__name__)}, a function, expected '
+        'arrays only: partition the module, eqx.partition(module, eqx.is_array)'
+      )
+    if jnp.issubdtype(getattr(leaf, 'dtype', np.int8), jax.dtypes.prng_key):
+      keys.append(name)
+  if keys:
+    messages.warn(
+      f'{", ".join(keys[:_MAX_LISTED])}: found keys of random numbers, which pass through but '
+      'which opq_jax.save refuses: save the tree without them'
+    )
 
 
 def _is_floating(leaf: Any) -> bool:

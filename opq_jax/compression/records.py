@@ -31,7 +31,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int8, Int32, UInt8
 
 from opq_jax.allocation import Allocation, LeafAllocation
-from opq_jax.core import trees
+from opq_jax.core import exported_nodes, trees
 from opq_jax.core.limits import ESCAPE, MAX_LEVELS, STEP_BITS
 from opq_jax.core.trees import PyTree
 
@@ -43,6 +43,7 @@ _SLACK = 2.0**-10
 only up to its own rounding."""
 
 
+@exported_nodes.register
 @flax.struct.dataclass
 class LeafState:
   """Frozen kinds and codebook of one compressed leaf.
@@ -84,6 +85,7 @@ class LeafState:
     return self.kinds == ESCAPED
 
 
+@exported_nodes.register
 @flax.struct.dataclass
 class CompressionState:
   """Frozen kinds and codebooks of a whole parameter tree.
@@ -92,8 +94,9 @@ class CompressionState:
     tree: the parameters' own tree, with a `LeafState` where a leaf is compressed and None where
       it passes through bit-identical.
 
-  The state is a pytree: replicate it, save it with Orbax, pass it beside the parameters.  It is
-  an input of a training step and never an output.
+  The state is a pytree of JAX's arrays: replicate it, save it with Orbax, pass it beside the
+  parameters, also to a function that `jax.export` has written.  It is an input of a training step
+  and never an output.
   """
 
   tree: PyTree
@@ -147,7 +150,9 @@ def _init_leaf(name: str, weights: Array, leaf: LeafAllocation) -> LeafState:
   if jnp.shape(weights) != tuple(leaf.shape):
     raise ValueError(f'{name}: found shape {jnp.shape(weights)}, expected {tuple(leaf.shape)}')
   step, first = exact_grid(leaf.step, leaf.threshold + leaf.offset, leaf.levels)
-  grid = affine_codebook(first, step, leaf.levels), leaf.threshold, step, leaf.levels
+  # arrays of JAX: Orbax saves no scalars of NumPy, and a guarded step takes none
+  threshold, levels = jnp.asarray(leaf.threshold), jnp.asarray(leaf.levels)
+  grid = affine_codebook(first, step, levels), threshold, step, levels
   sharding = None if isinstance(weights, jax.core.Tracer) else getattr(weights, 'sharding', None)
   if isinstance(sharding, NamedSharding):
     # on the mesh of the weights, so that every process has it and a checkpoint knows of one mesh

@@ -69,6 +69,8 @@ class _CodedLeaf(NamedTuple):
 
   def state(self) -> 'LeafState':
     """Returns the state that compresses the weights to these codes."""
+    import jax.numpy as jnp
+
     from opq_jax.compression import LeafState
     from opq_jax.compression.records import kinds_of_codes
 
@@ -79,7 +81,9 @@ class _CodedLeaf(NamedTuple):
       'step': np.array(self.grid.step),
       'levels': np.array(self.grid.levels, np.int32),
     }
-    return LeafState(**arrays, dtype=self.grid.dtype)
+    return LeafState(
+      **{name: jnp.asarray(array) for name, array in arrays.items()}, dtype=self.grid.dtype
+    )
 
 
 class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
@@ -206,7 +210,8 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
         lists, tuples and None come back as themselves, and every other container as a dict.
 
     Returns:
-      `(params, state)` of host arrays, exact whatever `jax_enable_x64` says: these `params`, their
+      `(params, state)`: params of host arrays, exact whatever `jax_enable_x64` says, and a state of
+      JAX's arrays.  These `params`, their
       `apply_compression(params, state)` and that of what was saved are bit-identical, and
       `encode(params, state)` are the codes that were saved.
 

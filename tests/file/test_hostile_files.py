@@ -314,6 +314,8 @@ CRAFTED = {
   ),
   'a name twice.msgpack': (b'\x82' + 2 * GOOD[1:], 'a: found two of this name'),
   'a name of bytes.msgpack': (msgpack.packb({b'a': 1, 'b': 2}), "found b'a', expected a string"),
+  'a number twice.msgpack': (b'\x82\x01\xc0\x01\xc0', '1: found two of this name'),
+  'numbers and names.msgpack': (msgpack.packb({1: 1, 'b': 2}), 'expected all of one kind'),
   'a huge shape.msgpack': (packed((1 << 40,), 'float32', bytes(4)), 'cannot reshape'),
   'objects.msgpack': (packed((1,), 'O', bytes(8)), 'OBJECT'),
   'a huge list.msgpack': (b'\x81\xa1a\xdd\xff\xff\xff\xff', 'exceeds max_array_len'),

@@ -19,6 +19,20 @@ def test_read_weights_npz(tmp_path):
   assert_same(read_weights(tmp_path / 'net.npz'), tree)
 
 
+def test_read_weights_msgpack_lists(tmp_path):
+  """An `nnx.List` has integers for names: read, compressed and loaded again."""
+  draw = np.random.default_rng(0).laplace
+  layers = {i: {'kernel': draw(size=(16, 16)).astype(np.float32)} for i in (0, 1, 10, 2)}
+  tree = {'layers': layers, 'step': np.array(3, np.int32)}
+  path = tmp_path / 'net.msgpack'
+  path.write_bytes(flax.serialization.msgpack_serialize(tree))
+  assert_same(read_weights(path), tree)
+  network = opq_jax.compress(read_weights(path), compression_rate=8.0)
+  opq_jax.save(tmp_path / 'net.opq', network.params, network.state)
+  loaded, _ = opq_jax.load(tmp_path / 'net.opq')
+  assert list(loaded['layers']) == [0, 1, 2, 10]
+
+
 def test_read_weights_msgpack(tmp_path):
   (tmp_path / 'net.msgpack').write_bytes(flax.serialization.to_bytes(nested_tree()))
   assert_same(read_weights(tmp_path / 'net.msgpack'), nested_tree())
