@@ -72,7 +72,7 @@ def choose_leaves(named: dict[str, Any], compressible: Callable[[str, Any], bool
       raise ValueError(f'{name}: found {kind}, expected a floating dtype to compress')
     if np.ndim(leaf) == 0:
       raise ValueError(f'{name}: found a scalar, expected at least one dimension to compress')
-    if leaf.dtype == np.float64 and not jax.config.jax_enable_x64:
+    if leaf.dtype == np.float64 and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
       raise ValueError(
         f'{name}: found float64, which JAX makes float32, expected {name}.astype(np.float32), or '
         "jax.config.update('jax_enable_x64', True)"

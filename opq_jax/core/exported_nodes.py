@@ -21,11 +21,11 @@ def register(kind: type) -> type:
   def write(values: tuple[Any, ...]) -> bytes:
     return json.dumps([_to_json(value) for value in values]).encode()
 
-  def read(text: bytearray) -> tuple[Any, ...]:
+  def read(text: bytes) -> tuple[Any, ...]:
     return tuple(map(_from_json, json.loads(bytes(text))))
 
-  def make(values: tuple[Any, ...], children: tuple[Any, ...]) -> Any:
-    named = zip((*static, *names), (*values, *children), strict=True)
+  def make(aux_data: Any, children: Any) -> Any:
+    named = zip((*static, *names), (*aux_data, *children), strict=True)
     return kind(**dict(named))
 
   export.register_pytree_node_serialization(
