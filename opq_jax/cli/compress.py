@@ -122,6 +122,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help='compress only leaves whose path matches one of these; each must match some leaf.  One '
     'that matches only leaves that their names leave alone compresses these',
   )
+  add(
+    '--keep-optimizer',
+    action='store_true',
+    help="store an optimizer's state bit for bit (default: zeros in its place, as of a fresh one)",
+  )
   add('--exclude', **globs, help='store leaves whose path matches one of these as they are')
   add(
     '--channel-axis',

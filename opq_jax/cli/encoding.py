@@ -15,6 +15,7 @@ A file that `opq compress` wrote has these keys; `opq verify` repeats what they 
     images_digest    of their files
     batch_norm       noise, synthetic or images, from which it was corrected; or uncorrected
     inference_only   true, where BatchNorm is two vectors and vectors are rounded to bfloat16
+    optimizer        left_out, where zeros are in the places of an optimizer's state
 
 Files up to version 0.1.0 have sentences in their place, which are still read.
 """
@@ -28,6 +29,7 @@ TARGETS = ('sparsity', 'bits', 'compression_rate', 'bits_per_weight', 'file_rate
 """Keys of targets, named as the arguments of `opq_jax.compress`."""
 
 SYNTHETIC, IMAGES, NOISE, UNCORRECTED = 'synthetic', 'images', 'noise', 'uncorrected'
+LEFT_OUT = 'left_out'
 FEEDBACK, TRELLIS, ROUNDING, LAYER_BY_LAYER = 'feedback', 'trellis', 'rounding', 'layer_by_layer'
 
 MAX_IMAGES = 128
@@ -42,6 +44,7 @@ _CHOICES = {
   'moments': (SYNTHETIC, IMAGES),
   'inputs': (SYNTHETIC, IMAGES),
   'batch_norm': (NOISE, SYNTHETIC, IMAGES, UNCORRECTED),
+  'optimizer': (LEFT_OUT,),
 }
 # key, value, and the other key that it needs.  Whatever is computed by running a network needs the
 # name of that network
@@ -78,6 +81,7 @@ class Encoding:
     images: the images from a folder, None where there are none.
     batch_norm: what BatchNorm was corrected from, None where there is no BatchNorm.
     inference_only: whether BatchNorm is two vectors, and vectors are rounded to bfloat16.
+    optimizer: `left_out`, where zeros are in the places of an optimizer's state.
 
   >>> encoding = Encoding(targets={'compression_rate': 16.0}, encoder='trellis')
   >>> encoding.metadata()
@@ -96,6 +100,7 @@ class Encoding:
   images: ImageSet | None = None
   batch_norm: str | None = None
   inference_only: bool = False
+  optimizer: str | None = None
 
   def metadata(self) -> dict[str, str]:
     """Returns the keys of this record."""
@@ -111,6 +116,7 @@ class Encoding:
       'images_digest': None if self.images is None else self.images.digest,
       'batch_norm': self.batch_norm,
       'inference_only': 'true' if self.inference_only else None,
+      'optimizer': self.optimizer,
     }
     return {key: text for key, text in texts.items() if text is not None}
 
@@ -143,6 +149,7 @@ class Encoding:
       else None,
       batch_norm=texts.get('batch_norm'),
       inference_only=texts.get('inference_only') == 'true',
+      optimizer=texts.get('optimizer'),
     )
 
 

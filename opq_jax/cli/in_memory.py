@@ -17,6 +17,7 @@ from opq_jax.cli.encoding import (
   FEEDBACK,
   IMAGES,
   LAYER_BY_LAYER,
+  LEFT_OUT,
   MAX_IMAGES,
   NOISE,
   ROUNDING,
@@ -28,6 +29,7 @@ from opq_jax.cli.encoding import (
 )
 from opq_jax.cli.images import FolderImages
 from opq_jax.cli.leaves import chosen_paths, narrowed
+from opq_jax.cli.optimizers import report_without_optimizer, without_optimizer
 from opq_jax.cli.stages import Stage, timed_stages
 from opq_jax.core import files
 from opq_jax.core.trees import PyTree
@@ -66,9 +68,14 @@ def compress(
         if arguments.images is not None:
           limit = MAX_IMAGES if arguments.max_images is None else arguments.max_images
           images = steps.folder_images(network, arguments.images, limit)
-      params = read_weights(source) if network is None else network.variables
+      line, left_out = '', 0
+      with collected_warnings() as read_notes:
+        params = read_weights(source) if network is None else network.variables
+      if not arguments.keep_optimizer:
+        params, left_out, line = without_optimizer(params)
+        plan = dataclasses.replace(plan, optimizer=LEFT_OUT if line else None)
       chosen = chosen_paths(params, arguments.include, arguments.exclude)
-      original = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params))
+      original = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params)) - left_out
       params = narrowed(params, chosen)
     plan = _planned(arguments, plan, network, images)
     calibration = steps.calibrated(network, plan, images, stage)
@@ -91,9 +98,10 @@ def compress(
     with stage('encode'):
       axis = channel_axis(plan.metadata())
       report = payload_report(result.data, params, channel_axis=axis)
+      report = report_without_optimizer(report) if line else report
     with stage('write'):
       files.write_bytes(output, result.data)
-  for text in result.notes:
+  for text in (*read_notes, *([line] if line else []), *result.notes):
     note(text)
   stdout.print(summary(params, result.allocation), four_sizes(report))
   if network is not None:

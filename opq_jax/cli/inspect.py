@@ -18,7 +18,7 @@ def run(arguments: argparse.Namespace) -> None:
   from rich.text import Text
 
   from opq_jax.cli.console import console
-  from opq_jax.cli.encoding import channel_axis
+  from opq_jax.cli.encoding import LEFT_OUT, channel_axis
   from opq_jax.cli.json_reports import sizes_as_json
   from opq_jax.file.reader import OpqFile
   from opq_jax.report import file_report, four_sizes, size_table, tables
@@ -26,6 +26,10 @@ def run(arguments: argparse.Namespace) -> None:
   with OpqFile(arguments.file) as file:
     metadata = file.metadata
   report = file_report(arguments.file, channel_axis=channel_axis(metadata))
+  if metadata.get('optimizer') == LEFT_OUT:
+    from opq_jax.cli.optimizers import report_without_optimizer
+
+    report = report_without_optimizer(report)
   if arguments.json:
     print(json.dumps(sizes_as_json(arguments.file, metadata, report), indent=2))
     return

@@ -1,6 +1,7 @@
 """`opq compress` of a tree that need not fit into memory."""
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -8,8 +9,13 @@ import jax
 from rich.text import Text
 
 from opq_jax.cli.console import collected_warnings, console, note
-from opq_jax.cli.encoding import Encoding, channel_axis
+from opq_jax.cli.encoding import LEFT_OUT, Encoding, channel_axis
 from opq_jax.cli.leaves import chosen_paths
+from opq_jax.cli.optimizers import (
+  WithoutOptimizer,
+  report_without_optimizer,
+  without_optimizer,
+)
 from opq_jax.cli.stages import timed_stages
 from opq_jax.core import trees
 from opq_jax.report import four_sizes, summary
@@ -25,9 +31,12 @@ def compress(arguments: argparse.Namespace, plan: Encoding, about: dict[str, str
     about: further metadata of the file.
   """
   source, output = Path(arguments.input), Path(arguments.output)
-  metadata = plan.metadata()
   stdout = console(sys.stdout)
-  tree = open_weights(source)
+  tree, left_out, line = WithoutOptimizer(open_weights(source), 0, '')
+  if not arguments.keep_optimizer:
+    tree, left_out, line = without_optimizer(tree)
+    plan = dataclasses.replace(plan, optimizer=LEFT_OUT if line else None)
+  metadata = plan.metadata()
   chosen = chosen_paths(tree, arguments.include, arguments.exclude)
   leaves = [
     leaf.narrowed() if name in chosen else leaf for name, leaf in trees.named_leaves(tree).items()
@@ -43,10 +52,11 @@ def compress(arguments: argparse.Namespace, plan: Encoding, about: dict[str, str
       contexts=not arguments.fast,
       objective=plan.objective,
       stage=stage,
+      left_out=left_out,
       **plan.targets,
     )
-  for text in notes:
+  for text in (line, *notes) if line else notes:
     note(text)
-  report = done.report
+  report = report_without_optimizer(done.report) if line else done.report
   stdout.print(summary(tree, done.allocation), four_sizes(report))
   stdout.print(Text(f'{output}: {report.file:,} bytes, {report.file_rate:.2f} times smaller'))

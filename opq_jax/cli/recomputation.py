@@ -19,6 +19,7 @@ from opq_jax.cli.encoding import (
 )
 from opq_jax.cli.images import FolderImages
 from opq_jax.cli.leaves import narrowed
+from opq_jax.cli.optimizers import without_optimizer
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 from opq_jax.file.reader import OpqFile
@@ -67,7 +68,10 @@ def recomputed(
     network = networks.load(
       weights, name=identity.name, source=identity.source, num_classes=identity.num_classes
     )
-  params = read_weights(weights) if network is None else network.variables
+  with collected_warnings():
+    params = read_weights(weights) if network is None else network.variables
+  if encoding.optimizer is not None:
+    params = without_optimizer(params).tree
   images = _same_images(path, encoding, network, folder)
   calibration = steps.calibrated(network, encoding, images, lambda _: nullcontext())
   coded = corrected = None

@@ -1,6 +1,7 @@
 """`opq verify`: a file against the weights that it was made of."""
 
 import argparse
+import dataclasses
 import json
 import sys
 from typing import Any
@@ -34,8 +35,9 @@ def run(arguments: argparse.Namespace) -> int:
   from rich.text import Text
 
   from opq_jax.cli.console import complain, console
-  from opq_jax.cli.encoding import channel_axis
+  from opq_jax.cli.encoding import LEFT_OUT, channel_axis
   from opq_jax.cli.json_reports import verification_as_json
+  from opq_jax.cli.optimizers import report_without_optimizer
   from opq_jax.cli.recomputation import recomputed
   from opq_jax.file.reader import OpqFile
   from opq_jax.report import four_sizes, verify
@@ -51,9 +53,12 @@ def run(arguments: argparse.Namespace) -> int:
     corrected=expected.corrected,
     channel_axis=channel_axis(metadata),
   )
+  if verified.report is not None and metadata.get('optimizer') == LEFT_OUT:
+    report = report_without_optimizer(verified.report)
+    verified = dataclasses.replace(verified, report=report)
   if arguments.json:
-    report: dict[str, Any] = verification_as_json(path, against, metadata, verified)
-    print(json.dumps(report, indent=2, allow_nan=False))
+    content: dict[str, Any] = verification_as_json(path, against, metadata, verified)
+    print(json.dumps(content, indent=2, allow_nan=False))
     return 0 if verified.holds else 1
   stdout = console(sys.stdout)
   stdout.print(verified)

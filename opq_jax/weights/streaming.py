@@ -58,6 +58,7 @@ def compress_stored(
   channel_axis: ChannelAxis = -1,
   metadata: Mapping[str, str] | None = None,
   contexts: bool = True,
+  left_out: int = 0,
   stage: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
   **targets: Any,
 ) -> StreamedFile:
@@ -73,6 +74,7 @@ def compress_stored(
     channel_axis: see `opq_jax.allocate`.
     metadata: see `opq_jax.save`.
     contexts: see `opq_jax.save`.
+    left_out: bytes of leaves that `file_rate` does not count as those of the tree: zeros.
     stage: returns the context manager in which the stage of a name runs, for progress: statistics,
       allocate, encode, write.
     **targets: the targets and the `objective` of `opq_jax.allocate`.  For `file_rate` the tree is
@@ -127,7 +129,7 @@ def compress_stored(
     if file_rate is None:
       result = coded(**targets)
     else:
-      result = _coded_at_rate(coded, leaves.values(), file_rate, targets)
+      result = _coded_at_rate(coded, leaves.values(), file_rate, targets, left_out)
     with stage('write'):
       result.file.place()
   return StreamedFile(result.allocation, _report(output, result))
@@ -138,6 +140,7 @@ def _coded_at_rate(
   leaves: Collection[StoredLeaf],
   file_rate: float,
   targets: dict[str, Any],
+  left_out: int,
 ) -> CodedTree:
   """Codes a tree with the bits per weight at which its file is `file_rate` times smaller."""
   last: dict[float, CodedTree] = {}  # the last result by its bits: earlier ones are deleted
@@ -147,7 +150,8 @@ def _coded_at_rate(
     last[bits] = coded(bits_per_weight=bits, **targets)
     return last[bits].file.size
 
-  original, weights = sum(leaf.nbytes for leaf in leaves), sum(leaf.size for leaf in leaves)
+  original = sum(leaf.nbytes for leaf in leaves) - left_out
+  weights = sum(leaf.size for leaf in leaves)
   bits = file_rates.bits_of_file(size_of, original, file_rate, weights)
   # the search may answer with a trial before its last one, whose parts are gone: coded again
   if bits not in last:

@@ -1,0 +1,144 @@
+"""Training checkpoints: an optimizer's state is left out of a file, or kept bit for bit."""
+
+import json
+import os
+
+import flax
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+import safetensors.numpy
+import torch
+from flax.training import train_state
+
+import opq_jax
+from opq_jax import cli
+from opq_jax.core import trees
+
+
+def run(*argv):
+  return cli.main([str(word) for word in argv])
+
+
+@pytest.fixture(scope='module')
+def trained():
+  """A state after a step of Adam: moments, a counter, parameters."""
+  draw = np.random.default_rng(0).laplace
+  params = {
+    f'Dense_{i}': {'kernel': draw(size=(64, 64)).astype('f4'), 'bias': np.ones(64, 'f4')}
+    for i in range(2)
+  }
+  optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
+  state = train_state.TrainState.create(apply_fn=None, params=params, tx=optimizer)
+  return stepped(state, jax.tree.map(lambda leaf: leaf * 1e-6, params))
+
+
+def stepped(state, gradients):
+  with jax.numpy_dtype_promotion('standard'):  # optax mixes types of numbers
+    return state.apply_gradients(grads=gradients)
+
+
+@pytest.fixture(params=['msgpack', 'orbax', 'safetensors', 'npz'])
+def path(request, trained, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  tree = jax.tree.map(np.asarray, flax.serialization.to_state_dict(trained))
+  named = {name.replace('/', '.'): leaf for name, leaf in trees.named_leaves(tree).items()}
+  path = tmp_path / f'run.{request.param}'
+  match request.param:
+    case 'msgpack':
+      path.write_bytes(flax.serialization.to_bytes(trained))
+    case 'orbax':
+      with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, tree)
+    case 'safetensors':
+      safetensors.numpy.save_file(named, path)
+    case 'npz':
+      np.savez(path, **named)
+  return path
+
+
+def leaves_of(path):
+  """Leaves of a file by name, with dots for the folders of a tree."""
+  named = trees.named_leaves(opq_jax.load(path)[0])
+  return {name.replace('/', '.'): leaf for name, leaf in named.items()}
+
+
+def originals(trained):
+  tree = flax.serialization.to_state_dict(trained)
+  return {k.replace('/', '.'): np.asarray(v) for k, v in trees.named_leaves(tree).items()}
+
+
+def test_compress_leaves_optimizer_out(path, trained, capsys):
+  assert run('compress', path, 'run.opq') == 0
+  captured = capsys.readouterr()
+  wanted = originals(trained)
+  cleared = {
+    name
+    for name, leaf in wanted.items()
+    if name.startswith('opt_state') and (leaf.ndim or leaf.dtype.kind == 'i')
+  }
+  size = sum(wanted[name].nbytes for name in cleared)
+  assert f'{len(cleared)} leaves of {size:,} bytes are left out' in captured.err
+  found = leaves_of('run.opq')
+  assert found.keys() == wanted.keys()
+  for name, leaf in wanted.items():
+    if name in cleared:
+      assert not found[name].any() and found[name].dtype == leaf.dtype, name
+    elif 'kernel' not in name:  # the learning rate, the step, biases
+      assert found[name].tobytes() == leaf.tobytes(), name
+  assert found['params.Dense_0.kernel'].any()
+  assert run('verify', 'run.opq', '--against', path) == 0
+  # sizes are those of the rest: 2 kernels and 2 biases in float32, and a few scalars
+  capsys.readouterr()
+  assert run('inspect', 'run.opq', '--json') == 0
+  totals = json.loads(capsys.readouterr().out)['totals']
+  assert 0 <= totals['original'] - 4 * 2 * (64 * 64 + 64) < 64
+
+
+def test_compress_keeps_optimizer(path, trained, capsys):
+  assert run('compress', path, 'run.opq', '--keep-optimizer') == 0
+  assert 'optimizer' not in capsys.readouterr().err
+  found = leaves_of('run.opq')
+  for name, leaf in originals(trained).items():
+    if name.startswith('opt_state'):
+      assert found[name].tobytes() == leaf.tobytes(), name
+  assert run('verify', 'run.opq', '--against', path) == 0
+
+
+@pytest.mark.parametrize('suffix', ['msgpack', 'safetensors'])
+def test_file_rate_without_optimizer(trained, tmp_path, suffix, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  named = originals(trained)
+  if suffix == 'msgpack':
+    (tmp_path / 'run.msgpack').write_bytes(flax.serialization.to_bytes(trained))
+  else:
+    safetensors.numpy.save_file(named, tmp_path / 'run.safetensors')
+  assert run('compress', f'run.{suffix}', 'run.opq', '--file-rate', '6') == 0
+  rest = sum(leaf.nbytes for name, leaf in named.items() if not name.startswith('opt_state'))
+  assert rest / os.stat('run.opq').st_size == pytest.approx(6, rel=0.02)
+
+
+def test_restored_state_trains_on(trained, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'run.msgpack').write_bytes(flax.serialization.to_bytes(trained))
+  assert run('compress', 'run.msgpack', 'run.opq') == 0
+  again = flax.serialization.from_state_dict(trained, opq_jax.load('run.opq')[0])
+  fresh = trained.tx.init(trained.params)
+  jax.tree.map(np.testing.assert_array_equal, again.opt_state.inner_state, fresh.inner_state)
+  moved = stepped(again, trained.params)
+  assert np.isfinite(np.asarray(moved.params['Dense_0']['kernel'])).all()
+
+
+def test_torch_optimizer_is_said(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  model = torch.nn.Linear(32, 16)
+  optimizer = torch.optim.Adam(model.parameters())
+  model(torch.ones(1, 32)).sum().backward()
+  optimizer.step()
+  torch.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict()}, 'run.pt')
+  assert run('compress', 'run.pt', 'run.opq') == 0
+  assert 'optimizer: 4,232 bytes of an optimizer are left out' in capsys.readouterr().err
+  assert set(opq_jax.load('run.opq')[0]) == {'weight', 'bias'}
+  assert run('verify', 'run.opq', '--against', 'run.pt') == 0
