@@ -61,8 +61,9 @@ def without_optimizer(tree: PyTree) -> WithoutOptimizer:
 
 def report_without_optimizer(report: 'SizeReport') -> 'SizeReport':
   """Returns sizes and rates of a file without the zeros of an optimizer's state."""
-  rows = {row.path: row for row in (*report.compressed, *report.uncompressed)}
-  left = {path for path in optimizer_leaves(rows) if _is_cleared(rows[path])}
+  rows: list[Any] = [*report.compressed, *report.uncompressed]
+  leaves = {row.path: row for row in rows}
+  left = {path for path in optimizer_leaves(leaves) if _is_cleared(leaves[path])}
   uncompressed = [row for row in report.uncompressed if row.path not in left]
   return dataclasses.replace(report, uncompressed=tuple(uncompressed))
 

@@ -57,7 +57,7 @@ def test_answer_names_dead_leaves():
     'embedding': (rng.laplace(size=(50, 64)) * scale).astype('f4'),
     'layers': np.stack([rng.laplace(size=(16, 16)) * s for s in (1, 1e-5, 1)]).astype('f4'),
     'adapter': np.zeros((16, 4), 'f4'),
-    'layer_scale': np.full((8, 8), 1e-6, 'f4') * rng.uniform(0.5, 1, (8, 8)).astype('f4'),
+    'tiny': np.full((8, 8), 1e-6, 'f4') * rng.uniform(0.5, 1, (8, 8)).astype('f4'),
   }
   with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter('always')
@@ -66,7 +66,7 @@ def test_answer_names_dead_leaves():
   assert 'embedding (10 of 50 along its first axis)' in text
   assert 'layers (1 of 3 along its first axis)' in text
   assert 'adapter: all weights are zero' in text and allocation.tree['adapter'] is None
-  assert 'layer_scale (the whole leaf)' in text
+  assert 'tiny (the whole leaf)' in text
   assert int(allocation.tree['embedding'].dead_rows) == 10
   values = opq_jax.apply_compression(params, init_state(params, allocation))
   dead = lambda name: [i for i, row in enumerate(np.asarray(values[name])) if not row.any()]

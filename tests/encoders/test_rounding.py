@@ -42,7 +42,8 @@ def test_rounding_makes_masks_anew(dtype):
   values, its_grid = Rounding().choose_leaf(moved, grid, None, 0.0)
   assert values.dtype == params['kernel'].dtype
   kinds = np.asarray(its_grid.kinds)
-  np.testing.assert_array_equal(kinds != 0, np.abs(moved.astype(dtype)) > grid.threshold)
+  rounded = np.asarray(moved.astype(dtype), np.float32)
+  np.testing.assert_array_equal(kinds != 0, np.abs(rounded) > np.asarray(grid.threshold))
   assert kinds[-3, -4] == 2 and (kinds != np.asarray(grid.kinds)).any()
   assert_same(its_grid, dataclasses.replace(grid, kinds=its_grid.kinds))
   on_grid = kinds == 1
