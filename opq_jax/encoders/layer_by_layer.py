@@ -32,10 +32,10 @@ from opq_jax.encoders.encoder import (
   named_leaf,
 )
 from opq_jax.encoders.matrices import MatrixLayout
-from opq_jax.network import InputMoments, on_batch_statistics, side_by_side
+from opq_jax.network import InputMoments, on_batch_statistics, usage
 from opq_jax.network.moments import mean_of
 from opq_jax.network.products import Reading, sums_of
-from opq_jax.network.side_by_side import Reached
+from opq_jax.network.side_by_side import Reached, Replacing
 
 _MAX_NAMED = 10  # leaves that a warning lists
 SHARE = 0.5
@@ -154,8 +154,14 @@ class LayerByLayer(Encoder):
 
     inputs = self.inputs if type(self.inputs) is tuple else (self.inputs,)
     fn = on_batch_statistics(self.fn, params)
-    is_compressed = [leaf.grid is not None for leaf in leaves]
-    values = side_by_side.run(fn, params, inputs, is_compressed, replace)
+    walk = Replacing(
+      [leaf.weights for leaf in leaves],
+      jax.tree.leaves(usage(fn, params, *inputs)),
+      [leaf.grid is not None for leaf in leaves],
+      replace,
+    )
+    walk.run(fn, params, inputs)
+    walk.finish()
     if alone:
       messages.warn(
         f'{", ".join(alone[:_MAX_NAMED])}{" ..." if len(alone) > _MAX_NAMED else ""}: found leaves '
@@ -163,7 +169,7 @@ class LayerByLayer(Encoder):
         'codes without regard to the layers before them'
       )
     states = [_whole_state(leaf, parts) for leaf, parts in zip(leaves, coded, strict=True)]
-    return encoded(params, list(zip(values, states, strict=True)))
+    return encoded(params, list(zip(walk.second, states, strict=True)))
 
   def _choose(self, weights: Array, grid: LeafState, reached: Reached) -> tuple[Array, LeafState]:
     """Chooses the codes of one layer, whose inputs are known in both networks."""

@@ -57,6 +57,7 @@ class Value(NamedTuple):
     views: the leaves whose numbers it holds; of several, each fills a part of it.
     is_data: whether it depends on the inputs of the function.
     number: equal for values that are equal up to their dtype.
+    layer: the leaf whose dot or convolution with data this is, up to its layout; else None.
   """
 
   shape: tuple[int, ...]
@@ -65,6 +66,7 @@ class Value(NamedTuple):
   views: tuple[View, ...]
   is_data: bool
   number: Any
+  layer: int | None = None
 
 
 class Product(NamedTuple):

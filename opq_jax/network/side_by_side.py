@@ -1,13 +1,13 @@
 """Two networks that are computed together: the float one, and one whose leaves change on the way.
 
-Operation after operation, both are computed on the same inputs.  Just before a leaf is used for the
-first time, a function may replace it, given what either network multiplies it with.  The steps of a
-scan run one after the other, so that the layers of a stack are replaced one after the other too.
+Operation after operation, both are computed on the same inputs.  Just before a leaf is used, it may
+be replaced in the other network, given what either network multiplies it with or adds it to.  The
+steps of a scan run one after the other, and so do the layers of a stack.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from opq_jax.core.trees import PyTree
 from opq_jax.network import views
 from opq_jax.network.interpreter import Interpreter, Product, Value, evaluated
 from opq_jax.network.products import Reading, reading_of
-from opq_jax.network.uses import LeafUsage, Use, arguments, traced, usage, use_of
+from opq_jax.network.uses import LeafUsage, Use, arguments, traced, use_of
 
 
 class Both(NamedTuple):
@@ -39,101 +39,37 @@ class Both(NamedTuple):
     return self.first if self.second is None else self.second()
 
 
-class Reached(NamedTuple):
-  """A leaf that is used for the first time, or one slice of it.
+class SideBySide(Interpreter):
+  """Walks a function with the leaves of two networks.
 
   Attributes:
-    leaf: its number.
-    place: index of the slice; () where the whole leaf is used.
-    reading: how the operation reads its rows, where it alone uses the leaf, each slice once; else
-      None.
-    use: what it does with the leaf.
-    first_inputs, second_inputs: what the leaf is multiplied with in either network.
-  """
-
-  leaf: int
-  place: tuple[int, ...]
-  reading: Reading | None = None
-  use: Use | None = None
-  first_inputs: Array | None = None
-  second_inputs: Array | None = None
-
-
-class Replace(Protocol):
-  """Returns the leaf, or its slice, of the other network."""
-
-  def __call__(self, reached: Reached) -> Array: ...
-
-
-def run(
-  fn: Callable[..., Any],
-  params: PyTree,
-  inputs: Sequence[Any],
-  replaced: Sequence[bool],
-  replace: Replace,
-) -> list[Array]:
-  """Computes both networks, and returns the leaves of the other one.
+    first: leaves of the float network, in flattening order.
+    second: leaves of the other network.  `product`, which subclasses override, may replace them
+      just before they are used.
 
   Args:
-    fn: called as `fn(params, *inputs)`; not compiled, since leaves change on the way.
-    params: the leaves of the float network.
-    inputs: of either.
-    replaced: which leaves are replaced, in flattening order.  A leaf that no operation uses is
-      replaced at the end.
-    replace: is asked once for each of them, or once for each slice.
+    first, second: as above.
+    differs: which leaves are, or become, different.
   """
-  leaves = jax.tree.leaves(params)
-  walk = _SideBySide(leaves, jax.tree.leaves(usage(fn, params, *inputs)), replaced, replace)
-  closed = traced(fn, params, *inputs)
-  contents = [*map(walk.leaf, range(len(leaves))), *map(walk.lift, jax.tree.leaves(inputs))]
-  walk.walk(
-    closed.jaxpr, walk.constants(closed), arguments(walk, closed, len(leaves), contents), ()
-  )
-  return walk.finished()
 
-
-class _SideBySide(Interpreter):
-  """The walk."""
-
-  def __init__(
-    self,
-    leaves: list[Any],
-    used: Sequence[LeafUsage],
-    replaced: Sequence[bool],
-    replace: Replace,
-  ):
+  def __init__(self, first: Sequence[Any], second: Sequence[Any], differs: Sequence[bool]):
     super().__init__()
-    self._first, self._second = leaves, list(leaves)
-    self._replaced, self._replace = replaced, replace
-    self._single = [_single_product(leaf) for leaf in used]
-    # slices that have been replaced; () is the whole leaf
-    self._done: list[set[tuple[int, ...]]] = [set() for _ in leaves]
+    self.first, self.second = list(first), list(second)
+    self._differs = differs
 
-  def leaf(self, number: int) -> Both:
-    """Returns the value of a leaf."""
-    second = (lambda: self._second[number]) if self._replaced[number] else None
-    return Both(self._first[number], second)
+  def run(self, fn: Callable[..., Any], params: PyTree, inputs: Sequence[Any]) -> None:
+    """Computes `fn(params, *inputs)` for both, not compiled: leaves change on the way."""
+    closed = traced(fn, params, *inputs)
+    contents = [
+      *map(self._leaf, range(len(self.first))),
+      *map(self.lift, jax.tree.leaves(inputs)),
+    ]
+    values = arguments(self, closed, len(self.first), contents)
+    self.walk(closed.jaxpr, self.constants(closed), values, ())
 
-  def finished(self) -> list[Array]:
-    """Returns the leaves of the other network, all of them replaced."""
-    for number, is_replaced in enumerate(self._replaced):
-      done = self._done[number]
-      if is_replaced and not done:
-        self._second[number] = self._replace(Reached(number, ()))
-      elif done and () not in done:
-        # slices of a branch that was not taken
-        picked = np.shape(self._first[number])[: len(next(iter(done)))]
-        for index in np.ndindex(*picked):
-          if index not in done:
-            self._put(Reached(number, index))
-    return self._second
-
-  def _put(self, reached: Reached) -> None:
-    self._done[reached.leaf].add(reached.place)
-    new = self._replace(reached)
-    if reached.place:
-      new = jnp.asarray(self._second[reached.leaf]).at[reached.place].set(new)
-    self._second[reached.leaf] = new
+  def _leaf(self, number: int) -> Both:
+    second = functools.partial(self.second.__getitem__, number)
+    return Both(self.first[number], second if self._differs[number] else None)
 
   def lift(self, content: Any) -> Both:
     return Both(content, None)
@@ -151,18 +87,6 @@ class _SideBySide(Interpreter):
       return [Both(x, functools.partial(later, number)) for number, x in enumerate(first)]
     second = evaluated(equation, [content.of_second() for content in contents])
     return [Both(x, functools.partial(_same, y)) for x, y in zip(first, second, strict=True)]
-
-  def product(self, product: Product) -> None:
-    view = product.view
-    number = view.leaf
-    if not self._replaced[number] or () in self._done[number]:
-      return
-    if not self._single[number]:
-      self._put(Reached(number, ()))
-    elif view.indices not in self._done[number]:
-      other = product.values[1 - product.operand].content
-      inputs = other.first, other.of_second()
-      self._put(Reached(number, view.indices, reading_of(product), use_of(product), *inputs))
 
   def loop(self, equation: Any, values: Sequence[Value], where: tuple[str, ...]) -> list[Value]:
     self.carried_leaves(equation, values, where)
@@ -224,7 +148,82 @@ class _SideBySide(Interpreter):
     return [result.content for result in results]
 
 
-def _single_product(leaf: LeafUsage) -> bool:
+class Reached(NamedTuple):
+  """A leaf that is used for the first time, or one slice of it.
+
+  Attributes:
+    leaf: its number.
+    place: index of the slice; () where the whole leaf is used.
+    reading: how the operation reads its rows, where it alone uses the leaf, each slice once; else
+      None.
+    use: what it does with the leaf.
+    first_inputs, second_inputs: what the leaf is multiplied with in either network.
+  """
+
+  leaf: int
+  place: tuple[int, ...]
+  reading: Reading | None = None
+  use: Use | None = None
+  first_inputs: Array | None = None
+  second_inputs: Array | None = None
+
+
+class Replacing(SideBySide):
+  """Replaces each leaf of the other network once, or once for each slice, where it is first used.
+
+  Args:
+    leaves: of the float network.
+    used: how the function uses them.
+    replaced: which leaves are replaced.
+    replace: returns the new leaf, or its slice.
+  """
+
+  def __init__(
+    self,
+    leaves: Sequence[Any],
+    used: Sequence[LeafUsage],
+    replaced: Sequence[bool],
+    replace: Callable[[Reached], Array],
+  ):
+    super().__init__(leaves, leaves, replaced)
+    self._replaced, self._replace = replaced, replace
+    self._single = [_is_single_product(leaf) for leaf in used]
+    # slices that have been replaced; () is the whole leaf
+    self._done: list[set[tuple[int, ...]]] = [set() for _ in leaves]
+
+  def product(self, product: Product) -> None:
+    view = product.view
+    number = view.leaf
+    if not self._replaced[number] or () in self._done[number]:
+      return
+    if not self._single[number]:
+      self._put(Reached(number, ()))
+    elif view.indices not in self._done[number]:
+      other = product.values[1 - product.operand].content
+      inputs = other.first, other.of_second()
+      self._put(Reached(number, view.indices, reading_of(product), use_of(product), *inputs))
+
+  def finish(self) -> None:
+    """Replaces leaves that nothing has used, and slices of a branch that was not taken."""
+    for number, is_replaced in enumerate(self._replaced):
+      done = self._done[number]
+      if is_replaced and not done:
+        self._put(Reached(number, ()))
+      elif done and () not in done:
+        picked = np.shape(self.first[number])[: len(next(iter(done)))]
+        for place in np.ndindex(*picked):
+          if place not in done:
+            self._put(Reached(number, place))
+
+  def _put(self, reached: Reached) -> None:
+    self._done[reached.leaf].add(reached.place)
+    new = self._replace(reached)
+    if reached.place:
+      new = jnp.asarray(self.second[reached.leaf]).at[reached.place].set(new)
+    self.second[reached.leaf] = new
+
+
+def _is_single_product(leaf: LeafUsage) -> bool:
   """Returns whether products alone use a leaf, each slice once, with its own numbers."""
   for use in leaf.uses:
     if use.kind not in ('dot', 'convolution') or not use.is_exact or not use.outputs:
