@@ -4,34 +4,38 @@ A network without BatchNorm stores no moments that noise could be compared with;
 inputs correct the bias of every layer.
 """
 
-import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+import numpy as np
+from jaxtyping import Array
 
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
-from opq_jax.correction.batch_norm import feature_means, follow_original
+from opq_jax.correction.batch_norm import follow_original
 from opq_jax.correction.batch_statistics import STATISTICS
 from opq_jax.correction.checks import check_has_batch_norm, check_same_tree
+from opq_jax.network import LeafUsage, usage
+from opq_jax.network.interpreter import Product
+from opq_jax.network.side_by_side import SideBySide
+from opq_jax.network.views import REPEATED, View
 
 
 def correct_on_images(
   apply_fn: Callable[..., Any],
-  variables: Mapping[str, PyTree],
-  compressed: Mapping[str, PyTree],
-  batches: Iterable[Float[Array, 'batch ...']],
+  variables: PyTree,
+  compressed: PyTree,
+  batches: Iterable[Any],
 ) -> PyTree:
   """Corrects a compressed network by its difference from the original on unlabelled inputs.
 
   With BatchNorm this is `correct_batch_norm` with the inputs in place of the noise, and moments
   averaged over the batches.  Without BatchNorm, the biases are corrected from the first layer to
-  the last.  On every batch, a layer with a kernel and a bias has the mean output z0 in the original
-  network, and z1 in the compressed network, whose earlier layers are corrected already; then
+  the last, in any function that JAX can trace: a bias is a leaf that is added, once, to the product
+  of another leaf with activations.  On every batch the sum has the mean z0 in the original network,
+  and z1 in the compressed network, whose earlier layers are corrected already; then
 
       bias  <-  bias + z0 - z1                                  averaged over the batches
 
@@ -40,21 +44,20 @@ def correct_on_images(
   only differences on the same inputs are used.
 
   Args:
-    apply_fn: with BatchNorm, as for `correct_batch_norm`.  Without, `model.apply` of a Flax Linen
-      module, called as `apply_fn(variables, x)`; a layer is recognised by its parameters `kernel`
-      and `bias`.
-    variables: of the original network: `params`, and `batch_stats` if it has BatchNorm.
+    apply_fn: with BatchNorm, as for `correct_batch_norm`.  Without, any function, called as
+      `apply_fn(variables, batch)`; it is not compiled.
+    variables: of the original network: with BatchNorm, `params` and `batch_stats`.
     compressed: the same tree with compressed weights, as `opq_jax.apply_compression` returns it.
-    batches: inputs, prepared as the network expects them, of one shape: every other shape is
-      compiled for anew.
+    batches: inputs, prepared as the network expects them; a tuple is several arguments.
 
   Returns:
     `compressed` with corrected statistics and last bias, or with corrected biases.
 
   Raises:
-    ValueError: a collection is missing, the two trees differ, there is no batch, nothing can be
-      corrected, or a layer without BatchNorm is called twice.
+    ValueError: a collection is missing, the two trees differ, there is no batch, or nothing can be
+      corrected.
 
+  >>> import flax.linen as nn
   >>> class Network(nn.Module):
   ...   @nn.compact
   ...   def __call__(self, x):
@@ -68,65 +71,76 @@ def correct_on_images(
   >>> bool(jnp.allclose(means(corrected), means(variables), atol=1e-5))
   True
   """
-  check_same_tree(variables, compressed, {'params'})
-  if trees.named_leaves(variables.get(STATISTICS, {})):
+  check_same_tree(variables, compressed, set())
+  has_statistics = isinstance(variables, Mapping) and STATISTICS in variables
+  if has_statistics and trees.named_leaves(variables[STATISTICS]):
     check_has_batch_norm(variables)
     return follow_original(apply_fn, variables, compressed, batches, jax.random.key(0))
-  biases = [
-    name
-    for name, leaf in trees.named_leaves(compressed['params']).items()
-    if name.endswith('bias') and jnp.ndim(leaf) == 1
-  ]
-  shifts, count = None, 0
+  first, second = jax.tree.leaves(variables), jax.tree.leaves(compressed)
+  total: dict[int, Array] = {}
+  count = 0
   for batch in batches:
-    means = _layer_means(apply_fn, variables, batch, None)
-    corrected = _layer_means(apply_fn, compressed, batch, means)
-    shift = {name: means[name] - corrected[name] for name in means if name in biases}
-    shifts = shift if shifts is None else jax.tree.map(jnp.add, shifts, shift)
+    inputs = batch if type(batch) is tuple else (batch,)
+    walk = _Biases(first, second, jax.tree.leaves(usage(apply_fn, variables, *inputs)))
+    walk.run(apply_fn, variables, inputs)
+    total = {bias: total.get(bias, 0) + shift for bias, shift in walk.shifts.items()}
     count += 1
-  if not shifts:
+  if not total:
     raise ValueError(
-      f'found {count} batches and biases {biases}, expected a batch at least, and a layer with a '
-      'kernel and a bias'
+      f'found {count} batches and no bias of a layer, expected a batch at least, and a leaf that '
+      'is added once to the product of another leaf'
     )
-  leaves = trees.named_leaves(compressed['params'])
-  new = {
-    f'params/{name}': leaves[name] + (shift / count).astype(leaves[name].dtype)
-    for name, shift in shifts.items()
-  }
-  return trees.replaced(compressed, new)
+  new = [
+    leaf + (total[number] / count).astype(leaf.dtype) if number in total else leaf
+    for number, leaf in enumerate(second)
+  ]
+  return jax.tree.unflatten(jax.tree.structure(compressed), new)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _layer_means(
-  apply_fn: Callable[..., Any],
-  variables: Mapping[str, PyTree],
-  inputs: Float[Array, 'batch ...'],
-  targets: dict[str, Float32[Array, ' features']] | None,
-) -> dict[str, Float32[Array, ' features']]:
-  """Returns the mean output of every layer by the path of its bias.
+class _Biases(SideBySide):
+  """Corrects each bias just before the compressed network adds it.
 
-  With `targets`, each layer's output is shifted to its target mean before the next layer reads it:
-  one forward pass then measures every layer behind corrected layers.
+  Attributes:
+    shifts: what was added to each bias, by its number.
   """
-  params = trees.named_leaves(variables['params'])
-  means: dict[str, Array] = {}
 
-  def measure(layer: Callable[..., Any], args: tuple, kwargs: dict, context: Any) -> Any:
-    output = layer(*args, **kwargs)
-    name = '/'.join((*context.module.path, 'bias'))
-    is_layer = name in params and f'{name.removesuffix("bias")}kernel' in params
-    if context.method_name != '__call__' or not is_layer:
-      return output
-    if name in means:
-      raise ValueError(f'{name}: found a layer that is called twice, expected once')
-    # before the shift: the layer's own error, behind layers whose means are right
-    means[name] = feature_means(output)
-    if targets is None:
-      return output
-    shift = (targets[name] - means[name]).astype(output.dtype)
-    return output + jnp.broadcast_to(shift, output.shape)
+  def __init__(self, first: Sequence[Any], second: Sequence[Any], used: Sequence[LeafUsage]):
+    super().__init__(first, second, [True] * len(first))
+    # added once, or in each step of the scan that runs over its slices
+    self._is_bias = [
+      len(leaf.uses) == 1
+      and leaf.uses[0].operation == 'add'
+      and set(leaf.uses[0].where) <= {'scan'}
+      for leaf in used
+    ]
+    self.shifts: dict[int, Array] = {}
 
-  with nn.intercept_methods(measure):
-    apply_fn(variables, inputs)
-  return means
+  def product(self, product: Product) -> None:
+    number, view = product.view.leaf, product.view
+    other = product.values[1 - product.operand] if len(product.values) == 2 else None
+    if other is None or other.layer is None or not self._is_bias[number]:
+      return
+    axes = _repeated_axes(view, np.shape(self.first[number]))
+    if axes is None:
+      return
+    before, after = (
+      jnp.mean(x.astype(jnp.float32), axis=axes)
+      for x in (other.content.first, other.content.of_second())
+    )
+    place, leaf = view.indices, jnp.asarray(self.second[number])
+    shift = (before - after).reshape(leaf.shape[len(place) :])
+    self.second[number] = leaf.at[place].add(shift.astype(leaf.dtype))
+    zeros = jnp.zeros(leaf.shape, jnp.float32)
+    self.shifts[number] = self.shifts.get(number, zeros).at[place].set(shift)
+
+
+def _repeated_axes(view: View, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+  """Returns the axes along which a sum repeats a bias; None where its own are not in order."""
+  own = [
+    [factor for factor in axis if factor.axis != REPEATED and factor.size > 1] for axis in view.axes
+  ]
+  seen = [(factor.axis, factor.size) for axis in own for factor in axis]
+  expected = [
+    (axis, size) for axis, size in enumerate(shape) if size > 1 and axis >= len(view.indices)
+  ]
+  return tuple(place for place, axis in enumerate(own) if not axis) if seen == expected else None

@@ -198,7 +198,15 @@ class Interpreter:
     else:
       moved = [()] * len(equation.outvars)
     results = self.results(equation, values, self.compute(equation, values))
-    return [result._replace(views=tuple(seen)) for result, seen in zip(results, moved, strict=True)]
+    layer = None
+    if name in _SAME_NUMBERS or name in _LAYOUT:
+      layer = values[0].layer
+    elif name in ('dot_general', 'conv_general_dilated') and results[0].is_data:
+      layer = next((view.leaf for value in values for view in value.views), None)
+    return [
+      result._replace(views=tuple(seen), layer=layer)
+      for result, seen in zip(results, moved, strict=True)
+    ]
 
   def results(self, equation: Any, values: Sequence[Value], contents: Sequence[Any]) -> list[Value]:
     """Returns the values of an operation's results, as they are without a view of a leaf."""

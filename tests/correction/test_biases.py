@@ -83,8 +83,51 @@ def test_correct_on_images_refuses_nothing():
     correct_on_images(model.apply, variables, compressed, [])
   params = {'params': {'head': {'kernel': jnp.ones((3, 2))}}}
   apply_fn = nn.Dense(2, use_bias=False).apply
-  with pytest.raises(ValueError, match=r'found 1 batches and biases \[\]'):
+  with pytest.raises(ValueError, match='found 1 batches and no bias of a layer'):
     flat = {'params': params['params']['head']}
     correct_on_images(apply_fn, flat, flat, [jnp.ones((4, 3))])
-  with pytest.raises(ValueError, match=r'compressed: found .* expected the collections params$'):
+  with pytest.raises(ValueError, match='compressed is not the tree of variables'):
     correct_on_images(apply_fn, params, {}, [jnp.ones((4, 3))])
+
+
+def test_correct_on_images_any_function():
+  """Biases of a scan and of heads; not those that are added twice, or to no product of a leaf."""
+
+  def network(params, x):
+    def layer(x, leaves):
+      z = x @ leaves['w'] + leaves['b']
+      return jnp.tanh(z) * params['gate'] + params['position'], z.mean(0)
+
+    x, of_layers = jax.lax.scan(layer, x, params['layers'])
+    heads = jnp.einsum('bi,ihf->bhf', x, params['heads']) + params['of_heads']
+    twice = heads.reshape(len(x), -1) @ params['last'] + params['twice']
+    return of_layers, heads.mean(0), twice + params['twice']
+
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(0.2, 0.5, shape), jnp.float32)
+  params = {
+    'layers': {'w': draw(3, 6, 6), 'b': draw(3, 1, 6)},
+    'heads': draw(6, 2, 4),
+    'of_heads': draw(1, 2, 4),
+    'last': draw(8, 3),
+    'twice': draw(3),
+    'gate': draw(6),
+    'position': draw(6),
+  }
+  x = draw(32, 6)
+  rounded = {**params, 'layers': {**params['layers'], 'w': jnp.round(params['layers']['w'])}}
+  rounded['heads'] = jnp.round(params['heads'])
+  found = correct_on_images(network, params, rounded, [x])
+  for expected, corrected, before in zip(
+    *(network(tree, x)[:2] for tree in (params, found, rounded)), strict=True
+  ):
+    assert float(jnp.abs(before - expected).max()) > 0.05
+    np.testing.assert_allclose(corrected, expected, atol=1e-5)
+  changed = [
+    jax.tree_util.keystr(path)
+    for path, same in jax.tree_util.tree_leaves_with_path(
+      jax.tree.map(lambda one, other: bool((one == other).all()), found, rounded)
+    )
+    if not same
+  ]
+  assert changed == ["['layers']['b']", "['of_heads']"]
