@@ -110,9 +110,9 @@ def test_correct_on_images_any_function():
     'heads': draw(6, 2, 4),
     'of_heads': draw(1, 2, 4),
     'last': draw(8, 3),
-    'twice': draw(3),
-    'gate': draw(6),
-    'position': draw(6),
+    'twice': draw(1, 3),
+    'gate': draw(1, 6),
+    'position': draw(1, 6),
   }
   x = draw(32, 6)
   rounded = {**params, 'layers': {**params['layers'], 'w': jnp.round(params['layers']['w'])}}
