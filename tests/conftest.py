@@ -16,12 +16,16 @@ from tests.helpers import programs
 MANY_MAPS = 30_000
 
 programs.start()
-# tests compile far more than they compute: without its slow passes XLA takes less
+# tests compile far more than they compute: without optimizations XLA takes a third of the time;
+# processes that tests start inherit both, and so share the programs
 os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '') + ' --xla_llvm_disable_expensive_passes=true'
+  os.environ.get('XLA_FLAGS', '')
+  + ' --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false'
 )
+os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
 
 jax.config.update('jax_num_cpu_devices', 4)
+jax.config.update('jax_disable_most_optimizations', True)
 
 hypothesis.settings.register_profile(
   'opq', deadline=None, derandomize=True, max_examples=25, database=None
@@ -52,11 +56,3 @@ def programs_of_one_module() -> Iterator[None]:
   programs.exchange()
   if programs.number_of_maps() > MANY_MAPS:
     jax.clear_caches()
-
-
-@pytest.fixture(scope='module')
-def programs_made_fast() -> Iterator[None]:
-  """Compiles in less time to slower programs, where whole experiments run for a few steps."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)

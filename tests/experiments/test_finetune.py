@@ -33,7 +33,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 # what the steps compute is for test_training.py
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('programs_made_fast')]
+pytestmark = pytest.mark.slow
 
 
 def start(workdir, *arguments, devices=2, **options):

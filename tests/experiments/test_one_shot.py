@@ -19,7 +19,7 @@ from opq_jax import importers
 from opq_jax.importers import networks
 from tests.helpers import tiny_resnet
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('programs_made_fast')]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

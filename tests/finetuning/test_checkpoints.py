@@ -11,7 +11,7 @@ import pytest
 import opq_jax
 from opq_jax.finetuning import parallel
 from opq_jax.finetuning.checkpoints import Checkpoints, StopRequest
-from tests.helpers import processes, small_networks
+from tests.helpers import killed_run, processes, small_networks
 from tests.helpers.small_networks import assert_same_bits, batches
 
 OPTIMIZER = optax.adamw(1e-2)
@@ -119,8 +119,11 @@ def test_stop_request_only_inside():
 
 def start(folder, *arguments, is_killed=False):
   folder.mkdir(exist_ok=True)
+  # as many devices as this process has, for the runs are compared
   return processes.start(
-    *('-m', 'tests.helpers.killed_run', folder, *arguments), devices=1, is_killed=is_killed
+    *('-m', 'tests.helpers.killed_run', folder, *arguments),
+    devices=jax.device_count(),
+    is_killed=is_killed,
   )
 
 
@@ -131,7 +134,9 @@ def final(folder):
 
 @pytest.mark.slow
 def test_disturbed_run_ends_bit_identical(tmp_path):
-  start(tmp_path / 'undisturbed').finish()
+  undisturbed = tmp_path / 'undisturbed'
+  undisturbed.mkdir()
+  killed_run.main(undisturbed, pause=0.0)
   disturbed = tmp_path / 'disturbed'
   for number in (2, 10):
     with start(disturbed, '0.02', is_killed=True) as process:
@@ -147,4 +152,4 @@ def test_disturbed_run_ends_bit_identical(tmp_path):
   steps = [int(line) for line in start(disturbed).finish().split()]
   # from the very step, which need not be a multiple of the interval
   assert steps[0] == max([16, *printed]) + 1 and steps[-1] == 24
-  assert_same_bits(final(disturbed), final(tmp_path / 'undisturbed'))
+  assert_same_bits(final(disturbed), final(undisturbed))

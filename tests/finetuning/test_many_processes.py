@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.helpers import processes
+from tests.helpers import many_processes, processes
 
 pytestmark = pytest.mark.slow
 
@@ -12,12 +12,12 @@ pytestmark = pytest.mark.slow
 def runs(tmp_path_factory):
   """The folder that one process and two wrote, and the last step of each after SIGTERM of one."""
   folder = tmp_path_factory.mktemp('runs')
-  start = lambda index, count: processes.start(
-    *('-m', 'tests.helpers.many_processes', folder, index, count, port), devices=2 // count
-  )
+  many_processes.main(folder, index=0, count=1)
   port = processes.free_port()
-  start(0, 1).finish()
-  both = [start(index, 2) for index in range(2)]
+  both = [
+    processes.start('-m', 'tests.helpers.many_processes', folder, index, 2, port, devices=1)
+    for index in range(2)
+  ]
   both[1].wait_for_line(3)
   both[1].terminate()
   return folder, [process.finish().split()[-1] for process in both]

@@ -2,7 +2,7 @@
 
 A few steps with pmap and with shard_map, each saved, restored and continued; process 0 writes the
 results to DIR/KIND_COUNT.npz.  Two processes then go on until one gets SIGTERM; both print every
-step and save the last.  With COUNT 1 one process has all the devices.
+step and save the last.  `main` with a count of 1 takes two devices of its own process.
 """
 
 import sys
@@ -23,20 +23,22 @@ PLAIN = data.Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3)
 OPTIMIZER = optax.adamw(1e-2)
 
 
-def main(folder, index, count, port):
+def main(folder, index, count, port=None):
   if count > 1:
     jax.distributed.initialize(f'localhost:{port}', num_processes=count, process_id=index)
     # Gloo connects within 30 s or never: now, while both have just begun
     multihost_utils.sync_global_devices('begun')
-  assert jax.device_count() == 2
-  pmap_step = parallel.pmap_train_step(apply_fn, OPTIMIZER)
-  mesh = Mesh(np.array(jax.devices()), (parallel.AXIS,))
+  # a sum of two does not depend on its order
+  devices = jax.devices()[:2]
+  local = devices if count == 1 else jax.local_devices()
+  pmap_step = parallel.pmap_train_step(apply_fn, OPTIMIZER, devices=devices)
+  mesh = Mesh(np.array(devices), (parallel.AXIS,))
   shard_map_step = parallel.shard_map_train_step(mesh, apply_fn, OPTIMIZER)
-  for kind, step_fn, devices in (
-    ('pmap', pmap_step, jax.local_devices()),
-    ('shard_map', shard_map_step, jax.devices()),
+  for kind, step_fn, places in (
+    ('pmap', pmap_step, local),
+    ('shard_map', shard_map_step, devices),
   ):
-    result = train_restore_and_go_on(kind, f'{folder}/{kind}_{count}', step_fn, devices)
+    result = train_restore_and_go_on(kind, f'{folder}/{kind}_{count}', step_fn, places)
     if index == 0:
       np.savez(f'{folder}/{kind}_{count}.npz', *map(np.asarray, jax.tree.leaves(result)))
   if count > 1:
@@ -67,7 +69,8 @@ def train_restore_and_go_on(kind, folder, step_fn, devices):
     train_state, metrics = step_fn(train_state, state, next(batches))
   if kind == 'pmap':
     variables, _ = training.network(train_state, state)
-    counts = parallel.pmap_eval_step(apply_fn)(variables, next(batches))
+    eval_fn = parallel.pmap_eval_step(apply_fn, devices=jax.devices()[:2])
+    counts = eval_fn(variables, next(batches))
     assert int(counts['examples']) == 8
   return train_state.replace(rng=None), metrics
 

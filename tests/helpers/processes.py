@@ -19,10 +19,9 @@ TIMEOUT = 300  # seconds that a process may take, on a machine that has much els
 def environment(devices: int | None = None, is_killed: bool = False) -> dict[str, str]:
   """Returns the variables of a process with so many devices.
 
-  No process runs a program often enough to pay for all of XLA's optimizations.  One that is to be
-  killed reads compiled programs and writes none.
+  One that is to be killed reads compiled programs and writes none.
   """
-  variables = {**os.environ, 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
+  variables = {**os.environ}
   if is_killed:
     variables |= programs.READ_ONLY
   variables['PYTHONPATH'] = os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])
