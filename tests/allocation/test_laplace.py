@@ -212,6 +212,19 @@ TRENDS = {  # the distortion may fall in the threshold and in the scale, where c
 }
 
 
+@pytest.mark.parametrize('name', FORMS)
+def test_laplace_gradients_where_forms_meet(name):
+  """At lengths of one scale, two, and log 2 of it, a form is computed in another way."""
+  at = np.array([1.0, 2.0, math.log(2), 2 * math.log(2)], np.float32)
+  with jax.enable_x64(False):
+    arguments = [at for _ in FORMS[name][:-1]] + [np.ones_like(at)]
+    beside = [np.nextafter(x, np.float32(2), dtype=np.float32) for x in arguments[:-1]]
+    _, exact = GRADIENTS[name](*arguments)
+    _, near = GRADIENTS[name](*beside, arguments[-1])
+  for one, other in zip(exact, near, strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(('name', 'argument'), TRENDS)
 def test_laplace_is_monotone(name, argument):
   grid = np.geomspace(1e-6, 1e3, 400)
