@@ -17,7 +17,7 @@ problem, `opq_jax.allocation.rate_search` the second.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +36,7 @@ from opq_jax.allocation.solver import solve
 from opq_jax.allocation.statistics import LeafStatistics, leaf_statistics
 from opq_jax.allocation.targets import SparsityAndBits, Targets, check_file_rate, check_targets
 from opq_jax.core import trees
+from opq_jax.core.ties import Candidate, Tie, tied
 from opq_jax.core.trees import PyTree
 
 
@@ -114,8 +115,10 @@ def allocate(
       one bin), and the Laplace density shares out the survivors among the channels.
 
   Returns:
-    An `Allocation`.  The call is pure and may be traced (`jit`, `vmap` over targets,
-    `eval_shape`); values are checked only where they are concrete.
+    An `Allocation`.  Leaves that are one array (an embedding that is the last layer too), or one
+    the transpose of the other, count once and get one record.  The call is pure and may be traced
+    (`jit`, `vmap` over targets, `eval_shape`); values are checked and compared only where they are
+    concrete.
 
   Raises:
     ValueError: an empty tree, or nothing to compress in it; targets missing, contradictory or out
@@ -167,9 +170,13 @@ def allocate(
   if corrected and not trees.is_traced([leaf.statistics for leaf in leaves]):
     warn_of_zeros([leaf.name for leaf in leaves if leaf.statistics.largest == 0])
     leaves = [leaf for leaf in leaves if leaf.statistics.largest != 0]
+  ties = tied(_candidates(leaves, named, is_traced))
   solved: dict[str, LeafAllocation] = {}
   if leaves:
-    solved = _solved(leaves, targets, power, corrected, is_traced)
+    untied = [leaf for leaf in leaves if leaf.name not in ties]
+    solved = _solved(untied, targets, power, corrected, is_traced)
+  for name, tie in ties.items():
+    solved[name] = _tied_record(solved[tie.first], tie)
   structure = jax.tree.structure(params)
   return Allocation(jax.tree.unflatten(structure, [solved.get(name) for name in named]))
 
@@ -232,6 +239,33 @@ def _measured(
   stats = trees.on_host(stats)
   weights = [None] * len(chosen) if omegas is None else omegas
   return [_Leaf(*row) for row in zip(chosen, stats, readers, weights, strict=True)]
+
+
+def _candidates(leaves: list[_Leaf], named: dict[str, Any], is_traced: bool) -> Iterator[Candidate]:
+  """Yields the leaves with what those that are one array have in common.
+
+  In a trace only the same tracer is known to be the same array.
+  """
+  for leaf in leaves:
+    stats = leaf.statistics
+    facts: tuple[Any, ...] = (*sorted(stats.shape), np.dtype(stats.dtype))
+    if not is_traced:
+      histogram = () if stats.histogram is None else np.asarray(stats.histogram).tobytes()
+      facts += (np.asarray(stats.largest).tobytes(), histogram)
+    array = named[leaf.name]
+    is_array = not isinstance(array, LeafStatistics)
+    read = None if is_traced else leaf.read
+    yield Candidate(leaf.name, facts, array if is_array else None, read)
+
+
+def _tied_record(record: LeafAllocation, tie: Tie) -> LeafAllocation:
+  """Returns the allocation of a leaf that is another one again, or its transpose."""
+  own = dataclasses.replace(record, tied_to=tie.first, is_transposed=tie.is_transposed)
+  if not tie.is_transposed:
+    return own
+  return dataclasses.replace(
+    own, shape=record.shape[::-1], channel_axis=1 - record.channel_axis % 2
+  )
 
 
 def _identity(leaf: Array) -> Array:

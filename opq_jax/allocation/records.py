@@ -39,6 +39,9 @@ class LeafAllocation:
       the first axis is the channels' own.
     shape: the leaf's shape.
     channel_axis: the axis of its output channels.
+    tied_to: the path of an earlier leaf that is the same array, whose allocation this is; '' of
+      all others.
+    is_transposed: whether the leaf is the transpose of that one.
   """
 
   scale: Float32[Array, 'channels']
@@ -57,6 +60,8 @@ class LeafAllocation:
   dead_rows: Int32[Array, '']
   shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
   channel_axis: int = flax.struct.field(pytree_node=False)
+  tied_to: str = flax.struct.field(pytree_node=False, default='')
+  is_transposed: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 @exported_nodes.register

@@ -25,9 +25,10 @@ from opq_jax.allocation import (
 from opq_jax.compression import CompressionState, init_state
 from opq_jax.core import messages, trees
 from opq_jax.core.trees import PyTree
-from opq_jax.encoders.encoder import Encoder, LeafEncoder, Trial
+from opq_jax.encoders.encoder import Encoded, Encoder, LeafEncoder, Trial
 from opq_jax.encoders.layer_by_layer import LayerByLayer
 from opq_jax.encoders.rounding import Rounding
+from opq_jax.encoders.tied_codes import with_ties
 from opq_jax.file import writer
 from opq_jax.file.rate import bits_of_file
 
@@ -168,14 +169,17 @@ def _at_bits(
   if isinstance(encoder, LayerByLayer):
     _, _, allocation = _at_bits(encoder.first, params, bits_per_weight, options)
     coded = encoder.choose_codes(params, init_state(params, allocation))
-    return CompressedNetwork(*coded, allocation)
+    return CompressedNetwork(*with_ties(coded, allocation, None), allocation)
   assert isinstance(encoder, LeafEncoder)
   trial = encoder.trials()
   if trial is None:
     allocation = allocate(params, bits_per_weight=bits_per_weight, **options)
     coded = encoder.choose_codes(params, init_state(params, allocation))
     return CompressedNetwork(*coded, allocation)
-  return search_allocation(trial, params, bits_per_weight, options)
+  found = search_allocation(trial, params, bits_per_weight, options)
+  coded = Encoded(found.params, found.state)
+  moments = getattr(encoder, 'moments', None)
+  return CompressedNetwork(*with_ties(coded, found.allocation, moments), found.allocation)
 
 
 class _Step(NamedTuple):

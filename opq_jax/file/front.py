@@ -236,13 +236,20 @@ def _read_grids(
 ) -> dict[str, Grid]:
   """Returns the grids of compressed leaves, each in its row."""
   rows = np.frombuffer(table, '<f4').astype(np.float32).reshape(-1, 3)
-  compressed = {name: leaf for name, leaf in leaves.items() if leaf.levels is not None}
-  grids = {}
-  for (threshold, first, step), (name, leaf) in zip(rows, compressed.items(), strict=True):
-    grids[name] = Grid(threshold, first, step, leaf.levels or 0, leaf.dtype)
+  names, row = list(leaves), iter(rows)
+  grids: dict[str, Grid] = {}
+  for name, leaf in leaves.items():
+    if leaf.levels is None:
+      continue
+    if version == '1' and (leaf.escapes or leaf.tied_to is not None):
+      field = 'escapes' if leaf.tied_to is None else 'a leaf that is an earlier one again'
+      raise ValueError(f'{label}: {name}: found {field}, expected none in version 1')
+    if leaf.tied_to is not None:
+      grids[name] = grids[names[leaf.tied_to]]
+      continue
+    threshold, first, step = next(row)
+    grids[name] = Grid(threshold, first, step, leaf.levels, leaf.dtype)
     checks.check_grid(f'{label}: {name}', grids[name], version)
-    if leaf.escapes and version == '1':
-      raise ValueError(f'{label}: {name}: found escapes, expected none in version 1')
   return grids
 
 

@@ -30,10 +30,13 @@ that begins with "list" or "tuple" is a list or a tuple of its other items.  A l
                                   payload, a section of `opq_jax.coding.escapes`; the bytes before
                                   it code the array with 0 in their places
 
-A reader refuses every other field: slices of a leaf, a leaf that equals another one, a palette, a
-scale an output channel and a rotation will be fields too, once they are defined.  Names of dtypes
-are those of NumPy and ml_dtypes.  A compressed leaf is of floats of 1, 2, 4 or 8 whole bytes that
-know 0.
+    dtype[shape] same=N           a leaf that is the N-th of the tree again, counted from 0: an
+    dtype[shape] transposed=N     earlier compressed leaf, in its own shape or transposed.  It has
+                                  no payload and no row of grids
+
+A reader refuses every other field: slices of a leaf, a palette, a scale an output channel and a
+rotation will be fields too, once they are defined.  Names of dtypes are those of NumPy and
+ml_dtypes.  A compressed leaf is of floats of 1, 2, 4 or 8 whole bytes that know 0.
 
 Every byte is under a checksum: the header must be the one that its own sizes imply and holds the
 CRC-32 of grids and index, the index holds those of the blocks, every payload ends in one of its
@@ -75,6 +78,8 @@ _LEAF = re.compile(
   r'( (?P<levels>\d{1,3}) (?P<stored>\d{1,18}))?(?P<fields>( [a-z_]+=[^ ]+)*)',
   re.ASCII,
 )
+_NUMBER = re.compile(r'\d{1,18}', re.ASCII)
+_TIES = ('same', 'transposed')  # fields of a leaf that is an earlier one again
 _ESCAPES = re.compile(r'(\d{1,18}),(\d{1,18})', re.ASCII)
 
 
@@ -89,6 +94,9 @@ class LeafEntry:
     escapes: how many of its weights are escaped.
     escape_bytes: bytes of the section of escaped weights, at the end of the payload.
     begin: where its bytes begin in `codes`, or in the unpacked bytes of `uncompressed`.
+    tied_to: of a leaf that is an earlier one again, the number of that leaf; None of all others.
+      Once it is placed, its other numbers are those of that leaf.
+    is_transposed: whether it is the transpose of that leaf.
   """
 
   dtype: np.dtype
@@ -98,6 +106,13 @@ class LeafEntry:
   escapes: int = 0
   escape_bytes: int = 0
   begin: int = 0
+  tied_to: int | None = None
+  is_transposed: bool = False
+
+  @property
+  def coded_shape(self) -> tuple[int, ...]:
+    """Shape of the array that the payload codes."""
+    return self.shape[::-1] if self.is_transposed else self.shape
 
 
 class Index(NamedTuple):
@@ -119,7 +134,7 @@ class Placed(NamedTuple):
 
   Attributes:
     leaves: by path name, with `begin`.
-    compressed: how many of them are compressed.
+    compressed: how many of them have a payload.
     codes_size: bytes of all payloads.
     uncompressed_size: bytes of all uncompressed leaves, unpacked.
   """
@@ -149,6 +164,15 @@ def compressed_spec(
   """
   fields = f' escapes={escapes},{escape_bytes}' if escapes else ''
   return f'{spec(dtype, shape)} {levels} {stored}{fields}'
+
+
+def tied_spec(dtype: np.dtype, shape: tuple[int, ...], number: int, is_transposed: bool) -> str:
+  """Returns the notation of a leaf that is an earlier one again.
+
+  >>> tied_spec(np.dtype(np.float32), (16, 3), 0, True)
+  'float32[16,3] transposed=0'
+  """
+  return f'{spec(dtype, shape)} {_TIES[is_transposed]}={number}'
 
 
 def can_be_compressed(dtype: np.dtype) -> bool:
@@ -238,10 +262,18 @@ def _parsed_leaf(text: str) -> LeafEntry:
   if len(shape) > 64 or math.prod(max(n, 1) for n in shape) * dtype.itemsize >= 1 << 62:
     raise ValueError(f'found leaf {text[:80]!r}, expected a shape that an array can have')
   fields = _parsed_fields(match['fields'])
+  ties = [name for name in fields if name in _TIES]
   if match['levels'] is None:
-    if fields:
+    if len(fields) > len(ties) or len(ties) > 1:
       raise ValueError(f'found leaf {text[:80]!r}, expected fields of compressed leaves only')
+    if ties:
+      if _NUMBER.fullmatch(fields[ties[0]]) is None:
+        raise ValueError(f'found leaf {text[:80]!r}, expected {ties[0]}=NUMBER')
+      number, is_transposed = int(fields[ties[0]]), ties[0] == 'transposed'
+      return LeafEntry(dtype, shape, None, 0, tied_to=number, is_transposed=is_transposed)
     return LeafEntry(dtype, shape, None, math.prod(shape) * dtype.itemsize)
+  if ties:
+    raise ValueError(f'found leaf {text[:80]!r}, expected no payload of a leaf with {ties[0]}')
   levels, stored = int(match['levels']), int(match['stored'])
   if levels > MAX_LEVELS or not can_be_compressed(dtype):
     raise ValueError(
@@ -262,17 +294,30 @@ def _parsed_fields(text: str) -> dict[str, str]:
   names = [name for name, _ in pairs]
   for name in names:
     # a field says what bytes mean: weights read without it would be wrong ones
-    if name != 'escapes':
-      raise ValueError(f'found field {name}, which a newer opq_jax wrote, expected escapes')
+    if name not in ('escapes', *_TIES):
+      raise ValueError(
+        f'found field {name}, which a newer opq_jax wrote, expected escapes, same or transposed'
+      )
   if names != sorted(set(names)):
     raise ValueError(f'found fields {names}, expected every name once, in order')
   return dict(pairs)
 
 
 def placed(leaves: dict[str, LeafEntry]) -> Placed:
-  """Places the leaves end to end, uncompressed ones at multiples of their item size."""
-  with_places, compressed, codes_size, uncompressed_size = {}, 0, 0, 0
-  for name, leaf in leaves.items():
+  """Places the leaves end to end, uncompressed ones at multiples of their item size.
+
+  Raises:
+    ValueError: a leaf is not as the earlier one that it is said to be.
+  """
+  with_places: dict[str, LeafEntry] = {}
+  compressed = codes_size = uncompressed_size = 0
+  names = list(leaves)
+  for number, (name, leaf) in enumerate(leaves.items()):
+    if leaf.tied_to is not None:
+      # an earlier leaf only: no leaf can be itself again by a detour
+      first = with_places[names[leaf.tied_to]] if leaf.tied_to < number else None
+      with_places[name] = _tied_entry(name, leaf, first)
+      continue
     if leaf.levels is None:
       # aligned, so that the bytes of float32 numbers keep their period of 4 for `packing`
       begin = uncompressed_size + -uncompressed_size % leaf.dtype.itemsize
@@ -282,3 +327,20 @@ def placed(leaves: dict[str, LeafEntry]) -> Placed:
       codes_size += leaf.stored
     with_places[name] = dataclasses.replace(leaf, begin=begin)
   return Placed(with_places, compressed, codes_size, uncompressed_size)
+
+
+def _tied_entry(name: str, leaf: LeafEntry, first: LeafEntry | None) -> LeafEntry:
+  """Returns the entry of a leaf that is an earlier one again, with the numbers of that one."""
+  is_coded = first is not None and first.levels is not None and first.tied_to is None
+  # transposing two axes alone: the reader has one rule for each field
+  has_axes = not leaf.is_transposed or len(leaf.shape) == 2
+  if first is None or not is_coded or not has_axes or first.shape != leaf.coded_shape:
+    raise ValueError(
+      f'{name}: found number {leaf.tied_to}, expected that of an earlier compressed leaf of shape '
+      f'{leaf.coded_shape}'
+    )
+  if first.dtype != leaf.dtype:
+    raise ValueError(f'{name}: found dtype {leaf.dtype}, expected {first.dtype}, of the leaf it is')
+  return dataclasses.replace(
+    first, shape=leaf.shape, tied_to=leaf.tied_to, is_transposed=leaf.is_transposed
+  )

@@ -67,6 +67,12 @@ class _CodedLeaf(NamedTuple):
     values[self.codes == ESCAPE] = self.escaped
     return values
 
+  def transposed(self) -> '_CodedLeaf':
+    """Returns the transpose of a leaf of two axes."""
+    rows, columns = np.divmod(np.flatnonzero(self.codes == ESCAPE), self.codes.shape[1])
+    order = np.argsort(columns * self.codes.shape[0] + rows)
+    return _CodedLeaf(np.ascontiguousarray(self.codes.T), self.escaped[order], self.grid)
+
   def state(self) -> 'LeafState':
     """Returns the state that compresses the weights to these codes."""
     import jax.numpy as jnp
@@ -171,6 +177,15 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     self._leaf(name)
     return self._front.grids.get(name)
 
+  def tied_to(self, name: str) -> str | None:
+    """Returns the earlier leaf that a compressed leaf is again, or the transpose of; else None.
+
+    Raises:
+      KeyError: the file has no such leaf.
+    """
+    number = self._leaf(name).tied_to
+    return None if number is None else list(self._front.leaves)[number]
+
   def leaf_state(self, name: str) -> 'LeafState | None':
     """Returns kinds and codebook of a leaf, None where it is not compressed.
 
@@ -187,7 +202,8 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
   def sizes(self) -> dict[str, int]:
     """Returns the bytes of the file that each leaf takes, without those of header and index.
 
-    A compressed leaf takes its payload and 12 bytes of `grids`.  The packed bytes of all
+    A compressed leaf takes its payload and 12 bytes of `grids`, and one that is an earlier leaf
+    again takes none.  The packed bytes of all
     uncompressed leaves are shared out in proportion to their own.
     """
     front, begin, sizes = self._front, 0, {}
@@ -197,6 +213,8 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
         # differences of rounded running sums: their own sum is the packed bytes, to the byte
         end = packed * (leaf.begin + leaf.stored) // max(front.uncompressed_size, 1)
         begin, sizes[name] = end, end - begin
+      elif leaf.tied_to is not None:
+        sizes[name] = 0
       else:
         sizes[name] = leaf.stored + GRID_BYTES
     return sizes
@@ -230,15 +248,22 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
       structure, order = jax.tree.structure(like), list(shapes)
     params: list[np.ndarray] = []
     records: list[LeafState | None] = []
+    repeated = {self.tied_to(name) for name in order}
+    firsts: dict[str | None, _CodedLeaf] = {}  # the leaves that later ones are again
     for name in order:
-      leaf = self._leaf(name)
+      leaf, first = self._leaf(name), self.tied_to(name)
       if leaf.levels is None:
         params.append(self._uncompressed(name, leaf))
         records.append(None)
+        continue
+      if first in firsts:
+        coded = firsts[first].transposed() if leaf.is_transposed else firsts[first]
       else:
         coded = self._coded(name, leaf, leaf.levels)
-        params.append(coded.values())
-        records.append(coded.state())
+      if name in repeated:
+        firsts[name] = coded
+      params.append(coded.values())
+      records.append(coded.state())
     return (
       jax.tree.unflatten(structure, params),
       CompressionState(jax.tree.unflatten(structure, records)),
@@ -265,7 +290,7 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
       data = self._read(self._front.codes_begin + leaf.begin, leaf.stored)
       end = leaf.stored - leaf.escape_bytes
       # the shape is only a claim, which the payload bounds before memory is taken for it
-      codes = decode_codes(data[:end], leaf.shape)
+      codes = decode_codes(data[:end], leaf.coded_shape)
       checks.check_levels(codes, levels)
       positions, escaped = escapes.decode(data[end:], codes.size, leaf.escapes, leaf.dtype)
       flat = codes.reshape(-1)
@@ -278,7 +303,8 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
       raise ValueError(f'{name}: {error}') from error
     grid = self._front.grids[name]
     checks.check_cells(name, codes, grid)
-    return _CodedLeaf(codes, escaped, grid)
+    coded = _CodedLeaf(codes, escaped, grid)
+    return coded.transposed() if leaf.is_transposed else coded
 
   def _uncompressed(self, name: str, leaf: LeafEntry) -> Shaped[np.ndarray, '...']:
     """Reads and checks an uncompressed leaf."""

@@ -3,9 +3,10 @@
 `opq_jax.file.index` describes the format.
 """
 
+import functools
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -19,11 +20,15 @@ from opq_jax.compression import CompressionState, LeafState
 from opq_jax.compression import encode as encode_weights
 from opq_jax.core import files, trees
 from opq_jax.core.limits import ESCAPE, MAX_LEVELS
+from opq_jax.core.ties import Candidate, Tie, tied
 from opq_jax.core.trees import PyTree
 from opq_jax.file import checks, packing, plain_trees
 from opq_jax.file import index as file_index
 from opq_jax.file.front import VERSIONS, front_bytes
 from opq_jax.file.grids import Grid
+
+TIED_VERSION = '2'
+"""The least version of a file in which a leaf is an earlier one again."""
 
 
 def save(
@@ -90,8 +95,15 @@ def serialize(
   tree = plain_tree(params)
   plain_trees.check_names(tree)
   specs, grids, payloads, raw, versions = [], [], [], bytearray(), ['1']
-  for name, leaf in trees.named_leaves(tree).items():
-    array, record = host_array(name, leaf), records[name]
+  arrays = {name: host_array(name, leaf) for name, leaf in trees.named_leaves(tree).items()}
+  ties, numbers = tied_leaves(arrays, records), {name: i for i, name in enumerate(arrays)}
+  for name, array in arrays.items():
+    record = records[name]
+    if name in ties:
+      first, is_transposed = ties[name]
+      specs.append(file_index.tied_spec(array.dtype, array.shape, numbers[first], is_transposed))
+      versions.append(TIED_VERSION)
+      continue
     if record is None:
       raw += bytes(-len(raw) % array.dtype.itemsize) + array.tobytes()
       specs.append(file_index.spec(array.dtype, array.shape))
@@ -117,6 +129,43 @@ def serialize(
     max(versions),
   )
   return b''.join([front, *payloads, *blocks])
+
+
+def tied_leaves(
+  arrays: Mapping[str, Shaped[np.ndarray, '...']], records: Mapping[str, LeafState | None]
+) -> dict[str, Tie]:
+  """Returns the compressed leaves that are an earlier one again, in values, grid and kinds.
+
+  Args:
+    arrays: the leaves by name, on the host.
+    records: their states.
+  """
+
+  def candidates() -> Iterator[Candidate]:
+    for name, array in arrays.items():
+      if (record := records[name]) is not None:
+        grid = [record.threshold, record.step, record.levels, record.codebook]
+        bits = b''.join(np.asarray(number).tobytes() for number in grid)
+        facts = array.dtype, *sorted(array.shape), bits
+        yield Candidate(name, facts, None, functools.partial(_identity, array))
+
+  ties = {}
+  for name, tie in tied(candidates()).items():
+    first, own = (np.asarray(_kinds(records, leaf)) for leaf in (tie.first, name))
+    # latent weights may be equal where masks are not
+    if np.array_equal(first.T if tie.is_transposed else first, own):
+      ties[name] = tie
+  return ties
+
+
+def _identity(array: Shaped[np.ndarray, '...']) -> Shaped[np.ndarray, '...']:
+  return array
+
+
+def _kinds(records: Mapping[str, LeafState | None], name: str) -> Any:
+  record = records[name]
+  assert record is not None
+  return record.kinds
 
 
 def plain_tree(node: PyTree, path: tree_util.KeyPath = ()) -> PyTree:

@@ -31,6 +31,11 @@ class _Row(NamedTuple):
   escaped: int
 
   @property
+  def counted(self) -> int:
+    """Weights that count in totals: a leaf that is an earlier one again adds none."""
+    return 0 if self.leaf.tied_to else self.weights
+
+  @property
   def is_misfit(self) -> bool:
     """Returns whether the Laplace density describes the leaf badly."""
     (low, high), fit = LAPLACE_FIT_BOUNDS, float(self.leaf.laplace_fit)
@@ -50,7 +55,8 @@ def summary(params: PyTree, allocation: Allocation) -> tables.Printable:
     allocation: the `Allocation` of it.
 
   Returns:
-    A table with a row for each compressed leaf, a row for all others, and the totals.
+    A table with a row for each compressed leaf, a row for all others, and the totals, in which a
+    leaf that is an earlier one again does not count.
 
   Raises:
     ValueError: `allocation` was made for a tree of another structure.
@@ -79,7 +85,7 @@ def _summary_table(rows: Sequence[_Row], others: Sequence[int]) -> Table:
     *(('escaped',) if has_escaped else ()),
     *('bits', 'payload', 'error', 'fit'),
   )
-  weights = sum(row.weights for row in rows)
+  weights = sum(row.counted for row in rows)
   payload = _mean(rows, 'payload')
   escaped_total = [f'{sum(row.escaped for row in rows):,}'] if has_escaped else []
   totals = [
@@ -95,6 +101,10 @@ def _summary_table(rows: Sequence[_Row], others: Sequence[int]) -> Table:
   rate = f'{32 / payload:.2f}' if payload else 'inf'
   lines = [f'predicted: {payload:.3f} bits per weight with tables, {rate} times fewer than 32']
   lines += _dead_line(rows)
+  for row in rows:
+    if row.leaf.tied_to:
+      what = 'the transpose of ' if row.leaf.is_transposed else ''
+      lines.append(tables.visible(f'{row.name} is {what}{row.leaf.tied_to}, and counts once'))
   if misfits := sum(row.is_misfit for row in rows):
     low, high = LAPLACE_FIT_BOUNDS
     lines.append(
@@ -124,8 +134,8 @@ def _texts(row: _Row, has_escaped: bool) -> tuple[str, ...]:
 
 def _mean(rows: Sequence[_Row], field: str) -> float:
   """Returns the mean of a leaf's field over all weights."""
-  total = sum(row.weights * float(getattr(row.leaf, field)) for row in rows)
-  return total / max(sum(row.weights for row in rows), 1)
+  total = sum(row.counted * float(getattr(row.leaf, field)) for row in rows)
+  return total / max(sum(row.counted for row in rows), 1)
 
 
 def _dead_line(rows: Sequence[_Row]) -> list[str]:

@@ -136,7 +136,7 @@ def verify(
         is_same_tree = False
       elif record is not None:
         target = original if coded is None else targets[name]
-        payload = stored[name] - _GRID_BYTES
+        payload = stored[file.tied_to(name) or name] - _GRID_BYTES
         row = cell_checks.check_leaf(
           name, original, target, file.codes(name), value, record, payload
         )

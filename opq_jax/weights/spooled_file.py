@@ -77,6 +77,19 @@ class SpooledFile:
     self._specs.append(written.spec)
     self._version = max(self._version, written.version)
 
+  def add_tied(
+    self, dtype: np.dtype, shape: tuple[int, ...], number: int, is_transposed: bool
+  ) -> None:
+    """Adds a compressed leaf that is an earlier one again, or its transpose.
+
+    Args:
+      dtype, shape: the leaf's own.
+      number: of the earlier leaf.
+      is_transposed: whether the leaf is the transpose.
+    """
+    self._specs.append(file_index.tied_spec(dtype, shape, number, is_transposed))
+    self._version = max(self._version, writer.TIED_VERSION)
+
   def add(self, name: str, array: Shaped[np.ndarray, '...']) -> None:
     """Adds an uncompressed leaf."""
     array = writer.host_array(name, array)

@@ -81,7 +81,11 @@ class StoredTree:
   ) -> CompressedLeaf:
     axis = self.axes[name]
     coded = coded_leaf(name, leaf.read(), allocated, axis)
-    file.add_codes(name, coded.record, coded.codes, coded.escaped)
+    if allocated.tied_to:
+      number = list(self.leaves).index(allocated.tied_to)
+      file.add_tied(leaf.dtype, leaf.shape, number, allocated.is_transposed)
+    else:
+      file.add_codes(name, coded.record, coded.codes, coded.escaped)
     grid = writer.grid_of(coded.record)
     return leaf_sizes.compressed_leaf(name, grid, coded.codes, coded.largest, axis, 0)
 

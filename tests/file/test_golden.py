@@ -20,7 +20,7 @@ VERSIONS = sorted(path.stem for path in GOLDEN.glob('*.opq'))
 
 
 def test_golden_file_of_every_version():
-  assert {'version_1', 'version_1_contexts', 'version_2_escapes'} <= set(VERSIONS)
+  assert {'version_1', 'version_1_contexts', 'version_2_escapes', 'version_2_ties'} <= set(VERSIONS)
   assert {name.split('_')[1] for name in VERSIONS} == set(file_front.VERSIONS)
 
 

@@ -10,10 +10,12 @@ NAME is
     version_1, version_1_contexts   made once by what wrote version 1; the codes of the second are
                                     those of `context_coding`
     version_2_escapes               escaped weights in five dtypes, and sums that round
+    version_2_ties                  leaves that are earlier ones again, as they are and transposed
 
 A field of the format brings a file.  Files that are there are never made again.
 """
 
+import dataclasses
 import pathlib
 
 import flax.core
@@ -108,12 +110,29 @@ def escapes() -> tuple[dict[str, object], opq_jax.CompressionState]:
   return params, opq_jax.CompressionState(jax.tree.unflatten(structure, states))
 
 
+def ties() -> tuple[dict[str, object], opq_jax.CompressionState]:
+  """The network with some kernels twice, some transposed, escaped weights included."""
+  params, state = escapes()
+  leaves, states = trees.named_leaves(params), state.tree
+  turned = lambda record: dataclasses.replace(record, kinds=record.kinds.T)
+  again = {
+    'u_kernel': (leaves['params/conv/kernel'], states['params']['conv']['kernel']),
+    'v_dense': (leaves['params/dense/kernel'].T, turned(states['params']['dense']['kernel'])),
+    'w_two': (leaves['two'], states['two']),
+    'x_two': (leaves['two'].T, turned(states['two'])),
+  }
+  more = {name: leaf for name, (leaf, _) in again.items()}
+  own = {name: record for name, (_, record) in again.items()}
+  return {**params, **more}, opq_jax.CompressionState({**states, **own})
+
+
 def main() -> None:
-  stem = FOLDER / 'version_2_escapes'
-  if not stem.with_suffix('.opq').exists():
-    opq_jax.save(stem.with_suffix('.opq'), *escapes(), METADATA)
-    data = safetensors.numpy.save(arrays(stem.with_suffix('.opq')))
-    stem.with_suffix('.safetensors').write_bytes(data)
+  for name, make in (('version_2_escapes', escapes), ('version_2_ties', ties)):
+    stem = FOLDER / name
+    if not stem.with_suffix('.opq').exists():
+      opq_jax.save(stem.with_suffix('.opq'), *make(), METADATA)
+      data = safetensors.numpy.save(arrays(stem.with_suffix('.opq')))
+      stem.with_suffix('.safetensors').write_bytes(data)
 
 
 if __name__ == '__main__':

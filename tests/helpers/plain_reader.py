@@ -261,8 +261,14 @@ def read(path):
     assert zlib.crc32(blocks[:size]) == expected
     raw, blocks = raw + unpack(blocks[:size], 4), blocks[size:]
 
+  names = [name for name, _ in leaves(index['tree'])]
   arrays, grids, codes_at, raw_at = {}, iter(np.frombuffer(part['grids'], '<f4').tolist()), 0, 0
   for name, text in leaves(index['tree']):
+    tie = re.fullmatch(r'\S+ (same|transposed)=(\d+)', text)
+    if tie:
+      earlier = arrays[names[int(tie[2])]]
+      arrays[name] = earlier.T.copy() if tie[1] == 'transposed' else earlier
+      continue
     match = re.match(r'(\w+)\[([\d,]*)\](?: (\d+) (\d+))?(?: escapes=(\d+),(\d+))?', text)
     dtype = np.dtype(match[1])
     shape = tuple(map(int, match[2].split(','))) if match[2] else ()
