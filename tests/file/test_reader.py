@@ -42,7 +42,7 @@ FIELDS = {
     ' palette=7 escapes=5,',
     'field palette, which a newer opq_',
   ),
-  'of an uncompressed leaf': ('"float32[3]"', '"float32[3] same=w"', 'field same, which a newer'),
+  'of an uncompressed leaf': ('"float32[3]"', '"float32[3] base=w"', 'field base, which a newer'),
   'escapes of no codes': ('"float32[3]"', '"float32[3] escapes=1,9"', 'fields of compressed'),
   'twice': (' escapes=5,', ' escapes=5,9 escapes=5,', 'expected every name once'),
   'without a count': (' escapes=5,', ' escapes=', r'expected escapes=COUNT,BYTES'),
