@@ -28,7 +28,7 @@ from opq_jax.cli.encoding import (
   channel_axis,
 )
 from opq_jax.cli.images import FolderImages
-from opq_jax.cli.leaves import chosen_paths, narrowed
+from opq_jax.cli.leaves import chosen_paths, names_note, narrowed
 from opq_jax.cli.optimizers import report_without_optimizer, without_optimizer
 from opq_jax.cli.stages import Stage, timed_stages
 from opq_jax.core import files
@@ -75,6 +75,7 @@ def compress(
         params, left_out, line = without_optimizer(params)
         plan = dataclasses.replace(plan, optimizer=LEFT_OUT if line else None)
       chosen = chosen_paths(params, arguments.include, arguments.exclude)
+      by_name = '' if arguments.include else names_note(params, chosen, arguments.exclude)
       original = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params)) - left_out
       params = narrowed(params, chosen)
     plan = _planned(arguments, plan, network, images)
@@ -101,7 +102,7 @@ def compress(
       report = report_without_optimizer(report) if line else report
     with stage('write'):
       files.write_bytes(output, result.data)
-  for text in (*read_notes, *([line] if line else []), *result.notes):
+  for text in filter(None, (*read_notes, line, by_name, *result.notes)):
     note(text)
   stdout.print(summary(params, result.allocation), four_sizes(report))
   if network is not None:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from opq_jax.cli.console import collected_warnings, console, note
 from opq_jax.cli.encoding import LEFT_OUT, Encoding, channel_axis
-from opq_jax.cli.leaves import chosen_paths
+from opq_jax.cli.leaves import chosen_paths, names_note
 from opq_jax.cli.optimizers import (
   WithoutOptimizer,
   report_without_optimizer,
@@ -38,6 +38,7 @@ def compress(arguments: argparse.Namespace, plan: Encoding, about: dict[str, str
     plan = dataclasses.replace(plan, optimizer=LEFT_OUT if line else None)
   metadata = plan.metadata()
   chosen = chosen_paths(tree, arguments.include, arguments.exclude)
+  by_name = '' if arguments.include else names_note(tree, chosen, arguments.exclude)
   leaves = [
     leaf.narrowed() if name in chosen else leaf for name, leaf in trees.named_leaves(tree).items()
   ]
@@ -55,7 +56,7 @@ def compress(arguments: argparse.Namespace, plan: Encoding, about: dict[str, str
       left_out=left_out,
       **plan.targets,
     )
-  for text in (line, *notes) if line else notes:
+  for text in filter(None, (line, by_name, *notes)):
     note(text)
   report = report_without_optimizer(done.report) if line else done.report
   stdout.print(summary(tree, done.allocation), four_sizes(report))

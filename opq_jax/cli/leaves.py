@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from opq_jax.allocation import is_compressible
+from opq_jax.allocation.leaf_names import kind_of_name
 from opq_jax.allocation.optimizer_states import optimizer_leaves
 from opq_jax.allocation.selection import can_be_compressed, left_by_place
 from opq_jax.core import trees
@@ -45,6 +46,32 @@ def chosen_paths(params: PyTree, include: Sequence[str], exclude: Sequence[str])
       path for glob in include for path in _matching(default, glob) or _matching(possible, glob)
     }
   return chosen.difference(*(_matching(possible, glob) for glob in exclude))
+
+
+def names_note(params: PyTree, chosen: set[str], exclude: Sequence[str]) -> str:
+  """Returns a line about matrices that are left alone because of their names; '' without any.
+
+  Args:
+    params: the weights.
+    chosen: the paths of the leaves to compress.
+    exclude: globs of leaves that are known to be left alone.
+  """
+  named = trees.named_leaves(params)
+  moments, excluded = set(optimizer_leaves(named)), set()
+  for glob in exclude:
+    excluded.update(_matching([*named], glob))
+  first: dict[str, str] = {}
+  count = 0
+  for path, leaf in named.items():
+    if path in chosen | moments | excluded or not can_be_compressed(leaf):
+      continue
+    count += 1
+    first.setdefault(kind_of_name(path) or 'biases', path)
+  if not count:
+    return ''
+  kinds = ', '.join(f'{kind} ({path})' for kind, path in first.items())
+  leaves = '1 leaf' if count == 1 else f'{count} leaves'
+  return f'{leaves} of two axes or more stored bit for bit, by name: {kinds}; see --include'
 
 
 def _matching(paths: Sequence[str], glob: str) -> list[str]:
