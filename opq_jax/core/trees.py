@@ -85,7 +85,8 @@ def records(tree: PyTree, record_tree: PyTree, kind: type) -> list[Any]:
 
   Args:
     tree: a parameter tree.
-    record_tree: the same tree with a `kind` or None at every leaf.
+    record_tree: the same tree with a `kind` or None at every leaf; where `tree` has an array, it
+      may be in a variable of Flax NNX.
     kind: the class of the records.
 
   Returns:
@@ -102,6 +103,7 @@ def records(tree: PyTree, record_tree: PyTree, kind: type) -> list[Any]:
     found = beside(tree, record_tree)
   except (ValueError, TypeError, KeyError) as error:
     raise ValueError(_difference(tree, record_tree, kind)) from error
+  found = [_without_box(record, kind) for record in found]
   for name, record in zip(named_leaves(tree), found, strict=True):
     if record is not None and not isinstance(record, kind):
       raise ValueError(
@@ -109,6 +111,16 @@ def records(tree: PyTree, record_tree: PyTree, kind: type) -> list[Any]:
         'the state was made for a tree of other structure'
       )
   return found
+
+
+def _without_box(record: Any, kind: type) -> Any:
+  """Returns what a variable of Flax NNX holds; `nnx.Optimizer` takes arrays out of theirs."""
+  if not type(record).__module__.startswith('flax.nnx'):
+    return record
+  import jax
+
+  held = jax.tree.leaves(record, is_leaf=lambda node: node is None or isinstance(node, kind))
+  return held[0] if len(held) == 1 else record
 
 
 def map_records(

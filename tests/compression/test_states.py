@@ -26,12 +26,15 @@ def states(tree):
   return {
     'init_state': opq_jax.init_state(tree, network.allocation),
     'compress': network.state,
+    'trellis': opq_jax.compress(
+      tree, compression_rate=12.0, encoder=opq_jax.encoders.Trellis()
+    ).state,
     'load': opq_jax.load(data)[1],
     'leaf_state': leaf,
   }
 
 
-@pytest.mark.parametrize('way', ['init_state', 'compress', 'load', 'leaf_state'])
+@pytest.mark.parametrize('way', ['init_state', 'compress', 'load', 'leaf_state', 'trellis'])
 def test_state_holds_jax_arrays(way):
   state = states(params())[way]
   assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import opq_jax
 from opq_jax.compression.transforms import clip_to_grid
@@ -117,6 +118,35 @@ def test_keep_compressed_in_train_step():
     train_state, _ = step(train_state, replicated, batch)
   mask = np.asarray(state.tree['hidden']['kernel'].mask)
   assert (np.asarray(train_state.params['hidden']['kernel'])[~mask] == 0).all()
+
+
+def test_keep_compressed_under_nnx_optimizer():
+  """`nnx.Optimizer` hands arrays on, where the state was made for variables."""
+  model = nnx.Sequential(
+    nnx.Linear(16, 32, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(32, 4, rngs=nnx.Rngs(1))
+  )
+  params = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
+  state = opq_jax.init_state(params, opq_jax.allocate(params, sparsity=0.5, bits=3.0))
+  optimizer = nnx.Optimizer(
+    model, optax.chain(optax.sgd(1e-2, 0.9), opq_jax.keep_compressed(state)), wrt=nnx.Param
+  )
+  inputs = jax.random.normal(jax.random.key(0), (8, 16))
+
+  @nnx.jit
+  def step(model, optimizer):
+    loss = lambda model: jnp.mean((model(inputs) - 1) ** 2)
+    optimizer.update(model, nnx.grad(loss)(model))
+
+  with jax.numpy_dtype_promotion('standard'):
+    for _ in range(3):
+      step(model, optimizer)
+  moved = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  for i in (0, 2):
+    before = np.asarray(params['layers'][i]['kernel'][...])
+    after = np.asarray(moved['layers'][i]['kernel'])
+    mask = np.asarray(state.tree['layers'][i]['kernel'].get_value().mask)
+    assert (after[~mask] == 0).all() and 0.2 < mask.mean() < 0.8
+    assert (after[mask] != before[mask]).any()
 
 
 def test_keep_compressed_errors():
