@@ -24,7 +24,7 @@ if TYPE_CHECKING:
   from opq_jax.allocation.defaults import DEFAULT_COMPRESSION_RATE, OBJECTIVES, Objective
   from opq_jax.allocation.merging import merge_statistics
   from opq_jax.allocation.records import Allocation, LeafAllocation
-  from opq_jax.allocation.selection import axis_of, choose_leaves, is_compressible
+  from opq_jax.allocation.selection import axis_of, choose_leaves, is_compressible, slices_of
   from opq_jax.allocation.statistics import LeafStatistics, leaf_statistics
   from opq_jax.allocation.targets import (
     TARGET_NAMES,
@@ -55,6 +55,7 @@ __all__ = [
   'is_compressible',
   'leaf_statistics',
   'merge_statistics',
+  'slices_of',
 ]
 
 _MODULES = {
@@ -63,7 +64,7 @@ _MODULES = {
   'defaults': ('DEFAULT_COMPRESSION_RATE', 'OBJECTIVES', 'Objective'),
   'merging': ('merge_statistics',),
   'records': ('Allocation', 'LeafAllocation'),
-  'selection': ('axis_of', 'choose_leaves', 'is_compressible'),
+  'selection': ('axis_of', 'choose_leaves', 'is_compressible', 'slices_of'),
   'statistics': ('LeafStatistics', 'leaf_statistics'),
   'targets': (
     *('TARGET_NAMES', 'BitsPerWeight', 'SparsityAndBits', 'TooFewBitsError'),

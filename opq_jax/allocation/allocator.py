@@ -17,7 +17,7 @@ problem, `opq_jax.allocation.rate_search` the second.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,9 +29,17 @@ from opq_jax.allocation.answer_checks import check_answer, warn_of_width, warn_o
 from opq_jax.allocation.joined_statistics import join, layout_of
 from opq_jax.allocation.lattices import Lattice, has_few_magnitudes, lattice_of, numbers_of
 from opq_jax.allocation.objectives import Objective, check_omegas, energy_power
+from opq_jax.allocation.parts import (
+  MeasuredLeaf,
+  Part,
+  Weights,
+  by_leaf,
+  leaf_allocations,
+  parts_of,
+)
 from opq_jax.allocation.records import Allocation, LeafAllocation
-from opq_jax.allocation.second_look import Weights, look_again
-from opq_jax.allocation.selection import axis_of, choose_leaves, is_compressible
+from opq_jax.allocation.second_look import look_again
+from opq_jax.allocation.selection import axis_of, choose_leaves, is_compressible, slices_of
 from opq_jax.allocation.solver import solve
 from opq_jax.allocation.statistics import LeafStatistics, leaf_statistics
 from opq_jax.allocation.targets import SparsityAndBits, Targets, check_file_rate, check_targets
@@ -51,6 +59,7 @@ def allocate(
   objective: Objective | PyTree = 'balanced_error',
   compressible: Callable[[str, Any], bool] = is_compressible,
   channel_axis: int | Callable[[str, Any], int] = -1,
+  slices: Callable[[str, Any], int] | None = None,
   corrected: bool = True,
   read: Callable[[str], Weights] | None = None,
 ) -> Allocation:
@@ -96,13 +105,17 @@ def allocate(
         with its original: correlations multiply along a chain of layers (our derivation);
       * 'relative_error': F_i = D_i / S_i;
       * 'squared_error': F_i = D_i, a common threshold, the plain reading of the paper;
-      * a pytree like `params` with a positive number omega_i at every compressed leaf:
-        F_i = omega_i D_i.
+      * a pytree like `params` with a positive number omega_i at every compressed leaf, or one for
+        each of its slices: F_i = omega_i D_i.
     compressible: (path, leaf) -> whether a leaf is compressed, with paths like
       'params/Conv_0/kernel'; by default a rule of shapes and names (`is_compressible`) that leaves
       biases, normalizations, masks, buffers and the state of an optimizer alone.
       Leaves without elements always pass through.
     channel_axis: axis of the output channels, or (path, leaf) -> axis.  A vector is one channel.
+    slices: (path, leaf) -> how many leading axes of a leaf count slices, each a matrix of its own:
+      1 for the layers of `nn.scan` or the experts of one leaf, 2 for the experts of scanned layers.
+      Each slice then has a threshold, a grid and a term of the objective of its own, bit for bit
+      those that it has as a leaf by itself.
     corrected: whether to count one histogram per leaf and solve with it.  Bits per weight are then
       those of the actual codes, thresholds prune exactly the share that each leaf is given, `bits`
       counts the true survivors, a leaf of few magnitudes may be held exactly
@@ -147,6 +160,7 @@ def allocate(
     options: dict[str, Any] = {
       'compressible': compressible,
       'channel_axis': channel_axis,
+      'slices': slices,
       'corrected': corrected,
     }
     return at_file_rate(params, file_rate, objective=objective, **options).allocation
@@ -163,18 +177,24 @@ def allocate(
   chosen = choose_leaves(named, compressible)
   power = energy_power(objective)
   omegas: list[Array] | None = None
+  axes = {name: _axes(name, named[name], channel_axis, slices) for name in chosen}
   if not isinstance(objective, str):
-    omegas = check_omegas(params, objective, chosen)
-  leaves = _measured(named, chosen, omegas, channel_axis, corrected, read)
+    shapes = {name: tuple(named[name].shape[:count]) for name, (_, count) in axes.items()}
+    omegas = check_omegas(params, objective, shapes)
+  leaves = _measured(named, axes, omegas, corrected, read)
+  parts = parts_of(leaves)
   is_traced = trees.is_traced(([leaf.statistics for leaf in leaves], targets, omegas))
   if corrected and not trees.is_traced([leaf.statistics for leaf in leaves]):
-    warn_of_zeros([leaf.name for leaf in leaves if leaf.statistics.largest == 0])
-    leaves = [leaf for leaf in leaves if leaf.statistics.largest != 0]
-  ties = tied(_candidates(leaves, named, is_traced))
+    warn_of_zeros(_names_of_zeros(leaves, parts))
+    parts = [part for part in parts if part.statistics.largest != 0]
+  ties = {
+    name: tie
+    for name, tie in tied(_candidates(leaves, parts, named, is_traced)).items()
+    if not (tie.is_transposed and axes[name].slices)
+  }
   solved: dict[str, LeafAllocation] = {}
-  if leaves:
-    untied = [leaf for leaf in leaves if leaf.name not in ties]
-    solved = _solved(untied, targets, power, corrected, is_traced)
+  if untied := [part for part in parts if leaves[part.leaf].name not in ties]:
+    solved = _solved(leaves, untied, targets, power, corrected, is_traced)
   for name, tie in ties.items():
     solved[name] = _tied_record(solved[tie.first], tie)
   structure = jax.tree.structure(params)
@@ -186,22 +206,6 @@ class _Opaque:
   """Statistics as one leaf: `LeafStatistics` is a pytree of its own, and would be taken apart."""
 
   statistics: LeafStatistics
-
-
-class _Leaf(NamedTuple):
-  """One leaf to compress.
-
-  Attributes:
-    name: its path.
-    statistics: its statistics, on the host unless they are traced.
-    read: returns its weights; None where only statistics are known.
-    omega: its weight in the objective; None where the objective has a name.
-  """
-
-  name: str
-  statistics: LeafStatistics
-  read: Callable[[], Weights] | None
-  omega: Array | None
 
 
 def _is_statistics(node: Any) -> bool:
@@ -216,39 +220,61 @@ def _check_measurable(params: PyTree, file_rate: float) -> None:
     raise ValueError('file_rate: found statistics, expected the weights: it measures files')
 
 
+class _Axes(NamedTuple):
+  """The axis of a leaf's output channels, and how many leading axes count slices."""
+
+  channel_axis: int
+  slices: int
+
+
+def _axes(
+  name: str,
+  leaf: Any,
+  channel_axis: int | Callable[[str, Any], int],
+  slices: Callable[[str, Any], int] | None,
+) -> _Axes:
+  """Returns the axes of a leaf; of statistics, their own."""
+  if isinstance(leaf, LeafStatistics):
+    return _Axes(leaf.channel_axis, leaf.slices)
+  axis = axis_of(name, leaf, channel_axis)
+  return _Axes(axis, slices_of(name, leaf, axis, slices))
+
+
 def _measured(
   named: dict[str, Any],
-  chosen: list[str],
+  axes: dict[str, _Axes],
   omegas: list[Array] | None,
-  channel_axis: int | Callable[[str, Any], int],
   corrected: bool,
   read: Callable[[str], Weights] | None,
-) -> list[_Leaf]:
+) -> list[MeasuredLeaf]:
   """Returns the chosen leaves with their statistics, measured or as they were given."""
   stats: list[LeafStatistics] = []
   readers: list[Callable[[], Weights] | None] = []
-  for name in chosen:
+  for name, (axis, count) in axes.items():
     leaf = named[name]
     if isinstance(leaf, LeafStatistics):
       stats.append(_given_statistics(name, leaf, corrected))
       readers.append(read and functools.partial(read, name))
       continue
-    axis = axis_of(name, leaf, channel_axis)
-    stats.append(leaf_statistics(leaf, axis, histogram=corrected))
+    stats.append(leaf_statistics(leaf, axis, slices=count, histogram=corrected))
     readers.append(functools.partial(_identity, leaf))
   stats = trees.on_host(stats)
-  weights = [None] * len(chosen) if omegas is None else omegas
-  return [_Leaf(*row) for row in zip(chosen, stats, readers, weights, strict=True)]
+  weights = [None] * len(axes) if omegas is None else omegas
+  return [MeasuredLeaf(*row) for row in zip(axes, stats, readers, weights, strict=True)]
 
 
-def _candidates(leaves: list[_Leaf], named: dict[str, Any], is_traced: bool) -> Iterator[Candidate]:
-  """Yields the leaves with what those that are one array have in common.
+def _candidates(
+  leaves: Sequence[MeasuredLeaf], parts: Sequence[Part], named: dict[str, Any], is_traced: bool
+) -> Iterator[Candidate]:
+  """Yields the leaves that have a part, with what those that are one array have in common.
 
   In a trace only the same tracer is known to be the same array.
   """
-  for leaf in leaves:
-    stats = leaf.statistics
-    facts: tuple[Any, ...] = (*sorted(stats.shape), np.dtype(stats.dtype))
+  for number in by_leaf(parts):
+    leaf, stats = leaves[number], leaves[number].statistics
+    # a leaf with slices is no transpose
+    shape = stats.shape if stats.slices else sorted(stats.shape)
+    facts: tuple[Any, ...] = (*shape, np.dtype(stats.dtype), stats.slices)
     if not is_traced:
       histogram = () if stats.histogram is None else np.asarray(stats.histogram).tobytes()
       facts += (np.asarray(stats.largest).tobytes(), histogram)
@@ -282,65 +308,75 @@ def _given_statistics(name: str, stats: LeafStatistics, corrected: bool) -> Leaf
   return stats
 
 
+def _names_of_zeros(leaves: Sequence[MeasuredLeaf], parts: Sequence[Part]) -> list[str]:
+  """Returns the names of the leaves and slices whose weights are all zero."""
+  names = []
+  for number, places in by_leaf(parts).items():
+    zeros = [part.name for part in parts[places] if part.statistics.largest == 0]
+    is_whole = len(zeros) == places.stop - places.start
+    names += [leaves[number].name] if is_whole else zeros
+  return names
+
+
 def _solved(
-  leaves: list[_Leaf],
+  leaves: list[MeasuredLeaf],
+  parts: list[Part],
   targets: Targets,
   power: float | None,
   corrected: bool,
   is_traced: bool,
 ) -> dict[str, LeafAllocation]:
   """Returns the `LeafAllocation` of every leaf, by path."""
-  names, stats = [leaf.name for leaf in leaves], [leaf.statistics for leaf in leaves]
-  omegas = [leaf.omega for leaf in leaves if leaf.omega is not None]
-  numbers: list[np.ndarray | None] = [None] * len(leaves)
+  names, stats = [part.name for part in parts], [part.statistics for part in parts]
+  omegas = [part.omega for part in parts if part.omega is not None]
+  numbers: list[np.ndarray | None] = [None] * len(parts)
   if corrected and not is_traced:
-    numbers = [
-      numbers_of(leaf.statistics, leaf.read and leaf.read())
-      if has_few_magnitudes(leaf.statistics)
-      else None
-      for leaf in leaves
-    ]
+    numbers = _numbers(leaves, parts)
   lattices = [
     Lattice() if n is None else lattice_of(s, n) for s, n in zip(stats, numbers, strict=True)
   ]
   layout = layout_of(stats, is_traced)
   joined = join(stats, power, omegas or None, numbers, lattices, layout)
   counted = None
-  readers = [leaf.read for leaf in leaves if leaf.read is not None]
-  if isinstance(targets, SparsityAndBits) and corrected and len(readers) == len(leaves):
-    counted = look_again(stats, joined, layout, readers, targets)
+  can_read = all(leaves[part.leaf].read is not None for part in parts)
+  if isinstance(targets, SparsityAndBits) and corrected and can_read:
+    counted = look_again(leaves, parts, joined, layout, targets)
   # on the host: XLA would take seconds to compile hundreds of slices
-  per_leaf, per_channel = trees.on_host(solve(joined, targets, counted, layout.block))
-  per_leaf = {name: values[: len(leaves)] for name, values in per_leaf.items()}
+  per_part, per_channel = trees.on_host(solve(joined, targets, counted, layout.block))
+  per_part = {name: values[: len(parts)] for name, values in per_part.items()}
   per_channel = {name: values[layout.place] for name, values in per_channel.items()}
-  is_concrete = not trees.is_traced((per_leaf, per_channel))
+  is_concrete = not trees.is_traced((per_part, per_channel))
   numpy = np if is_concrete else jnp
   for field, maxima in (
     ('dead_channels', [s.maximum for s in stats]),
     ('dead_rows', [s.leading for s in stats]),
   ):
-    per_leaf[field] = numpy.stack(
+    per_part[field] = numpy.stack(
       [
         _count_dead(numpy, largest, threshold)
-        for largest, threshold in zip(maxima, per_leaf['threshold'], strict=True)
+        for largest, threshold in zip(maxima, per_part['threshold'], strict=True)
       ]
     )
   if is_concrete:
-    check_answer(names, stats, per_leaf, per_channel, targets)
+    check_answer(names, stats, per_part, per_channel, targets)
     if isinstance(targets, SparsityAndBits) and counted is not None:
       survivors = np.asarray(counted.survivors)[layout.place]
-      warn_of_width(stats, per_leaf, per_channel['bits'], survivors, targets)
-  ends = np.cumsum([s.channels for s in stats])
-  solved = {}
-  for i, (name, s) in enumerate(zip(names, stats, strict=True)):
-    channels = slice(ends[i] - s.channels, ends[i])
-    solved[name] = LeafAllocation(
-      **{field: values[i] for field, values in per_leaf.items()},
-      **{field: values[channels] for field, values in per_channel.items()},
-      shape=s.shape,
-      channel_axis=s.channel_axis,
-    )
-  return solved
+      warn_of_width(stats, per_part, per_channel['bits'], survivors, targets)
+  return leaf_allocations(leaves, parts, per_part, per_channel)
+
+
+def _numbers(leaves: Sequence[MeasuredLeaf], parts: Sequence[Part]) -> list[np.ndarray | None]:
+  """Returns the magnitudes of the parts that have few (`opq_jax.allocation.lattices`)."""
+  numbers: list[np.ndarray | None] = [None] * len(parts)
+  for number, places in by_leaf(parts).items():
+    few = [p for p in range(*places.indices(len(parts))) if has_few_magnitudes(parts[p].statistics)]
+    read = leaves[number].read
+    weights = read() if few and read is not None else None
+    for place in few:
+      part = parts[place]
+      own = weights if weights is None or not part.place else weights[part.place]
+      numbers[place] = numbers_of(part.statistics, own)
+  return numbers
 
 
 def _count_dead(numpy: Any, largest: Array | None, threshold: Array) -> Array:

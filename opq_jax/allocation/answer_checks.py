@@ -140,7 +140,7 @@ def _warn_of_dead(names: Sequence[str], stats: Sequence[LeafStatistics], per_lea
   lost = []
   for i, (name, s) in enumerate(zip(names, stats, strict=True)):
     if per_leaf['threshold'][i] >= s.largest:
-      lost.append(f'{name} (the whole leaf)')
+      lost.append(f'{name} (all of it)')
       continue
     channels, rows = (int(per_leaf[field][i]) for field in ('dead_channels', 'dead_rows'))
     parts = [f'{rows:,} of {s.shape[0]:,} along its first axis'] * (rows > 0)

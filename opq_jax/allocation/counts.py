@@ -11,10 +11,13 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from opq_jax.allocation.bins import FINE_BINS, bin_of, fine_bin_of
 from opq_jax.allocation.shards import (
+  HERE,
   UNKNOWN,
   Placement,
   Shards,
+  axis_in_slice,
   by_channel,
+  on_host_one_by_one,
   on_shards,
   placement_of,
 )
@@ -56,20 +59,30 @@ def count_bins(
 
 
 def fine_histogram(
-  weights: Float[Array | np.ndarray, '...'], largest: Float32[Array, ''], bin_: Int32[Array, '']
-) -> Int32[Array, 'bins']:
+  weights: Float[Array | np.ndarray, '...'],
+  largest: Float32[Array, '*slices'],
+  bin_: Int32[Array, '*slices'],
+) -> Int32[Array, '*slices bins']:
   """Counts the weights of one bin, both signs together, in FINE_BINS parts of it.
 
   Args:
     weights: the leaf.
-    largest: its largest |w|, with whose octave the bins end.
-    bin_: the bin.
+    largest: its largest |w|, with whose octave the bins end; of a leaf with slices, of each.
+    bin_: the bin; of a leaf with slices, of each.
   """
-  return _fine_histogram(weights, (largest, bin_), placement_of(weights))
+  placement, slices = placement_of(weights), np.ndim(bin_)
+  if placement != HERE or not slices:
+    return _fine_histogram(weights, (largest, bin_), placement, slices)
+  return on_host_one_by_one(
+    lambda index: _fine_histogram(weights[index], (largest[index], bin_[index]), HERE),
+    np.shape(bin_),
+  )
 
 
-@functools.partial(jax.jit, static_argnames='placement')
-def _fine_histogram(weights: Array, bin_: tuple[Array, Array], placement: Placement) -> Array:
+@functools.partial(jax.jit, static_argnames=('placement', 'slices'))
+def _fine_histogram(
+  weights: Array, bin_: tuple[Array, Array], placement: Placement, slices: int = 0
+) -> Array:
   def local(weights: Array, bin_: tuple[Array, Array], shards: Shards) -> Array:
     largest, number = bin_
 
@@ -80,22 +93,39 @@ def _fine_histogram(weights: Array, bin_: tuple[Array, Array], placement: Placem
 
     return shards.sum(count_bins(weights, index, FINE_BINS, placement))
 
-  return on_shards(local, weights, bin_, -1, placement)
+  return on_shards(local, weights, bin_, -1, placement, slices)
 
 
 def per_channel_count(
-  weights: Float[Array | np.ndarray, '...'], threshold: Float32[Array, ''], channel_axis: int
-) -> Float32[Array, 'channels']:
-  """Counts the weights of every channel that survive |w| > threshold, as float32."""
-  return _per_channel_count(weights, threshold, channel_axis, placement_of(weights))
+  weights: Float[Array | np.ndarray, '...'],
+  threshold: Float32[Array, '*slices'],
+  channel_axis: int,
+) -> Float32[Array, '*slices channels']:
+  """Counts the weights of every channel that survive |w| > threshold, as float32.
+
+  Args:
+    weights: the leaf.
+    threshold: of the leaf; of a leaf with slices, of each.
+    channel_axis: the axis of the output channels of the whole leaf.
+  """
+  placement, slices = placement_of(weights), np.ndim(threshold)
+  if placement != HERE or not slices:
+    return _per_channel_count(weights, threshold, channel_axis, placement, slices)
+  axis = axis_in_slice(channel_axis, slices)
+  return on_host_one_by_one(
+    lambda index: _per_channel_count(weights[index], threshold[index], axis, HERE),
+    np.shape(threshold),
+  )
 
 
-@functools.partial(jax.jit, static_argnames=('channel_axis', 'placement'))
+@functools.partial(jax.jit, static_argnames=('channel_axis', 'placement', 'slices'))
 def _per_channel_count(
-  weights: Array, threshold: Array, channel_axis: int, placement: Placement
+  weights: Array, threshold: Array, channel_axis: int, placement: Placement, slices: int = 0
 ) -> Array:
+  axis = axis_in_slice(channel_axis, slices)
+
   def local(weights: Array, threshold: Array, shards: Shards) -> Array:
-    weights, others = by_channel(weights, channel_axis)
+    weights, others = by_channel(weights, axis)
 
     def whole(weights: Array) -> Array:
       survives = jnp.abs(weights.astype(jnp.float32)) > threshold
@@ -119,4 +149,5 @@ def _per_channel_count(
       counts = lax.platform_dependent(weights, cpu=rows, default=whole)
     return shards.channel_sum(counts.reshape(-1))
 
-  return on_shards(local, weights, threshold, channel_axis, placement).astype(jnp.float32)
+  counts = on_shards(local, weights, threshold, channel_axis, placement, slices)
+  return counts.astype(jnp.float32)

@@ -3,38 +3,44 @@
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float32, Int32
 
 from opq_jax.allocation.bins import BINS, BINS_AN_OCTAVE, bin_of
+from opq_jax.allocation.shards import on_host_one_by_one
 from opq_jax.allocation.statistics import LeafStatistics
 
 
 def merge_statistics(parts: Sequence[LeafStatistics], axis: int) -> LeafStatistics:
   """Returns the statistics of `jnp.concatenate(leaves, axis)`, given those of the leaves.
 
-  Maxima, shapes and histograms merge exactly (the bins of two parts differ by whole octaves).
-  Scales merge up to float32 rounding: a sum in parts is another order.
+    Maxima, shapes and histograms merge exactly (the bins of two parts differ by whole octaves).
+    Scales merge up to float32 rounding: a sum in parts is another order.
 
-  Args:
-    parts: statistics of the pieces of one leaf, in their order; of a leaf cut in two directions,
-      merge twice.
-    axis: the axis along which the leaf was cut.
+    Args:
+      parts: statistics of the pieces of one leaf, in their order; of a leaf cut in two directions,
+        merge twice.
+      axis: the axis along which the leaf was cut.
 
-  Raises:
-    ValueError: the pieces do not fit together.
+    Raises:
+      ValueError: the pieces do not fit together.
 
-  >>> import jax
-  >>> from opq_jax.allocation.statistics import leaf_statistics
-  >>> w = jax.random.laplace(jax.random.key(0), (64, 32))
-  >>> whole = leaf_statistics(w)
-  >>> merged = merge_statistics([leaf_statistics(w[:48]), leaf_statistics(w[48:])], axis=0)
-  >>> bool((merged.histogram == whole.histogram).all()), merged.shape
-  (True, (64, 32))
+    >>> import jax
+    >>> from opq_jax.allocation.shards import on_host_one_by_one
+  from opq_jax.allocation.statistics import leaf_statistics
+    >>> w = jax.random.laplace(jax.random.key(0), (64, 32))
+    >>> whole = leaf_statistics(w)
+    >>> merged = merge_statistics([leaf_statistics(w[:48]), leaf_statistics(w[48:])], axis=0)
+    >>> bool((merged.histogram == whole.histogram).all()), merged.shape
+    (True, (64, 32))
   """
   first = parts[0]
   axis = axis % max(first.ndim, 1)
   _check_pieces(parts, axis)
+  if first.slices:
+    return _merged_slices(parts, axis)
   shape = (*first.shape[:axis], sum(part.shape[axis] for part in parts), *first.shape[axis + 1 :])
   if first.ndim > 1 and axis == first.channel_axis % first.ndim:
     scale = jnp.concatenate([part.scale for part in parts])
@@ -61,12 +67,45 @@ def merge_statistics(parts: Sequence[LeafStatistics], axis: int) -> LeafStatisti
   )
 
 
+def _merged_slices(parts: Sequence[LeafStatistics], axis: int) -> LeafStatistics:
+  """Returns the merged statistics of a leaf with slices, on the host."""
+  first = parts[0]
+  shape = (*first.shape[:axis], sum(part.shape[axis] for part in parts), *first.shape[axis + 1 :])
+  if axis < first.slices:
+    # every slice is whole in one of the pieces
+    arrays = jax.tree.map(lambda *each: np.concatenate(each, axis), *_without_facts(parts))
+  else:
+    arrays = on_host_one_by_one(
+      lambda index: _without_facts(
+        [merge_statistics([part.of_slice(index) for part in parts], axis - first.slices)]
+      )[0],
+      first.slice_shape,
+    )
+  scale, maximum, leading, histogram, largest = arrays
+  return LeafStatistics(
+    scale,
+    maximum,
+    leading,
+    histogram,
+    largest,
+    shape,
+    first.dtype,
+    first.channel_axis,
+    first.slices,
+  )
+
+
+def _without_facts(parts: Sequence[LeafStatistics]) -> list[tuple]:
+  """Returns the arrays of statistics alone: their shapes differ, and would keep them apart."""
+  return [(s.scale, s.maximum, s.leading, s.histogram, s.largest) for s in parts]
+
+
 def _check_pieces(parts: Sequence[LeafStatistics], axis: int) -> None:
   """Raises ValueError where the pieces differ in more than their length along `axis`."""
 
   def facts(part: LeafStatistics) -> tuple:
     rest = (*part.shape[:axis], *part.shape[axis + 1 :])
-    return rest, part.dtype, part.channel_axis, part.histogram is not None
+    return rest, part.dtype, part.channel_axis, part.slices, part.histogram is not None
 
   first = parts[0]
   for part in parts[1:]:

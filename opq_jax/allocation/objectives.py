@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from opq_jax.allocation.defaults import OBJECTIVES, Objective
@@ -37,13 +38,16 @@ def energy_power(objective: Objective | PyTree) -> float | None:
   return _ENERGY_POWERS[objective]
 
 
-def check_omegas(params: PyTree, objective: PyTree, chosen: list[str]) -> list[Array]:
+def check_omegas(
+  params: PyTree, objective: PyTree, slice_shapes: dict[str, tuple[int, ...]]
+) -> list[Array]:
   """Returns the weights omega_i of the compressed leaves as float32.
 
   Args:
     params: the parameters.
-    objective: the same tree with a positive number at every compressed leaf.
-    chosen: paths of the compressed leaves.
+    objective: the same tree with a positive number at every compressed leaf, or one for each of its
+      slices.
+    slice_shapes: shapes of the slices' axes of the compressed leaves, by path.
 
   Raises:
     ValueError: the trees differ, or a leaf has no positive number.  Values of tracers are not
@@ -57,11 +61,15 @@ def check_omegas(params: PyTree, objective: PyTree, chosen: list[str]) -> list[A
       f'with a number at every compressed leaf, or one of {OBJECTIVES}'
     ) from error
   by_name = dict(zip(trees.named_leaves(params), omegas, strict=True))
-  for name in chosen:
+  for name, slice_shape in slice_shapes.items():
     omega = by_name[name]
-    if omega is None or jnp.ndim(omega) != 0:
-      shape = None if omega is None else jnp.shape(omega)
-      raise ValueError(f'{name}: found an objective of shape {shape}, expected one number')
-    if not isinstance(omega, jax.core.Tracer) and not 0 < float(omega) < math.inf:
-      raise ValueError(f'{name}: found an objective of {float(omega)}, expected a positive number')
-  return [jnp.asarray(by_name[name], jnp.float32) for name in chosen]
+    shape = None if omega is None else jnp.shape(omega)
+    if shape not in ((), slice_shape):
+      more = f', or {slice_shape}' if slice_shape else ''
+      raise ValueError(f'{name}: found an objective of shape {shape}, expected one number{more}')
+    if isinstance(omega, jax.core.Tracer):
+      continue
+    for number in np.ravel(np.asarray(omega, np.float32)):
+      if not 0 < number < math.inf:
+        raise ValueError(f'{name}: found an objective of {number}, expected a positive number')
+  return [jnp.asarray(by_name[name], jnp.float32) for name in slice_shapes]

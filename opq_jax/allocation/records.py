@@ -12,6 +12,9 @@ from opq_jax.core.trees import PyTree
 class LeafAllocation:
   """Pruning and quantization of one leaf of n weights in C output channels.
 
+  Of a leaf with slices every array has the slices' axes in front: each slice has a threshold, a
+  step and predictions of its own, as if it were a leaf by itself.
+
   Lengths are in the units of the weights.  Predictions are computed from the leaf's true histogram,
   or from the Laplace density where only closed forms are asked for (`corrected=False`).
 
@@ -35,33 +38,40 @@ class LeafAllocation:
       density fits, .79 for Gaussian weights, .67 for uniform ones, far above 1 for heavy tails; NaN
       with `corrected=False`.
     dead_channels: output channels that have weights and lose all of them.
-    dead_rows: the same for indices of the first axis (rows of a table, layers of a stack); 0 where
-      the first axis is the channels' own.
+    dead_rows: the same for indices of the first axis (rows of a table); 0 where the first axis is
+      the channels' own.
     shape: the leaf's shape.
     channel_axis: the axis of its output channels.
     tied_to: the path of an earlier leaf that is the same array, whose allocation this is; '' of
       all others.
     is_transposed: whether the leaf is the transpose of that one.
+    slices: leading axes that count slices.
   """
 
-  scale: Float32[Array, 'channels']
-  threshold: Float32[Array, '']
-  sparsity: Float32[Array, '']
-  step: Float32[Array, '']
-  offset: Float32[Array, '']
-  levels: Int32[Array, '']
-  escaped: Float32[Array, '']
-  bits: Float32[Array, 'channels']
-  error: Float32[Array, '']
-  entropy: Float32[Array, '']
-  payload: Float32[Array, '']
-  laplace_fit: Float32[Array, '']
-  dead_channels: Int32[Array, '']
-  dead_rows: Int32[Array, '']
+  scale: Float32[Array, '*slices channels']
+  threshold: Float32[Array, '*slices']
+  sparsity: Float32[Array, '*slices']
+  step: Float32[Array, '*slices']
+  offset: Float32[Array, '*slices']
+  levels: Int32[Array, '*slices']
+  escaped: Float32[Array, '*slices']
+  bits: Float32[Array, '*slices channels']
+  error: Float32[Array, '*slices']
+  entropy: Float32[Array, '*slices']
+  payload: Float32[Array, '*slices']
+  laplace_fit: Float32[Array, '*slices']
+  dead_channels: Int32[Array, '*slices']
+  dead_rows: Int32[Array, '*slices']
   shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
   channel_axis: int = flax.struct.field(pytree_node=False)
   tied_to: str = flax.struct.field(pytree_node=False, default='')
   is_transposed: bool = flax.struct.field(pytree_node=False, default=False)
+  slices: int = flax.struct.field(pytree_node=False, default=0)
+
+  @property
+  def slice_shape(self) -> tuple[int, ...]:
+    """Shape of the slices' axes; () without slices."""
+    return tuple(self.shape[: self.slices])
 
 
 @exported_nodes.register

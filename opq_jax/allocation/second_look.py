@@ -6,23 +6,21 @@ taken from it: the threshold is the magnitude at that rank among the leaf's own 
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
 from opq_jax.allocation.counts import fine_histogram, per_channel_count
 from opq_jax.allocation.joined_statistics import JoinedStatistics, Layout
+from opq_jax.allocation.parts import MeasuredLeaf, Part, Weights, by_leaf, spread
 from opq_jax.allocation.ranks import bins_at_rank, magnitudes_at_rank
 from opq_jax.allocation.sparsity import predict_survivors, pruned_ranks
 from opq_jax.allocation.statistics import LeafStatistics
 from opq_jax.allocation.targets import SparsityAndBits
 from opq_jax.allocation.units import channels_of
 from opq_jax.core import trees
-
-Weights = Array | np.ndarray
 
 
 class Counted(NamedTuple):
@@ -52,34 +50,40 @@ class _Ranks(NamedTuple):
 
 
 def look_again(
-  stats: Sequence[LeafStatistics],
+  leaves: Sequence[MeasuredLeaf],
+  parts: Sequence[Part],
   tree: JoinedStatistics,
   layout: Layout,
-  readers: Sequence[Callable[[], Weights]],
   targets: SparsityAndBits,
 ) -> Counted:
   """Returns exact thresholds and counted survivors.
 
   Args:
-    stats: of the leaves, with histograms.
-    tree: the same, joined.
+    leaves: all leaves, with histograms and weights to read.
+    parts: the slices and leaves that are solved for.
+    tree: their statistics, joined.
     layout: of the joined arrays.
-    readers: return the weights of each leaf; called twice.
     targets: the problem.
   """
   # read leaf by leaf, twice, and never kept: the weights may be larger than memory
   ranks = trees.on_host(_ranks(tree, targets.sparsity, layout.block))
-  fine = [
-    fine_histogram(read(), s.largest, number)
-    for read, s, number in zip(readers, stats, ranks.coarse[: len(stats)], strict=True)
-  ]
+
+  def of_weights(count: Callable[[Weights, LeafStatistics, Any], Any], each: Array) -> list[Any]:
+    """Returns the counts of all parts, given one number of each."""
+    found = []
+    for number, places in by_leaf(parts).items():
+      own, leaf = parts[places], leaves[number]
+      assert leaf.read is not None
+      numbers = spread(each[places], leaf.statistics.slice_shape, own)
+      counts = count(leaf.read(), leaf.statistics, numbers)
+      found += [counts[part.place] if part.place else counts for part in own]
+    return found
+
+  fine = of_weights(lambda w, s, number: fine_histogram(w, s.largest, number), ranks.coarse)
   fine = layout.leaves(trees.on_host(fine), jnp.int32)
   threshold = trees.on_host(_thresholds(fine, tree.ends, ranks))
-  counts = [
-    per_channel_count(read(), t, s.channel_axis)
-    for read, s, t in zip(readers, stats, threshold[: len(stats)], strict=True)
-  ]
-  total = sum(s.size for s in stats)
+  counts = of_weights(lambda w, s, t: per_channel_count(w, t, s.channel_axis), threshold)
+  total = sum(part.statistics.size for part in parts)
   return Counted(threshold, layout.channels(trees.on_host(counts), tree.scale.dtype) / total)
 
 

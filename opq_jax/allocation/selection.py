@@ -9,6 +9,7 @@ import numpy as np
 
 from opq_jax.allocation.leaf_names import biases_beside_kernels, kind_of_name
 from opq_jax.allocation.optimizer_states import is_in_optimizer, optimizer_leaves
+from opq_jax.allocation.statistics import check_slices
 from opq_jax.core import messages
 
 _MAX_LISTED = 10  # paths in the error of a tree that has nothing to compress
@@ -126,6 +127,28 @@ def _check_values(named: dict[str, Any]) -> None:
       f'{", ".join(keys[:_MAX_LISTED])}: found keys of random numbers, which pass through but '
       'which opq_jax.save refuses: save the tree without them'
     )
+
+
+def slices_of(
+  name: str, leaf: Any, channel_axis: int, slices: Callable[[str, Any], int] | None
+) -> int:
+  """Returns how many leading axes of a leaf count slices, checked.
+
+  Args:
+    name: the leaf's path.
+    leaf: the leaf.
+    channel_axis: the axis of its output channels.
+    slices: (path, leaf) -> number of axes; None for none.
+
+  Raises:
+    ValueError: no axis is left for a slice, or the output channels' axis counts slices.
+  """
+  count = 0 if slices is None else slices(name, leaf)
+  try:
+    check_slices(tuple(leaf.shape), channel_axis, count)
+  except ValueError as error:
+    raise ValueError(f'{name}: {error}') from error
+  return count
 
 
 def _is_floating(leaf: Any) -> bool:

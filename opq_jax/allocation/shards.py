@@ -5,10 +5,12 @@ devices exchange arrays as long as the channels or the histogram are, never as l
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -80,6 +82,7 @@ def on_shards(
   argument: Any,
   channel_axis: int,
   placement: Placement,
+  slices: int = 0,
 ) -> Any:
   """Returns `local(weights, argument, shards)`, run on every device of the leaf's mesh.
 
@@ -89,25 +92,75 @@ def on_shards(
     argument: the same on all devices.
     channel_axis: the axis of the output channels.
     placement: of the leaf.
+    slices: leading axes that count slices.  Then `local` is called with one slice and its part of
+      `argument`, whose arrays have the slices' axes in front, as those of the result have.
   """
   if isinstance(placement, str):
-    return local(weights, argument, Shards())
+    of_slice = lambda weights, argument: local(weights, argument, Shards())
+    # a loop over an axis that a mesh may cut would gather the leaf in every iteration
+    return _of_slices(of_slice, weights, argument, slices, at_once=placement == UNKNOWN)
   named = [
     () if names is None else names if isinstance(names, tuple) else (names,)
     for names in (*placement.spec, *[None] * (weights.ndim - len(placement.spec)))
   ]
+  inner, ndim = named[slices:], weights.ndim - slices
   # a vector is one channel, so no axis cuts its channels
-  axis = channel_axis % weights.ndim if weights.ndim > 1 else -1
-  others = tuple(name for i, names in enumerate(named) if i != axis for name in names)
-  shards = Shards(named[axis] if axis >= 0 else (), others, named[0])
+  axis = axis_in_slice(channel_axis, slices) % ndim if ndim > 1 else -1
+  others = tuple(name for i, names in enumerate(inner) if i != axis for name in names)
+  shards = Shards(inner[axis] if axis >= 0 else (), others, inner[0])
+
+  def on_shard(weights: Array, argument: Any) -> Any:
+    of_slice = lambda weights, argument: local(weights, argument, shards)
+    found = _of_slices(of_slice, weights, argument, slices, at_once=False)
+    for place, names in enumerate(named[:slices]):
+      if names:
+        gather = functools.partial(lax.all_gather, axis_name=names, axis=place, tiled=True)
+        found = jax.tree.map(gather, found)
+    return found
+
   mapped = jax.shard_map(
-    lambda weights, argument: local(weights, argument, shards),
+    on_shard,
     mesh=placement.mesh,
-    in_specs=(placement.spec, P()),
+    in_specs=(placement.spec, P(*placement.spec[:slices])),
     out_specs=P(),
     check_vma=False,  # the check cannot see that gathered arrays are the same on all devices
   )
   return mapped(weights, argument)
+
+
+def _of_slices(
+  function: Callable[..., Any], weights: Array, argument: Any, slices: int, *, at_once: bool
+) -> Any:
+  """Returns the results of all slices, computed at once or one after the other."""
+  if at_once:
+    for _ in range(slices):
+      function = jax.vmap(function)
+    return function(weights, argument)
+  if not slices:
+    return function(weights, argument)
+  in_a_row = lambda x: x.reshape(-1, *x.shape[slices:])
+  found = lax.map(lambda each: function(*each), jax.tree.map(in_a_row, (weights, argument)))
+  return jax.tree.map(lambda x: x.reshape(*weights.shape[:slices], *x.shape[1:]), found)
+
+
+def on_host_one_by_one(function: Callable[[tuple[int, ...]], Any], shape: tuple[int, ...]) -> Any:
+  """Returns `function(index)` of all slices, stacked on the host.
+
+  One compiled program serves all slices, and is the one of the same leaves apart.
+
+  Args:
+    function: returns arrays; called for one slice after the other.
+    shape: of the slices' axes.
+  """
+  # fetched at once: JAX computes in the background, and would keep copies of many slices
+  parts = [jax.device_get(function(index)) for index in np.ndindex(shape)]
+  stack = lambda *arrays: np.stack(arrays).reshape(*shape, *np.shape(arrays[0]))
+  return jax.tree.map(stack, *parts)
+
+
+def axis_in_slice(axis: int, slices: int) -> int:
+  """Returns the number that an axis of a leaf has in its slices."""
+  return axis - slices if axis >= 0 else axis
 
 
 def by_channel(weights: Array, channel_axis: int) -> tuple[Array, tuple[int, ...]]:

@@ -5,6 +5,7 @@ Every other number of an allocation is computed from these few, so the weights a
 for the largest magnitudes, one for the histogram.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -18,7 +19,16 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from opq_jax.allocation.bins import BINS, bin_of
 from opq_jax.allocation.counts import count_bins
-from opq_jax.allocation.shards import Placement, Shards, by_channel, on_shards, placement_of
+from opq_jax.allocation.shards import (
+  HERE,
+  Placement,
+  Shards,
+  axis_in_slice,
+  by_channel,
+  on_host_one_by_one,
+  on_shards,
+  placement_of,
+)
 from opq_jax.core import trees
 
 _MAX_WEIGHTS = 2**31 - 1  # of a leaf: counts are int32
@@ -28,29 +38,31 @@ _MAX_WEIGHTS = 2**31 - 1  # of a leaf: counts are int32
 class LeafStatistics:
   """Statistics of one leaf of C output channels; float32, whatever the leaf's dtype.
 
-  `opq_jax.allocate` accepts a tree of these in the place of the leaves themselves.
+  `opq_jax.allocate` accepts a tree of these in the place of the leaves themselves.  Of a leaf with
+  slices every array has the slices' axes in front, and describes each slice by itself.
 
   Attributes:
     scale: mean |w| of every channel, the maximum-likelihood scale of a zero-mean Laplace density.
     maximum: largest |w| of every channel.
-    leading: largest |w| at every index of the first axis (a row of a table, a layer of a stack);
-      None where the first axis is the channels' own, where the leaf has one axis, and without a
-      histogram.
+    leading: largest |w| at every index of the first axis (a row of a table); None where the first
+      axis is the channels' own, where there is one axis, and without a histogram.
     histogram: counts by sign (row 0: w >= 0, row 1: w < 0) and magnitude, in BINS bins of 128 an
       octave (`opq_jax.allocation.bins`); None where only closed forms are asked for.
     largest: the leaf's largest |w|, or the number given in its place; the bins end with its octave.
     shape, dtype: the leaf's own.
     channel_axis: the axis of its output channels.
+    slices: leading axes that count slices.
   """
 
-  scale: Float32[Array, 'channels']
-  maximum: Float32[Array, 'channels']
-  leading: Float32[Array, 'first'] | None
-  histogram: Int32[Array, '2 bins'] | None
-  largest: Float32[Array, '']
+  scale: Float32[Array, '*slices channels']
+  maximum: Float32[Array, '*slices channels']
+  leading: Float32[Array, '*slices first'] | None
+  histogram: Int32[Array, '*slices 2 bins'] | None
+  largest: Float32[Array, '*slices']
   shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
   dtype: Any = flax.struct.field(pytree_node=False)
   channel_axis: int = flax.struct.field(pytree_node=False)
+  slices: int = flax.struct.field(pytree_node=False, default=0)
 
   @property
   def size(self) -> int:
@@ -63,22 +75,43 @@ class LeafStatistics:
     return len(self.shape)
 
   @property
+  def slice_shape(self) -> tuple[int, ...]:
+    """Shape of the slices' axes; () without slices."""
+    return tuple(self.shape[: self.slices])
+
+  @property
   def channels(self) -> int:
-    """Output channels; a vector is one."""
-    return self.shape[self.channel_axis] if self.ndim > 1 else 1
+    """Output channels of a slice; a vector is one."""
+    return self.shape[self.channel_axis] if self.ndim - self.slices > 1 else 1
 
   @property
   def per_channel(self) -> int:
-    """Weights per channel."""
-    return self.size // max(self.channels, 1)
+    """Weights per channel of a slice."""
+    return math.prod(self.shape[self.slices :]) // max(self.channels, 1)
+
+  def of_slice(self, index: tuple[int, ...]) -> 'LeafStatistics':
+    """Returns the statistics of one slice; of a leaf without slices, `()`, its own."""
+    if not self.slices:
+      return self
+    return LeafStatistics(
+      scale=self.scale[index],
+      maximum=self.maximum[index],
+      leading=None if self.leading is None else self.leading[index],
+      histogram=None if self.histogram is None else self.histogram[index],
+      largest=self.largest[index],
+      shape=self.shape[self.slices :],
+      dtype=self.dtype,
+      channel_axis=axis_in_slice(self.channel_axis, self.slices),
+    )
 
 
 def leaf_statistics(
   weights: Float[Array | np.ndarray, '...'],
   channel_axis: int = -1,
   *,
+  slices: int = 0,
   histogram: bool = True,
-  largest: Float32[Array, ''] | float | None = None,
+  largest: Float32[Array, '*slices'] | float | None = None,
 ) -> LeafStatistics:
   """Computes the statistics of one leaf, in two passes over its weights (three with a histogram).
 
@@ -93,48 +126,86 @@ def leaf_statistics(
       (`NamedSharding`) every device reads its own shard.  In a trace, where the placement is
       unknown, the histogram is one scatter, which XLA partitions as it sees fit.
     channel_axis: the axis of the output channels.  A vector is one channel.
+    slices: leading axes that count slices, each with statistics of its own: those that it has as a
+      leaf by itself, bit for bit on one device.
     histogram: whether to count the histogram.
-    largest: magnitude with whose octave the bins end, at least the largest |w|; by default the
-      largest |w| of `weights`.
+    largest: magnitude with whose octave the bins end, at least the largest |w|; one, or one of
+      every slice.  By default the largest |w| of the slice.
 
   Returns:
-    A `LeafStatistics` on the leaf's device, or replicated over its mesh.  Maxima and counts do not
-    depend on the placement; a scale is a float32 sum, and its order and rounding do.
+    A `LeafStatistics` on the leaf's device (of slices: on the host), or replicated over its mesh.
+    Maxima and counts do not depend on the placement; a scale is a float32 sum, and its order and
+    rounding do.
 
   Raises:
-    ValueError: the leaf has 2^31 weights or more, which int32 counts cannot hold.
+    ValueError: a slice has 2^31 weights or more, which int32 counts cannot hold; or `slices` or
+      `channel_axis` are no axes of the leaf.
 
   >>> stats = leaf_statistics(jnp.array([[1.0, -2.0], [3.0, 4.0]]), channel_axis=-1)
   >>> stats.scale.tolist(), stats.maximum.tolist(), stats.per_channel
   ([2.0, 3.0], [3.0, 4.0], 2)
   """
   weights = trees.native(weights)
-  if np.size(weights) > _MAX_WEIGHTS:
+  shape = np.shape(weights)
+  check_slices(shape, channel_axis, slices)
+  if math.prod(shape[slices:]) > _MAX_WEIGHTS:
     raise ValueError(
-      f'found a leaf of {np.size(weights)} weights, expected at most {_MAX_WEIGHTS}: its counts '
-      'are int32'
+      f'found {"a slice" if slices else "a leaf"} of {math.prod(shape[slices:])} weights, expected '
+      f'at most {_MAX_WEIGHTS}: its counts are int32'
     )
   if largest is not None:
-    largest = jnp.asarray(largest, jnp.float32)
-  return _leaf_statistics(weights, largest, channel_axis, histogram, placement_of(weights))
+    largest = jnp.broadcast_to(jnp.asarray(largest, jnp.float32), shape[:slices])
+  placement = placement_of(weights)
+  if placement != HERE or not slices or math.prod(shape) == 0:
+    return _leaf_statistics(weights, largest, channel_axis, histogram, placement, slices)
+  # the program of a leaf of the slice's shape, called for one slice after the other: their numbers
+  # are those of the same leaves apart, and no more than one slice is copied at a time
+  axis = axis_in_slice(channel_axis, slices)
+  of_slice = lambda index: _leaf_statistics(
+    weights[index], None if largest is None else largest[index], axis, histogram, HERE
+  )
+  stacked = on_host_one_by_one(of_slice, shape[:slices])
+  return dataclasses.replace(stacked, shape=shape, channel_axis=channel_axis, slices=slices)
 
 
-@functools.partial(jax.jit, static_argnames=('channel_axis', 'histogram', 'placement'))
+def check_slices(shape: tuple[int, ...], channel_axis: int, slices: int) -> None:
+  """Checks that leading axes can count slices.
+
+  Raises:
+    ValueError: no axis is left for a slice, or the output channels' axis counts slices.
+  """
+  if not 0 <= slices < max(len(shape), 1):
+    raise ValueError(
+      f'found {slices} axes of slices, expected 0 or more, and fewer than the axes of shape {shape}'
+    )
+  if slices and not (-len(shape) + slices <= channel_axis < 0 or slices <= channel_axis):
+    raise ValueError(
+      f'found channel_axis {channel_axis}, expected an axis of the slices: the first {slices} axes '
+      f'of shape {shape} count them'
+    )
+
+
+@functools.partial(jax.jit, static_argnames=('channel_axis', 'histogram', 'placement', 'slices'))
 def _leaf_statistics(
   weights: Array,
   largest: Array | None,
   channel_axis: int,
   histogram: bool,
   placement: Placement,
+  slices: int = 0,
 ) -> LeafStatistics:
-  shape, channels = weights.shape, weights.shape[channel_axis] if weights.ndim > 1 else 1
+  shape, ndim = weights.shape, weights.ndim - slices
+  channels = shape[channel_axis] if ndim > 1 else 1
   facts: dict[str, Any] = {'shape': shape, 'dtype': weights.dtype, 'channel_axis': channel_axis}
+  facts['slices'] = slices
+  channel_axis = axis_in_slice(channel_axis, slices)
   if weights.size == 0:
-    nothing = jnp.zeros(channels, jnp.float32)
-    counts = jnp.zeros((2, BINS), jnp.int32) if histogram else None
-    return LeafStatistics(nothing, nothing, None, counts, jnp.zeros((), jnp.float32), **facts)
+    first = shape[:slices]
+    nothing = jnp.zeros((*first, channels), jnp.float32)
+    counts = jnp.zeros((*first, 2, BINS), jnp.int32) if histogram else None
+    return LeafStatistics(nothing, nothing, None, counts, jnp.zeros(first, jnp.float32), **facts)
 
-  has_leading = histogram and weights.ndim > 1 and channel_axis % weights.ndim != 0
+  has_leading = histogram and ndim > 1 and channel_axis % ndim != 0
 
   def local(weights: Array, largest: Array | None, shards: Shards) -> tuple:
     weights, others = by_channel(weights, channel_axis)
@@ -169,7 +240,7 @@ def _leaf_statistics(
     return total, maximum, leading, counts, largest
 
   total, maximum, leading, counts, largest = on_shards(
-    local, weights, largest, channel_axis, placement
+    local, weights, largest, facts['channel_axis'], placement, slices
   )
-  scale = total / (math.prod(shape) // channels)
+  scale = total / (math.prod(shape[slices:]) // channels)
   return LeafStatistics(scale, maximum, leading, counts, largest, **facts)

@@ -49,6 +49,7 @@ def compress(arguments: argparse.Namespace, plan: Encoding, about: dict[str, str
       output,
       compressible=lambda path, _: path in chosen,
       channel_axis=channel_axis(metadata),
+      slices=None,
       metadata=about | metadata,
       contexts=not arguments.fast,
       objective=plan.objective,

@@ -6,7 +6,13 @@ from opq_jax.core import lazy
 
 if TYPE_CHECKING:
   from opq_jax.compression.codes import apply_compression, decode, encode
-  from opq_jax.compression.records import CompressionState, LeafState, init_state
+  from opq_jax.compression.records import (
+    CompressionState,
+    LeafState,
+    init_state,
+    slice_of,
+    stacked,
+  )
   from opq_jax.compression.transforms import clip_to_grid, compressed, keep_compressed
 
 __all__ = [
@@ -19,6 +25,8 @@ __all__ = [
   'encode',
   'init_state',
   'keep_compressed',
+  'slice_of',
+  'stacked',
 ]
 
 __getattr__, __dir__ = lazy.attributes(
@@ -33,5 +41,7 @@ __getattr__, __dir__ = lazy.attributes(
     'encode': 'codes',
     'init_state': 'records',
     'keep_compressed': 'transforms',
+    'slice_of': 'records',
+    'stacked': 'records',
   },
 )

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from opq_jax.compression.records import LeafState
+from opq_jax.compression.records import LeafState, over_weights
 
 
 def cell_of(magnitude: Float32[Array, '...'], leaf: LeafState) -> Float32[Array, '...']:
   """Returns the cell of |w| as a whole float32 number; meaningless where w is pruned."""
-  return jnp.clip(_unbounded_cell(magnitude, leaf), 0, _last(leaf))
+  return jnp.clip(_unbounded_cell(magnitude, leaf), 0, _last(magnitude.ndim, leaf))
 
 
 def settled(cell: Float32[Array, '...'], leaf: LeafState) -> Float32[Array, '...']:
@@ -38,7 +38,8 @@ def value_of(cell: Float32[Array, '...'], leaf: LeafState) -> Float[Array, '...'
   that dtype is in such a cell.
   """
   # exact (see LeafState), so this equals codebook[code] without reading the codebook per weight
-  value = leaf.codebook[1] + leaf.step * cell
+  first, step = (over_weights(x, cell.ndim) for x in (leaf.codebook[..., 1], leaf.step))
+  value = first + step * cell
   if _is_wide(leaf.dtype):
     return value.astype(leaf.dtype)
   # at most the largest number, since infinity lies in no cell
@@ -50,23 +51,23 @@ def value_of(cell: Float32[Array, '...'], leaf: LeafState) -> Float[Array, '...'
   one, most = bits.dtype.type(1), jax.lax.bitcast_convert_type(largest, bits.dtype)
   bits = jnp.where(rounded_cell < cell, jnp.minimum(bits + one, most), bits)
   # beyond the last cell magnitudes still count as its own: no need to move these
-  is_beyond = (rounded_cell > cell) & (cell < _last(leaf))
+  is_beyond = (rounded_cell > cell) & (cell < _last(cell.ndim, leaf))
   bits = jnp.where(is_beyond, jnp.maximum(bits, one) - one, bits)
   return jax.lax.bitcast_convert_type(bits, leaf.dtype)
 
 
-def value_table(leaf: LeafState) -> Float[Array, '256']:
+def value_table(leaf: LeafState) -> Float[Array, '*slices 256']:
   """Returns the value of every code, in the leaf's dtype; a negative code counts from the end.
 
   The entry of an escape is meaningless.
   """
   codes = jnp.arange(256, dtype=jnp.uint8).astype(jnp.int8)
-  return values_of_codes(codes, leaf)
+  return values_of_codes(codes.reshape(*[1] * leaf.slices, -1), leaf)
 
 
 def values_of_codes(codes: Array, leaf: LeafState) -> Float[Array, '...']:
   """Returns the values of codes, in the leaf's dtype; meaningless where a code is an escape."""
-  cell = jnp.clip(jnp.abs(codes.astype(jnp.float32)) - 1, 0, _last(leaf))
+  cell = jnp.clip(jnp.abs(codes.astype(jnp.float32)) - 1, 0, _last(codes.ndim, leaf))
   values = value_of(cell, leaf)
   values = jnp.where(codes < 0, -values, values)
   return jnp.where(codes == 0, jnp.zeros_like(values), values)
@@ -79,11 +80,13 @@ def _is_wide(dtype: Any) -> bool:
 
 def _unbounded_cell(magnitude: Float32[Array, '...'], leaf: LeafState) -> Float32[Array, '...']:
   # times the reciprocal, since XLA divides by a scalar in either way, and the two differ at edges
-  return jnp.floor((magnitude - leaf.threshold) * (1 / leaf.step))
+  threshold, step = (over_weights(x, magnitude.ndim) for x in (leaf.threshold, leaf.step))
+  return jnp.floor((magnitude - threshold) * (1 / step))
 
 
-def _last(leaf: LeafState) -> Float32[Array, '']:
-  return jnp.maximum(leaf.levels.astype(jnp.float32) - 1, 0)
+def _last(ndim: int, leaf: LeafState) -> Float32[Array, '...']:
+  levels = over_weights(leaf.levels, ndim)
+  return jnp.maximum(levels.astype(jnp.float32) - 1, 0)
 
 
 def _unsigned(dtype: Any) -> Any:

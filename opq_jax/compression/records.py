@@ -18,8 +18,12 @@ A weight beyond the last cell escapes: it is stored as it is, beside the codes. 
 all other weights nor an error of their own.
 
 Kinds and codebooks are computed once, from the pretrained weights, and never change.
+
+A leaf with slices holds many matrices, each with a grid of its own: threshold, step, levels and
+codebook have the slices' axes in front.  `slice_of` takes one of them out, `stacked` joins them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -59,20 +63,27 @@ class LeafState:
     levels: cells a sign, 0 ... 127 (0 where no weight is on the grid).
     dtype: the leaf's dtype; values are computed in float32 and rounded to it once, to the nearest
       number of that dtype that lies in the value's own cell.
+    slices: leading axes that count slices; grids and codebooks have these axes in front.
 
   Invariants, whatever the optimizer does to the weights:
-    * `codebook[1:128]` is exactly affine, `first + step * k` in float32, with products that never
-      round, so that computing a value and looking it up give the same bits on every platform;
+    * `codebook[..., 1:128]` is exactly affine, `first + step * k` in float32, with products that
+      never round, so that computing a value and looking it up give the same bits on every platform;
     * a value lies inside its own cell, so compressing compressed weights changes nothing;
     * a pruned weight is 0, and an escaped weight is itself.
   """
 
   kinds: UInt8[Array, '...']
-  codebook: Float32[Array, '255']
-  threshold: Float32[Array, '']
-  step: Float32[Array, '']
-  levels: Int32[Array, '']
+  codebook: Float32[Array, '*slices 255']
+  threshold: Float32[Array, '*slices']
+  step: Float32[Array, '*slices']
+  levels: Int32[Array, '*slices']
   dtype: Any = flax.struct.field(pytree_node=False)
+  slices: int = flax.struct.field(pytree_node=False, default=0)
+
+  @property
+  def slice_shape(self) -> tuple[int, ...]:
+    """Shape of the slices' axes; () without slices."""
+    return tuple(self.kinds.shape[: self.slices])
 
   @property
   def mask(self) -> Bool[Array, '...']:
@@ -100,17 +111,6 @@ class CompressionState:
   """
 
   tree: PyTree
-
-
-def slice_of(state: LeafState, place: tuple[int, ...]) -> LeafState:
-  """Returns the state of one slice."""
-  if not place:
-    return state
-  raise NotImplementedError
-
-
-def stacked(states: list[LeafState], like: LeafState) -> LeafState:
-  raise NotImplementedError
 
 
 def init_state(params: PyTree, allocation: Allocation) -> CompressionState:
@@ -165,14 +165,76 @@ def _init_leaf(name: str, weights: Array, leaf: LeafAllocation) -> LeafState:
     step=step,
     levels=levels,
     dtype=weights.dtype,
+    slices=leaf.slices,
   )
+
+
+def slice_of(state: LeafState, place: tuple[int, ...]) -> LeafState:
+  """Returns the state of one slice of a leaf.
+
+  Args:
+    state: of the leaf.
+    place: index of the slice along the leading axes; () returns the state itself.  Along axes that
+      count no slices of this state, all slices have its one grid.
+
+  >>> import opq_jax
+  >>> stack = {'kernel': jax.random.laplace(jax.random.key(0), (3, 64, 32))}
+  >>> allocation = opq_jax.allocate(stack, compression_rate=16.0, slices=lambda path, leaf: 1)
+  >>> state = init_state(stack, allocation).tree['kernel']
+  >>> [slice_of(state, place).kinds.shape for place in np.ndindex(state.slice_shape)]
+  [(64, 32), (64, 32), (64, 32)]
+  """
+  if not place:
+    return state
+  own = place[: state.slices]
+  return LeafState(
+    kinds=state.kinds[place],
+    codebook=state.codebook[own],
+    threshold=state.threshold[own],
+    step=state.step[own],
+    levels=state.levels[own],
+    dtype=state.dtype,
+    slices=state.slices - len(own),
+  )
+
+
+def stacked(states: Sequence[LeafState], shape: tuple[int, ...]) -> LeafState:
+  """Returns the state of a leaf from those of its slices: the inverse of `slice_of`.
+
+  Args:
+    states: of all slices, in C order.
+    shape: of the slices' axes; of () the one state is returned.
+  """
+  if not shape:
+    return states[0]
+  # of NumPy where values are known: XLA would compile a program for every number of slices
+  numpy = jnp if trees.is_traced(states) else np
+  stack = lambda *arrays: jnp.asarray(numpy.stack(arrays).reshape(*shape, *jnp.shape(arrays[0])))
+  whole = jax.tree.map(stack, *trees.on_host(states))
+  return whole.replace(slices=len(shape) + states[0].slices)
+
+
+def over_weights(numbers: Any, ndim: int) -> Any:
+  """Returns the numbers of slices with an axis of length 1 for each axis that a slice has.
+
+  Args:
+    numbers: [*slices]; a scalar is returned as it is.
+    ndim: axes of the leaf.
+  """
+  if not jnp.ndim(numbers):
+    return numbers
+  return numbers.reshape(*numbers.shape, *[1] * (ndim - numbers.ndim))
 
 
 @jax.jit
 def kinds_of(
-  weights: Array, threshold: Float32[Array, ''], step: Float32[Array, ''], levels: Int32[Array, '']
+  weights: Array,
+  threshold: Float32[Array, '*slices'],
+  step: Float32[Array, '*slices'],
+  levels: Int32[Array, '*slices'],
 ) -> UInt8[Array, '...']:
   """Returns the kind of every weight: 0 pruned, 1 on the grid, 2 escaped."""
+  threshold, step, levels = (over_weights(x, weights.ndim) for x in (threshold, step, levels))
   magnitude = jnp.abs(weights.astype(jnp.float32))
   # without levels the grid ends at the threshold, and every survivor escapes
   end = jnp.where(levels > 0, levels.astype(jnp.float32) + _SLACK, 0)
@@ -187,27 +249,29 @@ def kinds_of_codes(codes: Int8[Any, '...']) -> UInt8[Any, '...']:
 
 
 def affine_codebook(
-  first: Float[Array, ''], step: Float[Array, ''], levels: Int32[Array, '']
-) -> Float32[Array, '255']:
+  first: Float[Array, '*slices'], step: Float[Array, '*slices'], levels: Int32[Array, '*slices']
+) -> Float32[Array, '*slices 255']:
   """Returns the codebook of `levels` values a sign, `first + step * k`; entry 0 is 0.0.
 
   >>> book = affine_codebook(jnp.float32(0.5), jnp.float32(0.25), jnp.int32(3))
   >>> [float(v) for v in book[jnp.array([0, 1, 2, 3, 4, -1, -3])]]
   [0.0, 0.5, 0.75, 1.0, 1.0, -0.5, -1.0]
   """
-  index = jnp.arange(MAX_LEVELS, dtype=jnp.float32)
+  first, step, levels = (over_weights(x, jnp.ndim(x) + 1) for x in (first, step, levels))
+  index = jnp.arange(MAX_LEVELS, dtype=jnp.float32).reshape(*[1] * (jnp.ndim(step) - 1), -1)
   last = jnp.maximum(levels.astype(jnp.float32) - 1, 0)
   # one product and one sum a level, as in `value_of`: running sums would round differently
   positive = jnp.asarray(first, jnp.float32) + jnp.asarray(step, jnp.float32) * jnp.minimum(
     index, last
   )
   positive = jnp.where(levels > 0, positive, 0)
-  return jnp.concatenate([jnp.zeros(1, jnp.float32), positive, -positive[::-1]])
+  zero = jnp.zeros((*positive.shape[:-1], 1), jnp.float32)
+  return jnp.concatenate([zero, positive, -positive[..., ::-1]], axis=-1)
 
 
 def exact_grid(
-  step: Float32[Array, ''], first: Float32[Array, ''], levels: Int32[Array, '']
-) -> tuple[Float32[Array, ''], Float32[Array, '']]:
+  step: Float32[Array, '*slices'], first: Float32[Array, '*slices'], levels: Int32[Array, '*slices']
+) -> tuple[Float32[Array, '*slices'], Float32[Array, '*slices']]:
   """Rounds `step` and `first` so that `first + step * k`, k < levels, is exact in float32.
 
   Both become multiples of one unit, a power of two: at most 2**17 units make a step, and at most

@@ -73,7 +73,7 @@ import optax
 from jaxtyping import Array
 
 from opq_jax.compression.codes import apply_compression
-from opq_jax.compression.records import CompressionState, LeafState
+from opq_jax.compression.records import CompressionState, LeafState, over_weights
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 
@@ -170,7 +170,7 @@ def clip_to_grid(state: CompressionState) -> optax.GradientTransformation:
   """
 
   def clip(gradient: Array, weight: Array, leaf: LeafState) -> Array:
-    end = leaf.threshold + leaf.step * leaf.levels.astype(jnp.float32)
+    end = over_weights(leaf.threshold + leaf.step * leaf.levels.astype(jnp.float32), weight.ndim)
     is_beyond = jnp.abs(weight.astype(jnp.float32)) >= end
     # by signs: w g would underflow to 0 for tiny gradients
     is_outwards = jnp.sign(weight).astype(gradient.dtype) * gradient < 0

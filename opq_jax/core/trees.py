@@ -54,6 +54,15 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
   return named
 
 
+def slice_name(name: str, index: tuple[int, ...]) -> str:
+  """Returns the name of a slice of a leaf, for messages.
+
+  >>> slice_name('params/kernel', (3, 5)), slice_name('params/kernel', ())
+  ('slice 3,5 of params/kernel', 'params/kernel')
+  """
+  return f'slice {",".join(map(str, index))} of {name}' if index else name
+
+
 def beside(tree: PyTree, other: PyTree) -> list[Any]:
   """Returns the node of `other` at the place of each leaf of `tree`, in flattening order.
 

@@ -34,6 +34,19 @@ def check_damping(damping: float) -> None:
     raise ValueError(f'damping: found {damping}, expected a finite number of 0 or more')
 
 
+def check_one_grid(name: str, grid: LeafState) -> None:
+  """Checks that a leaf has no slices.
+
+  Raises:
+    ValueError: it has, which this encoder cannot code.
+  """
+  if grid.slices:
+    raise ValueError(
+      f'{name}: found a leaf of {math.prod(grid.slice_shape)} slices, expected one matrix; '
+      'Rounding() codes slices'
+    )
+
+
 class IndefiniteMomentsError(ValueError):
   """Damped moments are not positive definite, and so have no factor that pushes errors on."""
 

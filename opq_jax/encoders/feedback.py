@@ -23,6 +23,7 @@ from opq_jax.encoders.encoder import (
   LeafEncoder,
   Trial,
   check_damping,
+  check_one_grid,
   encoded,
   leaves_to_code,
   named_leaf,
@@ -113,6 +114,7 @@ class Feedback(LeafEncoder):
       if leaf.grid is None:
         chosen.append((leaf.weights, None))
         continue
+      check_one_grid(leaf.name, leaf.grid)
       with named_leaf(leaf.name):
         chosen.append(self.choose_leaf(leaf.weights, leaf.grid, leaf.moments, self.damping))
     return encoded(params, chosen)

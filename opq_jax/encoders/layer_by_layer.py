@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from opq_jax.compression import CompressionState, LeafState
-from opq_jax.compression.records import slice_of, stacked
+from opq_jax.compression import CompressionState, LeafState, slice_of, stacked
 from opq_jax.core import messages
 from opq_jax.core.trees import PyTree
 from opq_jax.encoders.encoder import (
@@ -27,6 +26,7 @@ from opq_jax.encoders.encoder import (
   LeafEncoder,
   LeafToCode,
   check_damping,
+  check_one_grid,
   encoded,
   leaves_to_code,
   named_leaf,
@@ -140,6 +140,7 @@ class LayerByLayer(Encoder):
       leaf, place = leaves[reached.leaf], reached.place
       assert leaf.grid is not None
       grid = slice_of(leaf.grid, place)
+      check_one_grid(leaf.name, grid)
       with named_leaf(leaf.name):
         if reached.reading is None:
           if not place:
@@ -200,7 +201,9 @@ def _whole_state(leaf: LeafToCode, parts: list[_Coded]) -> LeafState | None:
   """Returns the state of a leaf, from those of its slices."""
   if leaf.grid is None or not parts[0].place:
     return parts[0].state if parts else None
-  return stacked([part.state for part in sorted(parts, key=lambda part: part.place)], leaf.grid)
+  # every slice has codes of its own, and may have got a grid of its own
+  shape = leaf.weights.shape[: len(parts[0].place)]
+  return stacked([part.state for part in sorted(parts, key=lambda part: part.place)], shape)
 
 
 @functools.partial(jax.jit, static_argnums=0)

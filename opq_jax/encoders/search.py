@@ -67,6 +67,7 @@ def compress(
   objective: Objective | PyTree = 'balanced_error',
   compressible: Callable[[str, Any], bool] = is_compressible,
   channel_axis: int | Callable[[str, Any], int] = -1,
+  slices: Callable[[str, Any], int] | None = None,
   corrected: bool = True,
 ) -> CompressedNetwork:
   """Compresses a parameter tree to one target, with the codes that an encoder chooses.
@@ -87,7 +88,7 @@ def compress(
       0.3 % smaller.  Searched for by writing files in memory, ten at the most.
     encoder: a value of `opq_jax.encoders`: `Rounding()`, `Feedback(moments)`, `Trellis(moments)` or
       `LayerByLayer(fn, inputs, first)`.
-    objective, compressible, channel_axis, corrected: as in `opq_jax.allocate`.
+    objective, compressible, channel_axis, slices, corrected: as in `opq_jax.allocate`.
 
   Returns:
     A `CompressedNetwork(params, state, allocation)`.
@@ -117,6 +118,7 @@ def compress(
     'objective': objective,
     'compressible': compressible,
     'channel_axis': channel_axis,
+    'slices': slices,
     'corrected': corrected,
   }
   if isinstance(encoder, Rounding):
@@ -242,7 +244,9 @@ def _tried(
 def _predicted_entropy(params: PyTree, allocation: Allocation) -> float:
   """Returns the bits per weight that an allocation predicts for rounded codes."""
   records = trees.records(params, allocation.tree, LeafAllocation)
-  leaves = [(math.prod(r.shape), float(r.entropy)) for r in records if r is not None]
+  leaves = [
+    (math.prod(r.shape), float(np.mean(np.asarray(r.entropy)))) for r in records if r is not None
+  ]
   return sum(size * bits for size, bits in leaves) / max(sum(size for size, _ in leaves), 1)
 
 

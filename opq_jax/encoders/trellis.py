@@ -28,6 +28,7 @@ from opq_jax.encoders.encoder import (
   LeafToCode,
   Trial,
   check_damping,
+  check_one_grid,
   encoded,
   leaves_to_code,
   named_leaf,
@@ -150,6 +151,7 @@ def _code_leaves(
   def code(leaf: LeafToCode) -> _CodedLeaf:
     if leaf.grid is None:
       return _CodedLeaf(leaf.weights)
+    check_one_grid(leaf.name, leaf.grid)
     if not np.isfinite(np.asarray(leaf.weights, np.float32)).all():
       raise ValueError(f'{leaf.name}: found NaN or an infinity, expected finite weights')
     with named_leaf(leaf.name):

@@ -2,7 +2,8 @@
 
     u64            length of the header in bytes, little-endian
     header         JSON without spaces, then spaces up to a multiple of 8 bytes
-    grids          3 little-endian float32 for each compressed leaf: threshold, first value, step
+    grids          3 little-endian float32 for each compressed leaf, or each slice of it: threshold,
+                   first value, step
     index          packed JSON (`opq_jax.file.index`)
 
 The header is that of safetensors, and one of its kind alone: a reader builds the header that the
@@ -19,10 +20,13 @@ from collections.abc import Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+from jaxtyping import Float32
 
+from opq_jax.core.trees import slice_name
 from opq_jax.file import checks, packing, plain_trees
 from opq_jax.file import index as file_index
 from opq_jax.file.grids import Grid
+from opq_jax.file.leaf_entries import LeafEntry
 
 VERSIONS = ('1', '2')
 """Versions of the format that a reader takes."""
@@ -59,7 +63,8 @@ class Front(NamedTuple):
   Attributes:
     tree: a plain tree with a `LeafEntry` at every leaf.
     leaves: the entries by path name, in the order of JAX, with their places.
-    grids: of the compressed leaves.
+    version: of the format.
+    grid_rows: threshold, first value and step of every slice of the compressed leaves.
     metadata: of the user.
     codes_begin: where the payloads begin in the file.
     blocks: the packed blocks of uncompressed leaves.
@@ -68,8 +73,9 @@ class Front(NamedTuple):
   """
 
   tree: plain_trees.Node
-  leaves: dict[str, file_index.LeafEntry]
-  grids: dict[str, Grid]
+  leaves: dict[str, LeafEntry]
+  version: str
+  grid_rows: dict[str, Float32[np.ndarray, 'slices 3']]
   metadata: dict[str, str]
   codes_begin: int
   blocks: list[Block]
@@ -128,7 +134,7 @@ def front_bytes(
 
   Args:
     tree: a plain tree with the notation of every leaf.
-    grids: threshold, first value and step of each compressed leaf.
+    grids: threshold, first value and step of each compressed leaf, or of each slice.
     codes_size: bytes of all payloads.
     blocks: bytes and checksum of every packed block.
     metadata: of the user.
@@ -182,7 +188,7 @@ def read_front(file: BinaryIO, label: str, most_bytes: int | None) -> Front:
   block_begins = list(itertools.accumulate((b.size for b in blocks), initial=blocks_begin))
   for what, count, expected in (
     # the tree implies all sizes that the header states: nothing in a file is left over
-    ('compressed leaves', placed.compressed, rows),
+    ('rows of grids', placed.rows, rows),
     ('bytes of codes', placed.codes_size, sizes[1]),
     ('blocks', len(blocks), -(-placed.uncompressed_size // packing.BLOCK)),
     ('bytes of blocks', block_begins[-1] - blocks_begin, sizes[2]),
@@ -190,11 +196,12 @@ def read_front(file: BinaryIO, label: str, most_bytes: int | None) -> Front:
     if count != expected:
       raise ValueError(f'{label}: found an index of {count} {what}, expected {expected}')
   _check_claim(label, placed.leaves, file_size, most_bytes)
-  grids = _read_grids(label, version, table, placed.leaves)
+  grid_rows = _read_grids(label, version, table, placed.leaves)
   return Front(
     index.tree,
     placed.leaves,
-    grids,
+    version,
+    grid_rows,
     index.metadata,
     codes_begin,
     blocks,
@@ -217,7 +224,7 @@ def read_bytes(file: BinaryIO, label: str, begin: int, size: int) -> bytes:
 
 
 def _check_claim(
-  label: str, leaves: dict[str, file_index.LeafEntry], file_size: int, most_bytes: int | None
+  label: str, leaves: dict[str, LeafEntry], file_size: int, most_bytes: int | None
 ) -> None:
   """Checks that decoded leaves take no more memory than is admitted."""
   if most_bytes is None:
@@ -232,25 +239,45 @@ def _check_claim(
 
 
 def _read_grids(
-  label: str, version: str, table: bytes, leaves: dict[str, file_index.LeafEntry]
-) -> dict[str, Grid]:
-  """Returns the grids of compressed leaves, each in its row."""
-  rows = np.frombuffer(table, '<f4').astype(np.float32).reshape(-1, 3)
-  names, row = list(leaves), iter(rows)
-  grids: dict[str, Grid] = {}
+  label: str, version: str, table: bytes, leaves: dict[str, LeafEntry]
+) -> dict[str, Float32[np.ndarray, 'slices 3']]:
+  """Returns the rows of all compressed leaves; those of leaves without slices are checked."""
+  rows, begin = np.frombuffer(table, '<f4').astype(np.float32).reshape(-1, 3), 0
+  own: dict[str, Float32[np.ndarray, 'slices 3']] = {}
+  names = list(leaves)
   for name, leaf in leaves.items():
-    if leaf.levels is None:
+    if leaf.table is None:
       continue
-    if version == '1' and (leaf.escapes or leaf.tied_to is not None):
-      field = 'escapes' if leaf.tied_to is None else 'a leaf that is an earlier one again'
+    if version == '1' and (leaf.tied_to is not None or leaf.slices or leaf.has_escapes):
+      field = 'slices' if leaf.slices else 'escapes'
+      if leaf.tied_to is not None:
+        field = 'a leaf that is an earlier one again'
       raise ValueError(f'{label}: {name}: found {field}, expected none in version 1')
     if leaf.tied_to is not None:
-      grids[name] = grids[names[leaf.tied_to]]
+      own[name] = own[names[leaf.tied_to]]
       continue
-    threshold, first, step = next(row)
-    grids[name] = Grid(threshold, first, step, leaf.levels, leaf.dtype)
-    checks.check_grid(f'{label}: {name}', grids[name], version)
-  return grids
+    own[name] = rows[begin : begin + leaf.rows]
+    begin += leaf.rows
+    if not leaf.slices:
+      grids_of(f'{label}: {name}', leaf, own[name], version)
+  return own
+
+
+def grids_of(
+  name: str, leaf: LeafEntry, rows: Float32[np.ndarray, 'slices 3'], version: str
+) -> tuple[Grid, ...]:
+  """Returns the grids of a compressed leaf in the C order of its slices, checked.
+
+  Raises:
+    ValueError: one of them has no cells or values (`opq_jax.file.checks.check_grid`).
+  """
+  grids = []
+  each = zip(np.ndindex(leaf.slice_shape), rows, leaf.parts(), strict=True)
+  for index, (threshold, first, step), part in each:
+    grid = Grid(threshold, first, step, part.levels, leaf.dtype)
+    checks.check_grid(slice_name(name, index), grid, version)
+    grids.append(grid)
+  return tuple(grids)
 
 
 def _read_header(file: BinaryIO, label: str) -> _Header:

@@ -15,10 +15,11 @@ from jaxtyping import Int8, Shaped
 
 from opq_jax.coding import decode_codes, escapes
 from opq_jax.core.limits import ESCAPE
+from opq_jax.core.trees import slice_name
 from opq_jax.file import checks, packing
-from opq_jax.file.front import GRID_BYTES, read_bytes, read_front
+from opq_jax.file.front import GRID_BYTES, grids_of, read_bytes, read_front
 from opq_jax.file.grids import Grid
-from opq_jax.file.index import LeafEntry
+from opq_jax.file.leaf_entries import LeafEntry, SliceEntry
 
 if TYPE_CHECKING:
   from opq_jax.compression import CompressionState, LeafState
@@ -48,8 +49,8 @@ def load(
     return file.load(like)
 
 
-class _CodedLeaf(NamedTuple):
-  """A compressed leaf as the file codes it, checked.
+class _CodedSlice(NamedTuple):
+  """A slice of a compressed leaf, or the leaf, as the file codes it, checked.
 
   Attributes:
     codes: of all weights, -128 where one is escaped.
@@ -67,11 +68,41 @@ class _CodedLeaf(NamedTuple):
     values[self.codes == ESCAPE] = self.escaped
     return values
 
-  def transposed(self) -> '_CodedLeaf':
+  def transposed(self) -> '_CodedSlice':
     """Returns the transpose of a leaf of two axes."""
     rows, columns = np.divmod(np.flatnonzero(self.codes == ESCAPE), self.codes.shape[1])
     order = np.argsort(columns * self.codes.shape[0] + rows)
-    return _CodedLeaf(np.ascontiguousarray(self.codes.T), self.escaped[order], self.grid)
+    return _CodedSlice(np.ascontiguousarray(self.codes.T), self.escaped[order], self.grid)
+
+
+class _CodedLeaf(NamedTuple):
+  """A compressed leaf as the file codes it, checked.
+
+  Attributes:
+    parts: its slices in C order, or itself.
+    slice_shape: shape of the slices' axes; () without slices.
+  """
+
+  parts: list[_CodedSlice]
+  slice_shape: tuple[int, ...]
+
+  def stacked(self, arrays: list[Any]) -> Any:
+    """Returns the arrays of all slices as one; of a leaf without slices, its own."""
+    if not self.slice_shape:
+      return arrays[0]
+    return np.stack(arrays).reshape(*self.slice_shape, *np.shape(arrays[0]))
+
+  def transposed(self) -> '_CodedLeaf':
+    """Returns the transpose of a leaf of two axes, which has no slices."""
+    return _CodedLeaf([self.parts[0].transposed()], ())
+
+  def codes(self) -> Int8[np.ndarray, '...']:
+    """Returns the codes of all weights."""
+    return self.stacked([part.codes for part in self.parts])
+
+  def values(self) -> Shaped[np.ndarray, '...']:
+    """Returns the weights in the leaf's dtype."""
+    return self.stacked([part.values() for part in self.parts])
 
   def state(self) -> 'LeafState':
     """Returns the state that compresses the weights to these codes."""
@@ -80,15 +111,18 @@ class _CodedLeaf(NamedTuple):
     from opq_jax.compression import LeafState
     from opq_jax.compression.records import kinds_of_codes
 
+    grids = [part.grid for part in self.parts]
     arrays: dict[str, Any] = {
-      'kinds': kinds_of_codes(self.codes),
-      'codebook': self.grid.codebook(),
-      'threshold': np.array(self.grid.threshold),
-      'step': np.array(self.grid.step),
-      'levels': np.array(self.grid.levels, np.int32),
+      'kinds': kinds_of_codes(self.codes()),
+      'codebook': self.stacked([grid.codebook() for grid in grids]),
+      'threshold': self.stacked([np.array(grid.threshold) for grid in grids]),
+      'step': self.stacked([np.array(grid.step) for grid in grids]),
+      'levels': self.stacked([np.array(grid.levels, np.int32) for grid in grids]),
     }
     return LeafState(
-      **{name: jnp.asarray(array) for name, array in arrays.items()}, dtype=self.grid.dtype
+      **{name: jnp.asarray(array) for name, array in arrays.items()},
+      dtype=grids[0].dtype,
+      slices=len(self.slice_shape),
     )
 
 
@@ -131,9 +165,9 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
 
   def __getitem__(self, name: str) -> Shaped[np.ndarray, '...']:
     leaf = self._leaf(name)
-    if leaf.levels is None:
+    if leaf.table is None:
       return self._uncompressed(name, leaf)
-    return self._coded(name, leaf, leaf.levels).values()
+    return self._coded(name, leaf).values()
 
   def __iter__(self) -> Iterator[str]:
     return iter(self._front.leaves)
@@ -164,18 +198,48 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
       ValueError: the leaf is damaged, or not compressed.
     """
     leaf = self._leaf(name)
-    if leaf.levels is None:
+    if leaf.table is None:
       raise ValueError(f'{name}: found a leaf that is not compressed, expected one that has codes')
-    return self._coded(name, leaf, leaf.levels).codes
+    return self._coded(name, leaf).codes()
+
+  def slices(self, name: str) -> int:
+    """Returns how many leading axes of a leaf count slices, 0 for none.
+
+    Raises:
+      KeyError: the file has no such leaf.
+    """
+    return self._leaf(name).slices
 
   def grid(self, name: str) -> Grid | None:
     """Returns the grid of a compressed leaf, None where it is not compressed; decodes nothing.
 
     Raises:
       KeyError: the file has no such leaf.
+      ValueError: the leaf has slices, each with a grid of its own: see `grids`.
     """
-    self._leaf(name)
-    return self._front.grids.get(name)
+    if self._leaf(name).slices:
+      raise ValueError(f'{name}: found slices, expected a leaf of one grid; grids(name) has all')
+    return next(iter(self.grids(name)), None)
+
+  def grids(self, name: str) -> tuple[Grid, ...]:
+    """Returns the grids of the slices of a compressed leaf in C order; decodes nothing.
+
+    One of a leaf without slices, and none of a leaf that is not compressed.
+
+    Raises:
+      KeyError: the file has no such leaf.
+      ValueError: the grid of a slice is damaged.
+    """
+    leaf, front = self._leaf(name), self._front
+    return grids_of(name, leaf, front.grid_rows[name], front.version) if leaf.rows else ()
+
+  def payload_sizes(self, name: str) -> tuple[int, ...]:
+    """Returns the bytes of the payloads of a compressed leaf, one of every slice as in `grids`.
+
+    Raises:
+      KeyError: the file has no such leaf.
+    """
+    return tuple(part.stored for part in self._leaf(name).parts())
 
   def tied_to(self, name: str) -> str | None:
     """Returns the earlier leaf that a compressed leaf is again, or the transpose of; else None.
@@ -194,29 +258,29 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
       ValueError: the leaf is damaged.
     """
     leaf = self._leaf(name)
-    if leaf.levels is None:
+    if leaf.table is None:
       self._uncompressed(name, leaf)  # checked, as every leaf that is asked for
       return None
-    return self._coded(name, leaf, leaf.levels).state()
+    return self._coded(name, leaf).state()
 
   def sizes(self) -> dict[str, int]:
     """Returns the bytes of the file that each leaf takes, without those of header and index.
 
-    A compressed leaf takes its payload and 12 bytes of `grids`, and one that is an earlier leaf
-    again takes none.  The packed bytes of all
-    uncompressed leaves are shared out in proportion to their own.
+    A compressed leaf takes its payload and 12 bytes of `grids`, or those of all its slices, and one
+    that is an earlier leaf again takes none.  The packed bytes of all uncompressed leaves are
+    shared out in proportion to their own.
     """
     front, begin, sizes = self._front, 0, {}
     packed = front.block_begins[-1] - front.block_begins[0]
     for name, leaf in front.leaves.items():
-      if leaf.levels is None:
+      if leaf.table is None:
         # differences of rounded running sums: their own sum is the packed bytes, to the byte
         end = packed * (leaf.begin + leaf.stored) // max(front.uncompressed_size, 1)
         begin, sizes[name] = end, end - begin
       elif leaf.tied_to is not None:
         sizes[name] = 0
       else:
-        sizes[name] = leaf.stored + GRID_BYTES
+        sizes[name] = leaf.stored + GRID_BYTES * leaf.rows
     return sizes
 
   def load(self, like: 'PyTree | None' = None) -> 'tuple[PyTree, CompressionState]':
@@ -252,14 +316,14 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     firsts: dict[str | None, _CodedLeaf] = {}  # the leaves that later ones are again
     for name in order:
       leaf, first = self._leaf(name), self.tied_to(name)
-      if leaf.levels is None:
+      if leaf.table is None:
         params.append(self._uncompressed(name, leaf))
         records.append(None)
         continue
       if first in firsts:
         coded = firsts[first].transposed() if leaf.is_transposed else firsts[first]
       else:
-        coded = self._coded(name, leaf, leaf.levels)
+        coded = self._coded(name, leaf)
       if name in repeated:
         firsts[name] = coded
       params.append(coded.values())
@@ -284,27 +348,17 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
       raise KeyError(f'{name}: not found in {self._label}')
     return self._front.leaves[name]
 
-  def _coded(self, name: str, leaf: LeafEntry, levels: int) -> _CodedLeaf:
-    """Reads and checks a compressed leaf."""
-    try:
-      data = self._read(self._front.codes_begin + leaf.begin, leaf.stored)
-      end = leaf.stored - leaf.escape_bytes
-      # the shape is only a claim, which the payload bounds before memory is taken for it
-      codes = decode_codes(data[:end], leaf.coded_shape)
-      checks.check_levels(codes, levels)
-      positions, escaped = escapes.decode(data[end:], codes.size, leaf.escapes, leaf.dtype)
-      flat = codes.reshape(-1)
-      if bad := int(np.count_nonzero(flat[positions])):
-        raise ValueError(f'found {bad} escaped weights that have codes as well, expected none')
-      if bad := escaped.size - int(np.count_nonzero(np.isfinite(escaped))):
-        raise ValueError(f'found {bad} escaped weights that are NaN or infinite, expected none')
-      flat[positions] = ESCAPE
-    except ValueError as error:
-      raise ValueError(f'{name}: {error}') from error
-    grid = self._front.grids[name]
-    checks.check_cells(name, codes, grid)
-    coded = _CodedLeaf(codes, escaped, grid)
-    return coded.transposed() if leaf.is_transposed else coded
+  def _coded(self, name: str, leaf: LeafEntry) -> _CodedLeaf:
+    """Reads and checks a compressed leaf, slice by slice."""
+    begin, shape = self._front.codes_begin + leaf.begin, leaf.coded_shape
+    coded = []
+    each = zip(np.ndindex(leaf.slice_shape), leaf.parts(), self.grids(name), strict=True)
+    for index, part, grid in each:
+      data = self._read(begin, part.stored)
+      coded.append(_coded_slice(slice_name(name, index), data, shape, part, grid))
+      begin += part.stored
+    whole = _CodedLeaf(coded, leaf.slice_shape)
+    return whole.transposed() if leaf.is_transposed else whole
 
   def _uncompressed(self, name: str, leaf: LeafEntry) -> Shaped[np.ndarray, '...']:
     """Reads and checks an uncompressed leaf."""
@@ -334,3 +388,29 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
 
   def _read(self, begin: int, size: int) -> bytes:
     return read_bytes(self._file, self._label, begin, size)
+
+
+def _coded_slice(
+  name: str, data: bytes, shape: tuple[int, ...], part: SliceEntry, grid: Grid
+) -> _CodedSlice:
+  """Decodes and checks a slice of a compressed leaf, or the leaf.
+
+  Raises:
+    ValueError: it is damaged.
+  """
+  try:
+    end = part.stored - part.escape_bytes
+    # the shape is only a claim, which the payload bounds before memory is taken for it
+    codes = decode_codes(data[:end], shape)
+    checks.check_levels(codes, part.levels)
+    positions, escaped = escapes.decode(data[end:], codes.size, part.escapes, grid.dtype)
+    flat = codes.reshape(-1)
+    if bad := int(np.count_nonzero(flat[positions])):
+      raise ValueError(f'found {bad} escaped weights that have codes as well, expected none')
+    if bad := escaped.size - int(np.count_nonzero(np.isfinite(escaped))):
+      raise ValueError(f'found {bad} escaped weights that are NaN or infinite, expected none')
+    flat[positions] = ESCAPE
+  except ValueError as error:
+    raise ValueError(f'{name}: {error}') from error
+  checks.check_cells(name, codes, grid)
+  return _CodedSlice(codes, escaped, grid)

@@ -6,7 +6,7 @@
 import functools
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -16,14 +16,13 @@ from jax import tree_util
 from jaxtyping import Int8, Shaped
 
 from opq_jax.coding import encode_codes, escapes
-from opq_jax.compression import CompressionState, LeafState
+from opq_jax.compression import CompressionState, LeafState, slice_of
 from opq_jax.compression import encode as encode_weights
 from opq_jax.core import files, trees
 from opq_jax.core.limits import ESCAPE, MAX_LEVELS
 from opq_jax.core.ties import Candidate, Tie, tied
-from opq_jax.core.trees import PyTree
-from opq_jax.file import checks, packing, plain_trees
-from opq_jax.file import index as file_index
+from opq_jax.core.trees import PyTree, slice_name
+from opq_jax.file import checks, leaf_entries, packing, plain_trees
 from opq_jax.file.front import VERSIONS, front_bytes
 from opq_jax.file.grids import Grid
 
@@ -94,24 +93,24 @@ def serialize(
   records = dict(zip(trees.named_leaves(params), leaf_states, strict=True))
   tree = plain_tree(params)
   plain_trees.check_names(tree)
-  specs, grids, payloads, raw, versions = [], [], [], bytearray(), ['1']
+  specs, grids, raw, versions = [], [], bytearray(), ['1']
+  payloads: list[bytes] = []
   arrays = {name: host_array(name, leaf) for name, leaf in trees.named_leaves(tree).items()}
   ties, numbers = tied_leaves(arrays, records), {name: i for i, name in enumerate(arrays)}
   for name, array in arrays.items():
     record = records[name]
     if name in ties:
       first, is_transposed = ties[name]
-      specs.append(file_index.tied_spec(array.dtype, array.shape, numbers[first], is_transposed))
+      specs.append(leaf_entries.tied_spec(array.dtype, array.shape, numbers[first], is_transposed))
       versions.append(TIED_VERSION)
       continue
     if record is None:
       raw += bytes(-len(raw) % array.dtype.itemsize) + array.tobytes()
-      specs.append(file_index.spec(array.dtype, array.shape))
+      specs.append(leaf_entries.spec(array.dtype, array.shape))
       continue
-    grids.append(checked_grid(name, record))
-    codes = checked_codes(name, array, record)
-    written = written_leaf(codes, escaped_values(codes, array), record, contexts=contexts)
-    payloads.append(written.payload)
+    coded = coded_slices(name, array, record)
+    written = write_leaf(coded, array.shape, record.slices, payloads.append, contexts=contexts)
+    grids += written.grids
     specs.append(written.spec)
     versions.append(written.version)
 
@@ -146,12 +145,16 @@ def tied_leaves(
       if (record := records[name]) is not None:
         grid = [record.threshold, record.step, record.levels, record.codebook]
         bits = b''.join(np.asarray(number).tobytes() for number in grid)
-        facts = array.dtype, *sorted(array.shape), bits
+        # a leaf with slices is no transpose
+        shape = array.shape if record.slices else sorted(array.shape)
+        facts = array.dtype, *shape, record.slices, bits
         yield Candidate(name, facts, None, functools.partial(_identity, array))
 
   ties = {}
   for name, tie in tied(candidates()).items():
-    first, own = (np.asarray(_kinds(records, leaf)) for leaf in (tie.first, name))
+    first, own = (np.asarray(_record(records, leaf).kinds) for leaf in (tie.first, name))
+    if tie.is_transposed and _record(records, name).slices:
+      continue
     # latent weights may be equal where masks are not
     if np.array_equal(first.T if tie.is_transposed else first, own):
       ties[name] = tie
@@ -162,10 +165,10 @@ def _identity(array: Shaped[np.ndarray, '...']) -> Shaped[np.ndarray, '...']:
   return array
 
 
-def _kinds(records: Mapping[str, LeafState | None], name: str) -> Any:
+def _record(records: Mapping[str, LeafState | None], name: str) -> LeafState:
   record = records[name]
   assert record is not None
-  return record.kinds
+  return record
 
 
 def plain_tree(node: PyTree, path: tree_util.KeyPath = ()) -> PyTree:
@@ -198,18 +201,94 @@ def plain_tree(node: PyTree, path: tree_util.KeyPath = ()) -> PyTree:
   return type(node)(plain.values()) if type(node) in (list, tuple) else plain
 
 
-class WrittenLeaf(NamedTuple):
-  """A compressed leaf as a file holds it.
+class CodedSlice(NamedTuple):
+  """A slice of a compressed leaf, or the leaf, before its codes are written.
+
+  Attributes:
+    codes: of all weights, -128 where one is escaped.
+    escaped: the escaped weights, in C order.
+    record: its state, of which the kinds are not read.
+    grid: its row of `grids`.
+  """
+
+  codes: Int8[np.ndarray, '...']
+  escaped: Shaped[np.ndarray, ' m']
+  record: LeafState
+  grid: list[np.float32]
+
+
+class WrittenSlice(NamedTuple):
+  """A slice of a compressed leaf, or the leaf, as a file holds it.
 
   Attributes:
     payload: its bytes in `codes`.
-    spec: its notation in the index.
+    entry: its numbers in the index.
     version: the least version of the format that holds it.
   """
 
   payload: bytes
-  spec: str
+  entry: leaf_entries.SliceEntry
   version: str
+
+
+class WrittenLeaf(NamedTuple):
+  """A compressed leaf as a file holds it, without its payloads.
+
+  Attributes:
+    spec: its notation in the index.
+    grids: the rows of its slices.
+    version: the least version of the format that holds it.
+  """
+
+  spec: str
+  grids: list[list[np.float32]]
+  version: str
+
+
+def coded_slices(
+  name: str, array: Shaped[np.ndarray, '...'], record: LeafState
+) -> Iterator[CodedSlice]:
+  """Returns the slices of a compressed leaf in C order, or the leaf, coded and checked.
+
+  Raises:
+    ValueError: as `checked_grid` and `checked_codes`.
+  """
+  if record.slices:
+    # on the host, where slices are views
+    record = jax.device_get(record)
+  for index in np.ndindex(record.slice_shape):
+    own_name, own, weights = slice_name(name, index), slice_of(record, index), array[index]
+    grid = checked_grid(own_name, own)
+    codes = checked_codes(own_name, weights, own)
+    yield CodedSlice(codes, escaped_values(codes, weights), own, grid)
+
+
+def write_leaf(
+  coded: Iterable[CodedSlice],
+  shape: tuple[int, ...],
+  slices: int,
+  write: Callable[[bytes], Any],
+  *,
+  contexts: bool,
+) -> WrittenLeaf:
+  """Writes the payloads of a compressed leaf, one after the other.
+
+  Args:
+    coded: its slices in C order, or itself.
+    shape: of the whole leaf.
+    slices: leading axes that count slices.
+    write: takes each payload.
+    contexts: as for `opq_jax.coding.encode_codes`.
+  """
+  entries, grids, version = [], [], '2' if slices else '1'
+  for codes, escaped, record, grid in coded:
+    written = written_slice(codes, escaped, record, contexts=contexts)
+    write(written.payload)
+    entries.append(written.entry)
+    grids.append(grid)
+    version = max(version, written.version)
+    dtype = np.dtype(record.dtype)
+  return WrittenLeaf(leaf_entries.compressed_spec(dtype, shape, entries, slices), grids, version)
 
 
 def escaped_values(
@@ -219,19 +298,19 @@ def escaped_values(
   return array[codes == ESCAPE]
 
 
-def written_leaf(
+def written_slice(
   codes: Int8[np.ndarray, '...'],
   values: Shaped[np.ndarray, ' m'],
   record: LeafState,
   *,
   contexts: bool,
-) -> WrittenLeaf:
-  """Returns a compressed leaf as a file holds it.
+) -> WrittenSlice:
+  """Returns a slice of a compressed leaf, or the leaf, as a file holds it.
 
   Args:
     codes: of all weights, -128 where one is escaped.
     values: the escaped weights, in C order.
-    record: the leaf's state, of which the kinds are not read.
+    record: its state, of which the kinds are not read.
     contexts: as for `opq_jax.coding.encode_codes`.
   """
   section = b''
@@ -241,12 +320,9 @@ def written_leaf(
     codes = codes.copy()
     codes.reshape(-1)[positions] = 0
   payload = encode_codes(codes, contexts=contexts) + section
-  levels = int(record.levels)
-  spec = file_index.compressed_spec(
-    record.dtype, codes.shape, levels, len(payload), values.size, len(section)
-  )
+  entry = leaf_entries.SliceEntry(int(record.levels), len(payload), values.size, len(section))
   rounds = grid_of(record).level_values().rounds
-  return WrittenLeaf(payload, spec, '2' if section or rounds else '1')
+  return WrittenSlice(payload, entry, '2' if section or rounds else '1')
 
 
 def checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
@@ -272,7 +348,7 @@ def host_array(name: str, leaf: Any) -> Shaped[np.ndarray, '...']:
   except TypeError as error:  # keys of random numbers, tracers
     raise ValueError(f'{name}: found {type(leaf).__name__}, expected an array: {error}') from error
   # a name says nothing of the byte order, and the dtype of the table is native
-  dtype = file_index.DTYPES.get(array.dtype.name)
+  dtype = leaf_entries.DTYPES.get(array.dtype.name)
   if dtype is None:
     raise ValueError(
       f'{name}: found {type(leaf).__name__} of dtype {array.dtype}, expected an array of numbers'
@@ -320,7 +396,7 @@ def checked_codes(
     ValueError: the dtype cannot be compressed, a weight is not finite, or the value of a code lies
       in another cell.
   """
-  if not file_index.can_be_compressed(array.dtype):
+  if not leaf_entries.can_be_compressed(array.dtype):
     raise ValueError(f'{name}: found dtype {array.dtype}, expected floats of whole bytes')
   if bad := array.size - int(np.count_nonzero(np.isfinite(array))):
     raise ValueError(f'{name}: found {bad} weights that are NaN or infinite, expected none')

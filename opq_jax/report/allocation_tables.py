@@ -36,19 +36,38 @@ class _Row(NamedTuple):
     return 0 if self.leaf.tied_to else self.weights
 
   @property
+  def slices(self) -> int:
+    """Returns how many slices the leaf has; 0 without slices."""
+    return math.prod(self.leaf.slice_shape) if self.leaf.slices else 0
+
+  @property
+  def fit(self) -> float:
+    """Returns the Laplace fit, of slices the one farthest from 1; NaN where there is none."""
+    fits = np.ravel(np.asarray(self.leaf.laplace_fit))
+    if np.isnan(fits).any():
+      return math.nan
+    return float(fits[np.argmax(np.abs(np.log(np.maximum(fits, 1e-30))))])
+
+  @property
   def is_misfit(self) -> bool:
-    """Returns whether the Laplace density describes the leaf badly."""
-    (low, high), fit = LAPLACE_FIT_BOUNDS, float(self.leaf.laplace_fit)
-    return fit < low or fit > high  # False for NaN: a leaf of zeros has no fit
+    """Returns whether the Laplace density describes the leaf, or a slice of it, badly."""
+    low, high = LAPLACE_FIT_BOUNDS
+    return self.fit < low or self.fit > high  # False for NaN: a leaf of zeros has no fit
+
+  def mean(self, field: str) -> float:
+    """Returns a field of the leaf, of slices its mean."""
+    return float(np.mean(np.asarray(getattr(self.leaf, field))))
 
 
 def summary(params: PyTree, allocation: Allocation) -> tables.Printable:
   """Returns a table of an allocation's targets and predictions.
 
-  Columns: share of pruned weights; levels per sign; weights beyond the last level, which are stored
-  as they are (if there are any); bits of a survivor at a fixed width, mean over channels; predicted
-  entropy-coded bits per weight, tables included; predicted squared error, relative to the weights;
-  and the Laplace fit, red and marked `!` where the allocation's density describes a leaf badly.
+  Columns: number of slices (if there are any); share of pruned weights; levels per sign; weights
+  beyond the last level, which are stored as they are (if there are any); bits of a survivor at a
+  fixed width, mean over channels; predicted entropy-coded bits per weight, tables included;
+  predicted squared error, relative to the weights; and the Laplace fit, red and marked `!` where
+  the allocation's density describes a leaf badly.  Of slices the row has means, the most levels,
+  and the fit that is farthest from 1.
 
   Args:
     params: the tree that was allocated; shapes are enough.
@@ -74,28 +93,31 @@ def summary(params: PyTree, allocation: Allocation) -> tables.Printable:
       others.append(int(np.size(leaf)))
     else:
       weights = math.prod(record.shape)
-      rows.append(_Row(name, record, weights, round(float(record.escaped) * weights)))
+      rows.append(
+        _Row(name, record, weights, round(float(np.mean(np.asarray(record.escaped))) * weights))
+      )
   return tables.Printable(lambda: _summary_table(rows, others))
 
 
 def _summary_table(rows: Sequence[_Row], others: Sequence[int]) -> Table:
-  has_escaped = any(row.escaped for row in rows)
+  has_escaped, has_slices = any(row.escaped for row in rows), any(row.slices for row in rows)
   columns = (
-    *('path', 'shape', 'weights', 'pruned', 'levels'),
+    *('path', 'shape', *(('slices',) if has_slices else ()), 'weights', 'pruned', 'levels'),
     *(('escaped',) if has_escaped else ()),
     *('bits', 'payload', 'error', 'fit'),
   )
   weights = sum(row.counted for row in rows)
   payload = _mean(rows, 'payload')
   escaped_total = [f'{sum(row.escaped for row in rows):,}'] if has_escaped else []
+  blank = [''] * (1 + has_slices)
   totals = [
     (
-      *(f'{len(rows)} compressed', '', f'{weights:,}', f'{_mean(rows, "sparsity"):.1%}', ''),
+      *(f'{len(rows)} compressed', *blank, f'{weights:,}', f'{_mean(rows, "sparsity"):.1%}', ''),
       *(*escaped_total, '', f'{payload:.3f}'),
     ),
-    (f'{len(others)} uncompressed', '', f'{sum(others):,}'),
+    (f'{len(others)} uncompressed', *blank, f'{sum(others):,}'),
   ]
-  texts = [_texts(row, has_escaped) for row in rows]
+  texts = [_texts(row, has_escaped, has_slices) for row in rows]
   styles = ['red' if row.is_misfit else '' for row in rows]
   table = tables.leaf_table('', columns, texts, styles, totals)
   rate = f'{32 / payload:.2f}' if payload else 'inf'
@@ -115,36 +137,38 @@ def _summary_table(rows: Sequence[_Row], others: Sequence[int]) -> Table:
   return table
 
 
-def _texts(row: _Row, has_escaped: bool) -> tuple[str, ...]:
+def _texts(row: _Row, has_escaped: bool, has_slices: bool) -> tuple[str, ...]:
   """Returns the cells of a row."""
-  leaf, fit = row.leaf, float(row.leaf.laplace_fit)
   return (
     row.name,
-    'x'.join(map(str, leaf.shape)),
+    'x'.join(map(str, row.leaf.shape)),
+    *([f'{row.slices:,}' if row.slices else ''] if has_slices else []),
     f'{row.weights:,}',
-    f'{float(leaf.sparsity):.1%}',
-    f'{int(leaf.levels)}',
+    f'{row.mean("sparsity"):.1%}',
+    f'{int(np.max(np.asarray(row.leaf.levels)))}',
     *([f'{row.escaped:,}'] if has_escaped else []),
-    f'{float(np.mean(np.asarray(leaf.bits))):.2f}',
-    f'{float(leaf.payload):.3f}',
-    f'{float(leaf.error):.2%}',
-    '-' if math.isnan(fit) else f'{fit:.2f}{"!" if row.is_misfit else " "}',
+    f'{row.mean("bits"):.2f}',
+    f'{row.mean("payload"):.3f}',
+    f'{row.mean("error"):.2%}',
+    '-' if math.isnan(row.fit) else f'{row.fit:.2f}{"!" if row.is_misfit else " "}',
   )
 
 
 def _mean(rows: Sequence[_Row], field: str) -> float:
   """Returns the mean of a leaf's field over all weights."""
-  total = sum(row.counted * float(getattr(row.leaf, field)) for row in rows)
+  total = sum(row.counted * row.mean(field) for row in rows)
   return total / max(sum(row.counted for row in rows), 1)
 
 
 def _dead_line(rows: Sequence[_Row]) -> list[str]:
   """Returns the line about channels, rows and leaves without survivors; none if all have some."""
-  channels = sum(int(row.leaf.dead_channels) for row in rows)
-  indices = sum(int(row.leaf.dead_rows) for row in rows)
+  channels, indices = (
+    sum(int(np.sum(np.asarray(getattr(row.leaf, field)))) for row in rows)
+    for field in ('dead_channels', 'dead_rows')
+  )
   if not channels and not indices:
     return []
-  dead = [row.name for row in rows if float(row.leaf.sparsity) == 1]
+  dead = [row.name for row in rows if row.mean('sparsity') == 1]
   names = tables.visible(', '.join(dead[:_MAX_NAMES]))
   return [
     f'all weights pruned of {channels:,} output channels, of {indices:,} indices of a first axis, '

@@ -17,7 +17,7 @@ from jaxtyping import Int8, Shaped, UInt8
 from opq_jax.compression import LeafState
 from opq_jax.compression.records import ESCAPED
 from opq_jax.core.limits import ESCAPE
-from opq_jax.file.writer import escaped_values, written_leaf
+from opq_jax.file.writer import escaped_values, written_slice
 
 _PIECE = 1 << 18  # weights checked at a time: 2 MiB for each float64 array
 _TINY = float(np.finfo(np.float32).tiny)
@@ -208,7 +208,7 @@ def _payload_problems(
 ) -> list[str]:
   """Returns a line if the payload has another length than the codes take when coded again."""
   escaped = escaped_values(codes, values)
-  size = lambda contexts: len(written_leaf(codes, escaped, record, contexts=contexts).payload)
+  size = lambda contexts: len(written_slice(codes, escaped, record, contexts=contexts).payload)
   # coded without contexts only if the first length is not it: coding is most of the work
   if stored == (with_contexts := size(True)) or stored == (without := size(False)):
     return []

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float32, Int8, Shaped
@@ -93,4 +94,28 @@ def compressed_leaf(
     packed=-(-(kept * width) // 8) + -(-codes.size // 8) + 4 * grid.levels + values,
     entropy=codes.size * entropy(codes) / 8 + values,
     file=stored,
+  )
+
+
+def sum_of_slices(
+  path: str, shape: tuple[int, ...], slices: Sequence[CompressedLeaf], stored: int
+) -> CompressedLeaf:
+  """Returns the sizes of a leaf from those of its slices.
+
+  Args:
+    path: the leaf's name.
+    shape: of the whole leaf.
+    slices: the sizes of all slices.
+    stored: bytes of the leaf in the file.
+  """
+  total = lambda field: sum(getattr(row, field) for row in slices)
+  summed = ('weights', 'survivors', 'escaped', 'dead_channels', 'dead_rows', 'original')
+  return CompressedLeaf(
+    path=path,
+    shape=shape,
+    dtype=slices[0].dtype,
+    levels=max(row.levels for row in slices),
+    **{field: total(field) for field in (*summed, 'nominal', 'packed', 'entropy')},
+    file=stored,
+    slices=len(slices),
   )

@@ -27,15 +27,16 @@ class CompressedLeaf:
     weights: n.
     survivors: weights whose code is not 0.
     escaped: survivors that are stored as they are, outside the grid.
-    levels: quantization levels per sign.
+    levels: quantization levels per sign; of slices, the most.
     dead_channels: output channels in which all weights are pruned.
-    dead_rows: indices of the first axis (rows of a table, layers of a stack) at which all weights
-      are pruned; 0 for a vector.
+    dead_rows: indices of the first axis (rows of a table) at which all weights are pruned; 0 for a
+      vector.  Of slices, both are sums over them.
     original: bytes of the uncompressed leaf in its own dtype.
     nominal: see `SizeReport`.
     packed: see `SizeReport`.
     entropy: see `SizeReport`.
     file: bytes of its payload in the `.opq` file and of its grid (12 bytes).
+    slices: number of its slices, each with a grid and a payload of its own; 0 without slices.
   """
 
   path: str
@@ -52,6 +53,7 @@ class CompressedLeaf:
   packed: int
   entropy: float
   file: int
+  slices: int = 0
 
   @property
   def sparsity(self) -> float:

@@ -103,20 +103,25 @@ def _report(
   stored = file.sizes()
   compressed, uncompressed = [], []
   for path in file if originals is None else originals:
-    grid = file.grid(path)
-    if grid is None:
+    grids, slices = file.grids(path), file.slices(path)
+    if not grids:
       array = file[path]
       facts = path, array.shape, array.dtype.name, array.nbytes, stored[path]
       uncompressed.append(UncompressedLeaf(*facts))
       continue
     codes = file.codes(path)
-    weights = grid.values(codes) if originals is None else np.asarray(originals[path])
+    weights = file[path] if originals is None else np.asarray(originals[path])
     axis = channel_axis(path, weights) if callable(channel_axis) else channel_axis
-    if not -weights.ndim <= axis < weights.ndim:
+    if not -weights.ndim <= axis < weights.ndim or 0 <= axis < slices:
       raise ValueError(
-        f'{path}: found channel_axis {axis}, expected an axis of shape {codes.shape}'
+        f'{path}: found channel_axis {axis}, expected an axis of shape {codes.shape[slices:]}'
       )
-    largest = leaf_sizes.largest_on_grid(weights, codes, axis)
-    row = leaf_sizes.compressed_leaf(path, grid, codes, largest, axis, stored[path])
-    compressed.append(row)
+    axis = axis - slices if slices and axis >= 0 else axis
+    rows = []
+    for index, grid in zip(np.ndindex(codes.shape[:slices]), grids, strict=True):
+      largest = leaf_sizes.largest_on_grid(weights[index], codes[index], axis)
+      row = leaf_sizes.compressed_leaf(path, grid, codes[index], largest, axis, stored[path])
+      rows.append(row)
+    whole = leaf_sizes.sum_of_slices(path, codes.shape, rows, stored[path])
+    compressed.append(whole if slices else rows[0])
   return SizeReport(tuple(compressed), tuple(uncompressed), size)

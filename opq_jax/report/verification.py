@@ -11,9 +11,10 @@ from pathlib import Path
 import jax
 import ml_dtypes
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Int8, Shaped
 from rich.table import Table
 
+from opq_jax.compression import LeafState, slice_of
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 from opq_jax.file.reader import OpqFile
@@ -27,7 +28,6 @@ _CORRECTED = 1e-3
 moments of BatchNorm in different orders."""
 
 _BFLOAT16_STEP = 2.0**-7  # largest relative distance of neighbouring bfloat16 numbers
-_GRID_BYTES = 12  # threshold, first value and step of a leaf in the file, float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Verification:
   """The result of `verify`; prints as a table.
 
   Attributes:
-    compressed: a row for each compressed leaf.
+    compressed: a row for each compressed leaf, or for each of its slices.
     exact: number of uncompressed leaves that equal the original bit for bit.
     corrected: number of uncompressed leaves that equal the corrected leaves.
     problems: the claims that do not hold, a line each; empty for a file that holds what it claims.
@@ -117,14 +117,13 @@ def verify(
   exact = near = 0
   is_same_tree = True
   with OpqFile(path) as file:
-    stored = file.sizes()
     for name in dict.fromkeys([*file, *originals]):
       if name not in originals or name not in file:
         here, there = ('file', 'weights') if name in file else ('weights', 'file')
         problems.append(f'{name}: found in the {here}, not in the {there}')
         is_same_tree = False
         continue
-      value, record = file[name], file.leaf_state(name)
+      value, record, sizes = file[name], file.leaf_state(name), file.payload_sizes(name)
       original = originals[name]
       if record is not None and original.dtype == np.float64 and value.dtype == np.float32:
         original = originals[name] = original.astype(np.float32)
@@ -136,12 +135,9 @@ def verify(
         is_same_tree = False
       elif record is not None:
         target = original if coded is None else targets[name]
-        payload = stored[file.tied_to(name) or name] - _GRID_BYTES
-        row = cell_checks.check_leaf(
-          name, original, target, file.codes(name), value, record, payload
-        )
-        rows.append(row)
-        problems += row.problems
+        own = _verified(name, original, target, file.codes(name), value, record, sizes)
+        rows += own
+        problems += [problem for row in own for problem in row.problems]
       elif value.tobytes() == original.tobytes():
         exact += 1
       elif name in corrections and _is_near(value, corrections[name]):
@@ -157,6 +153,30 @@ def verify(
     narrowed = jax.tree.unflatten(jax.tree.structure(params), originals.values())
     report = payload_report(data, narrowed, channel_axis=channel_axis)
   return Verification(tuple(rows), exact, near, tuple(problems), report)
+
+
+def _verified(
+  name: str,
+  original: Shaped[np.ndarray, '...'],
+  target: Shaped[np.ndarray, '...'],
+  codes: Int8[np.ndarray, '...'],
+  values: Shaped[np.ndarray, '...'],
+  record: LeafState,
+  sizes: tuple[int, ...],
+) -> list[VerifiedLeaf]:
+  """Compares every slice of a compressed leaf, or the leaf, with its original weights."""
+  return [
+    cell_checks.check_leaf(
+      trees.slice_name(name, index),
+      original[index],
+      target[index],
+      codes[index],
+      values[index],
+      slice_of(record, index),
+      size,
+    )
+    for index, size in zip(np.ndindex(record.slice_shape), sizes, strict=True)
+  ]
 
 
 def _arrays(tree: PyTree) -> dict[str, Shaped[np.ndarray, '...']]:

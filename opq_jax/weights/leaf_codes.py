@@ -1,16 +1,18 @@
 """Codes of one leaf, computed in pieces of one size: one compiled program, little memory."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float32, Int8, Shaped
+from jaxtyping import Float32, Shaped
 
 from opq_jax import compression
 from opq_jax.allocation import Allocation, LeafAllocation
-from opq_jax.compression import LeafState
+from opq_jax.compression import LeafState, slice_of
 from opq_jax.compression.records import kinds_of
+from opq_jax.core.trees import slice_name
 from opq_jax.file import writer
 from opq_jax.report import leaf_sizes
 
@@ -19,25 +21,21 @@ _PIECE = 1 << 20  # weights coded at a time (4 MiB of float32): large enough to 
 _kinds_of = jax.jit(kinds_of)
 
 
-class CodedLeaf(NamedTuple):
-  """A leaf and its codes.
+class CodedPart(NamedTuple):
+  """A slice of a leaf, or the leaf, and its codes.
 
   Attributes:
-    record: its state, without the kinds of its weights.
-    codes: its codes, in its shape.
-    escaped: its escaped weights, in C order.
+    coded: its codes, its escaped weights, and its state without the kinds of its weights.
     largest: see `opq_jax.report.leaf_sizes.largest_on_grid`.
   """
 
-  record: LeafState
-  codes: Int8[np.ndarray, '...']
-  escaped: Shaped[np.ndarray, ' m']
+  coded: writer.CodedSlice
   largest: Float32[np.ndarray, ' channels']
 
 
-def coded_leaf(
+def coded_parts(
   name: str, array: Shaped[np.ndarray, '...'], allocated: LeafAllocation, axis: int
-) -> CodedLeaf:
+) -> Iterator[CodedPart]:
   """Codes a leaf like `opq_jax.encode(params, opq_jax.init_state(params, allocation))`.
 
   Args:
@@ -46,14 +44,27 @@ def coded_leaf(
     allocated: its allocation.
     axis: the axis of its output channels.
 
+  Returns:
+    Its slices in C order, or itself.
+
   Raises:
     ValueError: the leaf is not of finite floats, or a grid is too fine for its dtype.
   """
   array = writer.host_array(name, array)
   # the grid of a leaf does not depend on its weights: the state of an empty leaf has it
-  empty = dataclasses.replace(allocated, shape=(0,), channel_axis=0)
-  tree = {name: np.zeros(0, array.dtype)}
-  record = compression.init_state(tree, Allocation({name: empty})).tree[name]
+  empty = dataclasses.replace(allocated, shape=(*allocated.slice_shape, 0), channel_axis=0)
+  tree = {name: np.zeros(empty.shape, array.dtype)}
+  record = jax.device_get(compression.init_state(tree, Allocation({name: empty})).tree[name])
+  if allocated.slices:
+    axis = axis - allocated.slices if axis >= 0 else axis
+  for index in np.ndindex(allocated.slice_shape):
+    yield _coded_part(slice_name(name, index), array[index], slice_of(record, index), axis)
+
+
+def _coded_part(
+  name: str, array: Shaped[np.ndarray, '...'], record: LeafState, axis: int
+) -> CodedPart:
+  """Codes a slice of a leaf, or the leaf; the kinds of its state are not read."""
   flat, codes = array.reshape(-1), np.empty(array.size, np.int8)
   # of a small leaf the next power of two: few sizes, few programs
   size = min(_PIECE, 1 << max(flat.size - 1, 0).bit_length())
@@ -62,8 +73,10 @@ def coded_leaf(
     # padded with zeros, which every threshold prunes
     padded = np.pad(piece, (0, size - piece.size))
     kinds = _kinds_of(padded, record.threshold, record.step, record.levels)
-    state = dataclasses.replace(record, kinds=np.asarray(kinds))
+    state = dataclasses.replace(record, kinds=kinds)
     codes[start : start + size] = writer.checked_codes(name, padded, state)[: piece.size]
   shaped = codes.reshape(array.shape)
   largest = leaf_sizes.largest_on_grid(array, shaped, axis)
-  return CodedLeaf(record, shaped, writer.escaped_values(shaped, array), largest)
+  grid = writer.checked_grid(name, record)
+  escaped = writer.escaped_values(shaped, array)
+  return CodedPart(writer.CodedSlice(shaped, escaped, record, grid), largest)

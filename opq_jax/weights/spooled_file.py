@@ -9,19 +9,17 @@ import contextlib
 import os
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO
 
 import numpy as np
-from jaxtyping import Int8, Shaped
+from jaxtyping import Shaped
 
-from opq_jax.compression import LeafState
 from opq_jax.core import files
 from opq_jax.core.trees import PyTree
 from opq_jax.file import front as file_front
-from opq_jax.file import index as file_index
-from opq_jax.file import packing, writer
+from opq_jax.file import leaf_entries, packing, writer
 
 _MAX_PENDING = 8  # blocks of 1 MiB packed by threads or waiting for it: a bound of memory
 _COPY = 1 << 20  # bytes copied at a time
@@ -56,24 +54,22 @@ class SpooledFile:
     self._open.__exit__(*error)
 
   def add_codes(
-    self,
-    name: str,
-    record: LeafState,
-    codes: Int8[np.ndarray, '...'],
-    escaped: Shaped[np.ndarray, ' m'],
+    self, coded: Iterable[writer.CodedSlice], shape: tuple[int, ...], slices: int = 0
   ) -> None:
     """Adds a compressed leaf.
 
     Args:
-      name: the leaf's name, for error messages.
-      record: its grid; kinds are ignored.
-      codes: its codes.
-      escaped: its escaped weights, in C order.
+      coded: its slices in C order, or itself.
+      shape: of the whole leaf.
+      slices: leading axes that count slices.
     """
-    written = writer.written_leaf(codes, escaped, record, contexts=self._contexts)
-    with files.errors_of(self._output):
-      self._codes_file.write(written.payload)
-    self._grids.append(writer.checked_grid(name, record))
+
+    def write(payload: bytes) -> None:
+      with files.errors_of(self._output):
+        self._codes_file.write(payload)
+
+    written = writer.write_leaf(coded, shape, slices, write, contexts=self._contexts)
+    self._grids += written.grids
     self._specs.append(written.spec)
     self._version = max(self._version, written.version)
 
@@ -87,13 +83,13 @@ class SpooledFile:
       number: of the earlier leaf.
       is_transposed: whether the leaf is the transpose.
     """
-    self._specs.append(file_index.tied_spec(dtype, shape, number, is_transposed))
+    self._specs.append(leaf_entries.tied_spec(dtype, shape, number, is_transposed))
     self._version = max(self._version, writer.TIED_VERSION)
 
   def add(self, name: str, array: Shaped[np.ndarray, '...']) -> None:
     """Adds an uncompressed leaf."""
     array = writer.host_array(name, array)
-    self._specs.append(file_index.spec(array.dtype, array.shape))
+    self._specs.append(leaf_entries.spec(array.dtype, array.shape))
     # each leaf begins at a multiple of its item size
     padding = -self._raw_size % array.dtype.itemsize
     as_bytes = np.ascontiguousarray(array).reshape(-1).view(np.uint8)

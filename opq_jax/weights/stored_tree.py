@@ -1,6 +1,8 @@
 """The two passes over a tree on disk: statistics of its leaves, and their codes."""
 
+import collections
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +14,7 @@ from opq_jax.core.trees import PyTree
 from opq_jax.file import writer
 from opq_jax.report import leaf_sizes
 from opq_jax.report.records import CompressedLeaf, UncompressedLeaf
-from opq_jax.weights.leaf_codes import coded_leaf
+from opq_jax.weights.leaf_codes import coded_parts
 from opq_jax.weights.spooled_file import SpooledFile
 from opq_jax.weights.stored_leaves import StoredLeaf
 
@@ -79,18 +81,28 @@ class StoredTree:
   def _coded_leaf(
     self, name: str, leaf: StoredLeaf, allocated: LeafAllocation, file: SpooledFile
   ) -> CompressedLeaf:
-    axis = self.axes[name]
-    coded = coded_leaf(name, leaf.read(), allocated, axis)
+    axis, slices = self.axes[name], allocated.slices
+    axis_of_slice = axis - slices if slices and axis >= 0 else axis
+    rows: list[CompressedLeaf] = []
+
+    def coded() -> Iterator[writer.CodedSlice]:
+      """Codes slice by slice, and keeps the sizes of each."""
+      for part in coded_parts(name, leaf.read(), allocated, axis):
+        grid = writer.grid_of(part.coded.record)
+        codes = part.coded.codes
+        rows.append(leaf_sizes.compressed_leaf(name, grid, codes, part.largest, axis_of_slice, 0))
+        yield part.coded
+
     if allocated.tied_to:
       number = list(self.leaves).index(allocated.tied_to)
       file.add_tied(leaf.dtype, leaf.shape, number, allocated.is_transposed)
+      collections.deque(coded(), maxlen=0)  # for its sizes
     else:
-      file.add_codes(name, coded.record, coded.codes, coded.escaped)
-    grid = writer.grid_of(coded.record)
-    return leaf_sizes.compressed_leaf(name, grid, coded.codes, coded.largest, axis, 0)
+      file.add_codes(coded(), leaf.shape, slices)
+    return leaf_sizes.sum_of_slices(name, leaf.shape, rows, 0) if slices else rows[0]
 
 
-def stored_statistics(leaf: StoredLeaf, axis: int) -> LeafStatistics:
+def stored_statistics(leaf: StoredLeaf, axis: int, slices: int) -> LeafStatistics:
   """Returns the statistics of a leaf, on the host."""
   # fetched before the next leaf is read: JAX computes in the background and keeps the leaf
-  return jax.device_get(leaf_statistics(leaf.read(), axis))
+  return jax.device_get(leaf_statistics(leaf.read(), axis, slices=slices))

@@ -56,6 +56,7 @@ def compress_stored(
   *,
   compressible: Callable[[str, Any], bool] = is_compressible,
   channel_axis: ChannelAxis = -1,
+  slices: Callable[[str, Any], int] | None = None,
   metadata: Mapping[str, str] | None = None,
   contexts: bool = True,
   left_out: int = 0,
@@ -72,6 +73,7 @@ def compress_stored(
     output: the `.opq` file, which appears whole or not at all.
     compressible: see `opq_jax.allocate`.
     channel_axis: see `opq_jax.allocate`.
+    slices: see `opq_jax.allocate`.
     metadata: see `opq_jax.save`.
     contexts: see `opq_jax.save`.
     left_out: bytes of leaves that `file_rate` does not count as those of the tree: zeros.
@@ -110,8 +112,11 @@ def compress_stored(
   leaves = trees.named_leaves(tree)
   chosen = allocations.choose_leaves(leaves, compressible)
   axes = {name: allocations.axis_of(name, leaves[name], channel_axis) for name in chosen}
+  counts = {name: allocations.slices_of(name, leaves[name], axes[name], slices) for name in chosen}
   with stage('statistics'):
-    statistics = {name: stored_statistics(leaves[name], axes[name]) for name in chosen}
+    statistics = {
+      name: stored_statistics(leaves[name], axes[name], counts[name]) for name in chosen
+    }
   source = StoredTree(tree, leaves, statistics, axes)
 
   with contextlib.ExitStack() as spooled:

@@ -66,7 +66,7 @@ def test_answer_names_dead_leaves():
   assert 'embedding (10 of 50 along its first axis)' in text
   assert 'layers (1 of 3 along its first axis)' in text
   assert 'adapter: all weights are zero' in text and allocation.tree['adapter'] is None
-  assert 'tiny (the whole leaf)' in text
+  assert 'tiny (all of it)' in text
   assert int(allocation.tree['embedding'].dead_rows) == 10
   values = opq_jax.apply_compression(params, init_state(params, allocation))
   dead = lambda name: [i for i, row in enumerate(np.asarray(values[name])) if not row.any()]

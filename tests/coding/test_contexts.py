@@ -148,7 +148,7 @@ def test_entropy_escapes_on_trellis():
     dtype=np.dtype(np.float32),
   )
   values = np.full(zeros.size, 1000, np.float32)
-  written = writer.written_leaf(escaped, values, record, contexts=True)
+  written = writer.written_slice(escaped, values, record, contexts=True)
   payload = encode_codes(codes)
   assert written.payload == payload + escapes.encode(zeros, values)
   assert frequencies.to_bits(payload, 8).startswith(context_coding.TRELLIS_MARKER)

@@ -10,10 +10,10 @@ import pytest
 from opq_jax.compression import LeafState
 from opq_jax.compression.cells import value_table
 from opq_jax.compression.records import affine_codebook, exact_grid
-from opq_jax.file import index as file_index
+from opq_jax.file import leaf_entries
 from opq_jax.file.grids import Grid
 
-DTYPES = [dtype for dtype in file_index.DTYPES.values() if file_index.can_be_compressed(dtype)]
+DTYPES = [dtype for dtype in leaf_entries.DTYPES.values() if leaf_entries.can_be_compressed(dtype)]
 
 codebook_in_jax = jax.jit(affine_codebook)
 value_table_in_jax = jax.jit(value_table)

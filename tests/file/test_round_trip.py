@@ -18,8 +18,7 @@ from hypothesis.extra import numpy as hnp
 
 from opq_jax.compression import CompressionState, encode
 from opq_jax.compression.records import affine_codebook, exact_grid
-from opq_jax.file import index as file_index
-from opq_jax.file import packing
+from opq_jax.file import leaf_entries, packing
 from opq_jax.file.reader import OpqFile, load
 from opq_jax.file.writer import save, serialize
 from tests.helpers.opq_files import (
@@ -85,7 +84,7 @@ def test_serialize_any_key_order():
   assert serialize(other, state_of(other)) == serialize(params, state_of(params))
 
 
-DTYPES = list(file_index.DTYPES.values())
+DTYPES = list(leaf_entries.DTYPES.values())
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
@@ -149,7 +148,7 @@ def test_load_any_tree(params):
 )
 @pytest.mark.parametrize('step', [0.5, 0.013])
 def test_load_escaped_weights(dtype, step):
-  dtype = file_index.DTYPES[dtype]
+  dtype = leaf_entries.DTYPES[dtype]
   params, state = escaping(dtype, step=step, levels=4 if step == 0.5 else 127)
   book = state.tree['w']
   if step == 0.013:
@@ -189,7 +188,7 @@ def test_load_beyond_largest_number():
 
 
 @pytest.mark.parametrize(
-  'dtype', [d for d in DTYPES if file_index.can_be_compressed(d) and d.itemsize < 8], ids=str
+  'dtype', [d for d in DTYPES if leaf_entries.can_be_compressed(d) and d.itemsize < 8], ids=str
 )
 def test_load_every_float(dtype):
   params, state = escaping(dtype, levels=3)

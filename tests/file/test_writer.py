@@ -11,6 +11,7 @@ import safetensors.numpy
 from opq_jax.coding.payload import entropy
 from opq_jax.compression import CompressionState, encode
 from opq_jax.file import index as file_index
+from opq_jax.file import leaf_entries
 from opq_jax.file.reader import OpqFile, load
 from opq_jax.file.writer import save, serialize
 from tests.helpers.opq_files import (
@@ -26,7 +27,7 @@ from tests.helpers.opq_files import (
   version_of,
 )
 
-DTYPES = list(file_index.DTYPES.values())
+DTYPES = list(leaf_entries.DTYPES.values())
 
 
 def test_serialize_version_1():
@@ -38,7 +39,7 @@ def test_serialize_version_1():
 
 @pytest.mark.parametrize('dtype', ['float4_e2m1fn', 'float6_e2m3fn', 'float8_e8m0fnu'])
 def test_save_refuses_odd_floats(dtype):
-  weights = np.ones((4, 4), file_index.DTYPES[dtype])
+  weights = np.ones((4, 4), leaf_entries.DTYPES[dtype])
   with pytest.raises(ValueError, match=rf'^w: found dtype {dtype}, expected floats of whole bytes'):
     serialize({'w': weights}, CompressionState({'w': leaf_state(weights)}))
   data = rebuilt(serialize(*small()), replaced('"float32[12,5] 4', f'"{dtype}[12,5] 4'))

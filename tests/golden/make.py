@@ -11,6 +11,8 @@ NAME is
                                     those of `context_coding`
     version_2_escapes               escaped weights in five dtypes, and sums that round
     version_2_ties                  leaves that are earlier ones again, as they are and transposed
+    version_2_slices                leaves of slices along one axis and two, one of zeros, some with
+                                    escaped weights
 
 A field of the format brings a file.  Files that are there are never made again.
 """
@@ -126,8 +128,43 @@ def ties() -> tuple[dict[str, object], opq_jax.CompressionState]:
   return {**params, **more}, opq_jax.CompressionState({**states, **own})
 
 
+def slices() -> tuple[dict[str, object], opq_jax.CompressionState]:
+  """The network with stacked layers and experts: their slices have grids of their own."""
+  params, state = escapes()
+  draw = np.random.default_rng(2).laplace
+  scales = np.array([1.0, 0.25, 0.0, 8.0])
+  layers = draw(size=(4, 8, 12)) * scales[:, None, None]
+  layers[1, 2, 3], layers[3, :2, 0] = 77.5, -900
+  experts = draw(size=(2, 3, 6, 5)) * np.linspace(0.5, 3, 6).reshape(2, 3, 1, 1)
+  stacks = {
+    'layers': layers.astype(np.float32),
+    'experts': experts.astype(ml_dtypes.bfloat16),
+  }
+  # threshold and step over the scale of a slice, first value in steps beyond the threshold, levels
+  grids = {
+    'layers': (scales, [4, 3, 0, 2]),
+    'experts': (2.0 ** np.arange(-1, 5).reshape(2, 3) / 4, [[9, 5, 2], [1, 3, 0]]),
+  }
+  states = {}
+  for name, leaf in stacks.items():
+    scale, levels = grids[name]
+    threshold, step = np.float32(0.5 * scale), np.where(scale, np.float32(0.75 * scale), 1)
+    grid = threshold, step.astype(np.float32), np.array(levels, np.int32)
+    states[name] = opq_jax.compression.LeafState(
+      kinds=np.asarray(kinds_of(leaf, *grid)),
+      codebook=affine_codebook(grid[0] + grid[1] / 2, *grid[1:]),
+      threshold=grid[0],
+      step=grid[1],
+      levels=grid[2],
+      dtype=leaf.dtype,
+      slices=grid[0].ndim,
+    )
+  return {**params, **stacks}, opq_jax.CompressionState({**state.tree, **states})
+
+
 def main() -> None:
-  for name, make in (('version_2_escapes', escapes), ('version_2_ties', ties)):
+  made = {'version_2_escapes': escapes, 'version_2_ties': ties, 'version_2_slices': slices}
+  for name, make in made.items():
     stem = FOLDER / name
     if not stem.with_suffix('.opq').exists():
       opq_jax.save(stem.with_suffix('.opq'), *make(), METADATA)

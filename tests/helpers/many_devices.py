@@ -202,6 +202,71 @@ def escaped_weights_are_those_of_one_device():
   assert values['a/kernel'][3, 5] == 4000 and values['d/kernel'][7, 39, 2] == 900
 
 
+@functools.cache
+def stacks():
+  """Stacks of matrices: cut along the slices, along another axis, along both."""
+  rng = np.random.default_rng(1)
+  shapes = {'layers': (8, 64, 96), 'experts': (4, 2, 48, 32), 'plain': (40, 64)}
+  specs = {'layers': P('data', None, 'model'), 'experts': P('model', 'data'), 'plain': P('data')}
+  params = {
+    name: (rng.laplace(size=s) * rng.uniform(0.2, 3, (*s[:-2], 1, 1))).astype(np.float32)
+    for name, s in shapes.items()
+  }
+  return params, lay(params, specs, mesh())
+
+
+def axes_of_slices(path, leaf):
+  return {'layers': 1, 'experts': 2, 'plain': 0}[path]
+
+
+def slices_are_those_of_one_device():
+  params, over_mesh = stacks()
+  for targets in TARGETS:
+    found, expected = (
+      opq_jax.allocate(tree, slices=axes_of_slices, **targets) for tree in (over_mesh, params)
+    )
+    same(found, expected, 5e-3 if 'bits' in targets else 1e-3)
+  state, one = (opq_jax.init_state(tree, expected) for tree in (over_mesh, params))
+  jax.tree.map(np.testing.assert_array_equal, state, one)
+  for name, record in state.tree.items():
+    lies_alike(record.kinds, over_mesh[name])
+    assert record.threshold.sharding.is_fully_replicated
+  values = opq_jax.apply_compression(over_mesh, state)
+  lies_alike(values, over_mesh)
+  jax.tree.map(np.testing.assert_array_equal, values, opq_jax.apply_compression(params, one))
+  codes = opq_jax.encode(over_mesh, state)
+  lies_alike(codes, over_mesh)
+  for call, arguments in (
+    (jax.jit(opq_jax.init_state), (over_mesh, expected)),
+    (opq_jax.apply_compression, (over_mesh, state)),
+    (opq_jax.encode, (over_mesh, state)),
+    (jax.jit(opq_jax.decode), (codes, state)),
+  ):
+    # nothing crosses between devices at all
+    assert largest_moved(call.lower(*arguments).compile()) == 0
+  data = opq_jax.file.serialize(over_mesh, state)
+  assert data == opq_jax.file.serialize(params, one)
+
+
+def slices_gather_nothing():
+  params, over_mesh = stacks()
+  for name in ('layers', 'experts'):
+    leaf, slices = over_mesh[name], axes_of_slices(name, None)
+    counted = math.prod(leaf.shape[:slices])
+    layout = shards.placement_of(leaf)
+    found = opq_jax.allocation.leaf_statistics(leaf, slices=slices)
+    expected = opq_jax.allocation.leaf_statistics(params[name], slices=slices)
+    same(found, expected, 2e-6)
+    lowered = statistics._leaf_statistics.lower(leaf, None, -1, True, layout, slices)
+    assert 0 < largest_moved(lowered.compile()) <= 2 * BINS * counted
+    threshold = np.full(leaf.shape[:slices], 0.5, np.float32)
+    count = counts.per_channel_count(leaf, threshold, -1)
+    expected = counts.per_channel_count(params[name], threshold, -1)
+    np.testing.assert_array_equal(count, expected)
+    lowered = counts._per_channel_count.lower(leaf, threshold, -1, layout, slices)
+    assert 0 < largest_moved(lowered.compile()) <= leaf.shape[-1] * counted
+
+
 class Network(nn.Module):
   @nn.compact
   def __call__(self, x, train=False):
@@ -295,6 +360,8 @@ CHECKS = (
   explicit_axes_are_as_good_as_others,
   states_and_values_lie_as_the_weights_do,
   escaped_weights_are_those_of_one_device,
+  slices_are_those_of_one_device,
+  slices_gather_nothing,
   finetuning_is_that_of_one_device,
   a_state_is_restored_into_another_mesh,
 )

@@ -241,6 +241,20 @@ def read_value(k, threshold, first, step, levels, dtype):
   return value
 
 
+def read_slice(payload, shape, grid, levels, escapes, section, dtype):
+  """Returns the values of a leaf or of a slice, flat."""
+  values = [read_value(k, *grid, levels, dtype) for k in range(levels)]
+  zero = np.zeros((), dtype)
+  table = {0: zero} | {k + 1: v for k, v in enumerate(values)}
+  table |= {-k - 1: -v for k, v in enumerate(values)}
+  end = len(payload) - section
+  array = np.array([table[code] for code in read_payload(payload[:end], shape)], dtype)
+  if escapes:
+    positions, escaped = read_escapes(payload[end:], escapes, dtype)
+    array[positions] = escaped
+  return array
+
+
 def read(path):
   """Returns {path name: array} and the metadata of a file."""
   with open(path, 'rb') as file:
@@ -269,7 +283,9 @@ def read(path):
       earlier = arrays[names[int(tie[2])]]
       arrays[name] = earlier.T.copy() if tie[1] == 'transposed' else earlier
       continue
-    match = re.match(r'(\w+)\[([\d,]*)\](?: (\d+) (\d+))?(?: escapes=(\d+),(\d+))?', text)
+    match = re.match(
+      r'(\w+)\[([\d,]*)\](?: ([\d,]+) ([\d,]+))?(?: escapes=([\d,]+))?(?: slices=(\d+))?', text
+    )
     dtype = np.dtype(match[1])
     shape = tuple(map(int, match[2].split(','))) if match[2] else ()
     if match[3] is None:
@@ -278,20 +294,20 @@ def read(path):
       arrays[name] = np.frombuffer(raw[raw_at : raw_at + size], dtype).reshape(shape)
       raw_at += size
       continue
-    levels, stored, escapes, section = (int(n or 0) for n in match.groups()[2:])
-    threshold, first, step = (np.float32(next(grids)) for _ in range(3))
-    payload = part['codes'][codes_at : codes_at + stored]
-    codes_at += stored
-    values = [read_value(k, threshold, first, step, levels, dtype) for k in range(levels)]
-    zero = np.zeros((), dtype)
-    table = {0: zero} | {k + 1: v for k, v in enumerate(values)}
-    table |= {-k - 1: -v for k, v in enumerate(values)}
-    codes = read_payload(payload[: stored - section], shape)
-    array = np.array([table[code] for code in codes], dtype)
-    if escapes:
-      positions, escaped = read_escapes(payload[stored - section :], escapes, dtype)
-      array[positions] = escaped
-    arrays[name] = array.reshape(shape)
+    listed = lambda text: list(map(int, text.split(',')))
+    count = math.prod(shape[: int(match[6] or 0)])
+    levels, stored = listed(match[3]), listed(match[4])
+    escapes = listed(match[5]) if match[5] else [0, 0] * count
+    slices = zip(levels, stored, escapes[::2], escapes[1::2], strict=True)
+    arrays[name] = []
+    for own_levels, size, escaped, section in slices:
+      grid = [np.float32(next(grids)) for _ in range(3)]
+      payload = part['codes'][codes_at : codes_at + size]
+      codes_at += size
+      own_shape = shape[int(match[6] or 0) :]
+      arrays[name].append(read_slice(payload, own_shape, grid, own_levels, escaped, section, dtype))
+    assert len(arrays[name]) == count
+    arrays[name] = np.concatenate(arrays[name]).reshape(shape)
   return arrays, index['metadata']
 
 

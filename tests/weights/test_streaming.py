@@ -10,6 +10,7 @@ import opq_jax
 from experiments.benchmarks.resources import large_trees
 from opq_jax.weights import compress_stored, open_weights, streaming
 from opq_jax.weights import orbax as orbax_files
+from tests.helpers import stacks
 from tests.helpers.weight_trees import large_nested_tree, large_tree
 
 TARGETS = [{'compression_rate': 12.8}, {'sparsity': 0.6, 'bits': 3.0}]
@@ -31,6 +32,23 @@ def test_compress_stored_equals_save(stored, tmp_path, targets):
   opq_jax.save(tmp_path / 'expected.opq', params, state, {'a': 'b'})
   assert (tmp_path / 'net.opq').read_bytes() == (tmp_path / 'expected.opq').read_bytes()
   assert done.report == opq_jax.size_report(params, state, **options)
+
+
+@pytest.mark.filterwarnings('ignore:the Laplace density')
+@pytest.mark.filterwarnings('ignore:sparsity. found .* equal weights are pruned together')
+@pytest.mark.parametrize('targets', [*TARGETS, {'file_rate': 9.0}], ids=lambda each: '-'.join(each))
+@pytest.mark.parametrize('dtype', [np.float32, np.float16])
+def test_compress_stored_slices(tmp_path, targets, dtype):
+  params, slices = stacks.stacked(dtype, shape=(2, 2)), stacks.axes_of_stack((2, 2))
+  safetensors.numpy.save_file(params, tmp_path / 'net.safetensors')
+  stored, options = open_weights(tmp_path / 'net.safetensors'), {'slices': slices}
+  done = compress_stored(stored, tmp_path / 'net.opq', **options, **targets)
+  allocation = opq_jax.allocate(params, **options, **targets)
+  state = opq_jax.init_state(params, allocation)
+  opq_jax.save(tmp_path / 'expected.opq', params, state)
+  assert (tmp_path / 'net.opq').read_bytes() == (tmp_path / 'expected.opq').read_bytes()
+  assert done.report == opq_jax.size_report(params, state)
+  assert [leaf.slices for leaf in done.report.compressed] == [0, 4]
 
 
 @pytest.mark.filterwarnings('ignore:the Laplace density')
