@@ -225,7 +225,10 @@ def slices_are_those_of_one_device():
     found, expected = (
       opq_jax.allocate(tree, slices=axes_of_slices, **targets) for tree in (over_mesh, params)
     )
-    same(found, expected, 5e-3 if 'bits' in targets else 1e-3)
+    # steps of small matrices lie in a flat minimum; thresholds are counted
+    same(found, expected, 3e-2 if 'bits' in targets else 1e-3)
+    for x, y in zip(found.tree.values(), expected.tree.values(), strict=True):
+      np.testing.assert_allclose(x.threshold, y.threshold, rtol=1e-3)
   state, one = (opq_jax.init_state(tree, expected) for tree in (over_mesh, params))
   jax.tree.map(np.testing.assert_array_equal, state, one)
   for name, record in state.tree.items():
