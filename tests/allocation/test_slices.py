@@ -121,7 +121,8 @@ def test_allocate_slices_of_zeros():
   assert (whole.levels[2], whole.sparsity[2], whole.payload[2], whole.step[2]) == (0, 1, 0, 1)
   with pytest.warns(UserWarning, match='^w: all weights are zero'):
     found = opq_jax.allocate(
-      {'a': layers[0], 'w': np.zeros((2, 4, 3))}, slices=lambda path, _: int(path == 'w')
+      {'a': layers[0], 'w': np.zeros((2, 4, 3), np.float32)},
+      slices=lambda path, _: int(path == 'w'),
     )
   assert found.tree['w'] is None
 
@@ -165,7 +166,9 @@ def test_allocate_objective_of_slices():
 )
 def test_allocate_refuses_slices(slices, axis, message):
   with pytest.raises(ValueError, match=message):
-    opq_jax.allocate({'w': np.ones((3, 4, 5))}, slices=lambda *_: slices, channel_axis=axis)
+    opq_jax.allocate(
+      {'w': np.ones((3, 4, 5), np.float32)}, slices=lambda *_: slices, channel_axis=axis
+    )
 
 
 def test_allocate_names_slices_of_nan():
