@@ -87,6 +87,7 @@ NAME_PATTERNS = (
 )
 """Names of leaves that pass through by default, whatever their shape."""
 
+_MAX_LENGTH = 1000  # characters of a name that the patterns see
 _BIAS = re.compile(r'(?P<place>(.*[/.])?)b(?P<number>\d*)', re.DOTALL)
 _COMPILED = [(re.compile(each.pattern), each.kind) for each in NAME_PATTERNS]
 
@@ -126,7 +127,8 @@ def plain_name(path: str) -> str:
   >>> plain_name('blocks[3].self_attn.LayerNorm.weight'), plain_name('layers/0/kernel/value')
   ('blocks/self_attn/layer_norm/weight', 'layers/kernel')
   """
-  parts = [part.removesuffix(':0') for part in re.split(r'[/.\[\]\'"]+', path)]
+  # only the end of a very long name, so that a hostile one takes no time
+  parts = [part.removesuffix(':0') for part in re.split(r'[/.\[\]\'"]+', path[-_MAX_LENGTH:])]
   parts = [part for part in parts if part and not part.isdecimal()]
   while len(parts) > 1 and parts[-1] in ('value', 'raw_value'):
     parts.pop()

@@ -1,6 +1,7 @@
 """Names and shapes of the frameworks, and whether such a leaf is compressed by default."""
 
 import re
+import time
 from pathlib import Path
 
 import jax
@@ -95,6 +96,13 @@ def test_patterns_ignore_places():
   ):
     assert plain_name(name) == 'blocks/norm1/weight'
   assert kind_of_name('value') is None and plain_name('value') == 'value'
+
+
+@pytest.mark.parametrize('part', ['norm_', 'bias_', 'a', 'Aa', 'rel_pos_', 'scale/', 'proj_norm'])
+def test_patterns_of_long_names(part):
+  began = time.process_time()
+  assert kind_of_name(part * 100_000 + '/weight') in (None, 'scales of normalizations')
+  assert time.process_time() - began < 1
 
 
 def test_guide_lists_patterns():
