@@ -26,6 +26,9 @@ _SINGLE = ('trace', 'momentum', 'velocity', 'acc_grads')
 """Subtrees of one number for every parameter."""
 
 
+_MAX_PARTS = 64  # of a path that is looked at: a hostile one has many
+
+
 def is_in_optimizer(path: str) -> bool:
   """Returns whether a part of a path is the name of an optimizer's state.
 
@@ -49,7 +52,7 @@ def optimizer_leaves(leaves: Mapping[str, Any]) -> list[str]:
   >>> optimizer_leaves(params)
   ['mu/net/w', 'nu/net/w']
   """
-  places = {path: _parts(path) for path in leaves}
+  places = {path: parts for path in leaves if len(parts := _parts(path)) <= _MAX_PARTS}
   names = {name for pair in _PAIRS for name in pair} | set(_SINGLE)
   subtrees: dict[tuple[str, ...], dict[tuple[str, ...], tuple[int, ...]]] = {}
   for path, parts in places.items():
