@@ -8,18 +8,17 @@ import io
 import os
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from jaxtyping import Int8, Shaped
 
-from opq_jax.coding import decode_codes, escapes
-from opq_jax.core.limits import ESCAPE
 from opq_jax.core.trees import slice_name
-from opq_jax.file import checks, packing
+from opq_jax.file import packing
+from opq_jax.file.coded_leaves import CodedLeaf, coded_slice
 from opq_jax.file.front import GRID_BYTES, grids_of, read_bytes, read_front
 from opq_jax.file.grids import Grid
-from opq_jax.file.leaf_entries import LeafEntry, SliceEntry
+from opq_jax.file.leaf_entries import LeafEntry
 
 if TYPE_CHECKING:
   from opq_jax.compression import CompressionState, LeafState
@@ -47,83 +46,6 @@ def load(
   """
   with OpqFile(path, most_bytes) as file:
     return file.load(like)
-
-
-class _CodedSlice(NamedTuple):
-  """A slice of a compressed leaf, or the leaf, as the file codes it, checked.
-
-  Attributes:
-    codes: of all weights, -128 where one is escaped.
-    escaped: the escaped weights, in C order.
-    grid: the value of every code.
-  """
-
-  codes: Int8[np.ndarray, '...']
-  escaped: Shaped[np.ndarray, ' m']
-  grid: Grid
-
-  def values(self) -> Shaped[np.ndarray, '...']:
-    """Returns the weights in the leaf's dtype."""
-    values = self.grid.values(self.codes)
-    values[self.codes == ESCAPE] = self.escaped
-    return values
-
-  def transposed(self) -> '_CodedSlice':
-    """Returns the transpose of a leaf of two axes."""
-    rows, columns = np.divmod(np.flatnonzero(self.codes == ESCAPE), self.codes.shape[1])
-    order = np.argsort(columns * self.codes.shape[0] + rows)
-    return _CodedSlice(np.ascontiguousarray(self.codes.T), self.escaped[order], self.grid)
-
-
-class _CodedLeaf(NamedTuple):
-  """A compressed leaf as the file codes it, checked.
-
-  Attributes:
-    parts: its slices in C order, or itself.
-    slice_shape: shape of the slices' axes; () without slices.
-  """
-
-  parts: list[_CodedSlice]
-  slice_shape: tuple[int, ...]
-
-  def stacked(self, arrays: list[Any]) -> Any:
-    """Returns the arrays of all slices as one; of a leaf without slices, its own."""
-    if not self.slice_shape:
-      return arrays[0]
-    return np.stack(arrays).reshape(*self.slice_shape, *np.shape(arrays[0]))
-
-  def transposed(self) -> '_CodedLeaf':
-    """Returns the transpose of a leaf of two axes, which has no slices."""
-    return _CodedLeaf([self.parts[0].transposed()], ())
-
-  def codes(self) -> Int8[np.ndarray, '...']:
-    """Returns the codes of all weights."""
-    return self.stacked([part.codes for part in self.parts])
-
-  def values(self) -> Shaped[np.ndarray, '...']:
-    """Returns the weights in the leaf's dtype."""
-    return self.stacked([part.values() for part in self.parts])
-
-  def state(self) -> 'LeafState':
-    """Returns the state that compresses the weights to these codes."""
-    import jax.numpy as jnp
-
-    from opq_jax.compression import LeafState
-    from opq_jax.compression.records import kinds_of_codes
-
-    grids = [part.grid for part in self.parts]
-    arrays: dict[str, Any] = {
-      'kinds': kinds_of_codes(self.codes()),
-      'codebook': self.stacked([grid.codebook() for grid in grids]),
-      'threshold': self.stacked([np.array(grid.threshold) for grid in grids]),
-      'step': self.stacked([np.array(grid.step) for grid in grids]),
-      'levels': self.stacked([np.array(grid.levels, np.int32) for grid in grids]),
-    }
-    return LeafState(
-      **{name: jnp.asarray(array) for name, array in arrays.items()},
-      dtype=grids[0].dtype,
-      slices=len(self.slice_shape),
-    )
 
 
 class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
@@ -288,14 +210,14 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
 
     Args:
       like: a tree of the same paths and shapes (arrays, or what `jax.eval_shape` returns) whose
-        containers the result takes over; leaves keep the dtypes of the file.  Without it dicts,
+        containers the result takes over; leaves keep the dtypes of the file.  A leaf of a
+        `NamedSharding` is laid over its mesh, with the kinds of its state.  Without it dicts,
         lists, tuples and None come back as themselves, and every other container as a dict.
 
     Returns:
       `(params, state)`: params of host arrays, exact whatever `jax_enable_x64` says, and a state of
-      JAX's arrays.  These `params`, their
-      `apply_compression(params, state)` and that of what was saved are bit-identical, and
-      `encode(params, state)` are the codes that were saved.
+      JAX's arrays.  These `params`, their `apply_compression(params, state)` and that of what was
+      saved are bit-identical, and `encode(params, state)` are the codes that were saved.
 
     Raises:
       ValueError: a leaf is damaged; or `like` has other paths or shapes, all of which are listed.
@@ -304,21 +226,24 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
 
     from opq_jax.compression import CompressionState
     from opq_jax.core import trees
+    from opq_jax.file.layout import laid_out
 
     structure, order = jax.tree.structure(self._front.tree), list(self._front.leaves)
+    likes: dict[str, Any] = {}
     if like is not None:
-      shapes = {name: np.shape(leaf) for name, leaf in trees.named_leaves(like).items()}
-      self._check_like(shapes)
-      structure, order = jax.tree.structure(like), list(shapes)
-    params: list[np.ndarray] = []
+      likes = trees.named_leaves(like)
+      self._check_like({name: np.shape(leaf) for name, leaf in likes.items()})
+      structure, order = jax.tree.structure(like), list(likes)
+    params: list[Any] = []
     records: list[LeafState | None] = []
     repeated = {self.tied_to(name) for name in order}
-    firsts: dict[str | None, _CodedLeaf] = {}  # the leaves that later ones are again
+    firsts: dict[str | None, CodedLeaf] = {}  # the leaves that later ones are again
     for name in order:
       leaf, first = self._leaf(name), self.tied_to(name)
       if leaf.table is None:
-        params.append(self._uncompressed(name, leaf))
-        records.append(None)
+        value, record = laid_out(self._uncompressed(name, leaf), None, likes.get(name))
+        params.append(value)
+        records.append(record)
         continue
       if first in firsts:
         coded = firsts[first].transposed() if leaf.is_transposed else firsts[first]
@@ -326,8 +251,9 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
         coded = self._coded(name, leaf)
       if name in repeated:
         firsts[name] = coded
-      params.append(coded.values())
-      records.append(coded.state())
+      value, record = laid_out(coded.values(), coded.state(), likes.get(name))
+      params.append(value)
+      records.append(record)
     return (
       jax.tree.unflatten(structure, params),
       CompressionState(jax.tree.unflatten(structure, records)),
@@ -348,16 +274,16 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
       raise KeyError(f'{name}: not found in {self._label}')
     return self._front.leaves[name]
 
-  def _coded(self, name: str, leaf: LeafEntry) -> _CodedLeaf:
+  def _coded(self, name: str, leaf: LeafEntry) -> CodedLeaf:
     """Reads and checks a compressed leaf, slice by slice."""
     begin, shape = self._front.codes_begin + leaf.begin, leaf.coded_shape
     coded = []
     each = zip(np.ndindex(leaf.slice_shape), leaf.parts(), self.grids(name), strict=True)
     for index, part, grid in each:
       data = self._read(begin, part.stored)
-      coded.append(_coded_slice(slice_name(name, index), data, shape, part, grid))
+      coded.append(coded_slice(slice_name(name, index), data, shape, part, grid))
       begin += part.stored
-    whole = _CodedLeaf(coded, leaf.slice_shape)
+    whole = CodedLeaf(coded, leaf.slice_shape)
     return whole.transposed() if leaf.is_transposed else whole
 
   def _uncompressed(self, name: str, leaf: LeafEntry) -> Shaped[np.ndarray, '...']:
@@ -388,29 +314,3 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
 
   def _read(self, begin: int, size: int) -> bytes:
     return read_bytes(self._file, self._label, begin, size)
-
-
-def _coded_slice(
-  name: str, data: bytes, shape: tuple[int, ...], part: SliceEntry, grid: Grid
-) -> _CodedSlice:
-  """Decodes and checks a slice of a compressed leaf, or the leaf.
-
-  Raises:
-    ValueError: it is damaged.
-  """
-  try:
-    end = part.stored - part.escape_bytes
-    # the shape is only a claim, which the payload bounds before memory is taken for it
-    codes = decode_codes(data[:end], shape)
-    checks.check_levels(codes, part.levels)
-    positions, escaped = escapes.decode(data[end:], codes.size, part.escapes, grid.dtype)
-    flat = codes.reshape(-1)
-    if bad := int(np.count_nonzero(flat[positions])):
-      raise ValueError(f'found {bad} escaped weights that have codes as well, expected none')
-    if bad := escaped.size - int(np.count_nonzero(np.isfinite(escaped))):
-      raise ValueError(f'found {bad} escaped weights that are NaN or infinite, expected none')
-    flat[positions] = ESCAPE
-  except ValueError as error:
-    raise ValueError(f'{name}: {error}') from error
-  checks.check_cells(name, codes, grid)
-  return _CodedSlice(codes, escaped, grid)

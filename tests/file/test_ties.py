@@ -232,3 +232,19 @@ def test_claims_of_ties_are_bounded():
   data = serialize(params, state, contexts=False)
   with pytest.raises(ValueError, match='a greater most_bytes admits them'):
     opq_jax.OpqFile(data)
+
+
+@pytest.mark.parametrize('sliced', ['ef', 'e', ''])
+def test_ties_of_slices(sliced):
+  """Stacks that are one array are tied where both have slices, or neither."""
+  params = tied_network()
+  axes = lambda name, leaf: int(name in sliced)
+  allocation = opq_jax.allocate(params, compression_rate=6.0, slices=axes)
+  assert allocation.tree['f'].tied_to == ('' if sliced == 'e' else 'e')
+  state = opq_jax.init_state(params, allocation)
+  loaded, states = opq_jax.load(serialize(params, state))
+  for name, leaf in opq_jax.apply_compression(params, state).items():
+    assert same_bits(loaded[name], leaf)
+  assert states.tree['f'].threshold.shape == ((2,) if sliced == 'ef' else ())
+  with opq_jax.OpqFile(serialize(params, state)) as file:
+    assert file.tied_to('f') == (None if sliced == 'e' else 'e')

@@ -1,0 +1,121 @@
+"""The codes of one compressed leaf of a file, decoded and checked, and what they say.
+
+Values and codes are NumPy's; JAX is imported where a compression state is asked for.
+"""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int8, Shaped
+
+from opq_jax.coding import decode_codes, escapes
+from opq_jax.core.limits import ESCAPE
+from opq_jax.file import checks
+from opq_jax.file.grids import Grid
+from opq_jax.file.leaf_entries import SliceEntry
+
+if TYPE_CHECKING:
+  from opq_jax.compression import LeafState
+
+
+class CodedSlice(NamedTuple):
+  """A slice of a compressed leaf, or the leaf, as the file codes it, checked.
+
+  Attributes:
+    codes: of all weights, -128 where one is escaped.
+    escaped: the escaped weights, in C order.
+    grid: the value of every code.
+  """
+
+  codes: Int8[np.ndarray, '...']
+  escaped: Shaped[np.ndarray, ' m']
+  grid: Grid
+
+  def values(self) -> Shaped[np.ndarray, '...']:
+    """Returns the weights in the leaf's dtype."""
+    values = self.grid.values(self.codes)
+    values[self.codes == ESCAPE] = self.escaped
+    return values
+
+  def transposed(self) -> 'CodedSlice':
+    """Returns the transpose of a leaf of two axes."""
+    rows, columns = np.divmod(np.flatnonzero(self.codes == ESCAPE), self.codes.shape[1])
+    order = np.argsort(columns * self.codes.shape[0] + rows)
+    return CodedSlice(np.ascontiguousarray(self.codes.T), self.escaped[order], self.grid)
+
+
+class CodedLeaf(NamedTuple):
+  """A compressed leaf as the file codes it, checked.
+
+  Attributes:
+    parts: its slices in C order, or itself.
+    slice_shape: shape of the slices' axes; () without slices.
+  """
+
+  parts: list[CodedSlice]
+  slice_shape: tuple[int, ...]
+
+  def stacked(self, arrays: list[Any]) -> Any:
+    """Returns the arrays of all slices as one; of a leaf without slices, its own."""
+    if not self.slice_shape:
+      return arrays[0]
+    return np.stack(arrays).reshape(*self.slice_shape, *np.shape(arrays[0]))
+
+  def transposed(self) -> 'CodedLeaf':
+    """Returns the transpose of a leaf of two axes, which has no slices."""
+    return CodedLeaf([self.parts[0].transposed()], ())
+
+  def codes(self) -> Int8[np.ndarray, '...']:
+    """Returns the codes of all weights."""
+    return self.stacked([part.codes for part in self.parts])
+
+  def values(self) -> Shaped[np.ndarray, '...']:
+    """Returns the weights in the leaf's dtype."""
+    return self.stacked([part.values() for part in self.parts])
+
+  def state(self) -> 'LeafState':
+    """Returns the state that compresses the weights to these codes."""
+    import jax.numpy as jnp
+
+    from opq_jax.compression import LeafState
+    from opq_jax.compression.records import kinds_of_codes
+
+    grids = [part.grid for part in self.parts]
+    arrays: dict[str, Any] = {
+      'kinds': kinds_of_codes(self.codes()),
+      'codebook': self.stacked([grid.codebook() for grid in grids]),
+      'threshold': self.stacked([np.array(grid.threshold) for grid in grids]),
+      'step': self.stacked([np.array(grid.step) for grid in grids]),
+      'levels': self.stacked([np.array(grid.levels, np.int32) for grid in grids]),
+    }
+    return LeafState(
+      **{name: jnp.asarray(array) for name, array in arrays.items()},
+      dtype=grids[0].dtype,
+      slices=len(self.slice_shape),
+    )
+
+
+def coded_slice(
+  name: str, data: bytes, shape: tuple[int, ...], part: SliceEntry, grid: Grid
+) -> CodedSlice:
+  """Decodes and checks a slice of a compressed leaf, or the leaf.
+
+  Raises:
+    ValueError: it is damaged.
+  """
+  try:
+    end = part.stored - part.escape_bytes
+    # the shape is only a claim, which the payload bounds before memory is taken for it
+    codes = decode_codes(data[:end], shape)
+    checks.check_levels(codes, part.levels)
+    positions, escaped = escapes.decode(data[end:], codes.size, part.escapes, grid.dtype)
+    flat = codes.reshape(-1)
+    if bad := int(np.count_nonzero(flat[positions])):
+      raise ValueError(f'found {bad} escaped weights that have codes as well, expected none')
+    if bad := escaped.size - int(np.count_nonzero(np.isfinite(escaped))):
+      raise ValueError(f'found {bad} escaped weights that are NaN or infinite, expected none')
+    flat[positions] = ESCAPE
+  except ValueError as error:
+    raise ValueError(f'{name}: {error}') from error
+  checks.check_cells(name, codes, grid)
+  return CodedSlice(codes, escaped, grid)
