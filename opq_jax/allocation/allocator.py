@@ -26,9 +26,10 @@ import numpy as np
 from jaxtyping import Array
 
 from opq_jax.allocation.answer_checks import check_answer, warn_of_width, warn_of_zeros
+from opq_jax.allocation.chosen_by_usage import arguments_of
 from opq_jax.allocation.joined_statistics import join, layout_of
 from opq_jax.allocation.lattices import Lattice, has_few_magnitudes, lattice_of, numbers_of
-from opq_jax.allocation.objectives import Objective, check_omegas, energy_power
+from opq_jax.allocation.objectives import Objective, check_omegas, energy_power, omegas_of_shares
 from opq_jax.allocation.parts import (
   MeasuredLeaf,
   Part,
@@ -39,7 +40,7 @@ from opq_jax.allocation.parts import (
 )
 from opq_jax.allocation.records import Allocation, LeafAllocation
 from opq_jax.allocation.second_look import look_again
-from opq_jax.allocation.selection import axis_of, choose_leaves, is_compressible, slices_of
+from opq_jax.allocation.selection import axis_of, choose_leaves, slices_of
 from opq_jax.allocation.solver import solve
 from opq_jax.allocation.statistics import LeafStatistics, leaf_statistics
 from opq_jax.allocation.targets import SparsityAndBits, Targets, check_file_rate, check_targets
@@ -57,9 +58,10 @@ def allocate(
   bits_per_weight: float | Array | None = None,
   file_rate: float | None = None,
   objective: Objective | PyTree = 'balanced_error',
-  compressible: Callable[[str, Any], bool] = is_compressible,
-  channel_axis: int | Callable[[str, Any], int] = -1,
+  compressible: Callable[[str, Any], bool] | None = None,
+  channel_axis: int | Callable[[str, Any], int] | None = None,
   slices: Callable[[str, Any], int] | None = None,
+  usage: PyTree | None = None,
   corrected: bool = True,
   read: Callable[[str], Weights] | None = None,
 ) -> Allocation:
@@ -115,7 +117,12 @@ def allocate(
     slices: (path, leaf) -> how many leading axes of a leaf count slices, each a matrix of its own:
       1 for the layers of `nn.scan` or the experts of one leaf, 2 for the experts of scanned layers.
       Each slice then has a threshold, a grid and a term of the objective of its own, bit for bit
-      those that it has as a leaf by itself.
+      those that it has as a leaf by itself where the solver meets all slices in the same order,
+      and else up to rounding.
+    usage: how a function uses the leaves, `opq_jax.usage(fn, params, *inputs)`.  `compressible`,
+      `channel_axis` and `slices` follow from it where they are not given: leaves of products and
+      look-ups are compressed, whatever their names.  An expert that sees a share p of all rows has
+      a term p F_i in the objective, which is an expectation over rows then.
     corrected: whether to count one histogram per leaf and solve with it.  Bits per weight are then
       those of the actual codes, thresholds prune exactly the share that each leaf is given, `bits`
       counts the true survivors, a leaf of few magnitudes may be held exactly
@@ -161,6 +168,7 @@ def allocate(
       'compressible': compressible,
       'channel_axis': channel_axis,
       'slices': slices,
+      'usage': usage,
       'corrected': corrected,
     }
     return at_file_rate(params, file_rate, objective=objective, **options).allocation
@@ -174,13 +182,15 @@ def allocate(
     name: leaf.statistics if isinstance(leaf, _Opaque) else leaf
     for name, leaf in trees.named_leaves(params).items()
   }
-  chosen = choose_leaves(named, compressible)
-  power = energy_power(objective)
-  omegas: list[Array] | None = None
-  axes = {name: _axes(name, named[name], channel_axis, slices) for name in chosen}
+  given = arguments_of(params, usage, compressible, channel_axis, slices)
+  chosen = choose_leaves(named, given.compressible)
+  axes = {name: _axes(name, named[name], given.channel_axis, given.slices) for name in chosen}
+  power, omegas = energy_power(objective), None
   if not isinstance(objective, str):
     shapes = {name: tuple(named[name].shape[:count]) for name, (_, count) in axes.items()}
     omegas = check_omegas(params, objective, shapes)
+  elif given.shares is not None:
+    omegas = omegas_of_shares(objective, [given.shares[name] for name in chosen])
   leaves = _measured(named, axes, omegas, corrected, read)
   parts = parts_of(leaves)
   is_traced = trees.is_traced(([leaf.statistics for leaf in leaves], targets, omegas))
@@ -236,8 +246,8 @@ def _axes(
   """Returns the axes of a leaf; of statistics, their own."""
   if isinstance(leaf, LeafStatistics):
     return _Axes(leaf.channel_axis, leaf.slices)
-  axis = axis_of(name, leaf, channel_axis)
-  return _Axes(axis, slices_of(name, leaf, axis, slices))
+  count = slices_of(name, leaf, slices)
+  return _Axes(axis_of(name, leaf, channel_axis, count), count)
 
 
 def _measured(

@@ -1,6 +1,7 @@
 """Choice of the leaves that are compressed, and of their output channels."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -97,15 +98,25 @@ def left_by_place(named: dict[str, Any]) -> set[str]:
   return {*optimizer_leaves(named), *biases_beside_kernels(named)}
 
 
-def axis_of(name: str, leaf: Any, channel_axis: int | Callable[[str, Any], int]) -> int:
+def axis_of(
+  name: str, leaf: Any, channel_axis: int | Callable[[str, Any], int], slices: int = 0
+) -> int:
   """Returns the axis of a leaf's output channels, checked.
 
+  Args:
+    name: the leaf's path.
+    leaf: the leaf.
+    channel_axis: the axis, or (path, leaf) -> axis.
+    slices: leading axes that count slices.
+
   Raises:
-    ValueError: the leaf has no such axis.
+    ValueError: the leaf has no such axis, or it counts slices.
   """
   axis = channel_axis(name, leaf) if callable(channel_axis) else channel_axis
   if not -leaf.ndim <= axis < leaf.ndim:
     raise ValueError(f'{name}: found channel_axis {axis}, expected an axis of shape {leaf.shape}')
+  with _named(name):
+    check_slices(tuple(leaf.shape), axis, slices)
   return axis
 
 
@@ -129,26 +140,30 @@ def _check_values(named: dict[str, Any]) -> None:
     )
 
 
-def slices_of(
-  name: str, leaf: Any, channel_axis: int, slices: Callable[[str, Any], int] | None
-) -> int:
+def slices_of(name: str, leaf: Any, slices: Callable[[str, Any], int] | None) -> int:
   """Returns how many leading axes of a leaf count slices, checked.
 
   Args:
     name: the leaf's path.
     leaf: the leaf.
-    channel_axis: the axis of its output channels.
     slices: (path, leaf) -> number of axes; None for none.
 
   Raises:
-    ValueError: no axis is left for a slice, or the output channels' axis counts slices.
+    ValueError: no axis is left for a slice.
   """
   count = 0 if slices is None else slices(name, leaf)
+  with _named(name):
+    check_slices(tuple(leaf.shape), -1, count)
+  return count
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+  """Puts a leaf's path in front of a ValueError."""
   try:
-    check_slices(tuple(leaf.shape), channel_axis, count)
+    yield
   except ValueError as error:
     raise ValueError(f'{name}: {error}') from error
-  return count
 
 
 def _is_floating(leaf: Any) -> bool:

@@ -127,6 +127,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     action='store_true',
     help="store an optimizer's state bit for bit (default: zeros in its place, as of a fresh one)",
   )
+  add(
+    '--slices',
+    nargs='+',
+    action='extend',
+    default=[],
+    metavar='GLOB=N',
+    help='the first N axes of leaves whose path matches GLOB count layers or experts, each a '
+    'matrix of its own with its own threshold and grid',
+  )
   add('--exclude', **globs, help='store leaves whose path matches one of these as they are')
   add(
     '--channel-axis',
@@ -166,6 +175,7 @@ def run(arguments: argparse.Namespace) -> None:
     objective=arguments.objective,
     # kernels of known networks are Flax's
     channel_axis='last' if is_known else arguments.channel_axis,
+    slices=_slices(arguments.slices),
   )
   about = {'weights': source.name, 'opq_jax': opq_jax.__version__}
   if not is_known and not arguments.trellis and is_streamable(source):
@@ -176,6 +186,16 @@ def run(arguments: argparse.Namespace) -> None:
     from opq_jax.cli import in_memory
 
     in_memory.compress(arguments, is_known, plan, about)
+
+
+def _slices(texts: list[str]) -> dict[str, int]:
+  """Returns the globs and numbers of --slices."""
+  from opq_jax.cli.encoding import parsed_slices
+
+  try:
+    return dict(map(parsed_slices, texts))
+  except ValueError as error:
+    raise ValueError(f'--{error}') from error
 
 
 def _check_options(arguments: argparse.Namespace, is_known: bool) -> None:

@@ -6,6 +6,7 @@ A file that `opq compress` wrote has these keys; `opq verify` repeats what they 
                      targets, as numbers; beside file_rate the bits_per_weight that met it
     objective        of the allocation
     channel_axis     auto, first or last
+    slices           GLOB=N, one a line: the first N axes of leaves that GLOB matches count slices
     encoder          rounding, feedback, trellis or layer_by_layer
     first            of layer_by_layer: the encoder of each layer
     moments          of an encoder that reads moments: the images that they are from, synthetic or
@@ -21,9 +22,12 @@ Files up to version 0.1.0 have sentences in their place, which are still read.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
-from functools import partial
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
+
+import numpy as np
 
 TARGETS = ('sparsity', 'bits', 'compression_rate', 'bits_per_weight', 'file_rate')
 """Keys of targets, named as the arguments of `opq_jax.compress`."""
@@ -75,6 +79,7 @@ class Encoding:
     targets: by the names of `TARGETS`.
     objective: of the allocation.
     channel_axis: `auto`, `first` or `last`.
+    slices: globs of leaves, and how many of their leading axes count slices.
     encoder: name of the encoder.
     first: name of the encoder of each layer, for `layer_by_layer`.
     moments, inputs: where calibration images are from, None where none are read.
@@ -93,6 +98,7 @@ class Encoding:
   targets: Mapping[str, float] = dataclasses.field(default_factory=dict)
   objective: str | None = None
   channel_axis: str = 'auto'
+  slices: Mapping[str, int] = dataclasses.field(default_factory=dict)
   encoder: str = ROUNDING
   first: str | None = None
   moments: str | None = None
@@ -108,6 +114,7 @@ class Encoding:
       **{name: _number(value) for name, value in self.targets.items()},
       'objective': self.objective,
       'channel_axis': self.channel_axis,
+      'slices': '\n'.join(f'{glob}={n}' for glob, n in self.slices.items()) or None,
       'encoder': self.encoder,
       'first': self.first,
       'moments': self.moments,
@@ -140,6 +147,7 @@ class Encoding:
       targets={name: _parsed(texts, name, float) for name in TARGETS if name in texts},
       objective=texts.get('objective'),
       channel_axis=texts.get('channel_axis', 'auto'),
+      slices=_slices_in(texts),
       encoder=texts.get('encoder', ROUNDING),
       first=texts.get('first'),
       moments=texts.get('moments'),
@@ -153,6 +161,14 @@ class Encoding:
     )
 
 
+def _slices_in(texts: Mapping[str, str]) -> dict[str, int]:
+  """Returns the globs and numbers of the metadata."""
+  try:
+    return dict(map(parsed_slices, texts['slices'].split('\n') if 'slices' in texts else ()))
+  except ValueError as error:
+    raise ValueError(f'metadata: {error}') from error
+
+
 def _check_together(texts: Mapping[str, str]) -> None:
   """Raises ValueError where a key of the metadata is there without another that it needs."""
   for key, value, needed in _NEEDS:
@@ -160,12 +176,51 @@ def _check_together(texts: Mapping[str, str]) -> None:
       raise ValueError(f'metadata: found {key}={value} without {needed}, expected both')
 
 
-def channel_axis(metadata: Mapping[str, str]) -> Callable[[str, Any], int]:
-  """Returns the function that gives the output-channel axis of a file's leaves."""
+def parsed_slices(text: str) -> tuple[str, int]:
+  """Returns glob and number of GLOB=N.
+
+  Raises:
+    ValueError: the text is none.
+
+  >>> parsed_slices('*/layers/*=1')
+  ('*/layers/*', 1)
+  """
+  glob, _, number = text.rpartition('=')
+  if not glob or not re.fullmatch('[1-9]', number):
+    raise ValueError(f'slices: found {text!r}, expected GLOB=N with N of 1 to 9')
+  return glob, int(number)
+
+
+def slices_of(slices: Mapping[str, int]) -> Callable[[str, Any], int]:
+  """Returns (path, leaf) -> how many leading axes count slices: by the last glob that matches."""
+
+  def count(path: str, _: Any) -> int:
+    return next((n for glob, n in [*slices.items()][::-1] if fnmatchcase(path, glob)), 0)
+
+  return count
+
+
+def channel_axis(
+  metadata: Mapping[str, str], slices: Callable[[str, Any], int] | None = None
+) -> Callable[[str, Any], int]:
+  """Returns the function that gives the output-channel axis of a file's leaves.
+
+  Args:
+    metadata: of the file.
+    slices: (path, leaf) -> how many leading axes of the leaf count slices.
+  """
   from opq_jax.weights import channels
 
   mode: Any = _axis_mode(metadata)
-  return partial(channels.channel_axis, mode=mode)
+
+  def axis_of(path: str, leaf: Any) -> int:
+    count = slices(path, leaf) if slices else 0
+    # names tell the axis of one slice
+    one = np.broadcast_to(0, np.shape(leaf)[count:])
+    axis = channels.channel_axis(path, one, mode=mode)
+    return axis + count if axis >= 0 else axis
+
+  return axis_of
 
 
 def _axis_mode(metadata: Mapping[str, str]) -> str:

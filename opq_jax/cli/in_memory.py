@@ -26,9 +26,10 @@ from opq_jax.cli.encoding import (
   UNCORRECTED,
   Encoding,
   channel_axis,
+  slices_of,
 )
 from opq_jax.cli.images import FolderImages
-from opq_jax.cli.leaves import chosen_paths, names_note, narrowed
+from opq_jax.cli.leaves import checked_slices, chosen_paths, names_note, narrowed
 from opq_jax.cli.optimizers import report_without_optimizer, without_optimizer
 from opq_jax.cli.stages import Stage, timed_stages
 from opq_jax.core import files
@@ -75,6 +76,7 @@ def compress(
         params, left_out, line = without_optimizer(params)
         plan = dataclasses.replace(plan, optimizer=LEFT_OUT if line else None)
       chosen = chosen_paths(params, arguments.include, arguments.exclude)
+      slices = checked_slices(plan.slices, chosen)
       by_name = '' if arguments.include else names_note(params, chosen, arguments.exclude)
       original = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params)) - left_out
       params = narrowed(params, chosen)
@@ -97,7 +99,7 @@ def compress(
     else:
       result = compressor.compressed(**plan.targets)
     with stage('encode'):
-      axis = channel_axis(plan.metadata())
+      axis = channel_axis(plan.metadata(), slices)
       report = payload_report(result.data, params, channel_axis=axis)
       report = report_without_optimizer(report) if line else report
     with stage('write'):
@@ -168,12 +170,14 @@ class _Compressor:
     plan, network = self.plan, self.network
     plan = dataclasses.replace(plan, targets={**plan.targets, **targets})
     options: dict[str, Any] = {'objective': plan.objective, **targets}
+    slices = slices_of(plan.slices)
     with self.stage('allocate'), collected_warnings() as notes:
       params, state, allocation = opq_jax.compress(
         self.params,
         encoder=steps.encoder_of(network, plan, self.calibration),
         compressible=lambda path, _: path in self.chosen,
-        channel_axis=channel_axis(plan.metadata()),
+        channel_axis=channel_axis(plan.metadata(), slices),
+        slices=slices,
         **options,
       )
     # rounded codes are those of the original weights themselves

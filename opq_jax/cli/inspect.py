@@ -25,7 +25,9 @@ def run(arguments: argparse.Namespace) -> None:
 
   with OpqFile(arguments.file) as file:
     metadata = file.metadata
-  report = file_report(arguments.file, channel_axis=channel_axis(metadata))
+    counts = {name: file.slices(name) for name in file}
+  axis = channel_axis(metadata, lambda name, _: counts[name])
+  report = file_report(arguments.file, channel_axis=axis)
   if metadata.get('optimizer') == LEFT_OUT:
     from opq_jax.cli.optimizers import report_without_optimizer
 

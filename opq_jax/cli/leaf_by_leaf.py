@@ -10,7 +10,7 @@ from rich.text import Text
 
 from opq_jax.cli.console import collected_warnings, console, note
 from opq_jax.cli.encoding import LEFT_OUT, Encoding, channel_axis
-from opq_jax.cli.leaves import chosen_paths, names_note
+from opq_jax.cli.leaves import checked_slices, chosen_paths, names_note
 from opq_jax.cli.optimizers import (
   WithoutOptimizer,
   report_without_optimizer,
@@ -38,6 +38,7 @@ def compress(arguments: argparse.Namespace, plan: Encoding, about: dict[str, str
     plan = dataclasses.replace(plan, optimizer=LEFT_OUT if line else None)
   metadata = plan.metadata()
   chosen = chosen_paths(tree, arguments.include, arguments.exclude)
+  slices = checked_slices(plan.slices, chosen)
   by_name = '' if arguments.include else names_note(tree, chosen, arguments.exclude)
   leaves = [
     leaf.narrowed() if name in chosen else leaf for name, leaf in trees.named_leaves(tree).items()
@@ -48,8 +49,8 @@ def compress(arguments: argparse.Namespace, plan: Encoding, about: dict[str, str
       tree,
       output,
       compressible=lambda path, _: path in chosen,
-      channel_axis=channel_axis(metadata),
-      slices=None,
+      channel_axis=channel_axis(metadata, slices),
+      slices=slices,
       metadata=about | metadata,
       contexts=not arguments.fast,
       objective=plan.objective,

@@ -1,7 +1,8 @@
 """Which leaves are compressed, and in which dtype."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from opq_jax.allocation import is_compressible
 from opq_jax.allocation.leaf_names import kind_of_name
 from opq_jax.allocation.optimizer_states import optimizer_leaves
 from opq_jax.allocation.selection import can_be_compressed, left_by_place
+from opq_jax.cli.encoding import slices_of
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 
@@ -46,6 +48,25 @@ def chosen_paths(params: PyTree, include: Sequence[str], exclude: Sequence[str])
       path for glob in include for path in _matching(default, glob) or _matching(possible, glob)
     }
   return chosen.difference(*(_matching(possible, glob) for glob in exclude))
+
+
+def checked_slices(slices: Mapping[str, int], chosen: set[str]) -> Callable[[str, Any], int]:
+  """Returns (path, leaf) -> how many leading axes count slices.
+
+  Args:
+    slices: globs and numbers.
+    chosen: the paths of the leaves to compress.
+
+  Raises:
+    ValueError: a glob matches none of them.
+  """
+  for glob in slices:
+    if not _matching([*chosen], glob):
+      raise ValueError(
+        f'--slices: found no compressed leaf that {glob!r} matches, expected one of '
+        f'{sorted(chosen)[:5]}'
+      )
+  return slices_of(slices)
 
 
 def names_note(params: PyTree, chosen: set[str], exclude: Sequence[str]) -> str:

@@ -121,6 +121,7 @@ def _coded(
       # on the file's own grids, which such an encoder leaves as they are
       return encoder.choose_codes(params, file.load(like=params)[1]).params
     chosen = {name for name in file if file.leaf_state(name) is not None}
+    counts = {name: file.slices(name) for name in file}
   # grids along a trellis are finer than the plain ones, which only the allocation knows
   names = 'bits_per_weight', 'compression_rate'
   target = {name: encoding.targets[name] for name in names if name in encoding.targets}
@@ -135,7 +136,8 @@ def _coded(
       narrowed(params, chosen),
       encoder=encoder,
       compressible=lambda name, _: name in chosen,
-      channel_axis=channel_axis(metadata),
+      channel_axis=channel_axis(metadata, lambda name, _: counts[name]),
+      slices=lambda name, _: counts[name],
       **options,
     ).params
 

@@ -45,13 +45,14 @@ def run(arguments: argparse.Namespace) -> int:
   path, against = arguments.file, arguments.against
   with OpqFile(path) as file:
     metadata = file.metadata
+    counts = {name: file.slices(name) for name in file}
   expected = recomputed(path, metadata, against, arguments.images)
   verified = verify(
     path,
     expected.params,
     coded=expected.coded,
     corrected=expected.corrected,
-    channel_axis=channel_axis(metadata),
+    channel_axis=channel_axis(metadata, lambda name, _: counts.get(name, 0)),
   )
   if verified.report is not None and metadata.get('optimizer') == LEFT_OUT:
     report = report_without_optimizer(verified.report)

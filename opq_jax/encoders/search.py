@@ -20,7 +20,6 @@ from opq_jax.allocation import (
   allocate,
   check_file_rate,
   check_targets,
-  is_compressible,
 )
 from opq_jax.compression import CompressionState, init_state
 from opq_jax.core import messages, trees
@@ -65,9 +64,10 @@ def compress(
   file_rate: float | None = None,
   encoder: Encoder = _ROUNDING,
   objective: Objective | PyTree = 'balanced_error',
-  compressible: Callable[[str, Any], bool] = is_compressible,
-  channel_axis: int | Callable[[str, Any], int] = -1,
+  compressible: Callable[[str, Any], bool] | None = None,
+  channel_axis: int | Callable[[str, Any], int] | None = None,
   slices: Callable[[str, Any], int] | None = None,
+  usage: PyTree | None = None,
   corrected: bool = True,
 ) -> CompressedNetwork:
   """Compresses a parameter tree to one target, with the codes that an encoder chooses.
@@ -88,7 +88,7 @@ def compress(
       0.3 % smaller.  Searched for by writing files in memory, ten at the most.
     encoder: a value of `opq_jax.encoders`: `Rounding()`, `Feedback(moments)`, `Trellis(moments)` or
       `LayerByLayer(fn, inputs, first)`.
-    objective, compressible, channel_axis, slices, corrected: as in `opq_jax.allocate`.
+    objective, compressible, channel_axis, slices, usage, corrected: as in `opq_jax.allocate`.
 
   Returns:
     A `CompressedNetwork(params, state, allocation)`.
@@ -119,6 +119,7 @@ def compress(
     'compressible': compressible,
     'channel_axis': channel_axis,
     'slices': slices,
+    'usage': usage,
     'corrected': corrected,
   }
   if isinstance(encoder, Rounding):

@@ -40,6 +40,8 @@ class Use:
     groups: of a convolution: its outputs are cut into so many runs, each of other inputs.
     reads: a number that uses share if they multiply the same rows; None of elementwise uses.
     rows: rows of inputs that a slice is multiplied with in one call.
+    is_batched: whether some slices are a batch axis of the operation, as experts are: each is then
+      multiplied with rows of its own.
     is_exact: whether the operation sees the leaf's own numbers, whole: False behind weight
       normalization, padding, or a cut along an axis.
     where: loops and branches around it, the outermost first: ('scan',).
@@ -54,6 +56,7 @@ class Use:
   groups: int = 1
   reads: int | None = None
   rows: int = 0
+  is_batched: bool = False
   is_exact: bool = True
   where: tuple[str, ...] = ()
 
@@ -66,11 +69,15 @@ class LeafUsage:
     name: the leaf's path.
     shape: of the leaf.
     uses: in the order of the function.
+    share: p, the share of all rows (tokens) that a slice is multiplied with: k / E for one of E
+      experts of which each row takes k, and 1 for layers.  Read as the rows of a slice over the
+      most rows of any product without a batch axis, at most 1.
   """
 
   name: str
   shape: tuple[int, ...]
   uses: tuple[Use, ...]
+  share: float = 1.0
 
   @property
   def product(self) -> Use | None:
@@ -159,7 +166,7 @@ def usage(fn: Callable[..., Any], params: PyTree, *inputs: Any) -> PyTree:
     LeafUsage(name, tuple(np.shape(leaf)), tuple(uses))
     for (name, leaf), uses in zip(names.items(), walk.uses, strict=True)
   ]
-  return jax.tree.unflatten(jax.tree.structure(params), leaves)
+  return jax.tree.unflatten(jax.tree.structure(params), _with_shares(leaves))
 
 
 def traced(fn: Callable[..., Any], params: PyTree, *inputs: Any) -> Any:
@@ -207,6 +214,20 @@ class _Usage(Interpreter):
     self.uses[product.view.leaf].append(use)
 
 
+def _with_shares(leaves: list[LeafUsage]) -> list[LeafUsage]:
+  """Returns the leaves with their shares of all rows."""
+  products = [use for leaf in leaves for use in leaf.uses if use.kind == 'dot']
+  most = max((use.rows for use in products if not use.is_batched), default=0)
+
+  def share(leaf: LeafUsage) -> float:
+    use = leaf.product
+    if use is None or not use.is_batched or not leaf.slices or not most:
+      return 1.0
+    return min(use.rows / most, 1.0)
+
+  return [dataclasses.replace(leaf, share=share(leaf)) for leaf in leaves]
+
+
 def use_of(product: Product) -> Use:
   """Returns what an operation does with a leaf."""
   roles = _axis_roles(product)
@@ -230,6 +251,7 @@ def use_of(product: Product) -> Use:
     indices=view.indices,
     groups=product.equation.params.get('feature_group_count', 1),
     rows=rows,
+    is_batched=_KINDS[product.operation] == 'dot' and bool(taken),
     is_exact=view.is_exact and is_whole and (other is None or other.is_data),
     where=product.where,
   )

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.table import Table
@@ -23,12 +23,14 @@ class _Row(NamedTuple):
     leaf: its allocation.
     weights: their number.
     escaped: predicted number of escaped weights.
+    axes: a letter for each axis; '' where it is not known what they are.
   """
 
   name: str
   leaf: LeafAllocation
   weights: int
   escaped: int
+  axes: str
 
   @property
   def counted(self) -> int:
@@ -59,26 +61,44 @@ class _Row(NamedTuple):
     return float(np.mean(np.asarray(getattr(self.leaf, field))))
 
 
-def summary(params: PyTree, allocation: Allocation) -> tables.Printable:
+class _Other(NamedTuple):
+  """A leaf that is not compressed.
+
+  Attributes:
+    name: its path.
+    shape: its shape.
+    use: what a function does with it; '' where that is not known.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  use: str
+
+
+def summary(
+  params: PyTree, allocation: Allocation, usage: PyTree | None = None
+) -> tables.Printable:
   """Returns a table of an allocation's targets and predictions.
 
-  Columns: number of slices (if there are any); share of pruned weights; levels per sign; weights
-  beyond the last level, which are stored as they are (if there are any); bits of a survivor at a
-  fixed width, mean over channels; predicted entropy-coded bits per weight, tables included;
-  predicted squared error, relative to the weights; and the Laplace fit, red and marked `!` where
-  the allocation's density describes a leaf badly.  Of slices the row has means, the most levels,
-  and the fit that is farthest from 1.
+  Columns: what the axes are (with `usage`); number of slices (if there are any); share of pruned
+  weights; levels per sign; weights beyond the last level, which are stored as they are (if there
+  are any); bits of a survivor at a fixed width, mean over channels; predicted entropy-coded bits
+  per weight, tables included; predicted squared error, relative to the weights; and the Laplace
+  fit, red and marked `!` where the allocation's density describes a leaf badly.  Of slices the row
+  has means, the most levels, and the fit that is farthest from 1.
 
   Args:
     params: the tree that was allocated; shapes are enough.
     allocation: the `Allocation` of it.
+    usage: the answer of `opq_jax.usage` for it, or None.
 
   Returns:
     A table with a row for each compressed leaf, a row for all others, and the totals, in which a
-    leaf that is an earlier one again does not count.
+    leaf that is an earlier one again does not count.  Leaves of two axes or more that are not
+    compressed are named below it.
 
   Raises:
-    ValueError: `allocation` was made for a tree of another structure.
+    ValueError: `allocation` or `usage` was made for a tree of another structure.
 
   >>> import jax, jax.numpy as jnp, opq_jax
   >>> params = {'kernel': jax.random.laplace(jax.random.key(0), (256, 64)), 'bias': jnp.zeros(64)}
@@ -87,42 +107,69 @@ def summary(params: PyTree, allocation: Allocation) -> tables.Printable:
   True
   """
   records = trees.records(params, allocation.tree, LeafAllocation)
+  uses = [None] * len(records) if usage is None else trees.records(params, usage, object)
   rows, others = [], []
-  for (name, leaf), record in zip(trees.named_leaves(params).items(), records, strict=True):
+  leaves = trees.named_leaves(params).items()
+  for (name, leaf), record, used in zip(leaves, records, uses, strict=True):
     if record is None:
-      others.append(int(np.size(leaf)))
+      others.append(_Other(name, tuple(np.shape(leaf)), '' if used is None else used.kind))
     else:
       weights = math.prod(record.shape)
       rows.append(
-        _Row(name, record, weights, round(float(np.mean(np.asarray(record.escaped))) * weights))
+        _Row(
+          name,
+          record,
+          weights,
+          round(float(np.mean(np.asarray(record.escaped))) * weights),
+          '' if used is None else _axes(used, len(record.shape)),
+        )
       )
   return tables.Printable(lambda: _summary_table(rows, others))
 
 
-def _summary_table(rows: Sequence[_Row], others: Sequence[int]) -> Table:
-  has_escaped, has_slices = any(row.escaped for row in rows), any(row.slices for row in rows)
+def _axes(used: Any, ndim: int) -> str:
+  """Returns a letter for each axis of a leaf, by its usage."""
+  letters = ['-'] * ndim
+  if used.product is not None:
+    roles = {'i': used.product.inputs, 'o': used.product.outputs, 's': range(used.slices)}
+    for letter, axes in roles.items():
+      for axis in axes:
+        letters[axis] = letter
+  return ''.join(letters)
+
+
+def _summary_table(rows: Sequence[_Row], others: Sequence[_Other]) -> Table:
+  # columns that some tables do not need
+  optional = {
+    'axes': any(row.axes for row in rows),
+    'slices': any(row.slices for row in rows),
+    'escaped': any(row.escaped for row in rows),
+  }
+  every = ('path', 'shape', 'axes', 'slices', 'weights', 'pruned', 'levels', 'escaped')
   columns = (
-    *('path', 'shape', *(('slices',) if has_slices else ()), 'weights', 'pruned', 'levels'),
-    *(('escaped',) if has_escaped else ()),
+    *(name for name in every if optional.get(name, True)),
     *('bits', 'payload', 'error', 'fit'),
   )
   weights = sum(row.counted for row in rows)
   payload = _mean(rows, 'payload')
-  escaped_total = [f'{sum(row.escaped for row in rows):,}'] if has_escaped else []
-  blank = [''] * (1 + has_slices)
+  escaped_total = [f'{sum(row.escaped for row in rows):,}'] if optional['escaped'] else []
+  blank = [''] * (1 + optional['axes'] + optional['slices'])
   totals = [
     (
       *(f'{len(rows)} compressed', *blank, f'{weights:,}', f'{_mean(rows, "sparsity"):.1%}', ''),
       *(*escaped_total, '', f'{payload:.3f}'),
     ),
-    (f'{len(others)} uncompressed', *blank, f'{sum(others):,}'),
+    (f'{len(others)} uncompressed', *blank, f'{sum(math.prod(leaf.shape) for leaf in others):,}'),
   ]
-  texts = [_texts(row, has_escaped, has_slices) for row in rows]
+  texts = [_texts(row, optional) for row in rows]
   styles = ['red' if row.is_misfit else '' for row in rows]
   table = tables.leaf_table('', columns, texts, styles, totals)
   rate = f'{32 / payload:.2f}' if payload else 'inf'
   lines = [f'predicted: {payload:.3f} bits per weight with tables, {rate} times fewer than 32']
+  if optional['axes']:
+    lines.append('axes: s slices, i inputs, o outputs of a product or look-up')
   lines += _dead_line(rows)
+  lines += _left_line(others)
   for row in rows:
     if row.leaf.tied_to:
       what = 'the transpose of ' if row.leaf.is_transposed else ''
@@ -137,16 +184,17 @@ def _summary_table(rows: Sequence[_Row], others: Sequence[int]) -> Table:
   return table
 
 
-def _texts(row: _Row, has_escaped: bool, has_slices: bool) -> tuple[str, ...]:
+def _texts(row: _Row, optional: dict[str, bool]) -> tuple[str, ...]:
   """Returns the cells of a row."""
   return (
     row.name,
     'x'.join(map(str, row.leaf.shape)),
-    *([f'{row.slices:,}' if row.slices else ''] if has_slices else []),
+    *([row.axes] if optional['axes'] else []),
+    *([f'{row.slices:,}' if row.slices else ''] if optional['slices'] else []),
     f'{row.weights:,}',
     f'{row.mean("sparsity"):.1%}',
     f'{int(np.max(np.asarray(row.leaf.levels)))}',
-    *([f'{row.escaped:,}'] if has_escaped else []),
+    *([f'{row.escaped:,}'] if optional['escaped'] else []),
     f'{row.mean("bits"):.2f}',
     f'{row.mean("payload"):.3f}',
     f'{row.mean("error"):.2%}',
@@ -158,6 +206,16 @@ def _mean(rows: Sequence[_Row], field: str) -> float:
   """Returns the mean of a leaf's field over all weights."""
   total = sum(row.counted * row.mean(field) for row in rows)
   return total / max(sum(row.counted for row in rows), 1)
+
+
+def _left_line(others: Sequence[_Other]) -> list[str]:
+  """Returns the line about leaves that are stored as they are though they have axes enough."""
+  left = [leaf for leaf in others if len(leaf.shape) > 1]
+  if not left:
+    return []
+  named = [f'{leaf.name} ({leaf.use})' if leaf.use else leaf.name for leaf in left[:_MAX_NAMES]]
+  more = f' and {len(left) - _MAX_NAMES} more' if len(left) > _MAX_NAMES else ''
+  return [tables.visible(f'of two axes or more, and not compressed: {", ".join(named)}{more}')]
 
 
 def _dead_line(rows: Sequence[_Row]) -> list[str]:

@@ -33,6 +33,7 @@ def four_sizes(report: SizeReport) -> tables.Printable:
 
 def _size_table(report: SizeReport) -> Table:
   has_dead = report.dead_channels or report.dead_rows
+  has_slices = any(leaf.slices for leaf in report.compressed)
   optional = ('escaped',) * bool(report.escaped) + ('dead',) * bool(has_dead)
 
   def counts(row: CompressedLeaf | SizeReport) -> list[str]:
@@ -40,12 +41,13 @@ def _size_table(report: SizeReport) -> Table:
     return [texts[column] for column in optional]
 
   columns = (
-    *('path', 'weights', 'pruned', *optional, 'levels'),
+    *('path', *(('slices',) if has_slices else ()), 'weights', 'pruned', *optional, 'levels'),
     *('nominal', 'packed', 'entropy', 'file', 'bytes'),
   )
   rows = [
     (
       leaf.path,
+      *([f'{leaf.slices:,}' if leaf.slices else ''] if has_slices else []),
       f'{leaf.weights:,}',
       f'{leaf.sparsity:.1%}',
       *counts(leaf),
@@ -66,6 +68,7 @@ def _size_table(report: SizeReport) -> Table:
   totals = [
     (
       f'{len(report.compressed)} compressed',
+      *([''] if has_slices else []),
       f'{report.weights:,}',
       f'{report.sparsity:.1%}',
       *counts(report),

@@ -111,8 +111,10 @@ def compress_stored(
   plain_trees.check_names(tree)
   leaves = trees.named_leaves(tree)
   chosen = allocations.choose_leaves(leaves, compressible)
-  axes = {name: allocations.axis_of(name, leaves[name], channel_axis) for name in chosen}
-  counts = {name: allocations.slices_of(name, leaves[name], axes[name], slices) for name in chosen}
+  counts = {name: allocations.slices_of(name, leaves[name], slices) for name in chosen}
+  axes = {
+    name: allocations.axis_of(name, leaves[name], channel_axis, counts[name]) for name in chosen
+  }
   with stage('statistics'):
     statistics = {
       name: stored_statistics(leaves[name], axes[name], counts[name]) for name in chosen

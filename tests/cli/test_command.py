@@ -14,7 +14,7 @@ from opq_jax.cli import digits
 from opq_jax.core import trees
 from opq_jax.importers import networks
 from opq_jax.weights import channel_axis
-from tests.helpers import tiny_resnet
+from tests.helpers import stacks, tiny_resnet
 
 
 def tree():
@@ -193,6 +193,39 @@ def test_compress_chooses_leaves_by_globs(net):
   assert run('compress', 'net.safetensors', 'other.opq', '--include', 'fc1*') == 0
   with opq_jax.OpqFile('other.opq') as file:
     assert file.leaf_state('fc2.weight') is None
+
+
+def test_compress_slices_of_globs(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  params = {f'{name}.weight': leaf for name, leaf in stacks.stacked().items()}
+  safetensors.numpy.save_file(params, 'net.safetensors')
+  # the first axis of a weight of PyTorch is its outputs: of a slice, the second of the leaf
+  axis = lambda path, leaf: leaf.ndim - 2
+  slices = lambda path, leaf: int(path == 'layer.weight')
+  options = {'compression_rate': 12.0, 'channel_axis': axis, 'slices': slices}
+  state = opq_jax.init_state(params, opq_jax.allocate(params, **options))
+  command = 'compress', 'net.safetensors', 'net.opq', '--rate', 12
+  assert run(*command, '--slices', 'layer*=1') == 0
+  assert 'slices' in capsys.readouterr().out
+  with opq_jax.OpqFile('net.opq') as file:
+    assert file.metadata['slices'] == 'layer*=1' and file.slices('layer.weight') == 1
+    expected = opq_jax.file.serialize(params, state, file.metadata)
+  assert (tmp_path / 'net.opq').read_bytes() == expected
+  assert run('verify', 'net.opq', '--against', 'net.safetensors') == 0
+  assert run('inspect', 'net.opq', '--json') == 0
+  found = json.loads(capsys.readouterr().out.split('against net.safetensors')[1])
+  assert [leaf['slices'] for leaf in found['compressed']] == [0, 4]
+  # a file that says nothing of slices in its metadata
+  opq_jax.save('plain.opq', params, state)
+  assert run('inspect', 'plain.opq') == 0
+  assert run('verify', 'plain.opq', '--against', 'net.safetensors') == 0
+  capsys.readouterr()
+  assert run(*command, '--slices', 'none*=1') == 2
+  assert "--slices: found no compressed leaf that 'none*' matches" in capsys.readouterr().err
+  assert run(*command, '--slices', 'layer*') == 2
+  assert "--slices: found 'layer*', expected GLOB=N" in capsys.readouterr().err
+  assert run(*command, '--slices', 'layer*=3') == 2
+  assert 'layer.weight: found 3 axes of slices' in capsys.readouterr().err
 
 
 def test_compress_narrows_float64(net):

@@ -17,6 +17,7 @@ FULL = Encoding(
   targets={'file_rate': 9.0, 'bits_per_weight': 1 / 3},
   objective='squared_error',
   channel_axis='last',
+  slices={'*/layers/*': 1, 'a=b/*': 2},
   encoder='layer_by_layer',
   first='trellis',
   moments='images',
@@ -48,6 +49,12 @@ def test_encoding_refuses_unknown_values(key, value):
   metadata = {**FULL.metadata(), 'opq_jax': '0.2.0', 'model': 'resnet20', key: value}
   with pytest.raises(ValueError, match=f"metadata: {key}: found '{value}', expected"):
     Encoding.of(metadata)
+
+
+@pytest.mark.parametrize('text', ['*=0', '*', '=1', '*=10', 'a=1\n', '*=one'])
+def test_encoding_refuses_unknown_slices(text):
+  with pytest.raises(ValueError, match=r'metadata: slices: found .*, expected GLOB=N'):
+    Encoding.of({'opq_jax': '0.2.0', 'slices': text})
 
 
 @pytest.mark.parametrize(
