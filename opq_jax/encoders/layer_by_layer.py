@@ -172,6 +172,12 @@ class LayerByLayer(Encoder):
     states = [_whole_state(leaf, parts) for leaf, parts in zip(leaves, coded, strict=True)]
     return encoded(params, list(zip(walk.second, states, strict=True)))
 
+  def looked_up(self, params: PyTree) -> set[str]:
+    """Returns the paths of the tables that the network looks rows up in."""
+    inputs = self.inputs if type(self.inputs) is tuple else (self.inputs,)
+    used = jax.tree.leaves(usage(on_batch_statistics(self.fn, params), params, *inputs))
+    return {leaf.name for leaf in used if leaf.kind == 'look-up'}
+
   def _choose(self, weights: Array, grid: LeafState, reached: Reached) -> tuple[Array, LeafState]:
     """Chooses the codes of one layer, whose inputs are known in both networks."""
     reading, use, picked = reached.reading, reached.use, len(reached.place)

@@ -172,7 +172,9 @@ def _at_bits(
   if isinstance(encoder, LayerByLayer):
     _, _, allocation = _at_bits(encoder.first, params, bits_per_weight, options)
     coded = encoder.choose_codes(params, init_state(params, allocation))
-    return CompressedNetwork(*with_ties(coded, allocation, None), allocation)
+    # all layers were chosen for the inputs that a table gives: its codes stay
+    coded = with_ties(coded, allocation, lambda: encoder.looked_up(params))
+    return CompressedNetwork(*coded, allocation)
   assert isinstance(encoder, LeafEncoder)
   trial = encoder.trials()
   if trial is None:
@@ -181,8 +183,16 @@ def _at_bits(
     return CompressedNetwork(*coded, allocation)
   found = search_allocation(trial, params, bits_per_weight, options)
   coded = Encoded(found.params, found.state)
+  coded = with_ties(coded, found.allocation, lambda: _with_moments(encoder, params))
+  return CompressedNetwork(*coded, found.allocation)
+
+
+def _with_moments(encoder: Encoder, params: PyTree) -> set[str]:
+  """Returns the paths of the leaves that an encoder has moments of."""
+  names = list(trees.named_leaves(params))
   moments = getattr(encoder, 'moments', None)
-  return CompressedNetwork(*with_ties(coded, found.allocation, moments), found.allocation)
+  matrices = [None] * len(names) if moments is None else trees.beside(params, moments)
+  return {name for name, matrix in zip(names, matrices, strict=True) if matrix is not None}
 
 
 class _Step(NamedTuple):

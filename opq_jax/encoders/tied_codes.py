@@ -6,24 +6,26 @@ has.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable, Collection
 
 import jax
 
 from opq_jax.allocation import Allocation, LeafAllocation
 from opq_jax.compression import CompressionState, LeafState
 from opq_jax.core import trees
-from opq_jax.core.trees import PyTree
 from opq_jax.encoders.encoder import Encoded
 
 
-def with_ties(coded: Encoded, allocation: Allocation, moments: PyTree | None) -> Encoded:
+def with_ties(
+  coded: Encoded, allocation: Allocation, preferred: Callable[[], Collection[str]]
+) -> Encoded:
   """Gives tied leaves the codes of one of them.
 
   Args:
     coded: the answer of an encoder.
     allocation: of its plain grids; it names the ties (`LeafAllocation.tied_to`).
-    moments: that the encoder read, or None.  Codes that were chosen with moments are preferred.
+    preferred: returns the paths of leaves whose codes are rather taken than those of the first of
+      a group; called where there are ties.
 
   Returns:
     `coded`, with the codes of one leaf, or their transposes, at all leaves of the same array.
@@ -36,10 +38,7 @@ def with_ties(coded: Encoded, allocation: Allocation, moments: PyTree | None) ->
   values = trees.named_leaves(coded.params)
   names = list(values)
   states = dict(zip(names, trees.records(coded.params, coded.state.tree, LeafState), strict=True))
-  matrices: list[Any] = [None] * len(names)
-  if moments is not None:
-    matrices = trees.beside(coded.params, moments)
-  with_moments = {name for name, matrix in zip(names, matrices, strict=True) if matrix is not None}
+  preferred_names = preferred()
   # whether each leaf is the transpose of the first of its group
   groups: dict[str, dict[str, bool]] = {}
   for name, record in zip(names, records, strict=True):
@@ -47,7 +46,7 @@ def with_ties(coded: Encoded, allocation: Allocation, moments: PyTree | None) ->
       group = groups.setdefault(record.tied_to, {record.tied_to: False})
       group[name] = record.is_transposed
   for group in groups.values():
-    source = next((name for name in group if name in with_moments), next(iter(group)))
+    source = next((name for name in group if name in preferred_names), next(iter(group)))
     value, state = values[source], states[source]
     assert state is not None
     for name, is_transposed in group.items():

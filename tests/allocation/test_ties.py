@@ -183,3 +183,25 @@ def test_encoders_keep_ties(kind, way, tmp_path):
   ).sum()
   plain = opq_jax.compress(params, compression_rate=12.0)
   assert error(head) < 0.9 * error(np.asarray(plain.params['head']))
+
+
+def test_layer_by_layer_keeps_ties():
+  """A language model of copies: the codes of the table, for whose rows all layers were chosen."""
+  rng = np.random.default_rng(0)
+  f4 = lambda *shape: (rng.laplace(size=shape) / shape[0] ** 0.5).astype('f4')
+  params = {'embed': f4(96, 48), 'fc': f4(48, 48)}
+  params['head'] = params['embed'].T.copy()
+
+  def fn(params, tokens):
+    hidden = jnp.tanh(params['embed'][tokens] @ params['fc'])
+    return hidden @ params['head']
+
+  tokens = jnp.asarray(rng.integers(0, 96, (64, 16)))
+  encoder = opq_jax.encoders.LayerByLayer(fn, tokens, first=opq_jax.encoders.Trellis())
+  with pytest.warns(UserWarning, match='embed: found leaves that are looked up'):
+    network = opq_jax.compress(params, compression_rate=10.0, encoder=encoder)
+  np.testing.assert_array_equal(network.params['head'].T, network.params['embed'])
+  assert encoder.looked_up(params) == {'embed'}
+  error = lambda tree: float(jnp.square(fn(tree, tokens) - fn(params, tokens)).sum())
+  alone = opq_jax.compress(params, compression_rate=10.0, encoder=encoder.first)
+  assert error(network.params) < error(alone.params)
