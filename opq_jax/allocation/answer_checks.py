@@ -19,6 +19,15 @@ _MAX_LISTED = 10  # leaves that a warning names: a large model has thousands
 _TOLERANCE = 0.005  # of a target, relative (of sparsity: absolute), before a warning
 _MIN_WEIGHTS_A_CHANNEL = 32  # of fewer, mean |w| is no estimate: with one the ratio is always .5
 
+# what makes a leaf a stack of matrices of unlike scales: few of them, of many weights each, some
+# with a largest |w| below a quarter of the largest one's and 2.5 thresholds.  Of 16,000 Laplace
+# weights, with a largest of 10 tau, those beyond 4 tau are left: a quarter of the energy
+_MOST_IN_STACK = 512
+_LEAST_IN_MATRIX = 1024
+_MOST_TAPS = 11  # along an axis of a convolution's window
+_UNLIKE = 1 / 4
+_STARVED = 2.5
+
 Fields = Mapping[str, np.ndarray]
 
 
@@ -41,13 +50,15 @@ def check_answer(
     TooFewBitsError: the frequency tables alone take more bits than asked.
 
   Warns:
-    UserWarning: fewer bits than asked; leaves, rows or channels that lose all their weights; with
+    UserWarning: fewer bits than asked; leaves, rows or channels that lose all their weights, and
+      indices of a stack's first axis that lose nearly all of them beside larger ones; with
       `SparsityAndBits`, leaves far from the Laplace density.
   """
   _check_finite(names, stats, per_channel['scale'])
   if isinstance(targets, BitsPerWeight):
     _check_bits_per_weight(stats, per_leaf, float(targets.bits_per_weight))
   _warn_of_dead(names, stats, per_leaf)
+  _warn_of_starved(names, stats, per_leaf)
   if isinstance(targets, SparsityAndBits):
     _warn_of_misfits(names, stats, per_leaf['laplace_fit'])
 
@@ -150,6 +161,31 @@ def _warn_of_dead(names: Sequence[str], stats: Sequence[LeafStatistics], per_lea
   if lost:
     more = f', and {len(lost) - _MAX_LISTED} more leaves' if len(lost) > _MAX_LISTED else ''
     messages.warn(f'all weights are pruned of {", ".join(lost[:_MAX_LISTED])}{more}')
+
+
+def _warn_of_starved(
+  names: Sequence[str], stats: Sequence[LeafStatistics], per_leaf: Fields
+) -> None:
+  """Warns of stacks in which one threshold for all starves the small matrices."""
+  starved = []
+  for name, s, threshold in zip(names, stats, per_leaf['threshold'], strict=True):
+    # taps of a square window add to one output, and may well be small
+    is_window = s.ndim > 3 and s.shape[0] == s.shape[1] <= _MOST_TAPS
+    is_stack = s.ndim > 2 and s.shape[0] <= _MOST_IN_STACK and not is_window
+    if s.leading is None or not is_stack or s.size < _LEAST_IN_MATRIX * s.shape[0]:
+      continue
+    largest = np.asarray(s.leading)
+    is_small = (largest < _UNLIKE * largest.max()) & (largest < _STARVED * threshold)
+    # those that lose all have been named
+    if count := int(np.count_nonzero(is_small & (largest > threshold))):
+      starved.append(f'{name} ({count:,} of {s.shape[0]:,})')
+  if starved:
+    more = f', and {len(starved) - _MAX_LISTED} more leaves' if len(starved) > _MAX_LISTED else ''
+    messages.warn(
+      'one threshold for all prunes nearly all weights of the smaller indices of the first axis: '
+      f'{", ".join(starved[:_MAX_LISTED])}{more}; if the axis counts layers or experts, slices= or '
+      'usage= gives each a threshold of its own (opq compress: --slices)'
+    )
 
 
 def warn_of_zeros(names: Sequence[str]) -> None:

@@ -79,3 +79,17 @@ def test_answer_names_nan_channel(at):
   params[at][5, 3] = np.nan
   with pytest.raises(ValueError, match=rf'^{at}: found NaN .*\(channel 3 of axis -1\)'):
     allocate(params)
+
+
+@pytest.mark.parametrize(('ratio', 'is_starved'), [(1.5, False), (4, True)])
+def test_answer_names_starved_stacks(ratio, is_starved):
+  rng = np.random.default_rng(0)
+  stack = rng.laplace(size=(4, 64, 64)).astype(np.float32)
+  stack *= np.float32(ratio) ** np.arange(4, dtype=np.float32)[:, None, None]
+  with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always')
+    opq_jax.allocate({'layers': stack}, compression_rate=10.0)
+    opq_jax.allocate({'layers': stack}, compression_rate=10.0, slices=lambda path, leaf: 1)
+  text = ' '.join(str(warning.message) for warning in caught)
+  assert ('layers (1 of 4); if the axis counts layers' in text) == is_starved
+  assert len(caught) == is_starved
