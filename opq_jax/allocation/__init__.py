@@ -9,9 +9,10 @@
     sparsity, fixed_width                          the two targets of the paper
     laplace_rate; exponential_tails, choices,
       rate_search                                  the joint target: by density, by histogram
+    measured_leaves, parts                         leaves, and the slices that the solver knows
     joined_statistics, units, solver, description  one compiled program from statistics to records
     defaults, targets, objectives, selection,
-      answer_checks                                arguments and answers, checked
+      chosen_by_usage, answer_checks               arguments and answers, checked
 """
 
 from typing import TYPE_CHECKING

@@ -16,9 +16,8 @@ problem, `opq_jax.allocation.rate_search` the second.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,14 @@ from jaxtyping import Array
 from opq_jax.allocation.answer_checks import check_answer, warn_of_width, warn_of_zeros
 from opq_jax.allocation.chosen_by_usage import arguments_of
 from opq_jax.allocation.joined_statistics import join, layout_of
-from opq_jax.allocation.lattices import Lattice, has_few_magnitudes, lattice_of, numbers_of
+from opq_jax.allocation.lattices import Lattice, lattice_of
+from opq_jax.allocation.measured_leaves import (
+  axes_of,
+  candidates,
+  measured,
+  numbers_of_parts,
+  tied_record,
+)
 from opq_jax.allocation.objectives import Objective, check_omegas, energy_power, omegas_of_shares
 from opq_jax.allocation.parts import (
   MeasuredLeaf,
@@ -40,12 +46,12 @@ from opq_jax.allocation.parts import (
 )
 from opq_jax.allocation.records import Allocation, LeafAllocation
 from opq_jax.allocation.second_look import look_again
-from opq_jax.allocation.selection import axis_of, choose_leaves, slices_of
+from opq_jax.allocation.selection import choose_leaves
 from opq_jax.allocation.solver import solve
-from opq_jax.allocation.statistics import LeafStatistics, leaf_statistics
+from opq_jax.allocation.statistics import LeafStatistics
 from opq_jax.allocation.targets import SparsityAndBits, Targets, check_file_rate, check_targets
 from opq_jax.core import trees
-from opq_jax.core.ties import Candidate, Tie, tied
+from opq_jax.core.ties import tied
 from opq_jax.core.trees import PyTree
 
 
@@ -184,14 +190,14 @@ def allocate(
   }
   given = arguments_of(params, usage, compressible, channel_axis, slices)
   chosen = choose_leaves(named, given.compressible)
-  axes = {name: _axes(name, named[name], given.channel_axis, given.slices) for name in chosen}
+  axes = {name: axes_of(name, named[name], given.channel_axis, given.slices) for name in chosen}
   power, omegas = energy_power(objective), None
   if not isinstance(objective, str):
     shapes = {name: tuple(named[name].shape[:count]) for name, (_, count) in axes.items()}
     omegas = check_omegas(params, objective, shapes)
   elif given.shares is not None:
     omegas = omegas_of_shares(objective, [given.shares[name] for name in chosen])
-  leaves = _measured(named, axes, omegas, corrected, read)
+  leaves = measured(named, axes, omegas, corrected, read)
   parts = parts_of(leaves)
   is_traced = trees.is_traced(([leaf.statistics for leaf in leaves], targets, omegas))
   if corrected and not trees.is_traced([leaf.statistics for leaf in leaves]):
@@ -199,14 +205,14 @@ def allocate(
     parts = [part for part in parts if part.statistics.largest != 0]
   ties = {
     name: tie
-    for name, tie in tied(_candidates(leaves, parts, named, is_traced)).items()
+    for name, tie in tied(candidates(leaves, parts, named, is_traced)).items()
     if not (tie.is_transposed and axes[name].slices)
   }
   solved: dict[str, LeafAllocation] = {}
   if untied := [part for part in parts if leaves[part.leaf].name not in ties]:
     solved = _solved(leaves, untied, targets, power, corrected, is_traced)
   for name, tie in ties.items():
-    solved[name] = _tied_record(solved[tie.first], tie)
+    solved[name] = tied_record(solved[tie.first], tie)
   structure = jax.tree.structure(params)
   return Allocation(jax.tree.unflatten(structure, [solved.get(name) for name in named]))
 
@@ -228,94 +234,6 @@ def _check_measurable(params: PyTree, file_rate: float) -> None:
     raise ValueError('file_rate: found traced values, expected concrete ones: it measures files')
   if any(map(_is_statistics, jax.tree.leaves(params, is_leaf=_is_statistics))):
     raise ValueError('file_rate: found statistics, expected the weights: it measures files')
-
-
-class _Axes(NamedTuple):
-  """The axis of a leaf's output channels, and how many leading axes count slices."""
-
-  channel_axis: int
-  slices: int
-
-
-def _axes(
-  name: str,
-  leaf: Any,
-  channel_axis: int | Callable[[str, Any], int],
-  slices: Callable[[str, Any], int] | None,
-) -> _Axes:
-  """Returns the axes of a leaf; of statistics, their own."""
-  if isinstance(leaf, LeafStatistics):
-    return _Axes(leaf.channel_axis, leaf.slices)
-  count = slices_of(name, leaf, slices)
-  return _Axes(axis_of(name, leaf, channel_axis, count), count)
-
-
-def _measured(
-  named: dict[str, Any],
-  axes: dict[str, _Axes],
-  omegas: list[Array] | None,
-  corrected: bool,
-  read: Callable[[str], Weights] | None,
-) -> list[MeasuredLeaf]:
-  """Returns the chosen leaves with their statistics, measured or as they were given."""
-  stats: list[LeafStatistics] = []
-  readers: list[Callable[[], Weights] | None] = []
-  for name, (axis, count) in axes.items():
-    leaf = named[name]
-    if isinstance(leaf, LeafStatistics):
-      stats.append(_given_statistics(name, leaf, corrected))
-      readers.append(read and functools.partial(read, name))
-      continue
-    stats.append(leaf_statistics(leaf, axis, slices=count, histogram=corrected))
-    readers.append(functools.partial(_identity, leaf))
-  stats = trees.on_host(stats)
-  weights = [None] * len(axes) if omegas is None else omegas
-  return [MeasuredLeaf(*row) for row in zip(axes, stats, readers, weights, strict=True)]
-
-
-def _candidates(
-  leaves: Sequence[MeasuredLeaf], parts: Sequence[Part], named: dict[str, Any], is_traced: bool
-) -> Iterator[Candidate]:
-  """Yields the leaves that have a part, with what those that are one array have in common.
-
-  In a trace only the same tracer is known to be the same array.
-  """
-  for number in by_leaf(parts):
-    leaf, stats = leaves[number], leaves[number].statistics
-    # a leaf with slices is no transpose
-    shape = stats.shape if stats.slices else sorted(stats.shape)
-    facts: tuple[Any, ...] = (*shape, np.dtype(stats.dtype), stats.slices)
-    if not is_traced:
-      histogram = () if stats.histogram is None else np.asarray(stats.histogram).tobytes()
-      facts += (np.asarray(stats.largest).tobytes(), histogram)
-    array = named[leaf.name]
-    is_array = not isinstance(array, LeafStatistics)
-    read = None if is_traced else leaf.read
-    yield Candidate(leaf.name, facts, array if is_array else None, read)
-
-
-def _tied_record(record: LeafAllocation, tie: Tie) -> LeafAllocation:
-  """Returns the allocation of a leaf that is another one again, or its transpose."""
-  own = dataclasses.replace(record, tied_to=tie.first, is_transposed=tie.is_transposed)
-  if not tie.is_transposed:
-    return own
-  return dataclasses.replace(
-    own, shape=record.shape[::-1], channel_axis=1 - record.channel_axis % 2
-  )
-
-
-def _identity(leaf: Array) -> Array:
-  return leaf
-
-
-def _given_statistics(name: str, stats: LeafStatistics, corrected: bool) -> LeafStatistics:
-  if not corrected:
-    return dataclasses.replace(stats, histogram=None)
-  if stats.histogram is None:
-    raise ValueError(
-      f'{name}: found statistics without a histogram, expected one (or corrected=False)'
-    )
-  return stats
 
 
 def _names_of_zeros(leaves: Sequence[MeasuredLeaf], parts: Sequence[Part]) -> list[str]:
@@ -341,7 +259,7 @@ def _solved(
   omegas = [part.omega for part in parts if part.omega is not None]
   numbers: list[np.ndarray | None] = [None] * len(parts)
   if corrected and not is_traced:
-    numbers = _numbers(leaves, parts)
+    numbers = numbers_of_parts(leaves, parts)
   lattices = [
     Lattice() if n is None else lattice_of(s, n) for s, n in zip(stats, numbers, strict=True)
   ]
@@ -373,20 +291,6 @@ def _solved(
       survivors = np.asarray(counted.survivors)[layout.place]
       warn_of_width(stats, per_part, per_channel['bits'], survivors, targets)
   return leaf_allocations(leaves, parts, per_part, per_channel)
-
-
-def _numbers(leaves: Sequence[MeasuredLeaf], parts: Sequence[Part]) -> list[np.ndarray | None]:
-  """Returns the magnitudes of the parts that have few (`opq_jax.allocation.lattices`)."""
-  numbers: list[np.ndarray | None] = [None] * len(parts)
-  for number, places in by_leaf(parts).items():
-    few = [p for p in range(*places.indices(len(parts))) if has_few_magnitudes(parts[p].statistics)]
-    read = leaves[number].read
-    weights = read() if few and read is not None else None
-    for place in few:
-      part = parts[place]
-      own = weights if weights is None or not part.place else weights[part.place]
-      numbers[place] = numbers_of(part.statistics, own)
-  return numbers
 
 
 def _count_dead(numpy: Any, largest: Array | None, threshold: Array) -> Array:

@@ -17,7 +17,7 @@ from jaxtyping import Int8, Shaped, UInt8
 from opq_jax.compression import LeafState
 from opq_jax.compression.records import ESCAPED
 from opq_jax.core.limits import ESCAPE
-from opq_jax.file.writer import escaped_values, written_slice
+from opq_jax.file.written_leaves import escaped_values, written_slice
 
 _PIECE = 1 << 18  # weights checked at a time: 2 MiB for each float64 array
 _TINY = float(np.finfo(np.float32).tiny)

@@ -13,7 +13,7 @@ from opq_jax.allocation import Allocation, LeafAllocation
 from opq_jax.compression import LeafState, slice_of
 from opq_jax.compression.records import kinds_of
 from opq_jax.core.trees import slice_name
-from opq_jax.file import writer
+from opq_jax.file import written_leaves
 from opq_jax.report import leaf_sizes
 
 _PIECE = 1 << 20  # weights coded at a time (4 MiB of float32): large enough to hide JAX's overhead
@@ -29,7 +29,7 @@ class CodedPart(NamedTuple):
     largest: see `opq_jax.report.leaf_sizes.largest_on_grid`.
   """
 
-  coded: writer.CodedSlice
+  coded: written_leaves.CodedSlice
   largest: Float32[np.ndarray, ' channels']
 
 
@@ -50,7 +50,7 @@ def coded_parts(
   Raises:
     ValueError: the leaf is not of finite floats, or a grid is too fine for its dtype.
   """
-  array = writer.host_array(name, array)
+  array = written_leaves.host_array(name, array)
   # the grid of a leaf does not depend on its weights: the state of an empty leaf has it
   empty = dataclasses.replace(allocated, shape=(*allocated.slice_shape, 0), channel_axis=0)
   tree = {name: np.zeros(empty.shape, array.dtype)}
@@ -74,9 +74,9 @@ def _coded_part(
     padded = np.pad(piece, (0, size - piece.size))
     kinds = _kinds_of(padded, record.threshold, record.step, record.levels)
     state = dataclasses.replace(record, kinds=kinds)
-    codes[start : start + size] = writer.checked_codes(name, padded, state)[: piece.size]
+    codes[start : start + size] = written_leaves.checked_codes(name, padded, state)[: piece.size]
   shaped = codes.reshape(array.shape)
   largest = leaf_sizes.largest_on_grid(array, shaped, axis)
-  grid = writer.checked_grid(name, record)
-  escaped = writer.escaped_values(shaped, array)
-  return CodedPart(writer.CodedSlice(shaped, escaped, record, grid), largest)
+  grid = written_leaves.checked_grid(name, record)
+  escaped = written_leaves.escaped_values(shaped, array)
+  return CodedPart(written_leaves.CodedSlice(shaped, escaped, record, grid), largest)

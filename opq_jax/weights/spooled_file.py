@@ -19,7 +19,7 @@ from jaxtyping import Shaped
 from opq_jax.core import files
 from opq_jax.core.trees import PyTree
 from opq_jax.file import front as file_front
-from opq_jax.file import leaf_entries, packing, writer
+from opq_jax.file import leaf_entries, packing, writer, written_leaves
 
 _MAX_PENDING = 8  # blocks of 1 MiB packed by threads or waiting for it: a bound of memory
 _COPY = 1 << 20  # bytes copied at a time
@@ -54,7 +54,7 @@ class SpooledFile:
     self._open.__exit__(*error)
 
   def add_codes(
-    self, coded: Iterable[writer.CodedSlice], shape: tuple[int, ...], slices: int = 0
+    self, coded: Iterable[written_leaves.CodedSlice], shape: tuple[int, ...], slices: int = 0
   ) -> None:
     """Adds a compressed leaf.
 
@@ -68,7 +68,7 @@ class SpooledFile:
       with files.errors_of(self._output):
         self._codes_file.write(payload)
 
-    written = writer.write_leaf(coded, shape, slices, write, contexts=self._contexts)
+    written = written_leaves.write_leaf(coded, shape, slices, write, contexts=self._contexts)
     self._grids += written.grids
     self._specs.append(written.spec)
     self._version = max(self._version, written.version)
@@ -88,7 +88,7 @@ class SpooledFile:
 
   def add(self, name: str, array: Shaped[np.ndarray, '...']) -> None:
     """Adds an uncompressed leaf."""
-    array = writer.host_array(name, array)
+    array = written_leaves.host_array(name, array)
     self._specs.append(leaf_entries.spec(array.dtype, array.shape))
     # each leaf begins at a multiple of its item size
     padding = -self._raw_size % array.dtype.itemsize

@@ -11,7 +11,7 @@ from opq_jax import allocation as allocations
 from opq_jax.allocation import Allocation, LeafAllocation, LeafStatistics, leaf_statistics
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
-from opq_jax.file import writer
+from opq_jax.file import written_leaves
 from opq_jax.report import leaf_sizes
 from opq_jax.report.records import CompressedLeaf, UncompressedLeaf
 from opq_jax.weights.leaf_codes import coded_parts
@@ -85,10 +85,10 @@ class StoredTree:
     axis_of_slice = axis - slices if slices and axis >= 0 else axis
     rows: list[CompressedLeaf] = []
 
-    def coded() -> Iterator[writer.CodedSlice]:
+    def coded() -> Iterator[written_leaves.CodedSlice]:
       """Codes slice by slice, and keeps the sizes of each."""
       for part in coded_parts(name, leaf.read(), allocated, axis):
-        grid = writer.grid_of(part.coded.record)
+        grid = written_leaves.grid_of(part.coded.record)
         codes = part.coded.codes
         rows.append(leaf_sizes.compressed_leaf(name, grid, codes, part.largest, axis_of_slice, 0))
         yield part.coded

@@ -12,7 +12,7 @@ from opq_jax.coding import contexts as context_coding
 from opq_jax.coding.payload import decode_codes, encode_codes, entropy
 from opq_jax.compression import LeafState
 from opq_jax.compression.records import affine_codebook
-from opq_jax.file import writer
+from opq_jax.file import written_leaves
 from tests.helpers.kernels import codes_along_the_trellis, scaled_codes, smooth_codes
 
 # in every arrangement, and with one, two and three axes of a window
@@ -148,7 +148,7 @@ def test_entropy_escapes_on_trellis():
     dtype=np.dtype(np.float32),
   )
   values = np.full(zeros.size, 1000, np.float32)
-  written = writer.written_slice(escaped, values, record, contexts=True)
+  written = written_leaves.written_slice(escaped, values, record, contexts=True)
   payload = encode_codes(codes)
   assert written.payload == payload + escapes.encode(zeros, values)
   assert frequencies.to_bits(payload, 8).startswith(context_coding.TRELLIS_MARKER)

@@ -7,7 +7,7 @@ import pytest
 
 import opq_jax
 from opq_jax.compression import CompressionState, encode
-from opq_jax.file import writer
+from opq_jax.file import writer, written_leaves
 from opq_jax.file.leaf_entries import SliceEntry
 from opq_jax.report import cell_checks, sizes
 from opq_jax.report.verification import verify
@@ -142,7 +142,7 @@ def test_verify_codes_of_feedback():
 def test_verify_finds_a_longer_payload(monkeypatch):
   params, state = small()
   data = writer.serialize(params, state)
-  short = writer.WrittenSlice(b'short', SliceEntry(4, 5), '1')
+  short = written_leaves.WrittenSlice(b'short', SliceEntry(4, 5), '1')
   monkeypatch.setattr(cell_checks, 'written_slice', lambda *_, contexts: short)
   problems = verify(data, params).problems
   assert len(problems) == 2 and problems[0].startswith('a: found a payload of ')

@@ -1,0 +1,129 @@
+"""The chosen leaves of a tree: measured, compared with each other, read where they must be."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Array
+
+from opq_jax.allocation.lattices import has_few_magnitudes, numbers_of
+from opq_jax.allocation.parts import MeasuredLeaf, Part, Weights, by_leaf
+from opq_jax.allocation.records import LeafAllocation
+from opq_jax.allocation.selection import axis_of, slices_of
+from opq_jax.allocation.statistics import LeafStatistics, leaf_statistics
+from opq_jax.core import trees
+from opq_jax.core.ties import Candidate, Tie
+
+
+class Axes(NamedTuple):
+  """The axis of a leaf's output channels, and how many leading axes count slices."""
+
+  channel_axis: int
+  slices: int
+
+
+def axes_of(
+  name: str,
+  leaf: Any,
+  channel_axis: int | Callable[[str, Any], int],
+  slices: Callable[[str, Any], int] | None,
+) -> Axes:
+  """Returns the axes of a leaf; of statistics, their own."""
+  if isinstance(leaf, LeafStatistics):
+    return Axes(leaf.channel_axis, leaf.slices)
+  count = slices_of(name, leaf, slices)
+  return Axes(axis_of(name, leaf, channel_axis, count), count)
+
+
+def measured(
+  named: dict[str, Any],
+  axes: dict[str, Axes],
+  omegas: list[Array] | None,
+  corrected: bool,
+  read: Callable[[str], Weights] | None,
+) -> list[MeasuredLeaf]:
+  """Returns the chosen leaves with their statistics, measured or as they were given.
+
+  Args:
+    named: all leaves by path; some may be statistics.
+    axes: of the chosen ones.
+    omegas: their weights in the objective, or None.
+    corrected: whether histograms are needed.
+    read: as for `allocate`.
+  """
+  stats: list[LeafStatistics] = []
+  readers: list[Callable[[], Weights] | None] = []
+  for name, (axis, count) in axes.items():
+    leaf = named[name]
+    if isinstance(leaf, LeafStatistics):
+      stats.append(_given_statistics(name, leaf, corrected))
+      readers.append(read and functools.partial(read, name))
+      continue
+    stats.append(leaf_statistics(leaf, axis, slices=count, histogram=corrected))
+    readers.append(functools.partial(_identity, leaf))
+  stats = trees.on_host(stats)
+  weights = [None] * len(axes) if omegas is None else omegas
+  return [MeasuredLeaf(*row) for row in zip(axes, stats, readers, weights, strict=True)]
+
+
+def _identity(leaf: Array) -> Array:
+  return leaf
+
+
+def _given_statistics(name: str, stats: LeafStatistics, corrected: bool) -> LeafStatistics:
+  if not corrected:
+    return dataclasses.replace(stats, histogram=None)
+  if stats.histogram is None:
+    raise ValueError(
+      f'{name}: found statistics without a histogram, expected one (or corrected=False)'
+    )
+  return stats
+
+
+def numbers_of_parts(
+  leaves: Sequence[MeasuredLeaf], parts: Sequence[Part]
+) -> list[np.ndarray | None]:
+  """Returns the magnitudes of the parts that have few (`opq_jax.allocation.lattices`)."""
+  numbers: list[np.ndarray | None] = [None] * len(parts)
+  for number, places in by_leaf(parts).items():
+    few = [p for p in range(*places.indices(len(parts))) if has_few_magnitudes(parts[p].statistics)]
+    read = leaves[number].read
+    weights = read() if few and read is not None else None
+    for place in few:
+      part = parts[place]
+      own = weights if weights is None or not part.place else weights[part.place]
+      numbers[place] = numbers_of(part.statistics, own)
+  return numbers
+
+
+def candidates(
+  leaves: Sequence[MeasuredLeaf], parts: Sequence[Part], named: dict[str, Any], is_traced: bool
+) -> Iterator[Candidate]:
+  """Yields the leaves that have a part, with what those that are one array have in common.
+
+  In a trace only the same tracer is known to be the same array.
+  """
+  for number in by_leaf(parts):
+    leaf, stats = leaves[number], leaves[number].statistics
+    # a leaf with slices is no transpose
+    shape = stats.shape if stats.slices else sorted(stats.shape)
+    facts: tuple[Any, ...] = (*shape, np.dtype(stats.dtype), stats.slices)
+    if not is_traced:
+      histogram = () if stats.histogram is None else np.asarray(stats.histogram).tobytes()
+      facts += (np.asarray(stats.largest).tobytes(), histogram)
+    array = named[leaf.name]
+    is_array = not isinstance(array, LeafStatistics)
+    read = None if is_traced else leaf.read
+    yield Candidate(leaf.name, facts, array if is_array else None, read)
+
+
+def tied_record(record: LeafAllocation, tie: Tie) -> LeafAllocation:
+  """Returns the allocation of a leaf that is another one again, or its transpose."""
+  own = dataclasses.replace(record, tied_to=tie.first, is_transposed=tie.is_transposed)
+  if not tie.is_transposed:
+    return own
+  return dataclasses.replace(
+    own, shape=record.shape[::-1], channel_axis=1 - record.channel_axis % 2
+  )
