@@ -19,6 +19,9 @@ and rooms are imported on first use, so `import opq_jax` costs next to nothing.
 """
 
 import importlib
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -109,6 +112,28 @@ _ROOMS = {
   'summary': 'report',
   'usage': 'network',
 }
+
+
+class _FormerModules:
+  """Finds `import opq_jax.artifact` and other modules of the last release; the last finder."""
+
+  def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+    package, _, module = name.rpartition('.')
+    if package != __name__ or module == 'deprecated':
+      return None
+    is_former = importlib.import_module('opq_jax.deprecated').is_module(module)
+    return ModuleSpec(name, self) if is_former else None  # type: ignore[arg-type]
+
+  def create_module(self, spec: ModuleSpec) -> None:
+    """Returns None: the import system makes an empty module, which `exec_module` replaces."""
+
+  def exec_module(self, module: ModuleType) -> None:
+    deprecated = importlib.import_module('opq_jax.deprecated')
+    sys.modules[module.__name__] = deprecated.find(module.__name__.rpartition('.')[2])
+
+
+if not any(type(finder).__name__ == '_FormerModules' for finder in sys.meta_path):
+  sys.meta_path.append(_FormerModules())
 
 
 def __getattr__(name: str) -> Any:

@@ -88,6 +88,11 @@ _COMPRESS = 'opq_jax.compress(params, compression_rate=..., encoder=opq_jax.enco
 _CHOOSE = 'opq_jax.encoders.{}.choose_codes(params, state)'
 
 
+def is_module(name: str) -> bool:
+  """Returns whether `opq_jax.<name>` was a module of the last release."""
+  return name in _MODULES
+
+
 def find(name: str) -> Any:
   """Returns what `opq_jax.<name>` was in the last release, and warns with its new place.
 

@@ -185,3 +185,13 @@ print(json.dumps([name for name in heavy if name in sys.modules]))
 """
   run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
   assert json.loads(run.stdout) == []
+
+
+def test_old_modules_are_imported():
+  """By a statement too; names that never were are still errors."""
+  with pytest.warns(DeprecationWarning, match=r'use opq_jax\.weights'):
+    module = importlib.import_module('opq_jax.weight_files')
+  assert module is opq_jax.weights
+  assert module.__name__ == module.__spec__.name == 'opq_jax.weights'
+  with pytest.raises(ModuleNotFoundError, match=r"No module named 'opq_jax\.quantise'"):
+    importlib.import_module('opq_jax.quantise')

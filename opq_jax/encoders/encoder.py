@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from opq_jax.compression import CompressionState, LeafState
+from opq_jax.compression import CompressionState, LeafState, slice_of, stacked
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 from opq_jax.encoders.matrices import MatrixLayout
@@ -32,19 +33,6 @@ def check_damping(damping: float) -> None:
   """Raises ValueError where a damping is negative or not finite."""
   if not 0 <= damping < math.inf:
     raise ValueError(f'damping: found {damping}, expected a finite number of 0 or more')
-
-
-def check_one_grid(name: str, grid: LeafState) -> None:
-  """Checks that a leaf has no slices.
-
-  Raises:
-    ValueError: it has, which this encoder cannot code.
-  """
-  if grid.slices:
-    raise ValueError(
-      f'{name}: found a leaf of {math.prod(grid.slice_shape)} slices, expected one matrix; '
-      'Rounding() codes slices'
-    )
 
 
 class IndefiniteMomentsError(ValueError):
@@ -112,10 +100,10 @@ class LeafEncoder(Encoder):
   """An encoder that codes each leaf by itself, from the leaf and the moments of its inputs."""
 
   @abc.abstractmethod
-  def choose_leaf(
+  def choose_matrix(
     self, weights: Array, grid: LeafState, moments: InputMoments | None, damping: float
   ) -> tuple[Array, LeafState]:
-    """Chooses the codes of one leaf, whatever moments the encoder itself holds.
+    """Chooses the codes of a leaf without slices, whatever moments the encoder itself holds.
 
     Args:
       weights: of the leaf, in its dtype or in float32.
@@ -129,6 +117,19 @@ class LeafEncoder(Encoder):
     Raises:
       IndefiniteMomentsError: (outside of a trace) damped moments are not positive definite.
     """
+
+  def choose_leaf(
+    self, weights: Array, grid: LeafState, moments: InputMoments | None, damping: float
+  ) -> tuple[Array, LeafState]:
+    """Chooses the codes of one leaf, slice by slice; arguments and result as `choose_matrix`."""
+    if not grid.slices:
+      return self.choose_matrix(weights, grid, moments, damping)
+    parts = [
+      self.choose_matrix(weights[place], slice_of(grid, place), part_of(moments, place), damping)
+      for place in np.ndindex(grid.slice_shape)
+    ]
+    values = stack_slices([value for value, _ in parts], grid.slice_shape)
+    return values, stacked([state for _, state in parts], grid.slice_shape)
 
   def trials(self) -> Callable[[PyTree, CompressionState], Trial] | None:
     """Returns a function (params, plain grids) -> `Trial`, for one search for an allocation.
@@ -170,7 +171,29 @@ def leaves_to_code(
     moments_of_leaf = None
     if grid is not None and matrix is not None:
       moments_of_leaf = _checked_moments(name, leaf, matrix)
+      if moments_of_leaf.slices > grid.slices:
+        raise ValueError(
+          f'{name}: found moments of {moments_of_leaf.slices} axes of slices and a grid of '
+          f'{grid.slices}, expected an allocation with the same: opq_jax.compress, or '
+          'opq_jax.allocate(params, usage=opq_jax.usage(fn, params, *inputs))'
+        )
     yield LeafToCode(name, leaf if grid is None else trees.native(leaf), grid, moments_of_leaf)
+
+
+def part_of(moments: InputMoments | None, place: tuple[int, ...]) -> InputMoments | None:
+  """Returns the moments of one slice: its own, or those that all slices share."""
+  if moments is None:
+    return None
+  inputs = tuple(axis - len(place) for axis in moments.inputs)
+  return InputMoments(moments.matrix[place[: moments.slices]], inputs)
+
+
+def stack_slices(arrays: Sequence[Any], shape: tuple[int, ...]) -> Any:
+  """Returns the arrays of all slices, in C order, as one array with the slices' axes in front."""
+  # of NumPy where values are known: XLA would compile a program for every number of slices
+  numpy: Any = jnp if trees.is_traced(list(arrays)) else np
+  stack = numpy.stack([numpy.asarray(array) for array in arrays])
+  return jnp.asarray(stack.reshape(*shape, *stack.shape[1:]))
 
 
 @contextlib.contextmanager

@@ -23,7 +23,6 @@ from opq_jax.encoders.encoder import (
   LeafEncoder,
   Trial,
   check_damping,
-  check_one_grid,
   encoded,
   leaves_to_code,
   named_leaf,
@@ -114,12 +113,11 @@ class Feedback(LeafEncoder):
       if leaf.grid is None:
         chosen.append((leaf.weights, None))
         continue
-      check_one_grid(leaf.name, leaf.grid)
       with named_leaf(leaf.name):
         chosen.append(self.choose_leaf(leaf.weights, leaf.grid, leaf.moments, self.damping))
     return encoded(params, chosen)
 
-  def choose_leaf(
+  def choose_matrix(
     self, weights: Array, grid: LeafState, moments: InputMoments | None, damping: float
   ) -> tuple[Array, LeafState]:
     if moments is None:
@@ -293,9 +291,12 @@ def _bits_per_weight(params: PyTree, state: CompressionState) -> float:
     for code, record in zip(codes.values(), records, strict=True)
     if record is not None
   ]
-  bits = sum(
-    float(_leaf_bits(code, 8.0 * jnp.dtype(record.dtype).itemsize)) for code, record in compressed
-  )
+  bits = 0.0
+  for code, record in compressed:
+    value_bits = 8.0 * jnp.dtype(record.dtype).itemsize
+    # slices one by one: each has a distribution of its own, and all have one shape
+    of_slices = code.reshape(-1, *code.shape[record.slices :])
+    bits += sum(float(_leaf_bits(of_slice, value_bits)) for of_slice in of_slices)
   return bits / max(sum(code.size for code, _ in compressed), 1)
 
 

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from opq_jax.compression import CompressionState, LeafState, slice_of, stacked
+from opq_jax.compression import CompressionState, LeafState
 from opq_jax.core import messages
 from opq_jax.core.trees import PyTree
 from opq_jax.encoders.encoder import (
@@ -26,10 +27,11 @@ from opq_jax.encoders.encoder import (
   LeafEncoder,
   LeafToCode,
   check_damping,
-  check_one_grid,
   encoded,
   leaves_to_code,
   named_leaf,
+  part_of,
+  stack_slices,
 )
 from opq_jax.encoders.matrices import MatrixLayout
 from opq_jax.network import InputMoments, on_batch_statistics, usage
@@ -139,8 +141,7 @@ class LayerByLayer(Encoder):
     def replace(reached: Reached) -> Array:
       leaf, place = leaves[reached.leaf], reached.place
       assert leaf.grid is not None
-      grid = slice_of(leaf.grid, place)
-      check_one_grid(leaf.name, grid)
+      grid = _grid_at(leaf, place)
       with named_leaf(leaf.name):
         if reached.reading is None:
           if not place:
@@ -153,8 +154,7 @@ class LayerByLayer(Encoder):
       coded[reached.leaf].append(_Coded(place, *new))
       return new[0]
 
-    inputs = self.inputs if type(self.inputs) is tuple else (self.inputs,)
-    fn = on_batch_statistics(self.fn, params)
+    fn, _, *inputs = self.call(params)
     walk = Replacing(
       [leaf.weights for leaf in leaves],
       jax.tree.leaves(usage(fn, params, *inputs)),
@@ -172,27 +172,37 @@ class LayerByLayer(Encoder):
     states = [_whole_state(leaf, parts) for leaf, parts in zip(leaves, coded, strict=True)]
     return encoded(params, list(zip(walk.second, states, strict=True)))
 
+  def call(self, params: PyTree) -> tuple[Any, ...]:
+    """Returns the function that is walked, and its arguments."""
+    inputs = self.inputs if type(self.inputs) is tuple else (self.inputs,)
+    return on_batch_statistics(self.fn, params), params, *inputs
+
   def looked_up(self, params: PyTree) -> set[str]:
     """Returns the paths of the tables that the network looks rows up in."""
-    inputs = self.inputs if type(self.inputs) is tuple else (self.inputs,)
-    used = jax.tree.leaves(usage(on_batch_statistics(self.fn, params), params, *inputs))
+    used = jax.tree.leaves(usage(*self.call(params)))
     return {leaf.name for leaf in used if leaf.kind == 'look-up'}
 
   def _choose(self, weights: Array, grid: LeafState, reached: Reached) -> tuple[Array, LeafState]:
     """Chooses the codes of one layer, whose inputs are known in both networks."""
     reading, use, picked = reached.reading, reached.use, len(reached.place)
     assert reading is not None and use is not None
-    inputs = tuple(axis - picked for axis in use.inputs)
+    slices = len(use.slices) - picked
     moments = _moments(reading, reached.second_inputs)
     cross_moments = _moments(reading, reached.second_inputs, reached.first_inputs)
-    layout = MatrixLayout(weights.shape, inputs)
-    target = layout.leaf(
-      _fitted(layout.rows(weights), moments, cross_moments, self.share, self.damping)
-    )
+    of_leaf = InputMoments(moments, tuple(axis - picked for axis in use.inputs), slices)
+    # the slices that one product reads together, as experts
+    places, targets = np.ndindex(weights.shape[:slices]), []
+    for place in places:
+      part = part_of(of_leaf, place)
+      assert part is not None
+      layout = MatrixLayout(weights.shape[slices:], part.inputs)
+      rows = layout.rows(weights[place])
+      fitted = _fitted(rows, part.matrix, cross_moments[place], self.share, self.damping)
+      targets.append(layout.leaf(fitted))
+    target = stack_slices(targets, weights.shape[:slices]) if slices else targets[0]
     if not jnp.isfinite(target).all():
       raise IndefiniteMomentsError(self.damping)
-    slices = len(use.slices) - picked
-    return self.first.choose_leaf(target, grid, InputMoments(moments, inputs, slices), self.damping)
+    return self.first.choose_leaf(target, grid, of_leaf, self.damping)
 
 
 class _Coded(NamedTuple):
@@ -203,13 +213,28 @@ class _Coded(NamedTuple):
   state: LeafState
 
 
+def _grid_at(leaf: LeafToCode, place: tuple[int, ...]) -> LeafState:
+  """Returns the grid of the slice at `place`, or of several behind it."""
+  grid = leaf.grid
+  assert grid is not None
+  if len(place) > grid.slices:
+    raise ValueError(
+      f'{leaf.name}: found a leaf of {len(place)} axes of slices and a grid of {grid.slices}, '
+      'expected an allocation with the same: opq_jax.compress, or '
+      'opq_jax.allocate(params, usage=opq_jax.usage(fn, params, *inputs))'
+    )
+  part = jax.tree.map(lambda array: array[place], grid) if place else grid
+  return dataclasses.replace(part, slices=grid.slices - len(place))
+
+
 def _whole_state(leaf: LeafToCode, parts: list[_Coded]) -> LeafState | None:
   """Returns the state of a leaf, from those of its slices."""
   if leaf.grid is None or not parts[0].place:
     return parts[0].state if parts else None
-  # every slice has codes of its own, and may have got a grid of its own
+  in_order = [part.state for part in sorted(parts, key=lambda part: part.place)]
   shape = leaf.weights.shape[: len(parts[0].place)]
-  return stacked([part.state for part in sorted(parts, key=lambda part: part.place)], shape)
+  whole = jax.tree.map(lambda *arrays: stack_slices(arrays, shape), *in_order)
+  return dataclasses.replace(whole, slices=leaf.grid.slices)
 
 
 @functools.partial(jax.jit, static_argnums=0)

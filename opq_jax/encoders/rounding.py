@@ -36,7 +36,7 @@ class Rounding(LeafEncoder):
     values = compression.apply_compression(weights, state)
     return encoded(params, [(values.get(leaf.name, leaf.weights), leaf.grid) for leaf in leaves])
 
-  def choose_leaf(
+  def choose_matrix(
     self, weights: Array, grid: LeafState, moments: InputMoments | None, damping: float
   ) -> tuple[Array, LeafState]:
     """Rounds one leaf.  The mask is made anew: these may be other weights than those of the grid.

@@ -30,6 +30,7 @@ from opq_jax.encoders.rounding import Rounding
 from opq_jax.encoders.tied_codes import with_ties
 from opq_jax.file import writer
 from opq_jax.file.rate import bits_of_file
+from opq_jax.network import InputMoments, usage
 
 # share of the bits asked that codes may have more or fewer; contexts change a file by more
 _TOLERANCE = 3e-3
@@ -38,6 +39,26 @@ _MAX_STEPS = 4
 # bits per weight that a search asks for at most: a code is one int8
 _MAX_BITS = 8.0
 _ROUNDING = Rounding()
+
+
+def slices_of_encoder(encoder: Encoder, params: PyTree) -> Callable[[str, Any], int] | None:
+  """Returns how many leading axes of a leaf count slices, as an encoder knows it; or None.
+
+  A `LayerByLayer` knows it from its function, and other encoders from their moments.
+  """
+  if isinstance(encoder, LayerByLayer):
+    leaves = jax.tree.leaves(usage(*encoder.call(params)))
+    known = {leaf.name: leaf.slices for leaf in leaves}
+  else:
+    moments = getattr(encoder, 'moments', None)
+    names = trees.named_leaves(params)
+    of_leaves = [None] * len(names) if moments is None else trees.beside(params, moments)
+    known = {
+      name: found.slices
+      for name, found in zip(names, of_leaves, strict=True)
+      if isinstance(found, InputMoments)
+    }
+  return (lambda path, _: known.get(path, 0)) if any(known.values()) else None
 
 
 class CompressedNetwork(NamedTuple):
@@ -89,6 +110,8 @@ def compress(
     encoder: a value of `opq_jax.encoders`: `Rounding()`, `Feedback(moments)`, `Trellis(moments)` or
       `LayerByLayer(fn, inputs, first)`.
     objective, compressible, channel_axis, slices, usage, corrected: as in `opq_jax.allocate`.
+      Without `slices` and `usage`, slices are those of the encoder's moments, or of the function
+      that it walks.
 
   Returns:
     A `CompressedNetwork(params, state, allocation)`.
@@ -122,6 +145,8 @@ def compress(
     'usage': usage,
     'corrected': corrected,
   }
+  if slices is None and usage is None and not trees.is_traced(params):
+    options['slices'] = slices_of_encoder(encoder, params)
   if isinstance(encoder, Rounding):
     allocation = allocate(params, **targets, file_rate=file_rate, **options)
     return CompressedNetwork(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from jaxtyping import Array, Bool, Float32, Int8
 from opq_jax import compression
 from opq_jax.coding import arrangements, trellis
 from opq_jax.coding import payload as entropy_coding
-from opq_jax.compression import CompressionState, LeafState
+from opq_jax.compression import CompressionState, LeafState, slice_of, stacked
 from opq_jax.compression.cells import settled, value_table
 from opq_jax.compression.records import affine_codebook, exact_grid, kinds_of_codes
 from opq_jax.core import messages, trees
@@ -28,10 +29,11 @@ from opq_jax.encoders.encoder import (
   LeafToCode,
   Trial,
   check_damping,
-  check_one_grid,
   encoded,
   leaves_to_code,
   named_leaf,
+  part_of,
+  stack_slices,
 )
 from opq_jax.encoders.host_feedback import Factor, RowFeedback, factor_of
 from opq_jax.encoders.matrices import MatrixLayout
@@ -98,7 +100,7 @@ class Trellis(LeafEncoder):
     """
     return _encoded(params, _code_leaves(params, grids, self.moments, self.damping))
 
-  def choose_leaf(
+  def choose_matrix(
     self, weights: Array, grid: LeafState, moments: InputMoments | None, damping: float
   ) -> tuple[Array, LeafState]:
     coded = _code_leaf(weights, grid, moments, damping)
@@ -151,15 +153,30 @@ def _code_leaves(
   def code(leaf: LeafToCode) -> _CodedLeaf:
     if leaf.grid is None:
       return _CodedLeaf(leaf.weights)
-    check_one_grid(leaf.name, leaf.grid)
     if not np.isfinite(np.asarray(leaf.weights, np.float32)).all():
       raise ValueError(f'{leaf.name}: found NaN or an infinity, expected finite weights')
+    may_follow_trellis = leaf.name not in unserved
     with named_leaf(leaf.name):
-      return _code_leaf(leaf.weights, leaf.grid, leaf.moments, damping, leaf.name not in unserved)
+      if not leaf.grid.slices:
+        return _code_leaf(leaf.weights, leaf.grid, leaf.moments, damping, may_follow_trellis)
+      return _joined(
+        [
+          _code_leaf(
+            leaf.weights[place],
+            slice_of(leaf.grid, place),
+            part_of(leaf.moments, place),
+            damping,
+            may_follow_trellis,
+          )
+          for place in np.ndindex(leaf.grid.slice_shape)
+        ],
+        leaf.grid.slice_shape,
+      )
 
   leaves = list(leaves_to_code(params, grids, moments))
-  # numba and BLAS run without the interpreter's lock
-  with ThreadPoolExecutor() as pool:
+  # numba and BLAS run without the interpreter's lock; no more leaves at once than processors, since
+  # each has arrays of several times its size
+  with ThreadPoolExecutor(os.cpu_count()) as pool:
     coded = list(pool.map(code, leaves))
   names = [leaf.name for leaf, result in zip(leaves, coded, strict=True) if not result.is_served]
   if names:
@@ -169,6 +186,18 @@ def _code_leaves(
       'serve, for their shape or their many weights beyond its levels: they have plain codes'
     )
   return coded
+
+
+def _joined(parts: list[_CodedLeaf], shape: tuple[int, ...]) -> _CodedLeaf:
+  """Returns a leaf from its coded slices, in C order."""
+  values, states, codes, are_served = zip(*parts, strict=True)
+  joined = np.stack(codes)
+  return _CodedLeaf(
+    stack_slices(values, shape),
+    stacked(states, shape),
+    joined.reshape(*shape, *joined.shape[1:]),
+    all(are_served),
+  )
 
 
 def _code_leaf(
@@ -300,11 +329,13 @@ def _bits(leaf: _CodedLeaf) -> float:
   """Returns the bits of a leaf: its codes, at their entropy given the subsets, and its escapes."""
   if leaf.codes is None or leaf.state is None:
     return 0.0
-  is_escaped, size = leaf.codes == ESCAPE, leaf.codes.size
-  bits = entropy_coding.entropy(np.where(is_escaped, np.int8(0), leaf.codes)) * size
-  escaped = int(np.count_nonzero(is_escaped))
-  value_bits = 8 * np.dtype(leaf.state.dtype).itemsize
-  return bits + escaped * (value_bits + math.log2(size / escaped)) if escaped else bits
+  total, value_bits = 0.0, 8 * np.dtype(leaf.state.dtype).itemsize
+  for codes in leaf.codes.reshape(-1, *leaf.codes.shape[leaf.state.slices :]):
+    is_escaped, size = codes == ESCAPE, codes.size
+    total += entropy_coding.entropy(np.where(is_escaped, np.int8(0), codes)) * size
+    escaped = int(np.count_nonzero(is_escaped))
+    total += escaped * (value_bits + math.log2(size / escaped)) if escaped else 0
+  return total
 
 
 def _decoded(weights: Array, codes: Int8[np.ndarray, '...'], state: LeafState) -> Array:

@@ -151,13 +151,15 @@ def cells(feature, *values):
 
 
 def test_matrix_values():
-  assert set(matrix().values()) == {'yes', 'no', 'wrapper'}
+  assert set(matrix().values()) == {'yes', 'no', 'wrapper', '`from_nnx`', '`from_haiku`'}
   everywhere = ('compress', 'files', 'optax', 'command line', 'moments', 'feedback')
   for feature in (*everywhere, 'layer by layer'):
     assert cells(feature, 'yes') == list(FRAMEWORKS)
   assert cells('training step', 'yes', 'wrapper') == list(FRAMEWORKS)
-  for feature in ('correction', 'import'):
-    assert cells(feature, 'no') == list(FRAMEWORKS[1:])
+  # tests/correction/test_frameworks.py
+  assert cells('correction', '`from_nnx`', '`from_haiku`') == ['NNX', 'Haiku']
+  assert cells('correction', 'no') == ['Equinox', 'plain JAX']
+  assert cells('import', 'no') == list(FRAMEWORKS[1:])
 
 
 @pytest.mark.parametrize('framework', FRAMEWORKS)

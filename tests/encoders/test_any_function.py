@@ -1,0 +1,162 @@
+"""Encoders on stacks, heads, experts and transposed kernels: as on the same matrices apart."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import opq_jax
+from opq_jax import encoders
+from opq_jax.compression import CompressionState
+from opq_jax.network import InputMoments, second_moments, usage
+
+LAYERS, WIDTH = 3, 48
+
+
+def scanned(stack, x):
+  return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, stack)[0]
+
+
+def apart(layers, x):
+  for w in layers:
+    x = jnp.tanh(x @ w)
+  return x
+
+
+@pytest.fixture(scope='module')
+def stack():
+  keys = jax.random.split(jax.random.key(0), LAYERS)
+  # layers of different scales, which one grid for all would not suit
+  draw = lambda key, scale: scale * jax.random.laplace(key, (WIDTH, WIDTH))
+  return jnp.stack([draw(key, scale) for key, scale in zip(keys, (0.02, 0.1, 0.5), strict=True)])
+
+
+@pytest.fixture(scope='module')
+def inputs():
+  rng = np.random.default_rng(0)
+  return jnp.asarray(rng.normal(size=(512, WIDTH)) @ rng.normal(size=(WIDTH, WIDTH)), jnp.float32)
+
+
+@pytest.fixture(scope='module')
+def moments(stack, inputs):
+  """Of the stack, and the same matrices of the layers apart."""
+  of_stack = second_moments(scanned, stack, inputs)
+  return of_stack, [InputMoments(matrix, (0,)) for matrix in of_stack.matrix]
+
+
+def of_kinds(moments, fn, inputs):
+  feedback = encoders.Feedback(moments)
+  return {
+    'rounding': encoders.Rounding(),
+    'feedback': feedback,
+    'trellis': encoders.Trellis(),
+    'trellis with feedback': encoders.Trellis(moments),
+    'layer by layer': encoders.LayerByLayer(fn, inputs, first=feedback),
+    'layer by layer along the trellis': encoders.LayerByLayer(
+      fn, inputs, first=encoders.Trellis(moments)
+    ),
+  }
+
+
+@pytest.mark.parametrize('kind', of_kinds(1, None, None))
+def test_encoders_code_stack_as_layers(kind, stack, inputs, moments):
+  of_stack, of_layers = moments
+  slices = {'slices': lambda path, leaf: 1} if kind in ('rounding', 'trellis') else {}
+  encoder = of_kinds(of_stack, scanned, inputs)[kind]
+  found = opq_jax.compress(stack, compression_rate=10.0, encoder=encoder, **slices)
+  encoder = of_kinds(of_layers, apart, inputs)[kind]
+  expected = opq_jax.compress(list(stack), compression_rate=10.0, encoder=encoder)
+  assert found.state.tree.slices == 1
+  np.testing.assert_array_equal(found.params, np.stack(expected.params))
+  codes = opq_jax.encode(found.params, found.state)
+  apart_codes = opq_jax.encode(expected.params, expected.state)
+  np.testing.assert_array_equal(codes, np.stack(apart_codes))
+  data = opq_jax.file.serialize(found.params, found.state)
+  np.testing.assert_array_equal(opq_jax.load(data)[0], found.params)
+
+
+def test_encoders_need_slices_of_their_moments(stack, inputs, moments):
+  grids = opq_jax.init_state(stack, opq_jax.allocate(stack, compression_rate=10.0))
+  feedback = encoders.Feedback(moments[0])
+  with pytest.raises(ValueError, match='found moments of 1 axes of slices and a grid of 0'):
+    feedback.choose_codes(stack, grids)
+  layer_by_layer = encoders.LayerByLayer(scanned, inputs, first=encoders.Rounding())
+  with pytest.raises(ValueError, match='found a leaf of 1 axes of slices and a grid of 0'):
+    layer_by_layer.choose_codes(stack, grids)
+
+
+# kernel, inputs, and the same kernel as a matrix of inputs by outputs
+LAYOUTS = {
+  'outputs first': ('bi,oi->bo', (64, 48), (512, 48), lambda w: w.T),
+  'to heads': ('bi,ihf->bhf', (48, 4, 16), (512, 48), lambda w: w.reshape(48, 64)),
+  'from heads': ('bhf,hfo->bo', (4, 12, 64), (512, 4, 12), lambda w: w.reshape(48, 64)),
+  'heads first': (
+    'bi,hif->bhf',
+    (4, 48, 16),
+    (512, 48),
+    lambda w: jnp.moveaxis(w, 0, 1).reshape(48, 64),
+  ),
+}
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_encoders_follow_axes(layout, inputs):
+  """The codes of a kernel do not depend on the order of its axes."""
+  expression, shape, input_shape, as_matrix = LAYOUTS[layout]
+  kernel = jax.random.laplace(jax.random.key(1), shape)
+  network = lambda w, x: jnp.einsum(expression, x, w)
+  x = inputs.reshape(input_shape)
+  moments = second_moments(network, kernel, x)
+  plain = second_moments(lambda w, x: x @ w, as_matrix(kernel), inputs)
+  np.testing.assert_allclose(moments.matrix, plain.matrix, rtol=1e-5, atol=1e-2)
+  # the very same matrix, since a rounding at the edge of a cell would be another code
+  moments = InputMoments(plain.matrix, moments.inputs)
+  state = opq_jax.init_state(kernel, opq_jax.allocate(kernel, compression_rate=12.0))
+  found = encoders.Feedback(moments).choose_codes(kernel, state).params
+  grid = state.tree.replace(kinds=as_matrix(state.tree.kinds))
+  rows = encoders.Feedback(plain).choose_codes(as_matrix(kernel), CompressionState(grid)).params
+  np.testing.assert_array_equal(as_matrix(found), rows)
+
+  # the coder of a trellis has an order for two of them; the others are named
+  served = layout in ('to heads', 'from heads')
+  with contextlib.nullcontext() if served else pytest.warns(UserWarning, match='does not serve'):
+    coded = encoders.Trellis(moments).choose_codes(kernel, state)
+  error = lambda values: float(jnp.square(network(values - kernel, x)).sum())
+  assert error(coded.params) < 0.8 * error(opq_jax.apply_compression(kernel, state))
+
+
+def test_encoders_code_experts_apart(inputs):
+  """Experts of one batched product are slices, as if each were a leaf of its own."""
+  keys = jax.random.split(jax.random.key(2), 3)
+  params = {
+    'first': jax.random.laplace(keys[0], (WIDTH, WIDTH)) / 7,
+    'experts': jax.random.laplace(keys[1], (4, WIDTH, 24))
+    * jnp.array([0.1, 0.2, 0.4, 0.8])[:, None, None],
+  }
+
+  def together(params, x):
+    tokens = jnp.tanh(x @ params['first']).reshape(4, -1, WIDTH)
+    return jnp.einsum('eti,eio->eto', tokens, params['experts'])
+
+  def apart(params, x):
+    tokens = jnp.tanh(x @ params['first']).reshape(4, -1, WIDTH)
+    return [t @ w for t, w in zip(tokens, params['experts'], strict=True)]
+
+  assert usage(together, params, inputs)['experts'].slices == 1
+  of_experts = {**params, 'experts': list(params['experts'])}
+  found, expected = (
+    opq_jax.compress(
+      tree,
+      compression_rate=10.0,
+      encoder=encoders.LayerByLayer(
+        fn, inputs, encoders.Feedback(second_moments(fn, tree, inputs))
+      ),
+    )
+    for fn, tree in ((together, params), (apart, of_experts))
+  )
+  steps = [leaf.step for leaf in expected.state.tree['experts']]
+  np.testing.assert_allclose(found.state.tree['experts'].step, steps, rtol=1e-6)
+  same = found.params['experts'] == jnp.stack(expected.params['experts'])
+  assert float(same.mean()) > 0.995  # products of other shapes round otherwise
