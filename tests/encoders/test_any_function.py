@@ -77,6 +77,7 @@ def test_encoders_code_stack_as_layers(kind, stack, inputs, moments):
   np.testing.assert_array_equal(opq_jax.load(data)[0], found.params)
 
 
+@pytest.mark.filterwarnings('ignore:one threshold for all prunes')
 def test_encoders_need_slices_of_their_moments(stack, inputs, moments):
   grids = opq_jax.init_state(stack, opq_jax.allocate(stack, compression_rate=10.0))
   feedback = encoders.Feedback(moments[0])
