@@ -35,7 +35,7 @@ from opq_jax.allocation.measured_leaves import (
   numbers_of_parts,
   tied_record,
 )
-from opq_jax.allocation.objectives import Objective, check_omegas, energy_power, omegas_of_shares
+from opq_jax.allocation.objectives import Objective, check_omegas, energy_power
 from opq_jax.allocation.parts import (
   MeasuredLeaf,
   Part,
@@ -196,7 +196,7 @@ def allocate(
     shapes = {name: tuple(named[name].shape[:count]) for name, (_, count) in axes.items()}
     omegas = check_omegas(params, objective, shapes)
   elif given.shares is not None:
-    omegas = omegas_of_shares(objective, [given.shares[name] for name in chosen])
+    omegas = [jnp.float32(given.shares[name]) for name in chosen]
   leaves = measured(named, axes, omegas, corrected, read)
   parts = parts_of(leaves)
   is_traced = trees.is_traced(([leaf.statistics for leaf in leaves], targets, omegas))

@@ -6,8 +6,8 @@ t_i = sqrt(sum_j n_ij tau_ij^2 / n_i), so that its Laplace energy is 2 per weigh
     d_i = D_i / (2 n_i)                                  its relative squared error, in [0, 1]
 
 is the argument of the objective sum_i F_i(d_i): F_i = a_i d_i for the objectives that are linear in
-the errors, F_i = -log(1 - d_i) for `retained_signal`.  Counts are shares of all weights, so that a
-constraint reads "per weight".  The problems, each in a module of its own:
+the errors, F_i = -w_i log(1 - d_i) for `retained_signal`.  Counts are shares of all weights, so
+that a constraint reads "per weight".  The problems, each in a module of its own:
 
     sparsity      minimise sum F_i(E_i)  subject to  sum n_ij p(beta_i; tau_ij)   = sparsity
     fixed_width   minimise sum F_i(D_i)  subject to  sum m_ij b_ij(Delta_i)       = bits * sum m_ij
@@ -35,6 +35,7 @@ class Channels(NamedTuple):
     leaves: number of leaves.
     price: a_i of a linear objective, or None for `retained_signal`.
     min_step: least Delta_i, in units of t_i: with 127 levels it reaches the largest weight.
+    weight: w_i of `retained_signal`; None for 1.
     block: length of the runs of channels that belong to one leaf, from the first channel on.  Sums
       over a run are dense, and XLA scatters one number per run instead of one per channel.
   """
@@ -46,6 +47,7 @@ class Channels(NamedTuple):
   price: Float[Array, 'leaves'] | None
   min_step: Float[Array, 'leaves']
   block: int = 1
+  weight: Float[Array, 'leaves'] | None = None
 
   def sum(self, x: Float[Array, 'channels *more']) -> Float[Array, 'leaves *more']:
     """Sums over the channels of each leaf."""
@@ -88,7 +90,8 @@ class Channels(NamedTuple):
     """
     if self.price is not None:
       return jnp.log(self.price)
-    return -jnp.log(jnp.maximum(retained, jnp.finfo(retained.dtype).tiny))
+    log_price = -jnp.log(jnp.maximum(retained, jnp.finfo(retained.dtype).tiny))
+    return log_price if self.weight is None else log_price + jnp.log(self.weight)
 
   def cost(self, retained: Float[Array, '...']) -> Float[Array, '...']:
     """Returns F_i(d_i).
@@ -98,4 +101,7 @@ class Channels(NamedTuple):
     """
     if self.price is not None:
       return (1 - retained) * self.price.reshape(-1, *[1] * (retained.ndim - 1))
-    return -jnp.log(jnp.maximum(retained, jnp.finfo(retained.dtype).tiny))
+    cost = -jnp.log(jnp.maximum(retained, jnp.finfo(retained.dtype).tiny))
+    if self.weight is None:
+      return cost
+    return cost * self.weight.reshape(-1, *[1] * (retained.ndim - 1))

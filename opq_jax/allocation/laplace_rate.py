@@ -132,6 +132,8 @@ def _single_scale_start(
   if channels.price is None:
     # mu F'(d) = 2 lambda n with F'(d) = 1 / (1 - d): the table's key is log(mu / (1 - d))
     keys = table['log_mu'] - table['log_retained']
+    if channels.weight is not None:
+      offset -= jnp.log(channels.weight)
   else:
     keys = table['log_mu']
     offset -= jnp.log(channels.price)

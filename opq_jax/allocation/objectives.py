@@ -1,7 +1,6 @@
 """Objectives: the price of a squared error in one leaf beside the same error in another."""
 
 import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -37,20 +36,6 @@ def energy_power(objective: Objective | PyTree) -> float | None:
   if objective not in OBJECTIVES:
     raise ValueError(f'objective: found {objective!r}, expected one of {OBJECTIVES} or a pytree')
   return _ENERGY_POWERS[objective]
-
-
-def omegas_of_shares(objective: str, shares: Sequence[float]) -> list[Array]:
-  """Returns omegas with which F is an expectation over rows: each leaf's share of them.
-
-  Raises:
-    ValueError: the objective is not linear in the errors, and has no omegas.
-  """
-  if energy_power(objective) is None and any(share != 1 for share in shares):
-    raise ValueError(
-      f'objective: found {objective} with leaves that see a share of the rows alone (usage), '
-      'expected an objective that is linear in the errors, such as balanced_error'
-    )
-  return [jnp.float32(share) for share in shares]
 
 
 def check_omegas(

@@ -120,8 +120,6 @@ def test_allocate_refuses_usage_of_another_tree():
   used = opq_jax.usage(experts, params, jnp.ones((64, 48)))
   with pytest.raises(ValueError, match=r'^usage: found another tree than that of the parameters'):
     opq_jax.allocate({'up': params['up']}, usage=used)
-  with pytest.raises(ValueError, match=r'^objective: found retained_signal with leaves that see'):
-    opq_jax.allocate(params, usage=used, objective='retained_signal')
 
 
 def test_allocate_file_rate_of_slices():
@@ -143,3 +141,29 @@ def test_summary_shows_usage():
   assert 'of two axes or more, and not compressed: gate (elementwise)' in text
   plain = str(opq_jax.summary(params, allocation))
   assert 'axes:' not in plain and 'not compressed: gate' in plain
+
+
+@pytest.mark.parametrize(('bits', 'corrected'), [(6.0, True), (4.5, False)])
+def test_allocate_retained_signal_of_shares(bits, corrected):
+  # F = -p log(1 - D / S): where D is small, that of relative_error times p
+  params = mixture()
+  used = opq_jax.usage(experts, params, jnp.ones((64, 48)))
+  targets = {'bits_per_weight': bits, 'corrected': corrected}
+  steps = []
+  for objective in ('retained_signal', 'relative_error'):
+    found = opq_jax.allocate(params, usage=used, objective=objective, **targets).tree
+    steps.append(np.append(found['up'].step, found['down'].step) / found['attention'].step)
+  np.testing.assert_allclose(*steps, rtol=3e-2)
+  # shares of 1 / 8 and weights in proportion to 40 and 48 of the leaf's own
+  np.testing.assert_allclose(np.mean(steps[0]), np.sqrt(8 * 40 / 48), rtol=0.1)
+
+
+@pytest.mark.parametrize('objective', ['retained_signal', 'balanced_error'])
+def test_allocate_sparsity_of_shares(objective):
+  params = mixture()
+  used = opq_jax.usage(experts, params, jnp.ones((64, 48)))
+  targets = {'sparsity': 0.6, 'bits': 3.0, 'objective': objective}
+  found = opq_jax.allocate(params, usage=used, **targets).tree
+  equal = opq_jax.allocate(params, slices=lambda path, leaf: leaf.ndim - 2, **targets).tree
+  assert float(found['attention'].sparsity) < float(equal['attention'].sparsity) - 0.1
+  assert found['attention'].step < equal['attention'].step
