@@ -25,26 +25,6 @@ from jax.extend import core as jex
 from opq_jax.network import views
 from opq_jax.network.views import View
 
-# operations whose result has the numbers of their operand, up to its dtype
-_SAME_NUMBERS = frozenset(
-  (
-    *('convert_element_type', 'copy', 'copy_p', 'mesh_cast', 'name', 'optimization_barrier'),
-    *('pvary', 'reduce_precision', 'reshard', 'sharding_constraint', 'stop_gradient'),
-  )
-)
-_LAYOUT = frozenset(
-  (
-    *('broadcast_in_dim', 'concatenate', 'dynamic_slice', 'expand_dims', 'pad', 'reshape', 'rev'),
-    *('slice', 'split', 'squeeze', 'transpose'),
-  )
-)
-# elementwise: a weight that only parameters take part in computing is still a weight
-_ARITHMETIC = frozenset(
-  (
-    *('abs', 'add', 'clamp', 'div', 'exp', 'integer_pow', 'log', 'logistic', 'max', 'min', 'mul'),
-    *('neg', 'pow', 'round', 'rsqrt', 'select_n', 'sign', 'sqrt', 'square', 'sub', 'tanh'),
-  )
-)
 _DATA = frozenset(('scan', 'while', 'cond', 'random_bits', 'random_unwrap', 'threefry2x32'))
 
 
@@ -199,7 +179,7 @@ class Interpreter:
       moved = [()] * len(equation.outvars)
     results = self.results(equation, values, self.compute(equation, values))
     layer = None
-    if name in _SAME_NUMBERS or name in _LAYOUT:
+    if name in views.SAME_NUMBERS or name in views.LAYOUT:
       layer = values[0].layer
     elif name in ('dot_general', 'conv_general_dilated') and results[0].is_data:
       layer = next((view.leaf for value in values for view in value.views), None)
@@ -214,9 +194,9 @@ class Interpreter:
     # random bits and what a loop has carried are no parameters either
     is_data = any(value.is_data for value in values) or name in _DATA
     numbers = [self.fresh() for _ in equation.outvars]
-    if name in _SAME_NUMBERS and len(values) == len(numbers):
+    if name in views.SAME_NUMBERS and len(values) == len(numbers):
       numbers = [value.number for value in values]
-    elif name in _LAYOUT and len(numbers) == 1:
+    elif name in views.LAYOUT and len(numbers) == 1:
       key = (name, *(value.number for value in values), str(equation.params), str(values[0].shape))
       numbers = [self._known.setdefault(key, numbers[0])]
     return [
@@ -230,17 +210,17 @@ def _moved(equation: Any, values: Sequence[Value]) -> list[Sequence[View]]:
   name, parameters = equation.primitive.name, equation.params
   shapes = [_facts(variable)[0] for variable in equation.outvars]
   seen = [(place, view) for place, value in enumerate(values) for view in value.views]
-  if name in _SAME_NUMBERS and len(values) == len(shapes):
+  if name in views.SAME_NUMBERS and len(values) == len(shapes):
     return [value.views for value in values]
   if name == 'neg':
     return [values[0].views]
   if name == 'split':
     # parts of an axis, which are no kernels of their own
     return [[view._replace(is_exact=False) for _, view in seen] for _ in shapes]
-  if name in _LAYOUT:
-    new = [_through_layout(name, parameters, view, values[at], shapes[0]) for at, view in seen]
+  if name in views.LAYOUT:
+    new = [views.through(name, parameters, view, values[at].shape, shapes[0]) for at, view in seen]
     return [[view for view in new if view is not None]]
-  if name in _ARITHMETIC and not any(value.is_data for value in values):
+  if name in views.ARITHMETIC and not any(value.is_data for value in values):
     if name in ('mul', 'div') and any(isinstance(atom, jex.Literal) for atom in equation.invars):
       # a constant factor changes neither inputs nor outputs
       return [[view for _, view in seen]]
@@ -268,47 +248,6 @@ def evaluated(equation: Any, contents: Sequence[Any]) -> Sequence[Any]:
 def _facts(atom: Any) -> tuple[tuple[int, ...], Any]:
   """Returns the shape and dtype of a variable or literal; tokens have neither."""
   return getattr(atom.aval, 'shape', ()), getattr(atom.aval, 'dtype', None)
-
-
-def _through_layout(
-  name: str, parameters: dict[str, Any], view: View, value: Value, shape: tuple[int, ...]
-) -> View | None:
-  """Returns the view through an operation that moves numbers, or None where it is lost."""
-  match name:
-    case 'reshape':
-      return views.reshaped(view, shape) if parameters.get('dimensions') is None else None
-    case 'transpose':
-      return views.transposed(view, parameters['permutation'])
-    case 'squeeze':
-      return views.squeezed(view, [axis % len(value.shape) for axis in parameters['dimensions']])
-    case 'broadcast_in_dim':
-      return views.broadcast(view, shape, parameters['broadcast_dimensions'])
-    case 'rev':
-      return views.reversed_along(view, parameters['dimensions'])
-    case 'slice' | 'dynamic_slice' | 'concatenate' | 'pad':
-      return _cut(name, parameters, view, value, shape)
-  return None
-
-
-def _cut(
-  name: str, parameters: dict[str, Any], view: View, value: Value, shape: tuple[int, ...]
-) -> View | None:
-  """Returns the view of a part of a value, or of a larger value that it is a part of."""
-  starts = parameters.get('start_indices') if name == 'slice' else None
-  axes, indices, taken = list(view.axes), list(view.indices), list(view.picked)
-  is_exact = view.is_exact and name != 'pad'
-  for place, (before, after) in enumerate(zip(value.shape, shape, strict=True)):
-    if before == after:
-      continue
-    if name in ('slice', 'dynamic_slice') and after == 1:
-      taken += [factor for factor in view.axes[place] if factor.axis != views.REPEATED]
-      indices.append(views.DYNAMIC if starts is None else starts[place])
-      axes[place] = ()
-    elif name != 'concatenate':
-      is_exact = False
-  return view._replace(
-    axes=tuple(axes), picked=tuple(taken), indices=tuple(indices), is_exact=is_exact
-  )
 
 
 def _inlined(equation: Any) -> Any:

@@ -12,13 +12,35 @@ say what an operation makes of them.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 REPEATED = -1
 """The axis of a factor along which a leaf is broadcast."""
 
 STEP, DYNAMIC = -1, -2
 """Indices that are no numbers: of the step of a scan, and of a value that is not known."""
+
+
+# operations whose result has the numbers of their operand, up to its dtype
+SAME_NUMBERS = frozenset(
+  (
+    *('convert_element_type', 'copy', 'copy_p', 'mesh_cast', 'name', 'optimization_barrier'),
+    *('pvary', 'reduce_precision', 'reshard', 'sharding_constraint', 'stop_gradient'),
+  )
+)
+LAYOUT = frozenset(
+  (
+    *('broadcast_in_dim', 'concatenate', 'dynamic_slice', 'expand_dims', 'pad', 'reshape', 'rev'),
+    *('slice', 'split', 'squeeze', 'transpose'),
+  )
+)
+# elementwise: a weight that only parameters take part in computing is still a weight
+ARITHMETIC = frozenset(
+  (
+    *('abs', 'add', 'clamp', 'div', 'exp', 'integer_pow', 'log', 'logistic', 'max', 'min', 'mul'),
+    *('neg', 'pow', 'round', 'rsqrt', 'select_n', 'sign', 'sqrt', 'square', 'sub', 'tanh'),
+  )
+)
 
 
 class Factor(NamedTuple):
@@ -144,3 +166,50 @@ def picked(view: View, place: int, index: int) -> View:
 def size_of(axis: Axis) -> int:
   """Returns the length of an axis."""
   return math.prod(factor.size for factor in axis)
+
+
+def through(
+  name: str, parameters: dict[str, Any], view: View, before: Sequence[int], after: Sequence[int]
+) -> View | None:
+  """Returns the view through an operation that moves numbers, or None where it is lost.
+
+  Args:
+    name, parameters: of the operation.
+    view: of its operand.
+    before, after: shapes of the operand and of the result.
+  """
+  match name:
+    case 'reshape':
+      return reshaped(view, after) if parameters.get('dimensions') is None else None
+    case 'transpose':
+      return transposed(view, parameters['permutation'])
+    case 'squeeze':
+      return squeezed(view, [axis % len(before) for axis in parameters['dimensions']])
+    case 'broadcast_in_dim':
+      return broadcast(view, after, parameters['broadcast_dimensions'])
+    case 'rev':
+      return reversed_along(view, parameters['dimensions'])
+    case 'slice' | 'dynamic_slice' | 'concatenate' | 'pad':
+      return _cut(name, parameters, view, before, after)
+  return None
+
+
+def _cut(
+  name: str, parameters: dict[str, Any], view: View, before: Sequence[int], after: Sequence[int]
+) -> View | None:
+  """Returns the view of a part of a value, or of a larger value that it is a part of."""
+  starts = parameters.get('start_indices') if name == 'slice' else None
+  axes, indices, taken = list(view.axes), list(view.indices), list(view.picked)
+  is_exact = view.is_exact and name != 'pad'
+  for place, (length, new_length) in enumerate(zip(before, after, strict=True)):
+    if length == new_length:
+      continue
+    if name in ('slice', 'dynamic_slice') and new_length == 1:
+      taken += [factor for factor in view.axes[place] if factor.axis != REPEATED]
+      indices.append(DYNAMIC if starts is None else starts[place])
+      axes[place] = ()
+    elif name != 'concatenate':
+      is_exact = False
+  return view._replace(
+    axes=tuple(axes), picked=tuple(taken), indices=tuple(indices), is_exact=is_exact
+  )
