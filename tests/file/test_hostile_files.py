@@ -367,7 +367,7 @@ def test_write_refuses_metadata_name(tmp_path):
 # ---- nothing is executed ----
 
 EXECUTES = re.compile(
-  r'\b(pickle|cPickle|dill|joblib|marshal|shelve)\b(?!s)|allow_pickle\s*=\s*True|\beval\(|\bexec\('
+  r'\b(pickle|cPickle|dill|joblib|marshal|shelve)\b(?!s)|allow_pickle\s*=\s*True|(?<![.\w])(eval|exec)\('
   r'|weights_only\s*=\s*False|yaml\.(unsafe_)?load\(|__reduce__|torch\.load\((?!.*weights_only=True)'
 )
 
