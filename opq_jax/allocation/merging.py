@@ -16,25 +16,24 @@ from opq_jax.allocation.statistics import LeafStatistics
 def merge_statistics(parts: Sequence[LeafStatistics], axis: int) -> LeafStatistics:
   """Returns the statistics of `jnp.concatenate(leaves, axis)`, given those of the leaves.
 
-    Maxima, shapes and histograms merge exactly (the bins of two parts differ by whole octaves).
-    Scales merge up to float32 rounding: a sum in parts is another order.
+  Maxima, shapes and histograms merge exactly (the bins of two parts differ by whole octaves).
+  Scales merge up to float32 rounding: a sum in parts is another order.
 
-    Args:
-      parts: statistics of the pieces of one leaf, in their order; of a leaf cut in two directions,
-        merge twice.
-      axis: the axis along which the leaf was cut.
+  Args:
+    parts: statistics of the pieces of one leaf, in their order; of a leaf cut in two directions,
+      merge twice.
+    axis: the axis along which the leaf was cut.
 
-    Raises:
-      ValueError: the pieces do not fit together.
+  Raises:
+    ValueError: the pieces do not fit together.
 
-    >>> import jax
-    >>> from opq_jax.allocation.shards import on_host_one_by_one
-  from opq_jax.allocation.statistics import leaf_statistics
-    >>> w = jax.random.laplace(jax.random.key(0), (64, 32))
-    >>> whole = leaf_statistics(w)
-    >>> merged = merge_statistics([leaf_statistics(w[:48]), leaf_statistics(w[48:])], axis=0)
-    >>> bool((merged.histogram == whole.histogram).all()), merged.shape
-    (True, (64, 32))
+  >>> import jax
+  >>> from opq_jax.allocation.statistics import leaf_statistics
+  >>> w = jax.random.laplace(jax.random.key(0), (64, 32))
+  >>> whole = leaf_statistics(w)
+  >>> merged = merge_statistics([leaf_statistics(w[:48]), leaf_statistics(w[48:])], axis=0)
+  >>> bool((merged.histogram == whole.histogram).all()), merged.shape
+  (True, (64, 32))
   """
   first = parts[0]
   axis = axis % max(first.ndim, 1)

@@ -27,8 +27,6 @@ from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-import numpy as np
-
 TARGETS = ('sparsity', 'bits', 'compression_rate', 'bits_per_weight', 'file_rate')
 """Keys of targets, named as the arguments of `opq_jax.compress`."""
 
@@ -209,6 +207,8 @@ def channel_axis(
     metadata: of the file.
     slices: (path, leaf) -> how many leading axes of the leaf count slices.
   """
+  import numpy as np
+
   from opq_jax.weights import channels
 
   mode: Any = _axis_mode(metadata)
