@@ -87,7 +87,7 @@ def from_nnx(module: Any) -> Functional:
     if not mutable:
       return output
     updated = nnx.to_pure_dict(nnx.state(network, nnx.BatchStat))
-    for path, layer in nnx.iter_modules(network):
+    for path, layer in nnx.iter_graph(network):
       if isinstance(layer, nnx.BatchNorm):
         _restore_derivative(_at(updated, path), _at(variables[STATISTICS], path), layer.momentum)
     return output, {STATISTICS: updated}

@@ -234,6 +234,22 @@ def _moved(equation: Any, values: Sequence[Value]) -> list[Sequence[View]]:
   return [()] * len(shapes)
 
 
+def scan_operands(equation: Any) -> tuple[int, int]:
+  """Returns where the operands of a scan that it carries begin, and those that it runs over.
+
+  Told by their ranks, since JAX has had several names for the numbers of operands: a step finds
+  what is run over without its first axis.
+  """
+  body = equation.params['jaxpr'].jaxpr
+
+  def same_ranks(outer: Sequence[Any], inner: Sequence[Any]) -> int:
+    ranks = [len(_facts(atom)[0]) for atom in outer], [len(_facts(atom)[0]) for atom in inner]
+    return sum(one == other for one, other in zip(*ranks, strict=True))
+
+  carried = same_ranks(equation.invars, body.invars)
+  return carried - same_ranks(equation.outvars, body.outvars), carried
+
+
 def evaluated(equation: Any, contents: Sequence[Any]) -> Sequence[Any]:
   """Computes one equation of a jaxpr, as `jax.core.eval_jaxpr` does."""
   primitive, functions = equation.primitive, ()
@@ -273,8 +289,7 @@ def _bodies(
   # what a loop carries changes from step to step: it is data where it is, or becomes, data
   match equation.primitive.name:
     case 'scan':
-      constants = parameters['num_consts']
-      carried = constants + parameters['num_carry']
+      constants, carried = scan_operands(equation)
       arguments = [
         *values[:constants],
         *(interpreter.carried(value) for value in values[constants:carried]),
@@ -298,8 +313,7 @@ def _carried(equation: Any, values: Sequence[Value]) -> range:
   parameters = equation.params
   match equation.primitive.name:
     case 'scan':
-      first = parameters['num_consts']
-      return range(first, first + parameters['num_carry'])
+      return range(*scan_operands(equation))
     case 'while':
       return range(parameters['cond_nconsts'] + parameters['body_nconsts'], len(values))
   return range(0)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float32
 from opq_jax.core.trees import PyTree
 from opq_jax.network import views
 from opq_jax.network.batch_mode import on_batch_statistics
-from opq_jax.network.interpreter import Interpreter, Product, Value, evaluated
+from opq_jax.network.interpreter import Interpreter, Product, Value, evaluated, scan_operands
 from opq_jax.network.products import Sums, order_of, reading_of, sums_of
 from opq_jax.network.uses import arguments, leading_slices, rows_key, traced, use_of
 
@@ -236,8 +236,7 @@ class _Moments(Interpreter):
 
   def _scan(self, equation: Any, values: Sequence[Value], where: tuple[str, ...]) -> Sequence[Any]:
     parameters = equation.params
-    constants = parameters['num_consts']
-    carried = constants + parameters['num_carry']
+    constants, carried = scan_operands(equation)
     walks = []
 
     def step(carry: list[Any], parts: list[Any]) -> tuple[list[Any], Any]:
@@ -249,7 +248,7 @@ class _Moments(Interpreter):
       ]
       results = inner.contents_of(parameters['jaxpr'], arguments, where)
       walks.append(inner)
-      count = parameters['num_carry']
+      count = carried - constants
       return results[:count], (results[count:], list(inner._sums.values()))
 
     contents = [value.content for value in values]

@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from opq_jax.core.trees import PyTree
 from opq_jax.network import views
-from opq_jax.network.interpreter import Interpreter, Product, Value, evaluated
+from opq_jax.network.interpreter import Interpreter, Product, Value, evaluated, scan_operands
 from opq_jax.network.products import Reading, reading_of
 from opq_jax.network.uses import LeafUsage, Use, arguments, traced, use_of
 
@@ -92,14 +92,12 @@ class SideBySide(Interpreter):
     self.carried_leaves(equation, values, where)
     loops = {'scan': self._scan, 'while': self._while, 'cond': self._cond}
     name = equation.primitive.name
-    contents = loops[name](equation.params, values, (*where, name))
+    contents = loops[name](equation, values, (*where, name))
     return self.results(equation, values, contents)
 
-  def _scan(
-    self, parameters: dict[str, Any], values: Sequence[Value], where: tuple[str, ...]
-  ) -> list[Both]:
-    constants = parameters['num_consts']
-    carried = constants + parameters['num_carry']
+  def _scan(self, equation: Any, values: Sequence[Value], where: tuple[str, ...]) -> list[Both]:
+    parameters = equation.params
+    constants, carried = scan_operands(equation)
     body, length = parameters['jaxpr'], parameters['length']
     carry = [value.content for value in values[constants:carried]]
     rows: list[list[Both]] = [[] for _ in range(length)]
@@ -122,9 +120,8 @@ class SideBySide(Interpreter):
       ),
     ]
 
-  def _while(
-    self, parameters: dict[str, Any], values: Sequence[Value], where: tuple[str, ...]
-  ) -> list[Both]:
+  def _while(self, equation: Any, values: Sequence[Value], where: tuple[str, ...]) -> list[Both]:
+    parameters = equation.params
     of_test, of_body = parameters['cond_nconsts'], parameters['body_nconsts']
     first = of_test + of_body
     test, body = jex.jaxpr_as_fun(parameters['cond_jaxpr']), parameters['body_jaxpr']
@@ -137,10 +134,8 @@ class SideBySide(Interpreter):
       carry = [result.content for result in results]
     return carry
 
-  def _cond(
-    self, parameters: dict[str, Any], values: Sequence[Value], where: tuple[str, ...]
-  ) -> list[Both]:
-    branches = parameters['branches']
+  def _cond(self, equation: Any, values: Sequence[Value], where: tuple[str, ...]) -> list[Both]:
+    branches = equation.params['branches']
     # the float network decides, as in a loop
     taken = min(max(int(values[0].content.first), 0), len(branches) - 1)
     body = branches[taken]

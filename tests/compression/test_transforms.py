@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import opq_jax
+from opq_jax.compression import LeafState
 from opq_jax.compression.transforms import clip_to_grid
 from opq_jax.finetuning import parallel, training
 from tests.helpers import small_networks
@@ -144,7 +145,11 @@ def test_keep_compressed_under_nnx_optimizer():
   for i in (0, 2):
     before = np.asarray(params['layers'][i]['kernel'][...])
     after = np.asarray(moved['layers'][i]['kernel'])
-    mask = np.asarray(state.tree['layers'][i]['kernel'].get_value().mask)
+    # NNX has had several names for the value of a variable
+    variable = state.tree['layers'][i]['kernel']
+    is_state = lambda node: isinstance(node, LeafState)
+    (record,) = jax.tree.leaves(variable, is_leaf=is_state)
+    mask = np.asarray(record.mask)
     assert (after[~mask] == 0).all() and 0.2 < mask.mean() < 0.8
     assert (after[mask] != before[mask]).any()
 
