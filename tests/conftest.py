@@ -16,7 +16,7 @@ from tests.helpers import programs
 MANY_MAPS = 30_000
 
 programs.start()
-# tests compile far more than they compute: without optimizations XLA takes a third of the time.
+# tests compile far more than they compute, and XLA compiles faster without its optimizations.
 # OPQ_TEST_OPTIMIZED=1 compiles as users do.  Processes that tests start inherit all of it
 if os.environ.get('OPQ_TEST_OPTIMIZED') != '1':
   flags = ['--xla_llvm_disable_expensive_passes=true']

@@ -91,7 +91,7 @@ class Interpreter:
     return [None] * len(equation.outvars)
 
   def product(self, product: Product) -> None:
-    """Is told of every operation that uses a leaf, before it is computed."""
+    """Receives every operation that uses a leaf, before it is computed."""
 
   def loop(self, equation: Any, values: Sequence[Value], where: tuple[str, ...]) -> list[Value]:
     """Walks a scan, while or cond that leaves go into, once."""
@@ -103,7 +103,7 @@ class Interpreter:
     return results
 
   def carried_leaves(self, equation: Any, values: Sequence[Value], where: tuple[str, ...]) -> None:
-    """Tells of leaves that a loop carries from step to step, and that are not followed."""
+    """Reports leaves that a loop carries from step to step: the walk does not follow them."""
     for operand in _carried(equation, values):
       for view in values[operand].views:
         self.product(Product(equation, view, operand, values, where))

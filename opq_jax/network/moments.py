@@ -19,12 +19,15 @@ from jax import lax
 from jax.extend import core as jex
 from jaxtyping import Array, Float32
 
+from opq_jax.core import messages, trees
 from opq_jax.core.trees import PyTree
 from opq_jax.network import views
 from opq_jax.network.batch_mode import on_batch_statistics
 from opq_jax.network.interpreter import Interpreter, Product, Value, evaluated, scan_operands
 from opq_jax.network.products import Sums, order_of, reading_of, sums_of
 from opq_jax.network.uses import arguments, leading_slices, rows_key, traced, use_of
+
+_MAX_NAMED = 10  # leaves that a warning lists
 
 
 @flax.struct.dataclass
@@ -50,10 +53,12 @@ class _Measured:
   Attributes:
     matrices: every one once.
     leaves: of every leaf, the number of its matrix, its inputs and slices; or None.
+    unmeasured: numbers of the leaves that are multiplied and have no moments all the same.
   """
 
   matrices: list[Array]
   leaves: tuple[tuple[int, tuple[int, ...], int] | None, ...] = flax.struct.field(pytree_node=False)
+  unmeasured: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
 
 
 def second_moments(fn: Callable[..., Any], params: PyTree, *inputs: Any) -> PyTree:
@@ -88,6 +93,9 @@ def second_moments(fn: Callable[..., Any], params: PyTree, *inputs: Any) -> PyTr
   Raises:
     ValueError: a leaf is no array; Linen's BatchNorm cannot be told to run on the batch.
 
+  Warns:
+    UserWarning: leaves that are multiplied and have no moments, by name.
+
   >>> import flax.linen as nn
   >>> class Network(nn.Module):
   ...   @nn.compact
@@ -98,12 +106,7 @@ def second_moments(fn: Callable[..., Any], params: PyTree, *inputs: Any) -> PyTr
   >>> second_moments(Network().apply, variables, x)['params']['head']['kernel'].matrix.tolist()
   [[[5.0, 1.0], [1.0, 2.0]]]
   """
-  measured = _measured(fn, params, *inputs)
-  found = [
-    None if entry is None else InputMoments(measured.matrices[entry[0]], *entry[1:])
-    for entry in measured.leaves
-  ]
-  return jax.tree.unflatten(jax.tree.structure(params), found)
+  return _tree_of(params, _measured(fn, params, *inputs))
 
 
 def mean_moments(fn: Callable[..., Any], params: PyTree, batches: Iterable[Any]) -> PyTree:
@@ -124,10 +127,23 @@ def mean_moments(fn: Callable[..., Any], params: PyTree, batches: Iterable[Any])
     count += 1
   if total is None:
     raise ValueError('batches: found none, expected at least one')
-  mean = _divided(total, count)
+  return _tree_of(params, _divided(total, count))
+
+
+def _tree_of(params: PyTree, measured: _Measured) -> PyTree:
+  """Returns the moments as a tree, and names the leaves that ought to have some and have none."""
+  if measured.unmeasured:
+    names = list(trees.named_leaves(params))
+    unmeasured = [names[number] for number in measured.unmeasured]
+    more = f' and {len(unmeasured) - _MAX_NAMED} more' if len(unmeasured) > _MAX_NAMED else ''
+    messages.warn(
+      f'{", ".join(unmeasured[:_MAX_NAMED])}{more}: found leaves that are multiplied behind '
+      'arithmetic, a cut or a computed index, or along several axes: they have no moments, and '
+      'get plain codes (opq_jax.usage shows their uses)'
+    )
   found = [
-    None if entry is None else InputMoments(mean.matrices[entry[0]], *entry[1:])
-    for entry in mean.leaves
+    None if entry is None else InputMoments(measured.matrices[entry[0]], *entry[1:])
+    for entry in measured.leaves
   ]
   return jax.tree.unflatten(jax.tree.structure(params), found)
 
@@ -215,9 +231,12 @@ class _Moments(Interpreter):
     numbers: dict[Any, int] = {}
     matrices: list[Array] = []
     leaves: list[tuple[int, tuple[int, ...], int] | None] = []
+    unmeasured: list[int] = []
     for leaf, readings in enumerate(self._readings):
       layouts = {(reading.inputs, reading.slices) for reading in readings}
       if len(layouts) != 1 or leaf in self._refused:
+        if layouts or leaf in self._refused:
+          unmeasured.append(leaf)
         leaves.append(None)
         continue
       keys = tuple(reading.key for reading in readings)
@@ -225,7 +244,7 @@ class _Moments(Interpreter):
         numbers[keys] = len(matrices)
         matrices.append(mean_of(functools.reduce(_plus, (self._sums[key] for key in keys))))
       leaves.append((numbers[keys], *layouts.pop()))
-    return _Measured(matrices, tuple(leaves))
+    return _Measured(matrices, tuple(leaves), tuple(unmeasured))
 
   def loop(self, equation: Any, values: Sequence[Value], where: tuple[str, ...]) -> list[Value]:
     name = equation.primitive.name
