@@ -34,8 +34,8 @@ from opq_jax.encoders.encoder import (
   stack_slices,
 )
 from opq_jax.encoders.matrices import MatrixLayout
-from opq_jax.network import InputMoments, on_batch_statistics, usage
-from opq_jax.network.moments import mean_of
+from opq_jax.network import InputMoments, LeafUsage, on_batch_statistics, usage
+from opq_jax.network.moment_sums import mean_of
 from opq_jax.network.products import Reading, sums_of
 from opq_jax.network.side_by_side import Reached, Replacing
 
@@ -157,7 +157,7 @@ class LayerByLayer(Encoder):
     fn, _, *inputs = self.call(params)
     walk = Replacing(
       [leaf.weights for leaf in leaves],
-      jax.tree.leaves(usage(fn, params, *inputs)),
+      self.used(params),
       [leaf.grid is not None for leaf in leaves],
       replace,
     )
@@ -177,10 +177,9 @@ class LayerByLayer(Encoder):
     inputs = self.inputs if type(self.inputs) is tuple else (self.inputs,)
     return on_batch_statistics(self.fn, params), params, *inputs
 
-  def looked_up(self, params: PyTree) -> set[str]:
-    """Returns the paths of the tables that the network looks rows up in."""
-    used = jax.tree.leaves(usage(*self.call(params)))
-    return {leaf.name for leaf in used if leaf.kind == 'look-up'}
+  def used(self, params: PyTree) -> list[LeafUsage]:
+    """Returns how the function uses each leaf."""
+    return jax.tree.leaves(usage(*self.call(params)))
 
   def _choose(self, weights: Array, grid: LeafState, reached: Reached) -> tuple[Array, LeafState]:
     """Chooses the codes of one layer, whose inputs are known in both networks."""

@@ -30,7 +30,7 @@ from opq_jax.encoders.rounding import Rounding
 from opq_jax.encoders.tied_codes import with_ties
 from opq_jax.file import writer
 from opq_jax.file.rate import bits_of_file
-from opq_jax.network import InputMoments, usage
+from opq_jax.network import InputMoments
 
 # share of the bits asked that codes may have more or fewer; contexts change a file by more
 _TOLERANCE = 3e-3
@@ -47,8 +47,7 @@ def slices_of_encoder(encoder: Encoder, params: PyTree) -> Callable[[str, Any], 
   A `LayerByLayer` knows it from its function, and other encoders from their moments.
   """
   if isinstance(encoder, LayerByLayer):
-    leaves = jax.tree.leaves(usage(*encoder.call(params)))
-    known = {leaf.name: leaf.slices for leaf in leaves}
+    known = {leaf.name: leaf.slices for leaf in encoder.used(params)}
   else:
     moments = getattr(encoder, 'moments', None)
     names = trees.named_leaves(params)
@@ -198,7 +197,8 @@ def _at_bits(
     _, _, allocation = _at_bits(encoder.first, params, bits_per_weight, options)
     coded = encoder.choose_codes(params, init_state(params, allocation))
     # all layers were chosen for the inputs that a table gives: its codes stay
-    coded = with_ties(coded, allocation, lambda: encoder.looked_up(params))
+    tables = lambda: {leaf.name for leaf in encoder.used(params) if leaf.kind == 'look-up'}
+    coded = with_ties(coded, allocation, tables)
     return CompressedNetwork(*coded, allocation)
   assert isinstance(encoder, LeafEncoder)
   trial = encoder.trials()

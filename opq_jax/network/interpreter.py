@@ -11,7 +11,7 @@ value
     read the same activations.
 
 At every product of a leaf with activations it calls `Interpreter.product`.  Subclasses give values
-their contents: none (`opq_jax.network.uses`), those of one network (`opq_jax.network.moments`), or
+their contents: none (`opq_jax.network.uses`), those of one network (`opq_jax.network.moment_sums`), or
 those of the float and of the compressed network (`opq_jax.encoders.LayerByLayer`).
 """
 
