@@ -11,8 +11,9 @@ value
     read the same activations.
 
 At every product of a leaf with activations it calls `Interpreter.product`.  Subclasses give values
-their contents: none (`opq_jax.network.uses`), those of one network (`opq_jax.network.moment_sums`), or
-those of the float and of the compressed network (`opq_jax.encoders.LayerByLayer`).
+their contents: none (`opq_jax.network.uses`), those of one network
+(`opq_jax.network.moment_sums`), or those of the float and of the compressed network
+(`opq_jax.network.side_by_side`).
 """
 
 import itertools
