@@ -12,7 +12,7 @@ from opq_jax import encoders
 from opq_jax.allocation import laplace
 from opq_jax.coding import arrangements, trellis
 from opq_jax.coding import payload as entropy_coding
-from opq_jax.encoders import trellis as trellis_encoder
+from opq_jax.encoders import trellis_leaves
 from opq_jax.file import writer
 
 RNG = np.random.default_rng
@@ -165,7 +165,7 @@ def test_trellis_escapes_outliers(dtype):
 
 def test_trellis_names_unserved_leaves(monkeypatch):
   x, kernel = inputs_and_kernel(width=80)  # more inputs than a block has
-  monkeypatch.setattr(trellis_encoder, '_has_too_many_beyond', lambda *_: True)
+  monkeypatch.setattr(trellis_leaves, '_has_too_many_beyond', lambda *_: True)
   moments = (x.T @ x / len(x))[None]
   state = plain_state(kernel)
   with pytest.warns(UserWarning, match='the trellis does not serve'):

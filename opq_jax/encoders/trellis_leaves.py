@@ -1,0 +1,195 @@
+"""One leaf or slice coded along a trellis, or on its plain grid where a trellis does not serve."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float32, Int8
+
+from opq_jax import compression
+from opq_jax.coding import arrangements, trellis
+from opq_jax.coding import payload as entropy_coding
+from opq_jax.compression import CompressionState, LeafState
+from opq_jax.compression.cells import settled, value_table
+from opq_jax.compression.records import affine_codebook, exact_grid, kinds_of_codes
+from opq_jax.core.limits import ESCAPE, MAX_LEVELS
+from opq_jax.encoders import feedback, trellis_grids
+from opq_jax.encoders.host_feedback import Factor, RowFeedback, factor_of
+from opq_jax.encoders.matrices import MatrixLayout
+from opq_jax.encoders.trellis_walk import Walk
+from opq_jax.network import InputMoments
+
+# bits per weight that the trellis gains, at least, at the rates at which 127 levels do not suffice
+_GAIN = 0.1
+
+
+class CodedLeaf(NamedTuple):
+  """A leaf with the codes that were chosen.
+
+  Attributes:
+    values: decoded weights, or the leaf as it came.
+    state: its grid and mask; None where it is not compressed.
+    codes: None where it is not compressed.
+    is_served: False where the leaf has weights to code, and the trellis does not serve it.
+  """
+
+  values: Any
+  state: LeafState | None = None
+  codes: Int8[np.ndarray, '...'] | None = None
+  is_served: bool = True
+
+
+def code_leaf(
+  weights: Array,
+  plain: LeafState,
+  moments: InputMoments | None,
+  damping: float,
+  may_follow_trellis: bool = True,
+) -> CodedLeaf:
+  # in a unit of about a step, because squares of tiny or huge weights do not fit float32; it is a
+  # power of two, which changes no digit
+  unit = np.float32(2.0 ** math.frexp(float(plain.step))[1])
+  scaled = np.asarray(weights, np.float32) / unit
+  first, threshold, step = (
+    float(x) / float(unit) for x in (plain.codebook[1], plain.threshold, plain.step)
+  )
+  factor = layout = None
+  if moments is not None:
+    factor = factor_of(np.asarray(moments.matrix, np.float32), damping)
+    layout = MatrixLayout(scaled.shape, moments.inputs)
+  fit = None
+  if int(plain.levels) and may_follow_trellis:
+    fit = trellis_grids.fit(scaled, first, threshold, step)
+  orders = arrangements.choices(scaled.shape) if fit else []
+  if layout is not None:
+    orders = [order for order in orders if _has_rows_of_inputs(order, layout)]
+  is_lattice = _is_exact(weights, plain)
+  if fit is None or is_lattice or not orders or _has_too_many_beyond(scaled, fit.grid, plain):
+    codes = _code_on_plain_grid(weights, plain, factor, layout)
+    state = dataclasses.replace(plain, kinds=jnp.asarray(kinds_of_codes(codes)))
+    is_served = not codes.any() or int(plain.levels) == 0 or is_lattice
+    return CodedLeaf(_decoded(weights, codes, state), state, codes, is_served)
+
+  # rounded before the walk: codes are chosen for the very values that a file will hold
+  grid_step, grid_first = exact_grid(
+    unit * jnp.float32(fit.grid.step), unit * jnp.float32(fit.grid.first), jnp.int32(MAX_LEVELS)
+  )
+  fit = fit._replace(
+    grid=trellis.Grid(float(grid_first) / float(unit), float(grid_step) / float(unit), MAX_LEVELS)
+  )
+  state = LeafState(
+    kinds=plain.kinds,
+    codebook=affine_codebook(grid_first, grid_step, jnp.int32(MAX_LEVELS)),
+    # a level's cell reaches half a step to either side, so that a value keeps its code; the cells
+    # have no other part, since codes are chosen by error and price
+    threshold=jnp.maximum(grid_first - grid_step / 2, 0),
+    step=grid_step,
+    levels=jnp.int32(MAX_LEVELS),
+    dtype=plain.dtype,
+  )
+  values = np.asarray(_value_table(state)).astype(np.float32) / unit
+  # in one order: every other one would be a walk of its own
+  walk = Walk(scaled, fit, orders[0], _usable(state), values)
+  # of two steps, since a state allows every other level
+  codes = walk.codes(factor, limit=max(2 * fit.grid.step, threshold))
+  on_grid = np.where(codes == ESCAPE, 0, codes)
+  # the walk had all levels; the state ends at the last that a weight has
+  levels = jnp.int32(max(int(on_grid.max()), -int(on_grid.min()), 1))
+  state = dataclasses.replace(
+    state,
+    kinds=jnp.asarray(kinds_of_codes(codes)),
+    codebook=affine_codebook(grid_first, grid_step, levels),
+    levels=levels,
+  )
+  return CodedLeaf(_decoded(weights, codes, state), state, codes)
+
+
+def _has_rows_of_inputs(order: int, layout: MatrixLayout) -> bool:
+  """Returns whether an arrangement of a leaf codes one input after the other, each whole."""
+  if order == arrangements.JOINED_OUTPUTS:
+    return layout.inputs == (0,)
+  # in PyTorch's arrangement, rows are of outputs
+  return order != arrangements.TORCH and layout.inputs == tuple(range(len(layout.shape) - 1))
+
+
+def _code_on_plain_grid(
+  weights: Array, plain: LeafState, factor: Factor | None, layout: MatrixLayout | None
+) -> Int8[np.ndarray, '...']:
+  """Returns codes of the plain grid, with errors pushed on where there is a factor."""
+  if factor is None or layout is None:
+    return np.asarray(compression.encode(weights.astype(plain.dtype), CompressionState(plain)))
+  rows = np.array(layout.rows(np.asarray(weights, np.float32)), order='C')
+  is_escaped = layout.rows(np.asarray(plain.escaped))
+  codes = np.empty(rows.shape, np.int8)
+  values = np.asarray(_value_table(plain)).astype(np.float32)
+  limit = max(float(plain.step), float(plain.threshold))
+  row_feedback = RowFeedback(rows, is_escaped, factor, values, limit)
+  for i in range(len(rows)):
+    codes[i] = np.where(is_escaped[i], 0, feedback.codes_in_cells(rows[i], plain).codes)
+    row_feedback.push(i, codes[i : i + 1])
+  codes[is_escaped] = ESCAPE
+  return np.ascontiguousarray(layout.leaf(codes))
+
+
+def _is_exact(weights: Array, plain: LeafState) -> bool:
+  """Returns whether the plain grid holds every weight exactly: a lattice, which cannot be improved.
+
+  A thousand weights are looked at first, because hardly any leaf is one.
+  """
+  flat, kinds = np.asarray(weights).reshape(-1), np.asarray(plain.kinds).reshape(-1)
+  for part in (slice(0, 1 << 10), slice(None)):
+    grid = dataclasses.replace(plain, kinds=jnp.asarray(kinds[part]))
+    values = compression.apply_compression(flat[part].astype(plain.dtype), CompressionState(grid))
+    if not np.array_equal(values, flat[part]):
+      return False
+  return True
+
+
+def _has_too_many_beyond(
+  scaled: Float32[np.ndarray, '...'], grid: trellis.Grid, plain: LeafState
+) -> bool:
+  """Returns whether weights that escape from the trellis' grid alone cost more than it gains."""
+  size, escaped_on_plain = scaled.size, int(np.count_nonzero(np.asarray(plain.escaped)))
+  escaped = int(np.count_nonzero(trellis_grids.is_beyond(scaled, grid)))
+  if escaped <= escaped_on_plain:
+    return False
+  # bits of the value, and of its place: m of n places take m log2(e n / m)
+  each = 8 * np.dtype(plain.dtype).itemsize + math.log2(size / escaped) + 1.5
+  return (escaped - escaped_on_plain) * each > _GAIN * size
+
+
+def _usable(state: LeafState) -> Bool[np.ndarray, '128']:
+  """Returns which magnitudes of codes have a value of the leaf's dtype in their own cell."""
+  cells = jnp.arange(MAX_LEVELS, dtype=jnp.float32)
+  return np.concatenate([[True], np.asarray(settled(cells, state) == cells)])
+
+
+def bits_of(leaf: CodedLeaf) -> float:
+  """Returns the bits of a leaf: its codes, at their entropy given the subsets, and its escapes."""
+  if leaf.codes is None or leaf.state is None:
+    return 0.0
+  total, value_bits = 0.0, 8 * np.dtype(leaf.state.dtype).itemsize
+  for codes in leaf.codes.reshape(-1, *leaf.codes.shape[leaf.state.slices :]):
+    is_escaped, size = codes == ESCAPE, codes.size
+    total += entropy_coding.entropy(np.where(is_escaped, np.int8(0), codes)) * size
+    escaped = int(np.count_nonzero(is_escaped))
+    total += escaped * (value_bits + math.log2(size / escaped)) if escaped else 0
+  return total
+
+
+def _decoded(weights: Array, codes: Int8[np.ndarray, '...'], state: LeafState) -> Array:
+  """Returns what `opq_jax.decode` returns, without a program of XLA for every shape."""
+  values = np.asarray(_value_table(state))[codes.view(np.uint8)]
+  is_escaped = codes == ESCAPE
+  if is_escaped.any():
+    values = np.where(is_escaped, np.asarray(weights).astype(values.dtype), values)
+  return jnp.asarray(values)
+
+
+# without the kinds, whose shape would make a program of every leaf
+_value_table = jax.jit(
+  lambda state: value_table(dataclasses.replace(state, kinds=jnp.zeros(0, jnp.uint8)))
+)
