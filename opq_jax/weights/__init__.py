@@ -1,7 +1,8 @@
 """Weights on disk: reading the formats of other libraries, and trees larger than memory.
 
-`read_weights` reads a file or an Orbax folder as a whole.  `open_weights` leaves the arrays on
-disk, and `compress_stored` makes an `.opq` file of them leaf by leaf.  A module a format; the
+`read_weights` reads a file or a folder as a whole.  `open_weights` leaves the arrays on disk, and
+`compress_stored` makes an `.opq` file of them leaf by leaf.  `open_folder` opens a model folder of
+Hugging Face as a mapping of its tensors.  A module a format; the
 packages of a format (h5py, msgpack, Orbax, PyTorch) are imported when there is such a file.
 """
 
@@ -11,18 +12,22 @@ from opq_jax.core import lazy
 
 if TYPE_CHECKING:
   from opq_jax.weights.channels import ChannelMode, channel_axis
+  from opq_jax.weights.hugging_face import ModelFolder, open_folder
+  from opq_jax.weights.opening import is_streamable, open_weights
   from opq_jax.weights.reading import read_weights
   from opq_jax.weights.safetensors import write_safetensors
-  from opq_jax.weights.stored_leaves import StoredLeaf, is_streamable, open_weights
+  from opq_jax.weights.stored_leaves import StoredLeaf
   from opq_jax.weights.streaming import StreamedFile, compress_stored
 
 __all__ = [
   'ChannelMode',
+  'ModelFolder',
   'StoredLeaf',
   'StreamedFile',
   'channel_axis',
   'compress_stored',
   'is_streamable',
+  'open_folder',
   'open_weights',
   'read_weights',
   'write_safetensors',
@@ -32,12 +37,14 @@ __getattr__, __dir__ = lazy.attributes(
   __name__,
   {
     'ChannelMode': 'channels',
+    'ModelFolder': 'hugging_face',
     'StoredLeaf': 'stored_leaves',
     'StreamedFile': 'streaming',
     'channel_axis': 'channels',
     'compress_stored': 'streaming',
-    'is_streamable': 'stored_leaves',
-    'open_weights': 'stored_leaves',
+    'is_streamable': 'opening',
+    'open_folder': 'hugging_face',
+    'open_weights': 'opening',
     'read_weights': 'reading',
     'write_safetensors': 'safetensors',
   },

@@ -7,6 +7,7 @@ folder to read.
 
 import contextlib
 import logging
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ import numpy as np
 
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
+from opq_jax.weights import checks
+from opq_jax.weights.stored_leaves import StoredLeaf
 
 _TREE = '_METADATA'  # a file in every folder in which Orbax stores one tree
 _STEP = re.compile(r'(?:.*[_-])?(\d+)', re.ASCII)
@@ -62,6 +65,26 @@ class OrbaxFolder:
     arguments = ocp.args.PyTreeRestore(item=requested, restore_args=as_numpy)
     with _checkpointer() as checkpointer:
       return checkpointer.restore(self._folder, args=arguments)
+
+
+def open_leaves(path: Path) -> PyTree:
+  """Returns the tree of a folder with a `StoredLeaf` for every array.
+
+  Raises:
+    ValueError: there is no tree of arrays, or more than one.
+    OSError: it cannot be read.
+  """
+  expected = 'an Orbax checkpoint'
+  folder = checks.guarded(OrbaxFolder, path, expected)
+
+  def fetch(name: str) -> np.ndarray:
+    return checks.guarded(lambda _: folder.read_leaf(name), path, expected)
+
+  leaves = []
+  for name, leaf in trees.named_leaves(folder.tree).items():
+    dtype = checks.dtype_of_numbers(path, name, leaf)
+    leaves.append(StoredLeaf(os.fspath(path), name, tuple(leaf.shape), dtype, fetch))
+  return jax.tree.unflatten(jax.tree.structure(folder.tree), leaves)
 
 
 @contextlib.contextmanager

@@ -1,12 +1,13 @@
 """Reads weights in files of any known format into trees of host arrays.
 
-    .safetensors   a flat dict by name
-    .npz           a flat dict by name
-    .msgpack       Flax's `serialization.to_bytes`: nested dicts
-    a folder       an Orbax checkpoint, or the latest step of a CheckpointManager
-    .opq           the decoded network
-    .pt, .pth      a PyTorch state dict; needs PyTorch (`pip install opq_jax[torch]`)
-    .h5, .keras    a Keras file, by `<layer>/<weight>`; needs h5py (`pip install opq_jax[keras]`)
+    .safetensors      a flat dict by name
+    .npz              a flat dict by name
+    .msgpack          Flax's `serialization.to_bytes`: nested dicts
+    a folder          of Hugging Face, a flat dict by name (`open_folder`); an Orbax checkpoint, or
+                      the latest step of a CheckpointManager
+    .opq              the decoded network
+    .pt, .pth, .bin   a PyTorch state dict; needs PyTorch (`pip install opq_jax[torch]`)
+    .h5, .keras       a Keras file, by `<layer>/<weight>`; needs h5py (`pip install opq_jax[keras]`)
 
 Nothing in a file is executed: NumPy's pickles are refused, and PyTorch's are read by its
 `weights_only` unpickler.  A name that occurs twice is an error, and so is an array that claims more
@@ -23,14 +24,14 @@ import numpy as np
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 from opq_jax.file import reader
-from opq_jax.weights import checks, keras, msgpack, npz, orbax, safetensors, torch
+from opq_jax.weights import checks, hugging_face, keras, msgpack, npz, orbax, safetensors, torch
 
 
 def read_weights(path: str | os.PathLike[str]) -> PyTree:
   """Returns the weights of a file as a tree of host arrays, bit for bit.
 
   Args:
-    path: a file with one of the suffixes above, or a folder of Orbax.
+    path: a file with one of the suffixes above, or a folder.
 
   Returns:
     A tree of NumPy arrays (bfloat16 and the like as `ml_dtypes`): a flat dict if the format is one
@@ -48,13 +49,13 @@ def read_weights(path: str | os.PathLike[str]) -> PyTree:
   (3, 2)
   """
   path = Path(path)
+  if hugging_face.is_model_folder(path):
+    return _checked(path, dict(hugging_face.open_folder(path)))
   if path.is_dir():
     return _checked(path, checks.guarded(_read_orbax, path, 'an Orbax checkpoint'))
   if path.suffix.lower() not in _READERS:
     known = ', '.join(_READERS)
-    raise ValueError(
-      f'{path}: found suffix {path.suffix!r}, expected {known}, or a folder of Orbax'
-    )
+    raise ValueError(f'{path}: found suffix {path.suffix!r}, expected {known}, or a folder')
   read, expected = _READERS[path.suffix.lower()]
   return _checked(path, checks.guarded(read, path, expected))
 
@@ -88,8 +89,9 @@ _READERS: dict[str, tuple[Callable[[Path], PyTree], str]] = {
   '.npz': (npz.read, 'a NumPy archive without pickles'),
   '.msgpack': (msgpack.read, "Flax's msgpack"),
   '.opq': (_read_opq, 'an .opq file'),
-  '.pt': (torch.read, 'a PyTorch state dict that loads with weights_only=True'),
-  '.pth': (torch.read, 'a PyTorch state dict that loads with weights_only=True'),
+  '.pt': (torch.read, torch.EXPECTED),
+  '.pth': (torch.read, torch.EXPECTED),
+  '.bin': (torch.read, torch.EXPECTED),
   '.h5': (keras.read, 'an HDF5 file of Keras'),
   '.keras': (keras.read, 'a Keras file'),
 }

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from opq_jax.core import files, trees
 from opq_jax.core.trees import PyTree
 from opq_jax.file import reader
 from opq_jax.weights import checks
+from opq_jax.weights.stored_leaves import StoredLeaf
 
 # safetensors' names of the dtypes that it does not read into NumPy
 _FLOAT8 = {
@@ -70,10 +72,8 @@ def read(path: Path) -> PyTree:
     Exception: whatever safetensors raises at damaged bytes.
   """
   # opened first: safetensors reports an unreadable file as a missing one
-  with open(path, 'rb') as raw, safetensors.safe_open(path, 'np') as file:
-    # safetensors would keep one of two tensors of a name
-    text = raw.read(int.from_bytes(raw.read(8), 'little'))
-    json.loads(text, object_pairs_hook=checks.unique)
+  with open(path, 'rb'), safetensors.safe_open(path, 'np') as file:
+    _check_names(path)
     if is_opq(file):
       return reader.load(path)[0]
     return {name: read_tensor(path, file, name) for name in file.keys()}  # noqa: SIM118
@@ -94,6 +94,51 @@ def opened(path: str | os.PathLike[str]) -> Iterator[Any]:
       yield file
   except safetensors.SafetensorError as error:
     raise ValueError(f'{path}: expected a safetensors file, found this: {error}') from error
+
+
+def open_leaves(path: str | os.PathLike[str]) -> dict[str, StoredLeaf]:
+  """Returns the arrays of a file by name, on disk.
+
+  Raises:
+    ValueError: it is not a safetensors file, damaged, or a name occurs twice.
+    OSError: it cannot be read.
+  """
+
+  def fetch(name: str) -> np.ndarray:
+    with opened(path) as file:
+      return read_tensor(path, file, name)
+
+  leaves = {}
+  with opened(path) as file:
+    _check_names(path)
+    for name in file.keys():  # noqa: SIM118, it is no mapping
+      piece = file.get_slice(name)
+      shape = tuple(piece.get_shape())
+      # a slice has NumPy's dtype and reads one row; an empty array has nothing to slice
+      dtype = extended_dtype(file, name)
+      if dtype is None:
+        dtype = (piece[:1] if shape and math.prod(shape) else file.get_tensor(name)).dtype
+      leaves[name] = StoredLeaf(os.fspath(path), name, shape, dtype, fetch)
+  return leaves
+
+
+def header(path: str | os.PathLike[str]) -> bytes:
+  """Returns the header of a file: eight bytes of length, little-endian, and JSON.
+
+  Raises:
+    OSError: the file cannot be read.
+  """
+  with open(path, 'rb') as raw:
+    length = raw.read(8)
+    return length + raw.read(int.from_bytes(length, 'little'))
+
+
+def _check_names(path: str | os.PathLike[str]) -> None:
+  """Raises a ValueError if a name occurs twice: safetensors would keep one of two tensors."""
+  try:
+    json.loads(header(path)[8:], object_pairs_hook=checks.unique)
+  except ValueError as error:
+    raise ValueError(f'{os.fspath(path)}: {error}') from error
 
 
 def is_opq(file: Any) -> bool:

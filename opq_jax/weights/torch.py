@@ -1,15 +1,21 @@
 """Reads PyTorch state dicts; needs PyTorch.  Pickled code is refused (`weights_only=True`)."""
 
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from jaxtyping import Shaped
 
 from opq_jax.allocation.optimizer_states import is_in_optimizer
 from opq_jax.core import extras, messages
 from opq_jax.weights import checks
+from opq_jax.weights.stored_leaves import StoredLeaf
+
+EXPECTED = 'a PyTorch state dict that loads with weights_only=True'
+"""What a file is expected to be, for messages."""
 
 # keys under which training checkpoints keep the weights, beside epochs and optimizers
 _STATE_DICT_KEYS = ('state_dict', 'model', 'model_state_dict')
@@ -26,14 +32,47 @@ def read(path: Path) -> Any:
       file has.
     Exception: whatever PyTorch raises at damaged bytes and at pickled code.
   """
+  return _to_numpy(_state_dict(path))
+
+
+def open_leaves(path: Path) -> dict[str, StoredLeaf]:
+  """Returns the tensors of a flat state dict by name, on disk.
+
+  Each is read through a mapping of the file that ends with the read.  Files that PyTorch wrote
+  before 1.6 cannot be mapped: such a file is read at once and stays in memory.
+
+  Raises:
+    ValueError: as `read`; or something in the state dict is no tensor.
+    Exception: whatever PyTorch raises at damaged bytes and at pickled code.
+  """
+  is_mapped = zipfile.is_zipfile(path)
+  loaded = _state_dict(path, mmap=is_mapped)
+
+  def fetch(name: str) -> Shaped[np.ndarray, '...']:
+    # the whole mapping would count as memory of the process once its pages are read
+    tensors = _state_dict(path, mmap=True) if is_mapped else loaded
+    return np.array(_to_numpy(tensors[name]))
+
+  leaves = {}
+  for name, tensor in loaded.items():
+    if type(name) is not str or not hasattr(tensor, 'detach'):
+      raise ValueError(f'{path}: {name}: found {type(tensor).__name__}, expected a tensor')
+    dtype = str(tensor.dtype).removeprefix('torch.')
+    known = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    leaves[name] = StoredLeaf(str(path), name, tuple(tensor.shape), known, fetch)
+  return leaves
+
+
+def _state_dict(path: Path, mmap: bool = False) -> Mapping[Any, Any]:
+  """Returns the state dict of a file, or that inside a training checkpoint."""
   torch = extras.require('torch', 'torch', str(path))
-  loaded = torch.load(path, map_location='cpu', weights_only=True)
+  loaded = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
   while isinstance(loaded, Mapping) and (key := _state_dict_key(loaded)) is not None:
     _note_optimizers(path, loaded)
     loaded = loaded[key]
   if not isinstance(loaded, Mapping):
     raise ValueError(f'{path}: found {type(loaded).__name__}, expected a state dict')
-  return _to_numpy(loaded)
+  return loaded
 
 
 def _state_dict_key(loaded: Mapping[str, Any]) -> str | None:

@@ -1,0 +1,52 @@
+"""Opens trees of leaves that stay on disk until they are read, one by one.
+
+.safetensors   a flat dict by name
+a folder       of Hugging Face, a flat dict by name; or an Orbax checkpoint
+"""
+
+import os
+from pathlib import Path
+
+import jax
+
+from opq_jax.core.trees import PyTree
+from opq_jax.weights import hugging_face, orbax, safetensors
+
+
+def is_streamable(path: str | os.PathLike[str]) -> bool:
+  """Returns whether `open_weights` takes a path: a folder, or .safetensors that is no `.opq`."""
+  path = Path(path)
+  if path.is_dir():
+    return True
+  if path.suffix.lower() != '.safetensors' or not path.is_file():
+    return False
+  with safetensors.opened(path) as file:
+    return not safetensors.is_opq(file)
+
+
+def open_weights(path: str | os.PathLike[str]) -> PyTree:
+  """Returns the tree of a file or folder with a `StoredLeaf` for every array.
+
+  Args:
+    path: a `.safetensors` file, a folder of Hugging Face (`open_folder`), or one of Orbax.
+
+  Raises:
+    ValueError: the file is damaged or of another format, or has no weights.
+    OSError: it cannot be read.
+
+  >>> import tempfile, numpy as np, safetensors.numpy
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   safetensors.numpy.save_file({'w': np.eye(3)}, f'{folder}/net.safetensors')
+  ...   leaf = open_weights(f'{folder}/net.safetensors')['w']
+  ...   print(leaf.shape, leaf.dtype, leaf.read().sum())
+  (3, 3) float64 3.0
+  """
+  if not os.path.isdir(path):
+    leaves = safetensors.open_leaves(path)
+  elif hugging_face.is_model_folder(path):
+    leaves = hugging_face.open_folder(path).leaves
+  else:
+    leaves = orbax.open_leaves(Path(path))
+  if not jax.tree.leaves(leaves):
+    raise ValueError(f'{path}: found no weights, expected at least one')
+  return leaves
