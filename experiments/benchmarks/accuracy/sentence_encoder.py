@@ -16,7 +16,6 @@ library.
 """
 
 import argparse
-import functools
 import importlib
 import inspect
 import json
@@ -25,18 +24,17 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
 import opq_jax
 from experiments.benchmarks import harness
 from experiments.benchmarks.rivals.nncodec_jobs import LAMBDA, NNCodec
+from opq_jax import importers, models
 from opq_jax.core import trees
 from opq_jax.report import accuracy
 
@@ -45,7 +43,6 @@ QPS = -33, -30, -27, -24
 TUNED_QPS = -30, -27, -24
 JUDGED, UNLABELLED, LENGTH = 512, 256, 48
 BEGIN, END, FIRST_WORD = 101, 102, 999  # of BERT's uncased vocabulary
-HEADS, EPSILON = 12, 1e-12
 MODULES = (
   *('argparse', 'ast', 'asyncio', 'calendar', 'collections', 'configparser', 'csv', 'datetime'),
   *('decimal', 'difflib', 'email.message', 'fractions', 'functools', 'gzip', 'heapq'),
@@ -55,63 +52,6 @@ MODULES = (
   *('urllib.request', 'uuid', 'wave', 'weakref', 'xml.dom.minidom', 'xml.etree.ElementTree'),
   'zipfile',
 )
-
-
-class Encoder(nn.Module):
-  """BERT (Devlin et al., NAACL 2019) up to its last hidden states."""
-
-  layers: int
-  features: int = 384
-  hidden: int = 1536
-  vocabulary: int = 30522
-  positions: int = 512
-
-  @nn.compact
-  def __call__(self, tokens: jax.Array) -> jax.Array:
-    """Maps tokens [sentences, length], padded with 0, to embeddings [sentences, features]."""
-    is_there = tokens > 0
-    norm = functools.partial(nn.LayerNorm, epsilon=EPSILON)
-    x = nn.Embed(self.vocabulary, self.features, name='word')(tokens)
-    x += nn.Embed(self.positions, self.features, name='position')(jnp.arange(tokens.shape[1]))[None]
-    x += nn.Embed(2, self.features, name='type')(jnp.zeros_like(tokens))
-    x = norm(name='norm')(x)
-    for i in range(self.layers):
-      dense = lambda width, name, i=i: nn.Dense(width, name=f'{i}_{name}')
-      query, key, value = (
-        dense(self.features, name)(x).reshape(*x.shape[:2], HEADS, -1)
-        for name in ('query', 'key', 'value')
-      )
-      attended = nn.dot_product_attention(query, key, value, mask=is_there[:, None, None])
-      x = norm(name=f'{i}_norm')(x + dense(self.features, 'out')(attended.reshape(x.shape)))
-      inner = nn.gelu(dense(self.hidden, 'up')(x), approximate=False)
-      x = norm(name=f'{i}_last_norm')(x + dense(self.features, 'down')(inner))
-    mean = jnp.where(is_there[..., None], x, 0).sum(1) / is_there.sum(1)[:, None]
-    return mean / jnp.linalg.norm(mean, axis=-1, keepdims=True)
-
-
-def variables_of(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-  """Returns the encoder's variables from tensors named as in PyTorch."""
-
-  def dense(name: str) -> dict[str, np.ndarray]:
-    return {'kernel': tensors[f'{name}.weight'].T.copy(), 'bias': tensors[f'{name}.bias']}
-
-  def norm(name: str) -> dict[str, np.ndarray]:
-    return {'scale': tensors[f'{name}.weight'], 'bias': tensors[f'{name}.bias']}
-
-  params: dict[str, Any] = {'norm': norm('embeddings.LayerNorm')}
-  for ours, theirs in (('word', 'word'), ('position', 'position'), ('type', 'token_type')):
-    params[ours] = {'embedding': tensors[f'embeddings.{theirs}_embeddings.weight']}
-  layers = 1 + max(int(name.split('.')[2]) for name in tensors if name.startswith('encoder.'))
-  for i in range(layers):
-    place = f'encoder.layer.{i}'
-    for name in ('query', 'key', 'value'):
-      params[f'{i}_{name}'] = dense(f'{place}.attention.self.{name}')
-    params[f'{i}_out'] = dense(f'{place}.attention.output.dense')
-    params[f'{i}_norm'] = norm(f'{place}.attention.output.LayerNorm')
-    params[f'{i}_up'] = dense(f'{place}.intermediate.dense')
-    params[f'{i}_down'] = dense(f'{place}.output.dense')
-    params[f'{i}_last_norm'] = norm(f'{place}.output.LayerNorm')
-  return {'params': params}
 
 
 def sentences() -> list[str]:
@@ -166,8 +106,9 @@ def scores(found: np.ndarray, expected: np.ndarray) -> dict[str, object]:
 
 
 def compare(folder: pathlib.Path, python: str) -> Iterator[dict[str, object]]:
-  variables = variables_of(load_file(folder / 'model.safetensors'))
-  model = Encoder(layers=sum(name.endswith('_query') for name in variables['params']))
+  model = models.SentenceEncoder()
+  tensors = load_file(folder / 'model.safetensors')
+  variables = importers.language_models.from_tensors(model, tensors).variables
   texts = sentences()
   # of every module some: those that are judged, and those that moments are from
   rng = np.random.default_rng(0)

@@ -1,0 +1,154 @@
+"""Tensors of transformers and variables of `opq_jax.models`, both ways."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from opq_jax import models
+from opq_jax.importers import language_models
+from opq_jax.weights import open_weights
+from tests.helpers.language_models import CONFIGS, network, write_folder
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_to_tensors_is_the_inverse(name):
+  model, tensors = network(name)
+  variables = language_models.from_tensors(model, tensors).variables
+  found = language_models.to_tensors(model, variables)
+  assert found.keys() == tensors.keys()
+  for key, tensor in tensors.items():
+    np.testing.assert_array_equal(found[key], tensor, err_msg=key)
+    assert found[key].flags.c_contiguous
+
+
+def test_layers_are_stacked():
+  model, tensors = network('llama')
+  variables = language_models.from_tensors(model, tensors).variables
+  for layer in range(2):
+    np.testing.assert_array_equal(
+      variables['params']['layers']['gate']['kernel'][layer],
+      tensors[f'model.layers.{layer}.mlp.gate_proj.weight'].T,
+    )
+
+
+def test_from_tensors_reads_files_and_keeps_dtypes(tmp_path):
+  model, tensors = network('gpt2')
+  stored = open_weights(write_folder(tmp_path / 'gpt2', 'gpt2') / 'model.safetensors')
+  expected = language_models.from_tensors(model, tensors).variables
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    language_models.from_tensors(model, stored).variables,
+    expected,
+  )
+  narrow = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in tensors.items()}
+  variables = language_models.from_tensors(model, narrow).variables
+  assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.bfloat16)}
+  back = language_models.to_tensors(model, variables)
+  assert all(back[name].tobytes() == tensor.tobytes() for name, tensor in narrow.items())
+
+
+@pytest.mark.parametrize(('name', 'base'), [('qwen2', 'model.'), ('gpt2', 'transformer.')])
+def test_names_may_lack_the_base(name, base):
+  model, tensors = network(name)
+  short = {key.removeprefix(base): tensor for key, tensor in tensors.items()}
+  found = language_models.from_tensors(model, short)
+  expected = language_models.from_tensors(model, tensors)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  back = language_models.to_tensors(model, found.variables, with_base=False)
+  assert back.keys() == short.keys()
+
+
+def test_ignored_tensors_are_named():
+  model, tensors = network('bert')
+  more = {'pooler.dense.weight': np.zeros((32, 32)), 'embeddings.position_ids': np.arange(64)}
+  assert language_models.from_tensors(model, {**tensors, **more}).ignored == tuple(more)
+  model, tensors = network('gpt2')
+  more = {
+    'h.0.attn.bias': np.ones((1, 1, 64, 64)),
+    'lm_head.weight': tensors['transformer.wte.weight'],
+  }
+  assert language_models.from_tensors(model, {**tensors, **more}).ignored == tuple(more)
+
+
+def test_from_tensors_names_every_difference():
+  model, tensors = network('llama')
+  wrong = dict(tensors)
+  del wrong['model.norm.weight']
+  wrong['model.layers.1.mlp.up_proj.weight'] = np.zeros((32, 48), np.float32)
+  wrong['model.layers.2.mlp.up_proj.weight'] = np.zeros((48, 32), np.float32)
+  with pytest.raises(ValueError) as error:
+    language_models.from_tensors(model, wrong)
+  assert str(error.value).splitlines() == [
+    'the tensors are not those of a Llama of transformers:',
+    '  model.layers.1.mlp.up_proj.weight: found shape (32, 48), expected (48, 32)',
+    '  model.layers.2.mlp.up_proj.weight: found shape (48, 32), expected no such tensor',
+    '  model.norm.weight: not found, expected shape (32,)',
+  ]
+
+
+def test_untied_head_needs_configuration():
+  model, tensors = network('llama')
+  head = tensors['model.embed_tokens.weight'] + 1
+  with pytest.raises(ValueError, match=r'lm_head.weight: found other values than those of model.e'):
+    language_models.from_tensors(model, {**tensors, 'lm_head.weight': head})
+
+
+def test_layers_of_two_dtypes_are_refused():
+  model, tensors = network('llama')
+  name = 'model.layers.1.self_attn.q_proj.weight'
+  with pytest.raises(ValueError, match=f'{name}: found float16, expected float32 as in model.lay'):
+    language_models.from_tensors(model, {**tensors, name: tensors[name].astype(np.float16)})
+
+
+def test_to_tensors_names_every_difference():
+  model, tensors = network('llama')
+  params = dict(language_models.from_tensors(model, tensors).variables['params'])
+  del params['norm']
+  with pytest.raises(ValueError, match=r'a Llama of transformers:\n  params/norm/scale: not found'):
+    language_models.to_tensors(model, {'params': params})
+  with pytest.raises(ValueError, match='model: found VGG16, expected one of SentenceEncoder, L'):
+    language_models.places(models.VGG16())
+
+
+@pytest.mark.parametrize(
+  ('name', 'changes', 'message'),
+  [
+    ('llama', {'model_type': 'gemma3'}, "model_type: found 'gemma3', expected one of llama, mistr"),
+    ('llama', {'hidden_size': None}, 'config.json: found no hidden_size, expected one'),
+    ('llama', {'hidden_act': 'gelu'}, "hidden_act: found 'gelu', expected 'silu' or 'swish'"),
+    (
+      'llama',
+      {'quantization_config': {'bits': 4}},
+      r'quantization_config: found .*, expected no',
+    ),
+    ('llama', {'rope_scaling': {'type': 'linear'}}, 'rope_scaling: found no factor for rope_type'),
+    (
+      'llama',
+      {'rope_parameters': {'rope_type': 'yarn'}},
+      "rope_parameters: found rope_type 'yar",
+    ),
+    (
+      'gpt2',
+      {'activation_function': 'relu'},
+      "activation_function: found 'relu', expected 'gelu",
+    ),
+    (
+      'qwen2_window',
+      {'max_window_layers': 1},
+      'layer_types: found full_attention, sliding_attention, expected full_attention in all layers',
+    ),
+    ('bert', {'position_embedding_type': 'relative_key'}, 'position_embedding_type: found'),
+  ],
+)
+def test_configurations_of_other_networks_are_refused(name, changes, message):
+  with pytest.raises(ValueError, match=message):
+    models.from_config({**CONFIGS[name], **changes})
+
+
+def test_configurations_of_transformers_5():
+  """Its rope_parameters say what rope_theta and rope_scaling said."""
+  config = {key: value for key, value in CONFIGS['llama_3'].items() if not key.startswith('rope_')}
+  rope = CONFIGS['llama_3']['rope_scaling'] | {'rope_theta': 100.0}
+  assert models.from_config(config | {'rope_parameters': rope}) == network('llama_3')[0]
