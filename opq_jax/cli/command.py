@@ -44,6 +44,14 @@ _COMMANDS = {
   'decompress': _Command(
     'write an .opq file as plain arrays', help_texts.DECOMPRESS, help_texts.DECOMPRESS_EXAMPLES
   ),
+  'evaluate': _Command(
+    'perplexity of a language model on a text, and KL against another',
+    help_texts.EVALUATE,
+    help_texts.EVALUATE_EXAMPLES,
+  ),
+  'generate': _Command(
+    'let a language model write', help_texts.GENERATE, help_texts.GENERATE_EXAMPLES
+  ),
   'demo': _Command(
     'train, compress and evaluate a small network', help_texts.DEMO, help_texts.DEMO_EXAMPLES
   ),

@@ -120,6 +120,40 @@ examples:
       Flax's names: params/stem/kernel, batch_stats/stem_bn/mean, ...
 """
 
+EVALUATE = """\
+Says how well a language model predicts a text: its perplexity, and with
+--against, how far its answers are from those of another model, in nats a token.
+95 % intervals are over the windows of the text. A text of any length is read in
+windows; the first token of a window has no context in it, and is not counted
+unless an earlier window has counted it.
+
+MODEL is a folder of Hugging Face (Llama, SmolLM2, Mistral, Qwen2, Qwen3, GPT-2)
+or an .opq file of one. No special tokens are added to the text. Needs
+tokenizers for --text: pip install opq_jax[language]."""
+
+EVALUATE_EXAMPLES = """\
+examples:
+  opq evaluate smollm2/ --text book.txt
+  opq evaluate smollm2.opq --text book.txt --against smollm2/
+      what compression has changed
+  opq evaluate smollm2.opq --text book.txt --window 1024 --stride 512
+      every token but the first window's has 512 tokens of context or more
+  opq evaluate iglm.opq --tokens sequences.json --json
+      texts that are tokens already
+"""
+
+GENERATE = """\
+Lets a language model continue a prompt, up to its end token. MODEL is a folder
+of Hugging Face (Llama, SmolLM2, Mistral, Qwen2, Qwen3, GPT-2) or an .opq file
+of one. Needs tokenizers: pip install opq_jax[language]."""
+
+GENERATE_EXAMPLES = """\
+examples:
+  opq generate smollm2.opq --prompt 'The capital of France is'
+  opq generate smollm2.opq --prompt 'Once upon a time' --tokens 200
+      --temperature 0.8 --top-p 0.95 --seed 1
+"""
+
 DEMO = """\
 Trains a small network on handwritten digits, compresses, finetunes, writes,
 reads and evaluates it. Needs scikit-learn: pip install opq_jax[demo]."""

@@ -6,7 +6,15 @@ import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+  BarColumn,
+  MofNCompleteColumn,
+  Progress,
+  SpinnerColumn,
+  TextColumn,
+  TimeElapsedColumn,
+  TimeRemainingColumn,
+)
 from rich.text import Text
 
 from opq_jax.cli.console import console
@@ -36,3 +44,18 @@ def timed_stages(stdout: Console) -> Iterator[Stage]:
     yield stage
   lines = [f'{name} {seconds:.1f} s' for name, seconds in times.items()]
   stdout.print(Text(', '.join(lines), style='dim'))
+
+
+@contextlib.contextmanager
+def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
+  """Gives a function of how much is done and how much there is, shown on stderr with time left."""
+  columns = (
+    *(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn()),
+    *(TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn()),
+  )
+  stderr = console(sys.stderr)
+  with Progress(
+    *columns, console=stderr, transient=True, disable=not stderr.is_terminal
+  ) as progress:
+    task = progress.add_task(name, total=None)
+    yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from opq_jax.core import lazy
 
 if TYPE_CHECKING:
-  from opq_jax.importers import keras, language_models, tf_slim, torch
+  from opq_jax.importers import keras, language_files, language_models, tf_slim, torch
   from opq_jax.importers.layouts import Source
   from opq_jax.importers.registry import (
     Imported,
@@ -22,6 +22,7 @@ __all__ = [
   'from_tensors',
   'from_variables',
   'keras',
+  'language_files',
   'language_models',
   'load',
   'sources',
@@ -35,5 +36,5 @@ _REGISTRY = ('Imported', 'from_tensors', 'from_variables', 'load', 'sources', 't
 __getattr__, __dir__ = lazy.attributes(
   __name__,
   {'Source': 'layouts', **dict.fromkeys(_REGISTRY, 'registry')},
-  submodules=('keras', 'language_models', 'tf_slim', 'torch'),
+  submodules=('keras', 'language_files', 'language_models', 'tf_slim', 'torch'),
 )

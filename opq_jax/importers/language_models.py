@@ -199,21 +199,26 @@ def to_tensors(
   Raises:
     ValueError: leaves are missing, unexpected or of another shape; the message lists all of them.
   """
-  family, leaves, found = _family(model), places(model), trees.named_leaves(variables)
-  lines = conversion.differences(
-    {name: np.shape(leaf) for name, leaf in found.items()},
-    {name: place.shape for name, place in leaves.items()},
-  )
-  if lines:
-    raise ValueError('\n'.join([f'the variables are not those of {_description(model)}:', *lines]))
+  family, found = _family(model), trees.named_leaves(variables)
+  check(model, found)
   tensors = {}
-  for path, place in leaves.items():
+  for path, place in places(model).items():
     array = np.asarray(found[path])
     for name, tensor in zip(place.names, array if place.is_stacked else [array], strict=True):
       name = name if with_base else name.removeprefix(family.base)
       # copied: JAX's memory is read-only, and a transposed array is not contiguous
       tensors[name] = np.array(tensor.T if place.is_transposed else tensor, order='C')
   return tensors
+
+
+def check(model: 'nn.Module', leaves: Mapping[str, Any]) -> None:
+  """Raises a ValueError that lists every difference unless leaves by path are a network's."""
+  lines = conversion.differences(
+    {name: np.shape(leaf) for name, leaf in leaves.items()},
+    {name: place.shape for name, place in places(model).items()},
+  )
+  if lines:
+    raise ValueError('\n'.join([f'the variables are not those of {_description(model)}:', *lines]))
 
 
 def variable_shapes(model: 'nn.Module') -> PyTree:

@@ -13,9 +13,11 @@ if TYPE_CHECKING:
   from opq_jax.models.alexnet import AlexNet
   from opq_jax.models.bert import SentenceEncoder
   from opq_jax.models.decoder import Cache, Decoder
+  from opq_jax.models.generation import generate, sample
   from opq_jax.models.gpt2 import GPT2
   from opq_jax.models.llama import Llama
   from opq_jax.models.mobilenet import MobileNetV1, MobileNetV2
+  from opq_jax.models.perplexity import Evaluation, evaluate
   from opq_jax.models.resnet import ResNet
   from opq_jax.models.vgg import VGG16
 
@@ -25,14 +27,18 @@ __all__ = [
   'AlexNet',
   'Cache',
   'Decoder',
+  'Evaluation',
   'Llama',
   'MobileNetV1',
   'MobileNetV2',
   'ResNet',
   'SentenceEncoder',
   'create',
+  'evaluate',
   'from_config',
+  'generate',
   'names',
+  'sample',
   'variable_shapes',
 ]
 
@@ -42,6 +48,7 @@ __getattr__, __dir__ = lazy.attributes(
     'AlexNet': 'alexnet',
     'Cache': 'decoder',
     'Decoder': 'decoder',
+    'Evaluation': 'perplexity',
     'GPT2': 'gpt2',
     'Llama': 'llama',
     'MobileNetV1': 'mobilenet',
@@ -49,5 +56,8 @@ __getattr__, __dir__ = lazy.attributes(
     'ResNet': 'resnet',
     'SentenceEncoder': 'bert',
     'VGG16': 'vgg',
+    'evaluate': 'perplexity',
+    'generate': 'generation',
+    'sample': 'generation',
   },
 )

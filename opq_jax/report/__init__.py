@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from opq_jax.core import lazy
 
 if TYPE_CHECKING:
-  from opq_jax.report import accuracy, plots
+  from opq_jax.report import accuracy, plots, windows
   from opq_jax.report.allocation_tables import summary
   from opq_jax.report.cell_checks import VerifiedLeaf
   from opq_jax.report.records import CompressedLeaf, SizeReport, UncompressedLeaf
@@ -32,6 +32,7 @@ __all__ = [
   'size_table',
   'summary',
   'verify',
+  'windows',
 ]
 
 __getattr__, __dir__ = lazy.attributes(
@@ -50,5 +51,5 @@ __getattr__, __dir__ = lazy.attributes(
     'summary': 'allocation_tables',
     'verify': 'verification',
   },
-  submodules=('accuracy', 'plots', 'tables'),
+  submodules=('accuracy', 'plots', 'tables', 'windows'),
 )

@@ -50,7 +50,9 @@ def test_inspect_imports_no_jax(path):
   assert names & HEAVY == set()
 
 
-@pytest.mark.parametrize('command', ['', 'compress', 'verify', 'inspect', 'decompress', 'demo'])
+@pytest.mark.parametrize(
+  'command', ['', 'compress', 'verify', 'inspect', 'decompress', 'evaluate', 'generate', 'demo']
+)
 def test_help_imports_no_jax(command):
   names = packages(*command.split(), '--help')
   assert names & (HEAVY | {'numpy', 'numba', 'rich'}) == set()

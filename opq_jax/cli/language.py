@@ -1,0 +1,73 @@
+"""Language models and their tokenizers, for the commands that run them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from opq_jax.cli.console import note
+from opq_jax.core import extras
+from opq_jax.importers import language_files
+from opq_jax.importers.language_files import LanguageModel
+
+_TOKENIZER = 'tokenizer.json'
+
+
+def load(path: str, folder: str | None) -> LanguageModel:
+  """Returns the language model of a folder or a file, and notes the tensors that are not its own.
+
+  Raises:
+    ValueError, OSError: as `language_files.load`.
+  """
+  found = language_files.load(path, folder=folder)
+  if found.ignored:
+    note(
+      f'{path}: left out {len(found.ignored)} tensors that the network has not, such as '
+      f'{found.ignored[0]}'
+    )
+  return found
+
+
+def tokenizer_of(network: LanguageModel, path: str) -> Any:
+  """Returns the tokenizer beside a network's weights.
+
+  Raises:
+    ValueError: there is none, it is damaged, or the package `tokenizers` is not installed.
+  """
+  text = network.side_file(_TOKENIZER)
+  if text is None:
+    raise ValueError(
+      f'{path}: found no {_TOKENIZER}, expected one (--folder FOLDER names a folder that has it)'
+    )
+  package = extras.require('tokenizers', 'language', _TOKENIZER)
+  try:
+    return package.Tokenizer.from_str(text.decode())
+  except Exception as error:  # the package raises bare exceptions
+    raise ValueError(
+      f'{_TOKENIZER} of {path}: expected a tokenizer, found this: {error}'
+    ) from error
+
+
+def same_tokenizer(first: LanguageModel, second: LanguageModel) -> bool:
+  """Returns whether two networks have one tokenizer; True where one of them has none."""
+  one, other = first.side_file(_TOKENIZER), second.side_file(_TOKENIZER)
+  if one is None or other is None or one == other:
+    return True
+  return json.loads(one) == json.loads(other)
+
+
+def tokens_in(path: str) -> list[list[int]]:
+  """Returns the texts of a JSON file: a list of tokens, or a list of such lists.
+
+  Raises:
+    ValueError: the file holds something else.
+    OSError: it cannot be read.
+  """
+  try:
+    found = json.loads(Path(path).read_bytes())
+  except ValueError as error:
+    raise ValueError(f'{path}: expected JSON, found this: {error}') from error
+  rows = found if isinstance(found, list) and all(isinstance(x, list) for x in found) else [found]
+  for row in rows:
+    if not isinstance(row, list) or not row or not all(type(token) is int for token in row):
+      raise ValueError(f'{path}: found {str(row)[:60]!r}, expected a list of tokens, or of lists')
+  return rows

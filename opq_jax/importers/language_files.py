@@ -1,0 +1,113 @@
+"""Language models from folders and files: the network, its variables, and the files beside them."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from opq_jax import models
+from opq_jax.core import trees
+from opq_jax.file.reader import OpqFile
+from opq_jax.importers import language_models
+from opq_jax.weights import open_folder, read_weights
+
+_CONFIG = 'config.json'
+_GENERATION = 'generation_config.json'
+
+
+class LanguageModel(NamedTuple):
+  """A language model with its weights, run as `model.apply(variables, tokens)`.
+
+  Attributes:
+    model: the network that the configuration describes.
+    variables: `{'params': …}`, in the dtypes of the file.
+    config: the configuration.
+    ignored: names of tensors that are no weights of the network.
+    side_file: returns the bytes of a file beside the weights by its name, None where it is missing.
+  """
+
+  model: models.Decoder
+  variables: dict[str, Any]
+  config: Mapping[str, Any]
+  ignored: tuple[str, ...]
+  side_file: Callable[[str], bytes | None]
+
+  def special_tokens(self, key: str) -> tuple[int, ...]:
+    """Returns the tokens of a key of the configurations, such as 'eos_token_id'; () for none."""
+    text = self.side_file(_GENERATION)
+    generation = json.loads(text) if text else {}
+    found = generation.get(key, self.config.get(key))
+    if found is None:
+      return ()
+    return tuple(found) if isinstance(found, list) else (int(found),)
+
+
+def load(
+  path: str | os.PathLike[str], *, folder: str | os.PathLike[str] | None = None, **options: Any
+) -> LanguageModel:
+  """Returns the language model of a folder or of a file.
+
+  Args:
+    path: a model folder of Hugging Face, an `.opq` file, or another file of weights, with the
+      tensors of transformers or the leaves of `opq_jax.models`.
+    folder: a folder with config.json and the tokenizer, where `path` has none.
+    **options: attributes of the model, such as `dtype=jnp.bfloat16`.
+
+  Raises:
+    ValueError: there is no config.json, it describes a network that `models.from_config` refuses,
+      or the weights are not those of the network.
+    OSError: a file cannot be read.
+  """
+  path = Path(path)
+  beside = path if folder is None else Path(folder)
+  side_file = _side_files(beside)
+  text = side_file(_CONFIG)
+  if text is None:
+    raise ValueError(
+      f'{beside}: found no {_CONFIG}, expected one (--folder FOLDER names a folder that has it)'
+    )
+  try:
+    config = json.loads(text)
+    if not isinstance(config, dict):
+      raise ValueError(f'found {type(config).__name__}, expected a JSON object')
+    model = models.from_config(config, **options)
+  except ValueError as error:
+    raise ValueError(f'{_CONFIG} of {beside}: {error}') from error
+  if not isinstance(model, models.Decoder):
+    raise ValueError(
+      f'{_CONFIG} of {beside}: found model_type '
+      f'{config["model_type"]!r}, expected that of a language model'
+    )
+  leaves: Mapping[str, Any]
+  leaves = open_folder(path).leaves if path.is_dir() else trees.named_leaves(read_weights(path))
+  try:
+    weights = _weights(model, leaves)
+  except ValueError as error:
+    raise ValueError(f'{path}: {error}') from error
+  return LanguageModel(model, weights.variables, config, weights.ignored, side_file)
+
+
+def _weights(model: models.Decoder, leaves: Mapping[str, Any]) -> language_models.Weights:
+  """Returns variables of tensors of transformers, or of the leaves of the variables."""
+  if not any(name.startswith('params/') for name in leaves):
+    return language_models.from_tensors(model, leaves)
+  arrays = {name: jnp.asarray(language_models.read(leaf)) for name, leaf in leaves.items()}
+  shapes = language_models.variable_shapes(model)
+  language_models.check(model, arrays)
+  variables = [arrays[name] for name in trees.named_leaves(shapes)]
+  return language_models.Weights(jax.tree.unflatten(jax.tree.structure(shapes), variables), ())
+
+
+def _side_files(path: Path) -> Callable[[str], bytes | None]:
+  """Returns a reader of the files beside the weights, in a folder or in an `.opq` file."""
+  if path.is_dir():
+    return lambda name: (path / name).read_bytes() if (path / name).is_file() else None
+  if path.suffix.lower() != '.opq':
+    return lambda name: None
+  with OpqFile(path) as file:
+    carried = file.read_side_files() if hasattr(file, 'read_side_files') else {}
+  return carried.get
