@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
   from opq_jax.models.perplexity import Evaluation
-  from opq_jax.report.windows import Mean
+  from opq_jax.report.text_windows import Mean
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from opq_jax.core.trees import PyTree
 from opq_jax.models.decoder import Decoder
-from opq_jax.report import windows
-from opq_jax.report.windows import Mean, Window
+from opq_jax.report import text_windows
+from opq_jax.report.text_windows import Mean, Window
 
 _BATCH = 2048  # tokens that a step reads: enough for a matrix product to be efficient
 _CHUNK = 256  # tokens whose logits are in memory at once: 50 MB for a vocabulary of 50,000
@@ -113,8 +113,8 @@ def evaluate(
   return Evaluation(
     int(counts.sum()),
     len(parts),
-    windows.mean_over_windows(losses, counts),
-    windows.mean_over_windows(divergences, counts) if against else None,
+    text_windows.mean_over_windows(losses, counts),
+    text_windows.mean_over_windows(divergences, counts) if against else None,
     float(agreed.sum() / counts.sum()) if against else None,
   )
 
@@ -189,7 +189,7 @@ def _parts(
     (sequence, part)
     for sequence in sequences
     if len(sequence) > 1
-    for part in windows.windows(len(sequence), window, stride)
+    for part in text_windows.windows(len(sequence), window, stride)
   ]
   if not parts:
     raise ValueError('found no text of 2 tokens or more, expected one')

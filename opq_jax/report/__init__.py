@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from opq_jax.core import lazy
 
 if TYPE_CHECKING:
-  from opq_jax.report import accuracy, plots, windows
+  from opq_jax.report import accuracy, plots, text_windows
   from opq_jax.report.allocation_tables import summary
   from opq_jax.report.cell_checks import VerifiedLeaf
   from opq_jax.report.records import CompressedLeaf, SizeReport, UncompressedLeaf
@@ -31,8 +31,8 @@ __all__ = [
   'size_report',
   'size_table',
   'summary',
+  'text_windows',
   'verify',
-  'windows',
 ]
 
 __getattr__, __dir__ = lazy.attributes(
@@ -51,5 +51,5 @@ __getattr__, __dir__ = lazy.attributes(
     'summary': 'allocation_tables',
     'verify': 'verification',
   },
-  submodules=('accuracy', 'plots', 'tables', 'windows'),
+  submodules=('accuracy', 'plots', 'tables', 'text_windows'),
 )
