@@ -46,7 +46,8 @@ be evaluated, and decompressed under the original framework's names. Pruning
 and quantization shift the inputs of BatchNorm, so its statistics are corrected
 as well; this needs no data. Without the correction a network of few bits per
 weight is not usable before finetuning. Paths of leaves are those of Flax
-(params/conv_1/kernel).
+(params/conv_1/kernel). Other networks are not run: a note names statistics or
+biases that no longer fit, and the function of opq_jax.correction to use.
 """
 
 COMPRESS_EXAMPLES = """\

@@ -32,7 +32,8 @@ from opq_jax.cli.images import FolderImages
 from opq_jax.cli.leaves import checked_slices, chosen_paths, names_note, narrowed
 from opq_jax.cli.optimizers import report_without_optimizer, without_optimizer
 from opq_jax.cli.stages import Stage, timed_stages
-from opq_jax.core import files
+from opq_jax.cli.uncorrected import uncorrected
+from opq_jax.core import files, trees
 from opq_jax.core.trees import PyTree
 from opq_jax.file import rate as file_rate
 from opq_jax.file import writer
@@ -104,7 +105,8 @@ def compress(
       report = report_without_optimizer(report) if line else report
     with stage('write'):
       files.write_bytes(output, result.data)
-  for text in filter(None, (*read_notes, line, by_name, *result.notes)):
+  found = None if plan.batch_norm else uncorrected(trees.named_leaves(params), chosen)
+  for text in filter(None, (*read_notes, line, by_name, *result.notes, found and found.line())):
     note(text)
   stdout.print(summary(params, result.allocation), four_sizes(report))
   if network is not None:

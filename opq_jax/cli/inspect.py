@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     report = report_without_optimizer(report)
   if arguments.json:
-    print(json.dumps(sizes_as_json(arguments.file, metadata, report), indent=2))
+    print(json.dumps(sizes_as_json(arguments.file, metadata, report, [*counts]), indent=2))
     return
   stdout = console(sys.stdout)
   stdout.print(size_table(report), four_sizes(report))

@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from opq_jax.cli.uncorrected import uncorrected_in
 
 if TYPE_CHECKING:
   from opq_jax.report import SizeReport, Verification
@@ -21,12 +23,15 @@ _RATES = {
 """The bytes that each rate is relative to."""
 
 
-def sizes_as_json(path: str, metadata: Mapping[str, str], report: 'SizeReport') -> dict[str, Any]:
-  """Returns the sizes of a file and of its leaves, for `json.dumps`."""
+def sizes_as_json(
+  path: str, metadata: Mapping[str, str], report: 'SizeReport', leaves: Sequence[str]
+) -> dict[str, Any]:
+  """Returns the sizes of a file and of its leaves, for `json.dumps`, and what is not corrected."""
   return {
     'path': path,
     'metadata': metadata,
     'totals': _totals(report),
+    'uncorrected': uncorrected_in(metadata, leaves, [leaf.path for leaf in report.compressed]),
     'compressed': [dataclasses.asdict(leaf) for leaf in report.compressed],
     'uncompressed': [dataclasses.asdict(leaf) for leaf in report.uncompressed],
   }

@@ -17,6 +17,7 @@ from opq_jax.cli.optimizers import (
   without_optimizer,
 )
 from opq_jax.cli.stages import timed_stages
+from opq_jax.cli.uncorrected import uncorrected
 from opq_jax.core import trees
 from opq_jax.report import four_sizes, summary
 from opq_jax.weights import compress_stored, open_weights
@@ -58,7 +59,8 @@ def compress(arguments: argparse.Namespace, plan: Encoding, about: dict[str, str
       left_out=left_out,
       **plan.targets,
     )
-  for text in filter(None, (line, by_name, *notes)):
+  found = uncorrected(trees.named_leaves(tree), chosen)
+  for text in filter(None, (line, by_name, *notes, found and found.line())):
     note(text)
   report = report_without_optimizer(done.report) if line else done.report
   stdout.print(summary(tree, done.allocation), four_sizes(report))

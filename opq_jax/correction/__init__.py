@@ -1,9 +1,10 @@
 """Corrects a compressed network, without data or from unlabelled inputs, and prepares its file.
 
 `correct_batch_norm` needs no data, `correct_on_images` a few unlabelled inputs; `natural_noise` and
-`synthetic_inputs` make inputs from nothing.  `fold_batch_norm` and `round_uncompressed` make the
-uncompressed leaves of a network for inference smaller in a file.  `from_nnx` and `from_haiku` bring
-networks of these libraries into the form that the corrections call.
+`synthetic_inputs` make inputs from nothing.  `torch` corrects PyTorch modules; `from_nnx` and
+`from_haiku` bring networks of these libraries into the form that the other corrections call.
+`fold_batch_norm` and `round_uncompressed` make the uncompressed leaves of a network for inference
+smaller in a file.
 """
 
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
   from opq_jax.correction.frameworks import Functional, from_haiku, from_nnx
   from opq_jax.correction.inference import fold_batch_norm, round_uncompressed
   from opq_jax.correction.noise import natural_noise
+  from opq_jax.correction.pytorch import torch
   from opq_jax.correction.synthetic import synthetic_inputs
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
   'natural_noise',
   'round_uncompressed',
   'synthetic_inputs',
+  'torch',
 ]
 
 __getattr__, __dir__ = lazy.attributes(
@@ -42,5 +45,6 @@ __getattr__, __dir__ = lazy.attributes(
     'natural_noise': 'noise',
     'round_uncompressed': 'inference',
     'synthetic_inputs': 'synthetic',
+    'torch': 'pytorch',
   },
 )

@@ -23,7 +23,7 @@ from opq_jax.correction.output_bias import output_biases, shifted_biases
 
 # bounds of v1 / v0: a channel that compression pruned almost whole (v1 near 0), or that hardly
 # varied before (v0 near 0), must not scale its running variance without limit
-_RATIO_BOUNDS = (0.05, 4.0)
+RATIO_BOUNDS = (0.05, 4.0)
 
 
 def correct_batch_norm(
@@ -212,5 +212,5 @@ def _corrected_statistics(
     new[mean] = running[mean] + shift.astype(running[mean].dtype)
     old = before.scaled[var]
     ratio = jnp.where(old > 0, after.scaled[var] / jnp.where(old > 0, old, 1), 1)
-    new[var] = running[var] * jnp.clip(ratio, *_RATIO_BOUNDS).astype(running[var].dtype)
+    new[var] = running[var] * jnp.clip(ratio, *RATIO_BOUNDS).astype(running[var].dtype)
   return new

@@ -98,7 +98,9 @@ def test_decompress_uses_source_names(resnet, capsys):
   out = capsys.readouterr().out
   assert 'resnet20, 5 classes, by the names of akamaster; BatchNorm corrected from noise' in out
   assert run('inspect', 'net.opq', '--json') == 0
-  metadata = json.loads(capsys.readouterr().out)['metadata']
+  found = json.loads(capsys.readouterr().out)
+  assert found['uncorrected'] is None
+  metadata = found['metadata']
   assert metadata['channel_axis'] == 'last'
   network = {key: metadata[key] for key in networks.KEYS}
   assert network == {'model': 'resnet20', 'source': 'akamaster', 'num_classes': '5'}

@@ -46,7 +46,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize('name', WITH_CODE)
 @pytest.mark.filterwarnings('ignore::UserWarning')
 def test_snippets_run(name, folder):
-  for package in ('haiku', 'equinox'):  # of the extra `test`
+  for package in ('haiku', 'equinox', 'torch'):  # of extras
     if f'import {package}' in PAGES[name].read_text():
       pytest.importorskip(package)
   namespace = {'__name__': 'snippet'}

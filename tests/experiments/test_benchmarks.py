@@ -23,6 +23,7 @@ OPTIONAL = {
   'inference_layers': ('torch',),
   'inference_profile': ('torch',),
   'language_model': ('torch', 'transformers', 'tokenizers'),
+  'torch_modules': ('torch',),
 }
 ELSEWHERE = 'nncodec_worker'
 
