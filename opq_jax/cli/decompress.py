@@ -5,6 +5,9 @@ import os
 import sys
 from pathlib import Path
 
+# suffixes by which programs choose a reader, which would fail at a safetensors file
+_OTHER_FORMATS = ('.pt', '.pth', '.npz', '.npy', '.msgpack', '.h5', '.keras', '.bin', '.opq')
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the options of `opq decompress`."""
@@ -31,6 +34,11 @@ def run(arguments: argparse.Namespace) -> None:
 
   source, output = Path(arguments.file), Path(arguments.output)
   check_output(source, output)
+  if output.suffix.lower() in _OTHER_FORMATS:
+    raise ValueError(
+      f'{output}: found the suffix of another format, expected {output.stem}.safetensors: '
+      'decompress writes that format alone'
+    )
   with OpqFile(source) as file:
     identity = networks.identity(file.metadata)
     params, _ = file.load()

@@ -56,7 +56,8 @@ def torch(
     compressed_module: the same network with compressed weights: another instance, with the state
       dict that `opq decompress` wrote, on the same device.
     shape: of a batch of noise of mean 0 and variance 1, such as (16, 3, 224, 224) or
-      (128, 3, 32, 32); of four axes it is `natural_noise`.  Only for networks with normalizations.
+      (128, 3, 32, 32); of four axes it is `natural_noise`.  Only for networks with normalizations
+      that read standardised inputs; of another scale, pass noise of that scale as `inputs`.
     inputs: batches of unlabelled inputs in the place of noise, prepared as the network expects
       them: each a tensor, a tuple of arguments, or a mapping of keyword arguments.
     seed: of the noise.

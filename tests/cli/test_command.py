@@ -302,6 +302,7 @@ def test_compress_narrows_float64(net):
     (['inspect', 'notes.txt'], 'no .opq file'),
     (['inspect', 'no.opq'], 'no.opq: No such file'),
     (['decompress', 'notes.txt', 'out.safetensors'], 'no .opq file'),
+    (['decompress', 'net.opq', 'out.pth'], 'out.pth: found the suffix of another format'),
   ],
 )
 def test_errors_are_one_line(net, capsys, argv, message):
