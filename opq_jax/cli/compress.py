@@ -16,7 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.description = f'{parser.description}\nnetworks:\n' + textwrap.fill(
     names, 79, initial_indent='  ', subsequent_indent='  '
   )
-  parser.add_argument('input', metavar='IN', help='weights: a file, or the folder of a checkpoint')
+  parser.add_argument(
+    'input', metavar='IN', help='weights: a file, a model folder, or that of a checkpoint'
+  )
   parser.add_argument('output', metavar='OUT', help='the .opq file; replaced if it exists')
   parser.add_argument(
     '--fast',
@@ -28,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     action='store_true',
     help='choose codes along a trellis: less error in a file of the same size (not for a network '
     'that is finetuned; holds all weights in memory; not with --sparsity and --bits)',
+  )
+  parser.add_argument(
+    '--json', action='store_true', help='print sizes and leaves as JSON, for programs'
   )
   add = parser.add_argument_group('network').add_argument
   add('--model', metavar='NAME', help='import the weights of this network; see above')

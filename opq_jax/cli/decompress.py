@@ -1,4 +1,4 @@
-"""`opq decompress`: the decoded weights of a file as plain arrays."""
+"""`opq decompress`: the decoded weights of a file as plain arrays, or as a model folder."""
 
 import argparse
 import os
@@ -12,7 +12,12 @@ _OTHER_FORMATS = ('.pt', '.pth', '.npz', '.npy', '.msgpack', '.h5', '.keras', '.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the options of `opq decompress`."""
   parser.add_argument('file', metavar='FILE', help='an .opq file')
-  parser.add_argument('output', metavar='OUT', help='the .safetensors file; replaced if it exists')
+  parser.add_argument(
+    'output',
+    metavar='OUT',
+    help='the .safetensors file, replaced if it exists; or of a file made of a model folder, the '
+    'new folder',
+  )
   parser.add_argument(
     '--to',
     choices=('source', 'flax'),
@@ -22,24 +27,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-  """Writes the weights of a file as safetensors."""
+  """Writes the weights of a file as safetensors, or the model folder that it was made of."""
   from rich.text import Text
 
   from opq_jax import importers
   from opq_jax.cli.console import console
-  from opq_jax.cli.outputs import check_output
+  from opq_jax.cli.outputs import check_new_folder, check_output
   from opq_jax.file.reader import OpqFile
   from opq_jax.importers import networks
-  from opq_jax.weights import write_safetensors
+  from opq_jax.weights import holds_folder, write_folder, write_safetensors
 
   source, output = Path(arguments.file), Path(arguments.output)
-  check_output(source, output)
-  if output.suffix.lower() in _OTHER_FORMATS:
-    raise ValueError(
-      f'{output}: found the suffix of another format, expected {output.stem}.safetensors: '
-      'decompress writes that format alone'
-    )
   with OpqFile(source) as file:
+    if holds_folder(file) and output.suffix != '.safetensors' and arguments.to is None:
+      check_new_folder(output)
+      write_folder(output, file)
+      shards = sum(name.endswith('.safetensors') for name in file.side_files)
+      others = len(file.side_files) - shards
+      text = f'{output}: {shards} files of weights, {others} others'
+      console(sys.stdout).print(Text(text))
+      return
+    check_output(source, output)
+    if output.suffix.lower() in _OTHER_FORMATS:
+      raise ValueError(
+        f'{output}: found the suffix of another format, expected {output.stem}.safetensors: '
+        'decompress writes that format alone'
+      )
     identity = networks.identity(file.metadata)
     params, _ = file.load()
   names = 'the names in the file'

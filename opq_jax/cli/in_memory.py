@@ -3,12 +3,12 @@
 import argparse
 import dataclasses
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from rich.text import Text
 
 import opq_jax
 from opq_jax.cli import steps
@@ -28,9 +28,11 @@ from opq_jax.cli.encoding import (
   channel_axis,
   slices_of,
 )
+from opq_jax.cli.folders import carried_notes, carried_of
 from opq_jax.cli.images import FolderImages
 from opq_jax.cli.leaves import checked_slices, chosen_paths, names_note, narrowed
 from opq_jax.cli.optimizers import report_without_optimizer, without_optimizer
+from opq_jax.cli.results import print_result
 from opq_jax.cli.stages import Stage, timed_stages
 from opq_jax.cli.uncorrected import uncorrected
 from opq_jax.core import files, trees
@@ -39,7 +41,7 @@ from opq_jax.file import rate as file_rate
 from opq_jax.file import writer
 from opq_jax.importers import networks
 from opq_jax.importers.networks import Network
-from opq_jax.report import four_sizes, payload_report, summary
+from opq_jax.report import payload_report
 from opq_jax.weights import read_weights
 
 
@@ -56,7 +58,8 @@ def compress(
   """
   source, output = Path(arguments.input), Path(arguments.output)
   stdout = console(sys.stdout)
-  with timed_stages(stdout) as stage:
+  carried = carried_of(source)
+  with timed_stages(stdout, not arguments.json) as stage:
     with stage('read'):
       network = images = None
       if is_known:
@@ -84,7 +87,15 @@ def compress(
     plan = _planned(arguments, plan, network, images)
     calibration = steps.calibrated(network, plan, images, stage)
     compressor = _Compressor(
-      network, params, chosen, plan, about, calibration, stage, contexts=not arguments.fast
+      network,
+      params,
+      chosen,
+      plan,
+      about,
+      calibration,
+      stage,
+      contexts=not arguments.fast,
+      side_files=carried.files,
     )
     if 'file_rate' in plan.targets:
       by_bits: dict[float, _Compressed] = {}
@@ -105,16 +116,17 @@ def compress(
       report = report_without_optimizer(report) if line else report
     with stage('write'):
       files.write_bytes(output, result.data)
+  folder_notes = carried_notes(source, carried)
   found = None if plan.batch_norm else uncorrected(trees.named_leaves(params), chosen)
-  for text in filter(None, (*read_notes, line, by_name, *result.notes, found and found.line())):
+  left = found and found.line()
+  for text in filter(None, (*folder_notes, *read_notes, line, by_name, *result.notes, left)):
     note(text)
-  stdout.print(summary(params, result.allocation), four_sizes(report))
-  if network is not None:
-    stdout.print(Text(_network_line(network, plan)))
+  lines = [] if network is None else [_network_line(network, plan)]
   if images is not None:
     used = images.images.number
-    stdout.print(Text(f'{arguments.images}: {used:,} of {images.total:,} images used'))
-  stdout.print(Text(f'{output}: {report.file:,} bytes, {report.file_rate:.2f} times smaller'))
+    lines.append(f'{arguments.images}: {used:,} of {images.total:,} images used')
+  metadata = {**about, **plan.metadata()}
+  print_result(arguments, params, result.allocation, report, metadata, carried.files, lines)
 
 
 def _planned(
@@ -166,6 +178,7 @@ class _Compressor:
   calibration: steps.Calibration
   stage: Stage
   contexts: bool
+  side_files: Mapping[str, bytes]
 
   def compressed(self, **targets: float) -> _Compressed:
     """Returns the file for these targets."""
@@ -191,7 +204,9 @@ class _Compressor:
       stored = networks.for_inference(network, stored)
     with self.stage('encode'):
       metadata = {**self.about, **plan.metadata()}
-      data = writer.serialize(stored, state, metadata, contexts=self.contexts)
+      data = writer.serialize(
+        stored, state, metadata, contexts=self.contexts, side_files=self.side_files
+      )
     return _Compressed(data, allocation, state, notes)
 
 

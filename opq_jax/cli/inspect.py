@@ -24,7 +24,8 @@ def run(arguments: argparse.Namespace) -> None:
   from opq_jax.report import file_report, four_sizes, size_table, tables
 
   with OpqFile(arguments.file) as file:
-    metadata = file.metadata
+    metadata, side_files = file.metadata, file.side_files
+    file.read_side_files()  # checked, as every leaf is by its report
     counts = {name: file.slices(name) for name in file}
   axis = channel_axis(metadata, lambda name, _: counts[name])
   report = file_report(arguments.file, channel_axis=axis)
@@ -33,10 +34,14 @@ def run(arguments: argparse.Namespace) -> None:
 
     report = report_without_optimizer(report)
   if arguments.json:
-    print(json.dumps(sizes_as_json(arguments.file, metadata, report, [*counts]), indent=2))
+    sizes = sizes_as_json(arguments.file, metadata, report, [*counts], side_files)
+    print(json.dumps(sizes, indent=2))
     return
   stdout = console(sys.stdout)
   stdout.print(size_table(report), four_sizes(report))
+  for name, size in side_files.items():
+    what = 'header of weights' if name.endswith('.safetensors') else 'side file'
+    stdout.print(Text(tables.visible(f'{what} {name}: {size:,} bytes'), style='dim'))
   for key, value in metadata.items():
     stdout.print(Text(tables.visible(f'{key}: {value}'), style='dim'))
   stdout.print(Text(f'{arguments.file}: all {report.file:,} bytes read, all checksums hold'))

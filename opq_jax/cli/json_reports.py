@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 _TOTALS = (
   *('weights', 'survivors', 'sparsity', 'escaped', 'original', 'as_float32', 'nominal', 'packed'),
-  *('entropy', 'file', 'headers', 'bits_per_weight', 'dead_leaves', 'dead_channels', 'dead_rows'),
+  *('entropy', 'file', 'headers', 'side_files', 'bits_per_weight'),
+  *('dead_leaves', 'dead_channels', 'dead_rows'),
 )
 _RATES = {
   'nominal_rate': 'compressed leaves in float32',
@@ -24,9 +25,21 @@ _RATES = {
 
 
 def sizes_as_json(
-  path: str, metadata: Mapping[str, str], report: 'SizeReport', leaves: Sequence[str]
+  path: str,
+  metadata: Mapping[str, str],
+  report: 'SizeReport',
+  leaves: Sequence[str],
+  side_files: Mapping[str, int],
 ) -> dict[str, Any]:
-  """Returns the sizes of a file and of its leaves, for `json.dumps`, and what is not corrected."""
+  """Returns what a file holds and what is not corrected, for `json.dumps`.
+
+  Args:
+    path: the file.
+    metadata: its metadata.
+    report: its sizes.
+    leaves: the names of its leaves.
+    side_files: the sizes of its side files by name.
+  """
   return {
     'path': path,
     'metadata': metadata,
@@ -34,6 +47,7 @@ def sizes_as_json(
     'uncorrected': uncorrected_in(metadata, leaves, [leaf.path for leaf in report.compressed]),
     'compressed': [dataclasses.asdict(leaf) for leaf in report.compressed],
     'uncompressed': [dataclasses.asdict(leaf) for leaf in report.uncompressed],
+    'side_files': dict(side_files),
   }
 
 

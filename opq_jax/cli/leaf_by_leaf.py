@@ -6,20 +6,20 @@ import sys
 from pathlib import Path
 
 import jax
-from rich.text import Text
 
 from opq_jax.cli.console import collected_warnings, console, note
 from opq_jax.cli.encoding import LEFT_OUT, Encoding, channel_axis
+from opq_jax.cli.folders import carried_notes, carried_of
 from opq_jax.cli.leaves import checked_slices, chosen_paths, names_note
 from opq_jax.cli.optimizers import (
   WithoutOptimizer,
   report_without_optimizer,
   without_optimizer,
 )
+from opq_jax.cli.results import print_result
 from opq_jax.cli.stages import timed_stages
 from opq_jax.cli.uncorrected import uncorrected
 from opq_jax.core import trees
-from opq_jax.report import four_sizes, summary
 from opq_jax.weights import compress_stored, open_weights
 
 
@@ -33,7 +33,8 @@ def compress(arguments: argparse.Namespace, plan: Encoding, about: dict[str, str
   """
   source, output = Path(arguments.input), Path(arguments.output)
   stdout = console(sys.stdout)
-  tree, left_out, line = WithoutOptimizer(open_weights(source), 0, '')
+  with collected_warnings() as read_notes:
+    tree, left_out, line = WithoutOptimizer(open_weights(source), 0, '')
   if not arguments.keep_optimizer:
     tree, left_out, line = without_optimizer(tree)
     plan = dataclasses.replace(plan, optimizer=LEFT_OUT if line else None)
@@ -45,7 +46,8 @@ def compress(arguments: argparse.Namespace, plan: Encoding, about: dict[str, str
     leaf.narrowed() if name in chosen else leaf for name, leaf in trees.named_leaves(tree).items()
   ]
   tree = jax.tree.unflatten(jax.tree.structure(tree), leaves)
-  with timed_stages(stdout) as stage, collected_warnings() as notes:
+  carried = carried_of(source)
+  with timed_stages(stdout, not arguments.json) as stage, collected_warnings() as notes:
     done = compress_stored(
       tree,
       output,
@@ -54,14 +56,15 @@ def compress(arguments: argparse.Namespace, plan: Encoding, about: dict[str, str
       slices=slices,
       metadata=about | metadata,
       contexts=not arguments.fast,
+      side_files=carried.files,
       objective=plan.objective,
       stage=stage,
       left_out=left_out,
       **plan.targets,
     )
+  folder_notes = (*read_notes, *carried_notes(source, carried))
   found = uncorrected(trees.named_leaves(tree), chosen)
-  for text in filter(None, (line, by_name, *notes, found and found.line())):
+  for text in filter(None, (*folder_notes, line, by_name, *notes, found and found.line())):
     note(text)
   report = report_without_optimizer(done.report) if line else done.report
-  stdout.print(summary(tree, done.allocation), four_sizes(report))
-  stdout.print(Text(f'{output}: {report.file:,} bytes, {report.file_rate:.2f} times smaller'))
+  print_result(arguments, tree, done.allocation, report, about | metadata, carried.files)

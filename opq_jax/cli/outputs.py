@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from opq_jax.core import files
+
 
 def check_output(source: Path, output: Path) -> None:
   """Checks the output path before any work is done.
@@ -15,3 +17,14 @@ def check_output(source: Path, output: Path) -> None:
     raise ValueError(f'{output}: found a folder, expected the name of a file')
   if output.exists() and source.exists() and output.samefile(source):
     raise ValueError(f'{output}: found the input itself, expected another file for the output')
+
+
+def check_new_folder(output: Path) -> None:
+  """Checks the path of a new folder before any work is done.
+
+  Raises:
+    ValueError: the folder above is missing, or something is there already.
+  """
+  if not output.parent.is_dir():
+    raise ValueError(f'{output}: found no folder {output.parent}, expected one')
+  files.check_free(output)

@@ -11,6 +11,7 @@ from rich.progress import (
   MofNCompleteColumn,
   Progress,
   SpinnerColumn,
+  TaskProgressColumn,
   TextColumn,
   TimeElapsedColumn,
   TimeRemainingColumn,
@@ -20,14 +21,23 @@ from rich.text import Text
 from opq_jax.cli.console import console
 
 Stage = Callable[[str], contextlib.AbstractContextManager]
-"""`with stage('read'): ...` runs a stage under that name; stages of one name add up."""
+"""`with stage('read') as told: ...` runs a stage under that name; stages of one name add up.
+`told(share)` says which share of it is done."""
 
 
 @contextlib.contextmanager
-def timed_stages(stdout: Console) -> Iterator[Stage]:
-  """Shows progress on stderr while stages run, and prints one line of their times at the end."""
+def timed_stages(stdout: Console, has_times: bool = True) -> Iterator[Stage]:
+  """Shows progress on stderr while stages run, and prints one line of their times at the end.
+
+  Args:
+    stdout: where the line goes.
+    has_times: whether it is printed.
+  """
   times: dict[str, float] = {}
-  columns = SpinnerColumn(), TextColumn('{task.description}'), TimeElapsedColumn()
+  columns = (
+    *(SpinnerColumn(), TextColumn('{task.description}'), TaskProgressColumn()),
+    *(TimeElapsedColumn(), TimeRemainingColumn()),
+  )
   stderr = console(sys.stderr)
   # even a transient display leaves a blank line in a file
   with Progress(
@@ -35,13 +45,15 @@ def timed_stages(stdout: Console) -> Iterator[Stage]:
   ) as progress:
 
     @contextlib.contextmanager
-    def stage(name: str) -> Iterator[None]:
+    def stage(name: str) -> Iterator[Callable[[float], None]]:
       task, begin = progress.add_task(name, total=1), time.perf_counter()
-      yield
+      yield lambda share: progress.update(task, completed=share)
       progress.update(task, completed=1)
       times[name] = times.get(name, 0) + time.perf_counter() - begin
 
     yield stage
+  if not has_times:
+    return
   lines = [f'{name} {seconds:.1f} s' for name, seconds in times.items()]
   stdout.print(Text(', '.join(lines), style='dim'))
 

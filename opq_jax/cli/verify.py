@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     '--against',
     metavar='WEIGHTS',
     required=True,
-    help='the original weights: a file, or the folder of an Orbax checkpoint',
+    help='the original weights: a file, a model folder, or the folder of an Orbax checkpoint',
   )
   parser.add_argument(
     '--images',
@@ -36,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
 
   from opq_jax.cli.console import complain, console
   from opq_jax.cli.encoding import LEFT_OUT, channel_axis
+  from opq_jax.cli.folders import carried_problems
   from opq_jax.cli.json_reports import verification_as_json
   from opq_jax.cli.optimizers import report_without_optimizer
   from opq_jax.cli.recomputation import recomputed
@@ -54,6 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
     corrected=expected.corrected,
     channel_axis=channel_axis(metadata, lambda name, _: counts.get(name, 0)),
   )
+  problems = (*verified.problems, *carried_problems(path, against))
+  verified = dataclasses.replace(verified, problems=problems)
   if verified.report is not None and metadata.get('optimizer') == LEFT_OUT:
     report = report_without_optimizer(verified.report)
     verified = dataclasses.replace(verified, report=report)

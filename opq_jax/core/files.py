@@ -1,8 +1,9 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 import contextlib
 import os
 import secrets
+import shutil
 import tempfile
 import time
 import zlib
@@ -45,8 +46,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
       and no temporary file stays behind.
   """
   path = Path(path)
-  # a checksum instead of the name: of fixed length, so that long names stay within the limit
-  prefix = f'.opq-{zlib.crc32(os.fsencode(path.name)):08x}-'
+  prefix = _prefix(path)
   temporary = path.parent / f'{prefix}{secrets.token_hex(8)}'
   try:
     _remove_litter(path.parent, prefix)
@@ -60,6 +60,56 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     # on a full or read-only disk the removal may fail too; the first error is the one to report
     with contextlib.suppress(OSError):
       temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+  """Yields a folder to fill, which becomes `path` when the context ends without an error.
+
+  A process that is killed leaves `path` as it was, and perhaps a hidden `.opq-…` beside it, which
+  the next such call for the same path removes.
+
+  Raises:
+    ValueError: `path` is a file, or a folder that holds anything.
+    OSError: the folder above is missing or read-only, or the disk is full.
+
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   with new_folder(f'{folder}/model') as new:
+  ...     write_bytes(new / 'config.json', b'{}')
+  ...   os.listdir(f'{folder}/model')
+  ['config.json']
+  """
+  path = Path(path)
+  check_free(path)
+  prefix = _prefix(path)
+  temporary = path.parent / f'{prefix}{secrets.token_hex(8)}'
+  with contextlib.ExitStack() as stack:
+    _remove_litter(path.parent, prefix)
+    with errors_of(path, temporary):
+      temporary.mkdir()
+      stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+      stack.callback(os.close, lock := os.open(temporary, os.O_RDONLY))
+      _lock(lock)
+      yield temporary
+      if path.is_dir():
+        path.rmdir()
+      os.rename(temporary, path)
+
+
+def check_free(path: str | os.PathLike[str]) -> None:
+  """Checks that nothing is in the place of a new folder, or an empty folder.
+
+  Raises:
+    ValueError: there is a file, or a folder that holds anything.
+  """
+  path = Path(path)
+  if path.is_dir():
+    if held := sorted(child.name for child in path.iterdir()):
+      raise ValueError(
+        f'{path}: found a folder that holds {held[:5]}, expected an empty one or none'
+      )
+  elif path.exists() or path.is_symlink():
+    raise ValueError(f'{path}: found a file, expected an empty folder or none')
 
 
 @contextlib.contextmanager
@@ -103,19 +153,28 @@ def close(file: BinaryIO) -> None:
     file.close()
 
 
+def _prefix(path: Path) -> str:
+  """Returns how the names of temporary files and folders for a path begin."""
+  # a checksum instead of the name: of fixed length, so that long names stay within the limit
+  return f'.opq-{zlib.crc32(os.fsencode(path.name)):08x}-'
+
+
 def _remove_litter(folder: Path, prefix: str) -> None:
-  """Removes temporary files of killed processes: old ones that no process holds locked."""
+  """Removes what killed processes left: old files and folders that no process holds locked."""
   for left in folder.glob(f'{prefix}*') if fcntl is not None else ():
     try:
-      with open(left, 'rb') as file:
-        if time.time() - left.stat().st_mtime > _YOUNG and _lock(file):
-          left.unlink()
+      opened = os.open(left, os.O_RDONLY)
+      try:
+        if time.time() - left.stat().st_mtime > _YOUNG and _lock(opened):
+          shutil.rmtree(left) if left.is_dir() else left.unlink()
+      finally:
+        os.close(opened)
     except OSError:
       continue  # another user's file, or already removed
 
 
-def _lock(file: BinaryIO) -> bool:
-  """Locks a file for this process, until it ends, and returns whether that succeeded."""
+def _lock(file: BinaryIO | int) -> bool:
+  """Locks a file or a folder until this process ends, and returns whether that succeeded."""
   if fcntl is None:
     return False
   try:

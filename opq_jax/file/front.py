@@ -1,20 +1,14 @@
 """The front of an `.opq` file: everything before the payloads, written and read.
 
-    u64            length of the header in bytes, little-endian
-    header         JSON without spaces, then spaces up to a multiple of 8 bytes
-    grids          3 little-endian float32 for each compressed leaf, or each slice of it: threshold,
-                   first value, step
-    index          packed JSON (`opq_jax.file.index`)
-
-The header is that of safetensors, and one of its kind alone: a reader builds the header that the
-sizes, the version and the checksum in it imply, and refuses any other text.  Its `crc32` is the
-CRC-32 of grids and index.
+header         that of safetensors (`opq_jax.file.container`)
+grids          3 little-endian float32 for each compressed leaf, or each slice of it: threshold,
+               first value, step
+index          packed JSON (`opq_jax.file.index`)
 """
 
 import itertools
 import json
 import math
-import os
 import zlib
 from collections.abc import Sequence
 from typing import Any, BinaryIO, NamedTuple
@@ -23,22 +17,11 @@ import numpy as np
 from jaxtyping import Float32
 
 from opq_jax.core.trees import slice_name
-from opq_jax.file import checks, packing, plain_trees
+from opq_jax.file import checks, container, packing, plain_trees, side_files
 from opq_jax.file import index as file_index
 from opq_jax.file.grids import Grid
 from opq_jax.file.leaf_entries import LeafEntry
-
-VERSIONS = ('1', '2')
-"""Versions of the format that a reader takes."""
-
-TENSORS = ('grids', 'index', 'codes', 'uncompressed')
-"""Names of the four safetensors tensors, in their order in the file."""
-
-GRID_BYTES = 12
-"""Bytes of one row of grids."""
-
-MAX_HEADER = 1 << 12
-"""Bytes of a header that are read; one has some 350."""
+from opq_jax.file.side_files import SideFiles
 
 # decoded bytes that a file may claim by default, where it passes both bounds
 _ADMITTED_BYTES = 1 << 30
@@ -70,6 +53,7 @@ class Front(NamedTuple):
     blocks: the packed blocks of uncompressed leaves.
     block_begins: where each begins in the file, and where the last one ends.
     uncompressed_size: bytes of all uncompressed leaves, unpacked.
+    side_files: the carried files, None where there are none; they begin where the blocks end.
   """
 
   tree: plain_trees.Node
@@ -81,45 +65,7 @@ class Front(NamedTuple):
   blocks: list[Block]
   block_begins: list[int]
   uncompressed_size: int
-
-
-class _Header(NamedTuple):
-  """A parsed header.
-
-  Attributes:
-    version: of the format.
-    sizes: of the four tensors: rows of grids, bytes of the others.
-    checksum: of grids and index.
-    size: bytes of the header, with its length.
-  """
-
-  version: str
-  sizes: tuple[int, ...]
-  checksum: int
-  size: int
-
-
-def header(sizes: Sequence[int], checksum: int, version: str) -> bytes:
-  """Returns the header of a file, with its length.
-
-  Args:
-    sizes: rows of grids, and bytes of the index, the codes and the packed uncompressed leaves.
-    checksum: CRC-32 of grids and index.
-    version: of the format.
-  """
-  about = {'format': 'opq', 'version': version, 'crc32': f'{checksum:08x}'}
-  content: dict[str, Any] = {'__metadata__': about}
-  begin = 0
-  for name, size in zip(TENSORS, sizes, strict=True):
-    dtype, shape, end = 'U8', [size], begin + size
-    if name == 'grids':
-      dtype, shape, end = 'F32', [size, 3], begin + GRID_BYTES * size
-    content[name] = {'dtype': dtype, 'shape': shape, 'data_offsets': [begin, end]}
-    begin = end
-  text = json.dumps(content, separators=(',', ':')).encode('ascii')
-  # as safetensors pads: the tensor of grids then begins at a multiple of its item size
-  text += b' ' * (-len(text) % 8)
-  return len(text).to_bytes(8, 'little') + text
+  side_files: SideFiles | None
 
 
 def front_bytes(
@@ -129,6 +75,7 @@ def front_bytes(
   blocks: Sequence[tuple[int, int]],
   metadata: dict[str, str],
   version: str,
+  carried: SideFiles | None = None,
 ) -> bytes:
   """Returns the front of a file.
 
@@ -139,15 +86,15 @@ def front_bytes(
     blocks: bytes and checksum of every packed block.
     metadata: of the user.
     version: of the format; the largest that a leaf needs.
+    carried: what the index says of side files, if there are any.
 
   Raises:
     ValueError: the index is larger than a reader would take.
   """
-  content = {
-    'blocks': [number for block in blocks for number in block],
-    'metadata': metadata,
-    'tree': file_index.to_json(tree),
-  }
+  content: dict[str, Any] = {'blocks': [number for block in blocks for number in block]}
+  if carried is not None:
+    content['files'], version = side_files.to_json(carried), max(version, side_files.VERSION)
+  content |= {'metadata': metadata, 'tree': file_index.to_json(tree)}
   text = json.dumps(content, separators=(',', ':')).encode('ascii')
   if len(text) > file_index.MAX_INDEX:
     raise ValueError(
@@ -155,8 +102,9 @@ def front_bytes(
     )
   index = packing.pack(text)
   table = np.array(grids, '<f4').tobytes()
-  sizes = len(grids), len(index), codes_size, sum(size for size, _ in blocks)
-  return header(sizes, zlib.crc32(index, zlib.crc32(table)), version) + table + index
+  sizes = [len(grids), len(index), codes_size, sum(size for size, _ in blocks)]
+  sizes += [] if carried is None else [carried.packed]
+  return container.header(sizes, zlib.crc32(index, zlib.crc32(table)), version) + table + index
 
 
 def read_front(file: BinaryIO, label: str, most_bytes: int | None) -> Front:
@@ -170,12 +118,12 @@ def read_front(file: BinaryIO, label: str, most_bytes: int | None) -> Front:
   Raises:
     ValueError: the file is none of a known version, damaged, or claims too many bytes.
   """
-  version, (rows, *sizes), checksum, begin = _read_header(file, label)
-  # all sizes together are the file's own (`_read_header`): no read takes more memory than that
-  table = read_bytes(file, label, begin, GRID_BYTES * rows)
+  version, (rows, *sizes), checksum, begin = container.read_header(file, label)
+  # all sizes together are the file's own (`container.read_header`): no read takes more memory
+  table = read_bytes(file, label, begin, container.GRID_BYTES * rows)
   packed_index = read_bytes(file, label, begin + len(table), sizes[0])
   codes_begin = begin + len(table) + sizes[0]
-  blocks_begin, file_size = codes_begin + sizes[1], codes_begin + sizes[1] + sizes[2]
+  blocks_begin, file_size = codes_begin + sizes[1], codes_begin + sum(sizes[1:])
   if (found := zlib.crc32(packed_index, zlib.crc32(table))) != checksum:
     raise ValueError(f'{label}: found CRC-32 {found:08x} of the index, not {checksum:08x}')
   # JSON of 4 MB may be nested deeper than Python's stack: a RecursionError
@@ -192,6 +140,11 @@ def read_front(file: BinaryIO, label: str, most_bytes: int | None) -> Front:
     ('bytes of codes', placed.codes_size, sizes[1]),
     ('blocks', len(blocks), -(-placed.uncompressed_size // packing.BLOCK)),
     ('bytes of blocks', block_begins[-1] - blocks_begin, sizes[2]),
+    (
+      'bytes of side files',
+      index.side_files and index.side_files.packed,
+      sizes[3] if len(sizes) > 3 else None,
+    ),
   ):
     if count != expected:
       raise ValueError(f'{label}: found an index of {count} {what}, expected {expected}')
@@ -207,6 +160,7 @@ def read_front(file: BinaryIO, label: str, most_bytes: int | None) -> Front:
     blocks,
     block_begins,
     placed.uncompressed_size,
+    index.side_files,
   )
 
 
@@ -278,38 +232,3 @@ def grids_of(
     checks.check_grid(slice_name(name, index), grid, version)
     grids.append(grid)
   return tuple(grids)
-
-
-def _read_header(file: BinaryIO, label: str) -> _Header:
-  file_size = file.seek(0, os.SEEK_END)
-  file.seek(0)
-  length = int.from_bytes(file.read(8), 'little')
-  # a length of 2**63 must not be believed; what is cut off here is no JSON, or not the header that
-  # is expected below
-  text = file.read(min(length, MAX_HEADER))
-  try:
-    content = json.loads(text)
-    about = content['__metadata__']
-    if about['format'] != 'opq':
-      raise ValueError(f'found format {about["format"]!r}, expected opq')
-    version = about['version']
-  except (ValueError, KeyError, TypeError, RecursionError) as error:
-    raise ValueError(f'{label}: found no .opq file: {error!r}') from error
-  if version not in VERSIONS:
-    raise ValueError(f"{label}: found version {version!r}, expected '1' or '2'")
-  try:
-    sizes = tuple(content[name]['shape'][0] for name in TENSORS)
-    # `true` would pass as an int
-    if not all(type(size) is int and size >= 0 for size in sizes):
-      raise ValueError(f'found sizes {sizes}')
-    checksum = int(about['crc32'], 16)
-  except (ValueError, KeyError, TypeError, IndexError) as error:
-    raise ValueError(f'{label}: found a damaged header: {error!r}') from error
-  # one header for given sizes: JSON of other spacing, order or repeated keys, which readers
-  # understand differently, cannot hide here
-  expected = header(sizes, checksum, version)
-  if length.to_bytes(8, 'little') + text != expected:
-    raise ValueError(f'{label}: found header {text!r}, expected {expected[8:]!r}')
-  if file_size != (expected_size := len(expected) + GRID_BYTES * sizes[0] + sum(sizes[1:])):
-    raise ValueError(f'{label}: found {file_size} bytes, expected {expected_size}')
-  return _Header(version, sizes, checksum, len(expected))

@@ -10,13 +10,19 @@ header:
     uncompressed  U8: the bytes of the other leaves in C order, end to end, each at a multiple of
                   its item size; cut into blocks of 2**20 bytes, and every block packed
 
-All numbers are little-endian.  `opq_jax.file.front` describes the header, `opq_jax.file.packing`
-how index and blocks are packed, `opq_jax.coding.payload` the payloads, `opq_jax.file.grids` the
-values of codes.  Leaves follow each other in the order of JAX: dicts by their sorted keys.
+and, where it carries other files (`opq_jax.file.side_files`), a fifth:
+
+    files         U8: these files end to end, sorted by name, packed together
+
+All numbers are little-endian.  `opq_jax.file.container` describes the header,
+`opq_jax.file.packing` how index and blocks are packed, `opq_jax.coding.payload` the payloads,
+`opq_jax.file.grids` the values of codes.  Leaves follow each other in the order of JAX: dicts by
+their sorted keys.
 
 The index is one JSON object, ASCII, without spaces and with every key once:
 
     {"blocks": [bytes, CRC-32, bytes, CRC-32, ...],       of every packed block
+     "files": [bytes, CRC-32, {"config.json": 452}],      packed, and the sizes of carried files
      "metadata": {"the user's": "own strings"},
      "tree": {"params": {"conv": {"bias": "float32[16]", "kernel": "float32[3,3,3,16] 9 141"}}}}
 
@@ -45,17 +51,19 @@ fields too, once they are defined.  Names of dtypes are those of NumPy and ml_dt
 leaf is of floats of 1, 2, 4 or 8 whole bytes that know 0.
 
 Every byte is under a checksum: the header must be the one that its own sizes imply and holds the
-CRC-32 of grids and index, the index holds those of the blocks, every payload ends in one of its
-codes, and a section of escaped weights in its own.
+CRC-32 of grids and index, the index holds those of the blocks and of the carried files, every
+payload ends in one of its codes, and a section of escaped weights in its own.
 
 The header says version 2 where a leaf has a field, or where a value first + k step, k < levels, is
-not exact in float32.  All other files are of version 1, in which neither may be.
+not exact in float32, and version 3 where it carries other files.  All other files are of version 1,
+in which neither may be.
 """
 
 import dataclasses
 import json
 from typing import Any, NamedTuple
 
+from opq_jax.file import side_files
 from opq_jax.file.leaf_entries import LeafEntry, parsed_leaf
 from opq_jax.file.plain_trees import Node, check_names
 
@@ -70,11 +78,13 @@ class Index(NamedTuple):
     tree: a plain tree with a `LeafEntry` at every leaf.
     blocks: bytes and CRC-32 of every packed block.
     metadata: of the user.
+    side_files: the carried files, None where there are none.
   """
 
   tree: Node
   blocks: list[tuple[int, int]]
   metadata: dict[str, str]
+  side_files: side_files.SideFiles | None
 
 
 class Placed(NamedTuple):
@@ -129,7 +139,8 @@ def parsed_index(text: bytes) -> Index:
   Raises:
     ValueError: the text is no index, or its names are longer or deeper than a reader takes.
   """
-  match json.loads(text, object_pairs_hook=_unique):
+  content = json.loads(text, object_pairs_hook=_unique)
+  match content:
     case {'blocks': list(numbers), 'metadata': dict(metadata), 'tree': node}:
       if all(type(n) is int and n >= 0 for n in numbers) and all(
         type(text) is str for text in metadata.values()
@@ -137,7 +148,8 @@ def parsed_index(text: bytes) -> Index:
         blocks = list(zip(numbers[::2], numbers[1::2], strict=True))
         tree = from_json(node)
         check_names(tree)
-        return Index(tree, blocks, metadata)
+        carried = side_files.from_json(content['files']) if 'files' in content else None
+        return Index(tree, blocks, metadata, carried)
   raise ValueError(f'found {text[:80]!r}, expected blocks, metadata and tree')
 
 

@@ -44,6 +44,28 @@ def laid_out(
   return _on_devices(value, sharding), record
 
 
+def check_like(
+  label: str, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]
+) -> None:
+  """Checks that a tree has the paths and shapes of a file.
+
+  Args:
+    label: the name of the file in messages.
+    found: the shapes of the tree by path.
+    expected: those of the file.
+
+  Raises:
+    ValueError: a path or a shape is another one; all are listed.
+  """
+  lines = [
+    f'  {name}: found {found.get(name, "nothing")}, expected {expected.get(name, "nothing")}'
+    for name in dict.fromkeys([*expected, *found])
+    if found.get(name) != expected.get(name)
+  ]
+  if lines:
+    raise ValueError('\n'.join([f'`like` is another tree than {label} holds:', *lines]))
+
+
 def _on_devices(array: Any, sharding: Sharding) -> jax.Array:
   """Returns an array that every process has, over the devices of all of them."""
   host = np.asarray(array)

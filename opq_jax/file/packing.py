@@ -1,8 +1,9 @@
-"""LZMA of the parts of a file that are not codes: blocks of uncompressed leaves, and the index.
+"""LZMA of the parts of a file that are not codes: uncompressed leaves, index, side files.
 
-The data are raw LZMA1 streams (no container, with an end mark) of the parameters dict_size = 2**20,
-lc = 0, lp = log2(period), pb = 0: literals are predicted by their place in the period alone.  Of
-float32 numbers, period 4, sign and exponent then have statistics of their own, which repeat.
+The data are raw LZMA1 streams (no container, with an end mark).  Those of leaves and index have the
+parameters dict_size = 2**20, lc = 0, lp = log2(period), pb = 0: literals are predicted by their
+place in the period alone.  Of float32 numbers, period 4, sign and exponent then have statistics of
+their own, which repeat.
 """
 
 import lzma
@@ -12,6 +13,12 @@ BLOCK = 1 << 20
 
 FLOAT_PERIOD = 4
 """The period of blocks of uncompressed leaves, most of which are of float32."""
+
+
+TEXT_WINDOW = 1 << 23
+"""Bytes that a stream of text looks back: a tokenizer's files repeat each other's vocabulary."""
+
+_TEXT = {'id': lzma.FILTER_LZMA1, 'dict_size': TEXT_WINDOW, 'lc': 4, 'lp': 0, 'pb': 0}
 
 
 def pack(data: bytes | bytearray, period: int = 1) -> bytes:
@@ -32,7 +39,25 @@ def unpack(data: bytes, most: int, period: int = 1) -> bytes:
   Raises:
     ValueError: the stream is damaged, or does not end within `most` bytes.
   """
-  decompressor = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_filters(period))
+  return _unpacked(data, most, _filters(period))
+
+
+def pack_text(data: bytes) -> bytes:
+  """Returns text as an LZMA stream: literals are predicted by the byte before (`lc` = 4)."""
+  return lzma.compress(data, format=lzma.FORMAT_RAW, filters=[_TEXT])
+
+
+def unpack_text(data: bytes, most: int) -> bytes:
+  """Returns the text of a stream of `pack_text`, of at most `most` bytes.
+
+  Raises:
+    ValueError: as `unpack`.
+  """
+  return _unpacked(data, most, [_TEXT])
+
+
+def _unpacked(data: bytes, most: int, filters: list[dict[str, int]]) -> bytes:
+  decompressor = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=filters)
   try:
     unpacked = decompressor.decompress(data, most + 1)
   except lzma.LZMAError as error:

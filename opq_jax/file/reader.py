@@ -14,9 +14,10 @@ import numpy as np
 from jaxtyping import Int8, Shaped
 
 from opq_jax.core.trees import slice_name
-from opq_jax.file import packing
+from opq_jax.file import packing, side_files
 from opq_jax.file.coded_leaves import CodedLeaf, coded_slice
-from opq_jax.file.front import GRID_BYTES, grids_of, read_bytes, read_front
+from opq_jax.file.container import GRID_BYTES
+from opq_jax.file.front import grids_of, read_bytes, read_front
 from opq_jax.file.grids import Grid
 from opq_jax.file.leaf_entries import LeafEntry
 
@@ -62,7 +63,7 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
       more than 1000 times its own size.
 
   Raises:
-    ValueError: this is no whole and undamaged `.opq` file of a version up to 2.  Checking takes
+    ValueError: this is no whole and undamaged `.opq` file of a version up to 3.  Checking takes
       bounded time and memory, whatever is in the file; nothing in it is executed.
 
   >>> import jax, opq_jax
@@ -108,6 +109,31 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     """The strings that were saved with the network."""
     return self._front.metadata
 
+  @property
+  def side_files(self) -> dict[str, int]:
+    """The sizes in bytes of the files that were saved with the network, by name."""
+    carried = self._front.side_files
+    return {} if carried is None else dict(carried.sizes)
+
+  def read_side_files(self) -> dict[str, bytes]:
+    """Returns the files that were saved with the network, by name.
+
+    Raises:
+      ValueError: they are damaged.
+    """
+    carried = self._front.side_files
+    if carried is None:
+      return {}
+    data = self._read(self._front.block_begins[-1], carried.packed)
+    try:
+      return side_files.unpacked_files(carried, data)
+    except ValueError as error:
+      raise ValueError(f'{self._label}: {error}') from error
+
+  def side_bytes(self) -> int:
+    """Returns the bytes of the file that the side files take together."""
+    return 0 if self._front.side_files is None else self._front.side_files.packed
+
   def close(self) -> None:
     """Closes the file; nothing can be read from it afterwards."""
     self._file.close()
@@ -123,6 +149,22 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     if leaf.table is None:
       raise ValueError(f'{name}: found a leaf that is not compressed, expected one that has codes')
     return self._coded(name, leaf).codes()
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    """Returns the shape of a leaf; decodes nothing.
+
+    Raises:
+      KeyError: the file has no such leaf.
+    """
+    return self._leaf(name).shape
+
+  def dtype(self, name: str) -> np.dtype:
+    """Returns the dtype of a leaf; decodes nothing.
+
+    Raises:
+      KeyError: the file has no such leaf.
+    """
+    return self._leaf(name).dtype
 
   def slices(self, name: str) -> int:
     """Returns how many leading axes of a leaf count slices, 0 for none.
@@ -226,13 +268,14 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
 
     from opq_jax.compression import CompressionState
     from opq_jax.core import trees
-    from opq_jax.file.layout import laid_out
+    from opq_jax.file.layout import check_like, laid_out
 
     structure, order = jax.tree.structure(self._front.tree), list(self._front.leaves)
     likes: dict[str, Any] = {}
     if like is not None:
       likes = trees.named_leaves(like)
-      self._check_like({name: np.shape(leaf) for name, leaf in likes.items()})
+      expected = {name: leaf.shape for name, leaf in self._front.leaves.items()}
+      check_like(self._label, {name: np.shape(leaf) for name, leaf in likes.items()}, expected)
       structure, order = jax.tree.structure(like), list(likes)
     params: list[Any] = []
     records: list[LeafState | None] = []
@@ -258,16 +301,6 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
       jax.tree.unflatten(structure, params),
       CompressionState(jax.tree.unflatten(structure, records)),
     )
-
-  def _check_like(self, shapes: dict[str, tuple[int, ...]]) -> None:
-    expected = {name: leaf.shape for name, leaf in self._front.leaves.items()}
-    lines = [
-      f'  {name}: found {shapes.get(name, "nothing")}, expected {expected.get(name, "nothing")}'
-      for name in dict.fromkeys([*expected, *shapes])
-      if shapes.get(name) != expected.get(name)
-    ]
-    if lines:
-      raise ValueError('\n'.join([f'`like` is another tree than {self._label} holds:', *lines]))
 
   def _leaf(self, name: str) -> LeafEntry:
     if name not in self._front.leaves:

@@ -20,6 +20,7 @@ from opq_jax.core.ties import Candidate, Tie, tied
 from opq_jax.core.trees import PyTree
 from opq_jax.file import leaf_entries, packing, plain_trees
 from opq_jax.file.front import front_bytes
+from opq_jax.file.side_files import packed_files
 from opq_jax.file.written_leaves import coded_slices, host_array, write_leaf
 
 TIED_VERSION = '2'
@@ -33,6 +34,7 @@ def save(
   metadata: Mapping[str, str] | None = None,
   *,
   contexts: bool = True,
+  side_files: Mapping[str, bytes] | None = None,
 ) -> None:
   """Writes a compressed network to an `.opq` file.
 
@@ -47,12 +49,14 @@ def save(
     metadata: a few strings, which `OpqFile(path).metadata` returns.
     contexts: whether codes are coded with contexts (`opq_jax.coding.encode_codes`); False encodes
       6 to 60 times faster into a larger file.
+    side_files: contents of files that belong to the network (config, tokenizer), by relative path;
+      `OpqFile(path).read_side_files()` returns them.
 
   Raises:
     ValueError: `state` was made for another tree; a leaf is no numeric array; a compressed leaf
       holds NaN or an infinity; a key is neither str nor int; or a leaf's dtype is too coarse for
-      its codebook, so that compressing the stored values again would change them.  Nothing is
-      written then.
+      its codebook, so that compressing the stored values again would change them; or a side file
+      has no relative path for a name.  Nothing is written then.
 
   >>> import tempfile, opq_jax
   >>> kernel = jax.random.laplace(jax.random.key(0), (64, 32))
@@ -65,7 +69,9 @@ def save(
   >>> bool((loaded['kernel'] == compressed['kernel']).all())
   True
   """
-  files.write_bytes(path, serialize(params, state, metadata, contexts=contexts))
+  files.write_bytes(
+    path, serialize(params, state, metadata, contexts=contexts, side_files=side_files)
+  )
 
 
 def serialize(
@@ -74,16 +80,18 @@ def serialize(
   metadata: Mapping[str, str] | None = None,
   *,
   contexts: bool = True,
+  side_files: Mapping[str, bytes] | None = None,
 ) -> bytes:
   """Returns the bytes of the file that `save` would write; `load` and `OpqFile` take them as well.
 
   Args:
-    params, state, metadata, contexts: as for `save`.
+    params, state, metadata, contexts, side_files: as for `save`.
 
   Raises:
     ValueError: as `save`.
   """
   metadata = checked_metadata(metadata)
+  carried, packed = packed_files(side_files) if side_files else (None, b'')
   leaf_states = trees.records(params, state.tree, LeafState)
   # by name: a namedtuple becomes a dict, whose leaves may come in another order
   records = dict(zip(trees.named_leaves(params), leaf_states, strict=True))
@@ -122,8 +130,9 @@ def serialize(
     [(len(block), zlib.crc32(block)) for block in blocks],
     metadata,
     max(versions),
+    carried,
   )
-  return b''.join([front, *payloads, *blocks])
+  return b''.join([front, *payloads, *blocks, packed])
 
 
 def tied_leaves(

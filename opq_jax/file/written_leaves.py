@@ -13,7 +13,7 @@ from opq_jax.compression import encode as encode_weights
 from opq_jax.core.limits import ESCAPE, MAX_LEVELS
 from opq_jax.core.trees import slice_name
 from opq_jax.file import checks, leaf_entries
-from opq_jax.file.front import VERSIONS
+from opq_jax.file.container import VERSIONS
 from opq_jax.file.grids import Grid
 
 

@@ -117,8 +117,8 @@ class SizeReport:
     entropy   sum_i (n_i H_i + e_i v_i) / 8, with H_i the empirical zeroth-order entropy of the
               codes of leaf i, or their entropy given the subsets if they follow a trellis.  Code 0
               (pruned) and code -128 (escaped) are symbols.  No tables; compressed leaves only.
-    file      the length of the `.opq` file: payloads, tables, headers, metadata, and the
-              uncompressed leaves (biases, BatchNorm).
+    file      the length of the `.opq` file: payloads, tables, headers, metadata, the uncompressed
+              leaves (biases, BatchNorm), and side files.
 
   A nominal, packed or entropy rate is 4 n / size, relative to the compressed leaves in float32.
   The file rate is `original / file`, relative to all leaves in their own dtypes.
@@ -127,11 +127,13 @@ class SizeReport:
     compressed: a row for each compressed leaf, in the order of the tree.
     uncompressed: a row for each other leaf.
     file: bytes of the whole file.
+    side_files: those of them that files beside the network take, as config and tokenizer.
   """
 
   compressed: tuple[CompressedLeaf, ...]
   uncompressed: tuple[UncompressedLeaf, ...]
   file: int
+  side_files: int = 0
 
   @property
   def original(self) -> int:
@@ -205,8 +207,8 @@ class SizeReport:
 
   @property
   def headers(self) -> int:
-    """Bytes of the file that belong to no leaf: header, index, metadata."""
-    stored = sum(leaf.file for leaf in self.compressed)
+    """Bytes of the file that belong to no leaf or side file: header, index, metadata."""
+    stored = sum(leaf.file for leaf in self.compressed) + self.side_files
     return self.file - stored - sum(leaf.file for leaf in self.uncompressed)
 
   @property

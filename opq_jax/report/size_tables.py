@@ -61,7 +61,7 @@ def _size_table(report: SizeReport) -> Table:
     for leaf in report.compressed
   ]
   others = sum(leaf.file for leaf in report.uncompressed)
-  payloads = report.file - others - report.headers
+  payloads = report.file - others - report.headers - report.side_files
   sizes = report.nominal, report.packed, report.entropy, payloads
   means = [f'{8 * size / max(report.weights, 1):.3f}' for size in sizes]
   blank = [''] * (len(columns) - 2)
@@ -78,6 +78,7 @@ def _size_table(report: SizeReport) -> Table:
     ),
     (f'{len(report.uncompressed)} uncompressed', *blank, f'{others:,}'),
     ('header, index', *blank, f'{report.headers:,}'),
+    *([('side files', *blank, f'{report.side_files:,}')] if report.side_files else []),
     ('the file', *blank, f'{report.file:,}'),
   ]
   styles = ['' if leaf.survivors else 'red' for leaf in report.compressed]

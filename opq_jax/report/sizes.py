@@ -124,4 +124,4 @@ def _report(
       rows.append(row)
     whole = leaf_sizes.sum_of_slices(path, codes.shape, rows, stored[path])
     compressed.append(whole if slices else rows[0])
-  return SizeReport(tuple(compressed), tuple(uncompressed), size)
+  return SizeReport(tuple(compressed), tuple(uncompressed), size, file.side_bytes())

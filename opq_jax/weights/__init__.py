@@ -2,7 +2,7 @@
 
 `read_weights` reads a file or a folder as a whole.  `open_weights` leaves the arrays on disk, and
 `compress_stored` makes an `.opq` file of them leaf by leaf.  `open_folder` opens a model folder of
-Hugging Face as a mapping of its tensors.  A module a format; the
+Hugging Face as a mapping of its tensors, and `write_folder` gives one back.  A module a format; the
 packages of a format (h5py, msgpack, Orbax, PyTorch) are imported when there is such a file.
 """
 
@@ -11,41 +11,53 @@ from typing import TYPE_CHECKING
 from opq_jax.core import lazy
 
 if TYPE_CHECKING:
+  from opq_jax.weights.carried import CarriedFiles, carried_files
   from opq_jax.weights.channels import ChannelMode, channel_axis
-  from opq_jax.weights.hugging_face import ModelFolder, open_folder
+  from opq_jax.weights.hugging_face import ModelFolder, is_model_folder, open_folder
   from opq_jax.weights.opening import is_streamable, open_weights
   from opq_jax.weights.reading import read_weights
   from opq_jax.weights.safetensors import write_safetensors
   from opq_jax.weights.stored_leaves import StoredLeaf
   from opq_jax.weights.streaming import StreamedFile, compress_stored
+  from opq_jax.weights.written_folder import holds_folder, write_folder
 
 __all__ = [
+  'CarriedFiles',
   'ChannelMode',
   'ModelFolder',
   'StoredLeaf',
   'StreamedFile',
+  'carried_files',
   'channel_axis',
   'compress_stored',
+  'holds_folder',
+  'is_model_folder',
   'is_streamable',
   'open_folder',
   'open_weights',
   'read_weights',
+  'write_folder',
   'write_safetensors',
 ]
 
 __getattr__, __dir__ = lazy.attributes(
   __name__,
   {
+    'CarriedFiles': 'carried',
     'ChannelMode': 'channels',
     'ModelFolder': 'hugging_face',
     'StoredLeaf': 'stored_leaves',
     'StreamedFile': 'streaming',
+    'carried_files': 'carried',
     'channel_axis': 'channels',
     'compress_stored': 'streaming',
+    'holds_folder': 'written_folder',
+    'is_model_folder': 'hugging_face',
     'is_streamable': 'opening',
     'open_folder': 'hugging_face',
     'open_weights': 'opening',
     'read_weights': 'reading',
+    'write_folder': 'written_folder',
     'write_safetensors': 'safetensors',
   },
 )

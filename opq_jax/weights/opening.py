@@ -1,6 +1,7 @@
 """Opens trees of leaves that stay on disk until they are read, one by one.
 
 .safetensors   a flat dict by name
+.gguf          a flat dict by name, dequantized; needs gguf (`pip install opq_jax[gguf]`)
 a folder       of Hugging Face, a flat dict by name; or an Orbax checkpoint
 """
 
@@ -10,13 +11,16 @@ from pathlib import Path
 import jax
 
 from opq_jax.core.trees import PyTree
-from opq_jax.weights import hugging_face, orbax, safetensors
+from opq_jax.weights import gguf, hugging_face, orbax, safetensors
 
 
 def is_streamable(path: str | os.PathLike[str]) -> bool:
-  """Returns whether `open_weights` takes a path: a folder, or .safetensors that is no `.opq`."""
+  """Returns whether `open_weights` takes a path.
+
+  It takes folders, .gguf, and .safetensors that is no `.opq`.
+  """
   path = Path(path)
-  if path.is_dir():
+  if path.is_dir() or path.suffix.lower() == '.gguf':
     return True
   if path.suffix.lower() != '.safetensors' or not path.is_file():
     return False
@@ -28,7 +32,11 @@ def open_weights(path: str | os.PathLike[str]) -> PyTree:
   """Returns the tree of a file or folder with a `StoredLeaf` for every array.
 
   Args:
-    path: a `.safetensors` file, a folder of Hugging Face (`open_folder`), or one of Orbax.
+    path: a `.safetensors` or `.gguf` file, a folder of Hugging Face (`open_folder`), or one of
+      Orbax.
+
+  Warns:
+    UserWarning: a GGUF file is quantized already.
 
   Raises:
     ValueError: the file is damaged or of another format, or has no weights.
@@ -41,7 +49,9 @@ def open_weights(path: str | os.PathLike[str]) -> PyTree:
   ...   print(leaf.shape, leaf.dtype, leaf.read().sum())
   (3, 3) float64 3.0
   """
-  if not os.path.isdir(path):
+  if os.fspath(path).lower().endswith('.gguf'):
+    leaves = gguf.open_leaves(Path(path))
+  elif not os.path.isdir(path):
     leaves = safetensors.open_leaves(path)
   elif hugging_face.is_model_folder(path):
     leaves = hugging_face.open_folder(path).leaves

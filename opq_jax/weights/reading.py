@@ -7,6 +7,8 @@
                       the latest step of a CheckpointManager
     .opq              the decoded network
     .pt, .pth, .bin   a PyTorch state dict; needs PyTorch (`pip install opq_jax[torch]`)
+    .gguf             tensors of llama.cpp by name, dequantized; needs gguf
+                      (`pip install opq_jax[gguf]`)
     .h5, .keras       a Keras file, by `<layer>/<weight>`; needs h5py (`pip install opq_jax[keras]`)
 
 Nothing in a file is executed: NumPy's pickles are refused, and PyTorch's are read by its
@@ -24,7 +26,17 @@ import numpy as np
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 from opq_jax.file import reader
-from opq_jax.weights import checks, hugging_face, keras, msgpack, npz, orbax, safetensors, torch
+from opq_jax.weights import (
+  checks,
+  gguf,
+  hugging_face,
+  keras,
+  msgpack,
+  npz,
+  orbax,
+  safetensors,
+  torch,
+)
 
 
 def read_weights(path: str | os.PathLike[str]) -> PyTree:
@@ -92,6 +104,7 @@ _READERS: dict[str, tuple[Callable[[Path], PyTree], str]] = {
   '.pt': (torch.read, torch.EXPECTED),
   '.pth': (torch.read, torch.EXPECTED),
   '.bin': (torch.read, torch.EXPECTED),
+  '.gguf': (gguf.read, 'a GGUF file'),
   '.h5': (keras.read, 'an HDF5 file of Keras'),
   '.keras': (keras.read, 'a Keras file'),
 }

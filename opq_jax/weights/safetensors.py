@@ -28,6 +28,18 @@ _FLOAT8 = {
 }
 
 
+DTYPES: dict[str, np.dtype] = {
+  **{f'I{bits}': np.dtype(f'int{bits}') for bits in (8, 16, 32, 64)},
+  **{f'U{bits}': np.dtype(f'uint{bits}') for bits in (8, 16, 32, 64)},
+  **{f'F{bits}': np.dtype(f'float{bits}') for bits in (16, 32, 64)},
+  **{name: np.dtype(scalar) for name, scalar in _FLOAT8.items()},
+  'BOOL': np.dtype(bool),
+  'BF16': np.dtype(ml_dtypes.bfloat16),
+  'C64': np.dtype(np.complex64),
+}
+"""Dtypes by the names of safetensors."""
+
+
 def write_safetensors(path: str | os.PathLike[str], tree: PyTree) -> None:
   """Writes a tree as safetensors, its path names joined by '/'.
 

@@ -20,6 +20,7 @@ from opq_jax.core import files
 from opq_jax.core.trees import PyTree
 from opq_jax.file import front as file_front
 from opq_jax.file import leaf_entries, packing, writer, written_leaves
+from opq_jax.file.side_files import SideFiles
 
 _MAX_PENDING = 8  # blocks of 1 MiB packed by threads or waiting for it: a bound of memory
 _COPY = 1 << 20  # bytes copied at a time
@@ -40,7 +41,7 @@ class SpooledFile:
     self._specs: list[str] = []
     self._grids: list[list[np.float32]] = []
     self._blocks: list[tuple[int, int]] = []
-    self._version, self._front = '1', b''
+    self._version, self._front, self._side = '1', b'', b''
     self._raw, self._raw_size = bytearray(), 0
     self._pending: collections.deque[Future[bytes]] = collections.deque()
     self._open = contextlib.ExitStack()
@@ -101,26 +102,40 @@ class SpooledFile:
       while len(self._raw) >= packing.BLOCK:
         self._pack(packing.BLOCK)
 
-  def finish(self, unflatten: Callable[[list[str]], PyTree], metadata: dict[str, str]) -> None:
+  def finish(
+    self,
+    unflatten: Callable[[list[str]], PyTree],
+    metadata: dict[str, str],
+    side_files: tuple[SideFiles, bytes] | None = None,
+  ) -> None:
     """Makes header, grids and index.
 
     Args:
       unflatten: makes the tree of the file from a list with an entry for each leaf.
       metadata: the user's metadata.
+      side_files: as `opq_jax.file.side_files.packed_files` returns them.
     """
+    carried, self._side = side_files or (None, b'')
     if self._raw:
       self._pack(len(self._raw))
     while self._pending:
       self._write_block()
     codes_size = self._codes_file.tell()
     self._front = file_front.front_bytes(
-      unflatten(self._specs), self._grids, codes_size, self._blocks, metadata, self._version
+      unflatten(self._specs),
+      self._grids,
+      codes_size,
+      self._blocks,
+      metadata,
+      self._version,
+      carried,
     )
 
   @property
   def size(self) -> int:
     """Bytes of the finished file."""
-    return len(self._front) + self._codes_file.tell() + self._blocks_file.tell()
+    parts = self._codes_file.tell() + self._blocks_file.tell()
+    return len(self._front) + parts + len(self._side)
 
   def place(self) -> None:
     """Joins the parts and moves the file to its place.
@@ -133,6 +148,7 @@ class SpooledFile:
       for spool in (self._codes_file, self._blocks_file):
         spool.seek(0)
         shutil.copyfileobj(spool, file, _COPY)
+      file.write(self._side)
 
   def _pack(self, size: int) -> None:
     """Has a thread pack the next block of uncompressed bytes."""

@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ from opq_jax.allocation import Allocation, LeafAllocation, LeafStatistics, leaf_
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 from opq_jax.file import written_leaves
+from opq_jax.file.side_files import SideFiles
 from opq_jax.report import leaf_sizes
 from opq_jax.report.records import CompressedLeaf, UncompressedLeaf
 from opq_jax.weights.leaf_codes import coded_parts
@@ -64,18 +65,34 @@ class StoredTree:
       **targets,
     )
 
-  def coded(self, allocation: Allocation, file: SpooledFile, metadata: dict[str, str]) -> CodedTree:
-    """Reads, codes and spools all leaves."""
+  def coded(
+    self,
+    allocation: Allocation,
+    file: SpooledFile,
+    metadata: dict[str, str],
+    side_files: tuple[SideFiles, bytes] | None = None,
+    each: Callable[[Iterable[str]], Iterable[str]] = iter,
+  ) -> CodedTree:
+    """Reads, codes and spools all leaves.
+
+    Args:
+      allocation: of the leaves to compress.
+      file: what takes their parts.
+      metadata: see `opq_jax.save`.
+      side_files: see `SpooledFile.finish`.
+      each: yields the names that it is given, for progress.
+    """
     result = CodedTree(allocation, file, [], [])
     records = trees.records(self.tree, allocation.tree, LeafAllocation)
-    for (name, leaf), allocated in zip(self.leaves.items(), records, strict=True):
+    for name, allocated in zip(each(self.leaves), records, strict=True):
+      leaf = self.leaves[name]
       if allocated is None:
         file.add(name, leaf.read())
         row = UncompressedLeaf(name, leaf.shape, leaf.dtype.name, leaf.nbytes, 0)
         result.uncompressed.append(row)
       else:
         result.compressed.append(self._coded_leaf(name, leaf, allocated, file))
-    file.finish(self.unflatten, metadata)
+    file.finish(self.unflatten, metadata, side_files)
     return result
 
   def _coded_leaf(

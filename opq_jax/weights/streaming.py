@@ -14,7 +14,7 @@ import ctypes
 import dataclasses
 import os
 import platform
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from opq_jax import allocation as allocations
@@ -27,6 +27,7 @@ from opq_jax.core.trees import PyTree
 from opq_jax.file import plain_trees, writer
 from opq_jax.file import rate as file_rates
 from opq_jax.file.reader import OpqFile
+from opq_jax.file.side_files import packed_files
 from opq_jax.report.records import SizeReport
 from opq_jax.report.sizes import ChannelAxis
 from opq_jax.weights.spooled_file import SpooledFile
@@ -59,6 +60,7 @@ def compress_stored(
   slices: Callable[[str, Any], int] | None = None,
   metadata: Mapping[str, str] | None = None,
   contexts: bool = True,
+  side_files: Mapping[str, bytes] | None = None,
   left_out: int = 0,
   stage: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
   **targets: Any,
@@ -76,9 +78,11 @@ def compress_stored(
     slices: see `opq_jax.allocate`.
     metadata: see `opq_jax.save`.
     contexts: see `opq_jax.save`.
+    side_files: see `opq_jax.save`; `ModelFolder.side_files` returns those of a folder.
     left_out: bytes of leaves that `file_rate` does not count as those of the tree: zeros.
     stage: returns the context manager in which the stage of a name runs, for progress: statistics,
-      allocate, encode, write.
+      allocate, encode, write.  A value that can be called
+      is called with the share that is done.
     **targets: the targets and the `objective` of `opq_jax.allocate`.  For `file_rate` the tree is
       coded several times.
 
@@ -106,6 +110,8 @@ def compress_stored(
   else:
     allocations.check_file_rate(file_rate, *others)
   metadata = writer.checked_metadata(metadata)
+  # once, though a search for a file rate codes the tree several times
+  packed = packed_files(side_files) if side_files else None
   _return_freed_blocks()
   tree = writer.plain_tree(tree)
   plain_trees.check_names(tree)
@@ -115,10 +121,10 @@ def compress_stored(
   axes = {
     name: allocations.axis_of(name, leaves[name], channel_axis, counts[name]) for name in chosen
   }
-  with stage('statistics'):
-    statistics = {
-      name: stored_statistics(leaves[name], axes[name], counts[name]) for name in chosen
-    }
+  with stage('statistics') as told:
+    statistics = {}
+    for name in _told(chosen, leaves, told):
+      statistics[name] = stored_statistics(leaves[name], axes[name], counts[name])
   source = StoredTree(tree, leaves, statistics, axes)
 
   with contextlib.ExitStack() as spooled:
@@ -129,9 +135,11 @@ def compress_stored(
       spooled.close()
       with stage('allocate'):
         allocation = source.allocation(**targets)
-      with stage('encode'):
+      with stage('encode') as told:
         file = spooled.enter_context(SpooledFile(output, contexts))
-        return source.coded(allocation, file, metadata)
+        return source.coded(
+          allocation, file, metadata, packed, lambda names: _told(names, leaves, told)
+        )
 
     if file_rate is None:
       result = coded(**targets)
@@ -140,6 +148,21 @@ def compress_stored(
     with stage('write'):
       result.file.place()
   return StreamedFile(result.allocation, _report(output, result))
+
+
+def _told(
+  names: Iterable[str],
+  leaves: Mapping[str, StoredLeaf],
+  told: Any,
+) -> Iterator[str]:
+  """Yields names of leaves, and tells after each which share of all bytes is done."""
+  names, done = list(names), 0
+  total = sum(leaves[name].nbytes for name in names)
+  for name in names:
+    yield name
+    done += leaves[name].nbytes
+    if callable(told) and total:
+      told(done / total)
 
 
 def _coded_at_rate(
@@ -169,11 +192,12 @@ def _coded_at_rate(
 def _report(output: str | os.PathLike[str], result: CodedTree) -> SizeReport:
   """Returns the sizes of the file that was written."""
   with OpqFile(output) as file:
-    stored = file.sizes()
+    stored, side = file.sizes(), file.side_bytes()
   return SizeReport(
     tuple(dataclasses.replace(leaf, file=stored[leaf.path]) for leaf in result.compressed),
     tuple(dataclasses.replace(leaf, file=stored[leaf.path]) for leaf in result.uncompressed),
     os.stat(output).st_size,
+    side,
   )
 
 

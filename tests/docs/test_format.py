@@ -55,6 +55,14 @@ def test_reader_trellis_codes(tmp_path):
   assert_same(tmp_path / 'a.opq')
 
 
+def test_reader_side_files(tmp_path):
+  params, files = network(), {'config.json': b'{"a": 1}', 'b/c.txt': b'text', 'empty': b''}
+  state = opq_jax.init_state(params, opq_jax.allocate(params, compression_rate=16.0))
+  opq_jax.save(tmp_path / 'a.opq', params, state, side_files=files)
+  assert_same(tmp_path / 'a.opq')
+  assert plain_reader.read_side_files(tmp_path / 'a.opq') == files
+
+
 @pytest.mark.parametrize('path', sorted(GOLDEN.rglob('*.opq')), ids=lambda path: path.stem)
 def test_reader_golden_files(path):
   assert_same(path)

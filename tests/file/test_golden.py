@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 
 import opq_jax
-from opq_jax.file import front as file_front
+from opq_jax.file import container
 from tests.helpers import fresh_run
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
@@ -21,8 +21,8 @@ VERSIONS = sorted(path.stem for path in GOLDEN.glob('*.opq'))
 
 def test_golden_file_of_every_version():
   names = ('version_1', 'version_1_contexts', 'version_2_escapes', 'version_2_slices')
-  assert {*names, 'version_2_ties'} <= set(VERSIONS)
-  assert {name.split('_')[1] for name in VERSIONS} == set(file_front.VERSIONS)
+  assert {*names, 'version_2_ties', 'version_3_side_files'} <= set(VERSIONS)
+  assert {name.split('_')[1] for name in VERSIONS} == set(container.VERSIONS)
 
 
 @pytest.mark.parametrize('version', VERSIONS)
@@ -44,6 +44,9 @@ def test_load_golden_files(version):
             np.asarray(getattr(record, field)), expected.pop(f'{name}:{field}'), name
           )
     params, state = file.load()
+    side_files = file.read_side_files()
+  for name, data in side_files.items():
+    assert data == expected.pop(f'side file {name}').tobytes()
   assert expected == {}
   assert sorted(f'{name}:codes' for name in compressed) == sorted(expected_codes)
   leaves = ['params/conv/kernel', 'params/dense/kernel', 'params/half/0', 'params/zeros']
@@ -52,7 +55,9 @@ def test_load_golden_files(version):
   assert type(half) is list and half[1] is None and type(half[2]) is tuple
   assert set(numbers) == {7, -1} and set(numbers[-1]) == {':'}
   assert (
-    opq_jax.file.serialize(params, state, file.metadata, contexts=version != 'version_1')
+    opq_jax.file.serialize(
+      params, state, file.metadata, contexts=version != 'version_1', side_files=side_files
+    )
     == (GOLDEN / f'{version}.opq').read_bytes()
   )
   kernel = params['params']['conv']['kernel']

@@ -28,8 +28,7 @@ from experiments.benchmarks.robustness import hostile_files
 from opq_jax.coding import payload as entropy_coding
 from opq_jax.compression import CompressionState
 from opq_jax.compression.records import affine_codebook
-from opq_jax.file import front as file_front
-from opq_jax.file import packing, plain_trees, reader, writer
+from opq_jax.file import container, packing, plain_trees, reader, writer
 from opq_jax.weights import read_weights, write_safetensors
 from tests.helpers.opq_files import (
   leaf_state,
@@ -107,10 +106,10 @@ def with_grids(data, grids):
   """The file with other grids under a checksum that is right."""
   header, offsets = parts(data)
   table = np.array(grids, '<f4').tobytes()
-  sizes = [offsets[name][1] - offsets[name][0] for name in file_front.TENSORS]
+  sizes = [offsets[name][1] - offsets[name][0] for name in container.TENSORS]
   body = data[len(header) :]
   checksum = zlib.crc32(body[slice(*offsets['index'])], zlib.crc32(table))
-  header = file_front.header((sizes[0] // 12, *sizes[1:]), checksum, version_of(data))
+  header = container.header((sizes[0] // 12, *sizes[1:]), checksum, version_of(data))
   return header + table + body[len(table) :]
 
 
@@ -205,7 +204,7 @@ def test_open_refuses_many_zeros():
   assert '[1099511627776]' in text
   index = packing.pack(text.encode())
   table = body[: offsets['grids'][1]]
-  header = file_front.header(
+  header = container.header(
     (1, len(index), len(words), 0), zlib.crc32(index, zlib.crc32(table)), '1'
   )
   bomb = header + table + index + words

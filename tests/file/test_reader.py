@@ -15,9 +15,8 @@ from opq_jax.coding import escapes
 from opq_jax.coding.payload import encode_codes
 from opq_jax.compression import CompressionState, apply_compression, encode
 from opq_jax.core import trees
-from opq_jax.file import front as file_front
+from opq_jax.file import container, packing
 from opq_jax.file import index as file_index
-from opq_jax.file import packing
 from opq_jax.file.reader import OpqFile, load
 from opq_jax.file.writer import save, serialize
 from tests.helpers.opq_files import (
@@ -225,8 +224,8 @@ def test_open_refuses_other_files(tmp_path):
 def test_open_refuses_versions():
   data = serialize(*small())
   assert data.count(b'"version":"1"') == 1
-  with pytest.raises(ValueError, match="found version '3', expected '1' or '2'"):
-    load(data.replace(b'"version":"1"', b'"version":"3"'))
+  with pytest.raises(ValueError, match="found version '4', expected one of"):
+    load(data.replace(b'"version":"1"', b'"version":"4"'))
 
 
 def nested(begin, end, depth):
@@ -319,14 +318,14 @@ def rebuilt_sizes(data, blocks_size):
   index, codes = (offsets[name][1] - offsets[name][0] for name in ('index', 'codes'))
   rows = (offsets['grids'][1] - offsets['grids'][0]) // 12
   sizes = rows, index, codes, blocks_size
-  return file_front.header(sizes, checksum, version_of(data)) + data[len(header) :]
+  return container.header(sizes, checksum, version_of(data)) + data[len(header) :]
 
 
 @given(st.binary(max_size=300))
 @settings(deadline=None)
 def test_open_refuses_noise_index(noise):
   table = b''
-  header = file_front.header((0, len(noise), 0, 0), zlib.crc32(noise, zlib.crc32(table)), '1')
+  header = container.header((0, len(noise), 0, 0), zlib.crc32(noise, zlib.crc32(table)), '1')
   with pytest.raises(ValueError):
     OpqFile(header + noise)
 

@@ -13,8 +13,7 @@ import torch
 import opq_jax
 from opq_jax import cli
 from opq_jax.compression import CompressionState
-from opq_jax.file import front as file_front
-from opq_jax.file import serialize
+from opq_jax.file import container, serialize
 from opq_jax.report import file_report, verify
 from opq_jax.weights import compress_stored, open_weights
 from tests.helpers.opq_files import (
@@ -213,10 +212,10 @@ def test_open_refuses_ties_in_version_1():
   data = serialize(params, state_of(params))
   assert version_of(data) == '2'
   header, offsets = parts(data)
-  sizes = [offsets[name][1] - offsets[name][0] for name in file_front.TENSORS]
-  sizes[0] //= file_front.GRID_BYTES
+  sizes = [offsets[name][1] - offsets[name][0] for name in container.TENSORS]
+  sizes[0] //= container.GRID_BYTES
   checksum = int(json.loads(header[8:])['__metadata__']['crc32'], 16)
-  old = file_front.header(sizes, checksum, '1') + data[len(header) :]
+  old = container.header(sizes, checksum, '1') + data[len(header) :]
   with pytest.raises(
     ValueError, match='b: found a leaf that is an earlier one again, expected none'
   ):

@@ -13,6 +13,8 @@ NAME is
     version_2_ties                  leaves that are earlier ones again, as they are and transposed
     version_2_slices                leaves of slices along one axis and two, one of zeros, some with
                                     escaped weights
+    version_3_side_files            config and tokenizer beside the leaves; in NAME.safetensors as
+                                    uint8, `side file <name>`
 
 A field of the format brings a file.  Files that are there are never made again.
 """
@@ -62,6 +64,8 @@ def arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
   """All that a file holds, by name."""
   found = {}
   with opq_jax.OpqFile(path) as file:
+    for name, data in file.read_side_files().items():
+      found[f'side file {name}'] = np.frombuffer(data, np.uint8)
     for name, leaf in file.items():
       is_float8 = leaf.dtype.name.startswith('float8')  # which safetensors writes and cannot read
       found[name] = leaf.view(np.uint8) if is_float8 else leaf
@@ -162,12 +166,25 @@ def slices() -> tuple[dict[str, object], opq_jax.CompressionState]:
   return {**params, **stacks}, opq_jax.CompressionState({**state.tree, **states})
 
 
+SIDE_FILES = {
+  'config.json': b'{"model_type": "golden"}\n',
+  '1_Pooling/config.json': b'{"model_type": "golden"}\n' * 3,
+  'tokenizer.model': bytes(range(256)),
+  'empty': b'',
+}
+
+
 def main() -> None:
-  made = {'version_2_escapes': escapes, 'version_2_ties': ties, 'version_2_slices': slices}
-  for name, make in made.items():
+  made = {
+    'version_2_escapes': (escapes, None),
+    'version_2_ties': (ties, None),
+    'version_2_slices': (slices, None),
+    'version_3_side_files': (slices, SIDE_FILES),
+  }
+  for name, (make, side_files) in made.items():
     stem = FOLDER / name
     if not stem.with_suffix('.opq').exists():
-      opq_jax.save(stem.with_suffix('.opq'), *make(), METADATA)
+      opq_jax.save(stem.with_suffix('.opq'), *make(), METADATA, side_files=side_files)
       data = safetensors.numpy.save(arrays(stem.with_suffix('.opq')))
       stem.with_suffix('.safetensors').write_bytes(data)
 

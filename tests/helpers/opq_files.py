@@ -12,9 +12,8 @@ import numpy as np
 from opq_jax.compression import CompressionState, LeafState, apply_compression, encode
 from opq_jax.compression.records import affine_codebook
 from opq_jax.core import trees
-from opq_jax.file import front as file_front
+from opq_jax.file import container, packing
 from opq_jax.file import index as file_index
-from opq_jax.file import packing
 
 
 def leaf_state(weights, threshold=0.5, step=0.5, levels=4, offset=0.5):
@@ -101,11 +100,12 @@ def rebuilt(data, edit):
   header, offsets = parts(data)
   body = data[len(header) :]
   table, codes, blocks = (body[slice(*offsets[k])] for k in ('grids', 'codes', 'uncompressed'))
+  side = [body[slice(*offsets['files'])]] if 'files' in offsets else []
   text = edit(packing.unpack(body[slice(*offsets['index'])], 1 << 20).decode()).encode()
   index = packing.pack(text)
-  sizes = (len(table) // 12, len(index), len(codes), len(blocks))
-  header = file_front.header(sizes, zlib.crc32(index, zlib.crc32(table)), version_of(data))
-  return header + table + index + codes + blocks
+  sizes = (len(table) // 12, len(index), len(codes), len(blocks), *map(len, side))
+  header = container.header(sizes, zlib.crc32(index, zlib.crc32(table)), version_of(data))
+  return b''.join([header, table, index, codes, blocks, *side])
 
 
 def assert_same(first, second):

@@ -255,21 +255,39 @@ def read_slice(payload, shape, grid, levels, escapes, section, dtype):
   return array
 
 
-def read(path):
-  """Returns {path name: array} and the metadata of a file."""
+def read_parts(path):
+  """Returns the parts of a file by name, and its index."""
   with open(path, 'rb') as file:
     data = file.read()
   length = int.from_bytes(data[:8], 'little')
   header = json.loads(data[8 : 8 + length])
-  assert header['__metadata__']['format'] == 'opq' and header['__metadata__']['version'] in '12'
+  assert header['__metadata__']['format'] == 'opq' and header['__metadata__']['version'] in '123'
   part = {}
-  for name in ('grids', 'index', 'codes', 'uncompressed'):
+  for name in ('grids', 'index', 'codes', 'uncompressed', 'files'):
+    if name not in header:  # files are not in every file
+      continue
     begin, end = header[name]['data_offsets']
     part[name] = data[8 + length + begin : 8 + length + end]
   checksum = zlib.crc32(part['index'], zlib.crc32(part['grids']))
   assert f'{checksum:08x}' == header['__metadata__']['crc32']
-  index = json.loads(unpack(part['index'], 1))
+  return part, json.loads(unpack(part['index'], 1))
 
+
+def read_side_files(path):
+  """Returns {name: bytes} of the side files of a file."""
+  part, index = read_parts(path)
+  size, expected, sizes = index['files']
+  assert size == len(part['files']) and zlib.crc32(part['files']) == expected
+  filters = [{'id': lzma.FILTER_LZMA1, 'dict_size': 1 << 23, 'lc': 4, 'lp': 0, 'pb': 0}]
+  data = lzma.decompress(part['files'], lzma.FORMAT_RAW, filters=filters)
+  ends = list(itertools.accumulate(sizes.values()))
+  assert ends[-1] == len(data) and list(sizes) == sorted(sizes)
+  return {name: data[end - sizes[name] : end] for name, end in zip(sizes, ends, strict=True)}
+
+
+def read(path):
+  """Returns {path name: array} and the metadata of a file."""
+  part, index = read_parts(path)
   blocks, raw = part['uncompressed'], b''
   for size, expected in zip(index['blocks'][::2], index['blocks'][1::2], strict=True):
     assert zlib.crc32(blocks[:size]) == expected

@@ -5,9 +5,8 @@ import random
 import zlib
 from collections.abc import Callable
 
-from opq_jax.file import front as file_front
+from opq_jax.file import container, packing
 from opq_jax.file import index as file_index
-from opq_jax.file import packing
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:
@@ -39,7 +38,7 @@ def resealed(data: bytes, rng: random.Random) -> bytes:
   header = json.loads(data[8:end])
   table, index, codes, blocks = (
     data[end + header[name]['data_offsets'][0] : end + header[name]['data_offsets'][1]]
-    for name in file_front.TENSORS
+    for name in container.TENSORS
   )
   text = packing.unpack(index, file_index.MAX_INDEX)
   match rng.randrange(4):
@@ -58,7 +57,7 @@ def resealed(data: bytes, rng: random.Random) -> bytes:
   index = packing.pack(text)
   sizes = len(table) // 12, len(index), len(codes), len(blocks)
   version = header['__metadata__']['version']
-  sealed = file_front.header(sizes, zlib.crc32(index, zlib.crc32(table)), version)
+  sealed = container.header(sizes, zlib.crc32(index, zlib.crc32(table)), version)
   return sealed + table + index + codes + blocks
 
 

@@ -1,0 +1,56 @@
+"""Model folders of Hugging Face on the command line: what an .opq file carries of one."""
+
+from pathlib import Path
+
+from opq_jax.file.reader import OpqFile
+from opq_jax.weights import CarriedFiles, carried_files, is_model_folder, open_folder
+
+_MAX_NAMES = 8  # files named in a line; more would hide the rest of it
+
+
+def carried_of(source: Path) -> CarriedFiles:
+  """Returns what a file carries of its source beside the weights: nothing of a source of one file.
+
+  Raises:
+    ValueError, OSError: as `open_folder` and `carried_files`.
+  """
+  if not is_model_folder(source):
+    return CarriedFiles({}, (), {})
+  return carried_files(open_folder(source))
+
+
+def carried_notes(source: Path, carried: CarriedFiles) -> list[str]:
+  """Returns lines about files of a folder that are left out, or come back under other names."""
+  notes = []
+  if carried.left_out:
+    notes.append(f'{source}: left out {_named(carried.left_out)}')
+  if carried.renamed:
+    pairs = [f'{old} as {new}' for old, new in carried.renamed.items()]
+    notes.append(f'{source}: opq decompress gives back {_named(pairs)}')
+  return notes
+
+
+def carried_problems(path: str, against: str) -> list[str]:
+  """Returns what differs between the side files of a file and the folder that it was made of.
+
+  Raises:
+    ValueError: the side files are damaged, or the folder is.
+    OSError: a file cannot be read.
+  """
+  with OpqFile(path) as file:
+    found = file.read_side_files()
+  expected = carried_of(Path(against)).files
+  problems = []
+  for name in sorted({*found, *expected}):
+    if name not in expected:
+      problems.append(f'{name}: found in the file, not in {against}')
+    elif name not in found:
+      problems.append(f'{name}: found in {against}, not in the file')
+    elif found[name] != expected[name]:
+      problems.append(f'{name}: found other bytes than in {against}, expected the same')
+  return problems
+
+
+def _named(names: tuple[str, ...] | list[str]) -> str:
+  more = len(names) - _MAX_NAMES
+  return ', '.join(names[:_MAX_NAMES]) + (f' and {more} more' if more > 0 else '')
