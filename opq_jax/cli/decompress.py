@@ -39,20 +39,22 @@ def run(arguments: argparse.Namespace) -> None:
 
   source, output = Path(arguments.file), Path(arguments.output)
   with OpqFile(source) as file:
-    if holds_folder(file) and output.suffix != '.safetensors' and arguments.to is None:
+    is_folder = holds_folder(file) and output.suffix != '.safetensors' and arguments.to is None
+    if is_folder:
       check_new_folder(output)
-      write_folder(output, file)
-      shards = sum(name.endswith('.safetensors') for name in file.side_files)
-      others = len(file.side_files) - shards
-      text = f'{output}: {shards} files of weights, {others} others'
-      console(sys.stdout).print(Text(text))
-      return
-    check_output(source, output)
+    else:
+      check_output(source, output)
     if output.suffix.lower() in _OTHER_FORMATS:
       raise ValueError(
         f'{output}: found the suffix of another format, expected {output.stem}.safetensors: '
         'decompress writes that format alone'
       )
+    if is_folder:
+      write_folder(output, file)
+      shards = sum(name.endswith('.safetensors') for name in file.side_files)
+      others = len(file.side_files) - shards
+      console(sys.stdout).print(Text(f'{output}: {shards} files of weights, {others} others'))
+      return
     identity = networks.identity(file.metadata)
     params, _ = file.load()
   names = 'the names in the file'

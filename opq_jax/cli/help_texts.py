@@ -36,9 +36,10 @@ normalization, a mask, a running statistic or a table of positions. --include
 and --exclude override the names. An optimizer's state is left out, with zeros
 in its place.
 
-IN is a .safetensors, .npz, .msgpack (Flax), .pt or .pth (needs torch), .h5 or
-.keras (needs h5py) or .opq file, or the folder of an Orbax checkpoint. float64
-leaves are compressed as float32.
+IN is a .safetensors, .npz, .msgpack (Flax), .pt, .pth or .bin (needs torch),
+.h5 or .keras (needs h5py), .gguf (needs gguf) or .opq file, a model folder of
+Hugging Face, or the folder of an Orbax checkpoint. Of a model folder the file
+carries config and tokenizer too. float64 leaves are compressed as float32.
 
 With --model, IN holds the weights of one of the networks below, from any
 framework that has it. The file then records which network it holds, so it can
@@ -64,6 +65,8 @@ examples:
       keep embeddings and the last layer as they are
   opq compress checkpoints/ model.opq --include 'params/*'
       compress only params of an Orbax CheckpointManager's latest step
+  opq compress SmolLM2-135M/ smollm2.opq --bits-per-weight 4
+      a model folder of Hugging Face: all shards, config and tokenizer
   opq compress --model resnet50 resnet50.pth resnet50.opq
       detects the framework; the file records it
   opq compress --model resnet20 --feedback --rate 16 net.pth net.opq
@@ -109,12 +112,15 @@ examples:
 
 DECOMPRESS = """\
 Writes the decoded weights as a .safetensors file. A file made with --model is
-written under the names that its weights came with."""
+written under the names that its weights came with. A file made of a model
+folder becomes a folder again, which must be new or empty."""
 
 DECOMPRESS_EXAMPLES = """\
 examples:
   opq decompress model.opq model.safetensors
       arrays by name; names of a nested tree are joined by '/'
+  opq decompress smollm2.opq SmolLM2-135M-again/
+      for a file made of a model folder: shards, config, tokenizer
   opq decompress resnet50.opq resnet50.safetensors
       for a file made with --model: the names of the original framework
   opq decompress --to flax resnet50.opq resnet50.safetensors

@@ -57,7 +57,7 @@ def carried_files(folder: ModelFolder) -> CarriedFiles:
     ValueError: a tensor has a dtype that safetensors cannot hold.
     OSError: a file cannot be read.
 
-  >>> import tempfile
+  >>> import tempfile, numpy as np
   >>> from opq_jax.weights import open_folder, write_safetensors
   >>> with tempfile.TemporaryDirectory() as path:
   ...   write_safetensors(f'{path}/model.safetensors', {'w': np.ones(3)})
