@@ -38,17 +38,18 @@ def run(arguments: argparse.Namespace) -> None:
   from opq_jax.weights import holds_folder, write_folder, write_safetensors
 
   source, output = Path(arguments.file), Path(arguments.output)
+  if output.suffix.lower() in _OTHER_FORMATS:
+    check_output(source, output)
+    raise ValueError(
+      f'{output}: found the suffix of another format, expected {output.stem}.safetensors: '
+      'decompress writes that format alone'
+    )
   with OpqFile(source) as file:
     is_folder = holds_folder(file) and output.suffix != '.safetensors' and arguments.to is None
     if is_folder:
       check_new_folder(output)
     else:
       check_output(source, output)
-    if output.suffix.lower() in _OTHER_FORMATS:
-      raise ValueError(
-        f'{output}: found the suffix of another format, expected {output.stem}.safetensors: '
-        'decompress writes that format alone'
-      )
     if is_folder:
       write_folder(output, file)
       shards = sum(name.endswith('.safetensors') for name in file.side_files)
