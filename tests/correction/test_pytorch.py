@@ -4,6 +4,7 @@ import copy
 import sys
 import warnings
 
+import flax.linen as linen
 import jax
 import numpy as np
 import pytest
@@ -114,6 +115,41 @@ def test_torch_follows_equation(source):
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in net.modules())
   again = correction.torch(module, corrected, inputs=batches)
   torch.testing.assert_close(again.state_dict(), corrected.state_dict())
+
+
+class Linen(linen.Module):
+  """The JAX twin of a module of two dense layers around BatchNorm."""
+
+  @linen.compact
+  def __call__(self, x, train=False):
+    x = linen.Dense(8, name='first')(x)
+    x = linen.BatchNorm(use_running_average=not train, name='norm')(x)
+    return linen.Dense(3, name='last')(linen.relu(x))
+
+
+def test_torch_agrees_with_jax():
+  module = drawn(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)))
+  compressed = rough(module)
+  x = torch.rand((64, 6), generator=torch.Generator().manual_seed(0))
+
+  def variables(net):
+    first, norm, _, last = net
+    dense = lambda layer: {
+      'kernel': layer.weight.detach().numpy().T,
+      'bias': layer.bias.detach().numpy(),
+    }
+    affine = {'scale': norm.weight.detach().numpy(), 'bias': norm.bias.detach().numpy()}
+    statistics = {'mean': norm.running_mean.numpy(), 'var': norm.running_var.numpy()}
+    return {
+      'params': {'first': dense(first), 'norm': affine, 'last': dense(last)},
+      'batch_stats': {'norm': statistics},
+    }
+
+  expected = correction.correct_on_images(
+    Linen().apply, *map(variables, (module, compressed)), [x.numpy()]
+  )
+  found = variables(correction.torch(module, compressed, inputs=[x]))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
 
 
 class Frozen(nn.Module):
