@@ -1,8 +1,9 @@
 """Language models from folders and files: the network, its variables, and the files beside them."""
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from opq_jax import models
 from opq_jax.core import trees
 from opq_jax.file.reader import OpqFile
 from opq_jax.importers import language_models
-from opq_jax.weights import open_folder, read_weights
+from opq_jax.weights import StoredLeaf, open_folder, read_weights
 
 _CONFIG = 'config.json'
 _GENERATION = 'generation_config.json'
@@ -82,13 +83,29 @@ def load(
       f'{_CONFIG} of {beside}: found model_type '
       f'{config["model_type"]!r}, expected that of a language model'
     )
-  leaves: Mapping[str, Any]
-  leaves = open_folder(path).leaves if path.is_dir() else trees.named_leaves(read_weights(path))
-  try:
-    weights = _weights(model, leaves)
-  except ValueError as error:
-    raise ValueError(f'{path}: {error}') from error
+  with _leaves(path) as leaves:
+    try:
+      weights = _weights(model, leaves)
+    except ValueError as error:
+      raise ValueError(f'{path}: {error}') from error
   return LanguageModel(model, weights.variables, config, weights.ignored, side_file)
+
+
+@contextlib.contextmanager
+def _leaves(path: Path) -> Iterator[Mapping[str, Any]]:
+  """Gives the leaves of a folder or file by name; those of folders and `.opq` files stay there."""
+  if path.is_dir():
+    yield open_folder(path).leaves
+  elif path.suffix.lower() == '.opq':
+    with OpqFile(path) as file:
+      yield {
+        name: StoredLeaf(
+          os.fspath(path), name, file.shape(name), file.dtype(name), file.__getitem__
+        )
+        for name in file
+      }
+  else:
+    yield trees.named_leaves(read_weights(path))
 
 
 def _weights(model: models.Decoder, leaves: Mapping[str, Any]) -> language_models.Weights:
@@ -109,5 +126,4 @@ def _side_files(path: Path) -> Callable[[str], bytes | None]:
   if path.suffix.lower() != '.opq':
     return lambda name: None
   with OpqFile(path) as file:
-    carried = file.read_side_files() if hasattr(file, 'read_side_files') else {}
-  return carried.get
+    return file.read_side_files().get

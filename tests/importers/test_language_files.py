@@ -8,6 +8,7 @@ import pytest
 
 import opq_jax
 from opq_jax.importers import language_files, language_models
+from opq_jax.weights import carried_files, open_folder
 from tests.helpers.language_models import CONFIGS, network, write_folder
 
 
@@ -45,6 +46,18 @@ def test_load_reads_opq_files(folder, names, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, found.variables, expected)
   with pytest.raises(ValueError, match=r'net.opq: found no config.json, expected one \(--folder F'):
     language_files.load(tmp_path / 'net.opq')
+
+
+def test_load_needs_no_folder_with_a_file_of_one(folder, tmp_path):
+  """`opq compress` puts config and tokenizer into the file, which is then all that there is."""
+  (folder / 'tokenizer.json').write_text('{}')
+  tensors = dict(open_folder(folder))
+  side_files = carried_files(open_folder(folder)).files
+  opq_jax.save(tmp_path / 'net.opq', tensors, uncompressed(tensors), side_files=side_files)
+  found, expected = language_files.load(tmp_path / 'net.opq'), language_files.load(folder)
+  jax.tree.map(np.testing.assert_array_equal, found.variables, expected.variables)
+  assert found.config == expected.config and found.side_file('tokenizer.json') == b'{}'
+  assert found.special_tokens('eos_token_id') == (2, 3)
 
 
 def test_load_names_files_and_differences(folder, tmp_path):
