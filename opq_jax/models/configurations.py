@@ -10,6 +10,18 @@ Config: TypeAlias = Mapping[str, Any]
 
 _SILU = 'silu', 'swish'
 _TANH_GELU = 'gelu_new', 'gelu_pytorch_tanh'
+# what a key means that is not there: transformers' own defaults, of configurations as of version 5
+_QWEN = {'num_key_value_heads': 32, 'max_position_embeddings': 32768}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+  'llama': {'max_position_embeddings': 2048},
+  'mistral': {
+    'num_key_value_heads': 8,
+    'max_position_embeddings': 131072,
+    'sliding_window': 4096,
+  },
+  'qwen2': _QWEN,
+  'qwen3': {**_QWEN, 'head_dim': 128},
+}
 _ROTATIONS = {'default', 'linear', 'llama3'}
 
 
@@ -46,10 +58,12 @@ def _llama(config: Config, options: dict[str, Any]) -> 'nn.Module':
   from opq_jax.models.llama import Llama
 
   kind = config['model_type']
+  config = {**_DEFAULTS[kind], **config}
   _refuse(config, 'hidden_act', _SILU, 'silu')
   _refuse(config, 'partial_rotary_factor', (None, 1.0))
   heads, features = _taken(config, 'num_attention_heads'), _taken(config, 'hidden_size')
-  has_bias = kind == 'qwen2' or bool(config.get('attention_bias', False))
+  # Qwen2 has them always and Mistral never, whatever the configuration says
+  has_bias = kind == 'qwen2' or (kind != 'mistral' and bool(config.get('attention_bias', False)))
   attributes = {
     'vocabulary': _taken(config, 'vocab_size'),
     'depth': _taken(config, 'num_hidden_layers'),
@@ -57,8 +71,8 @@ def _llama(config: Config, options: dict[str, Any]) -> 'nn.Module':
     'hidden': _taken(config, 'intermediate_size'),
     'heads': heads,
     'key_heads': config.get('num_key_value_heads') or heads,
-    'head_features': config.get('head_dim') or (128 if kind == 'qwen3' else features // heads),
-    'positions': config.get('max_position_embeddings', 2048),
+    'head_features': config.get('head_dim') or features // heads,
+    'positions': config['max_position_embeddings'],
     'epsilon': config.get('rms_norm_eps', 1e-6),
     'is_tied': bool(config.get('tie_word_embeddings', False)),
     'window': _window(config),

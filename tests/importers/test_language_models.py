@@ -147,6 +147,22 @@ def test_configurations_of_other_networks_are_refused(name, changes, message):
     models.from_config({**CONFIGS[name], **changes})
 
 
+def test_configurations_have_the_defaults_of_transformers():
+  sizes = {'vocab_size': 40, 'hidden_size': 512, 'num_hidden_layers': 2, 'intermediate_size': 8}
+  sizes |= {'num_attention_heads': 64}
+  found = {
+    kind: models.from_config({'model_type': kind} | sizes)
+    for kind in ('llama', 'mistral', 'qwen2', 'qwen3')
+  }
+  fields = 'key_heads', 'head_features', 'positions', 'window', 'is_tied', 'has_bias'
+  assert {kind: [getattr(model, field) for field in fields] for kind, model in found.items()} == {
+    'llama': [64, 8, 2048, None, False, False],
+    'mistral': [8, 8, 131072, 4096, False, False],
+    'qwen2': [32, 8, 32768, None, False, True],
+    'qwen3': [32, 128, 32768, None, False, False],
+  }
+
+
 def test_configurations_of_transformers_5():
   """Its rope_parameters say what rope_theta and rope_scaling said."""
   config = {key: value for key, value in CONFIGS['llama_3'].items() if not key.startswith('rope_')}
