@@ -1,5 +1,6 @@
 """Networks by name.  Neither Flax nor JAX is imported before a network is made."""
 
+import functools
 import importlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -98,4 +99,20 @@ def variable_shapes(model: 'nn.Module') -> 'PyTree':
   import jax.numpy as jnp
 
   image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-  return jax.eval_shape(model.init, jax.random.key(0), image)
+  try:
+    hash(model)
+  except TypeError:  # a list among its attributes
+    return jax.eval_shape(model.init, jax.random.key(0), image)
+  return _initialisation().eval_shape(model, jax.random.key(0), image)
+
+
+@functools.cache
+def _initialisation() -> Any:
+  """Returns the traced initialisation of all networks.
+
+  Tracing a deep network takes seconds, and an importer asks for its shapes several times: `jit`
+  keeps what it has traced, by the attributes of the network.
+  """
+  import jax
+
+  return jax.jit(lambda model, key, image: model.init(key, image), static_argnums=0)

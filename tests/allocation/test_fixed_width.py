@@ -119,13 +119,18 @@ def draw_problem(seed, low_bits, high_bits):
 
 # where a leaf jumps just where the budget is met, the search ends beside the budget: a defect
 MISSED = pytest.mark.xfail(strict=True, reason='found bits up to 1e-3 off, expected 1e-5')
-SEEDS = [pytest.param(seed, marks=MISSED) if seed in (2, 9) else seed for seed in range(20)]
+# problems of every layout and objective that the first twenty seeds have, each once or twice
+FEW_BITS = (12, 13, 14, 17, 19)
+SEEDS = [
+  pytest.param(seed, marks=MISSED) if seed in (2, 9) else seed
+  for seed in (0, 1, 2, 3, 6, 7, 9, 11, *FEW_BITS)
+]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('seed', SEEDS)
 def test_fixed_width_least_cost(seed):
-  few = seed >= 12
+  few = seed in FEW_BITS
   comparison = compare(*draw_problem(seed, *((1.05, 3) if few else (3, 6))))
   # few bits have many local minima: SLSQP, from four starts, finds now a better and now a worse one
   tolerance = 5e-3 if few else 1e-6
@@ -135,7 +140,7 @@ def test_fixed_width_least_cost(seed):
   assert abs(comparison.narrow_excess) < max(1e-3, tolerance)
 
 
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(problem=PROBLEMS, sparsity=st.floats(0.05, 0.95), bits=st.floats(1.05, 6))
 def test_fixed_width_any_problem(problem, sparsity, bits):
   # wide bounds that hold for the missed problems too

@@ -60,7 +60,14 @@ def test_create_channels_are_last(name):
       assert all(vector is None or vector.shape == kernel.shape[-1:] for vector in vectors), path
 
 
-@pytest.mark.parametrize('name', models.names())
+# one of every kind of network; others differ in depth or width
+KINDS = [
+  *('alexnet', 'vgg16', 'vgg16_bn', 'mobilenet_v1', 'mobilenet_v2'),
+  *('resnet18', 'resnet50', 'resnet20'),
+]
+
+
+@pytest.mark.parametrize('name', KINDS)
 def test_create_keeps_dtypes_in_training(name):
   """Traced alone: strict promotion finds what would mix dtypes."""
   model = models.create(name, num_classes=5, dtype=jnp.bfloat16)
@@ -102,6 +109,18 @@ def test_create_lists_the_known_names():
   with pytest.raises(ValueError) as caught:
     models.create('resnet51')
   assert str(caught.value) == f"name: found 'resnet51', expected one of {', '.join(models.names())}"
+
+
+def test_variable_shapes_of_equal_networks():
+  """What is kept of one network is that of its equals alone, and no caller can change it."""
+  small = models.create('resnet20', blocks=(1, 1, 1))
+  first = models.variable_shapes(small)
+  expected = jax.eval_shape(small.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+  assert first == expected
+  first['params'].clear()
+  assert models.variable_shapes(models.create('resnet20', blocks=(1, 1, 1))) == expected
+  assert models.variable_shapes(models.create('resnet20', blocks=[1, 1, 1])) == expected
+  assert models.variable_shapes(models.create('resnet20', blocks=(1, 1, 2))) != expected
 
 
 @pytest.mark.parametrize('name', ['alexnet', 'vgg16', 'mobilenet_v2', 'resnet18'])

@@ -114,10 +114,11 @@ def test_compress_stored_peak_memory(source, monkeypatch):
   monkeypatch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
   # what else runs only adds to a peak, one run in a few fails for it: the least of three counts
   for _ in range(3):
-    found = large_trees.run(80_000_000, 8_000_000, None, source)
+    found = large_trees.run(48_000_000, 8_000_000, None, source)
     if found['peak'] - found['one'] <= 3 * found['largest']:
       break
-  assert found['original'] >= 10 * found['largest']
+  # the whole tree would break both bounds
+  assert found['original'] >= 6 * found['largest']
   # three times the largest leaf, and a constant: libraries, what is compiled, and the pieces
   assert found['peak'] - found['constant'] <= 3 * found['largest'] + 140e6
   assert found['peak'] - found['one'] <= 3 * found['largest']
