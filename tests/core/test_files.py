@@ -6,6 +6,7 @@ import io
 import os
 import pathlib
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -258,3 +259,40 @@ def test_save_spares_open_readers(tmp_path):
   with opq_jax.OpqFile(path) as file:
     opq_jax.save(path, {'a': np.zeros(3)}, state)
     np.testing.assert_array_equal(file['a'], data['a'])
+
+
+def test_new_folder_of_killed_process(tmp_path):
+  code = (
+    'import os, pathlib, signal, sys; from opq_jax.core import files\n'
+    'with files.new_folder(sys.argv[1]) as folder:\n'
+    '  (folder / "part").write_bytes(b"half")\n'
+    '  os.kill(os.getpid(), signal.SIGKILL)\n'
+  )
+  killed = subprocess.run([sys.executable, '-c', code, tmp_path / 'model'])
+  assert killed.returncode == -signal.SIGKILL
+  (left,) = tmp_path.iterdir()
+  assert left.name.startswith('.opq-') and (left / 'part').read_bytes() == b'half'
+  # a minute later the next run removes it, but not what a running process holds
+  os.utime(left, (0, 0))
+  with files.new_folder(tmp_path / 'model') as folder:
+    (folder / 'whole').write_bytes(b'whole')
+    os.utime(folder, (0, 0))
+    with files.new_folder(tmp_path / 'model'):
+      assert folder.is_dir() and not left.exists()
+    (tmp_path / 'model').rmdir()
+  assert [path.name for path in tmp_path.rglob('*')] == ['model', 'whole']
+
+
+def test_new_folder_with_errors(tmp_path):
+  with pytest.raises(ZeroDivisionError), files.new_folder(tmp_path / 'model') as folder:
+    (folder / 'part').write_bytes(b'half')
+    _ = 1 / 0
+  assert not list(tmp_path.iterdir())
+  with pytest.raises(OSError, match='none/model'), files.new_folder(tmp_path / 'none' / 'model'):
+    pass
+  (tmp_path / 'full').mkdir()
+  (tmp_path / 'full' / 'mine').write_bytes(b'mine')
+  for place in ('full', 'full/mine'):
+    with pytest.raises(ValueError, match=f'{place}: found a f'), files.new_folder(tmp_path / place):
+      pass
+  assert (tmp_path / 'full' / 'mine').read_bytes() == b'mine'

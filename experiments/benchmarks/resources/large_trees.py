@@ -30,16 +30,26 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import safetensors
 
 from experiments.benchmarks import harness
 from opq_jax.report import plots
 
 CHANNELS = 1000
-SOURCES = {'.safetensors': 'large_trees', 'Orbax': 'large_trees_orbax'}  # and their tables
+# what the leaves are read from, and the tables
+SOURCES = {
+  '.safetensors': 'large_trees',
+  'Orbax': 'large_trees_orbax',
+  'shards': 'large_trees_shards',
+  'PyTorch shards': 'large_trees_torch_shards',
+}
+SHARDS = 4
 WHAT = (*SOURCES, 'memory')
 
 
-def write_tree(path: pathlib.Path, weights: int, leaf: int, seed: int = 0) -> None:
+def write_tree(
+  path: pathlib.Path, weights: int, leaf: int, seed: int = 0, names: str = 'layer'
+) -> None:
   """Writes float32 Laplace weights in leaves of at most `leaf` as safetensors, leaf by leaf."""
   rng = np.random.default_rng(seed)
   most = max(leaf // CHANNELS, 1)
@@ -47,7 +57,7 @@ def write_tree(path: pathlib.Path, weights: int, leaf: int, seed: int = 0) -> No
   header, begin = {}, 0
   for i, count in enumerate(rows):
     end = begin + 4 * count * CHANNELS
-    header[f'layer_{i:04d}.kernel'] = {
+    header[f'{names}_{i:04d}.kernel'] = {
       'dtype': 'F32',
       'shape': [count, CHANNELS],
       'data_offsets': [begin, end],
@@ -63,6 +73,29 @@ def write_tree(path: pathlib.Path, weights: int, leaf: int, seed: int = 0) -> No
         piece = rng.exponential(size=(min(1000, count - start), CHANNELS)).astype(np.float32)
         np.negative(piece, out=piece, where=rng.integers(0, 2, piece.shape, np.int8) > 0)
         (piece * scale).tofile(file)
+
+
+def write_shards(folder: pathlib.Path, weights: int, leaf: int, seed: int, is_torch: bool) -> None:
+  """Writes weights in leaves as a model folder of shards, of safetensors or of PyTorch."""
+  folder.mkdir()
+  places: dict[str, str] = {}
+  count = min(SHARDS, -(-weights // leaf))
+  for i in range(count):
+    path = folder / f'model-{i + 1:05}-of-{count:05}.safetensors'
+    write_tree(path, weights // count, leaf, seed + i, f'shard_{i}_layer')
+    with safetensors.safe_open(path, 'np') as file:
+      names = list(file.keys())
+    if is_torch:
+      import torch
+      from safetensors.torch import load_file
+
+      other = path.with_name(f'pytorch_{path.stem}.bin')
+      torch.save(load_file(path), other)
+      path.unlink()
+      path = other
+    places |= dict.fromkeys(names, path.name)
+  index = 'pytorch_model.bin.index.json' if is_torch else 'model.safetensors.index.json'
+  (folder / index).write_text(json.dumps({'metadata': {}, 'weight_map': places}))
 
 
 def write_orbax(source: pathlib.Path, folder: pathlib.Path) -> None:
@@ -157,14 +190,17 @@ def run(
     weights: of the tree.
     leaf: of its largest leaf.
     folder: where it is made.
-    source: '.safetensors' or 'Orbax', of what it is read.
+    source: one of `SOURCES`, of what it is read.
     mode: --measure, or --measure-in-memory.
   """
-  suffix = '' if source == 'Orbax' else source
+  suffix = source if source == '.safetensors' else ''
   with tempfile.TemporaryDirectory(dir=folder) as name:
     place = pathlib.Path(name)
     sizes = {'small': (100_000, 100_000), 'one': (min(leaf, weights), leaf), 'net': (weights, leaf)}
     for seed, (stem, (size, largest)) in enumerate(sizes.items()):
+      if 'shards' in source:
+        write_shards(place / stem, size, largest, seed, source == 'PyTorch shards')
+        continue
       path = place / f'{stem}.safetensors'
       write_tree(path, size, largest, seed)
       if source == 'Orbax':
