@@ -9,6 +9,7 @@ A file that `opq compress` wrote has these keys; `opq verify` repeats what they 
     slices           GLOB=N, one a line: the first N axes of leaves that GLOB matches count slices
     encoder          rounding, feedback, trellis or layer_by_layer
     first            of layer_by_layer: the encoder of each layer
+    trellis_version  of codes along a trellis: version of the encoder, 1 where it is missing
     moments          of an encoder that reads moments: the images that they are from, synthetic or
                      images
     inputs           of layer_by_layer: the images that the networks read, synthetic or images
@@ -43,6 +44,7 @@ _CHOICES = {
   'channel_axis': ('auto', 'first', 'last'),
   'encoder': (ROUNDING, FEEDBACK, TRELLIS, LAYER_BY_LAYER),
   'first': (ROUNDING, FEEDBACK, TRELLIS),
+  'trellis_version': ('1', '2'),
   'moments': (SYNTHETIC, IMAGES),
   'inputs': (SYNTHETIC, IMAGES),
   'batch_norm': (NOISE, SYNTHETIC, IMAGES, UNCORRECTED),
@@ -80,6 +82,7 @@ class Encoding:
     slices: globs of leaves, and how many of their leading axes count slices.
     encoder: name of the encoder.
     first: name of the encoder of each layer, for `layer_by_layer`.
+    trellis_version: of the encoder along a trellis (`opq_jax.encoders.Trellis`).
     moments, inputs: where calibration images are from, None where none are read.
     images: the images from a folder, None where there are none.
     batch_norm: what BatchNorm was corrected from, None where there is no BatchNorm.
@@ -99,6 +102,7 @@ class Encoding:
   slices: Mapping[str, int] = dataclasses.field(default_factory=dict)
   encoder: str = ROUNDING
   first: str | None = None
+  trellis_version: int | None = None
   moments: str | None = None
   inputs: str | None = None
   images: ImageSet | None = None
@@ -115,6 +119,7 @@ class Encoding:
       'slices': '\n'.join(f'{glob}={n}' for glob, n in self.slices.items()) or None,
       'encoder': self.encoder,
       'first': self.first,
+      'trellis_version': None if self.trellis_version is None else str(self.trellis_version),
       'moments': self.moments,
       'inputs': self.inputs,
       'images': None if self.images is None else str(self.images.number),
@@ -148,6 +153,9 @@ class Encoding:
       slices=_slices_in(texts),
       encoder=texts.get('encoder', ROUNDING),
       first=texts.get('first'),
+      trellis_version=_parsed(texts, 'trellis_version', int)
+      if 'trellis_version' in texts
+      else None,
       moments=texts.get('moments'),
       inputs=texts.get('inputs'),
       images=ImageSet(_parsed(texts, 'images', int), texts.get('images_digest', ''))

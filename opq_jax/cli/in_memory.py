@@ -149,6 +149,7 @@ def _planned(
     plan,
     encoder=LAYER_BY_LAYER if is_joint else name,
     first=name if is_joint else None,
+    trellis_version=opq_jax.encoders.TRELLIS_VERSION if name == TRELLIS else None,
     moments=source if arguments.feedback else None,
     inputs=source if is_joint else None,
     images=None if images is None else images.images,

@@ -82,7 +82,7 @@ def encoder_of(
   name = encoding.first if is_joint else encoding.encoder
   first: encoders.LeafEncoder = encoders.Rounding()
   if name == TRELLIS:
-    first = encoders.Trellis(calibration.moments)
+    first = encoders.Trellis(calibration.moments, version=encoding.trellis_version or 1)
   elif name == FEEDBACK:
     first = encoders.Feedback(calibration.moments)
   if not is_joint:

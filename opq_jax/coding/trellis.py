@@ -23,6 +23,7 @@ with 4 or 8 states; NNCodec (ISO/IEC 15938-17) has it too.  The shift register o
 two masks are ours, and so are prices of codes that do not adapt.
 """
 
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -36,7 +37,7 @@ MAX_INDEX = 64
 # mask has the bit that is shifted out: states that differ in it alone lead to the same two states,
 # each by the other parity, so every state has two ways in
 _SUBSET_MASK, _REGISTER_MASK = 9, 29
-# codes that Python walks, in some 2 ms, before numba is loaded: plain codes leave the trellis there
+# codes that Python walks, in some 2 ms, unless numba is loaded: plain codes leave the trellis there
 _HEAD = 1 << 12
 
 
@@ -81,17 +82,18 @@ def indices_and_subsets(
   True
   """
   flat = np.ascontiguousarray(codes).reshape(-1)
-  head = _walked(flat[:_HEAD].tolist())
-  if head is None:
-    return None
   indices, subsets = np.empty((2, flat.size), np.int8)
-  if flat.size <= _HEAD:
-    indices[:], subsets[:] = head
-  else:
-    from opq_jax.coding import viterbi  # loads numba
-
-    if not viterbi.split(flat, indices, subsets.view(np.uint8)):
+  if 'opq_jax.coding.viterbi' not in sys.modules:
+    head = _walked(flat[:_HEAD].tolist())
+    if head is None:
       return None
+    if flat.size <= _HEAD:
+      indices[:], subsets[:] = head
+      return indices.reshape(codes.shape), subsets.view(np.uint8).reshape(codes.shape)
+  from opq_jax.coding import viterbi  # loads numba
+
+  if not viterbi.split(flat, indices, subsets.view(np.uint8)):
+    return None
   return indices.reshape(codes.shape), subsets.view(np.uint8).reshape(codes.shape)
 
 

@@ -17,7 +17,7 @@ from opq_jax.core.trees import PyTree
 from opq_jax.correction.batch_norm import follow_original
 from opq_jax.correction.batch_statistics import STATISTICS
 from opq_jax.correction.checks import check_has_batch_norm, check_same_tree
-from opq_jax.network import LeafUsage, usage
+from opq_jax.network import LeafUsage, uses
 from opq_jax.network.interpreter import Product
 from opq_jax.network.side_by_side import SideBySide
 from opq_jax.network.views import REPEATED, View
@@ -81,8 +81,9 @@ def correct_on_images(
   count = 0
   for batch in batches:
     inputs = batch if type(batch) is tuple else (batch,)
-    walk = _Biases(first, second, jax.tree.leaves(usage(apply_fn, variables, *inputs)))
-    walk.run(apply_fn, variables, inputs)
+    jaxpr = uses.traced(apply_fn, variables, *inputs)
+    walk = _Biases(first, second, uses.usage_in(jaxpr, variables))
+    walk.run(jaxpr, inputs)
     total = {bias: total.get(bias, 0) + shift for bias, shift in walk.shifts.items()}
     count += 1
   if not total:

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
   from opq_jax.encoders.layer_by_layer import SHARE, LayerByLayer
   from opq_jax.encoders.rounding import Rounding
   from opq_jax.encoders.search import CompressedNetwork, compress
-  from opq_jax.encoders.trellis import Trellis
+  from opq_jax.encoders.trellis import TRELLIS_VERSION, Trellis
 
 __all__ = [
   'DAMPING',
   'SHARE',
+  'TRELLIS_VERSION',
   'CompressedNetwork',
   'Encoded',
   'Encoder',
@@ -37,6 +38,7 @@ __getattr__, __dir__ = lazy.attributes(
   {
     'DAMPING': 'encoder',
     'SHARE': 'layer_by_layer',
+    'TRELLIS_VERSION': 'trellis',
     'CompressedNetwork': 'search',
     'Encoded': 'encoder',
     'Encoder': 'encoder',

@@ -20,7 +20,7 @@ from opq_jax.compression import CompressionState, LeafState, slice_of, stacked
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 from opq_jax.encoders.matrices import MatrixLayout
-from opq_jax.network import InputMoments
+from opq_jax.network import InputMoments, StoredMatrix
 
 DAMPING = 0.05
 """Damping of moments: added to the diagonal of a matrix, times the diagonal's mean.
@@ -122,14 +122,22 @@ class LeafEncoder(Encoder):
     self, weights: Array, grid: LeafState, moments: InputMoments | None, damping: float
   ) -> tuple[Array, LeafState]:
     """Chooses the codes of one leaf, slice by slice; arguments and result as `choose_matrix`."""
-    if not grid.slices:
-      return self.choose_matrix(weights, grid, moments, damping)
     parts = [
-      self.choose_matrix(weights[place], slice_of(grid, place), part_of(moments, place), damping)
-      for place in np.ndindex(grid.slice_shape)
+      self.choose_matrix(part.weights, part.grid, part.moments, damping)
+      for part in parts_of(LeafToCode('', weights, grid, moments))
     ]
+    if not grid.slices:
+      return parts[0]
     values = stack_slices([value for value, _ in parts], grid.slice_shape)
     return values, stacked([state for _, state in parts], grid.slice_shape)
+
+  def survey(self, params: PyTree, grids: CompressionState) -> float | None:
+    """Estimates the bits of codes over those of rounded codes, from some outputs of every leaf.
+
+    Returns:
+      The ratio; None where this would save no time, or is not done.
+    """
+    return None
 
   def trials(self) -> Callable[[PyTree, CompressionState], Trial] | None:
     """Returns a function (params, plain grids) -> `Trial`, for one search for an allocation.
@@ -180,12 +188,30 @@ def leaves_to_code(
     yield LeafToCode(name, leaf if grid is None else trees.native(leaf), grid, moments_of_leaf)
 
 
+def parts_of(leaf: LeafToCode) -> Iterator[Any]:
+  """Yields the slices of a compressed leaf, in C order, each as a leaf; or the leaf itself.
+
+  Moments on disk are read slice by slice.
+  """
+  assert leaf.grid is not None
+  for place in np.ndindex(leaf.grid.slice_shape):
+    weights = leaf.weights[place] if place else leaf.weights
+    grid = slice_of(leaf.grid, place) if place else leaf.grid
+    yield LeafToCode(leaf.name, weights, grid, part_of(leaf.moments, place))
+
+
 def part_of(moments: InputMoments | None, place: tuple[int, ...]) -> InputMoments | None:
-  """Returns the moments of one slice: its own, or those that all slices share."""
+  """Returns the moments of one slice, read from disk if need be: its own, or those of all slices.
+
+  The place of a leaf without slices is ().
+  """
   if moments is None:
     return None
+  matrix: Any = moments.matrix
   inputs = tuple(axis - len(place) for axis in moments.inputs)
-  return InputMoments(moments.matrix[place[: moments.slices]], inputs)
+  if moments.slices or isinstance(matrix, StoredMatrix):
+    matrix = matrix[place[: moments.slices]]
+  return InputMoments(matrix, inputs)
 
 
 def stack_slices(arrays: Sequence[Any], shape: tuple[int, ...]) -> Any:
@@ -243,11 +269,17 @@ def _checked_moments(name: str, weights: Array, moments: Any) -> InputMoments:
     )
   if isinstance(matrix, jax.core.Tracer):
     return moments
-  # numpy's arrays by numpy: XLA would compile a program for every shape
-  numpy = np if isinstance(matrix, np.ndarray) else jax.numpy
-  if not numpy.isfinite(matrix).all():
+  if not _is_finite(matrix):
     raise ValueError(f'{name}: found NaN or infinite moments, expected finite ones')
   return moments
+
+
+def _is_finite(matrix: Any) -> bool:
+  if isinstance(matrix, StoredMatrix):
+    return all(np.isfinite(matrix[place]).all() for place in np.ndindex(matrix.shape[:-3]))
+  # numpy's arrays by numpy: XLA would compile a program for every shape
+  numpy = np if isinstance(matrix, np.ndarray) else jnp
+  return bool(numpy.isfinite(matrix).all())
 
 
 def _short(value: Any) -> str:

@@ -18,6 +18,8 @@ from opq_jax.encoders.encoder import IndefiniteMomentsError
 # by one product of matrices to all inputs after it
 _BLOCK = 64
 
+_REVERSED = 1 << 18  # numbers that are moved at a time: 1 MB
+
 # one factorization at a time: BLAS runs it on all processors, and its copies are the largest arrays
 _FACTORIZATION = threading.Lock()
 
@@ -25,45 +27,70 @@ Rows = Float32[np.ndarray, 'inputs outputs']
 Factor = Float32[np.ndarray, 'groups K K']
 
 
-def factor_of(moments: Factor, damping: float) -> Factor:
+def factor_of(moments: Factor, damping: float, version: int = 2) -> Factor:
   """Returns the upper triangular U of H^-1 = U^T U for each group.
 
   Args:
     moments: H.
     damping: added to the diagonal of H, once H is divided by its mean energy.
+    version: 2; or 1, which rounds as files without a version were made.
 
   Raises:
     IndefiniteMomentsError: a damped matrix is not positive definite.
   """
+  energy = np.mean(np.diagonal(moments, axis1=1, axis2=2), axis=1)
+  # a factor of H cancels in U_ij / U_ii: over its mean, damping is relative and float32 sees
+  # numbers near 1
+  energy = np.where(energy > 0, energy, 1)
   with _FACTORIZATION:
-    return _factor_of(moments, damping)
+    try:
+      if version > 1 and len(moments) == 1:
+        return _factor_in_place(moments[0], energy[0], damping)[None]
+      # with J the reversal, J H J = L L^T, and so U = J L^-1 J
+      return np.ascontiguousarray(_inverse(moments, energy, damping)[:, ::-1, ::-1])
+    except np.linalg.LinAlgError as error:
+      raise IndefiniteMomentsError(damping) from error
 
 
-def _factor_of(moments: Factor, damping: float) -> Factor:
+def _factor_in_place(
+  moments: Float32[np.ndarray, 'K K'], energy: Float32[np.ndarray, ''], damping: float
+) -> Float32[np.ndarray, 'K K']:
+  """Returns U of one matrix, in one array of its size: 85 MB for 4608 inputs."""
+  from scipy.linalg import lapack
+
+  # in Fortran's order, in which LAPACK works in place
+  matrix = np.empty(moments.shape, np.float32, order='F')
+  np.divide(moments[::-1, ::-1], energy, out=matrix, dtype=np.float32)
+  np.fill_diagonal(matrix, np.diagonal(matrix) + damping)
+  matrix, failed = lapack.spotrf(matrix, lower=0, clean=1, overwrite_a=1)
+  if not failed:
+    matrix, failed = lapack.strtri(matrix, lower=0, overwrite_c=1)
+  if failed or not np.isfinite(np.diagonal(matrix)).all():
+    raise np.linalg.LinAlgError
+  # the transpose of L^-1 in Fortran's order is L^-1 in C's, and backwards it is J L^-1 J
+  flat = matrix.T.reshape(-1)
+  for start in range(0, flat.size // 2, _REVERSED):
+    stop = min(start + _REVERSED, flat.size // 2)
+    front, back = flat[start:stop], flat[flat.size - stop : flat.size - start]
+    front[:], back[:] = back[::-1].copy(), front[::-1].copy()
+  return flat.reshape(moments.shape)
+
+
+def _inverse(moments: Factor, energy: Float32[np.ndarray, ' groups'], damping: float) -> Factor:
+  """Returns L^-1 of each group: of many small matrices, as of a depthwise convolution."""
   import scipy.linalg
 
   groups, width, _ = moments.shape
-  energy = np.mean(np.diagonal(moments, axis1=1, axis2=2), axis=1)[:, None, None]
-  # a factor of H cancels in U_ij / U_ii: over its mean, damping is relative and float32 sees
-  # numbers near 1.  In place from here on: the matrix of 4608 inputs takes 85 MB
-  matrix = (moments / np.where(energy > 0, energy, 1)).astype(np.float32, copy=False)
+  matrix = (moments / energy[:, None, None]).astype(np.float32, copy=False)
   diagonal = matrix.reshape(groups, -1)[:, :: width + 1]
   diagonal[...] = diagonal.astype(np.float64) + damping
-  # with J the reversal, J H J = L L^T, and so U = J L^-1 J
-  try:
-    lower = np.linalg.cholesky(matrix[:, ::-1, ::-1])
-  except np.linalg.LinAlgError as error:
-    raise IndefiniteMomentsError(damping) from error
-  del matrix
-  if groups == 1:
-    identity = np.eye(width, dtype=np.float32, order='F')
-    inverse = scipy.linalg.solve_triangular(
-      lower[0], identity, lower=True, overwrite_b=True, check_finite=False
-    )[None]
-  else:  # many small matrices: a depthwise convolution
-    inverse = np.linalg.inv(lower)
-  del lower
-  return np.ascontiguousarray(inverse[:, ::-1, ::-1])
+  lower = np.linalg.cholesky(matrix[:, ::-1, ::-1])
+  if groups > 1:
+    return np.linalg.inv(lower)
+  identity = np.eye(width, dtype=np.float32, order='F')
+  return scipy.linalg.solve_triangular(
+    lower[0], identity, lower=True, overwrite_b=True, check_finite=False
+  )[None]
 
 
 class RowFeedback:

@@ -34,7 +34,7 @@ from opq_jax.encoders.encoder import (
   stack_slices,
 )
 from opq_jax.encoders.matrices import MatrixLayout
-from opq_jax.network import InputMoments, LeafUsage, on_batch_statistics, usage
+from opq_jax.network import InputMoments, LeafUsage, on_batch_statistics, uses
 from opq_jax.network.moment_sums import mean_of
 from opq_jax.network.products import Reading, sums_of
 from opq_jax.network.side_by_side import Reached, Replacing
@@ -45,6 +45,18 @@ SHARE = 0.5
 
 Half of the way, because a fit to few calibration inputs is a fit to their noise too.
 """
+
+
+class TracedNetwork(NamedTuple):
+  """A function as it was traced, once for all that `LayerByLayer` does with it.
+
+  Attributes:
+    jaxpr: closed.
+    used: how it uses each leaf of its parameters.
+  """
+
+  jaxpr: Any
+  used: list[LeafUsage]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -128,6 +140,12 @@ class LayerByLayer(Encoder):
     Warns:
       UserWarning: leaves that are looked up, used several times or not at all, by name.
     """
+    return self.choose_codes_in(self.traced(params), params, grids)
+
+  def choose_codes_in(
+    self, network: TracedNetwork, params: PyTree, grids: CompressionState
+  ) -> Encoded:
+    """Chooses the codes of a network that is traced already, as `choose_codes`."""
     leaves = list(leaves_to_code(params, grids))
     coded: list[list[_Coded]] = [[] for _ in leaves]
 
@@ -154,14 +172,13 @@ class LayerByLayer(Encoder):
       coded[reached.leaf].append(_Coded(place, *new))
       return new[0]
 
-    fn, _, *inputs = self.call(params)
     walk = Replacing(
       [leaf.weights for leaf in leaves],
-      self.used(params),
+      network.used,
       [leaf.grid is not None for leaf in leaves],
       replace,
     )
-    walk.run(fn, params, inputs)
+    walk.run(network.jaxpr, self._arguments)
     walk.finish()
     if alone:
       messages.warn(
@@ -172,14 +189,16 @@ class LayerByLayer(Encoder):
     states = [_whole_state(leaf, parts) for leaf, parts in zip(leaves, coded, strict=True)]
     return encoded(params, list(zip(walk.second, states, strict=True)))
 
-  def call(self, params: PyTree) -> tuple[Any, ...]:
-    """Returns the function that is walked, and its arguments."""
-    inputs = self.inputs if type(self.inputs) is tuple else (self.inputs,)
-    return on_batch_statistics(self.fn, params), params, *inputs
+  def traced(self, params: PyTree) -> TracedNetwork:
+    """Traces the function that is walked; params of other values have the same trace."""
+    fn = on_batch_statistics(self.fn, params)
+    jaxpr = uses.traced(fn, params, *self._arguments)
+    return TracedNetwork(jaxpr, uses.usage_in(jaxpr, params))
 
-  def used(self, params: PyTree) -> list[LeafUsage]:
-    """Returns how the function uses each leaf."""
-    return jax.tree.leaves(usage(*self.call(params)))
+  @property
+  def _arguments(self) -> tuple[Any, ...]:
+    """The arguments of the function, behind its parameters."""
+    return self.inputs if type(self.inputs) is tuple else (self.inputs,)
 
   def _choose(self, weights: Array, grid: LeafState, reached: Reached) -> tuple[Array, LeafState]:
     """Chooses the codes of one layer, whose inputs are known in both networks."""

@@ -4,8 +4,6 @@ Allocation predicts the bits of rounded codes.  Codes by error feedback, or alon
 other bits on the same grids, so the allocation whose codes have the bits asked is searched for.
 """
 
-import math
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +13,6 @@ import numpy as np
 from opq_jax.allocation import (
   Allocation,
   BitsPerWeight,
-  LeafAllocation,
   Objective,
   allocate,
   check_file_rate,
@@ -24,30 +21,27 @@ from opq_jax.allocation import (
 from opq_jax.compression import CompressionState, init_state
 from opq_jax.core import messages, trees
 from opq_jax.core.trees import PyTree
-from opq_jax.encoders.encoder import Encoded, Encoder, LeafEncoder, Trial
-from opq_jax.encoders.layer_by_layer import LayerByLayer
+from opq_jax.encoders.allocation_search import quietly, search_allocation
+from opq_jax.encoders.encoder import Encoded, Encoder, LeafEncoder
+from opq_jax.encoders.layer_by_layer import LayerByLayer, TracedNetwork
 from opq_jax.encoders.rounding import Rounding
 from opq_jax.encoders.tied_codes import with_ties
 from opq_jax.file import writer
 from opq_jax.file.rate import bits_of_file
 from opq_jax.network import InputMoments
 
-# share of the bits asked that codes may have more or fewer; contexts change a file by more
-_TOLERANCE = 3e-3
-# allocations tried: each takes a run of the encoder, and the third is usually within the tolerance
-_MAX_STEPS = 4
-# bits per weight that a search asks for at most: a code is one int8
-_MAX_BITS = 8.0
 _ROUNDING = Rounding()
 
 
-def slices_of_encoder(encoder: Encoder, params: PyTree) -> Callable[[str, Any], int] | None:
+def slices_of_encoder(
+  encoder: Encoder, params: PyTree, network: TracedNetwork | None = None
+) -> Callable[[str, Any], int] | None:
   """Returns how many leading axes of a leaf count slices, as an encoder knows it; or None.
 
-  A `LayerByLayer` knows it from its function, and other encoders from their moments.
+  A `LayerByLayer` knows it from its function, `network`, and other encoders from their moments.
   """
-  if isinstance(encoder, LayerByLayer):
-    known = {leaf.name: leaf.slices for leaf in encoder.used(params)}
+  if network is not None:
+    known = {leaf.name: leaf.slices for leaf in network.used}
   else:
     moments = getattr(encoder, 'moments', None)
     names = trees.named_leaves(params)
@@ -144,8 +138,11 @@ def compress(
     'usage': usage,
     'corrected': corrected,
   }
+  network = None
+  if isinstance(encoder, LayerByLayer) and not trees.is_traced(params):
+    network = encoder.traced(params)
   if slices is None and usage is None and not trees.is_traced(params):
-    options['slices'] = slices_of_encoder(encoder, params)
+    options['slices'] = slices_of_encoder(encoder, params, network)
   if isinstance(encoder, Rounding):
     allocation = allocate(params, **targets, file_rate=file_rate, **options)
     return CompressedNetwork(
@@ -163,41 +160,50 @@ def compress(
     )
   if file_rate is not None:
     check_file_rate(file_rate, *targets.values())
-    return _at_file_rate(encoder, params, float(file_rate), options)
+    return _at_file_rate(encoder, network, params, float(file_rate), options)
   checked = check_targets(**targets)
   assert isinstance(checked, BitsPerWeight)
-  return _at_bits(encoder, params, float(checked.bits_per_weight), options)
+  return _at_bits(encoder, network, params, float(checked.bits_per_weight), options)
 
 
 def _at_file_rate(
-  encoder: Encoder, params: PyTree, file_rate: float, options: dict[str, Any]
+  encoder: Encoder,
+  network: TracedNetwork | None,
+  params: PyTree,
+  file_rate: float,
+  options: dict[str, Any],
 ) -> CompressedNetwork:
   """Compresses such that the file has the size asked: a search over searches."""
   tried: dict[float, tuple[CompressedNetwork, list[Any]]] = {}
 
   def size_of(bits: float) -> int:
-    tried[bits] = _quietly(_at_bits, encoder, params, bits, options)
-    network, _ = tried[bits]
-    return len(writer.serialize(network.params, network.state))
+    tried[bits] = quietly(_at_bits, encoder, network, params, bits, options)
+    found, _ = tried[bits]
+    return len(writer.serialize(found.params, found.state))
 
   leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
   original = sum(leaf.nbytes for leaf in leaves)
   bits = bits_of_file(size_of, original, file_rate, sum(leaf.size for leaf in leaves))
-  network, notes = tried[bits]
+  found, notes = tried[bits]
   for note in notes:
     messages.warn(note)
-  return network
+  return found
 
 
 def _at_bits(
-  encoder: Encoder, params: PyTree, bits_per_weight: float, options: dict[str, Any]
+  encoder: Encoder,
+  network: TracedNetwork | None,
+  params: PyTree,
+  bits_per_weight: float,
+  options: dict[str, Any],
 ) -> CompressedNetwork:
   """Compresses such that the codes have the entropy asked."""
   if isinstance(encoder, LayerByLayer):
-    _, _, allocation = _at_bits(encoder.first, params, bits_per_weight, options)
-    coded = encoder.choose_codes(params, init_state(params, allocation))
+    assert network is not None
+    _, _, allocation = _at_bits(encoder.first, None, params, bits_per_weight, options)
+    coded = encoder.choose_codes_in(network, params, init_state(params, allocation))
     # all layers were chosen for the inputs that a table gives: its codes stay
-    tables = lambda: {leaf.name for leaf in encoder.used(params) if leaf.kind == 'look-up'}
+    tables = lambda: {leaf.name for leaf in network.used if leaf.kind == 'look-up'}
     coded = with_ties(coded, allocation, tables)
     return CompressedNetwork(*coded, allocation)
   assert isinstance(encoder, LeafEncoder)
@@ -206,7 +212,7 @@ def _at_bits(
     allocation = allocate(params, bits_per_weight=bits_per_weight, **options)
     coded = encoder.choose_codes(params, init_state(params, allocation))
     return CompressedNetwork(*coded, allocation)
-  found = search_allocation(trial, params, bits_per_weight, options)
+  found = search_allocation(trial, params, bits_per_weight, options, encoder.survey)
   coded = Encoded(found.params, found.state)
   coded = with_ties(coded, found.allocation, lambda: _with_moments(encoder, params))
   return CompressedNetwork(*coded, found.allocation)
@@ -218,77 +224,3 @@ def _with_moments(encoder: Encoder, params: PyTree) -> set[str]:
   moments = getattr(encoder, 'moments', None)
   matrices = [None] * len(names) if moments is None else trees.beside(params, moments)
   return {name for name, matrix in zip(names, matrices, strict=True) if matrix is not None}
-
-
-class _Step(NamedTuple):
-  """One step of the search: the excess that it began with, and its move; both logarithms."""
-
-  log_excess: float
-  move: float
-
-
-def search_allocation(
-  trial: Callable[[PyTree, CompressionState], Trial],
-  params: PyTree,
-  bits_per_weight: float,
-  options: dict[str, Any],
-) -> CompressedNetwork:
-  """Searches for the allocation whose codes have the entropy of rounded codes at the target.
-
-  On the same plain grids, codes by error feedback take a few percent more bits than rounded codes,
-  and codes along a trellis fewer.  So `allocate` is asked for other bits per weight: at first in
-  inverse proportion to the excess, then by the secant through the last two steps, in logarithms.
-  The search ends with codes within 0.3 % of the target, or after four allocations.
-
-  Args:
-    trial: (params, plain grids) -> `Trial`, from an encoder's `trials()`.
-    params: the original weights.
-    bits_per_weight: the target, as for `allocate`.
-    options: of `allocate`, such as `objective`.
-  """
-  log_asked, elasticity = math.log(bits_per_weight), 1.0
-  wanted, last = None, None
-  for _ in range(_MAX_STEPS):
-    (allocation, coded), notes = _quietly(_tried, trial, params, math.exp(log_asked), options)
-    if wanted is None:
-      wanted = _predicted_entropy(params, allocation)
-    # logarithm of the bits of the codes over the bits that they are to have
-    log_excess = math.log(max(coded.bits_per_weight, 1e-9) / max(wanted, 1e-9))
-    if abs(log_excess) <= _TOLERANCE:
-      break
-    if last is not None:
-      elasticity = min(max((log_excess - last.log_excess) / last.move, 0.5), 2.0)
-    move = min(-log_excess / elasticity, math.log(_MAX_BITS) - log_asked)
-    if move == 0:  # no grid has more bits
-      break
-    log_asked, last = log_asked + move, _Step(log_excess, move)
-  for note in notes:  # of the last allocation alone
-    messages.warn(note)
-  return CompressedNetwork(coded.params, coded.state, allocation)
-
-
-def _tried(
-  trial: Callable[[PyTree, CompressionState], Trial],
-  params: PyTree,
-  bits_per_weight: float,
-  options: dict[str, Any],
-) -> tuple[Allocation, Trial]:
-  allocation = allocate(params, bits_per_weight=bits_per_weight, **options)
-  return allocation, trial(params, init_state(params, allocation))
-
-
-def _predicted_entropy(params: PyTree, allocation: Allocation) -> float:
-  """Returns the bits per weight that an allocation predicts for rounded codes."""
-  records = trees.records(params, allocation.tree, LeafAllocation)
-  leaves = [
-    (math.prod(r.shape), float(np.mean(np.asarray(r.entropy)))) for r in records if r is not None
-  ]
-  return sum(size * bits for size, bits in leaves) / max(sum(size for size, _ in leaves), 1)
-
-
-def _quietly(function: Callable[..., Any], *args: Any) -> tuple[Any, list[str | Warning]]:
-  """Returns the answer of a call, and its warnings, which only the last of several calls issues."""
-  with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter('always')
-    answer = function(*args)
-  return answer, [warning.message for warning in caught]

@@ -1,15 +1,13 @@
 """Codes along a trellis: fewer bits at the same error, in the same kind of file."""
 
 import dataclasses
-import os
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from jaxtyping import Array
 
-from opq_jax.compression import CompressionState, LeafState, slice_of, stacked
-from opq_jax.core import messages, trees
+from opq_jax.compression import CompressionState, LeafState, stacked
+from opq_jax.core import messages, native, trees
 from opq_jax.core.trees import PyTree
 from opq_jax.encoders.encoder import (
   DAMPING,
@@ -21,11 +19,15 @@ from opq_jax.encoders.encoder import (
   encoded,
   leaves_to_code,
   named_leaf,
-  part_of,
+  parts_of,
   stack_slices,
 )
-from opq_jax.encoders.trellis_leaves import CodedLeaf, bits_of, code_leaf
+from opq_jax.encoders.survey import surveyed
+from opq_jax.encoders.trellis_leaves import CodedLeaf, bits_of, check_finite, code_leaf, factored
 from opq_jax.network import InputMoments
+
+TRELLIS_VERSION = 2
+"""Version of the encoder, which `opq compress` writes into its files (`Trellis.version`)."""
 
 _MAX_NAMED = 10  # leaves that a warning lists
 
@@ -56,6 +58,9 @@ class Trellis(LeafEncoder):
   Attributes:
     moments: as in `Feedback`; None, of a leaf or of all, where errors are not pushed on.
     damping: as in `Feedback`.
+    version: 2; or 1, for the very codes of files that were made before there were versions.  It
+      encodes the whole network at every step of the search of `opq_jax.compress`, where version 2
+      begins with an estimate from some outputs of every leaf, if these are few beside all.
 
   >>> import opq_jax
   >>> kernel = jax.random.laplace(jax.random.key(0), (256, 256))
@@ -67,8 +72,11 @@ class Trellis(LeafEncoder):
 
   moments: PyTree | None = None
   damping: float = DAMPING
+  version: int = TRELLIS_VERSION
 
   def __post_init__(self) -> None:
+    if self.version not in range(1, TRELLIS_VERSION + 1):
+      raise ValueError(f'version: found {self.version}, expected 1 to {TRELLIS_VERSION}')
     check_damping(self.damping)
 
   def choose_codes(self, params: PyTree, grids: CompressionState) -> Encoded:
@@ -83,21 +91,24 @@ class Trellis(LeafEncoder):
         leaf needs, a leaf or matrix is not finite, or a matrix is not positive definite once
         damped.
     """
-    return _encoded(params, _code_leaves(params, grids, self.moments, self.damping))
+    return _encoded(params, _code_leaves(params, grids, self.moments, self.damping, self.version))
 
   def choose_matrix(
     self, weights: Array, grid: LeafState, moments: InputMoments | None, damping: float
   ) -> tuple[Array, LeafState]:
-    coded = code_leaf(weights, grid, moments, damping)
+    coded = code_leaf(weights, grid, factored(moments, damping, self.version))
     assert coded.state is not None
     return coded.values, coded.state
+
+  def survey(self, params: PyTree, grids: CompressionState) -> float | None:
+    return surveyed(params, grids, self.moments, self.damping) if self.version > 1 else None
 
   def trials(self) -> Callable[[PyTree, CompressionState], Trial]:
     # once unserved, a leaf stays so: the search would alternate between its two answers otherwise
     unserved: set[str] = set()
 
     def trial(params: PyTree, grids: CompressionState) -> Trial:
-      coded = _code_leaves(params, grids, self.moments, self.damping, unserved)
+      coded = _code_leaves(params, grids, self.moments, self.damping, self.version, unserved)
       named = zip(trees.named_leaves(params), coded, strict=True)
       unserved.update(name for name, leaf in named if not leaf.is_served)
       weights = sum(leaf.codes.size for leaf in coded if leaf.codes is not None)
@@ -115,6 +126,7 @@ def _code_leaves(
   grids: CompressionState,
   moments: PyTree | None,
   damping: float,
+  version: int,
   unserved: Collection[str] = (),
 ) -> list[CodedLeaf]:
   """Codes all leaves; leaves named in `unserved` on their plain grids."""
@@ -122,31 +134,21 @@ def _code_leaves(
   def code(leaf: LeafToCode) -> CodedLeaf:
     if leaf.grid is None:
       return CodedLeaf(leaf.weights)
-    if not np.isfinite(np.asarray(leaf.weights, np.float32)).all():
-      raise ValueError(f'{leaf.name}: found NaN or an infinity, expected finite weights')
-    may_follow_trellis = leaf.name not in unserved
+    check_finite(leaf)
     with named_leaf(leaf.name):
-      if not leaf.grid.slices:
-        return code_leaf(leaf.weights, leaf.grid, leaf.moments, damping, may_follow_trellis)
-      return _joined(
-        [
-          code_leaf(
-            leaf.weights[place],
-            slice_of(leaf.grid, place),
-            part_of(leaf.moments, place),
-            damping,
-            may_follow_trellis,
-          )
-          for place in np.ndindex(leaf.grid.slice_shape)
-        ],
-        leaf.grid.slice_shape,
-      )
+      parts = [
+        code_leaf(
+          part.weights,
+          part.grid,
+          factored(part.moments, damping, version),
+          leaf.name not in unserved,
+        )
+        for part in parts_of(leaf)
+      ]
+    return _joined(parts, leaf.grid.slice_shape) if leaf.grid.slices else parts[0]
 
   leaves = list(leaves_to_code(params, grids, moments))
-  # numba and BLAS run without the interpreter's lock; no more leaves at once than processors, since
-  # each has arrays of several times its size
-  with ThreadPoolExecutor(os.cpu_count()) as pool:
-    coded = list(pool.map(code, leaves))
+  coded = native.on_all_processors(code, leaves)
   names = [leaf.name for leaf, result in zip(leaves, coded, strict=True) if not result.is_served]
   if names:
     more = f' and {len(names) - _MAX_NAMED} more' if len(names) > _MAX_NAMED else ''

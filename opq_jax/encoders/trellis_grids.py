@@ -16,8 +16,8 @@ from opq_jax.coding import frequencies, trellis, viterbi
 from opq_jax.coding.trellis import MAX_INDEX
 from opq_jax.core.limits import MAX_LEVELS
 
-# weights that a grid is fitted to; each turn of the fit walks along all of them
-_SAMPLE = 1 << 16
+SAMPLE = 1 << 16
+"""Weights that a grid is fitted to: each turn of the fit walks along all of them."""
 # neighbouring weights that are sampled together, since a code depends on the codes before it
 _RUN = 256
 # turns of codes, prices and grid, from a first guess that is close
@@ -45,7 +45,11 @@ class Fit(NamedTuple):
 
 
 def fit(
-  weights: Float32[np.ndarray, '...'], first: float, threshold: float, step: float
+  weights: Float32[np.ndarray, '...'],
+  first: float,
+  threshold: float,
+  step: float,
+  sample_size: int = SAMPLE,
 ) -> Fit | None:
   """Returns the best grid for a trellis at the slope of a plain grid.
 
@@ -54,6 +58,7 @@ def fit(
   Args:
     weights: of a leaf, in a unit in which their squares are float32.
     first, threshold, step: of its plain grid, in the same unit.
+    sample_size: how many weights the grid is fitted to, about.
 
   Returns:
     A `Fit`; None where the plain grid prunes every weight.
@@ -74,7 +79,7 @@ def fit(
     MAX_LEVELS,
   )
   bits = _first_prices(pruned, beyond_first)
-  sample = _sampled(flat)
+  sample = _sampled(flat, sample_size)
   slopes, models = np.full(sample.size, slope, np.float32), np.zeros(sample.size, np.uint8)
   is_turned, codes = np.zeros(sample.size, bool), np.empty(sample.size, np.int8)
   # a narrow dtype makes some levels unusable only later, in the walk: the grid is not final here
@@ -130,12 +135,12 @@ def _prices(codes: Int8[np.ndarray, ' n']) -> Float32[np.ndarray, '2 129']:
   return np.log2(counts.sum(1, keepdims=True) / counts)
 
 
-def _sampled(flat: Float32[np.ndarray, ' n']) -> Float32[np.ndarray, ' sample']:
+def _sampled(flat: Float32[np.ndarray, ' n'], size: int) -> Float32[np.ndarray, ' sample']:
   """Returns all weights, or runs of them that are spread evenly."""
-  if flat.size <= _SAMPLE:
+  if flat.size <= size:
     return np.ascontiguousarray(flat)
   runs = flat[: flat.size // _RUN * _RUN].reshape(-1, _RUN)
-  return np.ascontiguousarray(runs[:: len(runs) * _RUN // _SAMPLE]).reshape(-1)
+  return np.ascontiguousarray(runs[:: len(runs) * _RUN // size]).reshape(-1)
 
 
 def _refitted(

@@ -14,9 +14,10 @@ from opq_jax.coding import arrangements, trellis
 from opq_jax.coding import payload as entropy_coding
 from opq_jax.compression import CompressionState, LeafState
 from opq_jax.compression.cells import settled, value_table
-from opq_jax.compression.records import affine_codebook, exact_grid, kinds_of_codes
+from opq_jax.compression.records import ESCAPED, affine_codebook, exact_grid, kinds_of_codes
 from opq_jax.core.limits import ESCAPE, MAX_LEVELS
 from opq_jax.encoders import feedback, trellis_grids
+from opq_jax.encoders.encoder import LeafToCode
 from opq_jax.encoders.host_feedback import Factor, RowFeedback, factor_of
 from opq_jax.encoders.matrices import MatrixLayout
 from opq_jax.encoders.trellis_walk import Walk
@@ -42,13 +43,52 @@ class CodedLeaf(NamedTuple):
   is_served: bool = True
 
 
+def check_finite(leaf: LeafToCode) -> None:
+  """Raises ValueError where a weight is not finite."""
+  if not np.isfinite(np.asarray(leaf.weights, np.float32)).all():
+    raise ValueError(f'{leaf.name}: found NaN or an infinity, expected finite weights')
+
+
+class Factored(NamedTuple):
+  """Moments of the inputs of a leaf, by their factor.
+
+  Attributes:
+    factor: from `opq_jax.encoders.host_feedback.factor_of`.
+    inputs: axes of the leaf.
+  """
+
+  factor: Factor
+  inputs: tuple[int, ...]
+
+
+def factored(moments: InputMoments | None, damping: float, version: int) -> Factored | None:
+  """Returns the factor of the moments of a leaf without slices, as a version of the encoder has it.
+
+  Raises:
+    IndefiniteMomentsError: damped moments are not positive definite.
+  """
+  if moments is None:
+    return None
+  matrix = np.asarray(moments.matrix, np.float32)
+  return Factored(factor_of(matrix, damping, version), moments.inputs)
+
+
 def code_leaf(
   weights: Array,
   plain: LeafState,
-  moments: InputMoments | None,
-  damping: float,
+  moments: Factored | None,
   may_follow_trellis: bool = True,
+  fitted_to: int = trellis_grids.SAMPLE,
 ) -> CodedLeaf:
+  """Chooses the codes of a leaf without slices.
+
+  Args:
+    weights: of the leaf.
+    plain: its plain grid.
+    moments: of its inputs, or None.
+    may_follow_trellis: False where codes of the plain grid are wanted.
+    fitted_to: weights that the grid of the trellis is fitted to.
+  """
   # in a unit of about a step, because squares of tiny or huge weights do not fit float32; it is a
   # power of two, which changes no digit
   unit = np.float32(2.0 ** math.frexp(float(plain.step))[1])
@@ -58,11 +98,11 @@ def code_leaf(
   )
   factor = layout = None
   if moments is not None:
-    factor = factor_of(np.asarray(moments.matrix, np.float32), damping)
+    factor = moments.factor
     layout = MatrixLayout(scaled.shape, moments.inputs)
   fit = None
   if int(plain.levels) and may_follow_trellis:
-    fit = trellis_grids.fit(scaled, first, threshold, step)
+    fit = trellis_grids.fit(scaled, first, threshold, step, fitted_to)
   orders = arrangements.choices(scaled.shape) if fit else []
   if layout is not None:
     orders = [order for order in orders if _has_rows_of_inputs(order, layout)]
@@ -152,7 +192,7 @@ def _has_too_many_beyond(
   scaled: Float32[np.ndarray, '...'], grid: trellis.Grid, plain: LeafState
 ) -> bool:
   """Returns whether weights that escape from the trellis' grid alone cost more than it gains."""
-  size, escaped_on_plain = scaled.size, int(np.count_nonzero(np.asarray(plain.escaped)))
+  size, escaped_on_plain = scaled.size, int(np.count_nonzero(np.asarray(plain.kinds) == ESCAPED))
   escaped = int(np.count_nonzero(trellis_grids.is_beyond(scaled, grid)))
   if escaped <= escaped_on_plain:
     return False
@@ -171,13 +211,29 @@ def bits_of(leaf: CodedLeaf) -> float:
   """Returns the bits of a leaf: its codes, at their entropy given the subsets, and its escapes."""
   if leaf.codes is None or leaf.state is None:
     return 0.0
-  total, value_bits = 0.0, 8 * np.dtype(leaf.state.dtype).itemsize
-  for codes in leaf.codes.reshape(-1, *leaf.codes.shape[leaf.state.slices :]):
-    is_escaped, size = codes == ESCAPE, codes.size
-    total += entropy_coding.entropy(np.where(is_escaped, np.int8(0), codes)) * size
-    escaped = int(np.count_nonzero(is_escaped))
-    total += escaped * (value_bits + math.log2(size / escaped)) if escaped else 0
-  return total
+  slices = leaf.codes.reshape(-1, *leaf.codes.shape[leaf.state.slices :])
+  return sum(entropy_bits(codes, leaf.state.dtype) for codes in slices)
+
+
+def entropy_bits(codes: Int8[np.ndarray, '...'], dtype: Any) -> float:
+  """Returns the bits of the codes of a leaf without slices, and of its escaped values."""
+  is_escaped = codes == ESCAPE
+  bits = entropy_coding.entropy(np.where(is_escaped, np.int8(0), codes)) * codes.size
+  escaped = int(np.count_nonzero(is_escaped))
+  if not escaped:
+    return bits
+  return bits + escaped * (8 * np.dtype(dtype).itemsize + math.log2(codes.size / escaped))
+
+
+def rounded_codes(weights: Float32[np.ndarray, '...'], plain: LeafState) -> Int8[np.ndarray, '...']:
+  """Returns the codes of the cells that weights lie in, without a program of XLA for a shape."""
+  magnitude = np.abs(np.asarray(weights, np.float32))
+  cell = np.floor((magnitude - np.float32(plain.threshold)) / np.float32(plain.step)) + 1
+  cell = np.clip(cell, 1, max(int(plain.levels), 1))
+  survives = (magnitude > np.float32(plain.threshold)) & (int(plain.levels) > 0)
+  codes = np.where(survives, np.copysign(cell, weights), 0).astype(np.int8)
+  codes[np.asarray(plain.kinds) == ESCAPED] = ESCAPE
+  return codes
 
 
 def _decoded(weights: Array, codes: Int8[np.ndarray, '...'], state: LeafState) -> Array:

@@ -7,11 +7,13 @@ from opq_jax.core import lazy
 if TYPE_CHECKING:
   from opq_jax.network.batch_mode import on_batch_statistics
   from opq_jax.network.moments import InputMoments, mean_moments, second_moments
+  from opq_jax.network.stored_moments import StoredMatrix
   from opq_jax.network.uses import LeafUsage, Use, usage
 
 __all__ = [
   'InputMoments',
   'LeafUsage',
+  'StoredMatrix',
   'Use',
   'mean_moments',
   'on_batch_statistics',
@@ -24,6 +26,7 @@ __getattr__, __dir__ = lazy.attributes(
   {
     'InputMoments': 'moments',
     'LeafUsage': 'uses',
+    'StoredMatrix': 'stored_moments',
     'Use': 'uses',
     'mean_moments': 'moments',
     'on_batch_statistics': 'batch_mode',

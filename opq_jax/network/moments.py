@@ -9,6 +9,7 @@ and this matrix is all that error feedback (`opq_jax.encoders.Feedback`) needs t
 """
 
 import functools
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -21,6 +22,7 @@ from opq_jax.core import messages, trees
 from opq_jax.core.trees import PyTree
 from opq_jax.network.batch_mode import on_batch_statistics
 from opq_jax.network.moment_sums import Measured, MomentSums
+from opq_jax.network.stored_moments import StoredMatrix, measured_on_disk
 from opq_jax.network.uses import arguments, traced
 
 _MAX_NAMED = 10  # leaves that a warning lists
@@ -32,17 +34,22 @@ class InputMoments:
 
   Attributes:
     matrix: H = E[x^T x] of every slice and group.  A row x holds the K numbers that one output is
-      a weighted sum of, in the order of the leaf's axes.
+      a weighted sum of, in the order of the leaf's axes.  A `StoredMatrix` where it is on disk.
     inputs: axes of the leaf that a product sums over: K is the product of their lengths.
     slices: how many leading axes of the leaf count slices.
   """
 
-  matrix: Float32[Array, '*slices groups K K']
+  matrix: Float32[Array, '*slices groups K K'] | StoredMatrix
   inputs: tuple[int, ...] = flax.struct.field(pytree_node=False)
   slices: int = flax.struct.field(pytree_node=False, default=0)
 
 
-def second_moments(fn: Callable[..., Any], params: PyTree, *inputs: Any) -> PyTree:
+def second_moments(
+  fn: Callable[..., Any],
+  params: PyTree,
+  *inputs: Any,
+  folder: str | os.PathLike[str] | None = None,
+) -> PyTree:
   """Returns the second moments H = E[x^T x] of the inputs of every leaf that is multiplied.
 
   The jaxpr of `fn` is walked with the leaf that each value comes from, so any function that JAX can
@@ -65,6 +72,10 @@ def second_moments(fn: Callable[..., Any], params: PyTree, *inputs: Any) -> PyTr
     params: the parameters, or variables, of the network.
     inputs: calibration inputs, any pytrees of arrays, or PRNG keys: prepared as the network expects
       them, or synthetic, or noise.
+    folder: where the matrices are written, for networks whose matrices do not fit into memory: the
+      network then runs uncompiled, operation by operation, and in memory is one matrix at a time.
+      Encoders read them from there, leaf by leaf and slice by slice.  Files of earlier moments in
+      the folder are overwritten.
 
   Returns:
     The tree of the parameters with an `InputMoments` at every leaf of a dot or a convolution, and
@@ -73,6 +84,7 @@ def second_moments(fn: Callable[..., Any], params: PyTree, *inputs: Any) -> PyTr
 
   Raises:
     ValueError: a leaf is no array; Linen's BatchNorm cannot be told to run on the batch.
+    OSError: a matrix cannot be written.
 
   Warns:
     UserWarning: leaves that are multiplied and have no moments, by name.
@@ -87,28 +99,37 @@ def second_moments(fn: Callable[..., Any], params: PyTree, *inputs: Any) -> PyTr
   >>> second_moments(Network().apply, variables, x)['params']['head']['kernel'].matrix.tolist()
   [[[5.0, 1.0], [1.0, 2.0]]]
   """
-  return _tree_of(params, _measured(fn, params, *inputs))
+  return mean_moments(fn, params, [inputs], folder=folder)
 
 
-def mean_moments(fn: Callable[..., Any], params: PyTree, batches: Iterable[Any]) -> PyTree:
+def mean_moments(
+  fn: Callable[..., Any],
+  params: PyTree,
+  batches: Iterable[Any],
+  *,
+  folder: str | os.PathLike[str] | None = None,
+) -> PyTree:
   """Returns the second moments over several batches of one size: the mean of `second_moments`.
 
   Args:
-    fn, params: as for `second_moments`.
+    fn, params, folder: as for `second_moments`.
     batches: the inputs of each call; a tuple is several arguments.
 
   Raises:
     ValueError: as `second_moments`, or there is no batch.
   """
+  arguments_of = (batch if type(batch) is tuple else (batch,) for batch in batches)
+  if folder is not None:
+    layout_of = functools.partial(jax.eval_shape, functools.partial(_measured, fn))
+    return _tree_of(params, measured_on_disk(fn, params, arguments_of, layout_of, folder))
   total, count = None, 0
-  for batch in batches:
-    inputs = batch if type(batch) is tuple else (batch,)
+  for inputs in arguments_of:
     measured = _measured(fn, params, *inputs)
     total = measured if total is None else _sum(total, measured)
     count += 1
   if total is None:
     raise ValueError('batches: found none, expected at least one')
-  return _tree_of(params, _divided(total, count))
+  return _tree_of(params, total if count == 1 else _divided(total, count))
 
 
 def _tree_of(params: PyTree, measured: Measured) -> PyTree:

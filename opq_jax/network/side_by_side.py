@@ -15,11 +15,10 @@ import numpy as np
 from jax.extend import core as jex
 from jaxtyping import Array
 
-from opq_jax.core.trees import PyTree
 from opq_jax.network import views
 from opq_jax.network.interpreter import Interpreter, Product, Value, evaluated, scan_operands
 from opq_jax.network.products import Reading, reading_of
-from opq_jax.network.uses import LeafUsage, Use, arguments, traced, use_of
+from opq_jax.network.uses import LeafUsage, Use, arguments, use_of
 
 
 class Both(NamedTuple):
@@ -57,9 +56,13 @@ class SideBySide(Interpreter):
     self.first, self.second = list(first), list(second)
     self._differs = differs
 
-  def run(self, fn: Callable[..., Any], params: PyTree, inputs: Sequence[Any]) -> None:
-    """Computes `fn(params, *inputs)` for both, not compiled: leaves change on the way."""
-    closed = traced(fn, params, *inputs)
+  def run(self, closed: Any, inputs: Sequence[Any]) -> None:
+    """Computes both networks, not compiled: leaves change on the way.
+
+    Args:
+      closed: the jaxpr of `fn(params, *inputs)`, from `opq_jax.network.uses.traced`.
+      inputs: of the networks.
+    """
     contents = [
       *map(self._leaf, range(len(self.first))),
       *map(self.lift, jax.tree.leaves(inputs)),
@@ -185,6 +188,8 @@ class Replacing(SideBySide):
     self._single = [_is_single_product(leaf) for leaf in used]
     # slices that have been replaced; () is the whole leaf
     self._done: list[set[tuple[int, ...]]] = [set() for _ in leaves]
+    # leaves whose slices are being replaced, by number
+    self._stacks: dict[int, np.ndarray] = {}
 
   def product(self, product: Product) -> None:
     view = product.view
@@ -209,13 +214,20 @@ class Replacing(SideBySide):
         for place in np.ndindex(*picked):
           if place not in done:
             self._put(Reached(number, place))
+    for number, stack in self._stacks.items():
+      self.second[number] = jnp.asarray(stack)
 
   def _put(self, reached: Reached) -> None:
     self._done[reached.leaf].add(reached.place)
-    new = self._replace(reached)
-    if reached.place:
-      new = jnp.asarray(self.second[reached.leaf]).at[reached.place].set(new)
-    self.second[reached.leaf] = new
+    new, number = self._replace(reached), reached.leaf
+    if not reached.place:
+      self.second[number] = new
+      return
+    # in place, since a copy of the whole stack for every slice takes the square of their number.  A
+    # slice has its new values before it is read, and keeps them
+    if number not in self._stacks:
+      self.second[number] = self._stacks[number] = np.array(self.second[number])
+    self._stacks[number][reached.place] = np.asarray(new)
 
 
 def _is_single_product(leaf: LeafUsage) -> bool:

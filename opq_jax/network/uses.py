@@ -158,15 +158,20 @@ def usage(fn: Callable[..., Any], params: PyTree, *inputs: Any) -> PyTree:
   >>> used['bias'].kind
   'elementwise'
   """
+  used = usage_in(traced(fn, params, *inputs), params)
+  return jax.tree.unflatten(jax.tree.structure(params), used)
+
+
+def usage_in(closed: Any, params: PyTree) -> list[LeafUsage]:
+  """Returns how a traced function uses each leaf of its parameters."""
   names = trees.named_leaves(params)
-  closed = traced(fn, params, *inputs)
   walk = _Usage(len(names))
   walk.walk(closed.jaxpr, walk.constants(closed), arguments(walk, closed, len(names)), ())
   leaves = [
     LeafUsage(name, tuple(np.shape(leaf)), tuple(uses))
     for (name, leaf), uses in zip(names.items(), walk.uses, strict=True)
   ]
-  return jax.tree.unflatten(jax.tree.structure(params), _with_shares(leaves))
+  return _with_shares(leaves)
 
 
 def traced(fn: Callable[..., Any], params: PyTree, *inputs: Any) -> Any:

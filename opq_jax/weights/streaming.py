@@ -10,10 +10,8 @@ one while it is coded, beside its codes of one byte a weight.
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import os
-import platform
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -22,7 +20,7 @@ from opq_jax.allocation import (
   Allocation,
   is_compressible,
 )
-from opq_jax.core import trees
+from opq_jax.core import memory, trees
 from opq_jax.core.trees import PyTree
 from opq_jax.file import plain_trees, writer
 from opq_jax.file import rate as file_rates
@@ -33,9 +31,6 @@ from opq_jax.report.sizes import ChannelAxis
 from opq_jax.weights.spooled_file import SpooledFile
 from opq_jax.weights.stored_leaves import StoredLeaf
 from opq_jax.weights.stored_tree import CodedTree, StoredTree, stored_statistics
-
-_M_MMAP_THRESHOLD = -3  # parameter of mallopt, from glibc's malloc.h
-_MMAP_BYTES = 4 << 20  # blocks of this size and more go back to the system; leaves are larger
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +107,7 @@ def compress_stored(
   metadata = writer.checked_metadata(metadata)
   # once, though a search for a file rate codes the tree several times
   packed = packed_files(side_files) if side_files else None
-  _return_freed_blocks()
+  memory.return_freed_blocks()
   tree = writer.plain_tree(tree)
   plain_trees.check_names(tree)
   leaves = trees.named_leaves(tree)
@@ -199,13 +194,3 @@ def _report(output: str | os.PathLike[str], result: CodedTree) -> SizeReport:
     os.stat(output).st_size,
     side,
   )
-
-
-def _return_freed_blocks() -> None:
-  """Makes the C library return freed blocks of a leaf's size to the system.
-
-  glibc keeps freed blocks of up to 32 MiB in the arena of each thread: with leaves of that size the
-  process grew by half within 80 leaves.  Other C libraries are left as they are.
-  """
-  if platform.libc_ver()[0] == 'glibc':
-    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)

@@ -201,7 +201,7 @@ def test_layer_by_layer_keeps_ties():
   with pytest.warns(UserWarning, match='embed: found leaves that are looked up'):
     network = opq_jax.compress(params, compression_rate=10.0, encoder=encoder)
   np.testing.assert_array_equal(network.params['head'].T, network.params['embed'])
-  tables = [leaf.name for leaf in encoder.used(params) if leaf.kind == 'look-up']
+  tables = [leaf.name for leaf in encoder.traced(params).used if leaf.kind == 'look-up']
   assert tables == ['embed']
   error = lambda tree: float(jnp.square(fn(tree, tokens) - fn(params, tokens)).sum())
   alone = opq_jax.compress(params, compression_rate=10.0, encoder=encoder.first)

@@ -20,6 +20,7 @@ FULL = Encoding(
   slices={'*/layers/*': 1, 'a=b/*': 2},
   encoder='layer_by_layer',
   first='trellis',
+  trellis_version=2,
   moments='images',
   inputs='images',
   images=ImageSet(12, 'abe4'),
@@ -43,6 +44,7 @@ def test_encoding_comes_back_from_metadata(encoding):
     ('batch_norm', 'maybe'),
     ('bits_per_weight', 'few'),
     ('images', '1.5'),
+    ('trellis_version', 'new'),
   ],
 )
 def test_encoding_refuses_unknown_values(key, value):

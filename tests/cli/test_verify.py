@@ -9,6 +9,7 @@ import safetensors.numpy
 import opq_jax
 from opq_jax import cli
 from opq_jax.compression import CompressionState
+from opq_jax.encoders import survey
 from tests.helpers import tiny_resnet
 from tests.helpers.opq_files import leaf_state
 
@@ -97,6 +98,30 @@ def test_verify_chooses_trellis_codes_again(tmp_path, monkeypatch, capsys):
   safetensors.numpy.save_file(tree, 'other.safetensors')
   assert run('verify', 'net.opq', '--against', 'other.safetensors') == 1
   assert 'fc1.weight: found' in capsys.readouterr().err
+
+
+def test_verify_repeats_version_of_trellis(tmp_path, monkeypatch, capsys):
+  # every other output is enough for a survey
+  monkeypatch.setattr(survey, '_MIN_OUTPUTS', 8)
+  monkeypatch.setattr(survey, '_MIN_WEIGHTS', 1 << 10)
+  monkeypatch.chdir(tmp_path)
+  tree = {'fc.weight': np.random.default_rng(0).laplace(size=(96, 64)).astype(np.float32)}
+  safetensors.numpy.save_file(tree, 'net.safetensors')
+  assert run('compress', 'net.safetensors', 'net.opq', '--rate', 12, '--trellis') == 0
+  assert run('verify', 'net.opq', '--against', 'net.safetensors') == 0
+  with opq_jax.OpqFile('net.opq') as file:
+    metadata = dict(file.metadata)
+  assert metadata.pop('trellis_version') == '2'
+  # a file from before there were versions holds the codes of the first one
+  old = opq_jax.compress(tree, compression_rate=12.0, encoder=opq_jax.encoders.Trellis(version=1))
+  opq_jax.save('old.opq', old.params, old.state, metadata)
+  assert run('verify', 'old.opq', '--against', 'net.safetensors') == 0
+  opq_jax.save('wrong.opq', old.params, old.state, {**metadata, 'trellis_version': '2'})
+  assert run('verify', 'wrong.opq', '--against', 'net.safetensors') == 1
+  opq_jax.save('newer.opq', old.params, old.state, {**metadata, 'trellis_version': '3'})
+  capsys.readouterr()
+  assert run('verify', 'newer.opq', '--against', 'net.safetensors') == 2
+  assert "trellis_version: found '3', expected one of 1, 2" in capsys.readouterr().err
 
 
 def test_verify_lists_at_most_a_page(net, capsys):

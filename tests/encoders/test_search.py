@@ -8,7 +8,7 @@ import pytest
 
 import opq_jax
 from opq_jax import encoders
-from opq_jax.encoders import search
+from opq_jax.encoders import allocation_search, survey
 from opq_jax.network import second_moments
 
 
@@ -103,6 +103,48 @@ def test_compress_meets_file_rate(kind, variables, moments):
   assert 8.0 <= rate < 8.0 * 1.012  # steps of so small a file
 
 
+@pytest.mark.parametrize(('rate', 'has_moments'), [(8.0, True), (16.0, False)])
+def test_survey_saves_encodings(monkeypatch, rate, has_moments):
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(512, 128)) @ rng.normal(size=(128, 128))
+  x = (np.maximum(x, 0) / 8).astype(np.float32)
+  tree = {'a': rng.laplace(size=(128, 768)), 'b': rng.laplace(size=(512, 128)) / 9}
+  tree = {name: leaf.astype(np.float32) for name, leaf in tree.items()}
+  moments = {'a': (x.T @ x / len(x))[None], 'b': None} if has_moments else None
+  monkeypatch.setattr(survey, '_MIN_WEIGHTS', 1 << 13)
+  monkeypatch.setattr(survey, '_MIN_OUTPUTS', 16)
+  encodings = []
+  trials = encoders.Trellis.trials
+
+  def counted(encoder):
+    trial = trials(encoder)
+    return lambda *args: encodings.append(trial(*args)) or encodings[-1]
+
+  monkeypatch.setattr(encoders.Trellis, 'trials', counted)
+  found = {}
+  for version in (1, 2):
+    encodings.clear()
+    encoder = encoders.Trellis(moments, version=version)
+    network = opq_jax.compress(tree, compression_rate=rate, encoder=encoder)
+    found[version] = len(encodings), file_size(network.params, network.state)
+  assert found[2][0] == 1 < found[1][0]
+  assert found[2][1] == pytest.approx(found[1][1], rel=0.006)
+
+
+def test_layer_by_layer_traces_once(variables):
+  traces = []
+
+  def fn(variables, x, train=False, mutable=()):
+    traces.append(train)
+    return FN({'params': variables['params']}, x - variables['batch_stats']['mean'][None])
+
+  # with batch statistics every call makes a function of its own, which JAX has not traced yet
+  with_statistics = {**variables, 'batch_stats': {'mean': jnp.zeros(64)}}
+  encoder = encoders.LayerByLayer(fn, INPUTS, encoders.Rounding())
+  opq_jax.compress(with_statistics, file_rate=8.0, encoder=encoder)
+  assert traces == [True]
+
+
 def test_layer_by_layer_starts_from_plain_grids(variables, moments):
   # codes along a trellis on the grids that a trellis has refined already take far more bytes; the
   # encoder as a value is given none but plain grids
@@ -185,7 +227,7 @@ def test_encoders_are_plain_values(moments):
   shown = repr(by_layers)
   assert shown == (
     'LayerByLayer(fn=Module.apply, inputs=<float32[1024, 64]>, '
-    'first=Trellis(moments=<3 arrays>, damping=0.05), share=0.5, damping=0.05)'
+    'first=Trellis(moments=<3 arrays>, damping=0.05, version=2), share=0.5, damping=0.05)'
   )
   assert repr(encoders.Rounding()) == 'Rounding()'
   assert encoders.Rounding() == encoders.Rounding()
@@ -201,7 +243,7 @@ def test_search_stops_at_the_finest_grid():
   # codes that have too few bits, whatever more the allocation is asked for
   kernel = np.random.default_rng(0).uniform(-1, 1, (64, 64)).astype(np.float32)
   trial = lambda params, grids: encoders.Trial(params, grids, 4.0)
-  params, _, allocation = search.search_allocation(trial, kernel, 8.0, {})
+  params, _, allocation = allocation_search.search_allocation(trial, kernel, 8.0, {})
   assert float(allocation.tree.payload) == pytest.approx(8, rel=6e-3)
   assert params is kernel
 
