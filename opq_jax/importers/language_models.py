@@ -5,6 +5,7 @@ Dense kernels of PyTorch are [out, in], those of Flax [in, out].  Where a networ
 first axis.  Dtypes stay: what comes in as bfloat16 goes out bit for bit.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -221,6 +222,7 @@ def check(model: 'nn.Module', leaves: Mapping[str, Any]) -> None:
     raise ValueError('\n'.join([f'the variables are not those of {_description(model)}:', *lines]))
 
 
+@functools.lru_cache(maxsize=8)  # tracing takes longer than all else here
 def variable_shapes(model: 'nn.Module') -> PyTree:
   """Returns the shapes and dtypes of a network's variables without computing any of them."""
   tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)

@@ -12,7 +12,7 @@ from opq_jax.weights import open_weights
 from tests.helpers.language_models import CONFIGS, network, write_folder
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('name', ['llama_biases', 'qwen3', 'gpt2_wide', 'bert'])
 def test_to_tensors_is_the_inverse(name):
   model, tensors = network(name)
   variables = language_models.from_tensors(model, tensors).variables
