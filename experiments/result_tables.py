@@ -200,6 +200,15 @@ def arguments(command: str) -> str:
   return ' '.join(target + [word for word in changes if not word.startswith('seed=')])
 
 
+def support_matrix_in_short() -> str:
+  """Returns the support matrix with figures where encoders are compared."""
+  document = json.loads((RESULTS / 'benchmarks' / 'support_matrix.json').read_text())
+  measured = ('network', 'feedback', 'trellis', 'layer by layer')
+  short = lambda column, cell: cell if column in measured or cell.startswith('no') else 'yes'
+  rows = [{column: short(column, cell) for column, cell in row.items()} for row in document['rows']]
+  return markdown(rows)
+
+
 def networks() -> str:
   """Returns every network of the registry, with its parameters and the sources of its weights."""
   return markdown(
@@ -225,6 +234,7 @@ TABLES: dict[str, Callable[[], str]] = {
   for path in sorted((RESULTS / 'benchmarks').glob('*.json'))
 } | {
   'networks': networks,
+  'support_matrix_in_short': support_matrix_in_short,
   'against_nncodec': against_nncodec,
   'corrections': corrections,
   'one_shot_mobilenet_v1': lambda: one_shot('one_shot_mobilenet_v1'),

@@ -4,7 +4,9 @@ Weights that were quantized before (binary, ternary, a few bits) lie on a lattic
 level at each of their magnitudes makes no error at all, for the bits of their own entropy.
 """
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,6 +16,14 @@ from jaxtyping import Array, Bool, Float32
 
 from opq_jax.allocation.bins import BINS, bin_edge, bin_of
 from opq_jax.allocation.code_bits import CODER_BITS
+from opq_jax.allocation.shards import (
+  HERE,
+  Placement,
+  Shards,
+  on_host_one_by_one,
+  on_shards,
+  placement_of,
+)
 from opq_jax.allocation.statistics import LeafStatistics
 from opq_jax.coding import frequencies
 from opq_jax.core.limits import MAX_LEVELS, STEP_BITS
@@ -59,21 +69,23 @@ def has_few_magnitudes(stats: LeafStatistics) -> bool:
 
 
 def numbers_of(
-  stats: LeafStatistics, weights: Array | np.ndarray | None
-) -> Float32[np.ndarray, ' bins'] | None:
+  stats: LeafStatistics, places: Sequence[tuple[int, ...]], weights: Array | np.ndarray | None
+) -> list[Float32[np.ndarray, ' bins'] | None]:
   """Returns the one |w| that all weights of each bin have, or None where they differ.
 
   Args:
-    stats: of a leaf that `has_few_magnitudes`, on the host.
-    weights: its weights, or None where they cannot be read.  Weights of bfloat16 and narrower
-      dtypes are not needed: every number of theirs has a bin of its own.
+    stats: of a leaf, on the host.
+    places: of the slices that `has_few_magnitudes`; [()] of a leaf without slices.
+    weights: the leaf, or None where it cannot be read.  Weights of bfloat16 and narrower dtypes are
+      not needed: every number of theirs has a bin of its own.
   """
   if jnp.finfo(stats.dtype).nmant <= _OWN_BINS_MANTISSA:
-    return np.array(bin_edge(jnp.arange(BINS, dtype=jnp.int32), jnp.float32(stats.largest)))
-  if weights is None:
-    return None
-  numbers, is_one = jax.device_get(_magnitudes(weights, jnp.float32(stats.largest)))
-  return numbers if is_one else None
+    edges = lambda largest: bin_edge(jnp.arange(BINS, dtype=jnp.int32), jnp.float32(largest))
+    return [np.array(edges(np.asarray(stats.largest)[place])) for place in places]
+  if weights is None or not places:
+    return [None] * len(places)
+  numbers, is_one = jax.device_get(_magnitudes_of(weights, np.asarray(stats.largest)))
+  return [numbers[place] if is_one[place] else None for place in places]
 
 
 def lattice_of(stats: LeafStatistics, numbers: Float32[np.ndarray, ' bins']) -> Lattice:
@@ -109,15 +121,29 @@ def lattice_of(stats: LeafStatistics, numbers: Float32[np.ndarray, ' bins']) -> 
   )
 
 
-@jax.jit
-def _magnitudes(
-  weights: Array, largest: Float32[Array, '']
-) -> tuple[Float32[Array, ' bins'], Bool[Array, '']]:
+def _magnitudes_of(
+  weights: Array | np.ndarray, largest: Float32[np.ndarray, '*slices']
+) -> tuple[Float32[Array, '*slices bins'], Bool[Array, '*slices']]:
   """Returns the largest |w| of every bin, and whether no bin has another (bin 0: only zeros)."""
-  magnitude = jnp.abs(weights.astype(jnp.float32))
-  index = bin_of(magnitude, largest)
-  largest_of_bin = jnp.zeros(BINS, jnp.float32).at[index].max(magnitude)
-  return largest_of_bin, jnp.all(magnitude == largest_of_bin[index]) & (largest_of_bin[0] == 0)
+  placement, slices = placement_of(weights), np.ndim(largest)
+  if placement != HERE or not slices:
+    return _magnitudes(weights, jnp.float32(largest), placement, slices)
+  of_slice = lambda index: _magnitudes(weights[index], jnp.float32(largest[index]), HERE)
+  return on_host_one_by_one(of_slice, np.shape(largest))
+
+
+@functools.partial(jax.jit, static_argnames=('placement', 'slices'))
+def _magnitudes(
+  weights: Array, largest: Array, placement: Placement, slices: int = 0
+) -> tuple[Array, Array]:
+  def local(weights: Array, largest: Array, shards: Shards) -> tuple[Array, Array]:
+    magnitude = jnp.abs(weights.astype(jnp.float32))
+    index = bin_of(magnitude, largest)
+    largest_of_bin = shards.max(jnp.zeros(BINS, jnp.float32).at[index].max(magnitude))
+    differ = jnp.any(magnitude != largest_of_bin[index]) | (largest_of_bin[0] != 0)
+    return largest_of_bin, shards.max(differ.astype(jnp.int32)) == 0
+
+  return on_shards(local, weights, largest, -1, placement, slices)
 
 
 def _affine(magnitudes: Float32[np.ndarray, ' k'], dtype: np.dtype) -> _Affine | None:

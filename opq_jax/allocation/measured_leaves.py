@@ -89,12 +89,11 @@ def numbers_of_parts(
   numbers: list[np.ndarray | None] = [None] * len(parts)
   for number, places in by_leaf(parts).items():
     few = [p for p in range(*places.indices(len(parts))) if has_few_magnitudes(parts[p].statistics)]
-    read = leaves[number].read
-    weights = read() if few and read is not None else None
-    for place in few:
-      part = parts[place]
-      own = weights if weights is None or not part.place else weights[part.place]
-      numbers[place] = numbers_of(part.statistics, own)
+    leaf = leaves[number]
+    weights = leaf.read() if few and leaf.read is not None else None
+    found = numbers_of(leaf.statistics, [parts[p].place for p in few], weights)
+    for place, own in zip(few, found, strict=True):
+      numbers[place] = own
   return numbers
 
 

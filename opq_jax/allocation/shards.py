@@ -57,6 +57,11 @@ class Shards:
     axes = self.channels + self.others
     return lax.psum(x, axes) if axes else x
 
+  def max(self, x: Array) -> Array:
+    """Returns the maximum over all shards."""
+    axes = self.channels + self.others
+    return lax.pmax(x, axes) if axes else x
+
   def channel_sum(self, x: Array) -> Array:
     """Returns the sums of all channels, on every device."""
     return self._gathered(lax.psum(x, self.others) if self.others else x)

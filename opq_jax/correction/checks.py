@@ -20,12 +20,10 @@ def check_collections(variables: Mapping[str, PyTree]) -> None:
     raise ValueError(f'variables: found {sorted(variables)}, expected {names} too')
 
 
-def check_same_tree(
-  variables: Mapping[str, PyTree], compressed: Mapping[str, PyTree], collections: set[str]
-) -> None:
+def check_same_tree(variables: PyTree, compressed: PyTree, collections: set[str]) -> None:
   """Raises ValueError unless both trees have these collections, and equal paths, shapes, dtypes."""
   for label, tree in (('variables', variables), ('compressed', compressed)):
-    if not isinstance(tree, Mapping) or not collections <= tree.keys():
+    if collections and not (isinstance(tree, Mapping) and collections <= tree.keys()):
       names = sorted(tree) if isinstance(tree, Mapping) else type(tree).__name__
       wanted = ' and '.join(sorted(collections, reverse=True))
       raise ValueError(f'{label}: found {names}, expected the collections {wanted}')

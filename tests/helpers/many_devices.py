@@ -11,6 +11,7 @@ import sys
 import tempfile
 import traceback
 import warnings
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ import opq_jax
 from opq_jax.allocation import counts, shards, statistics
 from opq_jax.allocation.bins import BINS, FINE_BINS
 from opq_jax.finetuning import parallel, training
+from tests.helpers import frameworks, support_cells
+from tests.helpers.meshes import lies_alike
 
 SPECS = {
   'a/kernel': P('data', 'model'),
@@ -82,11 +85,6 @@ def largest_moved(compiled, kinds='all-gather|all-to-all|collective-permute|all-
 def same(one, other, rtol):
   for x, y in zip(*map(jax.tree.leaves, (one, other)), strict=True):
     np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-6)
-
-
-def lies_alike(tree, other):
-  for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
-    assert x.sharding.is_equivalent_to(y.sharding, x.ndim), (x.sharding, y.sharding)
 
 
 def statistics_are_those_of_one_device():
@@ -355,19 +353,27 @@ def a_state_is_restored_into_another_mesh():
   )
 
 
-CHECKS = (
-  statistics_are_those_of_one_device,
-  statistics_gather_nothing,
-  allocation_is_that_of_one_device,
-  a_traced_allocation_gathers_nothing,
-  explicit_axes_are_as_good_as_others,
-  states_and_values_lie_as_the_weights_do,
-  escaped_weights_are_those_of_one_device,
-  slices_are_those_of_one_device,
-  slices_gather_nothing,
-  finetuning_is_that_of_one_device,
-  a_state_is_restored_into_another_mesh,
-)
+CHECKS: dict[str, Callable[[], object]] = {
+  check.__name__: check
+  for check in (
+    statistics_are_those_of_one_device,
+    statistics_gather_nothing,
+    allocation_is_that_of_one_device,
+    a_traced_allocation_gathers_nothing,
+    explicit_axes_are_as_good_as_others,
+    states_and_values_lie_as_the_weights_do,
+    escaped_weights_are_those_of_one_device,
+    slices_are_those_of_one_device,
+    slices_gather_nothing,
+    finetuning_is_that_of_one_device,
+    a_state_is_restored_into_another_mesh,
+  )
+}
+# a column of the support matrix
+CHECKS |= {
+  f'{name} on a mesh': functools.partial(support_cells.cell, name, 'mesh of 8')
+  for name in frameworks.NETWORKS
+}
 
 
 def main(names):
@@ -375,16 +381,16 @@ def main(names):
   jax.config.update('jax_numpy_dtype_promotion', 'strict')
   jax.config.update('jax_numpy_rank_promotion', 'raise')
   failed = {}
-  for check in CHECKS:
-    if names and check.__name__ not in names:
+  for name, check in CHECKS.items():
+    if names and name not in names:
       continue
     try:
       with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'the Laplace density')
         check()
-      failed[check.__name__] = ''
+      failed[name] = ''
     except Exception:
-      failed[check.__name__] = traceback.format_exc()
+      failed[name] = traceback.format_exc()
   print(json.dumps(failed))
 
 
