@@ -44,6 +44,7 @@ def start(workdir, *arguments, devices=2, **options):
     *('--config.model_options.blocks=(1,)', '--config.fake_shape=(8, 8, 3)', '--config.steps=4'),
     *arguments,
     devices=devices,
+    has_torch=False,
     **options,
   )
 

@@ -1,8 +1,11 @@
 """Starts processes of Python, and ends those that take too long."""
 
+import atexit
 import contextlib
+import functools
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,18 +19,31 @@ ROOT = pathlib.Path(__file__).parents[2]
 TIMEOUT = 300  # seconds that a process may take, on a machine that has much else to do
 
 
-def environment(devices: int | None = None, is_killed: bool = False) -> dict[str, str]:
+def environment(
+  devices: int | None = None, is_killed: bool = False, has_torch: bool = True
+) -> dict[str, str]:
   """Returns the variables of a process with so many devices.
 
-  One that is to be killed reads compiled programs and writes none.
+  One that is to be killed reads compiled programs and writes none.  tensorboardX imports PyTorch
+  wherever it is installed, which takes longer than all other imports: `has_torch=False` hides it.
   """
   variables = {**os.environ}
   if is_killed:
     variables |= programs.READ_ONLY
-  variables['PYTHONPATH'] = os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])
+  hidden = [] if has_torch else [_without_torch()]
+  variables['PYTHONPATH'] = os.pathsep.join([*hidden, str(ROOT), os.environ.get('PYTHONPATH', '')])
   if devices is not None:
     variables['JAX_NUM_CPU_DEVICES'] = str(devices)
   return variables
+
+
+@functools.cache
+def _without_torch() -> str:
+  """Returns a folder whose PyTorch cannot be imported; removed at the end of this process."""
+  folder = tempfile.mkdtemp()
+  atexit.register(shutil.rmtree, folder, ignore_errors=True)
+  (pathlib.Path(folder) / 'torch.py').write_text("raise ImportError('hidden by a test')\n")
+  return folder
 
 
 class Process(subprocess.Popen):

@@ -169,12 +169,11 @@ def _run_tests(
   os.chdir(ROOT)
   for stream in (1, 2):
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+  # programs of mutants are kept apart from the tests' own (tests/helpers/programs.py)
+  os.environ['OPQ_TEST_PROGRAMS'] = cache
   sys.meta_path.insert(0, _Finder(f'opq_jax.{module}', source))
-  import jax
   import pytest
 
-  jax.config.update('jax_compilation_cache_dir', cache)
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
   # the warning: Hypothesis is preloaded, so pytest cannot rewrite its assertions
   options = ['-x', '-p', 'no:cacheprovider', '-W', 'ignore::pytest.PytestAssertRewriteWarning']
   options += ['-k', only]
