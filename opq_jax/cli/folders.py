@@ -3,19 +3,27 @@
 from pathlib import Path
 
 from opq_jax.file.reader import OpqFile
+from opq_jax.importers import networks
 from opq_jax.weights import CarriedFiles, carried_files, is_model_folder, open_folder
 
 _MAX_NAMES = 8  # files named in a line; more would hide the rest of it
 
 
-def carried_of(source: Path) -> CarriedFiles:
+def carried_of(source: Path, is_known: bool = False) -> CarriedFiles:
   """Returns what a file carries of its source beside the weights: nothing of a source of one file.
+
+  Args:
+    source: the weights.
+    is_known: whether they are those of a network of `opq_jax.models`: the file then has the names
+      of Flax, of which no folder can be made.
 
   Raises:
     ValueError, OSError: as `open_folder` and `carried_files`.
   """
   if not is_model_folder(source):
     return CarriedFiles({}, (), {})
+  if is_known:
+    return CarriedFiles({}, ('all but the weights, with --model',), {})
   return carried_files(open_folder(source))
 
 
@@ -38,8 +46,8 @@ def carried_problems(path: str, against: str) -> list[str]:
     OSError: a file cannot be read.
   """
   with OpqFile(path) as file:
-    found = file.read_side_files()
-  expected = carried_of(Path(against)).files
+    found, is_known = file.read_side_files(), networks.identity(file.metadata) is not None
+  expected = carried_of(Path(against), is_known).files
   problems = []
   for name in sorted({*found, *expected}):
     if name not in expected:

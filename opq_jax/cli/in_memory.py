@@ -58,7 +58,7 @@ def compress(
   """
   source, output = Path(arguments.input), Path(arguments.output)
   stdout = console(sys.stdout)
-  carried = carried_of(source)
+  carried = carried_of(source, is_known)
   with timed_stages(stdout, not arguments.json) as stage:
     with stage('read'):
       network = images = None

@@ -11,6 +11,7 @@ import opq_jax
 from opq_jax import cli
 from opq_jax.file.side_files import packed_files
 from opq_jax.weights import holds_folder, open_folder
+from tests.helpers import tiny_resnet
 from tests.helpers.model_folders import llama_tensors, write_folder, write_torch_folder
 from tests.helpers.opq_files import rebuilt
 
@@ -238,3 +239,15 @@ def test_compress_names_damaged_folders(folder, capsys):
   assert run('compress', folder, 'net.opq') == 2
   err = ' '.join(capsys.readouterr().err.split())
   assert "found file 'model-00002-of-00003.safetensors', which is not in the folder" in err
+
+
+def test_compress_known_network_of_a_folder(tmp_path, monkeypatch, capsys):
+  """A known network has Flax's names in the file, of which no folder can be made."""
+  monkeypatch.chdir(tmp_path)
+  tiny_resnet.replace_resnet20(monkeypatch)
+  folder = write_folder(tmp_path / 'resnet', tiny_resnet.tensors())
+  assert run('compress', folder, 'net.opq', '--model', 'resnet20', '--no-correction') == 0
+  assert 'left out all but the weights, with --model' in ' '.join(capsys.readouterr().err.split())
+  assert run('verify', 'net.opq', '--against', folder) == 0
+  assert run('decompress', 'net.opq', 'net.safetensors') == 0
+  assert set(safetensors.numpy.load_file('net.safetensors')) == set(tiny_resnet.tensors())
