@@ -51,6 +51,7 @@ from opq_jax.allocation.solver import solve
 from opq_jax.allocation.statistics import LeafStatistics
 from opq_jax.allocation.targets import SparsityAndBits, Targets, check_file_rate, check_targets
 from opq_jax.core import trees
+from opq_jax.core.axes import ChannelAxes
 from opq_jax.core.ties import tied
 from opq_jax.core.trees import PyTree
 
@@ -65,7 +66,7 @@ def allocate(
   file_rate: float | None = None,
   objective: Objective | PyTree = 'balanced_error',
   compressible: Callable[[str, Any], bool] | None = None,
-  channel_axis: int | Callable[[str, Any], int] | None = None,
+  channel_axis: ChannelAxes | Callable[[str, Any], ChannelAxes] | None = None,
   slices: Callable[[str, Any], int] | None = None,
   usage: PyTree | None = None,
   corrected: bool = True,
@@ -119,7 +120,8 @@ def allocate(
       'params/Conv_0/kernel'; by default a rule of shapes and names (`is_compressible`) that leaves
       biases, normalizations, masks, buffers and the state of an optimizer alone.
       Leaves without elements always pass through.
-    channel_axis: axis of the output channels, or (path, leaf) -> axis.  A vector is one channel.
+    channel_axis: axis of the output channels, a tuple of several (1 and 2 of a projection onto
+      heads), or (path, leaf) -> axis.  A vector is one channel.
     slices: (path, leaf) -> how many leading axes of a leaf count slices, each a matrix of its own:
       1 for the layers of `nn.scan` or the experts of one leaf, 2 for the experts of scanned layers.
       Each slice then has a threshold, a grid and a term of the objective of its own, bit for bit

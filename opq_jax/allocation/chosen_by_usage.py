@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from opq_jax.allocation.selection import can_be_compressed, is_compressible
 from opq_jax.core import trees
+from opq_jax.core.axes import ChannelAxes
 from opq_jax.core.trees import PyTree
 
 
@@ -20,8 +21,8 @@ class Usage(Protocol):
     """Whether the leaf is a stack of matrices that are multiplied or looked up."""
 
   @property
-  def channel_axis(self) -> int:
-    """The axis of the output channels."""
+  def channel_axis(self) -> ChannelAxes:
+    """The axis of the output channels, or several."""
 
   @property
   def slices(self) -> int:
@@ -43,7 +44,7 @@ class Arguments(NamedTuple):
   """
 
   compressible: Callable[[str, Any], bool]
-  channel_axis: int | Callable[[str, Any], int]
+  channel_axis: ChannelAxes | Callable[[str, Any], ChannelAxes]
   slices: Callable[[str, Any], int] | None
   shares: dict[str, float] | None
 
@@ -52,7 +53,7 @@ def arguments_of(
   params: PyTree,
   usage: PyTree | None,
   compressible: Callable[[str, Any], bool] | None,
-  channel_axis: int | Callable[[str, Any], int] | None,
+  channel_axis: ChannelAxes | Callable[[str, Any], ChannelAxes] | None,
   slices: Callable[[str, Any], int] | None,
 ) -> Arguments:
   """Returns the arguments, those that are None by the usage of the leaves.

@@ -15,12 +15,13 @@ from opq_jax.allocation.shards import (
   UNKNOWN,
   Placement,
   Shards,
-  axis_in_slice,
   by_channel,
   on_host_one_by_one,
   on_shards,
   placement_of,
 )
+from opq_jax.core import axes
+from opq_jax.core.axes import ChannelAxes
 
 _BLOCK = 4096  # weights whose bins are computed at a time, 16 KB: they stay in the first cache
 
@@ -99,19 +100,19 @@ def _fine_histogram(
 def per_channel_count(
   weights: Float[Array | np.ndarray, '...'],
   threshold: Float32[Array, '*slices'],
-  channel_axis: int,
+  channel_axis: ChannelAxes,
 ) -> Float32[Array, '*slices channels']:
   """Counts the weights of every channel that survive |w| > threshold, as float32.
 
   Args:
     weights: the leaf.
     threshold: of the leaf; of a leaf with slices, of each.
-    channel_axis: the axis of the output channels of the whole leaf.
+    channel_axis: the axis, or axes, of the output channels of the whole leaf.
   """
   placement, slices = placement_of(weights), np.ndim(threshold)
   if placement != HERE or not slices:
     return _per_channel_count(weights, threshold, channel_axis, placement, slices)
-  axis = axis_in_slice(channel_axis, slices)
+  axis = axes.in_slice(channel_axis, slices)
   return on_host_one_by_one(
     lambda index: _per_channel_count(weights[index], threshold[index], axis, HERE),
     np.shape(threshold),
@@ -120,9 +121,9 @@ def per_channel_count(
 
 @functools.partial(jax.jit, static_argnames=('channel_axis', 'placement', 'slices'))
 def _per_channel_count(
-  weights: Array, threshold: Array, channel_axis: int, placement: Placement, slices: int = 0
+  weights: Array, threshold: Array, channel_axis: ChannelAxes, placement: Placement, slices: int = 0
 ) -> Array:
-  axis = axis_in_slice(channel_axis, slices)
+  axis = axes.in_slice(channel_axis, slices)
 
   def local(weights: Array, threshold: Array, shards: Shards) -> Array:
     weights, others = by_channel(weights, axis)

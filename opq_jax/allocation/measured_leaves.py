@@ -13,21 +13,22 @@ from opq_jax.allocation.parts import MeasuredLeaf, Part, Weights, by_leaf
 from opq_jax.allocation.records import LeafAllocation
 from opq_jax.allocation.selection import axis_of, slices_of
 from opq_jax.allocation.statistics import LeafStatistics, leaf_statistics
-from opq_jax.core import trees
+from opq_jax.core import axes, trees
+from opq_jax.core.axes import ChannelAxes
 from opq_jax.core.ties import Candidate, Tie
 
 
 class Axes(NamedTuple):
-  """The axis of a leaf's output channels, and how many leading axes count slices."""
+  """The axes of a leaf's output channels, and how many leading axes count slices."""
 
-  channel_axis: int
+  channel_axis: ChannelAxes
   slices: int
 
 
 def axes_of(
   name: str,
   leaf: Any,
-  channel_axis: int | Callable[[str, Any], int],
+  channel_axis: ChannelAxes | Callable[[str, Any], ChannelAxes],
   slices: Callable[[str, Any], int] | None,
 ) -> Axes:
   """Returns the axes of a leaf; of statistics, their own."""
@@ -124,5 +125,5 @@ def tied_record(record: LeafAllocation, tie: Tie) -> LeafAllocation:
   if not tie.is_transposed:
     return own
   return dataclasses.replace(
-    own, shape=record.shape[::-1], channel_axis=1 - record.channel_axis % 2
+    own, shape=record.shape[::-1], channel_axis=1 - axes.numbers_of(record.channel_axis, 2)[0]
   )

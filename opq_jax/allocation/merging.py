@@ -11,6 +11,7 @@ from jaxtyping import Array, Float32, Int32
 from opq_jax.allocation.bins import BINS, BINS_AN_OCTAVE, bin_of
 from opq_jax.allocation.shards import on_host_one_by_one
 from opq_jax.allocation.statistics import LeafStatistics
+from opq_jax.core import axes
 
 
 def merge_statistics(parts: Sequence[LeafStatistics], axis: int) -> LeafStatistics:
@@ -41,9 +42,14 @@ def merge_statistics(parts: Sequence[LeafStatistics], axis: int) -> LeafStatisti
   if first.slices:
     return _merged_slices(parts, axis)
   shape = (*first.shape[:axis], sum(part.shape[axis] for part in parts), *first.shape[axis + 1 :])
-  if first.ndim > 1 and axis == first.channel_axis % first.ndim:
-    scale = jnp.concatenate([part.scale for part in parts])
-    maximum = jnp.concatenate([part.maximum for part in parts])
+  own = axes.numbers_of(first.channel_axis, first.ndim) if first.ndim > 1 else ()
+  if axis in own:
+    place = own.index(axis)
+    shapes = [[part.shape[axis] for axis in own] for part in parts]
+    scale, maximum = (
+      jnp.concatenate([x.reshape(s) for x, s in zip(arrays, shapes, strict=True)], place).ravel()
+      for arrays in ([part.scale for part in parts], [part.maximum for part in parts])
+    )
   else:
     total = max(sum(part.per_channel for part in parts), 1)
     scale = jnp.stack([part.scale * (part.per_channel / total) for part in parts]).sum(axis=0)

@@ -4,6 +4,7 @@ import flax.struct
 from jaxtyping import Array, Float32, Int32
 
 from opq_jax.core import exported_nodes
+from opq_jax.core.axes import ChannelAxes
 from opq_jax.core.trees import PyTree
 
 
@@ -41,7 +42,7 @@ class LeafAllocation:
     dead_rows: the same for indices of the first axis (rows of a table); 0 where the first axis is
       the channels' own.
     shape: the leaf's shape.
-    channel_axis: the axis of its output channels.
+    channel_axis: the axis of its output channels, or several.
     tied_to: the path of an earlier leaf that is the same array, whose allocation this is; '' of
       all others.
     is_transposed: whether the leaf is the transpose of that one.
@@ -63,7 +64,7 @@ class LeafAllocation:
   dead_channels: Int32[Array, '*slices']
   dead_rows: Int32[Array, '*slices']
   shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
-  channel_axis: int = flax.struct.field(pytree_node=False)
+  channel_axis: ChannelAxes = flax.struct.field(pytree_node=False)
   tied_to: str = flax.struct.field(pytree_node=False, default='')
   is_transposed: bool = flax.struct.field(pytree_node=False, default=False)
   slices: int = flax.struct.field(pytree_node=False, default=0)

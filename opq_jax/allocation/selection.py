@@ -11,7 +11,8 @@ import numpy as np
 from opq_jax.allocation.leaf_names import biases_beside_kernels, kind_of_name
 from opq_jax.allocation.optimizer_states import is_in_optimizer, optimizer_leaves
 from opq_jax.allocation.statistics import check_slices
-from opq_jax.core import messages
+from opq_jax.core import axes, messages
+from opq_jax.core.axes import ChannelAxes
 
 _MAX_LISTED = 10  # paths in the error of a tree that has nothing to compress
 
@@ -99,22 +100,30 @@ def left_by_place(named: dict[str, Any]) -> set[str]:
 
 
 def axis_of(
-  name: str, leaf: Any, channel_axis: int | Callable[[str, Any], int], slices: int = 0
-) -> int:
-  """Returns the axis of a leaf's output channels, checked.
+  name: str,
+  leaf: Any,
+  channel_axis: ChannelAxes | Callable[[str, Any], ChannelAxes],
+  slices: int = 0,
+) -> ChannelAxes:
+  """Returns the axis of a leaf's output channels, or several, checked.
 
   Args:
     name: the leaf's path.
     leaf: the leaf.
-    channel_axis: the axis, or (path, leaf) -> axis.
+    channel_axis: the axis, a tuple of several, or (path, leaf) -> axis.
     slices: leading axes that count slices.
 
   Raises:
-    ValueError: the leaf has no such axis, or it counts slices.
+    ValueError: the leaf has no such axis, or it counts slices; or no axis is left for the weights
+      of a channel.
   """
   axis = channel_axis(name, leaf) if callable(channel_axis) else channel_axis
-  if not -leaf.ndim <= axis < leaf.ndim:
-    raise ValueError(f'{name}: found channel_axis {axis}, expected an axis of shape {leaf.shape}')
+  try:
+    axes.numbers_of(axis, leaf.ndim)
+  except ValueError as error:
+    raise ValueError(
+      f'{name}: found channel_axis {axis}, expected an axis of shape {leaf.shape}'
+    ) from error
   with _named(name):
     check_slices(tuple(leaf.shape), axis, slices)
   return axis

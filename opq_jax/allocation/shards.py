@@ -16,6 +16,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from opq_jax.core import axes
+from opq_jax.core.axes import ChannelAxes
+
 HERE = 'here'
 """Placement of a leaf on one device."""
 
@@ -43,14 +46,21 @@ class Shards:
   """Axes of a mesh that cut a leaf; none on one device.
 
   Attributes:
-    channels: axes that cut the channels.
+    channel_axes: for each axis of the output channels, the mesh's axes that cut it.
     others: axes that cut the other dimensions.
     first: axes that cut the first dimension.
+    shape: of a shard's output channels.
   """
 
-  channels: tuple[str, ...] = ()
+  channel_axes: tuple[tuple[str, ...], ...] = ()
   others: tuple[str, ...] = ()
   first: tuple[str, ...] = ()
+  shape: tuple[int, ...] = ()
+
+  @property
+  def channels(self) -> tuple[str, ...]:
+    """Axes of the mesh that cut the channels."""
+    return tuple(name for names in self.channel_axes for name in names)
 
   def sum(self, x: Array) -> Array:
     """Sums over all shards."""
@@ -78,14 +88,20 @@ class Shards:
 
   def _gathered(self, x: Array) -> Array:
     """Gathers one number per channel, the only thing that is ever gathered."""
-    return lax.all_gather(x, self.channels, tiled=True) if self.channels else x
+    if not self.channels:
+      return x
+    # axis by axis: of channels on several axes a shard has no run
+    x = x.reshape(self.shape)
+    for place, names in enumerate(self.channel_axes):
+      x = lax.all_gather(x, names, axis=place, tiled=True) if names else x
+    return x.reshape(-1)
 
 
 def on_shards(
   local: Callable[..., Any],
   weights: Array,
   argument: Any,
-  channel_axis: int,
+  channel_axis: ChannelAxes,
   placement: Placement,
   slices: int = 0,
 ) -> Any:
@@ -95,7 +111,7 @@ def on_shards(
     local: computes the same result on every device, with the collectives of `Shards`.
     weights: the leaf.
     argument: the same on all devices.
-    channel_axis: the axis of the output channels.
+    channel_axis: the axis of the output channels, or several.
     placement: of the leaf.
     slices: leading axes that count slices.  Then `local` is called with one slice and its part of
       `argument`, whose arrays have the slices' axes in front, as those of the result have.
@@ -110,11 +126,12 @@ def on_shards(
   ]
   inner, ndim = named[slices:], weights.ndim - slices
   # a vector is one channel, so no axis cuts its channels
-  axis = axis_in_slice(channel_axis, slices) % ndim if ndim > 1 else -1
-  others = tuple(name for i, names in enumerate(inner) if i != axis for name in names)
-  shards = Shards(inner[axis] if axis >= 0 else (), others, inner[0])
+  own = axes.numbers_of(axes.in_slice(channel_axis, slices), ndim) if ndim > 1 else ()
+  others = tuple(name for i, names in enumerate(inner) if i not in own for name in names)
 
   def on_shard(weights: Array, argument: Any) -> Any:
+    shape = tuple(weights.shape[slices + axis] for axis in own)
+    shards = Shards(tuple(inner[axis] for axis in own), others, inner[0], shape)
     of_slice = lambda weights, argument: local(weights, argument, shards)
     found = _of_slices(of_slice, weights, argument, slices, at_once=False)
     for place, names in enumerate(named[:slices]):
@@ -163,14 +180,9 @@ def on_host_one_by_one(function: Callable[[tuple[int, ...]], Any], shape: tuple[
   return jax.tree.map(stack, *parts)
 
 
-def axis_in_slice(axis: int, slices: int) -> int:
-  """Returns the number that an axis of a leaf has in its slices."""
-  return axis - slices if axis >= 0 else axis
-
-
-def by_channel(weights: Array, channel_axis: int) -> tuple[Array, tuple[int, ...]]:
-  """Returns the weights with at least two axes, and the axes that are not the channels'."""
+def by_channel(weights: Array, channel_axis: ChannelAxes) -> tuple[Array, tuple[int, ...]]:
+  """Returns the weights with one axis of channels and others, and the others."""
   if weights.ndim < 2:
     weights, channel_axis = weights.reshape(-1, 1), 1
-  others = tuple(i for i in range(weights.ndim) if i != channel_axis % weights.ndim)
-  return weights, others
+  weights, own = axes.joined(weights, channel_axis)
+  return weights, tuple(i for i in range(weights.ndim) if i != own)

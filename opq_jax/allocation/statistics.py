@@ -23,13 +23,13 @@ from opq_jax.allocation.shards import (
   HERE,
   Placement,
   Shards,
-  axis_in_slice,
   by_channel,
   on_host_one_by_one,
   on_shards,
   placement_of,
 )
-from opq_jax.core import trees
+from opq_jax.core import axes, trees
+from opq_jax.core.axes import ChannelAxes
 
 _MAX_WEIGHTS = 2**31 - 1  # of a leaf: counts are int32
 
@@ -50,7 +50,7 @@ class LeafStatistics:
       octave (`opq_jax.allocation.bins`); None where only closed forms are asked for.
     largest: the leaf's largest |w|, or the number given in its place; the bins end with its octave.
     shape, dtype: the leaf's own.
-    channel_axis: the axis of its output channels.
+    channel_axis: the axis of its output channels, or several (`opq_jax.core.axes`).
     slices: leading axes that count slices.
   """
 
@@ -61,7 +61,7 @@ class LeafStatistics:
   largest: Float32[Array, '*slices']
   shape: tuple[int, ...] = flax.struct.field(pytree_node=False)
   dtype: Any = flax.struct.field(pytree_node=False)
-  channel_axis: int = flax.struct.field(pytree_node=False)
+  channel_axis: ChannelAxes = flax.struct.field(pytree_node=False)
   slices: int = flax.struct.field(pytree_node=False, default=0)
 
   @property
@@ -82,7 +82,7 @@ class LeafStatistics:
   @property
   def channels(self) -> int:
     """Output channels of a slice; a vector is one."""
-    return self.shape[self.channel_axis] if self.ndim - self.slices > 1 else 1
+    return axes.count(self.shape[self.slices :], axes.in_slice(self.channel_axis, self.slices))
 
   @property
   def per_channel(self) -> int:
@@ -101,13 +101,13 @@ class LeafStatistics:
       largest=self.largest[index],
       shape=self.shape[self.slices :],
       dtype=self.dtype,
-      channel_axis=axis_in_slice(self.channel_axis, self.slices),
+      channel_axis=axes.in_slice(self.channel_axis, self.slices),
     )
 
 
 def leaf_statistics(
   weights: Float[Array | np.ndarray, '...'],
-  channel_axis: int = -1,
+  channel_axis: ChannelAxes = -1,
   *,
   slices: int = 0,
   histogram: bool = True,
@@ -125,7 +125,8 @@ def leaf_statistics(
     weights: any floating dtype; read as float32, never copied as a whole.  Over a mesh
       (`NamedSharding`) every device reads its own shard.  In a trace, where the placement is
       unknown, the histogram is one scatter, which XLA partitions as it sees fit.
-    channel_axis: the axis of the output channels.  A vector is one channel.
+    channel_axis: the axis of the output channels, or a tuple of several: (1, 2) of a projection
+      onto heads, [inputs, heads, features].  A vector is one channel.
     slices: leading axes that count slices, each with statistics of its own: those that it has as a
       leaf by itself, bit for bit on one device.
     histogram: whether to count the histogram.
@@ -160,7 +161,7 @@ def leaf_statistics(
     return _leaf_statistics(weights, largest, channel_axis, histogram, placement, slices)
   # the program of a leaf of the slice's shape, called for one slice after the other: their numbers
   # are those of the same leaves apart, and no more than one slice is copied at a time
-  axis = axis_in_slice(channel_axis, slices)
+  axis = axes.in_slice(channel_axis, slices)
   of_slice = lambda index: _leaf_statistics(
     weights[index], None if largest is None else largest[index], axis, histogram, HERE
   )
@@ -168,7 +169,7 @@ def leaf_statistics(
   return dataclasses.replace(stacked, shape=shape, channel_axis=channel_axis, slices=slices)
 
 
-def check_slices(shape: tuple[int, ...], channel_axis: int, slices: int) -> None:
+def check_slices(shape: tuple[int, ...], channel_axis: ChannelAxes, slices: int) -> None:
   """Checks that leading axes can count slices.
 
   Raises:
@@ -178,7 +179,8 @@ def check_slices(shape: tuple[int, ...], channel_axis: int, slices: int) -> None
     raise ValueError(
       f'found {slices} axes of slices, expected 0 or more, and fewer than the axes of shape {shape}'
     )
-  if slices and not (-len(shape) + slices <= channel_axis < 0 or slices <= channel_axis):
+  given = channel_axis if isinstance(channel_axis, tuple) else (channel_axis,)
+  if slices and not all(-len(shape) + slices <= axis < 0 or slices <= axis for axis in given):
     raise ValueError(
       f'found channel_axis {channel_axis}, expected an axis of the slices: the first {slices} axes '
       f'of shape {shape} count them'
@@ -189,23 +191,23 @@ def check_slices(shape: tuple[int, ...], channel_axis: int, slices: int) -> None
 def _leaf_statistics(
   weights: Array,
   largest: Array | None,
-  channel_axis: int,
+  channel_axis: ChannelAxes,
   histogram: bool,
   placement: Placement,
   slices: int = 0,
 ) -> LeafStatistics:
   shape, ndim = weights.shape, weights.ndim - slices
-  channels = shape[channel_axis] if ndim > 1 else 1
   facts: dict[str, Any] = {'shape': shape, 'dtype': weights.dtype, 'channel_axis': channel_axis}
   facts['slices'] = slices
-  channel_axis = axis_in_slice(channel_axis, slices)
+  channel_axis = axes.in_slice(channel_axis, slices)
+  channels = axes.count(shape[slices:], channel_axis)
   if weights.size == 0:
     first = shape[:slices]
     nothing = jnp.zeros((*first, channels), jnp.float32)
     counts = jnp.zeros((*first, 2, BINS), jnp.int32) if histogram else None
     return LeafStatistics(nothing, nothing, None, counts, jnp.zeros(first, jnp.float32), **facts)
 
-  has_leading = histogram and ndim > 1 and channel_axis % ndim != 0
+  has_leading = histogram and ndim > 1 and 0 not in axes.numbers_of(channel_axis, ndim)
 
   def local(weights: Array, largest: Array | None, shards: Shards) -> tuple:
     weights, others = by_channel(weights, channel_axis)

@@ -20,6 +20,7 @@ from opq_jax.allocation import (
 )
 from opq_jax.compression import CompressionState, init_state
 from opq_jax.core import messages, trees
+from opq_jax.core.axes import ChannelAxes
 from opq_jax.core.trees import PyTree
 from opq_jax.encoders.allocation_search import quietly, search_allocation
 from opq_jax.encoders.encoder import Encoded, Encoder, LeafEncoder
@@ -79,7 +80,7 @@ def compress(
   encoder: Encoder = _ROUNDING,
   objective: Objective | PyTree = 'balanced_error',
   compressible: Callable[[str, Any], bool] | None = None,
-  channel_axis: int | Callable[[str, Any], int] | None = None,
+  channel_axis: ChannelAxes | Callable[[str, Any], ChannelAxes] | None = None,
   slices: Callable[[str, Any], int] | None = None,
   usage: PyTree | None = None,
   corrected: bool = True,

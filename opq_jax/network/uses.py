@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from opq_jax.core import trees
+from opq_jax.core.axes import ChannelAxes
 from opq_jax.core.trees import PyTree
 from opq_jax.network import views
 from opq_jax.network.interpreter import Interpreter, Product, Value
@@ -106,9 +107,10 @@ class LeafUsage:
     return self.product is not None
 
   @property
-  def channel_axis(self) -> int:
-    """The axis of the output channels: the last of the outputs, or the last of all."""
-    return self.product.outputs[-1] if self.product else len(self.shape) - 1
+  def channel_axis(self) -> ChannelAxes:
+    """The axis of the output channels, or all where there are several; else the last axis."""
+    outputs = self.product.outputs if self.product else (len(self.shape) - 1,)
+    return outputs if len(outputs) > 1 else outputs[0]
 
 
 def leading_slices(uses: Sequence[Use]) -> int:
@@ -290,8 +292,12 @@ def _axis_roles(product: Product) -> tuple[list[int], list[int], list[int]] | No
         return None
       contracted, batch = numbers.rhs_spec[1:], ()
     case 'gather' if product.operand == 0:
-      numbers = parameters['dimension_numbers']
-      contracted, batch = numbers.start_index_map, numbers.operand_batching_dims
+      numbers, sizes = parameters['dimension_numbers'], parameters['slice_sizes']
+      # a batched `table[i]` has an index of every axis, 0 of those that it takes whole
+      shape = product.values[0].shape
+      is_whole = lambda axis: sizes[axis] == shape[axis] > 1
+      contracted = [axis for axis in numbers.start_index_map if not is_whole(axis)]
+      batch = numbers.operand_batching_dims
     case _:
       return None
   free = [axis for axis in range(rank) if axis not in contracted and axis not in batch]

@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import Float32, Int8, Shaped
 
 from opq_jax.coding.payload import entropy
+from opq_jax.core import axes
+from opq_jax.core.axes import ChannelAxes
 from opq_jax.core.limits import ESCAPE, MAX_LEVELS
 from opq_jax.file.grids import Grid
 from opq_jax.report.records import CompressedLeaf
@@ -16,14 +18,14 @@ _PIECE = 1 << 18  # weights converted to float32 at a time (1 MiB): a leaf may b
 
 
 def largest_on_grid(
-  weights: Shaped[np.ndarray, '...'], codes: Int8[np.ndarray, '...'], axis: int
+  weights: Shaped[np.ndarray, '...'], codes: Int8[np.ndarray, '...'], axis: ChannelAxes
 ) -> Float32[np.ndarray, ' channels']:
   """Returns the largest |w| on the grid in every output channel, 0 for a channel without any.
 
   Args:
     weights: a leaf; a vector is one channel.
     codes: its codes, of the same shape.
-    axis: the axis of the output channels.
+    axis: the axis, or axes, of the output channels.
 
   >>> weights, codes = np.array([[3.0, 1.0], [9.0, 2.0]]), np.array([[5, 0], [-128, 3]], np.int8)
   >>> largest_on_grid(weights, codes, axis=1).tolist()
@@ -31,9 +33,10 @@ def largest_on_grid(
   """
   shape = 1, 1, weights.size
   if weights.ndim > 1:
-    axis %= weights.ndim
-    before, after = weights.shape[:axis], weights.shape[axis + 1 :]
-    shape = math.prod(before), weights.shape[axis], math.prod(after)
+    codes, _ = axes.joined(codes, axis)
+    weights, own = axes.joined(weights, axis)
+    before, after = weights.shape[:own], weights.shape[own + 1 :]
+    shape = math.prod(before), weights.shape[own], math.prod(after)
   weights, codes = weights.reshape(shape), codes.reshape(shape)
   before, channels, after = weights.shape
   largest = np.zeros(channels, np.float32)
@@ -53,7 +56,7 @@ def compressed_leaf(
   grid: Grid,
   codes: Int8[np.ndarray, '...'],
   largest: Float32[np.ndarray, ' channels'],
-  axis: int,
+  axis: ChannelAxes,
   stored: int,
 ) -> CompressedLeaf:
   """Returns the four sizes of one leaf (docs/method/index.md).
@@ -63,13 +66,14 @@ def compressed_leaf(
     grid: its threshold, step, levels and dtype.
     codes: its codes, in its shape.
     largest: `largest_on_grid` of its weights; ignored for channels without weights on the grid.
-    axis: the axis of the output channels.
+    axis: the axis, or axes, of the output channels.
     stored: bytes of the leaf in the file.
   """
   dtype = np.dtype(grid.dtype)
-  other_axes = tuple(i for i in range(codes.ndim) if i != axis % codes.ndim or codes.ndim == 1)
-  survivors = np.count_nonzero(codes, axis=other_axes)
-  escapes = np.count_nonzero(codes == ESCAPE, axis=other_axes)
+  own = axes.numbers_of(axis, codes.ndim) if codes.ndim > 1 else ()
+  other_axes = tuple(i for i in range(codes.ndim) if i not in own)
+  survivors = np.ravel(np.count_nonzero(codes, axis=other_axes))
+  escapes = np.ravel(np.count_nonzero(codes == ESCAPE, axis=other_axes))
   reach = largest - float(grid.threshold)
   bits = 1 + np.log2(np.clip(reach / float(grid.step), 1, MAX_LEVELS))
   kept, escaped = int(survivors.sum()), int(escapes.sum())

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from opq_jax.core import axes
+from opq_jax.core.axes import ChannelAxes
 from opq_jax.file.reader import OpqFile
 from opq_jax.report import leaf_sizes
 from opq_jax.report.records import SizeReport, UncompressedLeaf
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
   from opq_jax.compression import CompressionState
   from opq_jax.core.trees import PyTree
 
-ChannelAxis = int | Callable[[str, Any], int]
+ChannelAxis = ChannelAxes | Callable[[str, Any], ChannelAxes]
 
 
 def size_report(
@@ -112,11 +114,12 @@ def _report(
     codes = file.codes(path)
     weights = file[path] if originals is None else np.asarray(originals[path])
     axis = channel_axis(path, weights) if callable(channel_axis) else channel_axis
-    if not -weights.ndim <= axis < weights.ndim or 0 <= axis < slices:
+    own = axis if isinstance(axis, tuple) else (axis,)
+    if not all(-weights.ndim <= a < weights.ndim and not 0 <= a < slices for a in own):
       raise ValueError(
         f'{path}: found channel_axis {axis}, expected an axis of shape {codes.shape[slices:]}'
       )
-    axis = axis - slices if slices and axis >= 0 else axis
+    axis = axes.in_slice(axis, slices)
     rows = []
     for index, grid in zip(np.ndindex(codes.shape[:slices]), grids, strict=True):
       largest = leaf_sizes.largest_on_grid(weights[index], codes[index], axis)

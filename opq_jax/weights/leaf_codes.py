@@ -12,6 +12,8 @@ from opq_jax import compression
 from opq_jax.allocation import Allocation, LeafAllocation
 from opq_jax.compression import LeafState, slice_of
 from opq_jax.compression.records import kinds_of
+from opq_jax.core import axes
+from opq_jax.core.axes import ChannelAxes
 from opq_jax.core.trees import slice_name
 from opq_jax.file import written_leaves
 from opq_jax.report import leaf_sizes
@@ -34,7 +36,7 @@ class CodedPart(NamedTuple):
 
 
 def coded_parts(
-  name: str, array: Shaped[np.ndarray, '...'], allocated: LeafAllocation, axis: int
+  name: str, array: Shaped[np.ndarray, '...'], allocated: LeafAllocation, axis: ChannelAxes
 ) -> Iterator[CodedPart]:
   """Codes a leaf like `opq_jax.encode(params, opq_jax.init_state(params, allocation))`.
 
@@ -55,14 +57,13 @@ def coded_parts(
   empty = dataclasses.replace(allocated, shape=(*allocated.slice_shape, 0), channel_axis=0)
   tree = {name: np.zeros(empty.shape, array.dtype)}
   record = jax.device_get(compression.init_state(tree, Allocation({name: empty})).tree[name])
-  if allocated.slices:
-    axis = axis - allocated.slices if axis >= 0 else axis
+  axis = axes.in_slice(axis, allocated.slices)
   for index in np.ndindex(allocated.slice_shape):
     yield _coded_part(slice_name(name, index), array[index], slice_of(record, index), axis)
 
 
 def _coded_part(
-  name: str, array: Shaped[np.ndarray, '...'], record: LeafState, axis: int
+  name: str, array: Shaped[np.ndarray, '...'], record: LeafState, axis: ChannelAxes
 ) -> CodedPart:
   """Codes a slice of a leaf, or the leaf; the kinds of its state are not read."""
   flat, codes = array.reshape(-1), np.empty(array.size, np.int8)

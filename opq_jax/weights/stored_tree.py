@@ -9,7 +9,8 @@ import jax
 
 from opq_jax import allocation as allocations
 from opq_jax.allocation import Allocation, LeafAllocation, LeafStatistics, leaf_statistics
-from opq_jax.core import trees
+from opq_jax.core import axes, trees
+from opq_jax.core.axes import ChannelAxes
 from opq_jax.core.trees import PyTree
 from opq_jax.file import written_leaves
 from opq_jax.file.side_files import SideFiles
@@ -50,7 +51,7 @@ class StoredTree:
   tree: PyTree
   leaves: dict[str, StoredLeaf]
   statistics: dict[str, LeafStatistics]
-  axes: dict[str, int]
+  axes: dict[str, ChannelAxes]
 
   def unflatten(self, values: list[Any]) -> PyTree:
     """Returns the tree with a value in the place of each leaf."""
@@ -99,7 +100,7 @@ class StoredTree:
     self, name: str, leaf: StoredLeaf, allocated: LeafAllocation, file: SpooledFile
   ) -> CompressedLeaf:
     axis, slices = self.axes[name], allocated.slices
-    axis_of_slice = axis - slices if slices and axis >= 0 else axis
+    axis_of_slice = axes.in_slice(axis, slices)
     rows: list[CompressedLeaf] = []
 
     def coded() -> Iterator[written_leaves.CodedSlice]:
@@ -119,7 +120,7 @@ class StoredTree:
     return leaf_sizes.sum_of_slices(name, leaf.shape, rows, 0) if slices else rows[0]
 
 
-def stored_statistics(leaf: StoredLeaf, axis: int, slices: int) -> LeafStatistics:
+def stored_statistics(leaf: StoredLeaf, axis: ChannelAxes, slices: int) -> LeafStatistics:
   """Returns the statistics of a leaf, on the host."""
   # fetched before the next leaf is read: JAX computes in the background and keeps the leaf
   return jax.device_get(leaf_statistics(leaf.read(), axis, slices=slices))

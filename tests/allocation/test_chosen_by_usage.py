@@ -100,6 +100,36 @@ def test_allocate_weighs_experts_by_their_share():
   np.testing.assert_allclose(steps, np.sqrt(8), rtol=0.02)
 
 
+def test_allocate_projections_onto_heads_as_matrices():
+  """Channels are those of the matrix, however its outputs are cut into axes."""
+  rng = np.random.default_rng(0)
+  # heads of different scales: their mean would be another energy
+  kernel = rng.laplace(size=(48, 6, 8)) * np.exp(rng.normal(size=(6, 1)))
+  params = {'heads': kernel.astype(np.float32), 'out': rng.laplace(size=(48, 40))}
+  params['out'] = params['out'].astype(np.float32)
+  matrices = {**params, 'heads': params['heads'].reshape(48, 48)}
+
+  def network(params, x):
+    heads = jnp.einsum('bi,ihf->bhf', x, params['heads'])
+    return heads.reshape(len(x), -1) @ params['out']
+
+  found = opq_jax.usage(network, params, jnp.ones((2, 48)))
+  assert found['heads'].channel_axis == (1, 2)
+  for target in ({'bits_per_weight': 3.0}, {'sparsity': 0.5, 'bits': 3.0}):
+    heads = opq_jax.allocate(params, usage=found, **target)
+    plain = opq_jax.allocate(matrices, **target)
+    for one, other in zip(jax.tree.leaves(heads), jax.tree.leaves(plain), strict=True):
+      np.testing.assert_array_equal(one, other)
+    state = opq_jax.init_state(params, heads)
+    expected = opq_jax.size_report(matrices, opq_jax.init_state(matrices, plain))
+    report = opq_jax.size_report(
+      params, state, channel_axis=lambda path, _: found[path].channel_axis
+    )
+    assert report.nominal == expected.nominal
+  with pytest.raises(ValueError, match=r'^heads: found channel_axis \(1, 3\), expected an axis'):
+    opq_jax.allocate(params, channel_axis=lambda path, leaf: (1, 3))
+
+
 def test_allocate_given_arguments_come_before_usage():
   params = mixture()
   used = opq_jax.usage(experts, params, jnp.ones((64, 48)))

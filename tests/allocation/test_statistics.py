@@ -15,6 +15,8 @@ SHAPES = {
   'last': ((40, 7, 36), -1),
   'first': ((36, 280), 0),
   'mid': ((9, 4, 280), 1),
+  'heads': ((280, 6, 6), (1, 2)),
+  'first and last': ((4, 280, 9), (0, 2)),
 }
 
 
@@ -28,7 +30,9 @@ def by_channel(weights, axis):
   weights = np.asarray(weights, np.float64)
   if weights.ndim == 1:
     return weights[:, None]
-  return np.moveaxis(weights, axis, -1).reshape(-1, weights.shape[axis])
+  axes = np.atleast_1d(axis)
+  channels = np.prod([weights.shape[axis] for axis in axes])
+  return np.moveaxis(weights, axes, range(-len(axes), 0)).reshape(-1, channels)
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
@@ -103,7 +107,7 @@ def test_per_channel_count(shape, axis):
 
 
 @pytest.mark.parametrize('axis', [0, 1, 2])
-@pytest.mark.parametrize('channel_axis', [0, -1])
+@pytest.mark.parametrize('channel_axis', [0, -1, (1, 2), (0, 2)], ids=str)
 def test_merge_statistics(axis, channel_axis):
   weights = sample((12, 10, 36), 'student')
   largest = jnp.max(jnp.abs(weights))

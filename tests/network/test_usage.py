@@ -89,6 +89,15 @@ def test_usage_of_einsum(expression, operand, expected):
   assert roles(used['']) == expected
 
 
+def test_usage_of_batched_index():
+  """`table[i]` under vmap, as Equinox looks tokens up, is the look-up that `table[tokens]` is."""
+  table, tokens = shape((50, 32), 'float32'), shape((4, 6), 'int32')
+  by_one = jax.vmap(jax.vmap(lambda table, i: table[i], (None, 0)), (None, 0))
+  for network in (by_one, lambda table, tokens: table[tokens]):
+    leaf = used_by(network, table, tokens)['']
+    assert leaf.kind == 'look-up' and roles(leaf) == ((), (0,), (1,))
+
+
 def test_usage_of_convolutions():
   class Convolutions(nn.Module):
     @nn.compact
