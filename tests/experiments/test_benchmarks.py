@@ -22,6 +22,8 @@ OPTIONAL = {
   'inference': ('torch',),
   'inference_layers': ('torch',),
   'inference_profile': ('torch',),
+  'encoder_forms': ('equinox',),
+  'sentence_encoder_forms': ('equinox',),
   'language_model': ('torch', 'transformers', 'tokenizers'),
   'torch_modules': ('torch',),
 }
