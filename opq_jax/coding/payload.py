@@ -21,7 +21,7 @@ import math
 import numpy as np
 from jaxtyping import Int8
 
-from opq_jax.coding import ans, arrangements, context_search, frequencies, trellis
+from opq_jax.coding import ans, arrangements, axis_orders, context_search, frequencies, trellis
 from opq_jax.coding import contexts as context_coding
 
 _MAX_TABLE_BYTES = 1200
@@ -32,7 +32,8 @@ def entropy(codes: Int8[np.ndarray, '...']) -> float:
   """Returns the empirical zeroth-order entropy of codes in bits per code.
 
   sum_c (n_c / n) log2(n / n_c) over the n_c codes c of n.  Where codes follow the trellis of
-  `opq_jax.coding.trellis`, the entropy of their indices given their subsets.  The code -128 of an
+  `opq_jax.coding.trellis` in some order of their axes, the entropy of their indices given their
+  subsets.  The code -128 of an
   escaped weight is a symbol like any other; along a trellis it takes the place of a 0.
 
   >>> entropy(np.array([0, 0, 1, -1], np.int8))
@@ -41,7 +42,9 @@ def entropy(codes: Int8[np.ndarray, '...']) -> float:
   escaped = codes == -128
   # a writer codes 0 in the place of an escape, and the trellis goes through that 0
   on_grid = np.where(escaped, np.int8(0), codes) if escaped.any() else codes
-  for arrangement in arrangements.choices(codes.shape):
+  axes = axis_orders.of_trellis(on_grid)
+  on_grid, escaped = on_grid.transpose(axes), escaped.transpose(axes)
+  for arrangement in arrangements.choices(on_grid.shape):
     # codes that were not chosen along a trellis leave it within a few weights: the test is cheap
     along_trellis = trellis.indices_and_subsets(arrangements.arranged(on_grid, arrangement)[0])
     if along_trellis is not None:

@@ -36,7 +36,7 @@ from opq_jax.encoders.encoder import (
 from opq_jax.encoders.matrices import MatrixLayout
 from opq_jax.network import InputMoments, LeafUsage, on_batch_statistics, uses
 from opq_jax.network.moment_sums import mean_of
-from opq_jax.network.products import Reading, sums_of
+from opq_jax.network.products import Reading, inputs_of, sums_of
 from opq_jax.network.side_by_side import Reached, Replacing
 
 _MAX_NAMED = 10  # leaves that a warning lists
@@ -207,7 +207,7 @@ class LayerByLayer(Encoder):
     slices = len(use.slices) - picked
     moments = _moments(reading, reached.second_inputs)
     cross_moments = _moments(reading, reached.second_inputs, reached.first_inputs)
-    of_leaf = InputMoments(moments, tuple(axis - picked for axis in use.inputs), slices)
+    of_leaf = InputMoments(moments, tuple(axis - picked for axis in inputs_of(reading)), slices)
     # the slices that one product reads together, as experts
     places, targets = np.ndindex(weights.shape[:slices]), []
     for place in places:

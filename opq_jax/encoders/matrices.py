@@ -11,7 +11,7 @@ class MatrixLayout(NamedTuple):
 
   Attributes:
     shape: of the leaf, without slices.
-    inputs: axes over which a product sums, ascending; all others are outputs.
+    inputs: axes over which a product sums, in the order of K; all others are outputs.
   """
 
   shape: tuple[int, ...]
@@ -26,11 +26,6 @@ class MatrixLayout(NamedTuple):
   def width(self) -> int:
     """K, the number of inputs."""
     return math.prod(self.shape[axis] for axis in self.inputs)
-
-  @property
-  def is_plain(self) -> bool:
-    """Whether rows of inputs lie one after the other in memory."""
-    return self.inputs == tuple(range(len(self.inputs)))
 
   def rows(self, leaf: Any) -> Any:
     """Returns an array of the leaf's shape as [inputs, outputs]."""

@@ -48,7 +48,9 @@ class Trellis(LeafEncoder):
 
   With moments, the errors of a row of weights are pushed on to the inputs to come as by `Feedback`,
   input after input in the order of the file.  An error of input i then costs h_i = 1 / U_ii^2 in
-  the layer's output, relative to the geometric mean over inputs; h_i is 1 without moments.
+  the layer's output, relative to the geometric mean over inputs; h_i is 1 without moments.  A
+  kernel whose inputs are not its first axes (outputs by inputs, as in Equinox and PyTorch) is
+  walked with its axes moved, and has the codes and the payload of the same kernel inputs first.
 
   From the same plain grid, the file is smaller and the error lower than with rounded codes;
   `opq_jax.compress` searches for the grid whose codes have the bits asked.  The file loads as any

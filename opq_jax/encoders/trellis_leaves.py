@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int8
 
 from opq_jax import compression
-from opq_jax.coding import arrangements, trellis
+from opq_jax.coding import arrangements, axis_orders, trellis
 from opq_jax.coding import payload as entropy_coding
 from opq_jax.compression import CompressionState, LeafState
 from opq_jax.compression.cells import settled, value_table
@@ -89,6 +89,49 @@ def code_leaf(
     may_follow_trellis: False where codes of the plain grid are wanted.
     fitted_to: weights that the grid of the trellis is fitted to.
   """
+  axes = None if moments is None else _axes_of_walk(weights.shape, moments)
+  if moments is None or axes is None:
+    return _code(weights, plain, moments, may_follow_trellis, fitted_to)
+  # one input after the other: as the same kernel with its inputs first
+  coded = _code(
+    _moved(weights, axes),
+    dataclasses.replace(plain, kinds=_moved(plain.kinds, axes)),
+    Factored(moments.factor, tuple(range(len(moments.inputs)))),
+    may_follow_trellis,
+    fitted_to,
+  )
+  back = axis_orders.inverse(axes)
+  assert coded.state is not None and coded.codes is not None
+  return CodedLeaf(
+    jnp.asarray(_moved(coded.values, back)),
+    dataclasses.replace(coded.state, kinds=jnp.asarray(_moved(coded.state.kinds, back))),
+    _moved(coded.codes, back),
+    coded.is_served,
+  )
+
+
+def _axes_of_walk(shape: tuple[int, ...], moments: Factored) -> tuple[int, ...] | None:
+  """Returns the order of axes in which a leaf is walked; None where its own serves, or none."""
+  layout = MatrixLayout(shape, moments.inputs)
+  if _orders_of_rows(layout):
+    return None
+  axes = (*layout.inputs, *layout.outputs)
+  moved = MatrixLayout(tuple(shape[axis] for axis in axes), tuple(range(len(layout.inputs))))
+  return axes if len(axes) <= axis_orders.MAX_AXES and _orders_of_rows(moved) else None
+
+
+def _moved(array: Any, axes: tuple[int, ...]) -> Any:
+  """Returns an array with its axes in another order, without a program of XLA for its shape."""
+  return np.ascontiguousarray(np.asarray(array).transpose(axes))
+
+
+def _code(
+  weights: Array,
+  plain: LeafState,
+  moments: Factored | None,
+  may_follow_trellis: bool,
+  fitted_to: int,
+) -> CodedLeaf:
   # in a unit of about a step, because squares of tiny or huge weights do not fit float32; it is a
   # power of two, which changes no digit
   unit = np.float32(2.0 ** math.frexp(float(plain.step))[1])
@@ -103,9 +146,7 @@ def code_leaf(
   fit = None
   if int(plain.levels) and may_follow_trellis:
     fit = trellis_grids.fit(scaled, first, threshold, step, fitted_to)
-  orders = arrangements.choices(scaled.shape) if fit else []
-  if layout is not None:
-    orders = [order for order in orders if _has_rows_of_inputs(order, layout)]
+  orders = _orders_of_rows(layout) if layout else arrangements.choices(scaled.shape)
   is_lattice = _is_exact(weights, plain)
   if fit is None or is_lattice or not orders or _has_too_many_beyond(scaled, fit.grid, plain):
     codes = _code_on_plain_grid(weights, plain, factor, layout)
@@ -147,12 +188,16 @@ def code_leaf(
   return CodedLeaf(_decoded(weights, codes, state), state, codes)
 
 
-def _has_rows_of_inputs(order: int, layout: MatrixLayout) -> bool:
-  """Returns whether an arrangement of a leaf codes one input after the other, each whole."""
-  if order == arrangements.JOINED_OUTPUTS:
-    return layout.inputs == (0,)
-  # in PyTorch's arrangement, rows are of outputs
-  return order != arrangements.TORCH and layout.inputs == tuple(range(len(layout.shape) - 1))
+def _orders_of_rows(layout: MatrixLayout) -> list[int]:
+  """Returns the arrangements of a leaf that code one input after the other, each whole."""
+
+  def has_rows_of_inputs(order: int) -> bool:
+    if order == arrangements.JOINED_OUTPUTS:
+      return layout.inputs == (0,)
+    # in PyTorch's arrangement, rows are of outputs
+    return order != arrangements.TORCH and layout.inputs == tuple(range(len(layout.shape) - 1))
+
+  return [order for order in arrangements.choices(layout.shape) if has_rows_of_inputs(order)]
 
 
 def _code_on_plain_grid(

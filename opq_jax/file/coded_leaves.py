@@ -37,11 +37,21 @@ class CodedSlice(NamedTuple):
     values[self.codes == ESCAPE] = self.escaped
     return values
 
-  def transposed(self) -> 'CodedSlice':
-    """Returns the transpose of a leaf of two axes."""
-    rows, columns = np.divmod(np.flatnonzero(self.codes == ESCAPE), self.codes.shape[1])
-    order = np.argsort(columns * self.codes.shape[0] + rows)
-    return CodedSlice(np.ascontiguousarray(self.codes.T), self.escaped[order], self.grid)
+  def moved(self, axes: tuple[int, ...]) -> 'CodedSlice':
+    """Returns the slice with its axes in another order."""
+    return CodedSlice(*moved_codes(self.codes, self.escaped, axes), self.grid)
+
+
+def moved_codes(
+  codes: Int8[np.ndarray, '...'], escaped: Shaped[np.ndarray, ' m'], axes: tuple[int, ...]
+) -> tuple[Int8[np.ndarray, '...'], Shaped[np.ndarray, ' m']]:
+  """Returns codes with their axes in another order, and the escaped weights in that C order."""
+  moved = np.ascontiguousarray(codes.transpose(axes))
+  if escaped.size:
+    places = np.nonzero(codes == ESCAPE)
+    order = np.argsort(np.ravel_multi_index([places[axis] for axis in axes], moved.shape))
+    escaped = escaped[order]
+  return moved, escaped
 
 
 class CodedLeaf(NamedTuple):
@@ -61,9 +71,9 @@ class CodedLeaf(NamedTuple):
       return arrays[0]
     return np.stack(arrays).reshape(*self.slice_shape, *np.shape(arrays[0]))
 
-  def transposed(self) -> 'CodedLeaf':
-    """Returns the transpose of a leaf of two axes, which has no slices."""
-    return CodedLeaf([self.parts[0].transposed()], ())
+  def moved(self, axes: tuple[int, ...]) -> 'CodedLeaf':
+    """Returns the leaf with the axes of every slice in another order."""
+    return CodedLeaf([part.moved(axes) for part in self.parts], self.slice_shape)
 
   def codes(self) -> Int8[np.ndarray, '...']:
     """Returns the codes of all weights."""

@@ -202,8 +202,9 @@ def _read_grids(
   for name, leaf in leaves.items():
     if leaf.table is None:
       continue
-    if version == '1' and (leaf.tied_to is not None or leaf.slices or leaf.has_escapes):
-      field = 'slices' if leaf.slices else 'escapes'
+    fields = {'slices': leaf.slices, 'axes': leaf.axes, 'escapes': leaf.has_escapes}
+    if version == '1' and (leaf.tied_to is not None or any(fields.values())):
+      field = next((field for field, is_used in fields.items() if is_used), '')
       if leaf.tied_to is not None:
         field = 'a leaf that is an earlier one again'
       raise ValueError(f'{label}: {name}: found {field}, expected none in version 1')

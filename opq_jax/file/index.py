@@ -33,6 +33,8 @@ that begins with "list" or "tuple" is a list or a tuple of its other items.  A l
     dtype[shape] LEVELS BYTES     of a compressed leaf: cells a sign, bytes of its payload
     ... name=value name=value     fields of a compressed leaf may follow, sorted by name:
 
+    axes=1,0                      the payload codes the leaf with its axes in this order, counted
+                                  from 0; of a leaf with slices, each slice
     escapes=COUNT,BYTES           COUNT weights are stored as they are, in the last BYTES of the
                                   payload, a section of `opq_jax.coding.escapes`; the bytes before
                                   it code the array with 0 in their places
@@ -199,16 +201,20 @@ def placed(leaves: dict[str, LeafEntry]) -> Placed:
 def _tied_entry(name: str, leaf: LeafEntry, first: LeafEntry | None) -> LeafEntry:
   """Returns the entry of a leaf that is an earlier one again, with the numbers of that one."""
   is_coded = first is not None and first.table is not None and first.tied_to is None
-  if first is None or not is_coded or first.shape != leaf.coded_shape:
+  shape = leaf.shape[::-1] if leaf.is_transposed else leaf.shape
+  if first is None or not is_coded or first.shape != shape:
     raise ValueError(
       f'{name}: found number {leaf.tied_to}, expected that of an earlier compressed leaf of shape '
-      f'{leaf.coded_shape}'
+      f'{shape}'
     )
   # transposing two axes alone: the reader has one rule for each field
   if leaf.is_transposed and (len(leaf.shape) != 2 or first.slices):
     raise ValueError(f'{name}: found transposed, expected it of a leaf of two axes without slices')
   if first.dtype != leaf.dtype:
     raise ValueError(f'{name}: found dtype {leaf.dtype}, expected {first.dtype}, of the leaf it is')
+  axes = first.axes
+  if leaf.is_transposed:
+    axes = () if axes else (1, 0)
   return dataclasses.replace(
-    first, shape=leaf.shape, tied_to=leaf.tied_to, is_transposed=leaf.is_transposed
+    first, shape=leaf.shape, axes=axes, tied_to=leaf.tied_to, is_transposed=leaf.is_transposed
   )

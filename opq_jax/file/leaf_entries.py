@@ -31,7 +31,7 @@ _LEAF = re.compile(
 _SLICES = re.compile(r'[1-9]\d?', re.ASCII)
 _NUMBER = re.compile(r'\d{1,18}', re.ASCII)
 _TIES = ('same', 'transposed')  # fields of a leaf that is an earlier one again
-_FIELDS = ('escapes', 'same', 'slices', 'transposed')
+_FIELDS = ('axes', 'escapes', 'same', 'slices', 'transposed')
 _DIGITS = 18  # of a number at most, so that it fits int64
 _LIST = re.compile(r'[\d,]+', re.ASCII)
 _LONG = re.compile(rf'\d{{{_DIGITS + 1}}}', re.ASCII)
@@ -63,6 +63,8 @@ class LeafEntry:
     table: of a compressed leaf, a row with the fields of `SliceEntry` for each of its slices in C
       order, or for itself; None where it is not compressed.
     slices: leading axes that count slices.
+    axes: the order in which the payloads have the other axes, counted from 0 behind the slices; ()
+      where they stay as they are.
     begin: where its bytes begin in `codes`, or in the unpacked bytes of `uncompressed`.
     tied_to: of a leaf that is an earlier one again, the number of that leaf; None of all others.
       Once it is placed, its other numbers are those of that leaf.
@@ -74,6 +76,7 @@ class LeafEntry:
   stored: int
   table: Int64[np.ndarray, 'slices 4'] | None = None
   slices: int = 0
+  axes: tuple[int, ...] = ()
   begin: int = 0
   tied_to: int | None = None
   is_transposed: bool = False
@@ -81,7 +84,8 @@ class LeafEntry:
   @property
   def coded_shape(self) -> tuple[int, ...]:
     """Shape of the array that the payload codes, of slices that of each."""
-    return self.shape[::-1] if self.is_transposed else self.shape[self.slices :]
+    own = self.shape[self.slices :]
+    return tuple(own[axis] for axis in self.axes) if self.axes else own
 
   @property
   def slice_shape(self) -> tuple[int, ...]:
@@ -114,7 +118,11 @@ def spec(dtype: np.dtype, shape: tuple[int, ...]) -> str:
 
 
 def compressed_spec(
-  dtype: np.dtype, shape: tuple[int, ...], parts: Sequence[SliceEntry], slices: int = 0
+  dtype: np.dtype,
+  shape: tuple[int, ...],
+  parts: Sequence[SliceEntry],
+  slices: int = 0,
+  axes: tuple[int, ...] = (),
 ) -> str:
   """Returns the notation of a compressed leaf (see `LeafEntry`).
 
@@ -122,9 +130,13 @@ def compressed_spec(
   'float32[3,16] 9 141 escapes=2,40'
   >>> compressed_spec(np.dtype(np.float32), (2, 3, 16), [SliceEntry(9, 99), SliceEntry(7, 80)], 1)
   'float32[2,3,16] 9,7 99,80 slices=1'
+  >>> compressed_spec(np.dtype(np.float32), (3, 16), [SliceEntry(9, 141)], axes=(1, 0))
+  'float32[3,16] 9 141 axes=1,0'
   """
   listed = lambda numbers: ','.join(map(str, numbers))
   text = f'{spec(dtype, shape)} {listed(p.levels for p in parts)} {listed(p.stored for p in parts)}'
+  if axes:
+    text += f' axes={listed(axes)}'
   if any(part.escapes for part in parts):
     text += f' escapes={listed(n for part in parts for n in (part.escapes, part.escape_bytes))}'
   return f'{text} slices={slices}' if slices else text
@@ -179,12 +191,22 @@ def parsed_leaf(text: str) -> LeafEntry:
   if ties:
     raise ValueError(f'found leaf {text[:80]!r}, expected no payload of a leaf with {ties[0]}')
   table, slices = _parsed_table(text, shape, match, fields)
+  axes = _parsed_axes(text, fields['axes'], len(shape) - slices) if 'axes' in fields else ()
   if table[:, 0].max() > MAX_LEVELS or not can_be_compressed(dtype):
     raise ValueError(
       f'found leaf {text[:80]!r}, expected floats of whole bytes, of at most {MAX_LEVELS} levels'
     )
   # Python's integers: the sum of hostile sizes does not wrap around
-  return LeafEntry(dtype, shape, sum(map(int, table[:, 1])), table, slices)
+  return LeafEntry(dtype, shape, sum(map(int, table[:, 1])), table, slices, axes)
+
+
+def _parsed_axes(text: str, listed: str, count: int) -> tuple[int, ...]:
+  """Returns the order of axes of a compressed leaf."""
+  axes, own = tuple(map(int, _numbers(text, listed))), tuple(range(count))
+  # one notation for each order
+  if tuple(sorted(axes)) != own or axes == own or listed != ','.join(map(str, axes)):
+    raise ValueError(f'found leaf {text[:80]!r}, expected axes= with another order of its axes')
+  return axes
 
 
 def _parsed_table(

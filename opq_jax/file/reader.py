@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from jaxtyping import Int8, Shaped
 
+from opq_jax.coding.axis_orders import inverse
 from opq_jax.core.trees import slice_name
 from opq_jax.file import packing, side_files
 from opq_jax.file.coded_leaves import CodedLeaf, coded_slice
@@ -205,6 +206,16 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     """
     return tuple(part.stored for part in self._leaf(name).parts())
 
+  def axes(self, name: str) -> tuple[int, ...]:
+    """Returns the order in which the payloads have the axes of a leaf, or of each slice.
+
+    () where the axes stay as they are.
+
+    Raises:
+      KeyError: the file has no such leaf.
+    """
+    return self._leaf(name).axes
+
   def tied_to(self, name: str) -> str | None:
     """Returns the earlier leaf that a compressed leaf is again, or the transpose of; else None.
 
@@ -289,7 +300,7 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
         records.append(record)
         continue
       if first in firsts:
-        coded = firsts[first].transposed() if leaf.is_transposed else firsts[first]
+        coded = firsts[first].moved((1, 0)) if leaf.is_transposed else firsts[first]
       else:
         coded = self._coded(name, leaf)
       if name in repeated:
@@ -317,7 +328,7 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
       coded.append(coded_slice(slice_name(name, index), data, shape, part, grid))
       begin += part.stored
     whole = CodedLeaf(coded, leaf.slice_shape)
-    return whole.transposed() if leaf.is_transposed else whole
+    return whole.moved(inverse(leaf.axes)) if leaf.axes else whole
 
   def _uncompressed(self, name: str, leaf: LeafEntry) -> Shaped[np.ndarray, '...']:
     """Reads and checks an uncompressed leaf."""

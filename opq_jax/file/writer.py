@@ -21,7 +21,7 @@ from opq_jax.core.trees import PyTree
 from opq_jax.file import leaf_entries, packing, plain_trees
 from opq_jax.file.front import front_bytes
 from opq_jax.file.side_files import packed_files
-from opq_jax.file.written_leaves import coded_slices, host_array, write_leaf
+from opq_jax.file.written_leaves import axes_of, coded_slices, host_array, write_leaf
 
 TIED_VERSION = '2'
 """The least version of a file in which a leaf is an earlier one again."""
@@ -112,8 +112,10 @@ def serialize(
       raw += bytes(-len(raw) % array.dtype.itemsize) + array.tobytes()
       specs.append(leaf_entries.spec(array.dtype, array.shape))
       continue
-    coded = coded_slices(name, array, record)
-    written = write_leaf(coded, array.shape, record.slices, payloads.append, contexts=contexts)
+    coded = list(coded_slices(name, array, record))
+    written = write_leaf(
+      coded, array.shape, record.slices, payloads.append, contexts=contexts, axes=axes_of(coded)
+    )
     grids += written.grids
     specs.append(written.spec)
     versions.append(written.version)

@@ -7,12 +7,13 @@ import jax
 import numpy as np
 from jaxtyping import Int8, Shaped
 
-from opq_jax.coding import encode_codes, escapes
+from opq_jax.coding import axis_orders, encode_codes, escapes
 from opq_jax.compression import CompressionState, LeafState, slice_of
 from opq_jax.compression import encode as encode_weights
 from opq_jax.core.limits import ESCAPE, MAX_LEVELS
 from opq_jax.core.trees import slice_name
 from opq_jax.file import checks, leaf_entries
+from opq_jax.file.coded_leaves import moved_codes
 from opq_jax.file.container import VERSIONS
 from opq_jax.file.grids import Grid
 
@@ -86,6 +87,7 @@ def write_leaf(
   write: Callable[[bytes], Any],
   *,
   contexts: bool,
+  axes: tuple[int, ...] = (),
 ) -> WrittenLeaf:
   """Writes the payloads of a compressed leaf, one after the other.
 
@@ -95,16 +97,32 @@ def write_leaf(
     slices: leading axes that count slices.
     write: takes each payload.
     contexts: as for `opq_jax.coding.encode_codes`.
+    axes: the order in which the payloads have the axes, from `axes_of`.
   """
-  entries, grids, version = [], [], '2' if slices else '1'
+  entries, grids, version = [], [], '2' if slices or axes else '1'
   for codes, escaped, record, grid in coded:
-    written = written_slice(codes, escaped, record, contexts=contexts)
+    written = written_slice(codes, escaped, record, contexts=contexts, axes=axes)
     write(written.payload)
     entries.append(written.entry)
     grids.append(grid)
     version = max(version, written.version)
     dtype = np.dtype(record.dtype)
-  return WrittenLeaf(leaf_entries.compressed_spec(dtype, shape, entries, slices), grids, version)
+  spec = leaf_entries.compressed_spec(dtype, shape, entries, slices, axes)
+  return WrittenLeaf(spec, grids, version)
+
+
+def axes_of(coded: Iterable[CodedSlice]) -> tuple[int, ...]:
+  """Returns the order of axes in which the codes of a leaf follow the trellis.
+
+  () where they stay as they are (`opq_jax.coding.axis_orders`).  One order for all slices: that of
+  the first slice that has another one than its own.
+  """
+  for part in coded:
+    codes = np.where(part.codes == ESCAPE, np.int8(0), part.codes)
+    axes = axis_orders.of_trellis(codes)
+    if axes != tuple(range(codes.ndim)):
+      return axes
+  return ()
 
 
 def escaped_values(
@@ -120,6 +138,7 @@ def written_slice(
   record: LeafState,
   *,
   contexts: bool,
+  axes: tuple[int, ...] = (),
 ) -> WrittenSlice:
   """Returns a slice of a compressed leaf, or the leaf, as a file holds it.
 
@@ -128,8 +147,11 @@ def written_slice(
     values: the escaped weights, in C order.
     record: its state, of which the kinds are not read.
     contexts: as for `opq_jax.coding.encode_codes`.
+    axes: as for `write_leaf`.
   """
   section = b''
+  if axes:
+    codes, values = moved_codes(codes, values, axes)
   if values.size:
     positions = np.flatnonzero(codes == ESCAPE)
     section = escapes.encode(positions, values)

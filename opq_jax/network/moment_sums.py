@@ -18,7 +18,7 @@ from jaxtyping import Array, Float32
 
 from opq_jax.network import views
 from opq_jax.network.interpreter import Interpreter, Product, Value, evaluated, scan_operands
-from opq_jax.network.products import Sums, order_of, reading_of, sums_of
+from opq_jax.network.products import Sums, inputs_of, order_of, reading_of, sums_of
 from opq_jax.network.uses import leading_slices, rows_key, use_of
 
 
@@ -42,7 +42,7 @@ class _Rows(NamedTuple):
 
   Attributes:
     key: equal for products of the same rows.
-    inputs: axes that a leaf's product sums over.
+    inputs: axes that a leaf's product sums over, in the order of K.
     slices: leading axes of the leaf that count slices; those of a scan come first.
   """
 
@@ -91,7 +91,7 @@ class MomentSums(Interpreter):
         zeros = jax.tree.map(lambda x, size=factor.size: jnp.zeros((size, *x.shape)), sums)
         sums = jax.tree.map(lambda all_, one, at=index: all_.at[at].set(one), zeros, sums)
       self._sums[key] = sums
-    self._readings[view.leaf].append(_Rows(key, use.inputs, len(use.slices)))
+    self._readings[view.leaf].append(_Rows(key, inputs_of(reading), len(use.slices)))
 
   def measured(self) -> Measured:
     """Returns the moments of all leaves."""

@@ -34,8 +34,9 @@ class InputMoments:
 
   Attributes:
     matrix: H = E[x^T x] of every slice and group.  A row x holds the K numbers that one output is
-      a weighted sum of, in the order of the leaf's axes.  A `StoredMatrix` where it is on disk.
-    inputs: axes of the leaf that a product sums over: K is the product of their lengths.
+      a weighted sum of, in the order of `inputs`.  A `StoredMatrix` where it is on disk.
+    inputs: axes of the leaf that a product sums over: K is the product of their lengths.  They are
+      in ascending order, and of a convolution those of the window come first.
     slices: how many leading axes of the leaf count slices.
   """
 

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float32
 
 from opq_jax.network.interpreter import Product
-from opq_jax.network.views import Axis
+from opq_jax.network.views import REPEATED, Axis
 
 # taps of a depthwise window, up to which every pair of taps has a loop of its own: 45 loops for a
 # 3 x 3 window; the program grows with the square of the taps
@@ -166,11 +166,23 @@ def _of_convolution(reading: Reading, both: list[Array]) -> Sums:
   return Sums(total, convolution.places * images[0].shape[0])
 
 
+def inputs_of(reading: Reading) -> tuple[int, ...]:
+  """Returns the axes of the leaf that a product sums over, in the order of K.
+
+  Ascending; of a convolution those of the window first, wherever they stand in the leaf: a kernel
+  [outputs, inputs, 3, 3] is read as [3, 3, inputs, outputs] is.
+  """
+  found = (factor.axis for axis in reading.contracted for factor in reading.axes[axis])
+  axes = tuple(dict.fromkeys(axis for axis in found if axis != REPEATED))
+  return tuple(sorted(axes)) if reading.convolution is None else axes
+
+
 def order_of(reading: Reading) -> tuple[int, ...] | None:
-  """Returns which of an operation's inputs comes first in the leaf's order, and so on.
+  """Returns which of an operation's inputs comes first in the order of K (`inputs_of`), and so on.
 
   None where both have one order.
   """
+  inputs = inputs_of(reading)
   factors = [factor for axis in reading.contracted for factor in reading.axes[axis]]
   lengths: dict[int, int] = {}
   for factor in factors:
@@ -181,7 +193,8 @@ def order_of(reading: Reading) -> tuple[int, ...] | None:
     steps = np.arange(factor.size)
     if factor.stride < 0:
       steps = steps[::-1]
-    after = math.prod(length for axis, length in lengths.items() if axis > factor.axis)
+    later = inputs[inputs.index(factor.axis) + 1 :] if factor.axis in inputs else inputs
+    after = math.prod(lengths[axis] for axis in later)
     along = [1] * len(factors)
     along[number] = factor.size
     place += (steps * abs(factor.stride) * after).reshape(along)

@@ -165,6 +165,7 @@ def check_leaf(
   values: Shaped[np.ndarray, '...'],
   record: LeafState,
   stored: int,
+  axes: tuple[int, ...] = (),
 ) -> VerifiedLeaf:
   """Compares a compressed leaf with its original weights.
 
@@ -177,6 +178,7 @@ def check_leaf(
     values: the values in the file.
     record: the leaf's grid and kinds.
     stored: bytes of the leaf's payload in the file.
+    axes: the order of axes in its payload (`OpqFile.axes`).
   """
   levels = int(record.levels)
   tally = _Tally(float(record.threshold), float(record.step), levels)
@@ -184,7 +186,7 @@ def check_leaf(
   flat = [array.reshape(-1) for array in arrays]
   for start in range(0, original.size, _PIECE):
     tally.add(_Piece(*(array[start : start + _PIECE] for array in flat)))
-  problems = tally.problems(name) + _payload_problems(name, codes, values, record, stored)
+  problems = tally.problems(name) + _payload_problems(name, codes, values, record, stored, axes)
   return VerifiedLeaf(
     path=name,
     weights=original.size,
@@ -205,10 +207,13 @@ def _payload_problems(
   values: Shaped[np.ndarray, '...'],
   record: LeafState,
   stored: int,
+  axes: tuple[int, ...],
 ) -> list[str]:
   """Returns a line if the payload has another length than the codes take when coded again."""
   escaped = escaped_values(codes, values)
-  size = lambda contexts: len(written_slice(codes, escaped, record, contexts=contexts).payload)
+  size = lambda contexts: len(
+    written_slice(codes, escaped, record, contexts=contexts, axes=axes).payload
+  )
   # coded without contexts only if the first length is not it: coding is most of the work
   if stored == (with_contexts := size(True)) or stored == (without := size(False)):
     return []

@@ -135,7 +135,9 @@ def verify(
         is_same_tree = False
       elif record is not None:
         target = original if coded is None else targets[name]
-        own = _verified(name, original, target, file.codes(name), value, record, sizes)
+        own = _verified(
+          name, original, target, file.codes(name), value, record, sizes, file.axes(name)
+        )
         rows += own
         problems += [problem for row in own for problem in row.problems]
       elif value.tobytes() == original.tobytes():
@@ -163,6 +165,7 @@ def _verified(
   values: Shaped[np.ndarray, '...'],
   record: LeafState,
   sizes: tuple[int, ...],
+  axes: tuple[int, ...],
 ) -> list[VerifiedLeaf]:
   """Compares every slice of a compressed leaf, or the leaf, with its original weights."""
   return [
@@ -174,6 +177,7 @@ def _verified(
       values[index],
       slice_of(record, index),
       size,
+      axes,
     )
     for index, size in zip(np.ndindex(record.slice_shape), sizes, strict=True)
   ]

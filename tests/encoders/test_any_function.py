@@ -1,7 +1,6 @@
 """Encoders on stacks, heads, experts and transposed kernels: as on the same matrices apart."""
 
-import contextlib
-
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,12 +119,93 @@ def test_encoders_follow_axes(layout, inputs):
   rows = encoders.Feedback(plain).choose_codes(as_matrix(kernel), CompressionState(grid)).params
   np.testing.assert_array_equal(as_matrix(found), rows)
 
-  # the coder of a trellis has an order for two of them; the others are named
-  served = layout in ('to heads', 'from heads')
-  with contextlib.nullcontext() if served else pytest.warns(UserWarning, match='does not serve'):
-    coded = encoders.Trellis(moments).choose_codes(kernel, state)
+  # along the trellis too, in a file of the same payload; heads that are summed over are taps there
+  found = encoders.Trellis(moments).choose_codes(kernel, state)
+  rows = encoders.Trellis(plain).choose_codes(as_matrix(kernel), CompressionState(grid))
+  if layout != 'from heads':
+    np.testing.assert_array_equal(as_matrix(found.params), rows.params)
+    of_file = lambda coded: opq_jax.OpqFile(opq_jax.file.serialize(*coded))
+    assert of_file(found).payload_sizes('') == of_file(rows).payload_sizes('')
   error = lambda values: float(jnp.square(network(values - kernel, x)).sum())
-  assert error(coded.params) < 0.8 * error(opq_jax.apply_compression(kernel, state))
+  assert error(found.params) < 0.8 * error(opq_jax.apply_compression(kernel, state))
+
+
+def convolution(layout):
+  numbers = ('NHWC', layout, 'NHWC')
+  return lambda w, x: jax.lax.conv_general_dilated(x, w, (1, 1), 'SAME', dimension_numbers=numbers)
+
+
+@pytest.mark.parametrize('kind', ['trellis with feedback', 'layer by layer along the trellis'])
+def test_encoders_follow_axes_of_window(kind):
+  """PyTorch's convolutions have the codes and the payload of Flax's."""
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(np.cumsum(rng.normal(size=(4, 6, 6, 8)), 1), jnp.float32)
+  kernel = jnp.asarray(rng.laplace(size=(3, 3, 8, 24)), jnp.float32).at[1, 1, 0, 3].set(4e3)
+  coded = {}
+  for layout, order in (('HWIO', (0, 1, 2, 3)), ('OIHW', (3, 2, 0, 1))):
+    weights, fn = (
+      {'w': kernel.transpose(order)},
+      lambda p, x, layout=layout: convolution(layout)(p['w'], x),
+    )
+    moments = second_moments(fn, weights, x)
+    grids = opq_jax.init_state(
+      weights, opq_jax.allocate(weights, bits_per_weight=3.0, usage=usage(fn, weights, x))
+    )
+    encoder = of_kinds(moments, fn, x)[kind]
+    coded[layout] = encoder.choose_codes(weights, grids)
+  one, other = (coded[layout].params['w'] for layout in ('HWIO', 'OIHW'))
+  np.testing.assert_array_equal(one.transpose(3, 2, 0, 1), other)
+  files = [opq_jax.file.serialize(*coded[layout]) for layout in ('HWIO', 'OIHW')]
+  with opq_jax.OpqFile(files[0]) as first, opq_jax.OpqFile(files[1]) as second:
+    (size,) = first.payload_sizes('w')
+    assert second.payload_sizes('w') == (size,) and second.axes('w') == (2, 3, 1, 0)
+  assert files[0][-size:] == files[1][-size:]
+
+
+class LinenMlp(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    for width in (64, 56, 10):
+      x = nn.Dense(width)(nn.relu(x))
+    return x
+
+
+def test_equinox_has_codes_of_linen(inputs):
+  """The same network in both libraries: the same codes and payloads, up to the order of axes."""
+  eqx = pytest.importorskip('equinox')
+  variables = LinenMlp().init(jax.random.key(0), inputs)
+  module = eqx.nn.MLP(WIDTH, 10, 64, 2, key=jax.random.key(0))
+  layers = [variables['params'][f'Dense_{i}'] for i in range(3)]
+  linears = [
+    eqx.tree_at(lambda m: (m.weight, m.bias), linear, (layer['kernel'].T, layer['bias']))
+    for linear, layer in zip(module.layers, layers, strict=True)
+  ]
+  arrays, static = eqx.partition(linears, eqx.is_array)
+
+  def equinox(arrays, x):
+    for linear in eqx.combine(arrays, static):
+      x = jax.vmap(linear)(jax.nn.relu(x))
+    return x
+
+  def compressed(fn, params):
+    moments = second_moments(fn, params, inputs)
+    network = opq_jax.compress(
+      params,
+      compression_rate=10.0,
+      encoder=encoders.Trellis(moments),
+      usage=usage(fn, params, inputs),
+    )
+    return network, opq_jax.OpqFile(opq_jax.file.serialize(network.params, network.state))
+
+  found, file = compressed(equinox, arrays)
+  expected, other = compressed(LinenMlp().apply, variables)
+  for i, linear in enumerate(found.params):
+    name, twin = f'{i}/weight', f'params/Dense_{i}/kernel'
+    np.testing.assert_array_equal(
+      linear.weight.T, expected.params['params'][f'Dense_{i}']['kernel']
+    )
+    assert file.axes(name) == (1, 0) and other.axes(twin) == ()
+    assert file.payload_sizes(name) == other.payload_sizes(twin)
 
 
 def test_encoders_code_experts_apart(inputs):

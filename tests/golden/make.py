@@ -11,6 +11,7 @@ NAME is
                                     those of `context_coding`
     version_2_escapes               escaped weights in five dtypes, and sums that round
     version_2_ties                  leaves that are earlier ones again, as they are and transposed
+    version_2_axes                  kernels whose codes follow the trellis once their axes are moved
     version_2_slices                leaves of slices along one axis and two, one of zeros, some with
                                     escaped weights
     version_3_side_files            config and tokenizer beside the leaves; in NAME.safetensors as
@@ -29,6 +30,7 @@ import numpy as np
 import safetensors.numpy
 
 import opq_jax
+from opq_jax.coding import trellis
 from opq_jax.compression.records import affine_codebook, kinds_of
 from opq_jax.core import trees
 
@@ -174,11 +176,62 @@ SIDE_FILES = {
 }
 
 
+def along_trellis(shape: tuple[int, ...], seed: int) -> np.ndarray:
+  """Codes that follow the trellis in C order, every 41st an escape."""
+  rng, state, codes = np.random.default_rng(seed), 0, []
+  for place, (magnitude, sign) in enumerate(rng.geometric(0.5, (np.prod(shape), 2))):
+    if place % 41 == 7:
+      codes.append(-128)
+      state = int(trellis.NEXT[state, 0])
+      continue
+    index, subset = magnitude - 1, int(trellis.SUBSET_OF[state])
+    codes.append((2 * index - subset * (index > 0)) * (-1) ** sign)
+    state = int(trellis.NEXT[state, index & 1])
+  return np.array(codes, np.int8).reshape(shape)
+
+
+def axes() -> tuple[dict[str, object], opq_jax.CompressionState]:
+  """The network with kernels of outputs by inputs, a stack of them, and one transposed."""
+  params, state = escapes()
+  # slices, then the axes with the inputs first, and the order that brings them there
+  kernels = {
+    'linear': ((), (20, 30), (1, 0), np.float32),
+    'conv': ((), (3, 3, 6, 8), (2, 3, 1, 0), ml_dtypes.bfloat16),
+    'heads': ((), (12, 4, 5), (1, 0, 2), np.float16),
+    'layers': ((2,), (10, 14), (1, 0), np.float32),
+  }
+  states = {}
+  for seed, (name, (stack, shape, order, dtype)) in enumerate(kernels.items()):
+    codes = np.stack([along_trellis(shape, 10 * seed + i) for i in range(max(*stack, 1, 1))])
+    codes = codes.reshape(*stack, *shape)
+    back = [*range(len(stack)), *(len(stack) + np.argsort(order))]
+    codes = np.ascontiguousarray(codes.transpose(back))
+    leaf = (np.sign(codes) * (0.375 + 0.5 * (np.abs(codes.astype(np.float32)) - 1))).astype(dtype)
+    levels = np.full(stack, 127, np.int32)
+    grid = [np.full(stack, number, np.float32) for number in (0.125, 0.5)]
+    kinds, outliers = (codes != 0).astype(np.uint8), codes == -128
+    leaf[outliers], kinds[outliers] = 700 + np.arange(outliers.sum()), 2
+    params[name] = leaf
+    states[name] = opq_jax.compression.LeafState(
+      kinds=kinds,
+      codebook=np.asarray(affine_codebook(grid[0] + grid[1] / 2, grid[1], levels)),
+      threshold=grid[0],
+      step=grid[1],
+      levels=levels,
+      dtype=leaf.dtype,
+      slices=len(stack),
+    )
+  params['turned'] = params['linear'].T
+  states['turned'] = dataclasses.replace(states['linear'], kinds=states['linear'].kinds.T)
+  return params, opq_jax.CompressionState({**state.tree, **states})
+
+
 def main() -> None:
   made = {
     'version_2_escapes': (escapes, None),
     'version_2_ties': (ties, None),
     'version_2_slices': (slices, None),
+    'version_2_axes': (axes, None),
     'version_3_side_files': (slices, SIDE_FILES),
   }
   for name, (make, side_files) in made.items():

@@ -302,7 +302,9 @@ def read(path):
       arrays[name] = earlier.T.copy() if tie[1] == 'transposed' else earlier
       continue
     match = re.match(
-      r'(\w+)\[([\d,]*)\](?: ([\d,]+) ([\d,]+))?(?: escapes=([\d,]+))?(?: slices=(\d+))?', text
+      r'(\w+)\[([\d,]*)\](?: ([\d,]+) ([\d,]+))?(?: axes=([\d,]+))?(?: escapes=([\d,]+))?'
+      r'(?: slices=(\d+))?',
+      text,
     )
     dtype = np.dtype(match[1])
     shape = tuple(map(int, match[2].split(','))) if match[2] else ()
@@ -313,19 +315,22 @@ def read(path):
       raw_at += size
       continue
     listed = lambda text: list(map(int, text.split(',')))
-    count = math.prod(shape[: int(match[6] or 0)])
+    leading = int(match[7] or 0)
+    count, own_shape = math.prod(shape[:leading]), shape[leading:]
+    axes = listed(match[5]) if match[5] else list(range(len(own_shape)))
+    coded_shape = tuple(own_shape[axis] for axis in axes)
     levels, stored = listed(match[3]), listed(match[4])
-    escapes = listed(match[5]) if match[5] else [0, 0] * count
+    escapes = listed(match[6]) if match[6] else [0, 0] * count
     slices = zip(levels, stored, escapes[::2], escapes[1::2], strict=True)
     arrays[name] = []
     for own_levels, size, escaped, section in slices:
       grid = [np.float32(next(grids)) for _ in range(3)]
       payload = part['codes'][codes_at : codes_at + size]
       codes_at += size
-      own_shape = shape[int(match[6] or 0) :]
-      arrays[name].append(read_slice(payload, own_shape, grid, own_levels, escaped, section, dtype))
+      values = read_slice(payload, coded_shape, grid, own_levels, escaped, section, dtype)
+      arrays[name].append(values.reshape(coded_shape).transpose(np.argsort(axes)))
     assert len(arrays[name]) == count
-    arrays[name] = np.concatenate(arrays[name]).reshape(shape)
+    arrays[name] = np.stack(arrays[name]).reshape(shape)
   return arrays, index['metadata']
 
 

@@ -157,7 +157,7 @@ PRODUCTS = {
     convolved(
       {'window_strides': (2,), 'padding': [(1, 1)], 'dimension_numbers': ('NCH', 'OIH', 'NCH')}
     ),
-    *((6, 4, 3), (2, 4, 8), 0, (1, 2)),
+    *((6, 4, 3), (2, 4, 8), 0, (2, 1)),
   ),
   'stretched': (
     convolved(
