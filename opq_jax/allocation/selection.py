@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opq_jax.allocation.buffers import is_buffer
 from opq_jax.allocation.leaf_names import biases_beside_kernels, kind_of_name
 from opq_jax.allocation.optimizer_states import is_in_optimizer, optimizer_leaves
 from opq_jax.allocation.statistics import check_slices
@@ -29,7 +30,8 @@ def is_compressible(path: str, leaf: Any) -> bool:
             of positions, ... (`opq_jax.allocation.leaf_names`, a table of regular expressions)
     place   it is not in an optimizer's state: no part of its path is `opt_state`, `optimizer`, ...
             (`opq_jax.allocation.optimizer_states`).  `allocate` also leaves out what the rest of
-            the tree tells: `b` beside `w`, and `mu` beside `nu`
+            the tree tells: `b` beside `w`, and `mu` beside `nu`; and what the values tell: masks of
+            0 and 1, or of 0 and -infinity (`opq_jax.allocation.buffers`)
 
   >>> kernel, stacked = jnp.zeros((3, 2)), jnp.zeros((12, 64))
   >>> is_compressible('params/kernel', kernel), is_compressible('layers/bias', stacked)
@@ -53,22 +55,27 @@ def choose_leaves(named: dict[str, Any], compressible: Callable[[str, Any], bool
   Args:
     named: leaves by path.
     compressible: (path, leaf) -> whether the leaf is compressed.  With `is_compressible`, leaves
-      that the rest of the tree tells to be no matrices are left out too (`left_by_place`).
+      that the rest of the tree or their values tell to be no matrices are left out too
+      (`left_by_place`, `is_buffer`).
 
   Raises:
     ValueError: the choice is empty; a chosen leaf is a scalar, not floating, or of float64 where
       JAX has none; or a leaf has no values: a function, or the shape of an array.
 
   Warns:
-    UserWarning: a leaf is a key of random numbers, which no file can hold.
+    UserWarning: a leaf is a key of random numbers, which no file can hold; or is left out for its
+      values.
   """
   if not named:
     raise ValueError('params: found an empty tree, expected at least one array')
   _check_values(named)
-  chosen = []
+  chosen, buffers = [], []
   left = left_by_place(named) if compressible is is_compressible else set()
   for name, leaf in named.items():
     if name in left or not compressible(name, leaf) or np.size(leaf) == 0:
+      continue
+    if compressible is is_compressible and is_buffer(leaf):
+      buffers.append(name)
       continue
     if not _is_floating(leaf):
       kind = getattr(leaf, 'dtype', type(leaf).__name__)
@@ -81,6 +88,11 @@ def choose_leaves(named: dict[str, Any], compressible: Callable[[str, Any], bool
         "jax.config.update('jax_enable_x64', True)"
       )
     chosen.append(name)
+  if buffers:
+    messages.warn(
+      f'{", ".join(buffers[:_MAX_LISTED])}: found masks by their values, of 0 and 1, or of 0 and '
+      'numbers that stand for -infinity: they pass through as they are'
+    )
   if not chosen:
     raise ValueError(
       f'params: found no leaf to compress among {list(named)[:_MAX_LISTED]}, '

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from opq_jax.allocation import is_compressible
+from opq_jax.allocation.buffers import is_buffer
 from opq_jax.allocation.leaf_names import kind_of_name
 from opq_jax.allocation.optimizer_states import optimizer_leaves
 from opq_jax.allocation.selection import can_be_compressed, left_by_place
@@ -15,12 +16,15 @@ from opq_jax.cli.encoding import slices_of
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 
+_MASKS = 'masks by their values'
+
 
 def chosen_paths(params: PyTree, include: Sequence[str], exclude: Sequence[str]) -> set[str]:
   """Returns the paths of the leaves to compress.
 
   Args:
-    params: the weights; `is_compressible` says which leaves are compressed by default.
+    params: the weights; `is_compressible` says which leaves are compressed by default, of which
+      masks by their values (`is_buffer`) are left out.
     include: globs; if there are any, a leaf must match one of them.  A glob that matches none of
       the default's leaves chooses the other leaves that it matches: matrices whose name is that of
       a bias, a mask, ...
@@ -35,7 +39,11 @@ def chosen_paths(params: PyTree, include: Sequence[str], exclude: Sequence[str])
   possible = [
     path for path, leaf in named.items() if path not in moments and can_be_compressed(leaf)
   ]
-  default = [path for path in possible if path not in left and is_compressible(path, named[path])]
+  default = [
+    path
+    for path in possible
+    if path not in left and is_compressible(path, named[path]) and not is_buffer(named[path])
+  ]
   for option, globs, paths in (('--include', include, possible), ('--exclude', exclude, [*named])):
     for glob in globs:
       if not _matching(paths, glob):
@@ -87,12 +95,14 @@ def names_note(params: PyTree, chosen: set[str], exclude: Sequence[str]) -> str:
     if path in chosen | moments | excluded or not can_be_compressed(leaf):
       continue
     count += 1
-    first.setdefault(kind_of_name(path) or 'biases', path)
+    kind = kind_of_name(path) or (_MASKS if is_buffer(leaf) else 'biases')
+    first.setdefault(kind, path)
   if not count:
     return ''
   kinds = ', '.join(f'{kind} ({path})' for kind, path in first.items())
   leaves = '1 leaf' if count == 1 else f'{count} leaves'
-  return f'{leaves} of two axes or more stored bit for bit, by name: {kinds}; see --include'
+  reason = 'by name or values' if _MASKS in first else 'by name'
+  return f'{leaves} of two axes or more stored bit for bit, {reason}: {kinds}; see --include'
 
 
 def _matching(paths: Sequence[str], glob: str) -> list[str]:

@@ -76,5 +76,7 @@ def _is_cleared(leaf: Any) -> bool:
 
 def _zeros(leaf: Any) -> Any:
   if isinstance(leaf, StoredLeaf):
-    return dataclasses.replace(leaf, fetch=lambda _: np.zeros(leaf.shape, leaf.dtype))
+    return dataclasses.replace(
+      leaf, fetch=lambda _: np.zeros(leaf.shape, leaf.dtype), fetch_first=None
+    )
   return np.zeros(leaf.shape, leaf.dtype)

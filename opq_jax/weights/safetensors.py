@@ -120,6 +120,10 @@ def open_leaves(path: str | os.PathLike[str]) -> dict[str, StoredLeaf]:
     with opened(path) as file:
       return read_tensor(path, file, name)
 
+  def fetch_first(name: str) -> np.ndarray:
+    with opened(path) as file:
+      return file.get_slice(name)[:1]
+
   leaves = {}
   with opened(path) as file:
     _check_names(path)
@@ -127,10 +131,11 @@ def open_leaves(path: str | os.PathLike[str]) -> dict[str, StoredLeaf]:
       piece = file.get_slice(name)
       shape = tuple(piece.get_shape())
       # a slice has NumPy's dtype and reads one row; an empty array has nothing to slice
-      dtype = extended_dtype(file, name)
+      dtype, first = extended_dtype(file, name), None
       if dtype is None:
-        dtype = (piece[:1] if shape and math.prod(shape) else file.get_tensor(name)).dtype
-      leaves[name] = StoredLeaf(os.fspath(path), name, shape, dtype, fetch)
+        first = fetch_first if shape and math.prod(shape) else None
+        dtype = (piece[:1] if first else file.get_tensor(name)).dtype
+      leaves[name] = StoredLeaf(os.fspath(path), name, shape, dtype, fetch, first)
   return leaves
 
 

@@ -18,6 +18,7 @@ class StoredLeaf:
     shape: the shape of the array.
     dtype: the dtype that `read` returns; see `narrowed`.
     fetch: reads the array of a name and no other.
+    fetch_first: reads its first entry along the first axis; None where that takes as long.
   """
 
   path: str
@@ -25,6 +26,9 @@ class StoredLeaf:
   shape: tuple[int, ...]
   dtype: np.dtype
   fetch: Callable[[str], Shaped[np.ndarray, '...']] = dataclasses.field(repr=False, compare=False)
+  fetch_first: Callable[[str], Shaped[np.ndarray, '...']] | None = dataclasses.field(
+    default=None, repr=False, compare=False
+  )
 
   @property
   def ndim(self) -> int:
@@ -45,6 +49,10 @@ class StoredLeaf:
     """Returns the leaf with float32 in the place of float64, which JAX disables by default."""
     is_wide = self.dtype == np.float64
     return dataclasses.replace(self, dtype=np.dtype(np.float32)) if is_wide else self
+
+  def first(self) -> Shaped[np.ndarray, '...']:
+    """Reads the first entry along the first axis, or the array."""
+    return self.read() if self.fetch_first is None else self.fetch_first(self.name)
 
   def read(self) -> Shaped[np.ndarray, '...']:
     """Reads the array.
