@@ -75,7 +75,11 @@ def compress(
           images = steps.folder_images(network, arguments.images, limit)
       line, left_out = '', 0
       with collected_warnings() as read_notes:
-        params = read_weights(source) if network is None else network.variables
+        params = (
+          read_weights(source, optimizer=arguments.keep_optimizer)
+          if network is None
+          else network.variables
+        )
       if not arguments.keep_optimizer:
         params, left_out, line = without_optimizer(params)
         plan = dataclasses.replace(plan, optimizer=LEFT_OUT if line else None)

@@ -8,6 +8,7 @@ import jax
 
 import opq_jax
 from opq_jax.allocation import OBJECTIVES
+from opq_jax.allocation.optimizer_states import is_in_optimizer
 from opq_jax.cli import steps
 from opq_jax.cli.console import collected_warnings
 from opq_jax.cli.encoding import (
@@ -69,7 +70,11 @@ def recomputed(
       weights, name=identity.name, source=identity.source, num_classes=identity.num_classes
     )
   with collected_warnings():
-    params = read_weights(weights) if network is None else network.variables
+    params = (
+      read_weights(weights, optimizer=_keeps_optimizer(path, encoding))
+      if network is None
+      else network.variables
+    )
   if encoding.optimizer is not None:
     params = without_optimizer(params).tree
   images = _same_images(path, encoding, network, folder)
@@ -84,6 +89,12 @@ def recomputed(
   if network is not None and encoding.inference_only:
     corrected = networks.for_inference(network, params if corrected is None else corrected)
   return Recomputed(params, coded, corrected)
+
+
+def _keeps_optimizer(path: str, encoding: Encoding) -> bool:
+  """Returns whether a file holds the state of an optimizer, and not zeros in its place."""
+  with OpqFile(path) as file:
+    return encoding.optimizer is None and any(map(is_in_optimizer, file))
 
 
 def _same_images(

@@ -16,6 +16,7 @@ Nothing in a file is executed: NumPy's pickles are refused, and PyTorch's are re
 bytes than the file can hold: the memory that a file takes is bounded by its own size.
 """
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -39,11 +40,15 @@ from opq_jax.weights import (
 )
 
 
-def read_weights(path: str | os.PathLike[str]) -> PyTree:
+def read_weights(path: str | os.PathLike[str], *, optimizer: bool = False) -> PyTree:
   """Returns the weights of a file as a tree of host arrays, bit for bit.
 
   Args:
     path: a file with one of the suffixes above, or a folder.
+    optimizer: whether to read the state of an optimizer in a training checkpoint of PyTorch, which
+      is left out otherwise, with a warning.  It stands under its own key beside the weights,
+      `optimizer/state/0/exp_avg`, ...; numbers and lists of numbers are arrays in it.  Files of
+      other formats are trees already, and are read whole.
 
   Returns:
     A tree of NumPy arrays (bfloat16 and the like as `ml_dtypes`): a flat dict if the format is one
@@ -69,6 +74,8 @@ def read_weights(path: str | os.PathLike[str]) -> PyTree:
     known = ', '.join(_READERS)
     raise ValueError(f'{path}: found suffix {path.suffix!r}, expected {known}, or a folder')
   read, expected = _READERS[path.suffix.lower()]
+  if optimizer and read is torch.read:
+    read = functools.partial(torch.read, optimizer=True)
   return _checked(path, checks.guarded(read, path, expected))
 
 

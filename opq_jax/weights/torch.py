@@ -3,7 +3,7 @@
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -21,18 +21,35 @@ EXPECTED = 'a PyTorch state dict that loads with weights_only=True'
 _STATE_DICT_KEYS = ('state_dict', 'model', 'model_state_dict')
 
 
-def read(path: Path) -> Any:
+def read(path: Path, *, optimizer: bool = False) -> Any:
   """Returns the tensors of a state dict, or of the state dict inside a training checkpoint.
 
+  Args:
+    path: the file.
+    optimizer: whether to return the states of optimizers in the checkpoint too, each under its key
+      beside the tensors.  Numbers become arrays, and so do lists and tuples of numbers.
+
   Warns:
-    UserWarning: a training checkpoint has the state of an optimizer, which is not read.
+    UserWarning: a training checkpoint has the state of an optimizer, which is not read; or, with
+      `optimizer`, parts of it that are neither tensors nor numbers.
 
   Raises:
-    ValueError: PyTorch is missing, there is no state dict, or a tensor claims more bytes than the
-      file has.
+    ValueError: PyTorch is missing, there is no state dict, a tensor claims more bytes than the file
+      has, or a tensor has the name of an optimizer's key.
     Exception: whatever PyTorch raises at damaged bytes and at pickled code.
   """
-  return _to_numpy(_state_dict(path))
+  loaded, optimizers = _loaded(path)
+  weights = _to_numpy(loaded)
+  if not optimizer:
+    _warn_of_optimizers(path, optimizers)
+    return weights
+  if both := sorted(weights.keys() & optimizers.keys()):
+    raise ValueError(f'{path}: {both[0]}: found a tensor and an optimizer of this name')
+  left: list[str] = []
+  kept = {key: _numbers(_to_numpy(state), key, left) for key, state in optimizers.items()}
+  if left:
+    messages.warn(f'{path}: {", ".join(left)}: found neither tensors nor numbers, left out')
+  return weights | kept
 
 
 def open_leaves(path: Path) -> dict[str, StoredLeaf]:
@@ -46,11 +63,12 @@ def open_leaves(path: Path) -> dict[str, StoredLeaf]:
     Exception: whatever PyTorch raises at damaged bytes and at pickled code.
   """
   is_mapped = zipfile.is_zipfile(path)
-  loaded = _state_dict(path, mmap=is_mapped)
+  loaded, optimizers = _loaded(path, mmap=is_mapped)
+  _warn_of_optimizers(path, optimizers)
 
   def fetch(name: str) -> Shaped[np.ndarray, '...']:
     # the whole mapping would count as memory of the process once its pages are read
-    tensors = _state_dict(path, mmap=True) if is_mapped else loaded
+    tensors = _loaded(path, mmap=True).state_dict if is_mapped else loaded
     return np.array(_to_numpy(tensors[name]))
 
   leaves = {}
@@ -63,16 +81,38 @@ def open_leaves(path: Path) -> dict[str, StoredLeaf]:
   return leaves
 
 
-def _state_dict(path: Path, mmap: bool = False) -> Mapping[Any, Any]:
-  """Returns the state dict of a file, or that inside a training checkpoint."""
+class _Checkpoint(NamedTuple):
+  """What a file holds.
+
+  Attributes:
+    state_dict: the file's own, or that inside a training checkpoint.
+    optimizers: the states of optimizers beside it, by their keys.
+  """
+
+  state_dict: Mapping[Any, Any]
+  optimizers: dict[str, Any]
+
+
+def _loaded(path: Path, mmap: bool = False) -> _Checkpoint:
   torch = extras.require('torch', 'torch', str(path))
   loaded = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+  optimizers: dict[str, Any] = {}
   while isinstance(loaded, Mapping) and (key := _state_dict_key(loaded)) is not None:
-    _note_optimizers(path, loaded)
+    optimizers |= _optimizer_states(loaded)
     loaded = loaded[key]
   if not isinstance(loaded, Mapping):
     raise ValueError(f'{path}: found {type(loaded).__name__}, expected a state dict')
-  return loaded
+  return _Checkpoint(loaded, optimizers)
+
+
+def _warn_of_optimizers(path: Path, optimizers: Mapping[str, Any]) -> None:
+  """Warns of the tensors of optimizers that are not read."""
+  for key, state in optimizers.items():
+    if size := sum(tensor.nbytes for tensor in _tensors(state)):
+      messages.warn(
+        f'{path}: {key}: {size:,} bytes of an optimizer are left out; opq compress '
+        '--keep-optimizer and read_weights(path, optimizer=True) read them'
+      )
 
 
 def _state_dict_key(loaded: Mapping[str, Any]) -> str | None:
@@ -81,13 +121,36 @@ def _state_dict_key(loaded: Mapping[str, Any]) -> str | None:
   return next(keys, None)
 
 
-def _note_optimizers(path: Path, loaded: Mapping[str, Any]) -> None:
-  """Warns of the tensors of optimizers beside a state dict: they are not read."""
-  for key, part in loaded.items():
-    if isinstance(part, Mapping) and is_in_optimizer(str(key)):
-      size = sum(tensor.nbytes for tensor in _tensors(part))
-      if size:
-        messages.warn(f'{path}: {key}: {size:,} bytes of an optimizer are left out')
+def _optimizer_states(loaded: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the states of optimizers beside a state dict, by their keys."""
+  return {
+    str(key): part
+    for key, part in loaded.items()
+    if isinstance(part, Mapping | list | tuple) and is_in_optimizer(str(key))
+  }
+
+
+def _numbers(node: Any, name: str, left: list[str]) -> Any:
+  """Returns a tree of arrays alone: numbers become arrays, and lists of numbers one array.
+
+  Args:
+    node: a tree of arrays, numbers and anything else.
+    name: its path.
+    left: takes the paths of anything else, which becomes None.
+  """
+  is_number = lambda value: isinstance(value, bool | int | float)
+  if isinstance(node, dict):
+    return {key: _numbers(child, f'{name}/{key}', left) for key, child in node.items()}
+  if isinstance(node, list) and not (node and all(map(is_number, node))):
+    return [_numbers(child, f'{name}/{i}', left) for i, child in enumerate(node)]
+  if node is None or isinstance(node, np.ndarray):
+    return node
+  if isinstance(node, list) or is_number(node):
+    array = np.asarray(node)
+    if array.dtype != object:  # of integers that no array holds
+      return array
+  left.append(name)
+  return None
 
 
 def _tensors(node: Any) -> Iterator[Any]:

@@ -139,6 +139,54 @@ def test_torch_optimizer_is_said(tmp_path, monkeypatch, capsys):
   optimizer.step()
   torch.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict()}, 'run.pt')
   assert run('compress', 'run.pt', 'run.opq') == 0
-  assert 'optimizer: 4,232 bytes of an optimizer are left out' in capsys.readouterr().err
+  said = capsys.readouterr().err
+  assert 'optimizer: 4,232 bytes of an optimizer are left out; opq compress --keep-opt' in said
   assert set(opq_jax.load('run.opq')[0]) == {'weight', 'bias'}
   assert run('verify', 'run.opq', '--against', 'run.pt') == 0
+
+
+@pytest.mark.parametrize('kind', [torch.optim.Adam, torch.optim.SGD])
+def test_torch_optimizer_is_kept(tmp_path, monkeypatch, capsys, kind):
+  """An optimizer of PyTorch takes its next step from the file as from the checkpoint."""
+  monkeypatch.chdir(tmp_path)
+  torch.manual_seed(0)
+  options = {'momentum': 0.9} if kind is torch.optim.SGD else {'amsgrad': True}
+
+  def step(model, optimizer, x):
+    optimizer.zero_grad()
+    model(x).square().sum().backward()
+    optimizer.step()
+
+  model = torch.nn.Linear(32, 16)
+  optimizer = kind(model.parameters(), lr=1e-2, **options)
+  step(model, optimizer, torch.randn(4, 32))
+  state = optimizer.state_dict()
+  state['param_groups'][0]['note'] = 'a text'
+  torch.save({'epoch': 3, 'model': model.state_dict(), 'optimizer': state}, 'run.pt')
+  assert run('compress', 'run.pt', 'run.opq', '--keep-optimizer') == 0
+  said = capsys.readouterr().err
+  assert 'optimizer/param_groups/0/note: found neither tensors nor numbers' in said
+  assert 'bytes of an optimizer' not in said
+  assert run('verify', 'run.opq', '--against', 'run.pt') == 0
+
+  loaded = opq_jax.load('run.opq')[0]
+  assert set(loaded) == {'weight', 'bias', 'optimizer'}
+  moments = loaded['optimizer']['state']
+  for number, tensors in state['state'].items():
+    for name, tensor in tensors.items():
+      found = torch.from_numpy(moments[number][name])
+      assert found.dtype == tensor.dtype and torch.equal(found, tensor), name
+  groups = [
+    {name: value if value is None else value.tolist() for name, value in group.items()}
+    for group in loaded['optimizer']['param_groups']
+  ]
+  as_tensors = jax.tree.map(torch.from_numpy, moments)
+  results = []
+  for saved in (state, {'state': as_tensors, 'param_groups': groups}):
+    twin = torch.nn.Linear(32, 16)
+    twin.load_state_dict(model.state_dict())
+    again = kind(twin.parameters())
+    again.load_state_dict(saved)
+    step(twin, again, torch.ones(2, 32))
+    results.append(twin.weight.detach())
+  assert torch.equal(*results)
