@@ -139,6 +139,12 @@ class LeafEncoder(Encoder):
     """
     return None
 
+  def preferred(self, params: PyTree) -> set[str]:
+    """Returns the leaves whose codes tied leaves take: those that the encoder has moments of."""
+    names, moments = list(trees.named_leaves(params)), getattr(self, 'moments', None)
+    matrices = [None] * len(names) if moments is None else _matrices(params, moments)
+    return {name for name, matrix in zip(names, matrices, strict=True) if matrix is not None}
+
   def trials(self) -> Callable[[PyTree, CompressionState], Trial] | None:
     """Returns a function (params, plain grids) -> `Trial`, for one search for an allocation.
 

@@ -28,6 +28,7 @@ from opq_jax.encoders.encoder import (
   named_leaf,
 )
 from opq_jax.encoders.matrices import MatrixLayout
+from opq_jax.encoders.tied_codes import with_ties
 from opq_jax.network import InputMoments
 
 # inputs whose errors are pushed on one by one, within rows that stay in the processor's cache
@@ -102,12 +103,19 @@ class Feedback(LeafEncoder):
   def choose_codes(self, params: PyTree, grids: CompressionState) -> Encoded:
     """Chooses the codes of a tree on its plain grids; pure, and may be traced.
 
+    Leaves that are one array get the codes of the first of them that has moments.
+
     In a trace, a leaf whose damped moments are not positive definite is rounded.
 
     Raises:
       ValueError: grids or moments were made for another tree, a matrix has another shape than its
         leaf needs, or (outside of a trace) is not finite or not positive definite once damped.
     """
+    records = trees.records(params, grids.tree, LeafState)
+    return with_ties(self._apart(params, grids), params, records, lambda: self.preferred(params))
+
+  def _apart(self, params: PyTree, grids: CompressionState) -> Encoded:
+    """Chooses the codes of each leaf by itself, of tied leaves too."""
     chosen: list[tuple[Array, LeafState | None]] = []
     for leaf in leaves_to_code(params, grids, self.moments):
       if leaf.grid is None:
@@ -134,7 +142,7 @@ class Feedback(LeafEncoder):
 
   def trials(self) -> Callable[[PyTree, CompressionState], Trial]:
     def trial(params: PyTree, grids: CompressionState) -> Trial:
-      coded = self.choose_codes(params, grids)
+      coded = self._apart(params, grids)
       return Trial(*coded, _bits_per_weight(*coded))
 
     return trial

@@ -34,6 +34,7 @@ from opq_jax.encoders.encoder import (
   stack_slices,
 )
 from opq_jax.encoders.matrices import MatrixLayout
+from opq_jax.encoders.tied_codes import with_ties
 from opq_jax.network import InputMoments, LeafUsage, on_batch_statistics, uses
 from opq_jax.network.moment_sums import mean_of
 from opq_jax.network.products import Reading, inputs_of, sums_of
@@ -130,6 +131,9 @@ class LayerByLayer(Encoder):
   def choose_codes(self, params: PyTree, grids: CompressionState) -> Encoded:
     """Chooses the codes of a network on its plain grids.
 
+    Leaves that are one array get the codes of one of them: of a table that is looked up, if there
+    is one.
+
     Args:
       params: the parameters, or variables, of the float network.
       grids: plain grids, from `opq_jax.init_state(params, allocation)`.
@@ -187,7 +191,10 @@ class LayerByLayer(Encoder):
         'codes without regard to the layers before them'
       )
     states = [_whole_state(leaf, parts) for leaf, parts in zip(leaves, coded, strict=True)]
-    return encoded(params, list(zip(walk.second, states, strict=True)))
+    whole = encoded(params, list(zip(walk.second, states, strict=True)))
+    # all layers were chosen for the inputs that a table gives: its codes stay
+    tables = lambda: {leaf.name for leaf in network.used if leaf.kind == 'look-up'}
+    return with_ties(whole, params, [leaf.grid for leaf in leaves], tables)
 
   def traced(self, params: PyTree) -> TracedNetwork:
     """Traces the function that is walked; params of other values have the same trace."""

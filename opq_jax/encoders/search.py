@@ -203,9 +203,6 @@ def _at_bits(
     assert network is not None
     _, _, allocation = _at_bits(encoder.first, None, params, bits_per_weight, options)
     coded = encoder.choose_codes_in(network, params, init_state(params, allocation))
-    # all layers were chosen for the inputs that a table gives: its codes stay
-    tables = lambda: {leaf.name for leaf in network.used if leaf.kind == 'look-up'}
-    coded = with_ties(coded, allocation, tables)
     return CompressedNetwork(*coded, allocation)
   assert isinstance(encoder, LeafEncoder)
   trial = encoder.trials()
@@ -214,14 +211,8 @@ def _at_bits(
     coded = encoder.choose_codes(params, init_state(params, allocation))
     return CompressedNetwork(*coded, allocation)
   found = search_allocation(trial, params, bits_per_weight, options, encoder.survey)
-  coded = Encoded(found.params, found.state)
-  coded = with_ties(coded, found.allocation, lambda: _with_moments(encoder, params))
+  grids = trees.records(params, found.allocation.tree, LeafAllocation)
+  coded = with_ties(
+    Encoded(found.params, found.state), params, grids, lambda: encoder.preferred(params)
+  )
   return CompressedNetwork(*coded, found.allocation)
-
-
-def _with_moments(encoder: Encoder, params: PyTree) -> set[str]:
-  """Returns the paths of the leaves that an encoder has moments of."""
-  names = list(trees.named_leaves(params))
-  moments = getattr(encoder, 'moments', None)
-  matrices = [None] * len(names) if moments is None else trees.beside(params, moments)
-  return {name for name, matrix in zip(names, matrices, strict=True) if matrix is not None}

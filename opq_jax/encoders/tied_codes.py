@@ -6,45 +6,57 @@ has.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
 
 import jax
+import numpy as np
 
-from opq_jax.allocation import Allocation, LeafAllocation
+from opq_jax.allocation import LeafAllocation
 from opq_jax.compression import CompressionState, LeafState
 from opq_jax.core import trees
+from opq_jax.core.ties import Candidate, tied
+from opq_jax.core.trees import PyTree
 from opq_jax.encoders.encoder import Encoded
 
 
 def with_ties(
-  coded: Encoded, allocation: Allocation, preferred: Callable[[], Collection[str]]
+  coded: Encoded,
+  params: PyTree,
+  grids: Sequence[LeafState | LeafAllocation | None],
+  preferred: Callable[[], Collection[str]],
 ) -> Encoded:
   """Gives tied leaves the codes of one of them.
 
+  Leaves are tied where they are one array, or one the transpose of the other, on one plain grid.
+  In a trace only the same tracer is known to be the same array.
+
   Args:
     coded: the answer of an encoder.
-    allocation: of its plain grids; it names the ties (`LeafAllocation.tied_to`).
+    params: the original weights.
+    grids: of every leaf, the plain grid that it was coded from, or its allocation.
     preferred: returns the paths of leaves whose codes are rather taken than those of the first of
       a group; called where there are ties.
 
   Returns:
     `coded`, with the codes of one leaf, or their transposes, at all leaves of the same array.
   """
-  records: list[LeafAllocation | None] = trees.records(
-    coded.params, allocation.tree, LeafAllocation
-  )
-  if not any(record and record.tied_to for record in records):
-    return coded
-  values = trees.named_leaves(coded.params)
-  names = list(values)
-  states = dict(zip(names, trees.records(coded.params, coded.state.tree, LeafState), strict=True))
-  preferred_names = preferred()
+  ties = tied(_candidates(params, grids))
+  slices = {
+    name: grid.slices if grid else 0
+    for name, grid in zip(trees.named_leaves(params), grids, strict=True)
+  }
   # whether each leaf is the transpose of the first of its group
   groups: dict[str, dict[str, bool]] = {}
-  for name, record in zip(names, records, strict=True):
-    if record and record.tied_to:
-      group = groups.setdefault(record.tied_to, {record.tied_to: False})
-      group[name] = record.is_transposed
+  for name, tie in ties.items():
+    if not (tie.is_transposed and slices[name]):
+      groups.setdefault(tie.first, {tie.first: False})[name] = tie.is_transposed
+  if not groups:
+    return coded
+  values = trees.named_leaves(coded.params)
+  states = dict(zip(values, trees.records(coded.params, coded.state.tree, LeafState), strict=True))
+  preferred_names = preferred()
   for group in groups.values():
     source = next((name for name in group if name in preferred_names), next(iter(group)))
     value, state = values[source], states[source]
@@ -56,6 +68,26 @@ def with_ties(
   structure = jax.tree.structure(coded.params)
   unflatten = lambda leaves: jax.tree.unflatten(structure, leaves)
   return Encoded(unflatten(values.values()), CompressionState(unflatten(states.values())))
+
+
+def _candidates(
+  params: PyTree, grids: Sequence[LeafState | LeafAllocation | None]
+) -> Iterator[Candidate]:
+  """Yields the leaves that have a grid, with what those that are one array have in common."""
+  for (name, leaf), grid in zip(trees.named_leaves(params).items(), grids, strict=True):
+    if grid is None:
+      continue
+    # a leaf with slices is no transpose
+    shape = leaf.shape if grid.slices else sorted(leaf.shape)
+    facts: tuple[Any, ...] = (*shape, leaf.dtype, grid.slices)
+    numbers, is_traced = (grid.threshold, grid.step), trees.is_traced((leaf, grid))
+    if not is_traced:
+      facts += tuple(np.asarray(number).tobytes() for number in numbers)
+    yield Candidate(name, facts, leaf, None if is_traced else functools.partial(_identity, leaf))
+
+
+def _identity(leaf: Any) -> Any:
+  return leaf
 
 
 def _transposed(state: LeafState) -> LeafState:

@@ -23,6 +23,7 @@ from opq_jax.encoders.encoder import (
   stack_slices,
 )
 from opq_jax.encoders.survey import surveyed
+from opq_jax.encoders.tied_codes import with_ties
 from opq_jax.encoders.trellis_leaves import CodedLeaf, bits_of, check_finite, code_leaf, factored
 from opq_jax.network import InputMoments
 
@@ -86,14 +87,17 @@ class Trellis(LeafEncoder):
 
     A weight beyond 127 levels of the new grid escapes.  A leaf of too many escapes, or of a shape
     that the coder has no order for, keeps its plain grid (its errors are still pushed on), and a
-    warning names it.  Runs on the host, and cannot be traced.
+    warning names it.  Leaves that are one array get the codes of the first of them that has
+    moments.  Runs on the host, and cannot be traced.
 
     Raises:
       ValueError: grids or moments were made for another tree, a matrix has another shape than its
         leaf needs, a leaf or matrix is not finite, or a matrix is not positive definite once
         damped.
     """
-    return _encoded(params, _code_leaves(params, grids, self.moments, self.damping, self.version))
+    coded = _encoded(params, _code_leaves(params, grids, self.moments, self.damping, self.version))
+    records = trees.records(params, grids.tree, LeafState)
+    return with_ties(coded, params, records, lambda: self.preferred(params))
 
   def choose_matrix(
     self, weights: Array, grid: LeafState, moments: InputMoments | None, damping: float

@@ -172,6 +172,10 @@ def test_encoders_keep_ties(kind, way, tmp_path):
   network = opq_jax.compress(params, compression_rate=12.0, encoder=encoder)
   head = np.asarray(network.params['head'])
   np.testing.assert_array_equal(head.T if 'transposed' in way else head, network.params['embed'])
+  # of the encoder alone too, on the grids that were found
+  again = encoder.choose_codes(params, opq_jax.init_state(params, network.allocation))
+  jax.tree.map(np.testing.assert_array_equal, again.params, network.params)
+  jax.tree.map(np.testing.assert_array_equal, again.state, network.state)
   opq_jax.save(tmp_path / 'net.opq', network.params, network.state)
   with opq_jax.OpqFile(tmp_path / 'net.opq') as file:
     assert file.tied_to('head') == 'embed' and file.tied_to('fc') is None

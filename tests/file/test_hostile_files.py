@@ -45,6 +45,8 @@ MUTATIONS = {
   'opq, resealed': 400,
   'opq, escapes': 400,
   'opq, escapes, resealed': 400,
+  'opq, slices': 200,
+  'opq, slices, resealed': 300,
   'escapes': 2000,
   'codes': 2000,
   'codes, contexts': 2000,

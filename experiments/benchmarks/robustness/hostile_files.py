@@ -10,6 +10,7 @@ seconds, are counted.  The kinds:
     opq, resealed  mutations under corrected checksums, so that they reach the parsers and the
                    coder; in the index, of its text
     opq, escapes   mutations of an .opq file of version 2, with escaped weights; and resealed
+    opq, slices    mutations of one with stacks of slices and moved axes; and resealed
     escapes        mutations of a section of escaped weights, half of them under correct checksums
     codes          mutations of payloads, random tables and random words for the ANS decoder; with
                    and without contexts, and along a trellis
@@ -49,6 +50,7 @@ LIMIT = 10.0  # seconds of one read, far above the slowest one on a busy machine
 _START = 300.0  # seconds up to a process's first read, which imports and compiles
 KINDS = (
   *('opq', 'opq, bytes', 'opq, resealed', 'opq, escapes', 'opq, escapes, resealed'),
+  *('opq, slices', 'opq, slices, resealed'),
   *('codes', 'codes, contexts', 'codes, trellis', 'escapes'),
   *('safetensors', 'npz', 'msgpack', 'h5', 'keras'),
 )

@@ -20,6 +20,7 @@ from opq_jax.compression import CompressionState, LeafState
 from opq_jax.compression.records import affine_codebook
 from opq_jax.core import trees
 from opq_jax.file import reader, writer
+from opq_jax.network import InputMoments
 from opq_jax.weights import read_weights
 
 
@@ -36,8 +37,13 @@ def tree() -> dict[str, np.ndarray]:
   }
 
 
-def opq_file(has_escapes: bool) -> bytes:
-  """Returns the tree as an .opq file, with a leaf of bfloat16, a list, metadata, maybe escapes."""
+def opq_file(has_escapes: bool, has_slices: bool) -> bytes:
+  """Returns the tree as an .opq file, with a leaf of bfloat16, a list, and metadata.
+
+  Args:
+    has_escapes: whether some weights are escaped.
+    has_slices: whether there are stacks of slices too, and a leaf whose payload is transposed.
+  """
   params = tree()
   params['brain'] = [params['conv/kernel'].astype(ml_dtypes.bfloat16), None]
   book = affine_codebook(jnp.float32(0.625), jnp.float32(0.25), jnp.int32(5))
@@ -52,7 +58,36 @@ def opq_file(has_escapes: bool) -> bytes:
     return LeafState(kinds=kinds, codebook=book, dtype=leaf.dtype, **grid)
 
   state = CompressionState(jax.tree_util.tree_map_with_path(leaf_state, params))
+  if has_slices:
+    more, states = stacks()
+    params, state = {**params, **more}, CompressionState({**state.tree, **states})
   return writer.serialize(params, state, {'from': 'experiments', 'é': '[{"'})
+
+
+def stacks() -> tuple[dict[str, np.ndarray], dict[str, LeafState]]:
+  """Returns stacks of slices along one axis and two, and kernels of outputs by inputs."""
+  draw = np.random.default_rng(1).laplace
+  scales = np.array([0.5, 1, 2])
+  layers = draw(size=(3, 8, 5)) * scales[:, None, None]
+  layers[1, 2, 3], layers[2, 0, 0] = 70, -90
+  params = {
+    'layers': layers.astype(np.float32),
+    'experts': draw(size=(2, 2, 4, 6)).astype(ml_dtypes.bfloat16),
+    'linears': draw(size=(2, 24, 16)).astype(np.float32),
+  }
+  slices = {'layers': 1, 'experts': 2, 'linears': 1}
+  allocation = opq_jax.allocate(params, bits_per_weight=4.0, slices=lambda path, _: slices[path])
+  grids = opq_jax.init_state(params, allocation)
+  states = dict(grids.tree)
+  kinds = np.where(np.abs(params['layers']) > 50, np.uint8(2), states['layers'].kinds)
+  states['layers'] = states['layers'].replace(kinds=kinds)
+  values = opq_jax.apply_compression(params, CompressionState(states))
+  # along a trellis, input after input
+  moments = InputMoments(np.eye(16, dtype=np.float32)[None], (2,))
+  values['linears'], along = opq_jax.encoders.Trellis(moments).choose_codes(
+    params['linears'], CompressionState(states['linears'])
+  )
+  return values, states | {'linears': along.tree}
 
 
 class Kind(NamedTuple):
@@ -94,7 +129,7 @@ def kind_of(kind: str, folder: pathlib.Path) -> Kind:
     return Kind(payload, read, lambda *_: 'wrong')
   if kind.startswith('opq'):
     check = _saved_again if 'resealed' in kind else lambda *_: 'wrong'
-    return Kind(opq_file('escapes' in kind), opq_jax.load, check)
+    return Kind(opq_file('escapes' in kind, 'slices' in kind), opq_jax.load, check)
   path = folder / f'net.{kind}'
   _write(path, tree())
 

@@ -80,6 +80,7 @@ def resealed_section(data: bytes, rng: random.Random) -> bytes:
 MUTATIONS: dict[str, Callable[[bytes, random.Random], bytes]] = {
   'opq, resealed': resealed,
   'opq, escapes, resealed': resealed,
+  'opq, slices, resealed': resealed,
   'escapes': resealed_section,
   'codes': _noise_or_mutation,
   'codes, contexts': _noise_or_mutation,
