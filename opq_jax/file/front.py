@@ -200,14 +200,14 @@ def _read_grids(
   own: dict[str, Float32[np.ndarray, 'slices 3']] = {}
   names = list(leaves)
   for name, leaf in leaves.items():
-    if leaf.table is None:
-      continue
     fields = {'slices': leaf.slices, 'axes': leaf.axes, 'escapes': leaf.has_escapes}
     if version == '1' and (leaf.tied_to is not None or any(fields.values())):
       field = next((field for field, is_used in fields.items() if is_used), '')
       if leaf.tied_to is not None:
         field = 'a leaf that is an earlier one again'
       raise ValueError(f'{label}: {name}: found {field}, expected none in version 1')
+    if leaf.table is None:
+      continue
     if leaf.tied_to is not None:
       own[name] = own[names[leaf.tied_to]]
       continue

@@ -45,8 +45,9 @@ that begins with "list" or "tuple" is a list or a tuple of its other items.  A l
                                   after a comma: float32[2,8,8] 9,7 99,80 escapes=1,20,0,0 slices=1
 
     dtype[shape] same=N           a leaf that is the N-th of the tree again, counted from 0: an
-    dtype[shape] transposed=N     earlier compressed leaf, in its own shape or transposed.  It has
-                                  no payload and no row of grids; a transpose has no slices
+    dtype[shape] transposed=N     earlier leaf, or the transpose of a compressed one.  It has no
+                                  payload, no row of grids and no uncompressed bytes; a transpose
+                                  has no slices
 
 A reader refuses every other field: a palette, a scale an output channel and a rotation will be
 fields too, once they are defined.  Names of dtypes are those of NumPy and ml_dtypes.  A compressed
@@ -200,16 +201,17 @@ def placed(leaves: dict[str, LeafEntry]) -> Placed:
 
 def _tied_entry(name: str, leaf: LeafEntry, first: LeafEntry | None) -> LeafEntry:
   """Returns the entry of a leaf that is an earlier one again, with the numbers of that one."""
-  is_coded = first is not None and first.table is not None and first.tied_to is None
   shape = leaf.shape[::-1] if leaf.is_transposed else leaf.shape
-  if first is None or not is_coded or first.shape != shape:
+  if first is None or first.tied_to is not None or first.shape != shape:
     raise ValueError(
-      f'{name}: found number {leaf.tied_to}, expected that of an earlier compressed leaf of shape '
-      f'{shape}'
+      f'{name}: found number {leaf.tied_to}, expected that of an earlier leaf of shape {shape} '
+      'that is stored itself'
     )
   # transposing two axes alone: the reader has one rule for each field
-  if leaf.is_transposed and (len(leaf.shape) != 2 or first.slices):
-    raise ValueError(f'{name}: found transposed, expected it of a leaf of two axes without slices')
+  if leaf.is_transposed and (len(leaf.shape) != 2 or first.slices or first.table is None):
+    raise ValueError(
+      f'{name}: found transposed, expected it of a compressed leaf of two axes without slices'
+    )
   if first.dtype != leaf.dtype:
     raise ValueError(f'{name}: found dtype {leaf.dtype}, expected {first.dtype}, of the leaf it is')
   axes = first.axes

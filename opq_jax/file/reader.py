@@ -217,7 +217,7 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     return self._leaf(name).axes
 
   def tied_to(self, name: str) -> str | None:
-    """Returns the earlier leaf that a compressed leaf is again, or the transpose of; else None.
+    """Returns the earlier leaf that a leaf is again, or the transpose of; else None.
 
     Raises:
       KeyError: the file has no such leaf.
@@ -248,12 +248,12 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     front, begin, sizes = self._front, 0, {}
     packed = front.block_begins[-1] - front.block_begins[0]
     for name, leaf in front.leaves.items():
-      if leaf.table is None:
+      if leaf.tied_to is not None:
+        sizes[name] = 0
+      elif leaf.table is None:
         # differences of rounded running sums: their own sum is the packed bytes, to the byte
         end = packed * (leaf.begin + leaf.stored) // max(front.uncompressed_size, 1)
         begin, sizes[name] = end, end - begin
-      elif leaf.tied_to is not None:
-        sizes[name] = 0
       else:
         sizes[name] = leaf.stored + GRID_BYTES * leaf.rows
     return sizes

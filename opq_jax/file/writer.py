@@ -20,6 +20,7 @@ from opq_jax.core.ties import Candidate, Tie, tied
 from opq_jax.core.trees import PyTree
 from opq_jax.file import leaf_entries, packing, plain_trees
 from opq_jax.file.front import front_bytes
+from opq_jax.file.repeated_leaves import RepeatedLeaves
 from opq_jax.file.side_files import packed_files
 from opq_jax.file.written_leaves import axes_of, coded_slices, host_array, write_leaf
 
@@ -101,6 +102,7 @@ def serialize(
   payloads: list[bytes] = []
   arrays = {name: host_array(name, leaf) for name, leaf in trees.named_leaves(tree).items()}
   ties, numbers = tied_leaves(arrays, records), {name: i for i, name in enumerate(arrays)}
+  repeated = RepeatedLeaves()
   for name, array in arrays.items():
     record = records[name]
     if name in ties:
@@ -109,6 +111,10 @@ def serialize(
       versions.append(TIED_VERSION)
       continue
     if record is None:
+      if (again := repeated.first(numbers[name], array)) is not None:
+        specs.append(leaf_entries.tied_spec(array.dtype, array.shape, again, False))
+        versions.append(TIED_VERSION)
+        continue
       raw += bytes(-len(raw) % array.dtype.itemsize) + array.tobytes()
       specs.append(leaf_entries.spec(array.dtype, array.shape))
       continue

@@ -20,6 +20,7 @@ from opq_jax.core import files
 from opq_jax.core.trees import PyTree
 from opq_jax.file import front as file_front
 from opq_jax.file import leaf_entries, packing, writer, written_leaves
+from opq_jax.file.repeated_leaves import RepeatedLeaves
 from opq_jax.file.side_files import SideFiles
 
 _MAX_PENDING = 8  # blocks of 1 MiB packed by threads or waiting for it: a bound of memory
@@ -43,6 +44,7 @@ class SpooledFile:
     self._blocks: list[tuple[int, int]] = []
     self._version, self._front, self._side = '1', b'', b''
     self._raw, self._raw_size = bytearray(), 0
+    self._repeated = RepeatedLeaves()
     self._pending: collections.deque[Future[bytes]] = collections.deque()
     self._open = contextlib.ExitStack()
     self._codes_file, self._blocks_file = self._spool(), self._spool()
@@ -77,7 +79,7 @@ class SpooledFile:
   def add_tied(
     self, dtype: np.dtype, shape: tuple[int, ...], number: int, is_transposed: bool
   ) -> None:
-    """Adds a compressed leaf that is an earlier one again, or its transpose.
+    """Adds a leaf that is an earlier one again, or its transpose.
 
     Args:
       dtype, shape: the leaf's own.
@@ -88,8 +90,11 @@ class SpooledFile:
     self._version = max(self._version, writer.TIED_VERSION)
 
   def add(self, name: str, array: Shaped[np.ndarray, '...']) -> None:
-    """Adds an uncompressed leaf."""
+    """Adds an uncompressed leaf; a large one that is an earlier one again takes no bytes."""
     array = written_leaves.host_array(name, array)
+    if (again := self._repeated.first(len(self._specs), array)) is not None:
+      self.add_tied(array.dtype, array.shape, again, False)
+      return
     self._specs.append(leaf_entries.spec(array.dtype, array.shape))
     # each leaf begins at a multiple of its item size
     padding = -self._raw_size % array.dtype.itemsize

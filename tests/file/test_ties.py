@@ -16,6 +16,7 @@ from opq_jax.compression import CompressionState
 from opq_jax.file import container, serialize
 from opq_jax.report import file_report, verify
 from opq_jax.weights import compress_stored, open_weights
+from tests.helpers import plain_reader
 from tests.helpers.opq_files import (
   laplace,
   leaf_state,
@@ -126,6 +127,49 @@ def test_verify_and_report_ties():
   assert any(problem.startswith('b: ') for problem in verify(data, wrong).problems)
 
 
+def excluded_network():
+  table = laplace(1024, 300)
+  return {
+    'embed': table,
+    'fc': laplace(48, 48, seed=1),
+    'head': table.copy(),
+    'other': np.where(table == table[5, 5], 0, table),
+    'small': laplace(48, seed=2),
+    'small again': laplace(48, seed=2),
+    'turned': table.T.copy(),
+  }
+
+
+def test_save_large_uncompressed_leaves_once(tmp_path):
+  params = excluded_network()
+  chosen = lambda path, _: path == 'fc'
+  state = opq_jax.init_state(params, opq_jax.allocate(params, compressible=chosen))
+  data = serialize(params, state)
+  assert version_of(data) == '2'
+  with opq_jax.OpqFile(data) as file:
+    tied = {name: file.tied_to(name) for name in file}
+    assert {name: first for name, first in tied.items() if first} == {'head': 'embed'}
+    assert [name for name, size in file.sizes().items() if size == 0] == ['head']
+    assert same_bits(file['head'], params['embed']) and file.leaf_state('head') is None
+  loaded, _ = opq_jax.load(data)
+  assert all(same_bits(loaded[name], leaf) for name, leaf in params.items() if name != 'fc')
+  loaded['head'][:] = 0  # an array of its own
+  assert loaded['embed'].any()
+  (tmp_path / 'net.opq').write_bytes(data)
+  arrays, _ = plain_reader.read(tmp_path / 'net.opq')
+  assert same_bits(arrays['head'], params['head'])
+  assert verify(data, params).holds
+  assert file_report(data).original == sum(leaf.nbytes for leaf in params.values())
+  # and leaf by leaf
+  safetensors.numpy.save_file(params, tmp_path / 'net.safetensors')
+  stored = open_weights(tmp_path / 'net.safetensors')
+  compress_stored(stored, tmp_path / 'stored.opq', compressible=chosen, compression_rate=10.0)
+  assert (tmp_path / 'stored.opq').read_bytes() == data
+  old = data.replace(b'"version":"2"', b'"version":"1"', 1)
+  with pytest.raises(ValueError, match='head: found a leaf that is an earlier one again'):
+    opq_jax.OpqFile(old)
+
+
 @pytest.mark.parametrize('targets', [{'compression_rate': 12.0}, {'sparsity': 0.5, 'bits': 3.0}])
 def test_compress_stored_ties_equal_save(tmp_path, targets):
   table = laplace(120, 48)
@@ -182,7 +226,8 @@ HOSTILE = {
   'a negative number': replaced(B, '"float32[24,10] same=-1"'),
   'a name': replaced(B, '"float32[24,10] same=a"'),
   'other digits': replaced(B, '"float32[24,10] same=२"'),
-  'an uncompressed leaf': replaced(F, '"float32[3] same=6"'),
+  'the uncompressed leaf itself': replaced(G, '"float32[3] same=6"'),
+  'transposed of it': replaced(F, '"float32[3] transposed=6"'),
   'another shape': replaced(B, '"float32[10,24] same=0"'),
   'as many weights': replaced(B, '"float32[12,20] same=0"'),
   'not transposed': replaced(C, '"float32[24,10] transposed=0"'),

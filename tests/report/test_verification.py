@@ -143,7 +143,7 @@ def test_verify_finds_a_longer_payload(monkeypatch):
   params, state = small()
   data = writer.serialize(params, state)
   short = written_leaves.WrittenSlice(b'short', SliceEntry(4, 5), '1')
-  monkeypatch.setattr(cell_checks, 'written_slice', lambda *_, contexts: short)
+  monkeypatch.setattr(cell_checks, 'written_slice', lambda *_, contexts, axes: short)
   problems = verify(data, params).problems
   assert len(problems) == 2 and problems[0].startswith('a: found a payload of ')
 
