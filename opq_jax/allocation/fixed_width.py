@@ -73,8 +73,10 @@ def minimise_at_bits(
     threshold: beta_i in units of t_i.
     survivors: m_ij / n, the share of all weights that survives in each channel.
     reach: r_ij >= 0, largest surviving |w| - beta_i of each channel, in units of t_i.
-    escape_bits: steps -> bits of the values beyond 127 cells, per weight of the tree.  None: no
-      step is so fine that a weight lies beyond.
+    escape_bits: steps -> bits of the values beyond 127 cells, per weight of the tree.  They must be
+      0 where 127 cells reach the largest weight: once no step in question is finer, they are not
+      asked for any more, and a budget that counts them would be missed.  None: no step is so fine
+      that a weight lies beyond.
   """
   tiny = jnp.finfo(survivors.dtype).tiny
   share, leaf = channels.leaf_share(), channels.leaf

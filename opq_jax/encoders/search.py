@@ -13,6 +13,7 @@ import numpy as np
 from opq_jax.allocation import (
   Allocation,
   BitsPerWeight,
+  LeafAllocation,
   Objective,
   allocate,
   check_file_rate,
