@@ -9,7 +9,7 @@ from tests.helpers import frameworks, support_cells
 
 # runs where there are eight devices: tests/allocation/test_sharding.py
 COLUMNS = [column for column in support_cells.CELLS if column != 'mesh of 8']
-SAID = {('Equinox, attention', 'trellis'), ('a plain function', 'trellis')}
+SAID: set[tuple[str, str]] = set()
 """Cells in which a user is told that leaves are coded in another way."""
 
 

@@ -21,7 +21,7 @@ import optax
 import opq_jax
 from opq_jax import cli, correction, encoders
 from opq_jax.compression import CompressionState
-from opq_jax.core import trees
+from opq_jax.core import axes, trees
 from opq_jax.network import second_moments, usage
 from opq_jax.weights import write_safetensors
 from tests.helpers import frameworks, meshes
@@ -109,7 +109,7 @@ def matrices_apart(name):
     for place in np.ndindex(leaf.shape[: use.slices]):
       key = '/'.join([path, *map(str, place)])
       params[key] = leaf[place]
-      axis = use.channel_axis - use.slices
+      axis = axes.in_slice(use.channel_axis, use.slices)
       uses[key] = types.SimpleNamespace(
         is_compressible=True, channel_axis=axis, slices=0, share=use.share
       )
