@@ -53,8 +53,8 @@ def check_cells(name: str, codes: Int8[np.ndarray, '...'], grid: Grid) -> None:
   """Checks that encoding the values of codes again gives these codes.
 
   Raises:
-    ValueError: the value of a code that occurs is not finite in the leaf's dtype, or lies in
-      another cell than the code's own.
+    ValueError: the value of a code that occurs is not finite in the leaf's dtype, is below the
+      normal numbers of float32, or lies in another cell than the code's own.
   """
   is_on_grid = (ALL_CODES != 0) & (ALL_CODES != ESCAPE)
   # 256 values in place of all weights; a level that no code has may lie in another cell, as many of
@@ -65,6 +65,13 @@ def check_cells(name: str, codes: Int8[np.ndarray, '...'], grid: Grid) -> None:
     raise ValueError(
       f'{name}: found {bad} values that are NaN or infinite once they are {grid.dtype}, expected '
       'none'
+    )
+  # XLA takes such numbers for 0, NumPy does not: a state would not have the values that are read
+  is_flushed = (values != 0) & (np.abs(values) < np.finfo(np.float32).tiny)
+  if bad := int(counts[is_flushed].sum()):
+    raise ValueError(
+      f'{name}: found {bad} values of a magnitude below {np.finfo(np.float32).tiny:.3g}, which '
+      'float32 arithmetic takes for 0, expected none'
     )
   cells = np.clip(grid.cell(np.abs(values)), 0, max(grid.levels - 1, 0))
   codes_again = np.where(values < 0, -1, 1) * (1 + cells)

@@ -4,13 +4,14 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 from opq_jax.compression import LeafState
 from opq_jax.compression.cells import value_table
 from opq_jax.compression.records import affine_codebook, exact_grid
-from opq_jax.file import leaf_entries
+from opq_jax.file import checks, leaf_entries
 from opq_jax.file.grids import Grid
 
 DTYPES = [dtype for dtype in leaf_entries.DTYPES.values() if leaf_entries.can_be_compressed(dtype)]
@@ -66,3 +67,13 @@ def test_reader_needs_no_jax():
   command = [sys.executable, '-c', code, *map(str, golden.glob('*.opq'))]
   found = subprocess.run(command, capture_output=True, text=True, check=False)
   assert found.returncode == 0, found.stderr
+
+
+def test_check_cells_refuses_values_that_xla_flushes_to_zero():
+  # a step of float32's denormal numbers, of which only a crafted file has a grid
+  tiny = np.float32(2.0**-130)
+  grid = Grid(np.float32(0), tiny, tiny, 2, np.dtype(ml_dtypes.bfloat16))
+  codes = np.array([0, 1, -2, -1], np.int8)
+  with pytest.raises(ValueError, match=r'^w: found 3 values of a magnitude below 1\.18e-38'):
+    checks.check_cells('w', codes, grid)
+  checks.check_cells('w', np.zeros(3, np.int8), grid)
