@@ -8,11 +8,10 @@ embeddings of sentences, in float32 on the CPU.  Weights are drawn by their name
 transformers' own here.
 """
 
+import importlib.metadata
 import pathlib
 
 import numpy as np
-import torch
-import transformers
 
 from tests.helpers.language_models import CONFIGS, TOKENS, drawn
 
@@ -27,6 +26,10 @@ def padded_tokens():
 
 
 def answer(config):
+  # here, since the tests collect this module, and run without transformers
+  import torch
+  import transformers
+
   options = dict(config)
   made = transformers.AutoConfig.for_model(options.pop('model_type'), **options)
   kind = transformers.AutoModelForCausalLM
@@ -48,4 +51,5 @@ def answer(config):
 
 if __name__ == '__main__':
   np.savez_compressed(PATH, **{name: answer(config) for name, config in CONFIGS.items()})
-  print(f'{PATH}: {PATH.stat().st_size:,} bytes, transformers {transformers.__version__}')
+  version = importlib.metadata.version('transformers')
+  print(f'{PATH}: {PATH.stat().st_size:,} bytes, transformers {version}')
