@@ -367,8 +367,9 @@ def test_write_refuses_metadata_name(tmp_path):
 
 # ---- nothing is executed ----
 
+# the end of a file's name, '.pickle', executes nothing
 EXECUTES = re.compile(
-  r'\b(pickle|cPickle|dill|joblib|marshal|shelve)\b(?!s)|allow_pickle\s*=\s*True|(?<![.\w])(eval|exec)\('
+  r'(?<!\'\.)\b(pickle|cPickle|dill|joblib|marshal|shelve)\b(?!s)|allow_pickle\s*=\s*True|(?<![.\w])(eval|exec)\('
   r'|weights_only\s*=\s*False|yaml\.(unsafe_)?load\(|__reduce__|torch\.load\((?!.*weights_only=True)'
 )
 
