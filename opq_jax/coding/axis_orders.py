@@ -31,13 +31,16 @@ def of_trellis(codes: Int8[np.ndarray, '...']) -> Axes:
   The axes stay as they are where codes follow it in one of their own arrangements, or in no order,
   or are hardly any but 0.
 
-  >>> path = np.tile(np.array([2, -1, 0, -4], np.int8), 16)
-  >>> kernel = trellis.join(path, np.zeros(64, np.uint8)).reshape(8, 8)
+  >>> state, codes = 0, []
+  >>> for index in np.random.default_rng(0).integers(-2, 3, 96).tolist():
+  ...   codes.append(2 * index - np.sign(index) * int(trellis.SUBSET_OF[state]))
+  ...   state = trellis.NEXT[state, index & 1]
+  >>> kernel = np.array(codes, np.int8).reshape(8, 12)
   >>> of_trellis(kernel), of_trellis(kernel.T)
   ((0, 1), (1, 0))
   """
   own = tuple(range(codes.ndim))
-  if not 2 <= codes.ndim <= MAX_AXES:
+  if not 2 <= codes.ndim <= MAX_AXES or codes.size == 0:
     return own
   for arrangement in arrangements.choices(codes.shape):
     if trellis.indices_and_subsets(arrangements.arranged(codes, arrangement).kernel) is not None:

@@ -65,7 +65,7 @@ class Trellis(LeafEncoder):
       encodes the whole network at every step of the search of `opq_jax.compress`, where version 2
       begins with an estimate from some outputs of every leaf, if these are few beside all.
 
-  >>> import opq_jax
+  >>> import jax, jax.numpy as jnp, opq_jax
   >>> kernel = jax.random.laplace(jax.random.key(0), (256, 256))
   >>> error = lambda network: float(jnp.square(network.params - kernel).sum())
   >>> coded = opq_jax.compress(kernel, compression_rate=16.0, encoder=Trellis())

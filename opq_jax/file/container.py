@@ -95,7 +95,14 @@ def read_header(file: BinaryIO, label: str) -> Header:
   try:
     names: tuple[str, ...] = TENSORS
     # the index of such a file has side files too, and the sizes of both are compared
-    if SIDE_FILES in content and version >= side_files.VERSION:
+    has_files = version >= side_files.VERSION
+    if has_files != (SIDE_FILES in content):
+      # no checksum covers the version: one flipped bit makes a 3 of a 2
+      raise ValueError(
+        f'found version {version} {"without" if has_files else "with"} {SIDE_FILES}, expected '
+        f'files in version {side_files.VERSION} alone'
+      )
+    if has_files:
       names = (*TENSORS, SIDE_FILES)
     sizes = tuple(content[name]['shape'][0] for name in names)
     # `true` would pass as an int

@@ -167,7 +167,7 @@ def test_allocate_objective_of_slices():
 def test_allocate_refuses_slices(slices, axis, message):
   with pytest.raises(ValueError, match=message):
     opq_jax.allocate(
-      {'w': np.ones((3, 4, 5), np.float32)}, slices=lambda *_: slices, channel_axis=axis
+      {'w': np.full((3, 4, 5), 0.5, np.float32)}, slices=lambda *_: slices, channel_axis=axis
     )
 
 

@@ -55,6 +55,8 @@ def test_value_table_equals_jax(dtype):
 
 def test_reader_needs_no_jax():
   golden = pathlib.Path(__file__).parents[1] / 'golden'
+  # codes along a trellis are decoded by a program that numba compiles
+  paths = sorted(set(golden.glob('*.opq')) - {golden / 'version_2_axes.opq'})
   code = (
     'import sys\n'
     'from opq_jax.file.reader import OpqFile\n'
@@ -64,7 +66,7 @@ def test_reader_needs_no_jax():
     'heavy = {"jax", "flax", "optax", "numba", "scipy", "orbax"} & set(sys.modules)\n'
     'assert not heavy, heavy'
   )
-  command = [sys.executable, '-c', code, *map(str, golden.glob('*.opq'))]
+  command = [sys.executable, '-c', code, *map(str, paths)]
   found = subprocess.run(command, capture_output=True, text=True, check=False)
   assert found.returncode == 0, found.stderr
 

@@ -202,5 +202,5 @@ def test_tied_leaves_of_slices():
     assert file.grids('a') == file.grids('b') and file.sizes()['b'] == 0
     assert same_bits(file['b'], loaded['b']) and file.slices('b') == 1
   assert verify(data, params).holds
-  with pytest.raises(ValueError, match=r'expected it of a leaf of two axes without slices'):
+  with pytest.raises(ValueError, match=r'expected it of a compressed leaf of two axes'):
     load(rebuilt(data, replaced('"d":"', '"cc":"float32[64,64] transposed=2","d":"')))
