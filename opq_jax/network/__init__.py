@@ -1,4 +1,4 @@
-"""Says what a network does with its leaves, and measures the second moments of their inputs."""
+"""Says what a network does with its leaves, what errors cost, and what moments inputs have."""
 
 from typing import TYPE_CHECKING
 
@@ -6,6 +6,7 @@ from opq_jax.core import lazy
 
 if TYPE_CHECKING:
   from opq_jax.network.batch_mode import on_batch_statistics
+  from opq_jax.network.costs import divergence_costs
   from opq_jax.network.moments import InputMoments, mean_moments, second_moments
   from opq_jax.network.stored_moments import StoredMatrix
   from opq_jax.network.uses import LeafUsage, Use, usage
@@ -15,6 +16,7 @@ __all__ = [
   'LeafUsage',
   'StoredMatrix',
   'Use',
+  'divergence_costs',
   'mean_moments',
   'on_batch_statistics',
   'second_moments',
@@ -28,6 +30,7 @@ __getattr__, __dir__ = lazy.attributes(
     'LeafUsage': 'uses',
     'StoredMatrix': 'stored_moments',
     'Use': 'uses',
+    'divergence_costs': 'costs',
     'mean_moments': 'moments',
     'on_batch_statistics': 'batch_mode',
     'second_moments': 'moments',

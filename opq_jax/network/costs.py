@@ -37,9 +37,6 @@ def divergence_costs(
   energy of their sum is the sum of their energies.  (Our derivation.  Fisher's diagonal as the
   price of weights goes back to LeCun, Denker and Solla, "Optimal Brain Damage", 1989.)
 
-  The inputs may be drawn at random: a language model's costs from random tokens order its leaves
-  much as those from text do (`experiments/benchmarks/language_models`).
-
   Args:
     fn: `fn(params, *inputs)` returns logits, [examples, ..., classes].  Examples must not see each
       other.

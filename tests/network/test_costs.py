@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opq_jax.network.costs import divergence_costs
+from opq_jax.network import divergence_costs
 
 
 def divergence(logits, other):
