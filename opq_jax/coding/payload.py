@@ -33,8 +33,8 @@ def entropy(codes: Int8[np.ndarray, '...']) -> float:
 
   sum_c (n_c / n) log2(n / n_c) over the n_c codes c of n.  Where codes follow the trellis of
   `opq_jax.coding.trellis` in some order of their axes, the entropy of their indices given their
-  subsets.  The code -128 of an
-  escaped weight is a symbol like any other; along a trellis it takes the place of a 0.
+  subsets.  The code -128 of an escaped weight is a symbol like any other; along a trellis it takes
+  the place of a 0.
 
   >>> entropy(np.array([0, 0, 1, -1], np.int8))
   1.5

@@ -11,7 +11,7 @@ def return_freed_blocks() -> None:
   """Returns freed blocks to the system: all that are free now, and large ones to come at once.
 
   glibc keeps freed blocks of up to 32 MiB in the arena of each thread: with leaves of that size a
-  process grew by half within 80 leaves.  XLA's compiler leaves some 250 MB behind.  Other C
+  process grew by half within 80 leaves.  XLA's compiler, too, leaves freed blocks behind.  Other C
   libraries are left as they are.
   """
   if platform.libc_ver()[0] == 'glibc':

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 PREFETCHED = 64
 """Examples that threads read ahead: four for each of grain's 16 threads.
 
-Grain looks at all of them for every example that it gives: with its default of 500, that takes
-longer than to decode a small image.
+Grain looks at all of them for every example that it gives, so a longer queue takes more time.
 """
 
 

@@ -76,8 +76,7 @@ def compress_stored(
     side_files: see `opq_jax.save`; `ModelFolder.side_files` returns those of a folder.
     left_out: bytes of leaves that `file_rate` does not count as those of the tree: zeros.
     stage: returns the context manager in which the stage of a name runs, for progress: statistics,
-      allocate, encode, write.  A value that can be called
-      is called with the share that is done.
+      allocate, encode, write.  If it yields a function, that is called with the share that is done.
     **targets: the targets and the `objective` of `opq_jax.allocate`.  For `file_rate` the tree is
       coded several times.
 

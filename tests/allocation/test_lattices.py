@@ -28,13 +28,8 @@ FEW = {
 }
 
 
-@pytest.mark.parametrize(
-  ('rate', 'dtype'),
-  [
-    *((5.0, np.float32), (12.0, np.float32), (18.0, np.float32)),
-    *((12.0, np.float16), (5.0, ml_dtypes.bfloat16)),
-  ],
-)
+@pytest.mark.parametrize('dtype', [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize('rate', [5.0, 12.0, 18.0])
 @pytest.mark.parametrize('kind', FEW)
 def test_lattice_of_few_values(kind, rate, dtype):
   few = drawn(FEW[kind]).astype(dtype)

@@ -98,7 +98,7 @@ def compressed(weights, **targets):
 @hypothesis.given(
   st.sampled_from(KINDS), st.sampled_from(DTYPES), st.floats(-2.0, 4.9), st.integers(0, 3)
 )
-@hypothesis.settings(max_examples=30)
+@hypothesis.settings(max_examples=60)
 def test_search_meets_bits(kind, dtype, log_bits, seed):
   bits = 2.0**log_bits
   weights = drawn(kind, dtype, seed)

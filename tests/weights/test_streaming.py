@@ -115,11 +115,10 @@ def test_compress_stored_peak_memory(source, monkeypatch):
   # what else runs only adds to a peak, one run in a few fails for it: the least of three counts
   for _ in range(3):
     found = large_trees.run(48_000_000, 8_000_000, None, source)
-    if found['peak'] - found['one'] <= 4 * found['largest']:
+    if found['peak'] - found['one'] <= 3 * found['largest']:
       break
   # the whole tree would break both bounds
   assert found['original'] >= 6 * found['largest']
   # three times the largest leaf, and a constant: libraries, what is compiled, and the pieces
   assert found['peak'] - found['constant'] <= 3 * found['largest'] + 140e6
-  # beside a tree of one leaf; all others together would add five
-  assert found['peak'] - found['one'] <= 4 * found['largest']
+  assert found['peak'] - found['one'] <= 3 * found['largest']
