@@ -89,10 +89,9 @@ def choose_leaves(named: dict[str, Any], compressible: Callable[[str, Any], bool
       )
     chosen.append(name)
   if buffers:
-    more = f' and {len(buffers) - _MAX_LISTED} more' if len(buffers) > _MAX_LISTED else ''
     messages.warn(
-      f'{", ".join(buffers[:_MAX_LISTED])}{more}: found masks by their values, of 0 and 1, or of 0 and '
-      'numbers that stand for -infinity: they pass through as they are'
+      f'{messages.listed(buffers, _MAX_LISTED)}: found masks by their values, of 0 and 1, or of 0 '
+      'and numbers that stand for -infinity: they pass through as they are'
     )
   if not chosen:
     raise ValueError(

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from opq_jax.core.messages import listed
 from opq_jax.file.reader import OpqFile
 from opq_jax.importers import networks
 from opq_jax.weights import CarriedFiles, carried_files, is_model_folder, open_folder
@@ -31,10 +32,10 @@ def carried_notes(source: Path, carried: CarriedFiles) -> list[str]:
   """Returns lines about files of a folder that are left out, or come back under other names."""
   notes = []
   if carried.left_out:
-    notes.append(f'{source}: left out {_named(carried.left_out)}')
+    notes.append(f'{source}: left out {listed(carried.left_out, _MAX_NAMES)}')
   if carried.renamed:
     pairs = [f'{old} as {new}' for old, new in carried.renamed.items()]
-    notes.append(f'{source}: opq decompress gives back {_named(pairs)}')
+    notes.append(f'{source}: opq decompress gives back {listed(pairs, _MAX_NAMES)}')
   return notes
 
 
@@ -57,8 +58,3 @@ def carried_problems(path: str, against: str) -> list[str]:
     elif found[name] != expected[name]:
       problems.append(f'{name}: found other bytes than in {against}, expected the same')
   return problems
-
-
-def _named(names: tuple[str, ...] | list[str]) -> str:
-  more = len(names) - _MAX_NAMES
-  return ', '.join(names[:_MAX_NAMES]) + (f' and {more} more' if more > 0 else '')

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
-from opq_jax.core import trees
+from opq_jax.core import messages, trees
 from opq_jax.core.trees import PyTree
 from opq_jax.correction.batch_statistics import STATISTICS, mean_var_pairs
 
@@ -31,12 +31,7 @@ def check_same_tree(variables: PyTree, compressed: PyTree, collections: set[str]
     {name: _describe(leaf) for name, leaf in trees.named_leaves(tree).items()}
     for tree in (compressed, variables)
   )
-  lines = [
-    f'  {name}: found {found.get(name, "nothing")}, expected {expected.get(name, "nothing")}'
-    for name in sorted(found.keys() | expected.keys())
-    if found.get(name) != expected.get(name)
-  ]
-  if lines:
+  if lines := messages.differences(found, expected):
     raise ValueError('\n'.join(['compressed is not the tree of variables:', *lines]))
 
 

@@ -3,7 +3,7 @@
 import collections
 import copy
 from collections.abc import Iterable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,35 +11,24 @@ from torch import Tensor, nn
 from opq_jax.core import messages
 from opq_jax.correction.torch_modules import (
   Arguments,
+  OutputBias,
   evaluated,
   features_of,
   first_tensor,
   hooked,
-  listed,
   mean_along,
   output_bias,
 )
 
 _Module = TypeVar('_Module', bound=nn.Module)
-
-
-class _Layer(NamedTuple):
-  """A part of a module whose output has a bias.
-
-  Attributes:
-    bias: name of the bias in the whole module.
-    axis: of the output that it is added along.
-  """
-
-  bias: str
-  axis: int
+_MAX_NAMED = 5  # parts that a message lists
 
 
 def correct(
   float_module: nn.Module, compressed_module: _Module, batches: Iterable[Arguments]
 ) -> _Module:
   """Does what `opq_jax.correction.torch` says of modules without normalizations."""
-  layers: dict[str, _Layer] = {}
+  layers: dict[str, OutputBias] = {}
   total: dict[str, Tensor] = {}
   count = 0
   for arguments in batches:
@@ -62,7 +51,7 @@ def correct(
   if others:
     messages.warn(
       'biases that are not added, once, to the output of a layer stay as they are: '
-      f'{listed(others)}'
+      f'{messages.listed(others, _MAX_NAMED)}'
     )
   return corrected
 
@@ -87,13 +76,13 @@ def _bias_names(module: nn.Module) -> list[str]:
   ]
 
 
-def _layers(module: nn.Module, arguments: Arguments) -> dict[str, _Layer]:
-  """Returns the layers that one forward pass calls once, by name.
+def _layers(module: nn.Module, arguments: Arguments) -> dict[str, OutputBias]:
+  """Returns the bias of each layer that one forward pass calls once, by name of the layer.
 
   A layer's bias is its own, or that of a part that it reads instead of calling it, as attention
   does with its last projection.
   """
-  found: dict[str, _Layer] = {}
+  found: dict[str, OutputBias] = {}
   calls: collections.Counter[str] = collections.Counter()
   inside: list[str] = []  # the layer that is examined, whose own call is not counted
 
@@ -115,7 +104,7 @@ def _layers(module: nn.Module, arguments: Arguments) -> dict[str, _Layer]:
       ]
       bias = output_bias(part, Arguments(args, kwargs), names) if _is_layer(part) else None
       if bias is not None:
-        found[name] = _Layer(_joined(name, bias.name), bias.axis)
+        found[name] = bias._replace(name=_joined(name, bias.name))
       inside.pop()
 
     return hook
@@ -127,15 +116,15 @@ def _layers(module: nn.Module, arguments: Arguments) -> dict[str, _Layer]:
   with evaluated(module), hooked(handles):
     module(*arguments.positional, **arguments.named)
   # one tensor may be the bias of several layers
-  owners = collections.Counter(id(module.get_parameter(layer.bias)) for layer in found.values())
-  is_single = lambda layer: owners[id(module.get_parameter(layer.bias))] == 1
+  owners = collections.Counter(id(module.get_parameter(layer.name)) for layer in found.values())
+  is_single = lambda layer: owners[id(module.get_parameter(layer.name))] == 1
   return {name: layer for name, layer in found.items() if calls[name] == 1 and is_single(layer)}
 
 
 def _shifts(
   float_module: nn.Module,
   compressed_module: nn.Module,
-  layers: dict[str, _Layer],
+  layers: dict[str, OutputBias],
   arguments: Arguments,
 ) -> dict[str, Tensor]:
   """Returns what one batch adds to each bias, from the first layer to the last."""
@@ -152,7 +141,7 @@ def _shifts(
     def hook(part: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
       features, axis = features_of(name, output), layers[name].axis
       shift = means[name] - mean_along(features, axis)
-      shifts[layers[name].bias] = shift
+      shifts[layers[name].name] = shift
       shape = [-1 if place == axis else 1 for place in range(features.ndim)]
       moved = features + shift.to(features.dtype).reshape(shape)
       return moved if isinstance(output, Tensor) else type(output)([moved, *output[1:]])

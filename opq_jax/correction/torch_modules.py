@@ -1,11 +1,13 @@
 """PyTorch modules as the corrections see them: compared, called, and put back as they were."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from opq_jax.core import messages
 
 
 class Arguments(NamedTuple):
@@ -59,12 +61,7 @@ def check_same_modules(first: nn.Module, second: nn.Module) -> None:
       'compressed weights'
     )
   expected, found = ({name: _description(t) for name, t in _tensors(m)} for m in (first, second))
-  lines = [
-    f'  {name}: found {found.get(name, "nothing")}, expected {expected.get(name, "nothing")}'
-    for name in sorted(found.keys() | expected.keys())
-    if found.get(name) != expected.get(name)
-  ]
-  if lines:
+  if lines := messages.differences(found, expected):
     raise ValueError('\n'.join(['compressed_module has not the tensors of float_module:', *lines]))
 
 
@@ -102,13 +99,6 @@ def hooked(handles: list[Any]) -> Iterator[None]:
   finally:
     for handle in handles:
       handle.remove()
-
-
-def listed(names: Iterable[str], most: int = 5) -> str:
-  """Returns the first names, and how many more there are."""
-  names = list(names)
-  more = [f'and {len(names) - most} more'] if len(names) > most else []
-  return ', '.join([*names[:most], *more])
 
 
 def first_tensor(output: Any) -> Tensor | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from opq_jax.core import messages
+from opq_jax.core.messages import listed
 from opq_jax.correction.batch_norm import RATIO_BOUNDS
 from opq_jax.correction.torch_modules import (
   Arguments,
@@ -17,12 +18,12 @@ from opq_jax.correction.torch_modules import (
   features_of,
   first_tensor,
   hooked,
-  listed,
   mean_along,
   output_bias,
 )
 
 _Module = TypeVar('_Module', bound=nn.Module)
+_MAX_NAMED = 5  # parts that a message lists
 _STATISTICS = ('running_mean', 'running_var')
 # largest standard deviation of a constant channel relative to its mean: rounding in float32
 _CONSTANT = 1e-6
@@ -52,8 +53,8 @@ def correct(
   used = [name for name in old if name in before.means and name in after.means]
   if not used:
     raise ValueError(
-      f'found no batch, or no call of {listed(old)} by the forward pass, expected a batch at least '
-      'and a call of some normalization'
+      f'found no batch, or no call of {listed(old, _MAX_NAMED)} by the forward pass, expected a '
+      'batch at least and a call of some normalization'
     )
   corrected = copy.deepcopy(compressed_module)
   new, constant = normalizations(corrected), {}
@@ -75,11 +76,13 @@ def correct(
   if constant:
     messages.warn(
       'channels without variance in the float module keep their running_var: '
-      f'{listed(constant.values())}'
+      f'{listed(constant.values(), _MAX_NAMED)}'
     )
   if len(used) < len(old):
     idle = [name for name in old if name not in used]
-    messages.warn(f'statistics that no forward pass has used stay as they are: {listed(idle)}')
+    messages.warn(
+      f'statistics that no forward pass has used stay as they are: {listed(idle, _MAX_NAMED)}'
+    )
   return corrected
 
 

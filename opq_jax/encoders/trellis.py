@@ -157,9 +157,8 @@ def _code_leaves(
   coded = native.on_all_processors(code, leaves)
   names = [leaf.name for leaf, result in zip(leaves, coded, strict=True) if not result.is_served]
   if names:
-    more = f' and {len(names) - _MAX_NAMED} more' if len(names) > _MAX_NAMED else ''
     messages.warn(
-      f'{", ".join(names[:_MAX_NAMED])}{more}: found leaves that the trellis does not '
+      f'{messages.listed(names, _MAX_NAMED)}: found leaves that the trellis does not '
       'serve, for their shape or their many weights beyond its levels: they have plain codes'
     )
   return coded

@@ -138,9 +138,8 @@ def _tree_of(params: PyTree, measured: Measured) -> PyTree:
   if measured.unmeasured:
     names = list(trees.named_leaves(params))
     unmeasured = [names[number] for number in measured.unmeasured]
-    more = f' and {len(unmeasured) - _MAX_NAMED} more' if len(unmeasured) > _MAX_NAMED else ''
     messages.warn(
-      f'{", ".join(unmeasured[:_MAX_NAMED])}{more}: found leaves that are multiplied behind '
+      f'{messages.listed(unmeasured, _MAX_NAMED)}: found leaves that are multiplied behind '
       'arithmetic, a cut or a computed index, or along several axes: they have no moments, and '
       'get plain codes (opq_jax.usage shows their uses)'
     )
