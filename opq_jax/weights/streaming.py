@@ -129,6 +129,8 @@ def compress_stored(
       spooled.close()
       with stage('allocate'):
         allocation = source.allocation(**targets)
+      # what the compiler of the solver has left would stand beside the first leaves that are coded
+      memory.return_freed_blocks()
       with stage('encode') as told:
         file = spooled.enter_context(SpooledFile(output, contexts))
         return source.coded(
