@@ -113,7 +113,7 @@ def _weights(model: models.Decoder, leaves: Mapping[str, Any]) -> language_model
   if not any(name.startswith('params/') for name in leaves):
     return language_models.from_tensors(model, leaves)
   arrays = {name: jnp.asarray(language_models.read(leaf)) for name, leaf in leaves.items()}
-  shapes = language_models.variable_shapes(model)
+  shapes = models.variable_shapes(model)
   language_models.check(model, arrays)
   variables = [arrays[name] for name in trees.named_leaves(shapes)]
   return language_models.Weights(jax.tree.unflatten(jax.tree.structure(shapes), variables), ())

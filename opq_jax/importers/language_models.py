@@ -5,7 +5,6 @@ Dense kernels of PyTorch are [out, in], those of Flax [in, out].  Where a networ
 first axis.  Dtypes stay: what comes in as bfloat16 goes out bit for bit.
 """
 
-import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opq_jax import models
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 from opq_jax.importers import conversion
@@ -146,7 +146,7 @@ class Place(NamedTuple):
 def places(model: 'nn.Module') -> dict[str, Place]:
   """Returns the tensors of every leaf of a network's variables, by the leaf's path."""
   family = _family(model)
-  leaves = trees.named_leaves(variable_shapes(model))
+  leaves = trees.named_leaves(models.variable_shapes(model))
   return {name: _place(family, name, leaf.shape) for name, leaf in leaves.items()}
 
 
@@ -183,7 +183,7 @@ def from_tensors(model: 'nn.Module', tensors: Mapping[str, Any]) -> Weights:
     for path, place in leaves.items()
   ]
   return Weights(
-    jax.tree.unflatten(jax.tree.structure(variable_shapes(model)), arrays), tuple(ignored)
+    jax.tree.unflatten(jax.tree.structure(models.variable_shapes(model)), arrays), tuple(ignored)
   )
 
 
@@ -220,13 +220,6 @@ def check(model: 'nn.Module', leaves: Mapping[str, Any]) -> None:
   )
   if lines:
     raise ValueError('\n'.join([f'the variables are not those of {_description(model)}:', *lines]))
-
-
-@functools.lru_cache(maxsize=8)  # tracing takes longer than all else here
-def variable_shapes(model: 'nn.Module') -> PyTree:
-  """Returns the shapes and dtypes of a network's variables without computing any of them."""
-  tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-  return jax.eval_shape(model.init, jax.random.key(0), tokens)
 
 
 def read(tensor: Any) -> np.ndarray:

@@ -98,12 +98,14 @@ def variable_shapes(model: 'nn.Module') -> 'PyTree':
   import jax
   import jax.numpy as jnp
 
-  image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+  example = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+  if hasattr(model, 'vocabulary'):  # it reads tokens
+    example = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   try:
     hash(model)
   except TypeError:  # a list among its attributes
-    return jax.eval_shape(model.init, jax.random.key(0), image)
-  return _initialisation().eval_shape(model, jax.random.key(0), image)
+    return jax.eval_shape(model.init, jax.random.key(0), example)
+  return _initialisation().eval_shape(model, jax.random.key(0), example)
 
 
 @functools.cache
@@ -115,4 +117,4 @@ def _initialisation() -> Any:
   """
   import jax
 
-  return jax.jit(lambda model, key, image: model.init(key, image), static_argnums=0)
+  return jax.jit(lambda model, key, example: model.init(key, example), static_argnums=0)
