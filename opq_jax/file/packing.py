@@ -1,9 +1,9 @@
 """LZMA of the parts of a file that are not codes: uncompressed leaves, index, side files.
 
-The data are raw LZMA1 streams (no container, with an end mark).  Those of leaves and index have the
-parameters dict_size = 2**20, lc = 0, lp = log2(period), pb = 0: literals are predicted by their
-place in the period alone.  Of float32 numbers, period 4, sign and exponent then have statistics of
-their own, which repeat.
+The data are raw LZMA1 streams (no container, with an end mark).  The streams of leaves and index
+have the parameters dict_size = 2**20, lc = 0, lp = log2(period), pb = 0: literals are predicted by
+their place in the period alone.  Of float32 numbers, period 4, sign and exponent then have
+statistics of their own, which repeat.
 """
 
 import lzma

@@ -63,7 +63,10 @@ def _open(gguf: Any, path: Path) -> dict[str, StoredLeaf]:
       f'{len(places)} tensors): their float32 values are compressed, and sizes count against these'
     )
   return {
-    name: StoredLeaf(str(path), name, place.shape, place.dtype, place.read)
+    name: StoredLeaf(
+      *(str(path), name, place.shape, place.dtype, place.read),
+      fetch_first=place.first if len(place.shape) > 1 else None,
+    )
     for name, place in places.items()
   }
 
@@ -92,16 +95,24 @@ class _Place:
 
   def read(self, _: str) -> Shaped[np.ndarray, '...']:
     """Returns the tensor."""
+    return self._entries(self.shape)
+
+  def first(self, _: str) -> Shaped[np.ndarray, '...']:
+    """Returns the first entry along the first of two axes or more."""
+    return self._entries((1, *self.shape[1:]))
+
+  def _entries(self, shape: tuple[int, ...]) -> Shaped[np.ndarray, '...']:
+    """Returns the first numbers of the tensor, in a shape that differs in its first axis alone."""
     if self.kind in _PLAIN:
-      return self._numbers(0, int(np.prod(self.shape)), self.dtype).reshape(self.shape)
-    row_bytes, width = self._stored[-1], self.shape[-1]
-    rows = np.empty((int(np.prod(self.shape[:-1])), width), np.float32)
+      return self._numbers(0, int(np.prod(shape)), self.dtype).reshape(shape)
+    row_bytes, width = self._stored[-1], shape[-1]
+    rows = np.empty((int(np.prod(shape[:-1])), width), np.float32)
     count = max(_PIECE // max(width, 1), 1)
     for start in range(0, len(rows), count):
       piece = rows[start : start + count]
       data = self._numbers(start * row_bytes, len(piece) * row_bytes, np.dtype(np.uint8))
       piece[:] = self._gguf.quants.dequantize(data.reshape(len(piece), row_bytes), self._type)
-    return rows.reshape(self.shape)
+    return rows.reshape(shape)
 
   def _numbers(self, begin: int, count: int, dtype: np.dtype) -> Shaped[np.ndarray, ' count']:
     data = np.fromfile(self._path, dtype, count, offset=self._begin + begin)

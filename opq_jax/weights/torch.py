@@ -66,18 +66,24 @@ def open_leaves(path: Path) -> dict[str, StoredLeaf]:
   loaded, optimizers = _loaded(path, mmap=is_mapped)
   _warn_of_optimizers(path, optimizers)
 
-  def fetch(name: str) -> Shaped[np.ndarray, '...']:
+  def tensor(name: str) -> Any:
     # the whole mapping would count as memory of the process once its pages are read
-    tensors = _loaded(path, mmap=True).state_dict if is_mapped else loaded
-    return np.array(_to_numpy(tensors[name]))
+    return (_loaded(path, mmap=True).state_dict if is_mapped else loaded)[name]
+
+  def fetch(name: str) -> Shaped[np.ndarray, '...']:
+    return np.array(_to_numpy(tensor(name)))
+
+  def fetch_first(name: str) -> Shaped[np.ndarray, '...']:
+    return np.array(_to_numpy(tensor(name)[:1]))
 
   leaves = {}
-  for name, tensor in loaded.items():
-    if type(name) is not str or not hasattr(tensor, 'detach'):
-      raise ValueError(f'{path}: {name}: found {type(tensor).__name__}, expected a tensor')
-    dtype = str(tensor.dtype).removeprefix('torch.')
+  for name, stored in loaded.items():
+    if type(name) is not str or not hasattr(stored, 'detach'):
+      raise ValueError(f'{path}: {name}: found {type(stored).__name__}, expected a tensor')
+    dtype = str(stored.dtype).removeprefix('torch.')
     known = np.dtype(getattr(ml_dtypes, dtype, dtype))
-    leaves[name] = StoredLeaf(str(path), name, tuple(tensor.shape), known, fetch)
+    first = fetch_first if stored.ndim else None
+    leaves[name] = StoredLeaf(str(path), name, tuple(stored.shape), known, fetch, first)
   return leaves
 
 

@@ -39,7 +39,10 @@ def test_open_folder_reads_pytorch(tmp_path, shards, is_zip):
   path = write_torch_folder(
     tmp_path / 'llama', tensors, shards, _use_new_zipfile_serialization=is_zip
   )
-  assert_same(in_order(open_folder(path)), in_order(tensors))
+  folder = open_folder(path)
+  assert_same(in_order(folder), in_order(tensors))
+  for name, leaf in folder.leaves.items():
+    np.testing.assert_array_equal(leaf.first(), tensors[name][:1] if leaf.shape else tensors[name])
   assert_same(read_weights(path), in_order(tensors))
 
 
