@@ -172,5 +172,48 @@ def seconds_over_weights(
   figure.savefig(path)
 
 
+def divergence_over_bits(
+  path: str | os.PathLike[str],
+  curves: Mapping[str, Sequence[tuple[float, float]]],
+  *,
+  title: str = '',
+) -> None:
+  """Plots the divergence of language models over their bits, on a logarithmic axis.
+
+  Args:
+    path: the picture; its suffix selects the format.
+    curves: points of (bits per weight, KL in nats a token) by the name in the legend.
+    title: the title.
+
+  Raises:
+    ValueError: there is no point, or matplotlib is missing.
+  """
+  if not curves or not all(curves.values()):
+    raise ValueError(f'curves: found {dict(curves)}, expected at least one point in each')
+  figure = _matplotlib_figure()(figsize=(7.2, 5.4), dpi=120, layout='constrained')
+  axes = figure.subplots()
+  markers = itertools.cycle('osD^vPX*')
+  for number, ((label, points), marker) in enumerate(zip(curves.items(), markers, strict=False)):
+    bits, divergences = zip(*sorted(points), strict=True)
+    axes.plot(
+      bits,
+      divergences,
+      color=_COLOURS[number % len(_COLOURS)],
+      linestyle='-' if number < len(_COLOURS) else '--',
+      marker=marker,
+      markersize=4,
+      linewidth=1.4,
+      label=label,
+    )
+  axes.set_yscale('log')
+  axes.set_xlabel('bits per weight')
+  axes.set_ylabel('KL(float || compressed), nats per token')
+  axes.set_title(title, fontsize=10, loc='left')
+  axes.grid(alpha=0.25, which='both')
+  axes.spines[['top', 'right']].set_visible(False)
+  axes.legend(frameon=False, fontsize=8)
+  figure.savefig(path)
+
+
 def _matplotlib_figure() -> Any:
   return extras.require('matplotlib.figure', 'plots', 'plots').Figure

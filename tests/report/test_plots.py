@@ -83,3 +83,18 @@ def test_seconds_plot_has_proportional_line(tmp_path, figures):
   for nothing in ({}, {'a file': []}):
     with pytest.raises(ValueError, match='curves: found'):
       plots.seconds_over_weights(tmp_path / 'picture.png', nothing)
+
+
+def test_divergence_plot_draws_every_codec(tmp_path, figures):
+  curves = {f'codec {number}': [(4.0, 0.1), (2.0, 1.0 + number)] for number in range(9)}
+  plots.divergence_over_bits(tmp_path / 'picture.png', curves, title='a network')
+  [axes] = figures[0].axes
+  assert (axes.get_xscale(), axes.get_yscale()) == ('linear', 'log')
+  for number, line in enumerate(axes.lines):
+    assert list(line.get_xdata()) == [2.0, 4.0]
+    assert list(line.get_ydata()) == [1.0 + number, 0.1]
+  looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in axes.lines}
+  assert len(looks) == 9
+  assert [text.get_text() for text in axes.get_legend().get_texts()] == list(curves)
+  with pytest.raises(ValueError, match='curves: found'):
+    plots.divergence_over_bits(tmp_path / 'picture.png', {'codec': []})

@@ -1,0 +1,1 @@
+"""Language models compressed by opq_jax, llama.cpp, GPTQ, HQQ and rounding, judged alike."""

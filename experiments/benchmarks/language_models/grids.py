@@ -1,0 +1,168 @@
+"""Uniform grids of groups of weights: rounding to nearest (RTN), and HQQ.
+
+A group of weights that one row has in common shares a scale s and a zero z, and a weight has the
+code q = clip(round(w / s + z), 0, 2^b - 1), which is read as s (q - z).
+
+HQQ (Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023) keeps
+the scale of the smallest and largest weight and fits z to the error that |.|^p with p < 1 leaves
+over: with W^ = s (Q - z) it alternates
+
+    E <- shrink(W - W^, beta)           shrink(x) = sign(x) max(0, |x| - |x|^(p - 1) / beta)
+    z <- mean over the group of (Q - (W - E) / s)          beta <- 1.01 beta
+
+while the mean of |W - W^| falls.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from experiments.benchmarks.language_models.coded import Matrix
+
+SCALE_BITS = 16  # float16
+CLIPS, LEAST_CLIP, CLIP_NORM = 100, 0.2, 2.4  # of GPTQ's search: shares of the range, and |error|^p
+P, BETA, BETA_FACTOR, ITERATIONS = 0.7, 10.0, 1.01, 20  # HQQ's defaults
+_LARGEST_SCALE = 2e4  # codes per unit of weight, HQQ's limit
+
+
+class Grid(NamedTuple):
+  """Grids of the rows of a group, one a row.
+
+  Attributes:
+    scale, zero: [outputs, 1]; the scale is a float16, the zero a code.
+    levels: largest code.
+  """
+
+  scale: Float[np.ndarray, 'outputs 1']
+  zero: Float[np.ndarray, 'outputs 1']
+  levels: int
+
+  def rounded(self, weights: Float[np.ndarray, 'outputs n']) -> Float[np.ndarray, 'outputs n']:
+    """Returns the nearest values of the grids."""
+    codes = np.clip(np.round(weights / self.scale + self.zero), 0, self.levels)
+    return self.scale * (codes - self.zero)
+
+
+def fitted(weights: Float[np.ndarray, 'outputs n'], bits: int, clip_search: bool = False) -> Grid:
+  """Returns grids from the smallest to the largest weight, 0 included, of every row.
+
+  Args:
+    weights: of one group.
+    bits: of a code.
+    clip_search: takes the share of that range, of 1, .99, ... .21, with the least sum of
+      |error|^2.4, as GPTQ's code does.
+
+  >>> grid = fitted(np.array([[-1.0, 0.4, 2.0]]), 2)
+  >>> float(grid.scale[0, 0]), float(grid.zero[0, 0]), grid.rounded(np.array([[0.4, 1.6]])).tolist()
+  (1.0, 1.0, [[0.0, 2.0]])
+  """
+  levels = 2**bits - 1
+  low = np.minimum(weights.min(axis=1, keepdims=True), 0)
+  high = np.maximum(weights.max(axis=1, keepdims=True), 0)
+
+  def grid_of(share: float) -> Grid:
+    scale = (share * (high - low) / levels).astype(np.float16).astype(weights.dtype)
+    # a row of zeros, and steps below float16's range
+    scale = np.where(scale > 0, scale, np.finfo(np.float16).tiny).astype(weights.dtype)
+    return Grid(scale, np.clip(np.round(-share * low / scale), 0, levels), levels)
+
+  best = grid_of(1.0)
+  if not clip_search:
+    return best
+  least = np.sum(np.abs(best.rounded(weights) - weights) ** CLIP_NORM, axis=1, keepdims=True)
+  for number in range(1, int((1 - LEAST_CLIP) * CLIPS)):
+    grid = grid_of(1 - number / CLIPS)
+    error = np.sum(np.abs(grid.rounded(weights) - weights) ** CLIP_NORM, axis=1, keepdims=True)
+    better = error < least
+    least = np.minimum(error, least)
+    best = Grid(
+      np.where(better, grid.scale, best.scale), np.where(better, grid.zero, best.zero), levels
+    )
+  return best
+
+
+def stored_bits(shape: tuple[int, ...], bits: int, group: int) -> float:
+  """Returns the bits of a matrix: codes, and a float16 scale and a zero of one code a group.
+
+  >>> stored_bits((2, 256), 3, 128) / 512
+  3.1484375
+  """
+  outputs, inputs = shape
+  return outputs * inputs * bits + outputs * -(-inputs // group) * (SCALE_BITS + bits)
+
+
+def rtn(
+  weights: Matrix, bits: int, group: int, clip_search: bool = False
+) -> tuple[np.ndarray, float]:
+  """Rounds a matrix to the nearest values of its groups, along the inputs; the last may be short.
+
+  Returns:
+    The decoded matrix and its bits.
+  """
+  parts = [weights[:, begin : begin + group] for begin in range(0, weights.shape[1], group)]
+  decoded = [fitted(part, bits, clip_search).rounded(part) for part in parts]
+  return np.concatenate(decoded, axis=1), stored_bits(weights.shape, bits, group)
+
+
+def hqq(
+  weights: Matrix, bits: int, group: int, axis: int, zero_bits: int = 16
+) -> tuple[np.ndarray, float]:
+  """Codes a matrix by HQQ.
+
+  Args:
+    weights: of as many elements as fill whole groups.
+    bits: of a code.
+    group: weights that share a scale and a zero.
+    axis: 1 for groups along the inputs; 0 for HQQ's own groups, of every `size / group`-th weight.
+    zero_bits: 16, or 8: then zeros are codes of one uniform grid a matrix, from the smallest to the
+      largest zero, as with HQQ's `quant_zero`.
+
+  Returns:
+    The decoded matrix and its bits, with scales of 16 bits.
+  """
+  if weights.size % group:
+    raise ValueError(f'weights: found {weights.size}, expected a multiple of {group}')
+  groups = weights.reshape((group, -1) if axis == 0 else (-1, group))
+  levels = 2**bits - 1
+  low, high = groups.min(axis=axis, keepdims=True), groups.max(axis=axis, keepdims=True)
+  scale = np.minimum(levels / np.maximum(high - low, 1 / _LARGEST_SCALE), _LARGEST_SCALE)
+  zero = -low * scale
+  if bits == 4:
+    zero = np.round(zero)  # so does HQQ
+  best, beta, chosen = np.inf, BETA, zero
+  for _ in range(ITERATIONS):
+    error, following = _hqq_step(groups, scale, zero, levels, beta, axis)
+    if not float(error) < best:
+      break
+    best, chosen, zero = float(error), zero, following
+    beta *= BETA_FACTOR
+  scale = scale.astype(np.float16).astype(np.float32)
+  chosen = np.asarray(chosen)
+  zero_levels = 2**zero_bits - 1
+  if zero_bits == 8:
+    step = max(float(chosen.max() - chosen.min()) / zero_levels, float(np.finfo(np.float16).tiny))
+    chosen = chosen.min() + step * np.round((chosen - chosen.min()) / step)
+  else:
+    chosen = chosen.astype(np.float16).astype(np.float32)
+  codes = np.clip(np.round(groups * scale + chosen), 0, levels)
+  stored = weights.size * bits + scale.size * (SCALE_BITS + zero_bits) + (zero_bits == 8) * 32
+  return ((codes - chosen) / scale).astype(np.float32).reshape(weights.shape), float(stored)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 5))
+def _hqq_step(
+  groups: Array, scale: Array, zero: Array, levels: int, beta: float, axis: int
+) -> tuple[Array, Array]:
+  """Returns the error with a zero, and the next zero."""
+  codes = jnp.clip(jnp.round(groups * scale + zero), 0, levels)
+  residual = groups - (codes - zero) / scale
+  size = jnp.abs(residual)
+  # |x|^(p - 1) is infinite at 0, where nothing is left anyway
+  kept = jnp.maximum(size - jnp.maximum(size, 1e-30) ** (P - 1) / beta, 0)
+  shrunk = jnp.sign(residual) * kept
+  following = jnp.mean(codes - (groups - shrunk) * scale, axis=axis, keepdims=True)
+  return jnp.mean(size), following

@@ -1,0 +1,128 @@
+"""opq_jax on a language model: files, written and read back."""
+
+import functools
+import pathlib
+import tempfile
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+import opq_jax
+from experiments.benchmarks.language_models import networks
+from experiments.benchmarks.language_models.coded import Coded
+from experiments.benchmarks.language_models.networks import Network
+from opq_jax import encoders, models
+from opq_jax.network import divergence_costs, mean_moments
+
+ENCODERS = 'plain', 'trellis'
+_RANDOM = {'smollm2': (4, 128), 'iglm': (6, 96)}  # windows and tokens
+_SAMPLED = {'smollm2': (8, 256), 'iglm': (24, 96)}
+# begin of text; heavy and light chain of a human
+_PROMPTS = {'smollm2': ((1,),), 'iglm': ((31, 26), (32, 26))}
+_BATCH = 4  # windows whose moments are measured together
+
+
+def coded_network(
+  network: Network,
+  bits: float,
+  codes: str,
+  *,
+  objective: Any = None,
+  moments: Any = None,
+  whole: bool,
+) -> tuple[Coded, str]:
+  """Compresses a network, writes the file, and reads it back.
+
+  Args:
+    network: the network.
+    bits: asked for, per weight of the compressed leaves.
+    codes: one of `ENCODERS`.
+    objective: a tree like the params with costs at the kernels; `balanced_error` by default.
+    moments: second moments of the kernels' inputs, for error feedback; none by default.
+    whole: whether the table of embeddings is compressed with the kernels, as by default, and the
+      file holds all leaves; or kernels alone.
+
+  Returns:
+    The decoded leaves, and warnings.
+  """
+  options: dict[str, Any] = {'usage': _usage(network)}
+  params: Any = network.params
+  if not whole:
+    params, options['usage'] = kernels_alone(params), kernels_alone(options['usage'])
+    objective = objective if objective is None else kernels_alone(objective)
+    moments = moments if moments is None else kernels_alone(moments)
+  if objective is not None:
+    options['objective'] = objective
+  if codes == 'trellis':
+    options['encoder'] = encoders.Trellis(moments)
+  elif moments is not None:
+    options['encoder'] = encoders.Feedback(moments)
+  with warnings.catch_warnings(record=True) as caught, tempfile.TemporaryDirectory() as folder:
+    warnings.simplefilter('always', UserWarning)
+    path = pathlib.Path(folder) / 'network.opq'
+    compressed = opq_jax.compress(params, bits_per_weight=bits, **options)
+    opq_jax.save(path, compressed.params, compressed.state)
+    with opq_jax.OpqFile(path) as file:
+      stored = {name: 8.0 * count for name, count in file.sizes().items()}
+    decoded, _ = opq_jax.load(path)
+    size = 8 * path.stat().st_size
+  leaves = {name: np.asarray(leaf) for name, leaf in networks.leaves(decoded).items()}
+  # leaves far from the Laplace density are every language model's
+  notes = [str(warning.message) for warning in caught if 'Laplace' not in str(warning.message)]
+  other = size - sum(stored.values())
+  return Coded(leaves, stored, other), '; '.join(dict.fromkeys(note[:200] for note in notes))
+
+
+def kernels_alone(tree: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a tree like the params with the kernels of the blocks alone."""
+  return networks.replaced({}, networks.kernels(tree))
+
+
+def costs(network: Network, tokens: Int[np.ndarray, 'windows length']) -> Any:
+  """Returns `opq_jax.network.divergence_costs` on tokens."""
+  return divergence_costs(_logits(network.model), network.params, tokens, key=jax.random.key(0))
+
+
+def moments_of(network: Network) -> Any:
+  """Returns the second moments of the kernels' inputs over the tokens of calibration."""
+  batches = networks.batches(network.calibration, _BATCH)
+  found = networks.leaves(mean_moments(_hidden(network.model), network.params, batches))
+  kept = {path: value if networks.is_kernel(path) else None for path, value in found.items()}
+  return networks.replaced({}, kept)
+
+
+def random_tokens(network: Network) -> Int[np.ndarray, 'windows length']:
+  """Returns tokens drawn evenly from the vocabulary, seeded."""
+  shape = _RANDOM[network.name]
+  return np.random.default_rng(0).integers(0, network.model.vocabulary, shape, np.int32)
+
+
+def sampled_tokens(network: Network) -> Int[np.ndarray, 'windows length']:
+  """Returns text that the float network writes itself after its begin tokens, seeded."""
+  count, length = _SAMPLED[network.name]
+  prompts = jnp.array(_PROMPTS[network.name], jnp.int32)
+  prompt = jnp.tile(prompts, (count // len(prompts), 1))
+  following = models.generate(
+    network.model, network.params, prompt, length - prompt.shape[1], jax.random.key(0)
+  )
+  return np.concatenate([prompt, np.stack(list(following), axis=1)], axis=1)
+
+
+def _usage(network: Network) -> Any:
+  tokens = jax.ShapeDtypeStruct(network.measured.shape, np.int32)
+  return opq_jax.usage(_logits(network.model), network.params, tokens)
+
+
+@functools.cache
+def _logits(model: models.Decoder) -> Any:
+  return lambda params, tokens: model.apply(params, tokens)
+
+
+@functools.cache
+def _hidden(model: models.Decoder) -> Any:
+  return lambda params, tokens: model.apply(params, tokens, method='hidden_states')
