@@ -5,7 +5,7 @@ import json
 import pathlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -64,6 +64,23 @@ def random_tree(shapes: list[tuple[int, ...]], seed: int = 0) -> dict[str, jax.A
     )
     for i, shape in enumerate(shapes)
   }
+
+
+def with_earlier(
+  name: str, rows: list[dict[str, object]], columns: Sequence[str]
+) -> list[dict[str, object]]:
+  """Returns the rows of an earlier run that was not of the same cases, and then these.
+
+  Args:
+    name: of the results.
+    rows: of this run.
+    columns: whose values name a case.
+  """
+  path = RESULTS / f'{name}.json'
+  earlier = json.loads(path.read_text())['rows'] if path.exists() else []
+  case = lambda row: tuple(row[column] for column in columns)
+  cases = set(map(case, rows))
+  return [row for row in earlier if case(row) not in cases] + rows
 
 
 def report(name: str, title: str, command: str, rows: list[dict[str, object]]) -> None:

@@ -12,6 +12,7 @@ import pytest
 import experiments
 from configs import finetune_base
 from experiments import make_results, result_tables
+from experiments.benchmarks import harness
 from experiments.benchmarks.robustness import mutants, mutations
 
 ROOT = pathlib.Path(experiments.__file__).parents[1]
@@ -56,6 +57,17 @@ def test_recorded_commands_name_modules():
     assert modules and all(map(importlib.util.find_spec, modules)), path
     for config in re.findall(r'--config=(\S+\.py)', command):
       assert (ROOT / config).exists(), path
+
+
+def test_with_earlier_keeps_other_cases(tmp_path, monkeypatch):
+  monkeypatch.setattr(harness, 'RESULTS', tmp_path)
+  row = lambda kind, bits, loss: {'kind': kind, 'bits': bits, 'loss': loss}
+  first = [row('a', 2, 0.3), row('a', 3, 0.2), row('b', 2, 0.4)]
+  columns = ['kind', 'bits']
+  assert harness.with_earlier('table', first, columns) == first
+  harness.report('table', '', 'python', first)
+  again = [row('a', 3, 0.1), row('c', 2, 0.5)]
+  assert harness.with_earlier('table', again, columns) == [first[0], first[2], *again]
 
 
 def test_mutants_name_modules_and_tests():

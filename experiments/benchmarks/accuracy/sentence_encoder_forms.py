@@ -6,7 +6,8 @@
 
 The folder is that of `experiments.benchmarks.accuracy.sentence_encoder`, and so are the sentences.
 Every form of `encoder_forms` has the same float weights.  Leaves, slices and channels are those
-that `opq_jax.usage` finds.  Each row compares a form with `dense`, whose layers are `nn.Dense`:
+that `opq_jax.usage` finds.  Rows of forms and codes that are not asked for are kept.  Each row
+compares a form with `dense`, whose layers are `nn.Dense`:
 
     grids        how many matrices have the same step and threshold within 0.1 %
     bits off     largest difference of a matrix's bits a weight
@@ -122,13 +123,14 @@ def main() -> None:
   for row in rows_of(arguments.folder, arguments.forms, arguments.codes):
     rows.append(row)
     print(json.dumps(row), flush=True)
+  rows = harness.with_earlier('sentence_encoder_forms', rows, ['form', 'codes', 'bits asked'])
+  order = lambda row: (names.index(str(row['form'])), CODES.index(str(row['codes'])))
   module = 'experiments.benchmarks.accuracy.sentence_encoder_forms'
-  words = ' '.join(repr(kind) if ' ' in kind else kind for kind in arguments.codes)
   harness.report(
     'sentence_encoder_forms',
     'a BERT encoder of sentences in several forms',
-    f'python -m {module} MODEL_FOLDER --codes {words}',
-    rows,
+    f'python -m {module} MODEL_FOLDER',
+    sorted(rows, key=order),
   )
 
 

@@ -9,7 +9,7 @@ unlabelled images, then codes by rounding, by error feedback, and layer by layer
 corrected on the same images.  Compared are the bytes of the whole file, the divergence of the test
 images' classes from the float network's, and the processor time of the step, compilation included.
 Each file is named as a network (`mobilenet_v1.safetensors`), whose images `configs/one_shot.py`
-names.
+names.  Rows of other networks are kept.
 """
 
 import argparse
@@ -176,12 +176,12 @@ def main() -> None:
     print(json.dumps(row), flush=True)
   for version in versions.values():
     version.close()
-  words = ' '.join(path.name for path in arguments.weights)
+  rows = harness.with_earlier('earlier_version', rows, ['network', 'step'])
   module = 'experiments.benchmarks.resources.earlier_version'
   harness.report(
     'earlier_version',
     f'networks at {BITS:g} bits a weight, beside an earlier version',
-    f'python -m {module} EARLIER TFDS_FOLDER {words}',
+    f'python -m {module} EARLIER TFDS_FOLDER WEIGHTS.safetensors ...',
     rows,
   )
 

@@ -1,9 +1,11 @@
 """Hostile files: outcomes of damaged and crafted bytes in everything that reads files.
 
-    python -m experiments.benchmarks.robustness.hostile_files [MUTATIONS_OF_EACH_KIND]
+    python -m experiments.benchmarks.robustness.hostile_files [MUTATIONS_OF_EACH_KIND] \
+      [--kinds 'opq, slices' ...]
 
 Every mutation is read in a watched process, so that crashes, and reads of more than `LIMIT`
-seconds, are counted.  The kinds:
+seconds, are counted.  A mutation is drawn by its kind and number alone, so some kinds may be run
+by themselves: rows of the others are kept.  The kinds:
 
     opq            mutations of an .opq file
     opq, bytes     every byte of it with every other value
@@ -26,6 +28,7 @@ An outcome is one of
     wrong     anything else: a failure, as are crashes and hangs
 """
 
+import argparse
 import collections
 import json
 import os
@@ -57,11 +60,24 @@ KINDS = (
 OUTCOMES = 'refused', 'original', 'other', 'wrong'
 
 
-def main(count: int) -> None:
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
+  parser.add_argument('count', nargs='?', type=int, default=10_000, help='mutations of a kind')
+  parser.add_argument('--kinds', nargs='+', choices=KINDS, default=KINDS)
+  parser.add_argument('--begin', type=int, help=argparse.SUPPRESS)
+  arguments = parser.parse_args()
+  kinds, count = arguments.kinds, arguments.count
+  if arguments.begin is not None:
+    worker(kinds[0], arguments.begin, count)
+    return
   rows: list[dict[str, object]] = []
-  for kind in KINDS:
+  for kind in kinds:
     rows.append({'kind': kind, **watched(kind, count)})
     print(rows[-1], file=sys.stderr)
+  rows = harness.with_earlier('hostile_files', rows, ['kind'])
+  rows.sort(key=lambda row: KINDS.index(str(row['kind'])))
   command = f'python -m {MODULE} {count}'
   harness.report('hostile_files', 'mutations tried, and their outcomes', command, rows)
   if any(row['wrong'] or row['crashes'] or row['hangs'] for row in rows):
@@ -76,7 +92,7 @@ def watched(kind: str, count: int) -> dict[str, Any]:
   begin: int | None = 0
   while begin is not None:
     with tempfile.TemporaryFile('w+') as output:
-      command = [sys.executable, '-m', MODULE, kind, str(begin), str(count)]
+      command = [sys.executable, '-m', MODULE, str(count), '--kinds', kind, '--begin', str(begin)]
       process = subprocess.Popen(command, stdout=output, cwd=ROOT)
       size, since, is_hung = 0, time.monotonic(), False
       while process.poll() is None:
@@ -155,7 +171,4 @@ def _peak() -> float:
 
 
 if __name__ == '__main__':
-  if len(sys.argv) == 4:
-    worker(sys.argv[1], *map(int, sys.argv[2:]))
-  else:
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 10_000)
+  main()
