@@ -19,6 +19,7 @@ SUBJECTS = {
   'opq_jax.finetuning': 'Training steps, losses and checkpoints.',
   'opq_jax.models': 'Networks of the paper and of its field.',
   'opq_jax.importers': 'Weights of other frameworks.',
+  'opq_jax.language': 'Language models from disk to disk.',
   'opq_jax.data': 'Datasets, batches and augmentation.',
   'opq_jax.core': 'Trees, files and native loops.',
   'opq_jax.cli': 'The command line as a function.',

@@ -9,7 +9,7 @@ import opq_jax
 LAYERS = (
   *(('core',), ('coding',), ('allocation',), ('compression',), ('file',), ('network',)),
   *(('encoders',), ('correction',), ('report',), ('weights',), ('data', 'finetuning', 'models')),
-  *(('importers',), ('export',), ('cli',)),
+  *(('importers',), ('language',), ('export',), ('cli',)),
 )
 HEIGHTS = {room: height for height, rooms in enumerate(LAYERS) for room in rooms}
 PACKAGE = pathlib.Path(opq_jax.__file__).parent

@@ -42,6 +42,7 @@ ROOMS = {
   'file',
   'finetuning',
   'importers',
+  'language',
   'models',
   'network',
   'report',

@@ -10,7 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the options of `opq compress`, and the names of the known networks."""
   from opq_jax import models
   from opq_jax.allocation import DEFAULT_COMPRESSION_RATE, OBJECTIVES
-  from opq_jax.cli.encoding import MAX_IMAGES
+  from opq_jax.cli.encoding import DIVERGENCE, MAX_IMAGES
 
   names = ' '.join(models.names())
   parser.description = f'{parser.description}\nnetworks:\n' + textwrap.fill(
@@ -84,6 +84,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help='a smaller file that cannot be finetuned: two BatchNorm vectors instead of four, vectors '
     'rounded to bfloat16',
   )
+  add = parser.add_argument_group('language models').add_argument
+  add(
+    '--calibration',
+    metavar='TEXT',
+    help='choose codes block after block, for what this text gives the layers: a text in UTF-8, or '
+    "tokens in a .json file; 'self': text that the model writes itself; 'random': random tokens "
+    '(with --trellis along a trellis; slower; goes on where a killed run was)',
+  )
+  add(
+    '--calibration-tokens',
+    type=int,
+    metavar='N',
+    help='how many tokens to read, at most (default: 16384)',
+  )
   add = parser.add_argument_group('targets').add_argument
   add(
     '--rate',
@@ -113,11 +127,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   add(
     '--objective',
-    choices=OBJECTIVES,
-    default=OBJECTIVES[0],
+    choices=(*OBJECTIVES, DIVERGENCE),
     metavar='NAME',
-    help=f'error that the allocation minimises over all layers: {", ".join(OBJECTIVES)} (default: '
-    '%(default)s)',
+    help=f'error that the allocation minimises over all layers: {", ".join(OBJECTIVES)}, or '
+    f'{DIVERGENCE}, of the answers of a language model (default: {DIVERGENCE} for the folder of a '
+    f'language model, else {OBJECTIVES[0]})',
   )
   add = parser.add_argument_group('leaves').add_argument
   globs: dict[str, Any] = {'nargs': '+', 'action': 'extend', 'default': [], 'metavar': 'GLOB'}
@@ -154,11 +168,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
   """Compresses IN into OUT and prints what became of every leaf."""
   import opq_jax
-  from opq_jax.allocation import DEFAULT_COMPRESSION_RATE, check_file_rate
-  from opq_jax.cli.encoding import Encoding
+  from opq_jax.allocation import DEFAULT_COMPRESSION_RATE, OBJECTIVES, check_file_rate
+  from opq_jax.cli.encoding import DIVERGENCE, Encoding
   from opq_jax.cli.outputs import check_output
   from opq_jax.importers import networks
-  from opq_jax.weights import is_streamable
+  from opq_jax.weights import is_model_folder, is_streamable
 
   source = Path(arguments.input)
   check_output(source, Path(arguments.output))
@@ -175,22 +189,29 @@ def run(arguments: argparse.Namespace) -> None:
   if arguments.file_rate is not None:
     check_file_rate(*(targets.pop('file_rate'), *targets.values()))
     targets = {'file_rate': arguments.file_rate}
+  needs_network = arguments.calibration is not None or arguments.objective == DIVERGENCE
+  network = None
+  if needs_network or (not is_known and arguments.objective is None and is_model_folder(source)):
+    from opq_jax.cli import calibration
+
+    network = calibration.network_in(source, is_needed=needs_network)
   plan = Encoding(
     targets=targets or {'compression_rate': DEFAULT_COMPRESSION_RATE},
-    objective=arguments.objective,
+    objective=arguments.objective or (OBJECTIVES[0] if network is None else DIVERGENCE),
     # kernels of known networks are Flax's
     channel_axis='last' if is_known else arguments.channel_axis,
     slices=_slices(arguments.slices),
   )
   about = {'weights': source.name, 'opq_jax': opq_jax.__version__}
-  if not is_known and not arguments.trellis and is_streamable(source):
+  is_streamed = not is_known and is_streamable(source)
+  if is_streamed and (not arguments.trellis or arguments.calibration is not None):
     from opq_jax.cli import leaf_by_leaf
 
-    leaf_by_leaf.compress(arguments, plan, about)
+    leaf_by_leaf.compress(arguments, network, plan, about)
   else:
     from opq_jax.cli import in_memory
 
-    in_memory.compress(arguments, is_known, plan, about)
+    in_memory.compress(arguments, is_known, network, plan, about)
 
 
 def _slices(texts: list[str]) -> dict[str, int]:
@@ -228,10 +249,24 @@ def _check_options(arguments: argparse.Namespace, is_known: bool) -> None:
         raise ValueError(f'{option} needs --model')
   if arguments.max_images is not None and arguments.images is None:
     raise ValueError('--max-images needs --images')
+  if arguments.calibration is not None:
+    if is_known:
+      raise ValueError('--calibration: found it together with --model, expected --images')
+    if arguments.file_rate is not None:
+      raise ValueError(
+        '--calibration: found it together with --file-rate, expected --rate or --bits-per-weight'
+      )
+  elif arguments.calibration_tokens is not None:
+    raise ValueError('--calibration-tokens needs --calibration')
+  if arguments.calibration_tokens is not None and arguments.calibration_tokens < 1:
+    raise ValueError(
+      f'--calibration-tokens: found {arguments.calibration_tokens}, expected 1 or more'
+    )
   encoders = {
     '--feedback': arguments.feedback,
     '--trellis': arguments.trellis,
     '--layer-by-layer': arguments.layer_by_layer,
+    '--calibration': arguments.calibration is not None,
   }
   for option, is_given in encoders.items():
     if is_given and (arguments.bits, arguments.sparsity) != (None, None):

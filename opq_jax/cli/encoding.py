@@ -4,17 +4,20 @@ A file that `opq compress` wrote has these keys; `opq verify` repeats what they 
 
     compression_rate, bits_per_weight, sparsity, bits, file_rate
                      targets, as numbers; beside file_rate the bits_per_weight that met it
-    objective        of the allocation
+    objective        of the allocation; divergence: what an error in a leaf costs the answer
     channel_axis     auto, first or last
     slices           GLOB=N, one a line: the first N axes of leaves that GLOB matches count slices
     encoder          rounding, feedback, trellis or layer_by_layer
     first            of layer_by_layer: the encoder of each layer
     trellis_version  of codes along a trellis: version of the encoder, 1 where it is missing
-    moments          of an encoder that reads moments: the images that they are from, synthetic or
-                     images
-    inputs           of layer_by_layer: the images that the networks read, synthetic or images
+    moments          of an encoder that reads moments: what they are from, synthetic images, images
+                     or tokens
+    inputs           of layer_by_layer: what the networks read, synthetic images, images or tokens
     images           number of images from a folder
     images_digest    of their files
+    calibration      tokens that a language model reads: text, self (written by itself) or random
+    calibration_tokens, calibration_digest
+                     their number, and a digest of them
     batch_norm       noise, synthetic or images, from which it was corrected; or uncorrected
     inference_only   true, where BatchNorm is two vectors and vectors are rounded to bfloat16
     optimizer        left_out, where zeros are in the places of an optimizer's state
@@ -32,6 +35,8 @@ TARGETS = ('sparsity', 'bits', 'compression_rate', 'bits_per_weight', 'file_rate
 """Keys of targets, named as the arguments of `opq_jax.compress`."""
 
 SYNTHETIC, IMAGES, NOISE, UNCORRECTED = 'synthetic', 'images', 'noise', 'uncorrected'
+TOKENS = 'tokens'
+DIVERGENCE = 'divergence'
 LEFT_OUT = 'left_out'
 FEEDBACK, TRELLIS, ROUNDING, LAYER_BY_LAYER = 'feedback', 'trellis', 'rounding', 'layer_by_layer'
 
@@ -45,8 +50,9 @@ _CHOICES = {
   'encoder': (ROUNDING, FEEDBACK, TRELLIS, LAYER_BY_LAYER),
   'first': (ROUNDING, FEEDBACK, TRELLIS),
   'trellis_version': ('1', '2'),
-  'moments': (SYNTHETIC, IMAGES),
-  'inputs': (SYNTHETIC, IMAGES),
+  'moments': (SYNTHETIC, IMAGES, TOKENS),
+  'inputs': (SYNTHETIC, IMAGES, TOKENS),
+  'calibration': ('text', 'self', 'random'),
   'batch_norm': (NOISE, SYNTHETIC, IMAGES, UNCORRECTED),
   'optimizer': (LEFT_OUT,),
 }
@@ -61,12 +67,22 @@ _NEEDS = (
   *(('batch_norm', source, 'model') for source in (NOISE, SYNTHETIC, IMAGES)),
   *((key, IMAGES, 'images') for key in ('moments', 'inputs', 'batch_norm')),
   ('inference_only', 'true', 'model'),
+  *((key, TOKENS, 'calibration') for key in ('moments', 'inputs')),
+  ('objective', DIVERGENCE, 'calibration'),
 )
 
 
 class ImageSet(NamedTuple):
   """Images from a folder: how many, and a digest of their files."""
 
+  number: int
+  digest: str
+
+
+class TokenSet(NamedTuple):
+  """Calibration tokens: of a text, written by the model itself, or random; number and digest."""
+
+  source: str
   number: int
   digest: str
 
@@ -83,8 +99,9 @@ class Encoding:
     encoder: name of the encoder.
     first: name of the encoder of each layer, for `layer_by_layer`.
     trellis_version: of the encoder along a trellis (`opq_jax.encoders.Trellis`).
-    moments, inputs: where calibration images are from, None where none are read.
+    moments, inputs: where calibration images are from, or tokens; None where none are read.
     images: the images from a folder, None where there are none.
+    tokens: the tokens that a language model reads, None where there are none.
     batch_norm: what BatchNorm was corrected from, None where there is no BatchNorm.
     inference_only: whether BatchNorm is two vectors, and vectors are rounded to bfloat16.
     optimizer: `left_out`, where zeros are in the places of an optimizer's state.
@@ -106,6 +123,7 @@ class Encoding:
   moments: str | None = None
   inputs: str | None = None
   images: ImageSet | None = None
+  tokens: TokenSet | None = None
   batch_norm: str | None = None
   inference_only: bool = False
   optimizer: str | None = None
@@ -124,6 +142,9 @@ class Encoding:
       'inputs': self.inputs,
       'images': None if self.images is None else str(self.images.number),
       'images_digest': None if self.images is None else self.images.digest,
+      'calibration': None if self.tokens is None else self.tokens.source,
+      'calibration_tokens': None if self.tokens is None else str(self.tokens.number),
+      'calibration_digest': None if self.tokens is None else self.tokens.digest,
       'batch_norm': self.batch_norm,
       'inference_only': 'true' if self.inference_only else None,
       'optimizer': self.optimizer,
@@ -160,6 +181,13 @@ class Encoding:
       inputs=texts.get('inputs'),
       images=ImageSet(_parsed(texts, 'images', int), texts.get('images_digest', ''))
       if 'images' in texts
+      else None,
+      tokens=TokenSet(
+        texts['calibration'],
+        _parsed(texts, 'calibration_tokens', int),
+        texts.get('calibration_digest', ''),
+      )
+      if 'calibration' in texts
       else None,
       batch_norm=texts.get('batch_norm'),
       inference_only=texts.get('inference_only') == 'true',

@@ -101,7 +101,7 @@ def _sequences(arguments: argparse.Namespace, network: Any) -> list[list[int]]:
     text = path.read_text(encoding='utf-8')
   except UnicodeDecodeError as error:
     raise ValueError(f'{path}: expected a text in UTF-8, found this: {error}') from error
-  tokenizer = language.tokenizer_of(network, arguments.folder or arguments.model)
+  tokenizer = language.tokenizer_of(network.side_file, arguments.folder or arguments.model)
   tokens = tokenizer.encode(text, add_special_tokens=False).ids
   if len(tokens) < 2:
     raise ValueError(f'{path}: found a text of {len(tokens)} tokens, expected 2 or more')

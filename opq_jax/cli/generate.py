@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
   from opq_jax.models.generation import generate
 
   network = language.load(arguments.model, arguments.folder)
-  tokenizer = language.tokenizer_of(network, arguments.folder or arguments.model)
+  tokenizer = language.tokenizer_of(network.side_file, arguments.folder or arguments.model)
   prompt = tokenizer.encode(arguments.prompt).ids if arguments.prompt else []
   prompt = prompt or list(network.special_tokens('bos_token_id')[:1])
   if not prompt:

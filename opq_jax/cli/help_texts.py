@@ -41,6 +41,10 @@ IN is a .safetensors, .npz, .msgpack (Flax), .pt, .pth or .bin (needs torch),
 Hugging Face, or the folder of an Orbax checkpoint. Of a model folder the file
 carries config and tokenizer too. float64 leaves are compressed as float32.
 
+The language model of a folder (Llama, Mistral, Qwen2, Qwen3, GPT-2) is run on
+random tokens, for what an error in each tensor costs its answers. With
+--calibration it reads a text, or writes one, and codes are chosen for it.
+
 With --model, IN holds the weights of one of the networks below, from any
 framework that has it. The file then records which network it holds, so it can
 be evaluated, and decompressed under the original framework's names. Pruning
@@ -67,6 +71,8 @@ examples:
       compress only params of an Orbax CheckpointManager's latest step
   opq compress SmolLM2-135M/ smollm2.opq --bits-per-weight 4
       a model folder of Hugging Face: all shards, config and tokenizer
+  opq compress SmolLM2-135M/ smollm2.opq --calibration book.txt --trellis
+      codes chosen block after block, for what the text gives the layers
   opq compress --model resnet50 resnet50.pth resnet50.opq
       detects the framework; the file records it
   opq compress --model resnet20 --feedback --rate 16 net.pth net.opq

@@ -1,6 +1,7 @@
 """Language models and their tokenizers, for the commands that run them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,17 @@ def load(path: str, folder: str | None) -> LanguageModel:
   return found
 
 
-def tokenizer_of(network: LanguageModel, path: str) -> Any:
+def tokenizer_of(side_file: Callable[[str], bytes | None], path: str) -> Any:
   """Returns the tokenizer beside a network's weights.
+
+  Args:
+    side_file: as of a `LanguageModel`.
+    path: the weights, for messages.
 
   Raises:
     ValueError: there is none, it is damaged, or the package `tokenizers` is not installed.
   """
-  text = network.side_file(_TOKENIZER)
+  text = side_file(_TOKENIZER)
   if text is None:
     raise ValueError(
       f'{path}: found no {_TOKENIZER}, expected one (--folder FOLDER names a folder that has it)'
@@ -71,3 +76,33 @@ def tokens_in(path: str) -> list[list[int]]:
     if not isinstance(row, list) or not row or not all(type(token) is int for token in row):
       raise ValueError(f'{path}: found {str(row)[:60]!r}, expected a list of tokens, or of lists')
   return rows
+
+
+def texts(path: str, folder: str) -> list[list[int]]:
+  """Returns the tokens of a text in UTF-8, or those in a JSON file (`tokens_in`).
+
+  Args:
+    path: the text, or a file that ends in .json.
+    folder: the model folder whose tokenizer reads the text; no special tokens are added.
+
+  Raises:
+    ValueError: the text is not UTF-8, or there is no tokenizer.
+    OSError: a file cannot be read.
+  """
+  if Path(path).suffix.lower() == '.json':
+    return tokens_in(path)
+  tokenizer = tokenizer_of(language_files.side_files(Path(folder)), folder)
+  return [tokenizer.encode(read_text(path), add_special_tokens=False).ids]
+
+
+def read_text(path: str) -> str:
+  """Returns a text in UTF-8.
+
+  Raises:
+    ValueError: it is in another encoding.
+    OSError: it cannot be read.
+  """
+  try:
+    return Path(path).read_text(encoding='utf-8')
+  except UnicodeDecodeError as error:
+    raise ValueError(f'{path}: expected a text in UTF-8, found this: {error}') from error

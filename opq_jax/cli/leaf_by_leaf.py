@@ -2,13 +2,16 @@
 
 import argparse
 import dataclasses
+import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 
 from opq_jax.cli.console import collected_warnings, console, note
-from opq_jax.cli.encoding import LEFT_OUT, Encoding, channel_axis
+from opq_jax.cli.encoding import DIVERGENCE, LEFT_OUT, Encoding, channel_axis
 from opq_jax.cli.folders import carried_notes, carried_of
 from opq_jax.cli.leaves import checked_slices, chosen_paths, names_note
 from opq_jax.cli.optimizers import (
@@ -17,17 +20,26 @@ from opq_jax.cli.optimizers import (
   without_optimizer,
 )
 from opq_jax.cli.results import print_result
-from opq_jax.cli.stages import timed_stages
+from opq_jax.cli.stages import Stage, timed_stages
 from opq_jax.cli.uncorrected import uncorrected
 from opq_jax.core import trees
-from opq_jax.weights import compress_stored, open_weights
+from opq_jax.weights import StreamedFile, compress_stored, open_weights
+
+if TYPE_CHECKING:
+  from opq_jax.language import StoredNetwork
 
 
-def compress(arguments: argparse.Namespace, plan: Encoding, about: dict[str, str]) -> None:
+def compress(
+  arguments: argparse.Namespace,
+  network: 'StoredNetwork | None',
+  plan: Encoding,
+  about: dict[str, str],
+) -> None:
   """Reads, encodes and writes one leaf after the other, and prints the table of the whole.
 
   Args:
     arguments: of `opq compress`.
+    network: the language model whose weights they are, where it is read too.
     plan: targets, objective and channel axis.
     about: further metadata of the file.
   """
@@ -38,7 +50,6 @@ def compress(arguments: argparse.Namespace, plan: Encoding, about: dict[str, str
   if not arguments.keep_optimizer:
     tree, left_out, line = without_optimizer(tree)
     plan = dataclasses.replace(plan, optimizer=LEFT_OUT if line else None)
-  metadata = plan.metadata()
   chosen = chosen_paths(tree, arguments.include, arguments.exclude)
   slices = checked_slices(plan.slices, chosen)
   by_name = '' if arguments.include else names_note(tree, chosen, arguments.exclude)
@@ -48,7 +59,11 @@ def compress(arguments: argparse.Namespace, plan: Encoding, about: dict[str, str
   tree = jax.tree.unflatten(jax.tree.structure(tree), leaves)
   carried = carried_of(source)
   with timed_stages(stdout, not arguments.json) as stage, collected_warnings() as notes:
-    done = compress_stored(
+    run: Callable[..., StreamedFile] = compress_stored
+    if network is not None:
+      run, plan = _calibrated(arguments, network, plan, stage)
+    metadata = plan.metadata()
+    done = run(
       tree,
       output,
       compressible=lambda path, _: path in chosen,
@@ -57,7 +72,7 @@ def compress(arguments: argparse.Namespace, plan: Encoding, about: dict[str, str
       metadata=about | metadata,
       contexts=not arguments.fast,
       side_files=carried.files,
-      objective=plan.objective,
+      objective=None if plan.objective == DIVERGENCE else plan.objective,
       stage=stage,
       left_out=left_out,
       **plan.targets,
@@ -68,3 +83,18 @@ def compress(arguments: argparse.Namespace, plan: Encoding, about: dict[str, str
     note(text)
   report = report_without_optimizer(done.report) if line else done.report
   print_result(arguments, tree, done.allocation, report, about | metadata, carried.files)
+
+
+def _calibrated(
+  arguments: argparse.Namespace, network: 'StoredNetwork', plan: Encoding, stage: Stage
+) -> tuple[Callable[..., StreamedFile], Encoding]:
+  """Returns `compress_stored` with what calibration tokens say, and the plan with them."""
+  from opq_jax.cli import calibration
+  from opq_jax.language import compress_calibrated
+
+  found = calibration.calibrated(arguments, network, stage)
+  plan = calibration.planned(arguments, plan, found)
+  encoder = calibration.encoder_of(plan)
+
+  run = functools.partial(compress_calibrated, network, calibration=found, encoder=encoder)
+  return run, plan

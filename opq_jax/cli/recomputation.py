@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,9 @@ from opq_jax.allocation.optimizer_states import is_in_optimizer
 from opq_jax.cli import steps
 from opq_jax.cli.console import collected_warnings
 from opq_jax.cli.encoding import (
+  DIVERGENCE,
   ROUNDING,
+  TOKENS,
   TRELLIS,
   UNCORRECTED,
   Encoding,
@@ -34,7 +37,8 @@ class Recomputed(NamedTuple):
 
   Attributes:
     params: the original weights.
-    coded: `params` with the values whose cells the codes must name, where these are not `params`.
+    coded: `params` with the values whose cells the codes must name, where these are not `params`;
+      the file's own where its codes were chosen for calibration tokens, which is not repeated.
     corrected: `params` with BatchNorm as it was corrected, if it was.
   """
 
@@ -80,9 +84,12 @@ def recomputed(
   images = _same_images(path, encoding, network, folder)
   calibration = steps.calibrated(network, encoding, images, lambda _: nullcontext())
   coded = corrected = None
-  if encoding.encoder != ROUNDING:
+  if encoding.inputs == TOKENS:
+    coded = _compressed_in(path, params)
+  elif encoding.encoder != ROUNDING:
     encoder = steps.encoder_of(network, encoding, calibration)
-    coded = _coded(path, metadata, encoding, params, encoder)
+    objective = _objective(encoding, weights, params)
+    coded = _coded(path, metadata, encoding, params, encoder, objective)
   if network is not None and encoding.batch_norm not in (None, UNCORRECTED):
     compressed = _compressed_in(path, params)
     corrected = steps.corrected(network, compressed, encoding, calibration)
@@ -125,6 +132,7 @@ def _coded(
   encoding: Encoding,
   params: PyTree,
   encoder: opq_jax.encoders.Encoder,
+  objective: Any,
 ) -> PyTree:
   """Returns the values of the codes that an encoder chooses of the original weights."""
   with OpqFile(path) as file:
@@ -141,7 +149,7 @@ def _coded(
       f'{path}: found targets {encoding.targets}, expected the compression_rate or '
       'bits_per_weight of codes along a trellis'
     )
-  options: dict[str, Any] = {'objective': encoding.objective or OBJECTIVES[0], **target}
+  options: dict[str, Any] = {'objective': objective, **target}
   with collected_warnings():
     return opq_jax.compress(
       narrowed(params, chosen),
@@ -151,6 +159,18 @@ def _coded(
       slices=lambda name, _: counts[name],
       **options,
     ).params
+
+
+def _objective(encoding: Encoding, weights: str, params: PyTree) -> Any:
+  """Returns the objective of the allocation that a file was made with."""
+  if encoding.objective != DIVERGENCE:
+    return encoding.objective or OBJECTIVES[0]
+  from opq_jax.cli import calibration
+  from opq_jax.language import costs
+
+  language = calibration.network_in(Path(weights), is_needed=True)
+  assert language is not None
+  return costs(language, calibration.cost_tokens(language), params)
 
 
 def _compressed_in(path: str, params: PyTree) -> PyTree:

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float32
 
 from opq_jax.compression import CompressionState, LeafState
 from opq_jax.core import messages
@@ -33,6 +32,7 @@ from opq_jax.encoders.encoder import (
   part_of,
   stack_slices,
 )
+from opq_jax.encoders.fitted_weights import fitted_rows
 from opq_jax.encoders.matrices import MatrixLayout
 from opq_jax.encoders.tied_codes import with_ties
 from opq_jax.network import InputMoments, LeafUsage, on_batch_statistics, uses
@@ -222,7 +222,7 @@ class LayerByLayer(Encoder):
       assert part is not None
       layout = MatrixLayout(weights.shape[slices:], part.inputs)
       rows = layout.rows(weights[place])
-      fitted = _fitted(rows, part.matrix, cross_moments[place], self.share, self.damping)
+      fitted = fitted_rows(rows, part.matrix, cross_moments[place], self.share, self.damping)
       targets.append(layout.leaf(fitted))
     target = stack_slices(targets, weights.shape[:slices]) if slices else targets[0]
     if not jnp.isfinite(target).all():
@@ -267,22 +267,3 @@ def _moments(
   reading: Reading, inputs: Array, other_inputs: Array | None = None
 ) -> Float32[Array, '*slices groups K K']:
   return mean_of(sums_of(reading, inputs, other_inputs))
-
-
-@jax.jit
-def _fitted(
-  rows: Float[Array, 'K outputs'],
-  moments: Float32[Array, 'groups K K'],
-  cross_moments: Float32[Array, 'groups K K'],
-  share: Float[Array, ''],
-  damping: Float[Array, ''],
-) -> Float32[Array, 'K outputs']:
-  """Returns W + share (H^-1 C W - W), with H damped."""
-  groups, width, _ = moments.shape
-  weights = rows.astype(jnp.float32).reshape(width, groups, -1).swapaxes(0, 1)
-  mean = jnp.mean(jnp.diagonal(moments, axis1=1, axis2=2), axis=1)[:, None, None]
-  damped = moments + damping * jnp.where(mean > 0, mean, 1) * jnp.eye(width)[None]
-  # H^-1 C - 1 = H^-1 (C - H), which is 0 where the inputs are those of the float network
-  moved = jnp.matmul(cross_moments - moments, weights, precision=lax.Precision.HIGHEST)
-  fitted = weights + share * jnp.linalg.solve(damped, moved)
-  return fitted.swapaxes(0, 1).reshape(rows.shape)

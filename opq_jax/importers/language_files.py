@@ -65,7 +65,7 @@ def load(
   """
   path = Path(path)
   beside = path if folder is None else Path(folder)
-  side_file = _side_files(beside)
+  side_file = side_files(beside)
   text = side_file(_CONFIG)
   if text is None:
     raise ValueError(
@@ -119,7 +119,7 @@ def _weights(model: models.Decoder, leaves: Mapping[str, Any]) -> language_model
   return language_models.Weights(jax.tree.unflatten(jax.tree.structure(shapes), variables), ())
 
 
-def _side_files(path: Path) -> Callable[[str], bytes | None]:
+def side_files(path: Path) -> Callable[[str], bytes | None]:
   """Returns a reader of the files beside the weights, in a folder or in an `.opq` file."""
   if path.is_dir():
     return lambda name: (path / name).read_bytes() if (path / name).is_file() else None

@@ -162,10 +162,45 @@ def from_tensors(model: 'nn.Module', tensors: Mapping[str, Any]) -> Weights:
     ValueError: tensors are missing, unexpected, of another shape, or layers of one leaf differ in
       dtype; the message lists all of them.
   """
-  family, leaves = _family(model), places(model)
-  expected = {name: place.source_shape for place in leaves.values() for name in place.names}
+  found = matched(model, tensors)
+  arrays = [
+    jnp.asarray(_leaf(path, place, lambda name: read(tensors[found.names[name]])))
+    for path, place in places(model).items()
+  ]
+  return Weights(
+    jax.tree.unflatten(jax.tree.structure(models.variable_shapes(model)), arrays), found.ignored
+  )
+
+
+class Matched(NamedTuple):
+  """The tensors of a file as those of a network.
+
+  Attributes:
+    names: their names in the file, by their full names.
+    ignored: names in the file of those that are no weights of the network, or are tied to another.
+    tied: of tensors that are another one again, the name of that one, both in the file.
+  """
+
+  names: dict[str, str]
+  ignored: tuple[str, ...]
+  tied: dict[str, str]
+
+
+def matched(model: 'nn.Module', tensors: Mapping[str, Any]) -> Matched:
+  """Returns which tensors of a file are which of a network.
+
+  Args:
+    model: the network.
+    tensors: as for `from_tensors`.
+
+  Raises:
+    ValueError: tensors are missing, unexpected or of another shape; the message lists all of them.
+  """
+  family = _family(model)
+  expected = {name: place.source_shape for place in places(model).values() for name in place.names}
   based = {_based(family, expected, name): name for name in tensors}
   ignored = [name for full, name in based.items() if re.fullmatch(family.ignored, full)]
+  tied = {}
   for alias, original in family.tied.items():
     if alias in based and alias not in expected and original in based:
       if not np.array_equal(read(tensors[based[alias]]), read(tensors[based[original]])):
@@ -174,17 +209,13 @@ def from_tensors(model: 'nn.Module', tensors: Mapping[str, Any]) -> Weights:
           'tie_word_embeddings of the configuration says that they are tied'
         )
       ignored.append(based[alias])
+      tied[based[alias]] = based[original]
   found = {full: np.shape(tensors[name]) for full, name in based.items() if name not in ignored}
   lines = conversion.differences(found, expected)
   if lines:
     raise ValueError('\n'.join([f'the tensors are not those of {_description(model)}:', *lines]))
-  arrays = [
-    jnp.asarray(_leaf(path, place, lambda name: read(tensors[based[name]])))
-    for path, place in leaves.items()
-  ]
-  return Weights(
-    jax.tree.unflatten(jax.tree.structure(models.variable_shapes(model)), arrays), tuple(ignored)
-  )
+  names = {full: name for full, name in based.items() if full in found}
+  return Matched(names, tuple(ignored), tied)
 
 
 def to_tensors(

@@ -56,16 +56,19 @@ class SideBySide(Interpreter):
     self.first, self.second = list(first), list(second)
     self._differs = differs
 
-  def run(self, closed: Any, inputs: Sequence[Any]) -> None:
+  def run(self, closed: Any, inputs: Sequence[Any], other_inputs: Sequence[Any] = ()) -> None:
     """Computes both networks, not compiled: leaves change on the way.
 
     Args:
       closed: the jaxpr of `fn(params, *inputs)`, from `opq_jax.network.uses.traced`.
       inputs: of the networks.
+      other_inputs: the first of those of the other network, where it has inputs of its own.
     """
+    leaves, others = jax.tree.leaves(inputs), jax.tree.leaves(other_inputs)
     contents = [
       *map(self._leaf, range(len(self.first))),
-      *map(self.lift, jax.tree.leaves(inputs)),
+      *map(_both, leaves, others),
+      *map(self.lift, leaves[len(others) :]),
     ]
     values = arguments(self, closed, len(self.first), contents)
     self.walk(closed.jaxpr, self.constants(closed), values, ())
@@ -89,7 +92,7 @@ class SideBySide(Interpreter):
 
       return [Both(x, functools.partial(later, number)) for number, x in enumerate(first)]
     second = evaluated(equation, [content.of_second() for content in contents])
-    return [Both(x, functools.partial(_same, y)) for x, y in zip(first, second, strict=True)]
+    return list(map(_both, first, second))
 
   def loop(self, equation: Any, values: Sequence[Value], where: tuple[str, ...]) -> list[Value]:
     self.carried_leaves(equation, values, where)
@@ -246,6 +249,10 @@ def _is_single_product(leaf: LeafUsage) -> bool:
   )
 
 
+def _both(first: Any, second: Any) -> Both:
+  return Both(first, functools.partial(_same, second))
+
+
 def _same(value: Any) -> Any:
   return value
 
@@ -263,4 +270,4 @@ def _stacked(parts: list[Both], aval: Any) -> Both:
   if all(part.second is None for part in parts):
     return Both(first, None)
   second = jnp.stack([part.of_second() for part in parts])
-  return Both(first, functools.partial(_same, second))
+  return _both(first, second)

@@ -57,7 +57,11 @@ class SpooledFile:
     self._open.__exit__(*error)
 
   def add_codes(
-    self, coded: Iterable[written_leaves.CodedSlice], shape: tuple[int, ...], slices: int = 0
+    self,
+    coded: Iterable[written_leaves.CodedSlice],
+    shape: tuple[int, ...],
+    slices: int = 0,
+    axes: tuple[int, ...] = (),
   ) -> None:
     """Adds a compressed leaf.
 
@@ -65,13 +69,16 @@ class SpooledFile:
       coded: its slices in C order, or itself.
       shape: of the whole leaf.
       slices: leading axes that count slices.
+      axes: the order in which the payloads have the axes (`written_leaves.axes_of`).
     """
 
     def write(payload: bytes) -> None:
       with files.errors_of(self._output):
         self._codes_file.write(payload)
 
-    written = written_leaves.write_leaf(coded, shape, slices, write, contexts=self._contexts)
+    written = written_leaves.write_leaf(
+      coded, shape, slices, write, contexts=self._contexts, axes=axes
+    )
     self._grids += written.grids
     self._specs.append(written.spec)
     self._version = max(self._version, written.version)

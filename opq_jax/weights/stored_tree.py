@@ -14,6 +14,7 @@ from opq_jax.core.axes import ChannelAxes
 from opq_jax.core.trees import PyTree
 from opq_jax.file import written_leaves
 from opq_jax.file.side_files import SideFiles
+from opq_jax.file.written_leaves import CodedSlice
 from opq_jax.report import leaf_sizes
 from opq_jax.report.records import CompressedLeaf, UncompressedLeaf
 from opq_jax.weights.leaf_codes import coded_parts
@@ -66,6 +67,13 @@ class StoredTree:
       **targets,
     )
 
+  def by_name(self, allocation: Allocation) -> dict[str, LeafAllocation]:
+    """Returns the allocation of every leaf to compress by its name."""
+    records = trees.records(self.tree, allocation.tree, LeafAllocation)
+    return {
+      name: record for name, record in zip(self.leaves, records, strict=True) if record is not None
+    }
+
   def coded(
     self,
     allocation: Allocation,
@@ -73,6 +81,7 @@ class StoredTree:
     metadata: dict[str, str],
     side_files: tuple[SideFiles, bytes] | None = None,
     each: Callable[[Iterable[str]], Iterable[str]] = iter,
+    chosen: Callable[[str], CodedSlice | None] = lambda name: None,
   ) -> CodedTree:
     """Reads, codes and spools all leaves.
 
@@ -82,6 +91,7 @@ class StoredTree:
       metadata: see `opq_jax.save`.
       side_files: see `SpooledFile.finish`.
       each: yields the names that it is given, for progress.
+      chosen: returns the codes of a leaf by name; None where it is rounded.
     """
     result = CodedTree(allocation, file, [], [])
     records = trees.records(self.tree, allocation.tree, LeafAllocation)
@@ -92,7 +102,11 @@ class StoredTree:
         row = UncompressedLeaf(name, leaf.shape, leaf.dtype.name, leaf.nbytes, 0)
         result.uncompressed.append(row)
       else:
-        result.compressed.append(self._coded_leaf(name, leaf, allocated, file))
+        codes = None if allocated.tied_to else chosen(name)
+        if codes is None:
+          result.compressed.append(self._coded_leaf(name, leaf, allocated, file))
+        else:
+          result.compressed.append(self._leaf_of_codes(name, leaf, codes, file))
     file.finish(self.unflatten, metadata, side_files)
     return result
 
@@ -118,6 +132,15 @@ class StoredTree:
     else:
       file.add_codes(coded(), leaf.shape, slices)
     return leaf_sizes.sum_of_slices(name, leaf.shape, rows, 0) if slices else rows[0]
+
+  def _leaf_of_codes(
+    self, name: str, leaf: StoredLeaf, coded: CodedSlice, file: SpooledFile
+  ) -> CompressedLeaf:
+    """Spools a leaf without slices whose codes were chosen before."""
+    grid, axis = written_leaves.grid_of(coded.record), self.axes[name]
+    largest = leaf_sizes.largest_on_grid(leaf.read(), coded.codes, axis)
+    file.add_codes([coded], leaf.shape, axes=written_leaves.axes_of([coded]))
+    return leaf_sizes.compressed_leaf(name, grid, coded.codes, largest, axis, 0)
 
 
 def stored_statistics(leaf: StoredLeaf, axis: ChannelAxes, slices: int) -> LeafStatistics:

@@ -18,6 +18,7 @@ from typing import Any
 from opq_jax import allocation as allocations
 from opq_jax.allocation import (
   Allocation,
+  LeafAllocation,
   is_compressible,
 )
 from opq_jax.core import memory, trees
@@ -26,11 +27,17 @@ from opq_jax.file import plain_trees, writer
 from opq_jax.file import rate as file_rates
 from opq_jax.file.reader import OpqFile
 from opq_jax.file.side_files import packed_files
+from opq_jax.file.written_leaves import CodedSlice
 from opq_jax.report.records import SizeReport
 from opq_jax.report.sizes import ChannelAxis
 from opq_jax.weights.spooled_file import SpooledFile
 from opq_jax.weights.stored_leaves import StoredLeaf
 from opq_jax.weights.stored_tree import CodedTree, StoredTree, stored_statistics
+
+Chooser = Callable[
+  [Mapping[str, LeafAllocation], Callable[[float], Any]], Callable[[str], CodedSlice | None]
+]
+"""Chooses the codes of leaves, given the allocation of all: see `compress_stored`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +64,7 @@ def compress_stored(
   contexts: bool = True,
   side_files: Mapping[str, bytes] | None = None,
   left_out: int = 0,
+  choose: Chooser | None = None,
   stage: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
   **targets: Any,
 ) -> StreamedFile:
@@ -75,8 +83,12 @@ def compress_stored(
     contexts: see `opq_jax.save`.
     side_files: see `opq_jax.save`; `ModelFolder.side_files` returns those of a folder.
     left_out: bytes of leaves that `file_rate` does not count as those of the tree: zeros.
+    choose: called once with the allocation of every leaf by name and a function that it tells the
+      share that is done; returns a function from a name to the codes of this leaf, or None where it
+      is rounded.  Not with `file_rate`.
     stage: returns the context manager in which the stage of a name runs, for progress: statistics,
-      allocate, encode, write.  If it yields a function, that is called with the share that is done.
+      allocate, choose codes, encode, write.  If it yields a function, that is called with the share
+      that is done.
     **targets: the targets and the `objective` of `opq_jax.allocate`.  For `file_rate` the tree is
       coded several times.
 
@@ -103,6 +115,11 @@ def compress_stored(
     allocations.check_targets(*others)
   else:
     allocations.check_file_rate(file_rate, *others)
+  if choose is not None and file_rate is not None:
+    raise ValueError(
+      f'file_rate: found {file_rate:g} together with codes that are chosen, expected '
+      'compression_rate or bits_per_weight: codes would be chosen anew for every trial'
+    )
   metadata = writer.checked_metadata(metadata)
   # once, though a search for a file rate codes the tree several times
   packed = packed_files(side_files) if side_files else None
@@ -131,10 +148,16 @@ def compress_stored(
         allocation = source.allocation(**targets)
       # what the compiler of the solver has left would stand beside the first leaves that are coded
       memory.return_freed_blocks()
+      chosen: Callable[[str], CodedSlice | None] = lambda name: None
+      if choose is not None:
+        with stage('choose codes') as told:
+          chosen = choose(
+            source.by_name(allocation), told if callable(told) else lambda share: None
+          )
       with stage('encode') as told:
         file = spooled.enter_context(SpooledFile(output, contexts))
         return source.coded(
-          allocation, file, metadata, packed, lambda names: _told(names, leaves, told)
+          allocation, file, metadata, packed, lambda names: _told(names, leaves, told), chosen
         )
 
     if file_rate is None:
@@ -144,6 +167,10 @@ def compress_stored(
     with stage('write'):
       result.file.place()
   return StreamedFile(result.allocation, _report(output, result))
+
+
+def _told_nothing(share: float) -> None:
+  """Takes the share that is done where nobody asks for it."""
 
 
 def _told(

@@ -1,0 +1,116 @@
+"""Language models on the command line: which folders hold one, and its calibration tokens."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from opq_jax import encoders, models
+from opq_jax.cli import language
+from opq_jax.cli.console import note
+from opq_jax.cli.encoding import (
+  FEEDBACK,
+  LAYER_BY_LAYER,
+  TOKENS,
+  TRELLIS,
+  Encoding,
+  TokenSet,
+)
+from opq_jax.cli.stages import Stage
+from opq_jax.language import (
+  Calibration,
+  StoredNetwork,
+  at_random,
+  calibration,
+  compression,
+  of_text,
+  stored_network,
+  written_by,
+)
+from opq_jax.weights import is_model_folder, open_folder
+
+
+def network_in(source: Path, *, is_needed: bool) -> StoredNetwork | None:
+  """Returns the language model of a folder; None for other weights.
+
+  Args:
+    source: the weights.
+    is_needed: whether to raise where the folder holds no language model that is known; otherwise a
+      note says of a model folder what is not.
+
+  Raises:
+    ValueError: as above.
+  """
+  problem = f'{source}: found no model folder of Hugging Face, expected that of a language model'
+  if is_model_folder(source):
+    folder = open_folder(source)
+    try:
+      model = models.from_config(folder.config)
+      if isinstance(model, models.Decoder):
+        return stored_network(model, folder.leaves)
+      problem = f'{source}: found a {folder.config["model_type"]}, expected a language model'
+    except ValueError as error:
+      problem = f'{source}: {error}'
+      if not is_needed and (source / 'config.json').is_file():
+        note(f'{problem}; bits are allocated from the weights alone')
+  if is_needed:
+    raise ValueError(problem)
+  return None
+
+
+def calibrated(arguments: argparse.Namespace, network: StoredNetwork, stage: Stage) -> Calibration:
+  """Returns the calibration tokens that the options ask for; random ones without an option.
+
+  Raises:
+    ValueError: the text is too short, or the model has no token that texts begin with.
+    OSError: the text cannot be read.
+  """
+  source, model = arguments.calibration, network.model
+  window = min(calibration.WINDOW, model.positions)
+  count = arguments.calibration_tokens or calibration.TOKENS
+  if source is None:
+    return cost_tokens(network)
+  if source == calibration.RANDOM:
+    return at_random(model.vocabulary, count, window)
+  if source == calibration.SELF:
+    loaded = language.load(arguments.input, None)
+    first = loaded.special_tokens('bos_token_id') or loaded.special_tokens('eos_token_id')
+    if not first:
+      raise ValueError(
+        f'{arguments.input}: found no bos_token_id and no eos_token_id in its configuration, '
+        'expected a token that texts begin with: --calibration TEXT'
+      )
+    with stage('write text') as told:
+      return written_by(loaded.model, loaded.variables, first[0], count, window, told)
+  return of_text(language.texts(arguments.calibration, arguments.input), count, window)
+
+
+def cost_tokens(network: StoredNetwork) -> Calibration:
+  """Returns the random tokens from which costs are computed where no others are given."""
+  window = min(compression.COST_WINDOW, network.model.positions)
+  return at_random(network.model.vocabulary, compression.COST_TOKENS, window)
+
+
+def planned(arguments: argparse.Namespace, plan: Encoding, found: Calibration) -> Encoding:
+  """Returns the plan with costs, encoder and calibration tokens."""
+  tokens = TokenSet(found.source, found.tokens.size, found.digest[:16])
+  plan = dataclasses.replace(plan, tokens=tokens)
+  if arguments.calibration is None:
+    return plan
+  return dataclasses.replace(
+    plan,
+    encoder=LAYER_BY_LAYER,
+    first=TRELLIS if arguments.trellis else FEEDBACK,
+    trellis_version=encoders.TRELLIS_VERSION if arguments.trellis else None,
+    moments=TOKENS,
+    inputs=TOKENS,
+  )
+
+
+def encoder_of(plan: Encoding) -> encoders.LeafEncoder | None:
+  """Returns the encoder of each leaf; None where codes are rounded.
+
+  Its moments are measured on the way.
+  """
+  if plan.inputs != TOKENS:
+    return None
+  return encoders.Trellis() if plan.first == TRELLIS else encoders.Feedback({})

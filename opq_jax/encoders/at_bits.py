@@ -1,0 +1,144 @@
+"""Codes of one leaf that take the bits asked, whatever the encoder."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from opq_jax import compression
+from opq_jax.allocation import Allocation, allocate
+from opq_jax.compression import CompressionState, LeafState, init_state
+from opq_jax.encoders.allocation_search import quietly
+from opq_jax.encoders.encoder import LeafEncoder
+from opq_jax.encoders.matrices import MatrixLayout
+from opq_jax.encoders.trellis_leaves import entropy_bits
+from opq_jax.network import InputMoments
+
+_PILOT = 1 << 17
+"""Weights on which a grid is tried: the entropy of so many codes is known to .2 %."""
+
+_TRIALS = 3  # of grids on the pilot; two are enough nearly always
+_CLOSE = 0.003  # relative error of the bits at which a grid is taken
+_LEAST = 0.02  # bits per weight: below, a search would end at a leaf without codes
+
+
+class CodedLeafAtBits(NamedTuple):
+  """Codes of a leaf.
+
+  Attributes:
+    values: decoded.
+    state: grid and mask.
+    bits: entropy of the codes and bits of escaped values, per weight.
+    ratio: bits of rounded codes on the grid, over those asked: the first guess for a leaf alike.
+  """
+
+  values: Array
+  state: LeafState
+  bits: float
+  ratio: float
+
+
+def code_at_bits(
+  weights: Array,
+  dtype: Any,
+  bits: float,
+  encoder: LeafEncoder,
+  moments: InputMoments | None,
+  damping: float,
+  ratio: float = 1.0,
+) -> CodedLeafAtBits:
+  """Chooses the grid on which the codes of an encoder have the bits asked, and the codes.
+
+  An encoder takes more or fewer bits on a grid than rounding does.  So the plain grid is that of an
+  allocation of other bits per weight, which are searched for on some outputs of the leaf; the whole
+  leaf is coded once.
+
+  Args:
+    weights: of the leaf, without slices, in float32.
+    dtype: of the leaf's values.
+    bits: bits per weight.
+    encoder: chooses the codes.
+    moments: of its inputs, or None.
+    damping: of the moments.
+    ratio: the first guess, from a leaf alike.
+  """
+  pilot = _pilot(weights, moments)
+  # bits found on grids that were tried, by the bits of rounded codes
+  tried: dict[float, float] = {}
+  asked = max(bits * ratio, _LEAST)
+  for _ in range(_TRIALS):
+    values, state = _coded(weights, dtype, pilot, asked, encoder, moments, damping)
+    tried[asked] = bits_per_weight(values, state)
+    if abs(tried[asked] - bits) <= _CLOSE * bits:
+      break
+    asked = max(_next(tried, bits), _LEAST)
+  else:
+    asked = min(tried, key=lambda plain: abs(tried[plain] - bits))
+  if pilot is not None:
+    values, state = _coded(weights, dtype, None, asked, encoder, moments, damping)
+  return CodedLeafAtBits(values, state, bits_per_weight(values, state), asked / bits)
+
+
+def bits_per_weight(values: Any, state: LeafState) -> float:
+  """Returns the entropy of a leaf's codes and the bits of its escaped values, per weight."""
+  codes = np.asarray(compression.encode(values, CompressionState(state)))
+  return entropy_bits(codes, state.dtype) / max(codes.size, 1)
+
+
+def _next(tried: dict[float, float], bits: float) -> float:
+  """Returns the bits of rounded codes to try next, by a line through the last two trials."""
+  (last, found), *earlier = reversed(tried.items())
+  slope = 1.0
+  if earlier and earlier[0][0] != last:
+    slope = (found - earlier[0][1]) / (last - earlier[0][0])
+  # codes take more bits on a finer grid
+  return last + (bits - found) / min(max(slope, 0.5), 2.0)
+
+
+def _pilot(weights: Array, moments: InputMoments | None) -> Any:
+  """Returns the outputs on which grids are tried; None for all."""
+  inputs = tuple(range(weights.ndim - 1)) if moments is None else moments.inputs
+  layout = MatrixLayout(weights.shape, inputs)
+  outputs = weights.size // max(layout.width, 1)
+  groups = 1 if moments is None else np.shape(moments.matrix)[0]
+  some = -(-_PILOT // max(layout.width, 1))
+  if groups > 1 or len(layout.outputs) != 1 or 2 * some > outputs:
+    return None
+  return np.linspace(0, outputs - 1, some).astype(int)
+
+
+def _coded(
+  weights: Array,
+  dtype: Any,
+  pilot: Any,
+  bits: float,
+  encoder: LeafEncoder,
+  moments: InputMoments | None,
+  damping: float,
+) -> tuple[Array, LeafState]:
+  """Codes a leaf, or some of its outputs, on the plain grid of an allocation of these bits."""
+  inputs = tuple(range(weights.ndim - 1)) if moments is None else moments.inputs
+  outputs = MatrixLayout(weights.shape, inputs).outputs
+  axis: Any = outputs[0] if len(outputs) == 1 else outputs
+  # the grid is that of the whole leaf
+  stored = {'': weights.astype(dtype)}
+  allocation, _ = quietly(_allocation, stored, bits, axis)
+  grid = init_state(stored, allocation).tree['']
+  if grid is None:
+    raise ValueError('found weights that are all zero, expected others')
+  if pilot is not None:
+    weights = jnp.asarray(np.take(np.asarray(weights), pilot, axis=axis))
+    kinds = jnp.asarray(np.take(np.asarray(grid.kinds), pilot, axis=axis))
+    grid = dataclasses.replace(grid, kinds=kinds)
+  return encoder.choose_leaf(weights, grid, moments, damping)
+
+
+def _allocation(stored: dict[str, Array], bits: float, axis: Any) -> Allocation:
+  return allocate(
+    stored,
+    bits_per_weight=bits,
+    compressible=lambda path, leaf: True,
+    channel_axis=axis,
+  )

@@ -1,0 +1,166 @@
+"""Compresses a language model on disk: costs of its leaves, calibrated codes, one file."""
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+import opq_jax
+from opq_jax.allocation import LeafAllocation
+from opq_jax.core import trees
+from opq_jax.core.trees import PyTree
+from opq_jax.encoders import DAMPING, SHARE, LeafEncoder
+from opq_jax.file.written_leaves import CodedSlice
+from opq_jax.language import feedback_gains
+from opq_jax.language.block_codes import BlockEncoder
+from opq_jax.language.calibration import Calibration
+from opq_jax.language.leaf_costs import block_costs
+from opq_jax.language.network import StoredNetwork
+from opq_jax.language.work_folder import WorkFolder, open_work
+from opq_jax.weights import StreamedFile, compress_stored
+
+COST_TOKENS = 512
+"""Tokens from which costs are computed: one backward pass."""
+
+COST_WINDOW = 64
+"""Tokens of a sequence of them."""
+
+_KEY = 3  # of the draws from the model's answers
+_ELSEWHERE = 1.0  # an objective for leaves that are not compressed
+
+
+def cost_tokens(calibration: Calibration) -> np.ndarray:
+  """Returns the calibration tokens from which costs are computed.
+
+  >>> from opq_jax.language.calibration import at_random
+  >>> cost_tokens(at_random(50, count=1024, window=256)).shape
+  (8, 64)
+  """
+  window = min(COST_WINDOW, calibration.tokens.shape[1])
+  # the begins of as many sequences as there are: they are of different texts
+  sequences = calibration.tokens[:, :window][: max(COST_TOKENS // window, 1)]
+  return np.ascontiguousarray(sequences)
+
+
+def costs(
+  network: StoredNetwork,
+  calibration: Calibration,
+  tree: PyTree,
+  *,
+  damping: float | None = None,
+  told: Callable[[float], Any] = lambda share: None,
+) -> PyTree:
+  """Returns an objective for `opq_jax.allocate`: what an error in each leaf costs the answer.
+
+  Args:
+    network: the language model.
+    calibration: tokens; the first `COST_TOKENS` are read.
+    tree: the leaves of the file, by the names of its tensors.
+    damping: of the error feedback that will choose the codes, None where there is none.
+    told: called with the share that is done.
+
+  Returns:
+    A tree like `tree` with omega of `opq_jax.network.divergence_costs` at every leaf, times what
+    feedback leaves of the error (`feedback_gains`).
+  """
+  key, parts = jax.random.key(_KEY), 1 if damping is None else 2
+  found = block_costs(network, cost_tokens(calibration), key, lambda share: told(share / parts))
+  if damping is not None:
+    windows = max(feedback_gains.TOKENS // calibration.tokens.shape[1], 1)
+    gains = feedback_gains.feedback_gains(
+      network, calibration.tokens[:windows], damping, lambda share: told((1 + share) / 2)
+    )
+    found = {name: cost * gains.get(name, 1.0) for name, cost in found.items()}
+  found |= {alias: found[name] for alias, name in network.tied.items()}
+  omegas = [found.get(name, _ELSEWHERE) for name in trees.named_leaves(tree)]
+  return jax.tree.unflatten(jax.tree.structure(tree), omegas)
+
+
+def compress_calibrated(
+  network: StoredNetwork,
+  tree: PyTree,
+  output: str | os.PathLike[str],
+  calibration: Calibration,
+  *,
+  encoder: LeafEncoder | None = None,
+  objective: str | None = None,
+  share: float = SHARE,
+  damping: float = DAMPING,
+  stage: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
+  **options: Any,
+) -> StreamedFile:
+  """Compresses a language model on disk with what calibration tokens say about its leaves.
+
+  Bits go where an error costs the answer most (`costs`).  With an encoder, codes are then chosen
+  block after block (`BlockEncoder`), each leaf in the bits that the allocation gives it.  A run
+  that is killed goes on after its last whole block when it is called again with the same arguments:
+  what is done is kept in the folder `OUTPUT.blocks` until the file is written.
+
+  Args:
+    network: the language model.
+    tree: the leaves of the file, `StoredLeaf`s by the names of the network's tensors.
+    output: the `.opq` file.
+    calibration: its tokens.
+    encoder: `Feedback({})` or `Trellis()`, whose moments are measured on the way; None rounds.
+    objective: a named one of `opq_jax.allocate`, in the place of the costs.
+    share, damping: as in `opq_jax.encoders.LayerByLayer`.
+    stage: as for `opq_jax.weights.compress_stored`; costs are a stage of their own.
+    **options: of `opq_jax.weights.compress_stored`.
+
+  Raises:
+    ValueError, OSError: as `opq_jax.weights.compress_stored`.
+  """
+  chosen: Any = objective
+  if objective is None:
+    with stage('costs') as told:
+      chosen = costs(
+        network,
+        calibration,
+        tree,
+        damping=None if encoder is None else damping,
+        told=told if callable(told) else lambda share: None,
+      )
+  work: list[WorkFolder] = []
+
+  def choose(
+    allocated: Mapping[str, LeafAllocation], told: Callable[[float], Any]
+  ) -> Callable[[str], CodedSlice | None]:
+    assert encoder is not None
+    bits = {
+      name: float(record.entropy)
+      for name, record in allocated.items()
+      if not record.tied_to and not record.slices
+    }
+    blocks = BlockEncoder(network, calibration.tokens, bits, encoder, share, damping)
+    plan = {
+      'weights': _identity(network),
+      'tokens': calibration.digest,
+      'bits': bits,
+      'encoder': [repr(encoder), share, damping],
+      'versions': [opq_jax.__version__, jax.__version__],
+    }
+    work.append(open_work(output, plan))
+    blocks.run(work[0], told)
+    return blocks.coded(work[0])
+
+  result = compress_stored(
+    tree,
+    output,
+    objective=chosen,
+    choose=None if encoder is None else choose,
+    stage=stage,
+    **options,
+  )
+  for folder in work:
+    folder.remove()
+  return result
+
+
+def _identity(network: StoredNetwork) -> list[list[Any]]:
+  """Returns the files of a network's tensors, with their sizes and times of change."""
+  paths = {os.fspath(leaf.path) for leaf in network.tensors.values() if hasattr(leaf, 'path')}
+  found = [(path, os.stat(path)) for path in sorted(paths)]
+  return [[path, status.st_size, status.st_mtime_ns] for path, status in found]

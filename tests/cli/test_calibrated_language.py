@@ -1,0 +1,110 @@
+"""`opq compress` of a language model: costs of its leaves, and codes for calibration tokens."""
+
+import json
+
+import numpy as np
+import pytest
+
+import opq_jax
+from opq_jax import cli
+from opq_jax.weights import open_folder
+from tests.helpers.language_models import write_folder
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  path = write_folder(tmp_path / 'llama', 'llama', bos_token_id=1)
+  rng = np.random.default_rng(0)
+  # texts of few tokens, one after the other in a few ways
+  texts = [rng.permutation(8).repeat(4).tolist() * 4 for _ in range(16)]
+  (tmp_path / 'texts.json').write_text(json.dumps(texts))
+  return path
+
+
+def run(*argv):
+  return cli.main([str(word) for word in argv])
+
+
+def metadata(path):
+  with opq_jax.OpqFile(path) as file:
+    return file.metadata
+
+
+def divergence(path, capsys):
+  capsys.readouterr()
+  assert (
+    run('evaluate', path, '--tokens', 'texts.json', '--against', 'llama', '--window', 32, '--json')
+    == 0
+  )
+  return json.loads(capsys.readouterr().out)['divergence']['value']
+
+
+def test_calibrated_file_is_better_and_complete(folder, capsys):
+  assert run('compress', folder, 'plain.opq', '--bits-per-weight', 3) == 0
+  assert metadata('plain.opq')['objective'] == 'divergence'
+  assert metadata('plain.opq')['calibration'] == 'random'
+  options = '--calibration', 'texts.json', '--calibration-tokens', 2048
+  assert run('compress', folder, 'net.opq', '--bits-per-weight', 3, *options) == 0
+  found = metadata('net.opq')
+  assert found['encoder'] == 'layer_by_layer' and found['first'] == 'feedback'
+  assert found['calibration'] == 'text' and found['calibration_tokens'] == '2048'
+  # nothing of the work is left
+  assert sorted(path.name for path in folder.parent.iterdir() if 'net' in path.name) == ['net.opq']
+  assert divergence('net.opq', capsys) < 0.7 * divergence('plain.opq', capsys)
+
+  for name in ('plain.opq', 'net.opq'):
+    assert run('verify', name, '--against', folder) == 0
+  assert run('decompress', 'net.opq', 'back') == 0
+  back, original = open_folder('back'), open_folder(folder)
+  assert list(back) == list(original)
+  with opq_jax.OpqFile('net.opq') as file:
+    for name in file:
+      np.testing.assert_array_equal(back[name], file[name])
+
+
+@pytest.mark.parametrize('source', ['self', 'random'])
+def test_calibration_without_data(folder, source):
+  options = '--calibration', source, '--calibration-tokens', 512, '--trellis'
+  assert run('compress', folder, 'net.opq', '--bits-per-weight', 3, *options) == 0
+  found = metadata('net.opq')
+  assert (found['calibration'], found['first']) == (source, 'trellis')
+
+
+def test_trellis_of_a_folder_verifies(folder):
+  assert run('compress', folder, 'net.opq', '--bits-per-weight', 3, '--trellis') == 0
+  assert metadata('net.opq')['objective'] == 'divergence'
+  assert run('verify', 'net.opq', '--against', folder) == 0
+
+
+@pytest.mark.parametrize(
+  ('argv', 'message'),
+  [
+    (('--calibration', 'texts.json', '--sparsity', '.5', '--bits', '3'), 'expected --rate'),
+    (('--calibration', 'texts.json', '--file-rate', '8'), 'expected --rate or --bits-per-weight'),
+    (('--calibration', 'short.json'), 'found texts of at most 3 tokens, expected 64 or more'),
+    (('--calibration', 'text.txt'), 'found no tokenizer.json'),
+    (('--calibration', 'none.json'), 'none.json: No such file'),
+    (('--calibration-tokens', '9'), '--calibration-tokens needs --calibration'),
+    (('--objective', 'divergenc'), 'invalid choice'),
+  ],
+)
+def test_refused_options(folder, argv, message, capsys):
+  (folder.parent / 'short.json').write_text('[1, 2, 3]')
+  (folder.parent / 'text.txt').write_text('abc')
+  try:
+    assert run('compress', folder, 'net.opq', *argv) == 2
+  except SystemExit as stop:  # argparse
+    assert stop.code == 2
+  assert message in ' '.join(capsys.readouterr().err.split())
+  assert not (folder.parent / 'net.opq').exists()
+
+
+def test_folder_of_an_unknown_network_is_noted(folder, capsys):
+  config = json.loads((folder / 'config.json').read_text())
+  (folder / 'config.json').write_text(json.dumps(config | {'model_type': 'mamba'}))
+  assert run('compress', folder, 'net.opq') == 0
+  notes = ' '.join(capsys.readouterr().err.split())
+  assert "found 'mamba'" in notes and 'bits are allocated from the weights alone' in notes
+  assert metadata('net.opq')['objective'] == 'balanced_error'
+  assert run('compress', folder, 'net.opq', '--calibration', 'self') == 2

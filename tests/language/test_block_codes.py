@@ -1,0 +1,119 @@
+"""Codes chosen block after block: what they give the network, and runs that are killed."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import opq_jax
+from opq_jax import compression, language
+from opq_jax.encoders import Feedback, Trellis
+from opq_jax.importers import language_models
+from opq_jax.language.block_codes import BlockEncoder
+from opq_jax.language.work_folder import open_work
+from tests.helpers.language_models import network
+
+
+def encoder_of(name, encoder, bits=3.0, **options):
+  model, tensors = network(name)
+  # more tokens than inputs, half of them of few kinds: inputs of layers go together
+  tokens = language.at_random(40, 2048, 16).tokens % np.where(np.arange(128) % 2, 40, 7)[:, None]
+  stored = language.stored_network(model, tensors)
+  chosen = {key: bits for key, tensor in tensors.items() if tensor.ndim > 1}
+  return BlockEncoder(stored, tokens, chosen, encoder, **options)
+
+
+def run(blocks, output, told=lambda share: None):
+  """Returns the tensors of a run, with their codes' values in their places."""
+  work = open_work(output, {'bits': blocks.bits})
+  blocks.run(work, told)
+  read, values = blocks.coded(work), {}
+  for name, tensor in blocks.network.tensors.items():
+    coded = read(name)
+    values[name] = tensor
+    if coded is not None:
+      exact = np.zeros(coded.codes.shape, tensor.dtype)
+      exact[coded.codes == -128] = coded.escaped
+      kinds = np.where(coded.codes == -128, 2, coded.codes != 0).astype(np.uint8)
+      state = dataclasses.replace(coded.record, kinds=jnp.asarray(kinds))
+      state = compression.CompressionState(state)
+      values[name] = np.asarray(compression.decode(coded.codes, state, jnp.asarray(exact)))
+  return values
+
+
+def error_of(blocks, values):
+  """Squared error of the answers, over their energy."""
+  model, tokens = blocks.network.model, jnp.asarray(blocks.tokens[:32])
+  answers = [
+    model.apply(language_models.from_tensors(model, tensors).variables, tokens)
+    for tensors in (blocks.network.tensors, values)
+  ]
+  return float(jnp.square(answers[1] - answers[0]).sum() / jnp.square(answers[0]).sum())
+
+
+@pytest.fixture(scope='module')
+def by_feedback(tmp_path_factory):
+  """A run with error feedback, and its tensors."""
+  blocks = encoder_of('llama_biases', Feedback({}))
+  return blocks, run(blocks, tmp_path_factory.mktemp('work') / 'net.opq')
+
+
+def test_block_codes_beat_rounding(by_feedback, tmp_path):
+  blocks, values = by_feedback
+  rounded = {}
+  for name, tensor in blocks.network.tensors.items():
+    rounded[name] = tensor
+    if name in blocks.bits:
+      own = opq_jax.compress({name: tensor}, bits_per_weight=3.0, compressible=lambda *_: True)
+      rounded[name] = own.params[name]
+  assert error_of(blocks, values) < 0.8 * error_of(blocks, rounded)
+
+
+def test_block_codes_along_trellis_of_kernels_inputs_first(tmp_path):
+  errors = []
+  for encoder in (Feedback({}), Trellis()):
+    blocks = encoder_of('gpt2', encoder)
+    errors.append(error_of(blocks, run(blocks, tmp_path / type(encoder).__name__)))
+  assert errors[1] < 0.9 * errors[0]
+
+
+def test_block_codes_have_the_bits_and_layout_of_the_tensors(by_feedback):
+  blocks, values = by_feedback
+  bits, weights = 0.0, 0
+  for name in blocks.bits:
+    assert values[name].shape == blocks.network.tensors[name].shape
+    _, counts = np.unique(values[name], return_counts=True)
+    bits -= (counts * np.log2(counts / values[name].size)).sum()
+    weights += values[name].size
+  assert bits / weights == pytest.approx(3.0, rel=0.02)
+  np.testing.assert_array_equal(
+    values['model.norm.weight'], blocks.network.tensors['model.norm.weight']
+  )
+
+
+@pytest.mark.parametrize('done', [1, 3])
+def test_killed_run_goes_on_bit_for_bit(done, by_feedback, tmp_path):
+  blocks, expected = by_feedback
+  shares = []
+
+  def killed(share):
+    shares.append(share)
+    if len(shares) == done:
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    run(blocks, tmp_path / 'net.opq', killed)
+  assert open_work(tmp_path / 'net.opq', {'bits': blocks.bits}).done == done
+  left = []
+  found = run(blocks, tmp_path / 'net.opq', left.append)
+  assert len(left) == blocks.blocks - done
+  for name, tensor in expected.items():
+    np.testing.assert_array_equal(found[name], tensor)
+
+
+def test_work_of_another_plan_is_not_used(tmp_path):
+  work = open_work(tmp_path / 'net.opq', {'bits': 3})
+  work.save_streams(1, {'first': np.zeros(2)})
+  assert open_work(tmp_path / 'net.opq', {'bits': 3}).done == 1
+  assert open_work(tmp_path / 'net.opq', {'bits': 4}).done == 0

@@ -1,0 +1,45 @@
+"""Costs block by block, against the gradients of the whole network."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opq_jax import language
+from opq_jax.core import trees
+from opq_jax.importers import language_models
+from opq_jax.language.leaf_costs import block_costs
+from opq_jax.network import divergence_costs
+from tests.helpers.language_models import network
+
+
+@pytest.mark.parametrize('name', ['llama_biases', 'qwen3', 'gpt2'])
+def test_block_costs_are_those_of_the_whole_network(name):
+  model, tensors = network(name)
+  tokens, key = np.random.default_rng(0).integers(0, 40, (3, 16)), jax.random.key(1)
+  stored = language.stored_network(model, tensors)
+  found = block_costs(stored, tokens, key)
+  variables = language_models.from_tensors(model, tensors).variables
+  whole = divergence_costs(model.apply, variables, jnp.asarray(tokens), key=key)
+  kernels = 0
+  for path, costs in trees.named_leaves(whole).items():
+    place = stored.places[path]
+    if jnp.ndim(costs) != place.is_stacked:
+      continue  # a vector of every layer is one leaf to the whole network
+    for number, tensor in enumerate(place.names):
+      expected = float(costs[number] if place.is_stacked else costs)
+      # what a tied table costs as head and as table is added, without the product of both
+      near = 0.05 if model.is_tied and path.endswith('embedding') else 1e-4
+      assert found[tensor] == pytest.approx(expected, rel=near), tensor
+      kernels += 1
+  assert kernels > 8
+
+
+def test_costs_are_a_tree_of_the_file():
+  model, tensors = network('llama')
+  # as a file that has the tied head twice, and a tensor of something else
+  tensors = {**tensors, 'lm_head.weight': tensors['model.embed_tokens.weight']}
+  stored = language.stored_network(model, tensors)
+  found = language.costs(stored, language.at_random(40, 128, 16), tensors)
+  assert found.keys() == tensors.keys()
+  assert found['lm_head.weight'] == found['model.embed_tokens.weight']
