@@ -16,8 +16,11 @@ import opq_jax
 from experiments.benchmarks.language_models import networks
 from experiments.benchmarks.language_models.coded import Coded
 from experiments.benchmarks.language_models.networks import Network
-from opq_jax import encoders, models
+from opq_jax import encoders, language, models
+from opq_jax.importers import language_models
+from opq_jax.language import Calibration
 from opq_jax.network import divergence_costs, mean_moments
+from opq_jax.weights import StoredLeaf
 
 ENCODERS = 'plain', 'trellis'
 _RANDOM = {'smollm2': (4, 128), 'iglm': (6, 96)}  # windows and tokens
@@ -78,6 +81,68 @@ def coded_network(
   return Coded(leaves, stored, other), '; '.join(dict.fromkeys(note[:200] for note in notes))
 
 
+def calibrated_network(
+  network: Network, bits: float, codes: str, calibration: Calibration, *, whole: bool
+) -> tuple[Coded, str]:
+  """Compresses a network block after block, as `opq compress --calibration`, into a file.
+
+  Args:
+    network: the network.
+    bits: asked for, per weight of the compressed leaves.
+    codes: 'feedback' or 'trellis'.
+    calibration: its tokens.
+    whole: as for `coded_network`.
+
+  Returns:
+    The decoded leaves, and a note.
+  """
+  tensors = language_models.to_tensors(network.model, network.params)
+  stored = language.stored_network(network.model, tensors)
+  tree = {
+    name: StoredLeaf('', name, array.shape, array.dtype, tensors.__getitem__)
+    for name, array in tensors.items()
+  }
+  is_chosen = {
+    stored.names[name]: networks.is_kernel(path) or (whole and leaf.ndim > 1)
+    for path, leaf in networks.leaves(network.params).items()
+    for name in stored.places[path].names
+  }
+  transposed = {
+    stored.names[name]: place.is_transposed
+    for place in stored.places.values()
+    for name in place.names
+  }
+  encoder = encoders.Trellis() if codes == 'trellis' else encoders.Feedback({})
+  with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    warnings.simplefilter('ignore', UserWarning)  # of the Laplace density
+    path = pathlib.Path(folder) / 'network.opq'
+    language.compress_calibrated(
+      stored,
+      tree,
+      path,
+      calibration,
+      encoder=encoder,
+      compressible=lambda name, _: is_chosen[name],
+      channel_axis=lambda name, _: 0 if transposed[name] else -1,
+      bits_per_weight=bits,
+    )
+    size = 8 * path.stat().st_size
+    with opq_jax.OpqFile(path) as file:
+      counts = {name: 8.0 * count for name, count in file.sizes().items()}
+      decoded = {name: np.asarray(file[name]) for name in file}
+  values = networks.leaves(language_models.from_tensors(network.model, decoded).variables)
+  leaves = {path: np.asarray(leaf) for path, leaf in values.items()}
+  stored_bits = {
+    path: sum(counts[stored.names[name]] for name in stored.places[path].names) for path in leaves
+  }
+  if not whole:
+    leaves = {path: leaf for path, leaf in leaves.items() if networks.is_kernel(path)}
+    stored_bits = {path: stored_bits[path] for path in leaves}
+    size = sum(stored_bits.values())
+  note = f'{calibration.tokens.size:,} tokens'
+  return Coded(leaves, stored_bits, size - sum(stored_bits.values())), note
+
+
 def kernels_alone(tree: Mapping[str, Any]) -> dict[str, Any]:
   """Returns a tree like the params with the kernels of the blocks alone."""
   return networks.replaced({}, networks.kernels(tree))
@@ -106,7 +171,24 @@ def sampled_tokens(network: Network) -> Int[np.ndarray, 'windows length']:
   """Returns text that the float network writes itself after its begin tokens, seeded."""
   count, length = _SAMPLED[network.name]
   prompts = jnp.array(_PROMPTS[network.name], jnp.int32)
-  prompt = jnp.tile(prompts, (count // len(prompts), 1))
+  return _written(network, jnp.tile(prompts, (count // len(prompts), 1)), length)
+
+
+def calibration_of(network: Network, data: str) -> Calibration:
+  """Returns the tokens of calibration: of 'text', or as many of the network's 'own text'."""
+  if data == 'text':
+    return Calibration('text', network.calibration)
+  count, length = network.calibration.shape
+  prompts = jnp.array(_PROMPTS[network.name], jnp.int32)
+  return Calibration(
+    'self', _written(network, jnp.tile(prompts, (count // len(prompts), 1)), length)
+  )
+
+
+def _written(
+  network: Network, prompt: Int[jax.Array, 'windows begin'], length: int
+) -> Int[np.ndarray, 'windows length']:
+  """Returns what the float network writes after prompts, seeded."""
   following = models.generate(
     network.model, network.params, prompt, length - prompt.shape[1], jax.random.key(0)
   )

@@ -157,8 +157,7 @@ def _llama_cpp_order(falls_back: bool) -> list[tuple[str, bool, bool]]:
 def of_ours(network: Network, moments: Callable[[], Any]) -> Iterator[Job]:
   """opq_jax: kernels alone and whole files, by default and with costs of leaves.
 
-  Encoding block by block from calibration or own text belongs here too, as data 'text' and 'own
-  text' with the setting 'calibrated'.
+  Codes chosen block after block for calibration tokens are 'calibrated'.
   """
   tokens = {'random tokens': ours.random_tokens, 'own text': ours.sampled_tokens}
   costs = functools.cache(lambda data: ours.costs(network, tokens[data](network)))
@@ -176,6 +175,21 @@ def of_ours(network: Network, moments: Callable[[], Any]) -> Iterator[Job]:
           setting = f'{codes}, {bits:g} bits{", costs" * (data != "none")}'
           embedding = 'opq_jax' if whole else FLOAT16
           yield Job('opq_jax', setting, data, (embedding,), make)
+  calibration = functools.cache(lambda data: ours.calibration_of(network, data))
+  for bits in BITS:
+    for data in ('text', 'own text'):
+      for codes in ('trellis', 'feedback'):
+        for whole in (True, False):
+
+          def calibrated(
+            data: str = data, bits: float = bits, codes: str = codes, whole: bool = whole
+          ) -> tuple[Coded, str]:
+            return ours.calibrated_network(network, bits, codes, calibration(data), whole=whole)
+
+          embedding = 'opq_jax' if whole else FLOAT16
+          yield Job(
+            'opq_jax', f'{codes}, {bits:g} bits, calibrated', data, (embedding,), calibrated
+          )
   for bits in BITS:
 
     def feedback(bits: float = bits) -> tuple[Coded, str]:
