@@ -36,7 +36,7 @@ def cost_tokens(calibration: Calibration) -> np.ndarray:
   """Returns the calibration tokens from which costs are computed.
 
   >>> from opq_jax.language.calibration import at_random
-  >>> cost_tokens(at_random(50, count=1024, window=256)).shape
+  >>> cost_tokens(at_random(50, count=4096, window=256)).shape
   (8, 64)
   """
   window = min(COST_WINDOW, calibration.tokens.shape[1])

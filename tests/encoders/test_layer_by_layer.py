@@ -8,7 +8,7 @@ import pytest
 
 import opq_jax
 from opq_jax import encoders
-from opq_jax.encoders import layer_by_layer
+from opq_jax.encoders import fitted_weights
 
 
 class Dense(nn.Module):
@@ -69,7 +69,7 @@ def test_fitted_is_least_squares(inputs, share):
   kernel = rng.normal(size=(48, 8)).astype(np.float32)
   moments, cross = ((others.T @ x / len(x))[None] for x in (others, np.asarray(inputs)))
   best = np.linalg.lstsq(others, np.asarray(inputs) @ kernel)[0]
-  found = layer_by_layer._fitted(kernel, moments, cross, share, 0.0)
+  found = fitted_weights.fitted_rows(kernel, moments, cross, share, 0.0)
   np.testing.assert_allclose(found, (1 - share) * kernel + share * best, atol=2e-4)
 
 
