@@ -1,12 +1,15 @@
 """The judge of language models and its rivals, on networks of some hundred weights."""
 
+import functools
 import json
 
 import jax
 import numpy as np
 import pytest
 
+import opq_jax
 from experiments.benchmarks.language_models import (
+  add_file,
   coded,
   gguf_files,
   gptq,
@@ -16,8 +19,9 @@ from experiments.benchmarks.language_models import (
   ours,
   rows,
   tables,
+  watersic,
 )
-from opq_jax import models
+from opq_jax import importers, models
 
 SHAPE = {
   'depth': 2,
@@ -28,6 +32,28 @@ SHAPE = {
   'head_features': 8,
   'positions': 32,
   'epsilon': 1e-5,
+}
+
+
+LLAMA = {
+  'vocab_size': 53,
+  'num_hidden_layers': 2,
+  'hidden_size': 16,
+  'intermediate_size': 32,
+  'num_attention_heads': 2,
+  'num_key_value_heads': 2,
+  'max_position_embeddings': 32,
+  'rms_norm_eps': 1e-5,
+  'tie_word_embeddings': True,
+}
+GPT2 = {
+  'vocab_size': 33,
+  'n_layer': 2,
+  'n_embd': 16,
+  'n_inner': 32,
+  'n_head': 2,
+  'n_positions': 32,
+  'layer_norm_epsilon': 1e-5,
 }
 
 
@@ -148,7 +174,8 @@ def test_gptq_ignores_inputs_that_are_zero():
 
 def test_gptq_walks_the_quantized_network(network):
   seen = []
-  made = gptq.coded_network(network, gptq.Setting(2, 8), lambda *done: seen.append(done))
+  codec = functools.partial(gptq.quantized, setting=gptq.Setting(2, 8))
+  made = gptq.coded_network(network, codec, lambda *done: seen.append(done))
   assert seen == [(1, 2), (2, 2)]
   kernels = networks.kernels(network.params)
   assert set(made.leaves) == set(kernels)
@@ -157,8 +184,20 @@ def test_gptq_walks_the_quantized_network(network):
   params = networks.replaced(network.params, made.leaves)
   moments = ours.moments_of(network._replace(params=params))
   matrix = np.asarray(networks.leaves(moments)[path].matrix[1, 0])
-  expected, _ = gptq.quantized(kernels[path][1].T, matrix, gptq.Setting(2, 8))
+  expected, _ = codec(kernels[path][1].T, matrix)
   np.testing.assert_allclose(made.leaves[path][1], expected.T, atol=1e-5)
+
+
+def test_watersic_shares_errors_evenly():
+  rng = np.random.default_rng(0)
+  inputs = rng.normal(size=(300, 12)) * np.geomspace(0.1, 10, 12) @ rng.normal(size=(12, 12))
+  moments, weights = inputs.T @ inputs / 300, rng.normal(size=(400, 12)).astype(np.float32)
+  found, bits = watersic.quantized(weights, moments, 4.0)
+  assert bits == pytest.approx(4 * weights.size, rel=0.01)
+  # in coordinates in which the error of the output is a sum of squares, all have one error
+  factor = gptq.factored(moments, np.arange(12))
+  errors = np.square((found - weights) @ np.linalg.inv(factor)).mean(axis=0)
+  assert errors.max() < 1.5 * errors.min()
 
 
 def test_clip_search_takes_the_least_error():
@@ -255,11 +294,37 @@ def test_ours_stores_kernels_or_all(network):
   assert sizes[True]['bits'] < sizes[False]['bits']
 
 
+@pytest.mark.parametrize('names', ['ours', 'transformers'])
+def test_file_counts_its_bytes(network, names, tmp_path):
+  params = network.params
+  if names == 'transformers':
+    params = importers.language_models.to_tensors(network.model, params)
+    axis = 0 if network.name == 'smollm2' else -1
+    compressed = opq_jax.compress(params, bits_per_weight=4, channel_axis=axis)
+  else:
+    compressed = opq_jax.compress(params, bits_per_weight=4, slices=lambda path, leaf: 0)
+  kind = {'smollm2': 'llama', 'iglm': 'gpt2'}[network.name]
+  config = {'smollm2': LLAMA, 'iglm': GPT2}[network.name] | {'model_type': kind}
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  path = tmp_path / 'network.opq'
+  files = {'config.json': (tmp_path / 'config.json').read_bytes()}
+  opq_jax.save(path, compressed.params, compressed.state, side_files=files)
+  made = add_file.of_file(network, path)
+  total = sum(made.bits.values()) + made.other_bits
+  with opq_jax.OpqFile(path) as file:
+    assert total == 8 * (path.stat().st_size - file.side_bytes())
+  assert made.sizes(params if names == 'ours' else network.params)['bits of kernels'] < 8
+  for name, leaf in networks.kernels(network.params).items():
+    assert np.sum((made.leaves[name] - leaf) ** 2) < 0.02 * np.sum(leaf**2)
+
+
 def test_rows_go_on_where_they_were(tmp_path):
   path = tmp_path / 'folder' / 'rows.json'
   key = {'codec': 'a', 'setting': 'b', 'data': 'none', 'embedding': 'float16'}
-  rows.Rows(path, {'windows': 3}).append(key | {'KL': 1.0})
-  again = rows.Rows(path, {'windows': 3})
+  first, again = rows.Rows(path, {'windows': 3}), rows.Rows(path, {'windows': 3})
+  first.append(key | {'KL': 1.0})
+  again.append(key | {'codec': 'c'})
+  assert [row['codec'] for row in json.loads(path.read_text())['rows']] == ['a', 'c']
   assert again.has(**key) and not again.has(**(key | {'data': 'text'}))
   with pytest.raises(ValueError, match=r'found .*3.*, expected .*4'):
     rows.Rows(path, {'windows': 4})

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy import linalg
 
 from experiments.benchmarks.language_models import grids, networks
@@ -62,15 +62,11 @@ def quantized(
     setting: options.
   """
   inputs = weights.shape[1]
-  energy = np.diag(moments).astype(np.float64)
-  dead = energy <= 0  # inputs that are always 0: their weights have no effect
-  damped = moments.astype(np.float64)
-  damped[dead, dead] = 1.0
-  damped[np.diag_indices(inputs)] += DAMPING * energy.mean()
+  energy = np.diag(moments)
   order = np.argsort(-energy, kind='stable') if setting.act_order else np.arange(inputs)
-  left = np.where(dead, 0, weights)[:, order].astype(np.float64)
-  inverse = linalg.inv(damped[np.ix_(order, order)])
-  upper = np.linalg.cholesky((inverse + inverse.T) / 2).T
+  # the weights of inputs that are always 0 have no effect
+  left = np.where(energy <= 0, 0, weights)[:, order].astype(np.float64)
+  upper = factored(moments, order)
   decoded = np.empty_like(left)
   for begin in range(0, inputs, setting.group):
     end = min(begin + setting.group, inputs)
@@ -89,13 +85,31 @@ def quantized(
   return values, float(grids.stored_bits(weights.shape, setting.bits, setting.group) + order_bits)
 
 
-def coded_network(
-  network: Network, setting: Setting, progress: Callable[[int, int], None] | None = None
-) -> Coded:
-  """Returns a network's kernels after GPTQ, block after block.
+def factored(
+  moments: Float[np.ndarray, 'inputs inputs'], order: Int[np.ndarray, ' inputs']
+) -> Float[np.ndarray, 'inputs inputs']:
+  """Returns U of H^-1 = U^T U for damped moments with their inputs in some order."""
+  energy = np.diag(moments).astype(np.float64)
+  damped = moments.astype(np.float64)
+  dead = energy <= 0
+  damped[dead, dead] = 1.0
+  damped[np.diag_indices(len(damped))] += DAMPING * energy.mean()
+  inverse = linalg.inv(damped[np.ix_(order, order)])
+  return np.linalg.cholesky((inverse + inverse.T) / 2).T
 
-  Every leaf gets the moments of the inputs that it has in the network that is quantized up to it,
-  over all tokens of calibration.
+
+def coded_network(
+  network: Network,
+  codec: Callable[[Matrix, np.ndarray], tuple[np.ndarray, float]],
+  progress: Callable[[int, int], None] | None = None,
+) -> Coded:
+  """Returns a network's kernels coded block after block.
+
+  Args:
+    network: the network.
+    codec: (matrix, moments of its inputs) -> decoded matrix and bits.  The moments are those of the
+      network that is coded up to it, over all tokens of calibration.
+    progress: called after every block with how many are done, and how many there are.
   """
   depth = network.model.depth
   stack = network.params['params']['layers']
@@ -112,7 +126,7 @@ def coded_network(
       moments = mean_moments(fn, own, [(params, x) for x in states])
       for name in names:
         matrix = np.asarray(moments[name]['kernel'].matrix)[0]
-        found, count = quantized(np.asarray(own[name]['kernel']).T, matrix, setting)
+        found, count = codec(np.asarray(own[name]['kernel']).T, matrix)
         params |= {name: params[name] | {'kernel': found.T}}
         path = f'params/layers/{name}/kernel'
         values.setdefault(path, []).append(found.T)

@@ -14,7 +14,7 @@ while the mean of |W - W^| falls.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,13 +37,13 @@ class Grid(NamedTuple):
     levels: largest code.
   """
 
-  scale: Float[np.ndarray, 'outputs 1']
-  zero: Float[np.ndarray, 'outputs 1']
+  scale: Float[np.ndarray | Array, 'outputs 1']
+  zero: Float[np.ndarray | Array, 'outputs 1']
   levels: int
 
-  def rounded(self, weights: Float[np.ndarray, 'outputs n']) -> Float[np.ndarray, 'outputs n']:
+  def rounded(self, weights: Any) -> Any:
     """Returns the nearest values of the grids."""
-    codes = np.clip(np.round(weights / self.scale + self.zero), 0, self.levels)
+    codes = (weights / self.scale + self.zero).round().clip(0, self.levels)
     return self.scale * (codes - self.zero)
 
 
@@ -61,28 +61,36 @@ def fitted(weights: Float[np.ndarray, 'outputs n'], bits: int, clip_search: bool
   (1.0, 1.0, [[0.0, 2.0]])
   """
   levels = 2**bits - 1
-  low = np.minimum(weights.min(axis=1, keepdims=True), 0)
-  high = np.maximum(weights.max(axis=1, keepdims=True), 0)
+  scale, zero = _fitted(jnp.asarray(weights, jnp.float32), levels, clip_search)
+  return Grid(np.asarray(scale), np.asarray(zero), levels)
 
-  def grid_of(share: float) -> Grid:
-    scale = (share * (high - low) / levels).astype(np.float16).astype(weights.dtype)
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _fitted(weights: Array, levels: int, clip_search: bool) -> tuple[Array, Array]:
+  low = jnp.minimum(weights.min(axis=1, keepdims=True), 0)
+  high = jnp.maximum(weights.max(axis=1, keepdims=True), 0)
+
+  def grid_of(share: Array | float) -> tuple[Array, Array]:
+    scale = (share * (high - low) / levels).astype(jnp.float16).astype(jnp.float32)
     # a row of zeros, and steps below float16's range
-    scale = np.where(scale > 0, scale, np.finfo(np.float16).tiny).astype(weights.dtype)
-    return Grid(scale, np.clip(np.round(-share * low / scale), 0, levels), levels)
+    scale = jnp.maximum(scale, float(np.finfo(np.float16).tiny))
+    return scale, jnp.clip(jnp.round(-share * low / scale), 0, levels)
 
-  best = grid_of(1.0)
-  if not clip_search:
-    return best
-  least = np.sum(np.abs(best.rounded(weights) - weights) ** CLIP_NORM, axis=1, keepdims=True)
-  for number in range(1, int((1 - LEAST_CLIP) * CLIPS)):
+  def error_of(scale: Array, zero: Array) -> Array:
+    rest = Grid(scale, zero, levels).rounded(weights) - weights
+    return jnp.sum(jnp.abs(rest) ** CLIP_NORM, axis=1, keepdims=True)
+
+  def better(number: int, best: tuple[Array, ...]) -> tuple[Array, ...]:
     grid = grid_of(1 - number / CLIPS)
-    error = np.sum(np.abs(grid.rounded(weights) - weights) ** CLIP_NORM, axis=1, keepdims=True)
-    better = error < least
-    least = np.minimum(error, least)
-    best = Grid(
-      np.where(better, grid.scale, best.scale), np.where(better, grid.zero, best.zero), levels
-    )
-  return best
+    found = *grid, error_of(*grid)
+    return tuple(jnp.where(found[2] < best[2], x, y) for x, y in zip(found, best, strict=True))
+
+  grid = grid_of(1.0)
+  if not clip_search:
+    return grid
+  number = int((1 - LEAST_CLIP) * CLIPS)
+  scale, zero, _ = jax.lax.fori_loop(1, number, better, (*grid, error_of(*grid)))
+  return scale, zero
 
 
 def stored_bits(shape: tuple[int, ...], bits: int, group: int) -> float:

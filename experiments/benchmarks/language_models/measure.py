@@ -1,11 +1,5 @@
 """A language model's answers beside those of its float weights: the one judge of all codecs.
 
-    python -m experiments.benchmarks.language_models.measure smollm2|iglm FOLDER [--text TEXT] \
-      WEIGHTS...
-
-FOLDER holds the float network, WEIGHTS are folders or files of the same network after a codec,
-whatever `opq_jax` reads: `.opq`, `.safetensors`, a Hugging Face folder.
-
     KL          KL(float || weights), nats a token, over the distributions of all tokens but the
                 first of each window
     perplexity  of the same tokens
@@ -15,9 +9,7 @@ Intervals of 95 % are over windows (`opq_jax.report.text_windows`).  The forward
 network is run once: its last hidden states are kept, and only its head is applied again.
 """
 
-import argparse
 import functools
-import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -29,7 +21,6 @@ from jaxtyping import Array
 from experiments.benchmarks.language_models import networks
 from experiments.benchmarks.language_models.networks import Network
 from opq_jax import models
-from opq_jax.importers import language_files
 from opq_jax.report import text_windows
 from opq_jax.report.text_windows import Mean
 
@@ -125,23 +116,3 @@ def _token_scores(
 
   scores = jax.lax.map(of_chunk, chunks)
   return tuple(x.reshape(-1)[: shape[0] * shape[1]].reshape(shape) for x in scores)
-
-
-def main() -> None:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-  )
-  parser.add_argument('network', choices=networks.NAMES)
-  parser.add_argument('folder', type=pathlib.Path)
-  parser.add_argument('weights', nargs='+', type=pathlib.Path)
-  parser.add_argument('--text', type=pathlib.Path)
-  arguments = parser.parse_args()
-  network = networks.open_network(arguments.network, arguments.folder, arguments.text)
-  judge = Judge(network)
-  for path in arguments.weights:
-    params = language_files.load(path, folder=arguments.folder).variables
-    print(path, judge.scores(params).row(), flush=True)
-
-
-if __name__ == '__main__':
-  main()

@@ -23,7 +23,7 @@ from opq_jax.importers import language_files
 NAMES = 'smollm2', 'iglm'
 LEAST_TOKENS = 16_384  # of measurement
 WINDOW = {'smollm2': 256, 'iglm': 96}  # tokens
-CALIBRATION_WINDOWS = {'smollm2': 64, 'iglm': 112}
+CALIBRATION_WINDOWS = {'smollm2': 32, 'iglm': 112}
 COMMON = 16  # tokens in a row that a window of calibration has not in common with measurement
 SUBSTITUTIONS = 5  # within which two antibodies are neighbours
 

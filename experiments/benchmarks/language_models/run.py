@@ -3,7 +3,7 @@
     python /work/shared/tools/language_models.py FOLDER smollm2 iglm
     npm pack @node-llama-cpp/linux-x64@3.22.1 && tar xzf node-llama-cpp-linux-x64-3.22.1.tgz
     python -m experiments.benchmarks.language_models.run smollm2|iglm FOLDER [--text TEXT] \
-      [--llama_cpp package/bins/linux-x64] [--codecs NAME ...] [--most N]
+      [--llama_cpp package/bins/linux-x64] [--only EXPRESSION ...] [--kernels]
 
 Rows that stand in experiments/results/language_models are not run again.
 
@@ -19,6 +19,7 @@ import argparse
 import functools
 import json
 import pathlib
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from experiments.benchmarks.language_models import (
   networks,
   ours,
   rows,
+  watersic,
 )
 from experiments.benchmarks.language_models.coded import Coded
 from experiments.benchmarks.language_models.measure import Judge
@@ -82,7 +84,9 @@ def of_hqq(network: Network) -> Iterator[Job]:
         return coded.joined(kernels, _table(network)), ''
 
       setting = f'{bits} bits, groups of 64 along axis {axis}, zeros of {zero_bits} bits'
-      yield Job('HQQ', setting, 'none', (FLOAT16, 'HQQ, 4 bits'), make)
+      # one table is enough to compare whole files with
+      embeddings = (FLOAT16, 'HQQ, 4 bits') if axis == 1 else (FLOAT16,)
+      yield Job('HQQ', setting, 'none', embeddings, make)
 
 
 def of_gptq(network: Network) -> Iterator[Job]:
@@ -95,10 +99,23 @@ def of_gptq(network: Network) -> Iterator[Job]:
     options = gptq.Setting(bits, group, act_order, clip)
 
     def make(options: gptq.Setting = options) -> tuple[Coded, str]:
-      return coded.joined(gptq.coded_network(network, options), _table(network)), ''
+      codec = functools.partial(gptq.quantized, setting=options)
+      return coded.joined(gptq.coded_network(network, codec), _table(network)), ''
 
     setting = f'{bits} bits, groups of {group}{", act-order" * act_order}{", clip search" * clip}'
-    yield Job('GPTQ', setting, 'text', (FLOAT16, 'HQQ, 4 bits'), make)
+    embeddings = (FLOAT16, 'HQQ, 4 bits') if act_order and clip else (FLOAT16,)
+    yield Job('GPTQ', setting, 'text', embeddings, make)
+
+
+def of_watersic(network: Network) -> Iterator[Job]:
+  """The core of WaterSIC, block after block."""
+  for bits in BITS:
+
+    def make(bits: float = bits) -> tuple[Coded, str]:
+      codec = functools.partial(watersic.quantized, bits=bits)
+      return gptq.coded_network(network, codec), ''
+
+    yield Job('WaterSIC, core', f'{bits:g} bits', 'text', (FLOAT16,), make)
 
 
 def of_llama_cpp(
@@ -213,43 +230,44 @@ def main() -> None:
   parser.add_argument('folder', type=pathlib.Path)
   parser.add_argument('--text', type=pathlib.Path)
   parser.add_argument('--llama_cpp', type=pathlib.Path, help='folder of its shared libraries')
-  parser.add_argument('--codecs', nargs='+', help='by default all')
-  parser.add_argument('--settings', default='', help='part of the settings that are run')
-  parser.add_argument('--data', nargs='+', help='by default all')
-  parser.add_argument('--most', type=int, help='number of runs after which to stop')
+  parser.add_argument(
+    '--only',
+    nargs='+',
+    default=[''],
+    metavar='EXPRESSION',
+    help='regular expressions: runs whose "codec, setting, data" match one, in this order',
+  )
+  parser.add_argument(
+    '--kernels', action='store_true', help='rows with the table of embeddings in float16 alone'
+  )
   arguments = parser.parse_args()
   network = networks.open_network(arguments.network, arguments.folder, arguments.text)
   with tempfile.TemporaryDirectory() as scratch:
     moments = functools.cache(lambda: ours.moments_of(network))
-    jobs = [*of_rtn(network), *of_hqq(network), *of_gptq(network), *of_ours(network, moments)]
+    jobs = [*of_rtn(network), *of_hqq(network), *of_gptq(network), *of_watersic(network)]
+    jobs += of_ours(network, moments)
     if arguments.llama_cpp:
       jobs += of_llama_cpp(network, moments, arguments.llama_cpp, pathlib.Path(scratch))
-    jobs = [
+    chosen = [
       job
+      for expression in arguments.only
       for job in jobs
-      if (not arguments.codecs or job.codec in arguments.codecs)
-      and (not arguments.data or job.data in arguments.data)
-      and arguments.settings in job.setting
+      if re.search(expression, ', '.join((job.codec, job.setting, job.data)))
     ]
-    run(network, jobs[: arguments.most])
+    run(network, chosen, kernels_alone=arguments.kernels)
 
 
-def run(network: Network, jobs: list[Job]) -> None:
-  """Runs the jobs whose rows are missing."""
+def run(network: Network, jobs: list[Job], *, kernels_alone: bool = False) -> None:
+  """Runs the jobs whose rows are missing, or those of them with the table in float16."""
   judge = Judge(network)
-  own = judge.scores(network.params)
-  header = {
-    'command': 'python -m experiments.benchmarks.language_models.run '
-    f'{network.name} FOLDER{" --text TEXT" * (network.name == "smollm2")} --llama_cpp LIBRARIES',
-    'windows': len(network.measured),
-    'tokens of a window': network.measured.shape[1],
-    'windows of calibration': len(network.calibration),
-    'perplexity': own.row()['perplexity'],
-  }
-  found = rows.Rows(rows.FOLDER / f'{network.name}.json', header)
+  found = rows.of_network(network, judge)
   for job in jobs:
     key = {'codec': job.codec, 'setting': job.setting, 'data': job.data}
-    missing = [name for name in job.embeddings if not found.has(**key, embedding=name)]
+    missing = [
+      name
+      for name in job.embeddings
+      if not found.has(**(key | {'embedding': name})) and (name == FLOAT16 or not kernels_alone)
+    ]
     if not missing:
       continue
     start = time.perf_counter()
@@ -259,8 +277,9 @@ def run(network: Network, jobs: list[Job]) -> None:
       part = made.only(networks.is_kernel) if embedding == FLOAT16 else made
       row = key | {'embedding': embedding} | part.sizes(network.params)
       row |= judge.scores(part.params(network.params)).row()
-      found.append(row | {'seconds': seconds, 'note': note})
-      print(json.dumps(found.document['rows'][-1]), flush=True)
+      row |= {'seconds': seconds, 'note': note}
+      found.append(row)
+      print(json.dumps(row), flush=True)
 
 
 if __name__ == '__main__':

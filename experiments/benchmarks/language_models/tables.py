@@ -56,7 +56,7 @@ def front(every: Iterable[Row], scope: str, *, text: bool) -> list[Point]:
   points = sorted(
     Point(row[scope], row['KL'], f'{row["codec"]}, {row["setting"]}')
     for row in in_scope(every, scope)
-    if row['codec'] != OURS and (text or row['data'] == 'none') and row['KL'] > 0
+    if row['codec'] not in (OURS, 'float32') and (text or row['data'] == 'none')
   )
   found: list[Point] = []
   for point in points:
@@ -145,7 +145,7 @@ def interval(row: Row, column: str) -> str:
 def series(every: Iterable[Row], scope: str) -> dict[str, list[tuple[float, float]]]:
   """Returns the points (bits, KL) of a plot by the name of a line; of ours first."""
   found: dict[str, list[tuple[float, float]]] = {}
-  chosen = in_scope(every, scope)
+  chosen = [row for row in in_scope(every, scope) if row['codec'] != 'float32']
   if scope == 'bits':
     chosen = [row for row in chosen if row['codec'] != OURS or row['embedding'] != FLOAT16]
   for row in sorted(chosen, key=lambda row: (row['codec'] != OURS, row['codec'], row['data'])):
