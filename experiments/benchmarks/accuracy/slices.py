@@ -2,11 +2,12 @@
 
     pip install tokenizers torch transformers
     python -m experiments.benchmarks.accuracy.slices FOLDER ... [--text FILE] \
-      [--bits 2 3 4]
+      [--bits 2 3 4] [--leaves all kernels]
 
 Each folder is that of a Hugging Face model and named as the network: sentence encoders, or language
-models, which read FILE.  Its matrices, the table of embeddings among them, get plain codes of equal
-bits, with the default objective, F = D / sqrt(S) of squared error D and energy S, for
+models, which read FILE.  All its matrices, or the kernels alone without the table of embeddings,
+get plain codes of equal bits, with the default objective, F = D / sqrt(S) of squared error D and
+energy S, for
 
     apart             every matrix is a leaf
     slices            matrices of one kind are a stack, and each slice has its own grid and term F:
@@ -35,6 +36,7 @@ from experiments.benchmarks.accuracy import judged_matrices
 from experiments.benchmarks.accuracy.judged_matrices import Leaves, Network
 
 BITS = 2.0, 3.0, 4.0
+LEAVES = 'all', 'kernels'
 
 
 def stacks_of(names: list[str]) -> dict[str, list[str]]:
@@ -49,8 +51,9 @@ def stacks_of(names: list[str]) -> dict[str, list[str]]:
   return found
 
 
-def rows_of(network: Network, bits_asked: list[float]) -> Iterator[dict[str, object]]:
-  stacks = stacks_of(list(network.leaves))
+def rows_of(network: Network, bits_asked: list[float], kind: str) -> Iterator[dict[str, object]]:
+  leaves = {name: x for name, x in network.leaves.items() if kind == 'all' or name != network.table}
+  stacks = stacks_of(list(leaves))
   stacked: dict[str, Any] = {
     name: np.stack([network.leaves[part] for part in parts])
     if len(parts) > 1
@@ -76,7 +79,7 @@ def rows_of(network: Network, bits_asked: list[float]) -> Iterator[dict[str, obj
     }
 
   ways: dict[str, tuple[Leaves, dict[str, Any]]] = {
-    'apart': (network.leaves, {}),
+    'apart': (leaves, {}),
     'slices': (stacked, {'slices': is_stack}),
     'slices, S of all': (stacked, {'slices': is_stack, 'objective': omegas()}),
     'one matrix': (stacked, {}),
@@ -103,10 +106,13 @@ def rows_of(network: Network, bits_asked: list[float]) -> Iterator[dict[str, obj
           changed[name] = np.asarray(value)
       yield {
         'network': network.name,
+        'compressed': kind,
         'bits asked': f'{bits:g}',
         'matrices': way,
         'bits': round(float(np.sum(np.array(sizes) * bits_of_leaves) / sum(sizes)), 4),
-        'bits of the table': round(bits_of_leaves[list(tree).index(network.table)], 2),
+        'bits of the table': round(dict(zip(tree, bits_of_leaves, strict=True))[network.table], 2)
+        if kind == 'all'
+        else '',
         'loss': float(f'{network.loss(changed):.4g}'),
       }
 
@@ -117,14 +123,17 @@ def main() -> None:
   )
   parser.add_argument('folders', nargs='+', type=pathlib.Path, metavar='FOLDER')
   parser.add_argument('--text', type=pathlib.Path, help='that language models read')
+  parser.add_argument('--leaves', nargs='+', choices=LEAVES, default=list(LEAVES))
   parser.add_argument('--bits', nargs='+', type=float, default=BITS)
   arguments = parser.parse_args()
   rows = []
   for folder in arguments.folders:
-    for row in rows_of(judged_matrices.load(folder, arguments.text), arguments.bits):
-      rows.append(row)
-      print(json.dumps(row), flush=True)
-  rows = harness.with_earlier('slices', rows, ['network', 'bits asked', 'matrices'])
+    network = judged_matrices.load(folder, arguments.text)
+    for kind in arguments.leaves:
+      for row in rows_of(network, arguments.bits, kind):
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+  rows = harness.with_earlier('slices', rows, ['network', 'compressed', 'bits asked', 'matrices'])
   harness.report(
     'slices',
     'layers apart, in stacks of slices, and in stacks that are one matrix',

@@ -2,14 +2,14 @@
 
     git worktree add EARLIER COMMIT
     python -m experiments.benchmarks.resources.earlier_version EARLIER TFDS_FOLDER \
-      WEIGHTS.safetensors ...
+      WEIGHTS.safetensors ... [--steps moments 'layer by layer' ...]
 
 Two processes, one a version, take the same steps in turn: second moments of a network's inputs from
 unlabelled images, then codes by rounding, by error feedback, and layer by layer.  BatchNorm is
 corrected on the same images.  Compared are the bytes of the whole file, the divergence of the test
 images' classes from the float network's, and the processor time of the step, compilation included.
 Each file is named as a network (`mobilenet_v1.safetensors`), whose images `configs/one_shot.py`
-names.  Rows of other networks are kept.
+names.  Rows of other networks and steps are kept; `moments` are what the steps after it need.
 """
 
 import argparse
@@ -133,10 +133,12 @@ class _Network:
     }
 
 
-def rows_of(versions: dict[str, Version], paths: list[pathlib.Path]) -> Iterator[dict[str, object]]:
+def rows_of(
+  versions: dict[str, Version], paths: list[pathlib.Path], steps: list[str]
+) -> Iterator[dict[str, object]]:
   """Yields a row for every network and step."""
   for path in paths:
-    for number, step in enumerate(STEPS):
+    for number, step in enumerate(steps):
       order = list(versions)[:: -1 if number % 2 else 1]
       found = {name: versions[name].take(path, step) for name in order}
       before, now = found['earlier'], found['now']
@@ -164,6 +166,7 @@ def main() -> None:
   parser.add_argument('earlier', type=pathlib.Path, help='a checkout of the earlier version')
   parser.add_argument('data_dir', help='TFDS folder')
   parser.add_argument('weights', nargs='+', type=pathlib.Path)
+  parser.add_argument('--steps', nargs='+', choices=STEPS, default=list(STEPS))
   arguments = parser.parse_args()
   from experiments.benchmarks import harness
 
@@ -171,7 +174,7 @@ def main() -> None:
   checkouts = {'earlier': arguments.earlier.absolute(), 'now': here}
   versions = {name: Version(path, arguments.data_dir) for name, path in checkouts.items()}
   rows = []
-  for row in rows_of(versions, [path.absolute() for path in arguments.weights]):
+  for row in rows_of(versions, [path.absolute() for path in arguments.weights], arguments.steps):
     rows.append(row)
     print(json.dumps(row), flush=True)
   for version in versions.values():
