@@ -2,7 +2,7 @@
 
     pip install tokenizers torch transformers
     python -m experiments.benchmarks.accuracy.look_ups FOLDER ... [--text FILE] \
-      [--bits 2 3 4]
+      [--bits 2 3 ...]
 
 Each folder is that of a Hugging Face model and named as the network: sentence encoders, or language
 models, which read FILE.  `allocate` gives every leaf the term F = D / sqrt(S), with D its squared
@@ -31,7 +31,7 @@ from experiments.benchmarks import harness
 from experiments.benchmarks.accuracy import judged_matrices
 from experiments.benchmarks.accuracy.judged_matrices import Leaves, Network
 
-BITS = 2.0, 3.0, 4.0
+BITS = 2.0, 3.0
 FACTORS = 0.125, 0.25, 0.5, 2.0
 
 
@@ -91,10 +91,13 @@ def main() -> None:
       rows.append(row)
       print(json.dumps(row), flush=True)
   rows = harness.with_earlier('look_ups', rows, ['network', 'bits', 'factor'])
+  networks = list(dict.fromkeys(row['network'] for row in rows))
+  rows.sort(key=lambda row: networks.index(row['network']))
+  bits = ' '.join(sorted({str(row['bits']) for row in rows}))
   harness.report(
     'look_ups',
     'what an error in a table of embeddings costs',
-    'python -m experiments.benchmarks.accuracy.look_ups FOLDER ... --text FILE',
+    f'python -m experiments.benchmarks.accuracy.look_ups FOLDER ... --text FILE --bits {bits}',
     rows,
   )
 

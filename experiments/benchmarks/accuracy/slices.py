@@ -2,7 +2,7 @@
 
     pip install tokenizers torch transformers
     python -m experiments.benchmarks.accuracy.slices FOLDER ... [--text FILE] \
-      [--bits 2 3 4] [--leaves all kernels]
+      [--bits 2 3 ...] [--leaves all kernels]
 
 Each folder is that of a Hugging Face model and named as the network: sentence encoders, or language
 models, which read FILE.  All its matrices, or the kernels alone without the table of embeddings,
@@ -35,7 +35,7 @@ from experiments.benchmarks import harness
 from experiments.benchmarks.accuracy import judged_matrices
 from experiments.benchmarks.accuracy.judged_matrices import Leaves, Network
 
-BITS = 2.0, 3.0, 4.0
+BITS = (3.0,)
 LEAVES = 'all', 'kernels'
 
 
@@ -134,10 +134,13 @@ def main() -> None:
         rows.append(row)
         print(json.dumps(row), flush=True)
   rows = harness.with_earlier('slices', rows, ['network', 'compressed', 'bits asked', 'matrices'])
+  networks = list(dict.fromkeys(row['network'] for row in rows))
+  rows.sort(key=lambda row: networks.index(row['network']))
+  bits = ' '.join(sorted({str(row['bits asked']) for row in rows}))
   harness.report(
     'slices',
     'layers apart, in stacks of slices, and in stacks that are one matrix',
-    'python -m experiments.benchmarks.accuracy.slices FOLDER ... --text FILE',
+    f'python -m experiments.benchmarks.accuracy.slices FOLDER ... --text FILE --bits {bits}',
     rows,
   )
 
