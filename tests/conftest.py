@@ -4,6 +4,7 @@ Doctests, which run in the same session, see the promotion that users have.
 """
 
 import os
+import pathlib
 from collections.abc import Iterator
 
 import hypothesis
@@ -15,13 +16,18 @@ from tests.helpers import programs
 # Linux gives a process 65,530 maps of memory, and every loaded program takes some
 MANY_MAPS = 30_000
 
+TESTS = pathlib.Path(__file__).parent
+# programs and pages that use all rooms at once
+NOT_MEASURED = 'docs', 'experiments'
+
 programs.start()
 # tests compile far more than they compute, and XLA compiles faster without its optimizations.
 # OPQ_TEST_OPTIMIZED=1 compiles as users do.  Processes that tests start inherit all of it
 if os.environ.get('OPQ_TEST_OPTIMIZED') != '1':
-  flags = ['--xla_llvm_disable_expensive_passes=true']
+  # the verifier checks every program between XLA's passes, for a fifth of the time of large ones
+  flags = ['--xla_llvm_disable_expensive_passes=true', '--xla_disable_hlo_passes=hlo-verifier']
   if (0, 10) <= jax.__version_info__ < (0, 11):  # XLA does not start with a flag it does not know
-    flags.append('--xla_cpu_use_fusion_emitters=false')
+    flags += ['--xla_cpu_use_fusion_emitters=false', '--xla_cpu_parallel_codegen_split_count=1']
   os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *flags])
   os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
   jax.config.update('jax_disable_most_optimizations', True)
@@ -32,6 +38,13 @@ hypothesis.settings.register_profile(
   'opq', deadline=None, derandomize=True, max_examples=25, database=None
 )
 hypothesis.settings.load_profile('opq')
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """Measures coverage in the tests of the rooms alone: JAX traces twice as long where it is."""
+  for item in items:
+    if any(item.path.is_relative_to(TESTS / folder) for folder in NOT_MEASURED):
+      item.add_marker('no_cover')
 
 
 def pytest_sessionfinish() -> None:

@@ -81,7 +81,6 @@ class Convolutions(nn.Module):
     norm = lambda y: nn.relu(nn.BatchNorm(use_running_average=not train)(y))
     x = norm(nn.Conv(32, (3, 3), use_bias=False)(x))
     x = x + norm(nn.Conv(32, (3, 3), feature_group_count=32, use_bias=False)(x))
-    x = x + norm(nn.Conv(32, (3, 3), use_bias=False)(x))
     x = norm(nn.Conv(64, (3, 3), strides=2, use_bias=False)(x))
     return nn.Dense(10)(x.mean(axis=(1, 2)))
 
