@@ -40,6 +40,16 @@ RATE_TESTS = [
   'allocation/test_lattices.py',
   'allocation/test_allocator.py',
 ]
+USAGE_TESTS = ['network/test_usage.py', 'network/test_moments.py']
+MOMENT_TESTS = ['network/test_moments.py', 'network/test_stored_moments.py']
+ENCODER_TESTS = [
+  'encoders/test_feedback.py',
+  'encoders/test_trellis.py',
+  'encoders/test_any_function.py',
+]
+SEARCH_TESTS = ['encoders/test_search.py', 'encoders/test_trellis.py']
+CORRECTION_TESTS = ['correction/test_batch_norm.py', 'correction/test_biases.py']
+READING_TESTS = ['weights/test_reading.py', 'weights/test_stored_leaves.py']
 TESTS = {
   'allocation.laplace': ['allocation/test_laplace.py'],
   'allocation.targets': ['allocation/test_targets.py', 'allocation/test_allocator.py'],
@@ -79,6 +89,32 @@ TESTS = {
   'coding.score_fitting': CONTEXT_TESTS,
   'coding.score_ranges': CONTEXT_TESTS,
   'coding.trellis': ['coding/test_trellis.py', 'coding/test_viterbi.py', 'coding/test_contexts.py'],
+  'network.uses': USAGE_TESTS,
+  'network.views': USAGE_TESTS,
+  'network.products': USAGE_TESTS,
+  'network.moment_sums': MOMENT_TESTS,
+  'network.moments': MOMENT_TESTS,
+  'network.stored_moments': MOMENT_TESTS,
+  'network.costs': ['network/test_costs.py'],
+  'encoders.matrices': ENCODER_TESTS,
+  'encoders.feedback': ['encoders/test_feedback.py', 'encoders/test_host_feedback.py'],
+  'encoders.layer_by_layer': ['encoders/test_layer_by_layer.py', 'encoders/test_any_function.py'],
+  'encoders.trellis_grids': ['encoders/test_trellis_grids.py', 'encoders/test_trellis.py'],
+  'encoders.trellis_leaves': ENCODER_TESTS,
+  'encoders.allocation_search': SEARCH_TESTS,
+  'encoders.survey': SEARCH_TESTS,
+  'correction.batch_norm': CORRECTION_TESTS,
+  'correction.batch_statistics': CORRECTION_TESTS,
+  'correction.biases': CORRECTION_TESTS,
+  'correction.output_bias': CORRECTION_TESTS,
+  'correction.noise': ['correction/test_noise.py', 'correction/test_batch_norm.py'],
+  'weights.channels': ['weights/test_channels.py'],
+  'weights.checks': READING_TESTS,
+  'weights.stored_leaves': READING_TESTS,
+  'weights.stored_tree': READING_TESTS,
+  'weights.safetensors': ['weights/test_safetensors.py', *READING_TESTS],
+  'weights.npz': READING_TESTS,
+  'weights.leaf_codes': ['weights/test_streaming.py'],
 }
 
 
