@@ -180,6 +180,8 @@ def main() -> None:
   for version in versions.values():
     version.close()
   rows = harness.with_earlier('earlier_version', rows, ['network', 'step'])
+  networks = list(dict.fromkeys(row['network'] for row in rows))
+  rows.sort(key=lambda row: (networks.index(row['network']), STEPS.index(str(row['step']))))
   module = 'experiments.benchmarks.resources.earlier_version'
   harness.report(
     'earlier_version',
