@@ -29,7 +29,6 @@ COST_WINDOW = 64
 """Tokens of a sequence of them."""
 
 _KEY = 3  # of the draws from the model's answers
-_ELSEWHERE = 1.0  # an objective for leaves that are not compressed
 
 
 def cost_tokens(calibration: Calibration) -> np.ndarray:
@@ -75,7 +74,9 @@ def costs(
     )
     found = {name: cost * gains.get(name, 1.0) for name, cost in found.items()}
   found |= {alias: found[name] for alias, name in network.tied.items()}
-  omegas = [found.get(name, _ELSEWHERE) for name in trees.named_leaves(tree)]
+  # what the network does not read has no cost of its own
+  typical = float(np.median(list(found.values())))
+  omegas = [found.get(name, typical) for name in trees.named_leaves(tree)]
   return jax.tree.unflatten(jax.tree.structure(tree), omegas)
 
 
@@ -129,11 +130,10 @@ def compress_calibrated(
     allocated: Mapping[str, LeafAllocation], told: Callable[[float], Any]
   ) -> Callable[[str], CodedSlice | None]:
     assert encoder is not None
-    bits = {
-      name: float(record.entropy)
-      for name, record in allocated.items()
-      if not record.tied_to and not record.slices
-    }
+    for name, record in allocated.items():
+      if record.slices:
+        raise ValueError(f'{name}: found slices, expected none: a tensor is one matrix of a layer')
+    bits = {name: float(record.entropy) for name, record in allocated.items() if not record.tied_to}
     blocks = BlockEncoder(network, calibration.tokens, bits, encoder, share, damping)
     plan = {
       'weights': _identity(network),

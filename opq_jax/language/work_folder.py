@@ -66,6 +66,7 @@ def open_work(output: str | os.PathLike[str], plan: Mapping[str, Any]) -> WorkFo
     plan: all that the codes depend on, as JSON.  Work of another plan is deleted.
 
   Raises:
+    ValueError: a folder of this name holds other files.
     OSError: the folder cannot be written.
   """
   output = Path(output)
@@ -73,8 +74,10 @@ def open_work(output: str | os.PathLike[str], plan: Mapping[str, Any]) -> WorkFo
   if (path / _PLAN).is_file() and (path / _PLAN).read_text() == text:
     streams = path / _STREAMS
     return WorkFolder(path, int(_load(streams)['done']) if streams.is_file() else 0)
-  if path.is_dir() and not path.is_symlink() and (path / _PLAN).is_file():
+  if (path / _PLAN).is_file() and not path.is_symlink():
     shutil.rmtree(path)
+  # somebody else's files are not to be deleted at the end
+  files.check_free(path)
   path.mkdir(exist_ok=True)
   files.write_bytes(path / _PLAN, text.encode())
   return WorkFolder(path, 0)

@@ -117,3 +117,11 @@ def test_work_of_another_plan_is_not_used(tmp_path):
   work.save_streams(1, {'first': np.zeros(2)})
   assert open_work(tmp_path / 'net.opq', {'bits': 3}).done == 1
   assert open_work(tmp_path / 'net.opq', {'bits': 4}).done == 0
+
+
+def test_folder_of_somebody_else_is_left_alone(tmp_path):
+  (tmp_path / 'net.opq.blocks').mkdir()
+  (tmp_path / 'net.opq.blocks' / 'mine.txt').write_text('mine')
+  with pytest.raises(ValueError, match='expected an empty one or none'):
+    open_work(tmp_path / 'net.opq', {})
+  assert (tmp_path / 'net.opq.blocks' / 'mine.txt').read_text() == 'mine'
