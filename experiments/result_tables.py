@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from experiments.benchmarks.language_models import tables as language_tables
 from opq_jax import importers, models
 from opq_jax.allocation import OBJECTIVES
 
@@ -209,6 +210,11 @@ def support_matrix_in_short() -> str:
   return markdown(rows)
 
 
+def language_model(network: str, lines: Callable[[str], list[dict[str, object]]]) -> str:
+  """Returns a table of language models, below its command."""
+  return f'`{language_tables.read(network)["command"]}`\n\n{markdown(lines(network))}'
+
+
 def networks() -> str:
   """Returns every network of the registry, with its parameters and the sources of its weights."""
   return markdown(
@@ -238,6 +244,9 @@ TABLES: dict[str, Callable[[], str]] = {
   'against_nncodec': against_nncodec,
   'corrections': corrections,
   'one_shot_mobilenet_v1': lambda: one_shot('one_shot_mobilenet_v1'),
+  'smollm2_rows': lambda: language_model('smollm2', language_tables.all_rows),
+  'iglm_beside_rivals': lambda: language_model('iglm', language_tables.beside_rivals),
+  'iglm_rows': lambda: language_model('iglm', language_tables.all_rows),
   'finetune_resnet20_cifar10': lambda: markdown(finetune(RESULTS / 'finetune_resnet20_cifar10')),
 }
 """The name that a page marks a table by -> the function that makes it."""

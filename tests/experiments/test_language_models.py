@@ -347,6 +347,7 @@ def test_front_leaves_out_what_a_codec_may_not_see():
     row('opq_jax', 2, 0.001),
     row('RTN', 3, 0.5),
     row('HQQ', 3.5, 0.6),  # dominated
+    row('HQQ', 3.9, 0.12),  # above the line from 3 to 4 bits
     row('HQQ', 4, 0.1),
     row('GPTQ', 3, 0.2, data='text'),
     row('GPTQ', 3, 0.1, data='text', embedding='HQQ, 4 bits'),
@@ -363,10 +364,13 @@ def test_table_divides_by_the_rival_of_equal_bits(tmp_path, monkeypatch):
   intervals = {f'{name}{end}': 1.0 for name in ('KL', 'perplexity') for end in (' low', ' high')}
   intervals |= {'perplexity': 2.0, 'agreement': 0.5, 'seconds': 1}
   every = [row('opq_jax', 3, 0.1), row('RTN', 2, 1.0), row('RTN', 4, 0.04), row('opq_jax', 1, 9.0)]
+  every.append(row('GPTQ', 3, 0.1, data='text'))
   path = tmp_path / 'iglm.json'
   path.write_text(json.dumps({'rows': [line | intervals for line in every]}))
   monkeypatch.setattr(tables, 'read', lambda network: json.loads(path.read_text()))
   small, large = tables.beside_rivals('iglm')  # the whole file: none of ours, with a float16 table
-  assert (small['ratio of KL'], large['ratio of KL']) == ('', '0.50')
-  assert small['best rival of equal bits, KL'] == 'none as small'
-  assert [line['codec'] for line in tables.all_rows('iglm')] == ['opq_jax', 'opq_jax', 'RTN', 'RTN']
+  assert (small['ratio of KL without data'], large['ratio of KL without data']) == ('', '0.50')
+  assert (large['best rival with text, KL'], large['ratio of KL with text']) == ('0.1', '1.00')
+  assert small['best rival with text, KL'] == 'none as small'
+  codecs = [line['codec'] for line in tables.all_rows('iglm')]
+  assert codecs == ['opq_jax', 'opq_jax', 'GPTQ', 'RTN', 'RTN']

@@ -2,10 +2,9 @@
 
     python -m experiments.benchmarks.language_models.tables     # draws the plots
 
-At some number of bits the best rival is read off the front of all rivals, the rows that none with
-as few bits has less KL than, joined by lines in the logarithm of KL.  Beyond its last row the front
-is flat: a rival may leave bits unused.  Rivals that have seen text are no rivals of a codec that
-has not.
+At some number of bits the best rival is read off the front of all rivals, the lower convex hull of
+the logarithm of KL over bits: between two rows a rival may mix them.  Beyond its last row the front
+is flat: a rival may leave bits unused.  There are two fronts: of rivals without data, and of all.
 """
 
 import json
@@ -46,7 +45,7 @@ def in_scope(every: Iterable[Row], scope: str) -> list[Row]:
 
 
 def front(every: Iterable[Row], scope: str, *, text: bool) -> list[Point]:
-  """Returns the rivals' rows that none with as few bits has less KL than, by bits.
+  """Returns the rivals' rows on the lower convex hull of the logarithm of KL over bits, by bits.
 
   Args:
     every: all rows.
@@ -60,9 +59,17 @@ def front(every: Iterable[Row], scope: str, *, text: bool) -> list[Point]:
   )
   found: list[Point] = []
   for point in points:
-    if not found or point.divergence < found[-1].divergence:
-      found.append(point)
+    if found and point.divergence >= found[-1].divergence:
+      continue
+    while len(found) > 1 and _slope(found[-2], point) <= _slope(found[-2], found[-1]):
+      found.pop()
+    found.append(point)
   return found
+
+
+def _slope(first: Point, second: Point) -> float:
+  """Returns the change of the logarithm of KL a bit."""
+  return math.log(second.divergence / first.divergence) / (second.bits - first.bits)
 
 
 def rival_at(points: list[Point], bits: float) -> Point | None:
@@ -94,21 +101,20 @@ def beside_rivals(network: str) -> list[dict[str, object]]:
     # a file of kernels alone, with a table of float16, is no offer where the whole file counts
     own = [row for row in own if scope != 'bits' or row['embedding'] != FLOAT16]
     for row in sorted(own, key=lambda row: (row['data'], row['setting'].split(',')[0], row[scope])):
-      points = front(document['rows'], scope, text=row['data'] == 'text')
-      rival = rival_at(points, row[scope])
-      lines.append(
-        {
-          'compared': title,
-          'opq_jax': row['setting'],
-          'data': row['data'],
-          'bits': f'{row[scope]:.2f}',
-          'KL': interval(row, 'KL'),
-          'perplexity': f'{row["perplexity"]:.4g}',
-          'best rival of equal bits, KL': f'{rival.divergence:.3g}' if rival else 'none as small',
-          'nearest row': rival.name if rival else '',
-          'ratio of KL': f'{row["KL"] / rival.divergence:.2f}' if rival else '',
-        }
-      )
+      line: dict[str, object] = {
+        'compared': title,
+        'opq_jax': row['setting'],
+        'data': row['data'],
+        'bits': f'{row[scope]:.2f}',
+        'KL': interval(row, 'KL'),
+        'perplexity': f'{row["perplexity"]:.4g}',
+      }
+      for kind, text in (('without data', False), ('with text', True)):
+        rival = rival_at(front(document['rows'], scope, text=text), row[scope])
+        line[f'best rival {kind}, KL'] = f'{rival.divergence:.3g}' if rival else 'none as small'
+        line[f'nearest row {kind}'] = rival.name if rival else ''
+        line[f'ratio of KL {kind}'] = f'{row["KL"] / rival.divergence:.2f}' if rival else ''
+      lines.append(line)
   return lines
 
 
