@@ -122,7 +122,7 @@ def draw_problem(seed, low_bits, high_bits):
   return problem, rng.uniform(0.05, 0.95), rng.uniform(low_bits, high_bits)
 
 
-SEEDS = *range(8), *range(12, 16)
+SEEDS = range(20)
 
 
 @pytest.mark.slow
@@ -138,7 +138,7 @@ def test_fixed_width_least_cost(seed):
   assert abs(comparison.narrow_excess) < max(1e-3, tolerance)
 
 
-@settings(max_examples=5)
+@settings(max_examples=8)
 @given(problem=PROBLEMS, sparsity=st.floats(0.05, 0.95), bits=st.floats(1.05, 6))
 def test_fixed_width_any_problem(problem, sparsity, bits):
   found = compare(problem, sparsity, bits)

@@ -126,7 +126,7 @@ def calibrated_network(
       channel_axis=lambda name, _: 0 if transposed[name] else -1,
       bits_per_weight=bits,
     )
-    size = 8 * path.stat().st_size
+    size = 8.0 * path.stat().st_size
     with opq_jax.OpqFile(path) as file:
       counts = {name: 8.0 * count for name, count in file.sizes().items()}
       decoded = {name: np.asarray(file[name]) for name in file}
