@@ -24,7 +24,7 @@ programs.start()
 # tests compile far more than they compute, and XLA compiles faster without its optimizations.
 # OPQ_TEST_OPTIMIZED=1 compiles as users do.  Processes that tests start inherit all of it
 if os.environ.get('OPQ_TEST_OPTIMIZED') != '1':
-  # the verifier checks every program between XLA's passes, for a fifth of the time of large ones
+  # the verifier checks every program between XLA's passes
   flags = ['--xla_llvm_disable_expensive_passes=true', '--xla_disable_hlo_passes=hlo-verifier']
   if (0, 10) <= jax.__version_info__ < (0, 11):  # XLA does not start with a flag it does not know
     flags += ['--xla_cpu_use_fusion_emitters=false', '--xla_cpu_parallel_codegen_split_count=1']
@@ -41,7 +41,7 @@ hypothesis.settings.load_profile('opq')
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-  """Measures coverage in the first case of every test of the rooms: JAX traces at half the speed.
+  """Measures coverage in the first case of every test of the rooms: it slows down JAX's tracing.
 
   Further cases of a test go through the same lines, nearly all of them.
   """

@@ -10,6 +10,7 @@ from opq_jax.cli.console import note
 from opq_jax.cli.encoding import (
   FEEDBACK,
   LAYER_BY_LAYER,
+  MAX_TOKENS,
   TOKENS,
   TRELLIS,
   Encoding,
@@ -66,7 +67,7 @@ def calibrated(arguments: argparse.Namespace, network: StoredNetwork, stage: Sta
   """
   source, model = arguments.calibration, network.model
   window = min(calibration.WINDOW, model.positions)
-  count = arguments.calibration_tokens or calibration.TOKENS
+  count = arguments.calibration_tokens or MAX_TOKENS
   if source is None:
     return cost_tokens(network)
   if source == calibration.RANDOM:

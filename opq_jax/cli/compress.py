@@ -10,7 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the options of `opq compress`, and the names of the known networks."""
   from opq_jax import models
   from opq_jax.allocation import DEFAULT_COMPRESSION_RATE, OBJECTIVES
-  from opq_jax.cli.encoding import DIVERGENCE, MAX_IMAGES
+  from opq_jax.cli.encoding import DIVERGENCE, MAX_IMAGES, MAX_TOKENS
 
   names = ' '.join(models.names())
   parser.description = f'{parser.description}\nnetworks:\n' + textwrap.fill(
@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     '--calibration-tokens',
     type=int,
     metavar='N',
-    help='how many tokens to read, at most (default: 16384)',
+    help=f'how many tokens to read, at most (default: {MAX_TOKENS})',
   )
   add = parser.add_argument_group('targets').add_argument
   add(

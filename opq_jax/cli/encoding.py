@@ -43,6 +43,9 @@ FEEDBACK, TRELLIS, ROUNDING, LAYER_BY_LAYER = 'feedback', 'trellis', 'rounding',
 MAX_IMAGES = 128
 """Images read from a folder by default: as many as synthetic ones of 224 pixels."""
 
+MAX_TOKENS = 16384
+"""Calibration tokens that are read by default, at most."""
+
 _VERSION = 'opq_jax'  # the key with which the command line marks its files
 
 _CHOICES = {

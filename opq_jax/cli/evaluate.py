@@ -97,10 +97,7 @@ def _sequences(arguments: argparse.Namespace, network: Any) -> list[list[int]]:
   if arguments.tokens is not None:
     return language.tokens_in(arguments.tokens)
   path = Path(arguments.text)
-  try:
-    text = path.read_text(encoding='utf-8')
-  except UnicodeDecodeError as error:
-    raise ValueError(f'{path}: expected a text in UTF-8, found this: {error}') from error
+  text = language.read_text(path)
   tokenizer = language.tokenizer_of(network.side_file, arguments.folder or arguments.model)
   tokens = tokenizer.encode(text, add_special_tokens=False).ids
   if len(tokens) < 2:

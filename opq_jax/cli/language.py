@@ -95,7 +95,7 @@ def texts(path: str, folder: str) -> list[list[int]]:
   return [tokenizer.encode(read_text(path), add_special_tokens=False).ids]
 
 
-def read_text(path: str) -> str:
+def read_text(path: str | Path) -> str:
   """Returns a text in UTF-8.
 
   Raises:

@@ -24,7 +24,7 @@ from opq_jax.encoders.fitted_weights import fitted_rows
 from opq_jax.encoders.matrices import MatrixLayout
 from opq_jax.file.written_leaves import CodedSlice, coded_slices
 from opq_jax.language.coded_arrays import FIELDS, arrays_of, coded_slice
-from opq_jax.language.network import Block, Head, Start, StoredNetwork
+from opq_jax.language.network import Block, Head, Start, StoredNetwork, applied
 from opq_jax.language.work_folder import WorkFolder
 from opq_jax.network import InputMoments
 from opq_jax.network.paired_moments import PairedSums, Stage, stage_sums, stages, sum_of_batches
@@ -135,11 +135,13 @@ class BlockEncoder:
     if work.done:
       kept = work.load_streams()
       spent, streams = _Spent.of(kept), Streams(kept['first'], kept['second'])
+    # one for all layers
+    shared = (self.network.context(self.tokens.shape[1]),)
     for number in range(work.done, self.blocks):
       if number == 0:
         coded, streams = self._start(spent)
       elif number <= self.network.depth:
-        coded, streams = self._layer(number - 1, streams, spent)
+        coded, streams = self._layer(number - 1, shared, streams, spent)
       else:
         coded = self._head(streams, spent)
       work.save_block(
@@ -183,10 +185,9 @@ class BlockEncoder:
     return coded, Streams(*(self._states(start, params) for params in (outer, compressed)))
 
   def _layer(
-    self, number: int, streams: Streams, spent: _Spent
+    self, number: int, shared: tuple[Any, ...], streams: Streams, spent: _Spent
   ) -> tuple[dict[str, CodedSlice], Streams]:
     block = Block(self.network.model)
-    shared = (self.network.context(self.tokens.shape[1]),)
     part = _Part(block, self.network.layer(number), number, shared)
     coded, compressed = self._code_stages(part, streams, spent)
     networks = zip((part.params, compressed), streams, strict=True)
@@ -264,14 +265,14 @@ class BlockEncoder:
 
   def _states(self, start: Start, params: PyTree) -> np.ndarray:
     """Returns what the first layer reads."""
-    parts = [np.asarray(_applied(start, params, x)[0]) for x in self._batches(self.tokens)]
+    parts = [np.asarray(applied(start, params, x)[0]) for x in self._batches(self.tokens)]
     return np.concatenate(parts)
 
   def _advanced(
     self, block: Block, params: PyTree, states: np.ndarray, shared: tuple[Any, ...]
   ) -> np.ndarray:
     """Returns what the next layer reads."""
-    parts = [np.asarray(_applied(block, params, x, *shared)) for x in self._batches(states)]
+    parts = [np.asarray(applied(block, params, x, *shared)) for x in self._batches(states)]
     return np.concatenate(parts)
 
   def _batches(self, array: np.ndarray) -> Iterator[np.ndarray]:
@@ -281,6 +282,3 @@ class BlockEncoder:
 
   def _dtype(self, name: str) -> np.dtype:
     return np.dtype(self.network.tensors[name].dtype)
-
-
-_applied = jax.jit(lambda function, *arguments: function(*arguments), static_argnums=0)

@@ -18,9 +18,6 @@ TEXT, SELF, RANDOM = 'text', 'self', 'random'
 WINDOW = 256
 """Tokens of a sequence: attention costs the square, and activations of a block are its multiple."""
 
-TOKENS = 16384
-"""Tokens read by default: ten times the inputs of a layer of a small model."""
-
 _SEED = 20210202  # of all draws: the same model has the same calibration tokens
 _AT_ONCE = 16  # sequences written together
 

@@ -11,11 +11,11 @@ from jaxtyping import Integer
 
 from opq_jax.core import trees
 from opq_jax.encoders.host_feedback import factor_of
-from opq_jax.language.network import Block, Start, StoredNetwork
+from opq_jax.language.network import Block, Start, StoredNetwork, applied
 from opq_jax.network import InputMoments, second_moments
 
 TOKENS = 2048
-"""Calibration tokens that moments are from: with damping, enough to know their spectrum by."""
+"""Calibration tokens that moments are from: a bound of the time that they take."""
 
 
 def feedback_gains(
@@ -59,7 +59,7 @@ def feedback_gains(
         if key not in known:
           known[key] = _gain(np.asarray(found.matrix), damping)
         gains[network.site(path, number).name] = known[key]
-    x = jax.block_until_ready(_run(block, params, x, context))
+    x = jax.block_until_ready(applied(block, params, x, context))
     told((number + 1) / network.depth)
   return gains
 
@@ -69,6 +69,3 @@ def _gain(matrix: np.ndarray, damping: float) -> float:
   # of moments over their mean energy, damped
   factor = np.diagonal(factor_of(matrix.astype(np.float32), damping), axis1=1, axis2=2)
   return float(np.exp(-np.mean(np.log(factor.astype(np.float64)))) / math.sqrt(1 + damping))
-
-
-_run = jax.jit(lambda block, *arguments: block(*arguments), static_argnums=0)

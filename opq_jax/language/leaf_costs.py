@@ -106,8 +106,8 @@ def _head_energies(
 def _start_energies(start: Start, params: PyTree, tokens: Array, gradients: Array) -> PyTree:
   """Returns the sum over sequences of |g|^2 of what precedes the first block.
 
-  The gradients that a tied table has as the head are another sum: the two are of other places of a
-  text, and their product, which is left out, is a few percent of either.
+  A tied table has gradients as the head too.  Both energies are added, and the product of the two
+  gradients is left out.
   """
 
   def of_sequence(total: PyTree, sequence: tuple[Array, Array]) -> tuple[PyTree, None]:

@@ -166,3 +166,7 @@ def stored_network(model: models.Decoder, tensors: Mapping[str, Any]) -> StoredN
 
 def _prefix(layer: int | None) -> str:
   return 'params/' if layer is None else _LAYERS
+
+
+applied = jax.jit(lambda function, *arguments: function(*arguments), static_argnums=0)
+"""function(*arguments), compiled: once for all functions that are equal."""

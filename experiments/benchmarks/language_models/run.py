@@ -1,6 +1,6 @@
 """Compresses a language model by every codec, and writes what each costs in bits and answers.
 
-    python /work/shared/tools/language_models.py FOLDER smollm2 iglm
+    python ../shared/tools/language_models.py FOLDER smollm2 iglm
     npm pack @node-llama-cpp/linux-x64@3.22.1 && tar xzf node-llama-cpp-linux-x64-3.22.1.tgz
     python -m experiments.benchmarks.language_models.run smollm2|iglm FOLDER [--text TEXT] \
       [--llama_cpp package/bins/linux-x64] [--only EXPRESSION ...] [--kernels]
