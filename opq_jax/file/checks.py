@@ -15,24 +15,24 @@ def check_grid(name: str, grid: Grid, version: str) -> None:
   """Checks that a grid has cells and values.
 
   Raises:
-    ValueError: a number is not finite, the threshold is negative, the step is not positive, a
-      multiple of the step rounds in float32, the values do not rise, or, in version 1, a value
-      rounds.
+    ValueError: a number is not finite, the threshold or the first value is negative, the step is
+      not positive, a multiple of the step rounds in float32, the values do not rise, or, in version
+      1, a value rounds.
   """
   # grids of a damaged file overflow here; the tests below find what comes of it
   with np.errstate(over='ignore', invalid='ignore'):
     values, rounds, has_exact_products = grid.level_values()
   is_finite = bool(np.isfinite([grid.threshold, grid.step, values[-1]]).all())
   is_rising = bool((values[1:] > values[:-1]).all())
-  is_positive = grid.threshold >= 0 and grid.step > 0
+  is_positive = grid.threshold >= 0 and grid.first >= 0 and grid.step > 0
   found = (
     f'{name}: found a grid of threshold {grid.threshold}, first value {grid.first}, step '
     f'{grid.step} and {grid.levels} levels'
   )
   if not (is_finite and has_exact_products and is_rising and is_positive):
     raise ValueError(
-      f'{found}, expected finite numbers, threshold >= 0, step > 0, multiples of step that float32 '
-      'holds exactly, and values that rise'
+      f'{found}, expected finite numbers, threshold and first >= 0, step > 0, multiples of step '
+      'that float32 holds exactly, and values that rise'
     )
   if rounds and version == '1':
     raise ValueError(f'{found}, expected values that float32 holds exactly in version 1')

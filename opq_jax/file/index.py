@@ -142,18 +142,22 @@ def parsed_index(text: bytes) -> Index:
   Raises:
     ValueError: the text is no index, or its names are longer or deeper than a reader takes.
   """
-  content = json.loads(text, object_pairs_hook=_unique)
+  # bytes would be taken in other encodings too
+  content = json.loads(text.decode('ascii'), object_pairs_hook=_unique)
   match content:
-    case {'blocks': list(numbers), 'metadata': dict(metadata), 'tree': node}:
-      if all(type(n) is int and n >= 0 for n in numbers) and all(
-        type(text) is str for text in metadata.values()
+    case {'blocks': list(numbers), 'metadata': dict(metadata), 'tree': node, **others}:
+      # a key that a newer version may define says what bytes mean
+      if (
+        others.keys() <= {'files'}
+        and all(type(n) is int and n >= 0 for n in numbers)
+        and all(type(text) is str for text in metadata.values())
       ):
         blocks = list(zip(numbers[::2], numbers[1::2], strict=True))
         tree = from_json(node)
         check_names(tree)
-        carried = side_files.from_json(content['files']) if 'files' in content else None
+        carried = side_files.from_json(others['files']) if others else None
         return Index(tree, blocks, metadata, carried)
-  raise ValueError(f'found {text[:80]!r}, expected blocks, metadata and tree')
+  raise ValueError(f'found {text[:80]!r}, expected blocks, metadata, tree, and files at most')
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -255,7 +255,7 @@ def _numbers(text: str, listed: str) -> Int64[np.ndarray, ' n']:
 
 def _parsed_fields(text: str) -> dict[str, str]:
   """Returns the fields of an entry by name."""
-  pairs = [field.split('=', 1) for field in text.split()]
+  pairs = [field.split('=', 1) for field in text.split(' ')[1:]]
   names = [name for name, _ in pairs]
   for name in names:
     # a field says what bytes mean: weights read without it would be wrong ones

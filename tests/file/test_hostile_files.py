@@ -30,6 +30,7 @@ from opq_jax.compression import CompressionState
 from opq_jax.compression.records import affine_codebook
 from opq_jax.file import container, packing, plain_trees, reader, writer
 from opq_jax.weights import read_weights, write_safetensors
+from tests.helpers import hostile_parts
 from tests.helpers.opq_files import (
   leaf_state,
   parts,
@@ -104,31 +105,12 @@ def refused(call, match, seconds=2.0, memory=20 << 20):
 # ---- .opq files whose checksums are right ----
 
 
-def with_grids(data, grids):
-  """The file with other grids under a checksum that is right."""
-  header, offsets = parts(data)
-  table = np.array(grids, '<f4').tobytes()
-  sizes = [offsets[name][1] - offsets[name][0] for name in container.TENSORS]
-  body = data[len(header) :]
-  checksum = zlib.crc32(body[slice(*offsets['index'])], zlib.crc32(table))
-  header = container.header((sizes[0] // 12, *sizes[1:]), checksum, version_of(data))
-  return header + table + body[len(table) :]
-
-
-@pytest.mark.parametrize(
-  'grid',
-  [
-    *[(np.nan, 0.75, 0.5), (0.5, np.nan, 0.5), (0.5, 0.75, np.nan)],
-    *[(np.inf, 0.75, 0.5), (0.5, np.inf, 0.5), (0.5, 0.75, np.inf)],
-    *[(0.5, 0.75, -0.5), (0.5, 0.75, 0), (-1, 0.75, 0.5), (0.5, 3e38, 3e38)],
-    *[(0.5, 0.75, 0.7), (0.5, 0.75, 1e-45), (0.5, 16777216.0, 0.5)],
-  ],
-)
+@pytest.mark.parametrize('grid', hostile_parts.GRIDS)
 def test_open_refuses_grids(grid):
   data = serialize_small()
-  assert with_grids(data, [(0.5, 0.75, 0.5)] * 2) == data
+  assert hostile_parts.with_grids(data, [(0.5, 0.75, 0.5)] * 2) == data
   with pytest.raises(ValueError, match=r'the file: b/1: found a grid of threshold'):
-    reader.OpqFile(with_grids(data, [(0.5, 0.75, 0.5), grid]))
+    reader.OpqFile(hostile_parts.with_grids(data, [(0.5, 0.75, 0.5), grid]))
   # and what would make such a file is not written
   params, state = small()
   threshold, first, step = map(np.float32, grid)
@@ -157,7 +139,7 @@ def test_open_refuses_rounded_sums():
 
 @pytest.mark.parametrize('grid', [(0.5, 0.25, 0.5), (0.5, 1.25, 0.5), (0.5, 0.75, 0.25)])
 def test_load_refuses_values_off_cell(grid):
-  data = with_grids(serialize_small(), [(0.5, 0.75, 0.5), grid])
+  data = hostile_parts.with_grids(serialize_small(), [(0.5, 0.75, 0.5), grid])
   with pytest.raises(ValueError, match=r'^b/1: found \d+ values that lie in another cell'):
     opq_jax.load(data)
 

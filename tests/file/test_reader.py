@@ -15,10 +15,11 @@ from opq_jax.coding import escapes
 from opq_jax.coding.payload import encode_codes
 from opq_jax.compression import CompressionState, apply_compression, encode
 from opq_jax.core import trees
-from opq_jax.file import container, packing
+from opq_jax.file import container, leaf_entries, packing
 from opq_jax.file import index as file_index
 from opq_jax.file.reader import OpqFile, load
 from opq_jax.file.writer import save, serialize
+from tests.helpers import hostile_parts
 from tests.helpers.opq_files import (
   edited,
   escaping,
@@ -62,6 +63,13 @@ def test_open_refuses_fields(name):
   data = rebuilt(serialize(*escaping()), replaced(old, new))
   with pytest.raises(ValueError, match=message):
     load(data)
+
+
+def test_parsed_leaf_splits_at_spaces():
+  text = 'float32[3,3] 4 20 axes=1,0{}escapes=1,9'
+  assert leaf_entries.parsed_leaf(text.format(' ')).axes == (1, 0)
+  with pytest.raises(ValueError, match='expected numbers of 1 to 18 digits'):
+    leaf_entries.parsed_leaf(text.format('\n'))
 
 
 def test_open_refuses_old_escapes():
@@ -228,56 +236,7 @@ def test_open_refuses_versions():
     load(data.replace(b'"version":"1"', b'"version":"4"'))
 
 
-def nested(begin, end, depth):
-  return f'{{"blocks":[],"metadata":{{}},"tree":{begin * depth}null{end * depth}}}'
-
-
-LEAF_A, LEAF_B0 = '"a":"float32[12,5] 4 ', '"float32[7]"'
-
-
-HOSTILE = {
-  'no JSON': lambda text: text[:-1],
-  'no object': lambda text: '[]',
-  'NaN': edited(blocks=[float('nan'), 1]),
-  'no tree': lambda text: text.replace('"tree"', '"tee"'),
-  'key twice': replaced('"c":', '"a":'),
-  'name twice': replaced('"c":', '"b/0":'),
-  'huge leaf': replaced(LEAF_A, '"a":"float32[999999999999,5] 4 '),
-  'overflow': replaced(LEAF_A, f'"a":"float32[{",".join(["4294967296"] * 3)}] 4 '),
-  'huge integer': replaced(LEAF_A, f'"a":"float32[{"9" * 5000}] 4 '),
-  'negative dimension': replaced(LEAF_A, '"a":"float32[-12,-5] 4 '),
-  'too many dimensions': replaced(LEAF_A, f'"a":"float32[{"1," * 69}60] 4 '),
-  'other shape': replaced(LEAF_A, '"a":"float32[12,6] 4 '),
-  'no weights': replaced(LEAF_A, '"a":"float32[0] 4 '),
-  'other digits': replaced(LEAF_A, '"a":"float32[١٢,5] 4 '),
-  'levels below codes': replaced(LEAF_A, '"a":"float32[12,5] 2 '),
-  'too many levels': replaced(LEAF_A, '"a":"float32[12,5] 128 '),
-  'integers compressed': replaced(LEAF_A, '"a":"int32[12,5] 4 '),
-  'more bytes': replaced(LEAF_A, '"a":"float32[12,5] 4 9'),
-  'no levels': replaced(LEAF_A, '"a":"float32[12,5] '),
-  'objects': replaced(LEAF_B0, '"object[7]"'),
-  'unknown dtype': replaced(LEAF_B0, '"float33[7]"'),
-  'longer leaf': replaced(LEAF_B0, '"float32[8]"'),
-  'very long leaf': replaced(LEAF_B0, '"float32[99999999999999]"'),
-  'longest leaf': replaced(LEAF_B0, '"float64[999999999999999999]"'),
-  'more rows': replaced(LEAF_B0, '"float32[7] 4 1"'),
-  'number for a leaf': replaced(LEAF_B0, '7'),
-  'unknown container': replaced('["list"', '["set"'),
-  'empty container': replaced('["list"', '[["list"]'),
-  'bad key': replaced('"c":', '":c":'),
-  'key with zeros': replaced('"c":', '":03":'),
-  'no blocks': edited(blocks=[]),
-  'half a block': edited(blocks=[30]),
-  'negative block': edited(blocks=[-5, 0]),
-  'many blocks': edited(blocks=[0, 0] * 5),
-  'true': edited(blocks=[True, 0]),
-  'metadata': edited(metadata={'a': 1}),
-  'deep lists': lambda text: nested('["list",', ']', 9000),
-  'deep dicts': lambda text: nested('{"a":', '}', 9000),
-}
-
-
-@pytest.mark.parametrize('edit', HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize('edit', hostile_parts.INDEXES.values(), ids=hostile_parts.INDEXES)
 def test_open_refuses_lying_index(edit):
   data = rebuilt(serialize(*small()), edit)
   tracemalloc.start()
