@@ -18,11 +18,17 @@ NAME is
                                     uint8, `side file <name>`
 
 A field of the format brings a file.  Files that are there are never made again.
+
+    shares.json    tables of frequencies, the shares of 24 bits that constriction made of them, and
+                   words that it made of symbols: what it must make for ever, or a file would mean
+                   other numbers
 """
 
 import dataclasses
+import json
 import pathlib
 
+import constriction
 import flax.core
 import jax
 import ml_dtypes
@@ -30,7 +36,7 @@ import numpy as np
 import safetensors.numpy
 
 import opq_jax
-from opq_jax.coding import trellis
+from opq_jax.coding import frequencies, trellis
 from opq_jax.compression.records import affine_codebook, kinds_of
 from opq_jax.core import trees
 
@@ -226,6 +232,65 @@ def axes() -> tuple[dict[str, object], opq_jax.CompressionState]:
   return params, opq_jax.CompressionState({**state.tree, **states})
 
 
+def shares() -> list[dict[str, object]]:
+  """Tables of all precisions, even and steep, of 2 symbols to 256."""
+  rng = np.random.default_rng(3)
+  vectors = []
+  for precision in range(1, 17):
+    for steepness in (0.0, 0.5, 6.0):
+      most = min(2**precision, 256)
+      size = 2 if precision == 1 else int(rng.integers(2, most + 1))
+      counts = np.zeros(256, np.int64)
+      symbols = (np.arange(size) - size // 2) if size < 256 else np.arange(-128, 128)
+      weights = np.exp(-steepness * np.abs(symbols) ** 0.5)
+      units = 1 + rng.multinomial(2**precision - size, weights / weights.sum())
+      if steepness == 0.5 and size > 3:  # a symbol between others that does not occur
+        units[size // 2 + 1], units[size // 2] = 0, units[size // 2 : size // 2 + 2].sum()
+      counts[symbols.astype(np.int8).view(np.uint8)] = units
+      order = sorted(range(-128, 128), key=lambda s: (abs(s), s < 0))
+      least, largest = min(0, *symbols.tolist()), max(0, *symbols.tolist())
+      known = np.array([s for s in order if least <= s <= largest], np.int8)
+      table = frequencies.Frequencies(known, counts[known.view(np.uint8)], precision)
+      coded = rng.choice(symbols, 40, p=units / 2**precision).astype(np.int8)
+      coder = constriction.stream.stack.AnsCoder()
+      table.encode(coder, coded)
+      bits = frequencies.write_table(table)
+      vectors.append(
+        {
+          'table': frequencies.to_bytes(bits).hex(),
+          'precision': precision,
+          'symbols': known.tolist(),
+          'frequencies': table.frequencies.tolist(),
+          'shares': shares_of(table),
+          'words': coder.get_compressed().tolist(),
+          'coded': coded.tolist(),
+        }
+      )
+  return vectors
+
+
+def shares_of(table: frequencies.Frequencies) -> list[int]:
+  """How many of all 2**24 slots constriction gives to each symbol that occurs."""
+  occurring = table.symbols[table.frequencies > 0]
+  place = {symbol: i for i, symbol in enumerate(occurring.tolist())}
+
+  def symbol_at(slot: int) -> int:
+    coder = constriction.stream.stack.AnsCoder(np.array([slot, 1], np.uint32))
+    out = np.zeros(1, np.int8)
+    table.decode(coder, out)
+    return place[int(out[0])]
+
+  begins = []
+  for number in range(occurring.size):
+    # the first slot of this symbol or a later one, by bisection
+    low, high = 0, 1 << 24
+    while low < high:
+      middle = (low + high) // 2
+      low, high = (low, middle) if symbol_at(middle) >= number else (middle + 1, high)
+    begins.append(low)
+  return np.diff([*begins, 1 << 24]).tolist()
+
+
 def main() -> None:
   made = {
     'version_2_escapes': (escapes, None),
@@ -240,6 +305,8 @@ def main() -> None:
       opq_jax.save(stem.with_suffix('.opq'), *make(), METADATA, side_files=side_files)
       data = safetensors.numpy.save(arrays(stem.with_suffix('.opq')))
       stem.with_suffix('.safetensors').write_bytes(data)
+  if not (path := FOLDER / 'shares.json').exists():
+    path.write_text('[\n' + ',\n'.join(map(json.dumps, shares())) + '\n]\n')
 
 
 if __name__ == '__main__':
