@@ -1,7 +1,7 @@
 """Reports on a compressed network: sizes, tables, verification, accuracy, plots.
 
 JAX is imported by `size_report`, `summary` and `verify` alone: `file_report` and the tables of
-sizes need none.
+sizes need none.  `javascript/` has the decoder of files in JavaScript, which needs no Python.
 """
 
 from typing import TYPE_CHECKING

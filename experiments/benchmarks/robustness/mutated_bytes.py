@@ -36,9 +36,10 @@ def resealed(data: bytes, rng: random.Random) -> bytes:
   """Returns an .opq file with one part mutated, under correct sizes and checksums."""
   end = 8 + int.from_bytes(data[:8], 'little')
   header = json.loads(data[8:end])
-  table, index, codes, blocks = (
-    data[end + header[name]['data_offsets'][0] : end + header[name]['data_offsets'][1]]
-    for name in container.TENSORS
+  table, index, codes, blocks, *side = (
+    data[end + part['data_offsets'][0] : end + part['data_offsets'][1]]
+    for name, part in header.items()
+    if name != '__metadata__'
   )
   text = packing.unpack(index, file_index.MAX_INDEX)
   match rng.randrange(4):
@@ -55,10 +56,10 @@ def resealed(data: bytes, rng: random.Random) -> bytes:
       content['blocks'] = [len(blocks), zlib.crc32(blocks)]
       text = json.dumps(content).encode()
   index = packing.pack(text)
-  sizes = len(table) // 12, len(index), len(codes), len(blocks)
+  sizes = len(table) // 12, len(index), len(codes), len(blocks), *map(len, side)
   version = header['__metadata__']['version']
   sealed = container.header(sizes, zlib.crc32(index, zlib.crc32(table)), version)
-  return sealed + table + index + codes + blocks
+  return b''.join([sealed, table, index, codes, blocks, *side])
 
 
 def _noise_or_mutation(data: bytes, rng: random.Random) -> bytes:
