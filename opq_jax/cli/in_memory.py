@@ -1,6 +1,7 @@
 """`opq compress` of a tree in memory: a known network, or an encoder that needs all weights."""
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Mapping
@@ -68,7 +69,7 @@ def compress(
   source, output = Path(arguments.input), Path(arguments.output)
   stdout = console(sys.stdout)
   carried = carried_of(source, is_known)
-  with timed_stages(stdout, not arguments.json) as stage:
+  with timed_stages(stdout, not arguments.json) as stage, contextlib.ExitStack() as kept:
     with stage('read'):
       network = images = None
       if is_known:
@@ -98,7 +99,7 @@ def compress(
       original = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params)) - left_out
       params = narrowed(params, chosen)
     plan = _planned(arguments, plan, network, images)
-    calibration = steps.calibrated(network, plan, images, stage)
+    calibration = kept.enter_context(steps.calibrated(network, plan, images, stage))
     objective: Any = plan.objective
     if plan.objective == DIVERGENCE:
       assert language is not None

@@ -82,17 +82,17 @@ def recomputed(
   if encoding.optimizer is not None:
     params = without_optimizer(params).tree
   images = _same_images(path, encoding, network, folder)
-  calibration = steps.calibrated(network, encoding, images, lambda _: nullcontext())
   coded = corrected = None
-  if encoding.inputs == TOKENS:
-    coded = _compressed_in(path, params)
-  elif encoding.encoder != ROUNDING:
-    encoder = steps.encoder_of(network, encoding, calibration)
-    objective = _objective(encoding, weights, params)
-    coded = _coded(path, metadata, encoding, params, encoder, objective)
-  if network is not None and encoding.batch_norm not in (None, UNCORRECTED):
-    compressed = _compressed_in(path, params)
-    corrected = steps.corrected(network, compressed, encoding, calibration)
+  with steps.calibrated(network, encoding, images, lambda _: nullcontext()) as calibration:
+    if encoding.inputs == TOKENS:
+      coded = _compressed_in(path, params)
+    elif encoding.encoder != ROUNDING:
+      encoder = steps.encoder_of(network, encoding, calibration)
+      objective = _objective(encoding, weights, params)
+      coded = _coded(path, metadata, encoding, params, encoder, objective)
+    if network is not None and encoding.batch_norm not in (None, UNCORRECTED):
+      compressed = _compressed_in(path, params)
+      corrected = steps.corrected(network, compressed, encoding, calibration)
   if network is not None and encoding.inference_only:
     corrected = networks.for_inference(network, params if corrected is None else corrected)
   return Recomputed(params, coded, corrected)

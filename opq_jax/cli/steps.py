@@ -1,6 +1,8 @@
 """Steps that `opq compress` takes and `opq verify` repeats, as an `Encoding` describes them."""
 
-from collections.abc import Sequence
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +23,11 @@ from opq_jax.cli.stages import Stage
 from opq_jax.core.trees import PyTree
 from opq_jax.importers import networks
 from opq_jax.importers.networks import Network
-from opq_jax.network import mean_moments
+from opq_jax.network import mean_moments, moment_bytes
+
+MOMENTS_IN_MEMORY = 2**28
+"""Bytes of moments beyond which they lie on disk, where temporary files do: those of ResNet-50 take
+half a gigabyte, those of VGG-16 two and a half."""
 
 
 class Calibration(NamedTuple):
@@ -48,10 +54,13 @@ def folder_images(network: Network, folder: str, max_images: int) -> FolderImage
   )
 
 
+@contextlib.contextmanager
 def calibrated(
   network: Network | None, encoding: Encoding, images: FolderImages | None, stage: Stage
-) -> Calibration:
-  """Returns the calibration images that an encoding reads, and their moments.
+) -> Iterator[Calibration]:
+  """Yields the calibration images that an encoding reads, and their moments.
+
+  Moments that are large lie in a temporary folder until the context ends.
 
   Args:
     network: the float network, None where only weights are known.
@@ -61,17 +70,24 @@ def calibrated(
   """
   sources = {encoding.moments, encoding.inputs, encoding.batch_norm}
   if network is None or not sources & {SYNTHETIC, IMAGES}:
-    return Calibration([], None)
+    yield Calibration([], None)
+    return
   if images is not None:
     batches: Sequence[Any] = [jnp.asarray(batch) for batch in images.batches]
   else:
     with stage('synthetic images'):
       batches = jax.block_until_ready(networks.synthetic_batches(network))
-  moments = None
-  if encoding.moments is not None:
+  if encoding.moments is None:
+    yield Calibration(batches, None)
+    return
+  apply, variables = network.model.apply, network.variables
+  with contextlib.ExitStack() as kept:
+    folder = None
+    if moment_bytes(apply, variables, batches[0]) > MOMENTS_IN_MEMORY:
+      folder = kept.enter_context(tempfile.TemporaryDirectory(prefix='opq_moments_'))
     with stage('moments'):
-      moments = jax.block_until_ready(mean_moments(network.model.apply, network.variables, batches))
-  return Calibration(batches, moments)
+      moments = jax.block_until_ready(mean_moments(apply, variables, batches, folder=folder))
+    yield Calibration(batches, moments)
 
 
 def encoder_of(

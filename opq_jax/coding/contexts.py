@@ -77,8 +77,8 @@ class Scores(NamedTuple):
 
   def bounds(self) -> tuple[int, int]:
     """Returns a lower and an upper bound of the scores of all weights."""
-    least = sum(int(part.min()) for part in self) + int(_OFFSETS.min())
-    return least, sum(int(part.max()) for part in self) + int(_OFFSETS.max())
+    least = sum(int(np.min(part)) for part in self) + int(np.min(_OFFSETS))
+    return least, sum(int(np.max(part)) for part in self) + int(np.max(_OFFSETS))
 
   def of_block(
     self, rows: slice, activities: UInt8[np.ndarray, 'rows outputs'] | None

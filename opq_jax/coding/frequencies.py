@@ -130,7 +130,7 @@ def fit(counts: Int64[np.ndarray, '256']) -> Frequencies:
   if occurring.size == 1:  # a second symbol: 0, or 1 where all codes are 0
     counts[0 if occurring[0] else 1] = 1
     occurring = np.append(occurring, np.int8(0 if occurring[0] else 1))
-  symbols = _symbols(min(0, int(occurring.min())), max(0, int(occurring.max())))
+  symbols = _symbols(min(0, int(np.min(occurring))), max(0, int(np.max(occurring))))
   # 2**P is at least the number of symbols, so that each may have a frequency of 1 or more
   precision = min(
     max((symbols.size - 1).bit_length(), 1 + 3 * size.bit_length() // 4), _MAX_PRECISION

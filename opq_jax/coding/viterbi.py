@@ -144,7 +144,7 @@ def search(
       new[target] = min(one, two)
     # only differences between paths matter: a common constant may go
     if i % _REBASE == 0:
-      new -= new.min()
+      new -= np.min(new)
     cost, new = new, cost
   # back along the cheapest path
   here = int(np.argmin(cost))

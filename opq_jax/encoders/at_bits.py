@@ -8,8 +8,9 @@ import numpy as np
 from jaxtyping import Array
 
 from opq_jax import compression
-from opq_jax.allocation import Allocation, allocate
+from opq_jax.allocation import allocate
 from opq_jax.compression import CompressionState, LeafState, init_state
+from opq_jax.core import messages
 from opq_jax.encoders.allocation_search import quietly
 from opq_jax.encoders.encoder import LeafEncoder
 from opq_jax.encoders.matrices import MatrixLayout
@@ -41,6 +42,7 @@ class CodedLeafAtBits(NamedTuple):
 
 
 def code_at_bits(
+  name: str,
   weights: Array,
   dtype: Any,
   bits: float,
@@ -56,6 +58,7 @@ def code_at_bits(
   leaf is coded once.
 
   Args:
+    name: path of the leaf.
     weights: of the leaf, without slices, in float32.
     dtype: of the leaf's values.
     bits: bits per weight.
@@ -63,6 +66,9 @@ def code_at_bits(
     moments: of its inputs, or None.
     damping: of the moments.
     ratio: the first guess, from a leaf alike.
+
+  Warns:
+    UserWarning: what the allocation and the encoder say of the grid that is taken.
   """
   pilot = _pilot(weights, moments)
   # bits found on grids that were tried, by the bits of rounded codes
@@ -71,13 +77,19 @@ def code_at_bits(
   for trial in range(_TRIALS):
     if trial:
       asked = max(_next(tried, bits), _LEAST)
-    values, state = _coded(weights, dtype, pilot, asked, encoder, moments, damping)
+    (values, state), notes = quietly(
+      _coded, name, weights, dtype, pilot, asked, encoder, moments, damping
+    )
     tried[asked] = bits_per_weight(values, state)
     if abs(tried[asked] - bits) <= _CLOSE * bits:
       break
   last, asked = asked, min(tried, key=lambda plain: abs(tried[plain] - bits))
   if pilot is not None or asked != last:
-    values, state = _coded(weights, dtype, None, asked, encoder, moments, damping)
+    (values, state), notes = quietly(
+      _coded, name, weights, dtype, None, asked, encoder, moments, damping
+    )
+  for note in notes:
+    messages.warn(note)
   return CodedLeafAtBits(values, state, bits_per_weight(values, state), asked / bits)
 
 
@@ -110,6 +122,7 @@ def _pilot(weights: Array, moments: InputMoments | None) -> Any:
 
 
 def _coded(
+  name: str,
   weights: Array,
   dtype: Any,
   pilot: Any,
@@ -123,22 +136,18 @@ def _coded(
   outputs = MatrixLayout(weights.shape, inputs).outputs
   axis: Any = outputs[0] if len(outputs) == 1 else outputs
   # the grid is that of the whole leaf
-  stored = {'': weights.astype(dtype)}
-  allocation, _ = quietly(_allocation, stored, bits, axis)
-  grid = init_state(stored, allocation).tree['']
-  if grid is None:
-    raise ValueError('found weights that are all zero, expected others')
-  if pilot is not None:
-    weights = jnp.asarray(np.take(np.asarray(weights), pilot, axis=axis))
-    kinds = jnp.asarray(np.take(np.asarray(grid.kinds), pilot, axis=axis))
-    grid = dataclasses.replace(grid, kinds=kinds)
-  return encoder.choose_leaf(weights, grid, moments, damping)
-
-
-def _allocation(stored: dict[str, Array], bits: float, axis: Any) -> Allocation:
-  return allocate(
+  stored = {name: weights.astype(dtype)}
+  allocation = allocate(
     stored,
     bits_per_weight=bits,
     compressible=lambda path, leaf: True,
     channel_axis=axis,
   )
+  grid = init_state(stored, allocation).tree[name]
+  if grid is None:
+    raise ValueError(f'{name}: found weights that are all zero, expected others')
+  if pilot is not None:
+    weights = jnp.asarray(np.take(np.asarray(weights), pilot, axis=axis))
+    kinds = jnp.asarray(np.take(np.asarray(grid.kinds), pilot, axis=axis))
+    grid = dataclasses.replace(grid, kinds=kinds)
+  return encoder.choose_leaf(weights, grid, moments, damping)

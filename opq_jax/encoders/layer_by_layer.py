@@ -18,6 +18,7 @@ from jaxtyping import Array, Float32
 from opq_jax.compression import CompressionState, LeafState
 from opq_jax.core import messages
 from opq_jax.core.trees import PyTree
+from opq_jax.encoders.allocation_search import quietly
 from opq_jax.encoders.encoder import (
   DAMPING,
   Encoded,
@@ -34,13 +35,13 @@ from opq_jax.encoders.encoder import (
 )
 from opq_jax.encoders.fitted_weights import fitted_rows
 from opq_jax.encoders.matrices import MatrixLayout
+from opq_jax.encoders.plain_codes import PlainCodesWarning, without_plain_codes
 from opq_jax.encoders.tied_codes import with_ties
 from opq_jax.network import InputMoments, LeafUsage, on_batch_statistics, uses
 from opq_jax.network.moment_sums import mean_of
 from opq_jax.network.products import Reading, inputs_of, sums_of
 from opq_jax.network.side_by_side import Reached, Replacing
 
-_MAX_NAMED = 10  # leaves that a warning lists
 SHARE = 0.5
 """How far to go from the weights to those that fit the compressed network's inputs best.
 
@@ -159,6 +160,7 @@ class LayerByLayer(Encoder):
       return list(leaves_to_code(params, grids, getattr(self.first, 'moments', None)))
 
     alone: list[str] = []
+    plain: list[str] = []
 
     def replace(reached: Reached) -> Array:
       leaf, place = leaves[reached.leaf], reached.place
@@ -170,9 +172,12 @@ class LayerByLayer(Encoder):
             alone.append(leaf.name)
           # a slice of a branch that was not taken has no inputs
           moments = None if place else own_moments()[reached.leaf].moments
-          new = self.first.choose_leaf(leaf.weights[place], grid, moments, self.damping)
+          arguments = leaf.weights[place], grid, moments, self.damping
+          new, notes = quietly(self.first.choose_leaf, *arguments)
         else:
-          new = self._choose(leaf.weights[place], grid, reached)
+          new, notes = quietly(self._choose, leaf.weights[place], grid, reached)
+      for note in without_plain_codes(notes, leaf.name, plain):
+        messages.warn(note)
       coded[reached.leaf].append(_Coded(place, *new))
       return new[0]
 
@@ -184,11 +189,12 @@ class LayerByLayer(Encoder):
     )
     walk.run(network.jaxpr, self._arguments)
     walk.finish()
+    if plain:
+      messages.warn(PlainCodesWarning(plain))
     if alone:
       messages.warn(
-        f'{", ".join(alone[:_MAX_NAMED])}{" ..." if len(alone) > _MAX_NAMED else ""}: found leaves '
-        f'that are looked up, used several times or not at all: {self.first!r} has chosen their '
-        'codes without regard to the layers before them'
+        f'{messages.listed(alone)}: found leaves that are looked up, used several times or not at '
+        f'all: {self.first!r} has chosen their codes without regard to the layers before them'
       )
     states = [_whole_state(leaf, parts) for leaf, parts in zip(leaves, coded, strict=True)]
     whole = encoded(params, list(zip(walk.second, states, strict=True)))

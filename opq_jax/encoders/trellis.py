@@ -22,6 +22,7 @@ from opq_jax.encoders.encoder import (
   parts_of,
   stack_slices,
 )
+from opq_jax.encoders.plain_codes import PlainCodesWarning
 from opq_jax.encoders.survey import surveyed
 from opq_jax.encoders.tied_codes import with_ties
 from opq_jax.encoders.trellis_leaves import CodedLeaf, bits_of, check_finite, code_leaf, factored
@@ -29,8 +30,6 @@ from opq_jax.network import InputMoments
 
 TRELLIS_VERSION = 2
 """Version of the encoder, which `opq compress` writes into its files (`Trellis.version`)."""
-
-_MAX_NAMED = 10  # leaves that a warning lists
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -104,6 +103,8 @@ class Trellis(LeafEncoder):
   ) -> tuple[Array, LeafState]:
     coded = code_leaf(weights, grid, factored(moments, damping, self.version))
     assert coded.state is not None
+    if not coded.is_served:
+      messages.warn(PlainCodesWarning())
     return coded.values, coded.state
 
   def survey(self, params: PyTree, grids: CompressionState) -> float | None:
@@ -157,10 +158,7 @@ def _code_leaves(
   coded = native.on_all_processors(code, leaves)
   names = [leaf.name for leaf, result in zip(leaves, coded, strict=True) if not result.is_served]
   if names:
-    messages.warn(
-      f'{messages.listed(names, _MAX_NAMED)}: found leaves that the trellis does not '
-      'serve, for their shape or their many weights beyond its levels: they have plain codes'
-    )
+    messages.warn(PlainCodesWarning(names))
   return coded
 
 

@@ -72,7 +72,7 @@ def fit(
   step = min(step, 2 * first)
   slope = _slope(magnitude, threshold, step)
   pruned = 1 - survivors / flat.size
-  beyond_first = np.count_nonzero(magnitude > threshold + step) / survivors
+  beyond_first = int(np.count_nonzero(magnitude > threshold + step)) / survivors
   grid = trellis.Grid(
     first * float(np.interp(pruned, _PRUNED, _FIRST)),
     min(step, 1.05 * first) * float(np.interp(pruned, _PRUNED, _STEP)),

@@ -7,6 +7,7 @@ one block, twice, the moments of one stage, and the hidden states of all calibra
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -15,13 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Integer
 
-from opq_jax.core import trees
+from opq_jax.core import messages, trees
 from opq_jax.core.trees import PyTree
 from opq_jax.encoders import DAMPING, SHARE, LeafEncoder
+from opq_jax.encoders.allocation_search import quietly
 from opq_jax.encoders.at_bits import code_at_bits
 from opq_jax.encoders.encoder import named_leaf
 from opq_jax.encoders.fitted_weights import fitted_rows
 from opq_jax.encoders.matrices import MatrixLayout
+from opq_jax.encoders.plain_codes import PlainCodesWarning, without_plain_codes
 from opq_jax.file.written_leaves import CodedSlice, coded_slices
 from opq_jax.language.coded_arrays import FIELDS, arrays_of, coded_slice
 from opq_jax.language.network import Block, Head, Start, StoredNetwork, applied
@@ -73,11 +76,15 @@ class _Spent:
   Attributes:
     allocated, taken: bits that were allocated to them, and bits of their codes.
     ratios: of every leaf of a layer, by path, the `ratio` of the last one that was coded.
+    plain: tensors that the encoder does not serve.
+    notes: other warnings.
   """
 
   allocated: float = 0.0
   taken: float = 0.0
   ratios: dict[str, float] = dataclasses.field(default_factory=dict)
+  plain: list[str] = dataclasses.field(default_factory=list)
+  notes: list[str] = dataclasses.field(default_factory=list)
 
   def bits_for(self, bits: float, weights: int) -> float:
     """Returns the bits per weight of a leaf of so many weights, given what others took."""
@@ -95,6 +102,8 @@ class _Spent:
       'spent': np.array([self.allocated, self.taken]),
       'paths': np.array(list(self.ratios), dtype=str),
       'ratios': np.array(list(self.ratios.values()), np.float64),
+      'plain': np.array(self.plain, dtype=str),
+      'notes': np.array(self.notes, dtype=str),
     }
 
   @classmethod
@@ -102,7 +111,7 @@ class _Spent:
     """Returns the numbers of `arrays`."""
     ratios = zip(arrays['paths'].tolist(), arrays['ratios'].tolist(), strict=True)
     allocated, taken = arrays['spent'].tolist()
-    return cls(allocated, taken, dict(ratios))
+    return cls(allocated, taken, dict(ratios), arrays['plain'].tolist(), arrays['notes'].tolist())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +163,10 @@ class BlockEncoder:
       )
       work.save_streams(number + 1, {**streams._asdict(), **spent.arrays()})
       told((number + 1) / self.blocks)
+    for note in spent.notes:
+      messages.warn(note)
+    if spent.plain:
+      messages.warn(PlainCodesWarning(spent.plain))
 
   def coded(self, work: WorkFolder) -> Callable[[str], CodedSlice | None]:
     """Returns a reader of the codes that a run has left in its folder, by name of the tensor."""
@@ -238,10 +251,11 @@ class BlockEncoder:
         target = layout.leaf(fitted_rows(*rows, self.share, self.damping))
     bits = self.bits[site.name]
     own = spent.bits_for(bits, weights.size)
+    ratio = spent.ratios.get(path, 1.0)
+    choose = functools.partial(code_at_bits, site.name, target, dtype, own, self.encoder, moments)
     with named_leaf(site.name):
-      found = code_at_bits(
-        target, dtype, own, self.encoder, moments, self.damping, spent.ratios.get(path, 1.0)
-      )
+      found, notes = quietly(choose, self.damping, ratio)
+    spent.notes += map(str, without_plain_codes(notes, site.name, spent.plain))
     spent.add(bits, found.bits, weights.size)
     spent.ratios[path] = found.ratio
     values, state = np.asarray(found.values), found.state

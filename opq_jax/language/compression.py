@@ -10,7 +10,7 @@ import numpy as np
 
 import opq_jax
 from opq_jax.allocation import LeafAllocation
-from opq_jax.core import trees
+from opq_jax.core import messages, trees
 from opq_jax.core.trees import PyTree
 from opq_jax.encoders import DAMPING, SHARE, LeafEncoder
 from opq_jax.file.written_leaves import CodedSlice
@@ -75,8 +75,14 @@ def costs(
     found = {name: cost * gains.get(name, 1.0) for name, cost in found.items()}
   found |= {alias: found[name] for alias, name in network.tied.items()}
   # what the network does not read has no cost of its own
-  typical = float(np.median(list(found.values())))
-  omegas = [found.get(name, typical) for name in trees.named_leaves(tree)]
+  typical, named = float(np.median(list(found.values()))), trees.named_leaves(tree)
+  unread = [name for name, leaf in named.items() if name not in found and np.ndim(leaf) > 1]
+  if unread:
+    messages.warn(
+      f'{messages.listed(unread)}: found tensors that the network does not read: where they are '
+      'compressed, an error in them costs as much as in a typical tensor'
+    )
+  omegas = [found.get(name, typical) for name in named]
   return jax.tree.unflatten(jax.tree.structure(tree), omegas)
 
 

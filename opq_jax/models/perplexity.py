@@ -106,7 +106,7 @@ def evaluate(
     for number, (_, part) in enumerate(batch):
       place = number, slice(part.counted - part.begin - 1, part.end - part.begin - 1)
       loss, divergence, agrees = (np.asarray(x[place], np.float64) for x in scores)
-      results.append((loss.sum(), divergence.sum(), int(agrees.sum()), agrees.size))
+      results.append((float(loss.sum()), float(divergence.sum()), int(agrees.sum()), agrees.size))
     if progress is not None:
       progress(len(results), len(parts))
   losses, divergences, agreed, counts = map(np.array, zip(*results, strict=True))
@@ -115,7 +115,7 @@ def evaluate(
     len(parts),
     text_windows.mean_over_windows(losses, counts),
     text_windows.mean_over_windows(divergences, counts) if against else None,
-    float(agreed.sum() / counts.sum()) if against else None,
+    float(np.sum(agreed) / np.sum(counts)) if against else None,
   )
 
 

@@ -7,7 +7,7 @@ from opq_jax.core import lazy
 if TYPE_CHECKING:
   from opq_jax.network.batch_mode import on_batch_statistics
   from opq_jax.network.costs import divergence_costs
-  from opq_jax.network.moments import InputMoments, mean_moments, second_moments
+  from opq_jax.network.moments import InputMoments, mean_moments, moment_bytes, second_moments
   from opq_jax.network.stored_moments import StoredMatrix
   from opq_jax.network.uses import LeafUsage, Use, usage
 
@@ -18,6 +18,7 @@ __all__ = [
   'Use',
   'divergence_costs',
   'mean_moments',
+  'moment_bytes',
   'on_batch_statistics',
   'second_moments',
   'usage',
@@ -32,6 +33,7 @@ __getattr__, __dir__ = lazy.attributes(
     'Use': 'uses',
     'divergence_costs': 'costs',
     'mean_moments': 'moments',
+    'moment_bytes': 'moments',
     'on_batch_statistics': 'batch_mode',
     'second_moments': 'moments',
     'usage': 'uses',

@@ -133,6 +133,20 @@ def mean_moments(
   return _tree_of(params, total if count == 1 else _divided(total, count))
 
 
+def moment_bytes(fn: Callable[..., Any], params: PyTree, *inputs: Any) -> int:
+  """Returns how many bytes the matrices of `second_moments` take, without computing any of them.
+
+  Args:
+    fn, params, inputs: as for `second_moments`; shapes and dtypes will do.
+
+  >>> dense = lambda params, x: x @ params['kernel'] + params['bias']
+  >>> moment_bytes(dense, {'kernel': jnp.ones((100, 3)), 'bias': jnp.ones(3)}, jnp.ones((8, 100)))
+  40000
+  """
+  shapes = jax.eval_shape(functools.partial(_measured, fn), params, *inputs)
+  return sum(matrix.size * matrix.dtype.itemsize for matrix in shapes.matrices)
+
+
 def _tree_of(params: PyTree, measured: Measured) -> PyTree:
   """Returns the moments as a tree, and names the leaves that ought to have some and have none."""
   if measured.unmeasured:

@@ -1,12 +1,17 @@
 """Encoders and corrections with calibration images, from `opq compress` to `opq verify`."""
 
 import json
+import tempfile
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
+import opq_jax
 from opq_jax import cli
+from opq_jax.cli import steps
+from opq_jax.network import InputMoments, StoredMatrix
 from tests.helpers import tiny_resnet
 
 Image = pytest.importorskip('PIL.Image')
@@ -91,3 +96,37 @@ def test_images_correct_batch_norm(folder, capsys):
   found = metadata(capsys)
   assert (found['encoder'], found['batch_norm'], found['images']) == ('rounding', 'images', '16')
   assert run(*VERIFY, '--images', 'images') == 0
+
+
+def test_large_moments_lie_on_disk_until_the_file_is_written(folder, monkeypatch):
+  options = '--feedback', '--images', 'images', '--max-images', 16
+  assert run(*COMMAND, *options) == 0
+  in_memory = opq_jax.load('net.opq')[0]
+
+  temporary, found = folder / 'temporary', []
+  temporary.mkdir()
+  measure = steps.mean_moments
+
+  def measured(*arguments, **folder):
+    moments = measure(*arguments, **folder)
+    matrices = [entry.matrix for entry in jax.tree.leaves(moments, is_leaf=is_moments)]
+    found.extend(matrices)
+    assert sum(4 * np.prod(matrix.shape) for matrix in set(matrices)) <= sum(
+      file.stat().st_size for file in temporary.rglob('*.npy')
+    )
+    return moments
+
+  is_moments = lambda node: isinstance(node, InputMoments)
+  monkeypatch.setattr(steps, 'mean_moments', measured)
+  monkeypatch.setattr(steps, 'MOMENTS_IN_MEMORY', 0)
+  monkeypatch.setattr(tempfile, 'tempdir', str(temporary))
+  assert run(*COMMAND, *options) == 0
+  assert found and all(isinstance(matrix, StoredMatrix) for matrix in found)
+  assert not list(temporary.iterdir())
+  # the same sums in another order of operations
+  for one, other in zip(
+    jax.tree.leaves(opq_jax.load('net.opq')[0]), jax.tree.leaves(in_memory), strict=True
+  ):
+    assert np.mean(np.isclose(one, other, rtol=1e-4, atol=1e-6)) > 0.95
+  assert run(*VERIFY, '--images', 'images') == 0
+  assert not list(temporary.iterdir())

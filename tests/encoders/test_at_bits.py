@@ -26,7 +26,7 @@ def leaf():
 def test_code_at_bits_takes_the_bits(leaf, encoder, has_moments, dtype):
   kernel, moments = leaf
   found = code_at_bits(
-    kernel, jnp.dtype(dtype), 2.5, encoder, moments if has_moments else None, 0.05
+    'w', kernel, jnp.dtype(dtype), 2.5, encoder, moments if has_moments else None, 0.05
   )
   assert abs(found.bits / 2.5 - 1) < 0.01
   assert found.values.dtype == dtype and found.values.shape == kernel.shape
@@ -37,13 +37,13 @@ def test_code_at_bits_takes_the_bits(leaf, encoder, has_moments, dtype):
 
 def test_code_at_bits_begins_where_a_leaf_alike_ended(leaf):
   kernel, moments = leaf
-  first = code_at_bits(kernel, jnp.float32, 3.0, Trellis(), moments, 0.05)
-  again = code_at_bits(kernel, jnp.float32, 3.0, Trellis(), moments, 0.05, first.ratio)
+  first = code_at_bits('w', kernel, jnp.float32, 3.0, Trellis(), moments, 0.05)
+  again = code_at_bits('w', kernel, jnp.float32, 3.0, Trellis(), moments, 0.05, first.ratio)
   # the same grid, found at the first trial
   assert again.ratio == pytest.approx(first.ratio, rel=2e-3)
   assert abs(again.bits / 3.0 - 1) < 0.01
 
 
 def test_code_at_bits_refuses_zeros():
-  with pytest.raises(ValueError, match='all zero'):
-    code_at_bits(jnp.zeros((8, 8)), jnp.float32, 3.0, Rounding(), None, 0.05)
+  with pytest.raises(ValueError, match='a/w: found weights that are all zero'):
+    code_at_bits('a/w', jnp.zeros((8, 8)), jnp.float32, 3.0, Rounding(), None, 0.05)

@@ -8,7 +8,7 @@ import pytest
 
 import opq_jax
 from opq_jax import encoders
-from opq_jax.encoders import fitted_weights
+from opq_jax.encoders import fitted_weights, trellis_leaves
 
 
 class Dense(nn.Module):
@@ -137,3 +137,17 @@ def test_layer_by_layer_names_other_leaves():
   alone, _ = first.choose_codes(params, state)
   changed = [name for name in names if (found[name] != alone[name]).any()]
   assert changed == ['once']
+
+
+def test_layer_by_layer_names_leaves_with_plain_codes(inputs, monkeypatch):
+  monkeypatch.setattr(
+    trellis_leaves, '_has_too_many_beyond', lambda scaled, *_: scaled.shape == (64, 32)
+  )
+  model = Dense((64, 32))
+  variables = model.init(jax.random.key(0), inputs)
+  state = opq_jax.init_state(variables, opq_jax.allocate(variables, compression_rate=12.0))
+  encoder = encoders.LayerByLayer(model.apply, inputs, encoders.Trellis())
+  with pytest.warns(UserWarning) as notes:
+    encoder.choose_codes(variables, state)
+  (text,) = [str(note.message) for note in notes]
+  assert text.startswith('params/layer_1/kernel: found leaves that the trellis does not serve')

@@ -8,7 +8,7 @@ import pytest
 
 import opq_jax
 from opq_jax import compression, language
-from opq_jax.encoders import Feedback, Trellis
+from opq_jax.encoders import Feedback, Trellis, trellis_leaves
 from opq_jax.importers import language_models
 from opq_jax.language.block_codes import BlockEncoder
 from opq_jax.language.work_folder import open_work
@@ -90,6 +90,22 @@ def test_block_codes_have_the_bits_and_layout_of_the_tensors(by_feedback):
   np.testing.assert_array_equal(
     values['model.norm.weight'], blocks.network.tensors['model.norm.weight']
   )
+
+
+def test_tensors_with_plain_codes_are_named_also_after_a_kill(tmp_path, monkeypatch):
+  monkeypatch.setattr(trellis_leaves, '_has_too_many_beyond', lambda *_: True)
+  blocks = encoder_of('gpt2', Trellis())
+
+  def killed(share):
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    run(blocks, tmp_path / 'net.opq', killed)
+  with pytest.warns(UserWarning, match='does not serve') as notes:
+    run(blocks, tmp_path / 'net.opq')
+  (text,) = [str(note.message) for note in notes if 'does not serve' in str(note.message)]
+  # the table was coded before the kill
+  assert text.startswith('wte.weight, ') or 'wte.weight,' in text.partition(':')[0]
 
 
 @pytest.mark.parametrize('done', [1, 3])
