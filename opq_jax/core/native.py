@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
+import threadpoolctl
 
 from opq_jax.core import memory
 
@@ -34,11 +35,14 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def on_all_processors(function: Callable[..., Any], *arguments: Iterable[Any]) -> list[Any]:
   """Returns the results of a function that runs without the interpreter's lock, leaf by leaf.
 
-  No more leaves at once than processors, since each has arrays of several times its size.
+  No more leaves at once than processors, since each has arrays of several times its size.  BLAS has
+  one thread in each of them: more would wait for a processor in loops that keep it busy, and make
+  sums depend on how many there are.
 
   >>> on_all_processors(pow, [2, 3], [5, 2])
   [32, 9]
   """
   memory.return_freed_blocks()
-  with ThreadPoolExecutor(os.cpu_count()) as pool:
+  blas = threadpoolctl.threadpool_limits(1, user_api='blas')
+  with blas, ThreadPoolExecutor(os.cpu_count()) as pool:
     return list(pool.map(function, *arguments))
