@@ -42,7 +42,10 @@ _COMMANDS = {
     help_texts.VERIFY_EXAMPLES,
   ),
   'decompress': _Command(
-    'write an .opq file as plain arrays', help_texts.DECOMPRESS, help_texts.DECOMPRESS_EXAMPLES
+    'write an .opq file as plain arrays',
+    help_texts.DECOMPRESS,
+    help_texts.DECOMPRESS_EXAMPLES,
+    compiles=False,
   ),
   'evaluate': _Command(
     'perplexity of a language model on a text, and KL against another',

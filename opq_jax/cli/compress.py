@@ -171,12 +171,12 @@ def run(arguments: argparse.Namespace) -> None:
   from opq_jax.allocation import DEFAULT_COMPRESSION_RATE, OBJECTIVES, check_file_rate
   from opq_jax.cli.encoding import DIVERGENCE, Encoding
   from opq_jax.cli.outputs import check_output
-  from opq_jax.importers import networks
+  from opq_jax.importers.named_networks import identity_of
   from opq_jax.weights import is_model_folder, is_streamable
 
   source = Path(arguments.input)
   check_output(source, Path(arguments.output))
-  is_known = arguments.model is not None or networks.identity_of(source) is not None
+  is_known = arguments.model is not None or identity_of(source) is not None
   _check_options(arguments, is_known)
   targets = {
     'sparsity': arguments.sparsity,

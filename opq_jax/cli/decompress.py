@@ -30,11 +30,10 @@ def run(arguments: argparse.Namespace) -> None:
   """Writes the weights of a file as safetensors, or the model folder that it was made of."""
   from rich.text import Text
 
-  from opq_jax import importers
   from opq_jax.cli.console import console
   from opq_jax.cli.outputs import check_new_folder, check_output
   from opq_jax.file.reader import OpqFile
-  from opq_jax.importers import networks
+  from opq_jax.importers import named_networks
   from opq_jax.weights import holds_folder, write_folder, write_safetensors
 
   source, output = Path(arguments.file), Path(arguments.output)
@@ -56,8 +55,8 @@ def run(arguments: argparse.Namespace) -> None:
       others = len(file.side_files) - shards
       console(sys.stdout).print(Text(f'{output}: {shards} files of weights, {others} others'))
       return
-    identity = networks.identity(file.metadata)
-    params, _ = file.load()
+    identity = named_networks.identity(file.metadata)
+    params = file.params()
   names = 'the names in the file'
   if identity is None or arguments.to == 'flax':
     if arguments.to == 'source':
@@ -65,6 +64,8 @@ def run(arguments: argparse.Namespace) -> None:
         f'--to: found no name of a network in {source}, expected a file made with --model'
       )
   else:
+    from opq_jax import importers  # loads JAX, for the layouts of the framework
+
     params = importers.to_tensors(identity.name, params, identity.source)
     names = f'the names of {identity.source}'
   write_safetensors(output, params)

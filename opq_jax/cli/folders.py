@@ -4,7 +4,7 @@ from pathlib import Path
 
 from opq_jax.core.messages import listed
 from opq_jax.file.reader import OpqFile
-from opq_jax.importers import networks
+from opq_jax.importers.named_networks import identity
 from opq_jax.weights import CarriedFiles, carried_files, is_model_folder, open_folder
 
 _MAX_NAMES = 8  # files named in a line; more would hide the rest of it
@@ -47,7 +47,7 @@ def carried_problems(path: str, against: str) -> list[str]:
     OSError: a file cannot be read.
   """
   with OpqFile(path) as file:
-    found, is_known = file.read_side_files(), networks.identity(file.metadata) is not None
+    found, is_known = file.read_side_files(), identity(file.metadata) is not None
   expected = carried_of(Path(against), is_known).files
   problems = []
   for name in sorted({*found, *expected}):

@@ -8,8 +8,7 @@ on as with a new optimizer.  Hyperparameters (floating scalars) and keys stay.
 import dataclasses
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from opq_jax.allocation.optimizer_states import optimizer_leaves
@@ -47,7 +46,7 @@ def without_optimizer(tree: PyTree) -> WithoutOptimizer:
   cleared = {path: named[path] for path in optimizer_leaves(named) if _is_cleared(named[path])}
   if not cleared:
     return WithoutOptimizer(tree, 0, '')
-  leaves = [_zeros(leaf) if path in cleared else leaf for path, leaf in named.items()]
+  leaves = {path: _zeros(leaf) for path, leaf in cleared.items()}
   size = sum(leaf.nbytes for leaf in cleared.values())
   what = (
     f"an optimizer's state ({next(iter(cleared))}, ...): {len(cleared)} leaves of {size:,} bytes"
@@ -56,7 +55,7 @@ def without_optimizer(tree: PyTree) -> WithoutOptimizer:
     f'{what} are left out, with zeros in their places, as of a fresh optimizer; --keep-optimizer '
     'keeps them'
   )
-  return WithoutOptimizer(jax.tree.unflatten(jax.tree.structure(tree), leaves), size, note)
+  return WithoutOptimizer(trees.replaced(tree, leaves), size, note)
 
 
 def report_without_optimizer(report: 'SizeReport') -> 'SizeReport':
@@ -71,7 +70,16 @@ def report_without_optimizer(report: 'SizeReport') -> 'SizeReport':
 def _is_cleared(leaf: Any) -> bool:
   """Returns whether a leaf of an optimizer's state is one of moments, or a counter."""
   dtype = np.dtype(leaf.dtype)
-  return bool(jnp.issubdtype(dtype, jnp.floating if len(leaf.shape) else jnp.integer))
+  return _is_floating(dtype) if len(leaf.shape) else dtype.kind in 'iu'
+
+
+def _is_floating(dtype: np.dtype) -> bool:
+  # NumPy takes the floats of ml_dtypes for raw bytes
+  try:
+    ml_dtypes.finfo(dtype)
+  except ValueError:
+    return False
+  return dtype.kind != 'c'
 
 
 def _zeros(leaf: Any) -> Any:

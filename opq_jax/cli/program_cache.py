@@ -22,10 +22,11 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 try:
@@ -62,16 +63,29 @@ def kept_programs() -> Iterator[None]:
     except OSError:
       yield
       return
-    import jax
-
-    jax.config.update('jax_compilation_cache_dir', str(run))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
-    # XLA's own caches make the folder, which is another one in every run, a part of every key
-    jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')
+    _configure(
+      {
+        'jax_compilation_cache_dir': str(run),
+        'jax_persistent_cache_min_compile_time_secs': 0,
+        # XLA's own caches make the folder, which is another one in every run, a part of every key
+        'jax_persistent_cache_enable_xla_caches': 'none',
+      }
+    )
     yield
     with contextlib.suppress(OSError):
       _keep(run, place)
       _limit(place.parent)
+
+
+def _configure(options: Mapping[str, str | int]) -> None:
+  """Sets options of JAX; where it is not imported yet, for the time when it is."""
+  if 'jax' not in sys.modules:
+    os.environ.update({name.upper(): str(value) for name, value in options.items()})
+    return
+  import jax
+
+  for name, value in options.items():
+    jax.config.update(name, value)
 
 
 def folder() -> Path | None:
@@ -86,7 +100,10 @@ def folder() -> Path | None:
       root = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'opq_jax'
     except RuntimeError:  # no home
       return None
-  versions = '-'.join(importlib.metadata.version(name) for name in ('jax', 'jaxlib'))
+  try:
+    versions = '-'.join(importlib.metadata.version(name) for name in ('jax', 'jaxlib'))
+  except importlib.metadata.PackageNotFoundError:  # a reader alone
+    return None
   return root / f'{versions}-{_processor()}'
 
 

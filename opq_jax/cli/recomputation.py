@@ -1,16 +1,14 @@
-"""Repeats what `opq compress` did to the original weights, for `opq verify`."""
+"""Repeats what `opq compress` did to the original weights, for `opq verify`.
+
+Where the weights were rounded there is nothing to repeat, and JAX is not imported.
+"""
 
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
-
-import opq_jax
-from opq_jax.allocation import OBJECTIVES
 from opq_jax.allocation.optimizer_states import is_in_optimizer
-from opq_jax.cli import steps
 from opq_jax.cli.console import collected_warnings
 from opq_jax.cli.encoding import (
   DIVERGENCE,
@@ -21,15 +19,17 @@ from opq_jax.cli.encoding import (
   Encoding,
   channel_axis,
 )
-from opq_jax.cli.images import FolderImages
-from opq_jax.cli.leaves import narrowed
 from opq_jax.cli.optimizers import without_optimizer
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 from opq_jax.file.reader import OpqFile
-from opq_jax.importers import networks
-from opq_jax.importers.networks import Network
+from opq_jax.importers.named_networks import identity
 from opq_jax.weights import read_weights
+
+if TYPE_CHECKING:
+  from opq_jax.cli.images import FolderImages
+  from opq_jax.encoders import Encoder
+  from opq_jax.importers.networks import Network
 
 
 class Recomputed(NamedTuple):
@@ -65,13 +65,15 @@ def recomputed(
   """
   try:
     encoding = Encoding.of(metadata)
-    identity = networks.identity(metadata)
+    named = identity(metadata)
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from error
   network = None
-  if identity is not None:
+  if named is not None:
+    from opq_jax.importers import networks
+
     network = networks.load(
-      weights, name=identity.name, source=identity.source, num_classes=identity.num_classes
+      weights, name=named.name, source=named.source, num_classes=named.num_classes
     )
   with collected_warnings():
     params = (
@@ -83,10 +85,15 @@ def recomputed(
     params = without_optimizer(params).tree
   images = _same_images(path, encoding, network, folder)
   coded = corrected = None
+  if encoding.inputs == TOKENS:
+    coded = _compressed_in(path, params)
+  if network is None and (encoding.encoder == ROUNDING or coded is not None):
+    return Recomputed(params, coded, None)
+
+  from opq_jax.cli import steps
+
   with steps.calibrated(network, encoding, images, lambda _: nullcontext()) as calibration:
-    if encoding.inputs == TOKENS:
-      coded = _compressed_in(path, params)
-    elif encoding.encoder != ROUNDING:
+    if encoding.encoder != ROUNDING and coded is None:
       encoder = steps.encoder_of(network, encoding, calibration)
       objective = _objective(encoding, weights, params)
       coded = _coded(path, metadata, encoding, params, encoder, objective)
@@ -105,8 +112,8 @@ def _keeps_optimizer(path: str, encoding: Encoding) -> bool:
 
 
 def _same_images(
-  path: str, encoding: Encoding, network: Network | None, folder: str | None
-) -> FolderImages | None:
+  path: str, encoding: Encoding, network: 'Network | None', folder: str | None
+) -> 'FolderImages | None':
   """Returns the images of a folder if they are those with which the file was made."""
   if encoding.images is None or network is None:
     if folder is not None:
@@ -117,6 +124,8 @@ def _same_images(
       f'{path}: found a file that was made with {encoding.images.number} images, expected '
       '--images FOLDER with the same ones'
     )
+  from opq_jax.cli import steps
+
   images = steps.folder_images(network, folder, encoding.images.number)
   if images.images != encoding.images:
     raise ValueError(
@@ -131,15 +140,18 @@ def _coded(
   metadata: Mapping[str, str],
   encoding: Encoding,
   params: PyTree,
-  encoder: opq_jax.encoders.Encoder,
+  encoder: 'Encoder',
   objective: Any,
 ) -> PyTree:
   """Returns the values of the codes that an encoder chooses of the original weights."""
+  import opq_jax
+  from opq_jax.cli.leaves import narrowed
+
   with OpqFile(path) as file:
     if TRELLIS not in (encoding.encoder, encoding.first):
       # on the file's own grids, which such an encoder leaves as they are
       return encoder.choose_codes(params, file.load(like=params)[1]).params
-    chosen = {name for name in file if file.leaf_state(name) is not None}
+    chosen = {name for name in file if file.grids(name)}
     counts = {name: file.slices(name) for name in file}
   # grids along a trellis are finer than the plain ones, which only the allocation knows
   names = 'bits_per_weight', 'compression_rate'
@@ -163,6 +175,8 @@ def _coded(
 
 def _objective(encoding: Encoding, weights: str, params: PyTree) -> Any:
   """Returns the objective of the allocation that a file was made with."""
+  from opq_jax.allocation import OBJECTIVES
+
   if encoding.objective != DIVERGENCE:
     return encoding.objective or OBJECTIVES[0]
   from opq_jax.cli import calibration
@@ -176,11 +190,6 @@ def _objective(encoding: Encoding, weights: str, params: PyTree) -> Any:
 def _compressed_in(path: str, params: PyTree) -> PyTree:
   """Returns the original weights with a file's compressed leaves in their places."""
   with OpqFile(path) as file:
-
-    def stored(name: str, leaf: Any) -> Any:
-      if name not in file or file.leaf_state(name) is None or file[name].shape != leaf.shape:
-        return leaf
-      return file[name]
-
-    leaves = [stored(name, leaf) for name, leaf in trees.named_leaves(params).items()]
-  return jax.tree.unflatten(jax.tree.structure(params), leaves)
+    shapes = {name: leaf.shape for name, leaf in trees.named_leaves(params).items()}
+    names = [name for name in file if file.grids(name) and file.shape(name) == shapes.get(name)]
+    return trees.replaced(params, {name: file[name] for name in names})

@@ -28,7 +28,8 @@ from typing import Any, TypeAlias
 
 import constriction
 import numpy as np
-from jaxtyping import Int8, UInt32
+
+from opq_jax.core.array_types import Int8, UInt32
 
 Coder: TypeAlias = Any
 """`constriction.stream.stack.AnsCoder`, which has no types."""

@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int8
+
+from opq_jax.core.array_types import Int8
 
 BLOCK = 1 << 18
 """Weights that are coded at once: large enough for NumPy, small enough for a processor's cache."""

@@ -10,9 +10,9 @@ import itertools
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Int8
 
 from opq_jax.coding import arrangements, trellis
+from opq_jax.core.array_types import Int8
 
 MAX_AXES = 5
 """Axes of an array that may be moved: outputs, inputs and a window of three axes."""

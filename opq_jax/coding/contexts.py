@@ -48,9 +48,9 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int8, Int16, Int64, UInt8
 
 from opq_jax.coding import ans, arrangements, frequencies, neighbours, trellis
+from opq_jax.core.array_types import Int8, Int16, Int64, UInt8
 
 # read as a table: a precision of 1 or 2 bits, then 0 as largest and as least symbol, which no table
 # has, because every one knows two symbols

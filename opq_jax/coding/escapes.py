@@ -26,9 +26,9 @@ and the bits of its rest; a section adds some 30 bytes.
 import zlib
 
 import numpy as np
-from jaxtyping import Int8, Int64, Shaped, UInt8
 
 from opq_jax.coding.payload import decode_codes, encode_codes
+from opq_jax.core.array_types import Int8, Int64, Shaped, UInt8
 
 _PIECE = 1 << 16
 """Gaps whose bits are padded to whole bytes together, and values that are cut at a time: memory for

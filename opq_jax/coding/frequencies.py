@@ -26,7 +26,8 @@ from typing import Any
 
 import constriction
 import numpy as np
-from jaxtyping import Float64, Int8, Int64, Num
+
+from opq_jax.core.array_types import Float64, Int8, Int64, Num
 
 _MAX_PRECISION = 16
 """Bits of a frequency; those of the coder are 24 (`opq_jax.coding.ans`)."""

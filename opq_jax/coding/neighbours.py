@@ -18,9 +18,9 @@ import itertools
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int8, UInt8
 
 from opq_jax.coding.arrangements import Kernel
+from opq_jax.core.array_types import Bool, Int8, UInt8
 
 _EDGES = (1, 3, 6, 10, 16, 28, 48, 90, 160)
 """Mean magnitudes at which the activity rises, in twelfths of a level: nearly a geometric series

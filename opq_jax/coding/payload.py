@@ -19,10 +19,10 @@ No symbol is ever certain, so the length of a payload bounds the number of codes
 import math
 
 import numpy as np
-from jaxtyping import Int8
 
-from opq_jax.coding import ans, arrangements, axis_orders, context_search, frequencies, trellis
+from opq_jax.coding import ans, arrangements, axis_orders, frequencies, trellis
 from opq_jax.coding import contexts as context_coding
+from opq_jax.core.array_types import Int8
 
 _MAX_TABLE_BYTES = 1200
 """Bytes of a table: 255 frequencies of at most 33 bits, the bounds of the alphabet, and P."""
@@ -83,7 +83,11 @@ def encode_codes(codes: Int8[np.ndarray, '...'], *, contexts: bool = True) -> by
   coder = ans.begin(codes)
   model.encode(coder, codes.reshape(-1))
   plain = frequencies.to_bytes(frequencies.write_table(model)) + ans.end(coder)
-  with_contexts = context_search.encode(codes) if contexts else None
+  with_contexts = None
+  if contexts:
+    from opq_jax.coding import context_search  # a reader needs no encoder
+
+    with_contexts = context_search.encode(codes)
   # of equal lengths `min` takes the plain one, which decodes faster
   return plain if with_contexts is None else min(plain, with_contexts, key=len)
 

@@ -27,7 +27,8 @@ import sys
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int8, UInt8
+
+from opq_jax.core.array_types import Int8, UInt8
 
 STATES = 32
 MAX_INDEX = 64

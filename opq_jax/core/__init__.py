@@ -5,6 +5,9 @@ The door is a list of modules, and none of them imports JAX before it is used.
 
 from opq_jax.core import lazy
 
-__all__ = ['axes', 'extras', 'files', 'lazy', 'limits', 'memory', 'messages', 'native', 'trees']
+__all__ = [
+  *('axes', 'extras', 'files', 'lazy', 'limits', 'memory', 'messages', 'native'),
+  *('plain_trees', 'trees'),
+]
 
 __getattr__, __dir__ = lazy.attributes(__name__, {}, __all__)

@@ -4,7 +4,8 @@ An allocation and a compression state have the structure of the parameters, with
 where a leaf is compressed and None where it passes through.  The functions here name the leaves of
 a tree and walk a tree together with its records.
 
-JAX is imported by the functions that need it: a file can be opened and checked without it.
+JAX is imported where a tree is not plain (`opq_jax.core.plain_trees`), and by the functions that
+need it: a file can be opened, checked and decompressed without it.
 """
 
 import functools
@@ -12,6 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from opq_jax.core import plain_trees
 
 if TYPE_CHECKING:
   from jax.tree_util import KeyPath
@@ -43,13 +46,15 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
   >>> named_leaves({'b': {'c': 1}, 'a': 2})
   {'a': 2, 'b/c': 1}
   """
+  if plain_trees.is_plain(tree):
+    return plain_trees.named_leaves(tree)
   from jax import tree_util
 
   named = {}
   for path, leaf in tree_util.tree_leaves_with_path(tree):
     name = path_name(path)
     if name in named:
-      raise ValueError(f'{name}: two leaves of the tree have this path; expected every path once')
+      raise ValueError(f'{name}: found two leaves of this path, expected every path once')
     named[name] = leaf
   return named
 
@@ -84,6 +89,8 @@ def replaced(tree: PyTree, new: Mapping[str, Any]) -> PyTree:
   >>> replaced({'a': 1, 'b': 2}, {'b': 3})
   {'a': 1, 'b': 3}
   """
+  if plain_trees.is_plain(tree):
+    return plain_trees.replaced(tree, new)
   from jax import tree_util
 
   return tree_util.tree_map_with_path(lambda path, leaf: new.get(path_name(path), leaf), tree)

@@ -4,9 +4,9 @@ A reader holds files of any origin to these rules: it takes no leaf that the wri
 """
 
 import numpy as np
-from jaxtyping import Int8
 
 from opq_jax.coding.frequencies import histogram
+from opq_jax.core.array_types import Int8
 from opq_jax.core.limits import ESCAPE
 from opq_jax.file.grids import ALL_CODES, Grid
 

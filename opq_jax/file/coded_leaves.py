@@ -1,4 +1,4 @@
-"""The codes of one compressed leaf of a file, decoded and checked, and what they say.
+"""The codes of one compressed leaf of a file, and what they say.
 
 Values and codes are NumPy's; JAX is imported where a compression state is asked for.
 """
@@ -6,9 +6,9 @@ Values and codes are NumPy's; JAX is imported where a compression state is asked
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int8, Shaped
 
 from opq_jax.coding import decode_codes, escapes
+from opq_jax.core.array_types import Int8, Shaped
 from opq_jax.core.limits import ESCAPE
 from opq_jax.file import checks
 from opq_jax.file.grids import Grid
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class CodedSlice(NamedTuple):
-  """A slice of a compressed leaf, or the leaf, as the file codes it, checked.
+  """A slice of a compressed leaf, or the leaf, as a file codes it.
 
   Attributes:
     codes: of all weights, -128 where one is escaped.
@@ -54,8 +54,15 @@ def moved_codes(
   return moved, escaped
 
 
+def escaped_values(
+  codes: Int8[np.ndarray, '...'], array: Shaped[np.ndarray, '...']
+) -> Shaped[np.ndarray, ' m']:
+  """Returns the escaped weights of an array, in C order."""
+  return array[codes == ESCAPE]
+
+
 class CodedLeaf(NamedTuple):
-  """A compressed leaf as the file codes it, checked.
+  """A compressed leaf as a file codes it.
 
   Attributes:
     parts: its slices in C order, or itself.

@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32
 
+from opq_jax.core import plain_trees
+from opq_jax.core.array_types import Float32
 from opq_jax.core.trees import slice_name
-from opq_jax.file import checks, container, packing, plain_trees, side_files
+from opq_jax.file import checks, container, packing, side_files
 from opq_jax.file import index as file_index
 from opq_jax.file.grids import Grid
 from opq_jax.file.leaf_entries import LeafEntry

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Float32, Int8, Shaped
 
+from opq_jax.core.array_types import Float32, Int8, Shaped
 from opq_jax.core.limits import ESCAPE, MAX_LEVELS
 
 _CHUNK = 1 << 16  # codes looked up at a time: NumPy widens the indices to 8 bytes each
@@ -58,6 +58,10 @@ class Grid(NamedTuple):
   step: np.float32
   levels: int
   dtype: np.dtype
+
+  def row(self) -> list[np.float32]:
+    """Returns its row in a file: threshold, first value and step."""
+    return [self.threshold, self.first, self.step]
 
   def level_values(self) -> LevelValues:
     """Returns the value of every cell, with what rounding it took."""

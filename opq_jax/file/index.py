@@ -66,9 +66,9 @@ import dataclasses
 import json
 from typing import Any, NamedTuple
 
+from opq_jax.core.plain_trees import Node, check_names
 from opq_jax.file import side_files
 from opq_jax.file.leaf_entries import LeafEntry, parsed_leaf
-from opq_jax.file.plain_trees import Node, check_names
 
 MAX_INDEX = 1 << 22
 """Bytes of JSON, enough for 80,000 leaves."""

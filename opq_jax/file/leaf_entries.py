@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Int64
 
+from opq_jax.core.array_types import Int64
 from opq_jax.core.limits import MAX_LEVELS
 
 _SCALARS: tuple[type[np.generic], ...] = (

@@ -1,7 +1,7 @@
 """Reads `.opq` files: one leaf at a time, checked, in bounded time and memory.
 
 `opq_jax.file.index` describes the format.  Values and codes come as NumPy arrays and need no JAX;
-it is imported where a compression state is asked for.
+it is imported where a compression state is asked for: `load`, `leaf_state`.
 """
 
 import io
@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from jaxtyping import Int8, Shaped
 
 from opq_jax.coding.axis_orders import inverse
+from opq_jax.core import plain_trees
+from opq_jax.core.array_types import Int8, Shaped
 from opq_jax.core.trees import slice_name
 from opq_jax.file import packing, side_files
 from opq_jax.file.coded_leaves import CodedLeaf, coded_slice
@@ -257,6 +258,14 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
       else:
         sizes[name] = leaf.stored + GRID_BYTES * leaf.rows
     return sizes
+
+  def params(self) -> 'PyTree':
+    """Returns the decoded parameters alone, as `load` returns them; needs no JAX.
+
+    Raises:
+      ValueError: a leaf is damaged.
+    """
+    return plain_trees.replaced(self._front.tree, dict(self))
 
   def load(self, like: 'PyTree | None' = None) -> 'tuple[PyTree, CompressionState]':
     """Returns the whole network: decoded parameters, and the state that compresses them.

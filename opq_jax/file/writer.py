@@ -15,14 +15,15 @@ from jax import tree_util
 from jaxtyping import Shaped
 
 from opq_jax.compression import CompressionState, LeafState
-from opq_jax.core import files, trees
+from opq_jax.core import files, plain_trees, trees
 from opq_jax.core.ties import Candidate, Tie, tied
 from opq_jax.core.trees import PyTree
-from opq_jax.file import leaf_entries, packing, plain_trees
+from opq_jax.file import leaf_entries, packing
+from opq_jax.file.coded_weights import coded_slices
 from opq_jax.file.front import front_bytes
 from opq_jax.file.repeated_leaves import RepeatedLeaves
 from opq_jax.file.side_files import packed_files
-from opq_jax.file.written_leaves import axes_of, coded_slices, host_array, write_leaf
+from opq_jax.file.written_leaves import axes_of, host_array, write_leaf
 
 TIED_VERSION = '2'
 """The least version of a file in which a leaf is an earlier one again."""

@@ -14,7 +14,7 @@ import numpy as np
 from opq_jax import correction, importers
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
-from opq_jax.file.reader import OpqFile
+from opq_jax.importers.named_networks import CLASSES, NAME, SOURCE, identity_of
 from opq_jax.weights import read_weights
 
 if TYPE_CHECKING:
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
   import jax
 
   from opq_jax.importers.layouts import Source
-
-KEYS = _NAME, _SOURCE, _CLASSES = 'model', 'source', 'num_classes'
-"""Metadata keys of a network's name, source and number of classes."""
 
 _CIFAR_SIDE = 32  # pixels: images of a preprocessing without resizing and cropping
 _CIFAR_BATCH = 128  # images of 32 pixels, about the arithmetic of three of 224
@@ -49,58 +46,13 @@ class Network(NamedTuple):
   source: 'Source'
 
 
-class Identity(NamedTuple):
-  """Name, source and number of classes of the network in a file."""
-
-  name: str
-  source: str
-  num_classes: int
-
-
 def metadata(network: Network) -> dict[str, str]:
-  """Returns the metadata from which `identity` finds the network again."""
+  """Returns the metadata from which `named_networks.identity` finds the network again."""
   return {
-    _NAME: network.name,
-    _SOURCE: network.source.name,
-    _CLASSES: str(network.model.num_classes),
+    NAME: network.name,
+    SOURCE: network.source.name,
+    CLASSES: str(network.model.num_classes),
   }
-
-
-def identity(found: Mapping[str, str]) -> Identity | None:
-  """Returns the network that the metadata of a file name, None where they name none.
-
-  Raises:
-    ValueError: one of the three keys is missing, or the number of classes is no number.
-
-  >>> identity({'model': 'resnet50', 'source': 'timm', 'num_classes': '1000'})
-  Identity(name='resnet50', source='timm', num_classes=1000)
-  >>> identity({'weights': 'net.npz'}) is None
-  True
-  """
-  if _NAME not in found:
-    return None
-  missing = [key for key in KEYS if key not in found]
-  classes = found.get(_CLASSES, '')
-  if missing or not classes.isdecimal():
-    shown = {key: found[key] for key in KEYS if key in found}
-    raise ValueError(f'metadata: found {shown}, expected a name for each of {", ".join(KEYS)}')
-  return Identity(found[_NAME], found[_SOURCE], int(classes))
-
-
-def identity_of(path: str | os.PathLike[str]) -> Identity | None:
-  """Returns the network that a file names, None where it names none or is no `.opq` file.
-
-  Raises:
-    ValueError: the metadata are not complete (`identity`), or the file is damaged.
-    OSError: the file cannot be read.
-  """
-  if not os.fspath(path).lower().endswith('.opq'):
-    return None
-  with OpqFile(path) as file:
-    try:
-      return identity(file.metadata)
-    except ValueError as error:
-      raise ValueError(f'{os.fspath(path)}: {error}') from error
 
 
 def load(

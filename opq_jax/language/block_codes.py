@@ -25,7 +25,8 @@ from opq_jax.encoders.encoder import named_leaf
 from opq_jax.encoders.fitted_weights import fitted_rows
 from opq_jax.encoders.matrices import MatrixLayout
 from opq_jax.encoders.plain_codes import PlainCodesWarning, without_plain_codes
-from opq_jax.file.written_leaves import CodedSlice, coded_slices
+from opq_jax.file.coded_leaves import CodedSlice
+from opq_jax.file.coded_weights import coded_slices
 from opq_jax.language.coded_arrays import FIELDS, arrays_of, coded_slice
 from opq_jax.language.network import Block, Head, Start, StoredNetwork, applied
 from opq_jax.language.work_folder import WorkFolder

@@ -2,12 +2,10 @@
 
 from collections.abc import Mapping
 
-import jax.numpy as jnp
 import numpy as np
 
-from opq_jax.compression import LeafState
-from opq_jax.compression.records import affine_codebook
-from opq_jax.file.written_leaves import CodedSlice
+from opq_jax.file.coded_leaves import CodedSlice
+from opq_jax.file.grids import Grid
 
 FIELDS = ('codes', 'escaped', 'grid', 'levels')
 """Names of the arrays."""
@@ -19,21 +17,13 @@ def arrays_of(coded: CodedSlice) -> dict[str, np.ndarray]:
     'codes': coded.codes,
     # as bytes: numpy's files do not know bfloat16
     'escaped': np.ascontiguousarray(coded.escaped).view(np.uint8),
-    'grid': np.array(coded.grid, np.float32),
-    'levels': np.asarray(coded.record.levels),
+    'grid': np.array(coded.grid.row(), np.float32),
+    'levels': np.asarray(coded.grid.levels),
   }
 
 
 def coded_slice(arrays: Mapping[str, np.ndarray], dtype: np.dtype) -> CodedSlice:
-  """Returns the tensor of `arrays_of`, of this dtype; the kinds of its state are missing."""
+  """Returns the tensor of `arrays_of`, of this dtype."""
   threshold, first, step = arrays['grid']
-  levels = jnp.int32(arrays['levels'])
-  record = LeafState(
-    kinds=jnp.zeros(0, jnp.uint8),
-    codebook=affine_codebook(jnp.float32(first), jnp.float32(step), levels),
-    threshold=jnp.float32(threshold),
-    step=jnp.float32(step),
-    levels=levels,
-    dtype=dtype,
-  )
-  return CodedSlice(arrays['codes'], arrays['escaped'].view(dtype), record, [*arrays['grid']])
+  grid = Grid(threshold, first, step, int(arrays['levels']), dtype)
+  return CodedSlice(arrays['codes'], arrays['escaped'].view(dtype), grid)

@@ -13,7 +13,7 @@ from opq_jax.allocation import LeafAllocation
 from opq_jax.core import messages, trees
 from opq_jax.core.trees import PyTree
 from opq_jax.encoders import DAMPING, SHARE, LeafEncoder
-from opq_jax.file.written_leaves import CodedSlice
+from opq_jax.file.coded_leaves import CodedSlice
 from opq_jax.language import feedback_gains
 from opq_jax.language.block_codes import BlockEncoder
 from opq_jax.language.calibration import Calibration

@@ -12,12 +12,12 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int8, Shaped, UInt8
+from jaxtyping import Int8, Shaped
 
-from opq_jax.compression import LeafState
-from opq_jax.compression.records import ESCAPED
 from opq_jax.core.limits import ESCAPE
-from opq_jax.file.written_leaves import escaped_values, written_slice
+from opq_jax.file.coded_leaves import CodedSlice, escaped_values
+from opq_jax.file.grids import Grid
+from opq_jax.file.written_leaves import written_slice
 
 _PIECE = 1 << 18  # weights checked at a time: 2 MiB for each float64 array
 _TINY = float(np.finfo(np.float32).tiny)
@@ -63,14 +63,12 @@ class _Piece(NamedTuple):
     target: the weights whose cells the codes name (see `check_leaf`).
     code: their codes.
     value: their values in the file.
-    kind: their kinds in the compression state.
   """
 
   original: Shaped[np.ndarray, ' n']
   target: Shaped[np.ndarray, ' n']
   code: Int8[np.ndarray, ' n']
   value: Shaped[np.ndarray, ' n']
-  kind: UInt8[np.ndarray, ' n']
 
 
 @dataclasses.dataclass
@@ -78,8 +76,8 @@ class _Tally:
   """Counts and sums over the pieces of a leaf.
 
   Attributes:
-    pruned_above, kept_below, other_sign, outside, changed, marks, infinite: weights that break a
-      rule; `problems` has the rules in words.
+    pruned_above, kept_below, other_sign, outside, changed, infinite: weights that break a rule;
+      `problems` has the rules in words.
     clipped, escaped, worst: see `VerifiedLeaf`.
     squared_error: sum of (w - w^)^2.
     energy: sum of w^2.
@@ -93,7 +91,6 @@ class _Tally:
   other_sign: int = 0
   outside: int = 0
   changed: int = 0
-  marks: int = 0
   infinite: int = 0
   clipped: int = 0
   escaped: int = 0
@@ -111,7 +108,6 @@ class _Tally:
     is_kept = ~is_pruned & ~is_escaped
     self.escaped += _count(is_escaped)
     self.changed += differing(piece.value[is_escaped], piece.target[is_escaped])
-    self.marks += _count((piece.kind == ESCAPED) != is_escaped)
     self.infinite += _count(np.isfinite(weight) & ~np.isfinite(value))
 
     magnitude = np.abs(target)
@@ -143,7 +139,6 @@ class _Tally:
       'survivors of the other sign': self.other_sign,
       'survivors outside of their cells': self.outside,
       'escaped weights that are not the original ones': self.changed,
-      'escaped weights whose code and kind differ': self.marks,
       'finite weights that came back infinite or NaN': self.infinite,
     }
     return [
@@ -163,7 +158,7 @@ def check_leaf(
   target: Shaped[np.ndarray, '...'],
   codes: Int8[np.ndarray, '...'],
   values: Shaped[np.ndarray, '...'],
-  record: LeafState,
+  grid: Grid,
   stored: int,
   axes: tuple[int, ...] = (),
 ) -> VerifiedLeaf:
@@ -176,22 +171,20 @@ def check_leaf(
       encoder has chosen for them (error feedback, trellis).
     codes: the codes in the file.
     values: the values in the file.
-    record: the leaf's grid and kinds.
+    grid: the leaf's grid.
     stored: bytes of the leaf's payload in the file.
     axes: the order of axes in its payload (`OpqFile.axes`).
   """
-  levels = int(record.levels)
-  tally = _Tally(float(record.threshold), float(record.step), levels)
-  arrays = original, target, codes, values, np.asarray(record.kinds)
-  flat = [array.reshape(-1) for array in arrays]
+  tally = _Tally(float(grid.threshold), float(grid.step), grid.levels)
+  flat = [array.reshape(-1) for array in (original, target, codes, values)]
   for start in range(0, original.size, _PIECE):
     tally.add(_Piece(*(array[start : start + _PIECE] for array in flat)))
-  problems = tally.problems(name) + _payload_problems(name, codes, values, record, stored, axes)
+  problems = tally.problems(name) + _payload_problems(name, codes, values, grid, stored, axes)
   return VerifiedLeaf(
     path=name,
     weights=original.size,
     sparsity=1 - _count(codes) / original.size,
-    levels=levels,
+    levels=grid.levels,
     error=tally.relative_error(),
     worst=tally.worst,
     clipped=tally.clipped,
@@ -205,15 +198,13 @@ def _payload_problems(
   name: str,
   codes: Int8[np.ndarray, '...'],
   values: Shaped[np.ndarray, '...'],
-  record: LeafState,
+  grid: Grid,
   stored: int,
   axes: tuple[int, ...],
 ) -> list[str]:
   """Returns a line if the payload has another length than the codes take when coded again."""
-  escaped = escaped_values(codes, values)
-  size = lambda contexts: len(
-    written_slice(codes, escaped, record, contexts=contexts, axes=axes).payload
-  )
+  coded = CodedSlice(codes, escaped_values(codes, values), grid)
+  size = lambda contexts: len(written_slice(coded, contexts=contexts, axes=axes).payload)
   # coded without contexts only if the first length is not it: coding is most of the work
   if stored == (with_contexts := size(True)) or stored == (without := size(False)):
     return []

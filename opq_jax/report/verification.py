@@ -8,15 +8,14 @@ import dataclasses
 import os
 from pathlib import Path
 
-import jax
 import ml_dtypes
 import numpy as np
-from jaxtyping import Int8, Shaped
+from jaxtyping import Shaped
 from rich.table import Table
 
-from opq_jax.compression import LeafState, slice_of
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
+from opq_jax.file.grids import Grid
 from opq_jax.file.reader import OpqFile
 from opq_jax.report import cell_checks, tables
 from opq_jax.report.cell_checks import VerifiedLeaf
@@ -123,9 +122,9 @@ def verify(
         problems.append(f'{name}: found in the {here}, not in the {there}')
         is_same_tree = False
         continue
-      value, record, sizes = file[name], file.leaf_state(name), file.payload_sizes(name)
+      value, grids = file[name], file.grids(name)
       original = originals[name]
-      if record is not None and original.dtype == np.float64 and value.dtype == np.float32:
+      if grids and original.dtype == np.float64 and value.dtype == np.float32:
         original = originals[name] = original.astype(np.float32)
       if (value.shape, value.dtype) != (original.shape, original.dtype):
         problems.append(
@@ -133,11 +132,9 @@ def verify(
           f'{original.dtype.name}{list(original.shape)}'
         )
         is_same_tree = False
-      elif record is not None:
+      elif grids:
         target = original if coded is None else targets[name]
-        own = _verified(
-          name, original, target, file.codes(name), value, record, sizes, file.axes(name)
-        )
+        own = _verified(file, name, original, target, value, grids)
         rows += own
         problems += [problem for row in own for problem in row.problems]
       elif value.tobytes() == original.tobytes():
@@ -152,22 +149,21 @@ def verify(
   report = None
   if is_same_tree:
     data = path if isinstance(path, bytes) else Path(path).read_bytes()
-    narrowed = jax.tree.unflatten(jax.tree.structure(params), originals.values())
-    report = payload_report(data, narrowed, channel_axis=channel_axis)
+    report = payload_report(data, originals, channel_axis=channel_axis)
   return Verification(tuple(rows), exact, near, tuple(problems), report)
 
 
 def _verified(
+  file: OpqFile,
   name: str,
   original: Shaped[np.ndarray, '...'],
   target: Shaped[np.ndarray, '...'],
-  codes: Int8[np.ndarray, '...'],
   values: Shaped[np.ndarray, '...'],
-  record: LeafState,
-  sizes: tuple[int, ...],
-  axes: tuple[int, ...],
+  grids: tuple[Grid, ...],
 ) -> list[VerifiedLeaf]:
   """Compares every slice of a compressed leaf, or the leaf, with its original weights."""
+  codes, axes = file.codes(name), file.axes(name)
+  places = np.ndindex(codes.shape[: file.slices(name)])
   return [
     cell_checks.check_leaf(
       trees.slice_name(name, index),
@@ -175,11 +171,11 @@ def _verified(
       target[index],
       codes[index],
       values[index],
-      slice_of(record, index),
+      grid,
       size,
       axes,
     )
-    for index, size in zip(np.ndindex(record.slice_shape), sizes, strict=True)
+    for index, grid, size in zip(places, grids, file.payload_sizes(name), strict=True)
   ]
 
 

@@ -15,7 +15,8 @@ from opq_jax.compression.records import kinds_of
 from opq_jax.core import axes
 from opq_jax.core.axes import ChannelAxes
 from opq_jax.core.trees import slice_name
-from opq_jax.file import written_leaves
+from opq_jax.file import coded_weights, written_leaves
+from opq_jax.file.coded_leaves import CodedSlice, escaped_values
 from opq_jax.report import leaf_sizes
 
 _PIECE = 1 << 20  # weights coded at a time (4 MiB of float32): large enough to hide JAX's overhead
@@ -27,11 +28,11 @@ class CodedPart(NamedTuple):
   """A slice of a leaf, or the leaf, and its codes.
 
   Attributes:
-    coded: its codes, its escaped weights, and its state without the kinds of its weights.
+    coded: its codes, its escaped weights and its grid.
     largest: see `opq_jax.report.leaf_sizes.largest_on_grid`.
   """
 
-  coded: written_leaves.CodedSlice
+  coded: CodedSlice
   largest: Float32[np.ndarray, ' channels']
 
 
@@ -75,9 +76,8 @@ def _coded_part(
     padded = np.pad(piece, (0, size - piece.size))
     kinds = _kinds_of(padded, record.threshold, record.step, record.levels)
     state = dataclasses.replace(record, kinds=kinds)
-    codes[start : start + size] = written_leaves.checked_codes(name, padded, state)[: piece.size]
+    codes[start : start + size] = coded_weights.checked_codes(name, padded, state)[: piece.size]
   shaped = codes.reshape(array.shape)
   largest = leaf_sizes.largest_on_grid(array, shaped, axis)
-  grid = written_leaves.checked_grid(name, record)
-  escaped = written_leaves.escaped_values(shaped, array)
-  return CodedPart(written_leaves.CodedSlice(shaped, escaped, record, grid), largest)
+  grid = coded_weights.checked_grid(name, record)
+  return CodedPart(CodedSlice(shaped, escaped_values(shaped, array), grid), largest)

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from opq_jax.core import trees
@@ -50,6 +49,7 @@ class OrbaxFolder:
 
   def read_leaf(self, name: str) -> np.ndarray:
     """Returns the leaf of a path name and reads no other."""
+    import jax
     import orbax.checkpoint as ocp
 
     named = trees.named_leaves(self.tree)
@@ -59,6 +59,7 @@ class OrbaxFolder:
 
   def _restored(self, requested: PyTree) -> PyTree:
     """Returns the arrays of a tree of metadata; Orbax leaves its placeholders out."""
+    import jax
     import orbax.checkpoint as ocp
 
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), self.tree)
@@ -74,6 +75,8 @@ def open_leaves(path: Path) -> PyTree:
     ValueError: there is no tree of arrays, or more than one.
     OSError: it cannot be read.
   """
+  import jax
+
   expected = 'an Orbax checkpoint'
   folder = checks.guarded(OrbaxFolder, path, expected)
 

@@ -21,12 +21,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
-from opq_jax.file import reader
+from opq_jax.file.reader import OpqFile
 from opq_jax.weights import (
   checks,
   gguf,
@@ -84,16 +83,15 @@ def _checked(path: Path, tree: PyTree) -> PyTree:
   leaves = trees.named_leaves(tree)
   if not leaves:
     raise ValueError(f'{path}: found no weights, expected at least one')
-  arrays = []
-  for name, leaf in leaves.items():
-    array = np.asarray(leaf)
+  arrays = {name: np.asarray(leaf) for name, leaf in leaves.items()}
+  for name, array in arrays.items():
     checks.dtype_of_numbers(path, name, array)
-    arrays.append(array)
-  return jax.tree.unflatten(jax.tree.structure(tree), arrays)
+  return trees.replaced(tree, arrays)
 
 
 def _read_opq(path: Path) -> PyTree:
-  return reader.load(path)[0]
+  with OpqFile(path) as file:
+    return file.params()
 
 
 def _read_orbax(path: Path) -> PyTree:

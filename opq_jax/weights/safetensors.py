@@ -16,7 +16,7 @@ from jaxtyping import Shaped
 
 from opq_jax.core import files, trees
 from opq_jax.core.trees import PyTree
-from opq_jax.file import reader
+from opq_jax.file.reader import OpqFile
 from opq_jax.weights import checks
 from opq_jax.weights.stored_leaves import StoredLeaf
 
@@ -87,7 +87,8 @@ def read(path: Path) -> PyTree:
   with open(path, 'rb'), safetensors.safe_open(path, 'np') as file:
     _check_names(path)
     if is_opq(file):
-      return reader.load(path)[0]
+      with OpqFile(path) as opq:
+        return opq.params()
     return {name: read_tensor(path, file, name) for name in file.keys()}  # noqa: SIM118
 
 

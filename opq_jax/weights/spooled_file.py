@@ -20,6 +20,7 @@ from opq_jax.core import files
 from opq_jax.core.trees import PyTree
 from opq_jax.file import front as file_front
 from opq_jax.file import leaf_entries, packing, writer, written_leaves
+from opq_jax.file.coded_leaves import CodedSlice
 from opq_jax.file.repeated_leaves import RepeatedLeaves
 from opq_jax.file.side_files import SideFiles
 
@@ -58,7 +59,7 @@ class SpooledFile:
 
   def add_codes(
     self,
-    coded: Iterable[written_leaves.CodedSlice],
+    coded: Iterable[CodedSlice],
     shape: tuple[int, ...],
     slices: int = 0,
     axes: tuple[int, ...] = (),

@@ -13,8 +13,8 @@ from opq_jax.core import axes, trees
 from opq_jax.core.axes import ChannelAxes
 from opq_jax.core.trees import PyTree
 from opq_jax.file import written_leaves
+from opq_jax.file.coded_leaves import CodedSlice
 from opq_jax.file.side_files import SideFiles
-from opq_jax.file.written_leaves import CodedSlice
 from opq_jax.report import leaf_sizes
 from opq_jax.report.records import CompressedLeaf, UncompressedLeaf
 from opq_jax.weights.leaf_codes import coded_parts
@@ -117,11 +117,10 @@ class StoredTree:
     axis_of_slice = axes.in_slice(axis, slices)
     rows: list[CompressedLeaf] = []
 
-    def coded() -> Iterator[written_leaves.CodedSlice]:
+    def coded() -> Iterator[CodedSlice]:
       """Codes slice by slice, and keeps the sizes of each."""
       for part in coded_parts(name, leaf.read(), allocated, axis):
-        grid = written_leaves.grid_of(part.coded.record)
-        codes = part.coded.codes
+        codes, _, grid = part.coded
         rows.append(leaf_sizes.compressed_leaf(name, grid, codes, part.largest, axis_of_slice, 0))
         yield part.coded
 
@@ -137,10 +136,10 @@ class StoredTree:
     self, name: str, leaf: StoredLeaf, coded: CodedSlice, file: SpooledFile
   ) -> CompressedLeaf:
     """Spools a leaf without slices whose codes were chosen before."""
-    grid, axis = written_leaves.grid_of(coded.record), self.axes[name]
+    axis = self.axes[name]
     largest = leaf_sizes.largest_on_grid(leaf.read(), coded.codes, axis)
     file.add_codes([coded], leaf.shape, axes=written_leaves.axes_of([coded]))
-    return leaf_sizes.compressed_leaf(name, grid, coded.codes, largest, axis, 0)
+    return leaf_sizes.compressed_leaf(name, coded.grid, coded.codes, largest, axis, 0)
 
 
 def stored_statistics(leaf: StoredLeaf, axis: ChannelAxes, slices: int) -> LeafStatistics:

@@ -21,13 +21,13 @@ from opq_jax.allocation import (
   LeafAllocation,
   is_compressible,
 )
-from opq_jax.core import memory, trees
+from opq_jax.core import memory, plain_trees, trees
 from opq_jax.core.trees import PyTree
-from opq_jax.file import plain_trees, writer
 from opq_jax.file import rate as file_rates
+from opq_jax.file import writer
+from opq_jax.file.coded_leaves import CodedSlice
 from opq_jax.file.reader import OpqFile
 from opq_jax.file.side_files import packed_files
-from opq_jax.file.written_leaves import CodedSlice
 from opq_jax.report.records import SizeReport
 from opq_jax.report.sizes import ChannelAxis
 from opq_jax.weights.spooled_file import SpooledFile

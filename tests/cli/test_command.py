@@ -12,7 +12,7 @@ import opq_jax
 from opq_jax import cli, importers
 from opq_jax.cli import digits
 from opq_jax.core import trees
-from opq_jax.importers import networks
+from opq_jax.importers import named_networks, networks
 from opq_jax.weights import channel_axis
 from tests.helpers import stacks, tiny_resnet
 
@@ -102,7 +102,7 @@ def test_decompress_uses_source_names(resnet, capsys):
   assert found['uncorrected'] is None
   metadata = found['metadata']
   assert metadata['channel_axis'] == 'last'
-  network = {key: metadata[key] for key in networks.KEYS}
+  network = {key: metadata[key] for key in named_networks.KEYS}
   assert network == {'model': 'resnet20', 'source': 'akamaster', 'num_classes': '5'}
   assert run('inspect', 'net.opq') == 0
   assert 'source: akamaster' in capsys.readouterr().out

@@ -1,6 +1,5 @@
 import itertools
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,9 +9,9 @@ from hypothesis.extra import numpy as hnp
 from opq_jax.coding import ans, context_search, escapes, frequencies, trellis
 from opq_jax.coding import contexts as context_coding
 from opq_jax.coding.payload import decode_codes, encode_codes, entropy
-from opq_jax.compression import LeafState
-from opq_jax.compression.records import affine_codebook
 from opq_jax.file import written_leaves
+from opq_jax.file.coded_leaves import CodedSlice
+from opq_jax.file.grids import Grid
 from tests.helpers.kernels import codes_along_the_trellis, scaled_codes, smooth_codes
 
 # in every arrangement, and with one, two and three axes of a window
@@ -139,16 +138,9 @@ def test_entropy_escapes_on_trellis():
   assert entropy(escaped) > entropy(codes)
 
   # a file codes them along the trellis still
-  record = LeafState(
-    kinds=np.ones(codes.shape, np.uint8),
-    codebook=affine_codebook(*map(jnp.float32, (1, 1)), jnp.int32(127)),
-    threshold=jnp.float32(0.5),
-    step=jnp.float32(1),
-    levels=jnp.int32(127),
-    dtype=np.dtype(np.float32),
-  )
+  grid = Grid(*map(np.float32, (0.5, 1, 1)), 127, np.dtype(np.float32))
   values = np.full(zeros.size, 1000, np.float32)
-  written = written_leaves.written_slice(escaped, values, record, contexts=True)
+  written = written_leaves.written_slice(CodedSlice(escaped, values, grid), contexts=True)
   payload = encode_codes(codes)
   assert written.payload == payload + escapes.encode(zeros, values)
   assert frequencies.to_bits(payload, 8).startswith(context_coding.TRELLIS_MARKER)

@@ -28,7 +28,8 @@ from experiments.benchmarks.robustness import hostile_files
 from opq_jax.coding import payload as entropy_coding
 from opq_jax.compression import CompressionState
 from opq_jax.compression.records import affine_codebook
-from opq_jax.file import container, packing, plain_trees, reader, writer
+from opq_jax.core import plain_trees
+from opq_jax.file import container, packing, reader, writer
 from opq_jax.weights import read_weights, write_safetensors
 from tests.helpers import hostile_parts
 from tests.helpers.opq_files import (

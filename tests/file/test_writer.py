@@ -116,7 +116,7 @@ def test_save_names_other_keys(key):
 
 def test_save_refuses_equal_names():
   params = {'a/b': laplace(3), 'a': {'b': laplace(3)}}
-  with pytest.raises(ValueError, match='a/b: two leaves'):
+  with pytest.raises(ValueError, match='a/b: found two leaves'):
     serialize(params, state_of(params))
 
 

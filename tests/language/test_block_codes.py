@@ -1,13 +1,11 @@
 """Codes chosen block after block: what they give the network, and runs that are killed."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import opq_jax
-from opq_jax import compression, language
+from opq_jax import language
 from opq_jax.encoders import Feedback, Trellis, trellis_leaves
 from opq_jax.importers import language_models
 from opq_jax.language.block_codes import BlockEncoder
@@ -33,12 +31,7 @@ def run(blocks, output, told=lambda share: None):
     coded = read(name)
     values[name] = tensor
     if coded is not None:
-      exact = np.zeros(coded.codes.shape, tensor.dtype)
-      exact[coded.codes == -128] = coded.escaped
-      kinds = np.where(coded.codes == -128, 2, coded.codes != 0).astype(np.uint8)
-      state = dataclasses.replace(coded.record, kinds=jnp.asarray(kinds))
-      state = compression.CompressionState(state)
-      values[name] = np.asarray(compression.decode(coded.codes, state, jnp.asarray(exact)))
+      values[name] = coded.values()
   return values
 
 

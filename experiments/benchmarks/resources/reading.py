@@ -2,9 +2,10 @@
 
     python -m experiments.benchmarks.resources.reading NET.opq [NET.opq ...]
 
-Python is a fresh process that opens the file and reads every leaf, imports included.  JavaScript is
-one process of Node.js that decodes the file again and again: the first time, and the median of
-later ones, when its compiler has done its work.  Seconds of all threads together.
+Python is a fresh process that opens the file and reads every leaf, imports included; beside it, one
+that imports NumPy alone.  JavaScript is one process of Node.js that decodes the file again and
+again: the first time, and the median of later ones, when its compiler has done its work.  Seconds
+of all threads together.  Both must return the same, byte for byte.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import subprocess
 import sys
 
 from experiments.benchmarks import harness
-from experiments.benchmarks.robustness.second_decoder import DECODER
+from experiments.benchmarks.robustness.second_decoder import DECODER, outcomes
 from opq_jax.file.reader import OpqFile
 
 MODULE = 'experiments.benchmarks.resources.reading'
@@ -62,7 +63,10 @@ def measured(path: pathlib.Path) -> dict[str, object]:
   """Returns the row of a file."""
   with OpqFile(path) as file:
     weights = sum(array.size for array in file.values())
-  in_python = min(child_seconds([sys.executable, '-c', _PYTHON, str(path)]) for _ in range(5))
+  # in turn, so that a slow moment affects both
+  codes = _PYTHON, 'import numpy'
+  seconds = [[child_seconds([sys.executable, '-c', c, str(path)]) for c in codes] for _ in range(7)]
+  in_python, numpy_alone = map(min, zip(*seconds, strict=True))
   script = ['node', '--input-type=module', '-e', _JAVASCRIPT]
   run = subprocess.run(
     [*script, str(DECODER), str(path), str(ROUNDS)], stdout=subprocess.PIPE, check=True
@@ -73,7 +77,9 @@ def measured(path: pathlib.Path) -> dict[str, object]:
     'file': path.name,
     'bytes': path.stat().st_size,
     'weights': weights,
+    'arrays': next(outcomes([path.read_bytes()]))[0],
     'Python, fresh process, s': round(in_python, 2),
+    'import numpy alone, s': round(numpy_alone, 2),
     'JavaScript, first time, s': round(first, 2),
     'JavaScript, warm, s': round(warm, 2),
     'JavaScript, warm, million weights a second': round(weights / warm / 1e6, 1),

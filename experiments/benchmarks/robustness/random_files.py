@@ -15,12 +15,13 @@ import numpy as np
 from jaxtyping import Int8, Shaped
 
 from opq_jax.coding import trellis
-from opq_jax.compression import LeafState
+from opq_jax.core import plain_trees
 from opq_jax.core.limits import ESCAPE
-from opq_jax.file import checks, leaf_entries, packing, plain_trees, side_files, writer
+from opq_jax.file import checks, leaf_entries, packing, side_files, writer
+from opq_jax.file.coded_leaves import CodedSlice
 from opq_jax.file.front import front_bytes
 from opq_jax.file.grids import Grid
-from opq_jax.file.written_leaves import CodedSlice, write_leaf
+from opq_jax.file.written_leaves import write_leaf
 
 DTYPES = list(leaf_entries.DTYPES.values())
 FLOATS = [dtype for dtype in DTYPES if leaf_entries.can_be_compressed(dtype)]
@@ -83,7 +84,7 @@ def random_file(number: int) -> bytes:
     grids += leaf.grids
     payloads += leaf.payloads
     versions.append(leaf.version)
-    if leaf.raw:
+    if not is_compressed:
       raw += bytes(-len(raw) % dtype.itemsize) + leaf.raw
     drawn.append(_Drawn(place, dtype, shape, is_compressed, slices))
   starts = range(0, len(raw), packing.BLOCK)
@@ -188,7 +189,7 @@ def _compressed(
     axes = axes if list(axes) != sorted(axes) else ()
   parts = [_slice(rng, dtype, own, axes, kind) for _ in range(math.prod(shape[:slices]))]
   payloads: list[bytes] = []
-  contexts = bool(rng.random() < 0.8)
+  contexts = bool(rng.random() < 0.4)  # they take most of the time
   written = write_leaf(parts, shape, slices, payloads.append, contexts=contexts, axes=axes)
   return _Written(written.spec, written.grids, payloads, b'', written.version)
 
@@ -213,15 +214,7 @@ def _slice(
   if axes:
     codes = np.ascontiguousarray(codes.transpose(np.argsort(axes)))
   escaped = _finite(rng, dtype, int(is_escaped.sum()))
-  record = LeafState(
-    kinds=np.zeros(0, np.uint8),
-    codebook=grid.codebook(),
-    threshold=grid.threshold,
-    step=grid.step,
-    levels=np.int32(grid.levels),
-    dtype=dtype,
-  )
-  return CodedSlice(codes, escaped, record, [grid.threshold, grid.first, grid.step])
+  return CodedSlice(codes, escaped, grid)
 
 
 def _grid(

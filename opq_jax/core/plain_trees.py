@@ -1,6 +1,9 @@
 """Trees of dicts, lists, tuples and None alone, walked without JAX, in the order of JAX."""
 
+from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 Node = Any
 """A plain tree, or a leaf of one."""
@@ -12,10 +15,26 @@ MAX_DEPTH = 100
 """Containers within containers, well within the bound of Python's own recursion."""
 
 
+def is_plain(tree: Node, depth: int = 0) -> bool:
+  """Returns whether a tree has no other containers and no other leaves than NumPy's and Python's.
+
+  Args:
+    tree: any tree.
+    depth: containers above it; a tree deeper than `MAX_DEPTH` is left to JAX.
+
+  >>> is_plain({'a': [np.ones(3), None], 'b': 1.0}), is_plain({1, 2})
+  (True, False)
+  """
+  if type(tree) in (dict, list, tuple):
+    children = tree.values() if type(tree) is dict else tree
+    return depth < MAX_DEPTH and all(is_plain(child, depth + 1) for child in children)
+  return isinstance(tree, np.ndarray | np.generic | int | float | complex | str | None)
+
+
 def named_leaves(tree: Node) -> dict[str, Any]:
   """Returns the leaves of a plain tree by path name, in the order in which JAX flattens them.
 
-  The counterpart of `opq_jax.core.trees.named_leaves` without JAX: dicts go by their sorted keys.
+  Dicts go by their sorted keys.
 
   Raises:
     ValueError: two leaves have the same name, or keys of one dict have no order.
@@ -44,6 +63,23 @@ def named_leaves(tree: Node) -> dict[str, Any]:
 
   walk(tree, ())
   return named
+
+
+def replaced(tree: Node, new: Mapping[str, Any]) -> Node:
+  """Returns a plain tree with the leaves named in `new` replaced.
+
+  >>> replaced({'b': [3, None], 'a': 2}, {'b/0': 5})
+  {'b': [5, None], 'a': 2}
+  """
+
+  def walk(node: Node, path: tuple[str, ...]) -> Node:
+    if isinstance(node, dict):
+      return {key: walk(child, (*path, str(key))) for key, child in node.items()}
+    if isinstance(node, list | tuple):
+      return type(node)(walk(child, (*path, str(i))) for i, child in enumerate(node))
+    return None if node is None else new.get('/'.join(path), node)
+
+  return walk(tree, ())
 
 
 def check_names(tree: Node) -> None:
