@@ -41,14 +41,12 @@ def test_decoder_reads_golden_files():
 
 
 @needs_node
-@pytest.mark.parametrize('kind, count', [('random', 150), ('damaged', 60), ('resealed', 150)])
-def test_decoder_agrees_with_reader(kind, count):
-  found = second_decoder.counted(kind, count)
-  assert found['differ'] == found['hangs'] == 0
-  if kind == 'random':
-    assert found['same'] == count
-  else:
-    assert found['refused'] > count / 2
+def test_decoder_agrees_with_reader():
+  """Random files, and damaged and resealed ones, three hundred together."""
+  drawn, damaged, resealed = second_decoder.counted([*second_decoder.KINDS], 100)
+  assert drawn['same'] == 100
+  for found in (damaged, resealed):
+    assert found['differ'] == found['hangs'] == 0 and found['refused'] > 50
 
 
 @needs_node
