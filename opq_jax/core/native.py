@@ -32,17 +32,23 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return numba.njit(nogil=True)(function)
 
 
-def on_all_processors(function: Callable[..., Any], *arguments: Iterable[Any]) -> list[Any]:
+def on_all_processors(
+  function: Callable[..., Any], *arguments: Iterable[Any], blas_threads: int | None = 1
+) -> list[Any]:
   """Returns the results of a function that runs without the interpreter's lock, leaf by leaf.
 
-  No more leaves at once than processors, since each has arrays of several times its size.  BLAS has
-  one thread in each of them: more would wait for a processor in loops that keep it busy, and make
-  sums depend on how many there are.
+  No more leaves at once than processors, since each has arrays of several times its size.
+
+  Args:
+    function: called once a leaf.
+    arguments: of each call.
+    blas_threads: that BLAS has in each thread.  More than one would wait for a processor in loops
+      that keep it busy, and make sums depend on how many there are; None for its own default.
 
   >>> on_all_processors(pow, [2, 3], [5, 2])
   [32, 9]
   """
   memory.return_freed_blocks()
-  blas = threadpoolctl.threadpool_limits(1, user_api='blas')
+  blas = threadpoolctl.threadpool_limits(blas_threads, user_api='blas')
   with blas, ThreadPoolExecutor(os.cpu_count()) as pool:
     return list(pool.map(function, *arguments))

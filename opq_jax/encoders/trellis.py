@@ -155,7 +155,9 @@ def _code_leaves(
     return _joined(parts, leaf.grid.slice_shape) if leaf.grid.slices else parts[0]
 
   leaves = list(leaves_to_code(params, grids, moments))
-  coded = native.on_all_processors(code, leaves)
+  # the sums of version 1 are those of all threads of BLAS
+  blas_threads = None if version == 1 else 1
+  coded = native.on_all_processors(code, leaves, blas_threads=blas_threads)
   names = [leaf.name for leaf, result in zip(leaves, coded, strict=True) if not result.is_served]
   if names:
     messages.warn(PlainCodesWarning(names))
