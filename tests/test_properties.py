@@ -160,6 +160,7 @@ def test_any_weights_are_exact(kind, dtype):
     assert_contract(params, opq_jax.init_state(params, allocation))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'targets', [{'compression_rate': 12.0}, {'sparsity': 0.6, 'bits': 3.0}], ids=['rate', 'sparsity']
 )

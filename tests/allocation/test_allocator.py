@@ -30,6 +30,7 @@ def test_allocate_meets_rate(kind, rate):
   assert bits == pytest.approx(32 / rate, rel=6e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('objective', OBJECTIVES)
 @pytest.mark.parametrize(('sparsity', 'bits'), [(0.0, 5.0), (0.74, 3.0), (0.94, 4.0)])
 def test_allocate_meets_bits(objective, sparsity, bits):
@@ -120,6 +121,7 @@ def test_allocate_traced():
       assert s.shape == y.shape and s.dtype == y.dtype
 
 
+@pytest.mark.slow
 def test_solve_shares_programs():
   rng = RNG(1)
   first = {'a': rng.laplace(size=(300, 40)).astype(np.float32)}

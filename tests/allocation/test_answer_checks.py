@@ -16,6 +16,7 @@ RNG = np.random.default_rng
 A = np.ones((8, 8), np.float32) * np.linspace(-1, 1, 8, dtype=np.float32)
 
 
+@pytest.mark.slow
 def test_answer_names_misfits():
   params = dict(tree())
   odd = RNG(1).uniform(0.005, 0.015, (64, 64)).astype(np.float32)

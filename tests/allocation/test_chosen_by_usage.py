@@ -38,6 +38,7 @@ class Transformer(nn.Module):
     return nn.Dense(50)(x)
 
 
+@pytest.mark.slow
 def test_allocate_scanned_transformer_as_its_layers():
   tokens = jnp.zeros((2, 6), jnp.int32)
   scanned, apart = Transformer(), Transformer(is_scanned=False)
@@ -173,6 +174,7 @@ def test_summary_shows_usage():
   assert 'axes:' not in plain and 'not compressed: gate' in plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('bits', 'corrected'), [(6.0, True), (4.5, False)])
 def test_allocate_retained_signal_of_shares(bits, corrected):
   # F = -p log(1 - D / S): where D is small, that of relative_error times p
@@ -188,6 +190,7 @@ def test_allocate_retained_signal_of_shares(bits, corrected):
   np.testing.assert_allclose(np.mean(steps[0]), np.sqrt(8 * 40 / 48), rtol=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('objective', ['retained_signal', 'balanced_error'])
 def test_allocate_sparsity_of_shares(objective):
   params = mixture()

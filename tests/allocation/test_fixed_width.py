@@ -138,6 +138,7 @@ def test_fixed_width_least_cost(seed):
   assert abs(comparison.narrow_excess) < max(1e-3, tolerance)
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(problem=PROBLEMS, sparsity=st.floats(0.05, 0.95), bits=st.floats(1.05, 6))
 def test_fixed_width_any_problem(problem, sparsity, bits):

@@ -33,6 +33,7 @@ def rate_problem(channels, x):
 RATE = with_slopes(rate_problem)
 
 
+@pytest.mark.slow
 @settings(max_examples=4)
 @given(problem=PROBLEMS, bits=st.floats(0.3, 6))
 def test_rate_least_cost(problem, bits):

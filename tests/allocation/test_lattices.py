@@ -28,6 +28,7 @@ FEW = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize('rate', [5.0, 12.0, 18.0])
 @pytest.mark.parametrize('kind', FEW)

@@ -95,6 +95,7 @@ def compressed(weights, **targets):
   return codes, values, allocation.tree['w'], [str(warning.message) for warning in said]
 
 
+@pytest.mark.slow
 @hypothesis.given(
   st.sampled_from(KINDS), st.sampled_from(DTYPES), st.floats(-2.0, 4.9), st.integers(0, 3)
 )
@@ -150,6 +151,7 @@ def cost(weights, price, threshold, step):
   return error / magnitude.size + price * (kept.mean() - np.sum(share * np.log2(share)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['laplace', 'normal', 'student', 'half zeros', 'mixed scales'])
 @pytest.mark.parametrize('price', [0.01, 0.1, 0.5])
 def test_best_grid_is_nearly_best(kind, price):

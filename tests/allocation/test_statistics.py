@@ -106,6 +106,7 @@ def test_per_channel_count(shape, axis):
   np.testing.assert_array_equal(found, (np.abs(by_channel(weights, axis)) > np.float32(0.8)).sum(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('axis', [0, 1, 2])
 @pytest.mark.parametrize('channel_axis', [0, -1, (1, 2), (0, 2)], ids=str)
 def test_merge_statistics(axis, channel_axis):

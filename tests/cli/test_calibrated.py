@@ -46,6 +46,7 @@ def metadata(capsys):
   return json.loads(capsys.readouterr().out)['metadata']
 
 
+@pytest.mark.slow
 def test_layer_by_layer_on_images_verifies(folder, capsys):
   options = '--layer-by-layer', '--feedback', '--images', 'images', '--max-images', 16
   assert run(*COMMAND, *options) == 0
@@ -83,6 +84,7 @@ def test_layer_by_layer_rounds_without_first(folder, capsys):
   assert 'net.opq was made without images' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_layer_by_layer_along_trellis_verifies(folder, capsys):
   assert run(*COMMAND[:-2], '--file-rate', 9, '--layer-by-layer', '--trellis') == 0
   found = metadata(capsys)

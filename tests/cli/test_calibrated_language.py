@@ -40,6 +40,7 @@ def divergence(path, capsys):
   return json.loads(capsys.readouterr().out)['divergence']['value']
 
 
+@pytest.mark.slow
 def test_calibrated_file_is_better_and_complete(folder, capsys):
   assert run('compress', folder, 'plain.opq', '--bits-per-weight', 3) == 0
   assert metadata('plain.opq')['objective'] == 'divergence'
@@ -63,6 +64,7 @@ def test_calibrated_file_is_better_and_complete(folder, capsys):
       np.testing.assert_array_equal(back[name], file[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('source', ['self', 'random'])
 def test_calibration_without_data(folder, source):
   options = '--calibration', source, '--calibration-tokens', 512, '--trellis'

@@ -37,6 +37,7 @@ def compress(folder, name):
   return (folder / name).read_bytes(), 'PERSISTENT COMPILATION CACHE MISS' in result.stderr
 
 
+@pytest.mark.slow
 def test_cache_spares_second_compile(tmp_path, cache, monkeypatch):
   weight = np.random.default_rng(0).laplace(size=(48, 32)).astype(np.float32)
   safetensors.numpy.save_file({'fc.weight': weight}, tmp_path / 'net.safetensors')

@@ -131,6 +131,7 @@ def test_verify_lists_at_most_a_page(net, capsys):
   assert len(lines) == 21 and lines[-1].endswith('; 22 more problems like these')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'options',
   [

@@ -47,6 +47,7 @@ def test_fold_batch_norm_keeps_logits(create):
   assert all(one is other for one, other in zip(kernels(variables), kernels(folded), strict=True))
 
 
+@pytest.mark.slow
 def test_folded_and_rounded_file_is_smaller(tmp_path):
   model = models.create('resnet20', num_classes=10)
   variables = random_variables(model)

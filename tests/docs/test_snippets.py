@@ -43,6 +43,7 @@ def folder(tmp_path, monkeypatch):
   return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', WITH_CODE)
 @pytest.mark.filterwarnings('ignore::UserWarning')
 def test_snippets_run(name, folder):

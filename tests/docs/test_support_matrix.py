@@ -13,6 +13,7 @@ SAID: set[tuple[str, str]] = set()
 """Cells in which a user is told that leaves are coded in another way."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('column', COLUMNS)
 @pytest.mark.parametrize('name', frameworks.NETWORKS)
 def test_support_cell(name, column):

@@ -19,6 +19,7 @@ def leaf():
   return jnp.asarray(kernel), InputMoments(jnp.asarray((rows.T @ rows / 512)[None]), (1,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('encoder', 'has_moments'), [(Rounding(), False), (Feedback({}), True), (Trellis(), True)]
 )

@@ -61,6 +61,7 @@ def output_error(variables, params):
   return float(jnp.square(FN(params, INPUTS) - FN(variables, INPUTS)).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', KINDS)
 def test_compress_meets_compression_rate(kind, variables, moments):
   network = opq_jax.compress(variables, compression_rate=16.0, encoder=encoder_of(kind, moments))

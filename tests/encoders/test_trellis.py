@@ -60,6 +60,7 @@ def test_trellis_meets_rate():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
 @pytest.mark.parametrize(
   'shape', [(3, 3, 16, 24), (200, 48), (24, 16, 3, 3), (30, 4, 16), (3, 3, 1, 96)]

@@ -7,6 +7,7 @@ from opq_jax.allocation import laplace
 from opq_jax.encoders import trellis_grids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('slope', [2.0, 1.0, 0.3, 0.1, 0.02])
 @pytest.mark.parametrize('scale', [1.0, 0.03])
 def test_slope_of_optimal_plain_grid(slope, scale):

@@ -51,6 +51,7 @@ def answers(name):
   return form.fn(form.params, tokens), encoder_forms.grids(form, allocation), stored
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', [name for name in encoder_forms.FORMS if name != 'dense'])
 def test_form_is_compressed_as_dense(name):
   embeddings, grids, stored = answers(name)

@@ -65,6 +65,7 @@ def outcomes(kind, count):
   return collections.Counter(outcome for _, outcome, _ in hostile_files.tried(kind, 0, count))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'kind', [kind for kind in MUTATIONS if 'codes' not in kind and kind != 'escapes']
 )

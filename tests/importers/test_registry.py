@@ -197,6 +197,7 @@ def optimized():
   jax.config.update('jax_disable_most_optimizations', before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('depth', 'hits'), [(20, 9173), (32, 9263)])
 def test_load_published_cifar_accuracy(cifar_test, optimized, depth, hits):
   path = assets.assets() / f'weights/resnet{depth}_cifar10.safetensors'

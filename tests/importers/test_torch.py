@@ -91,6 +91,7 @@ def images(height, width):
   return (colours + patterns).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('case', CASES, ids=lambda case: '-'.join([*case[:2], *case.options]))
 def test_from_tensors_logits_equal_pytorchs(case):
   name, source, network, network_options, options, tensorflow, size = case

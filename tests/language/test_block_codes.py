@@ -52,6 +52,7 @@ def by_feedback(tmp_path_factory):
   return blocks, run(blocks, tmp_path_factory.mktemp('work') / 'net.opq')
 
 
+@pytest.mark.slow
 def test_block_codes_beat_rounding(by_feedback, tmp_path):
   blocks, values = by_feedback
   rounded = {}
@@ -63,6 +64,7 @@ def test_block_codes_beat_rounding(by_feedback, tmp_path):
   assert error_of(blocks, values) < 0.8 * error_of(blocks, rounded)
 
 
+@pytest.mark.slow
 def test_block_codes_along_trellis_of_kernels_inputs_first(tmp_path):
   errors = []
   for encoder in (Feedback({}), Trellis()):

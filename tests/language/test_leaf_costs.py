@@ -13,6 +13,7 @@ from opq_jax.network import divergence_costs
 from tests.helpers.language_models import network
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['llama_biases', 'qwen3', 'gpt2'])
 def test_block_costs_are_those_of_the_whole_network(name):
   model, tensors = network(name)

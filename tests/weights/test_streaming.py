@@ -22,6 +22,7 @@ def stored(tmp_path):
   return open_weights(tmp_path / 'net.safetensors')
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:the Laplace density')
 @pytest.mark.parametrize('targets', TARGETS, ids=['rate', 'sparsity'])
 def test_compress_stored_equals_save(stored, tmp_path, targets):
@@ -51,6 +52,7 @@ def test_compress_stored_slices(tmp_path, targets, dtype):
   assert [leaf.slices for leaf in done.report.compressed] == [0, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:the Laplace density')
 @pytest.mark.parametrize('axis', [0, -1])
 def test_compress_stored_escaped_weights(tmp_path, monkeypatch, axis):
@@ -77,6 +79,7 @@ def test_compress_stored_escaped_weights(tmp_path, monkeypatch, axis):
   assert loaded['w'][places].tolist() == [3000, -5000, 4000]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:the Laplace density')
 def test_compress_stored_orbax_folder(orbax_folder, tmp_path, monkeypatch):
   targets, axis = TARGETS[0], lambda path, _: 0 if 'conv' in path else -1
@@ -108,6 +111,7 @@ def test_compress_stored_keeps_the_old_file(tmp_path):
   assert sorted(os.listdir(tmp_path)) == ['net.opq', 'net.safetensors']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('source', ['.safetensors', 'Orbax'])
 def test_compress_stored_peak_memory(source, monkeypatch):
   # compiled in less time: the trees take as much memory
