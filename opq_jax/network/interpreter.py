@@ -26,6 +26,8 @@ from jax.extend import core as jex
 from opq_jax.network import views
 from opq_jax.network.views import View
 
+# code that is written for a platform
+_KERNELS = frozenset(('pallas_call', 'ffi_call', 'custom_call', 'tpu_custom_call'))
 _DATA = frozenset(('scan', 'while', 'cond', 'random_bits', 'random_unwrap', 'threefry2x32'))
 
 
@@ -168,6 +170,9 @@ class Interpreter:
       inner = _inlined(equation)
       if inner is not None:
         return self.walk(inner.jaxpr, self.constants(inner), values, where)
+      branch = _branch_of_platforms(equation)
+      if branch is not None:
+        return self.walk(branch.jaxpr, self.constants(branch), values[1:], where)
       if name in ('scan', 'while', 'cond'):
         return self.loop(equation, values, where)
       moved = _moved(equation, values)
@@ -280,6 +285,35 @@ def _inlined(equation: Any) -> Any:
   closed = body if isinstance(body, jex.ClosedJaxpr) else jex.ClosedJaxpr(body, ())
   fits = len(closed.jaxpr.invars) == len(equation.invars)
   return closed if fits and len(closed.jaxpr.outvars) == len(equation.outvars) else None
+
+
+def _branch_of_platforms(equation: Any) -> Any:
+  """Returns the branch of a `lax.platform_dependent` that is walked; None of other equations.
+
+  All branches compute the same.  The default one says it in JAX's own operations, as a rule, where
+  a branch of one platform may be written for speed there: a depthwise convolution as shifted
+  products, which nobody would know for one.  A default with a kernel of its own may not run here,
+  and the branch of this platform takes its place.
+  """
+  platforms = equation.params.get('branches_platforms')
+  if equation.primitive.name != 'cond' or platforms is None:
+    return None
+  branches = dict(zip(platforms, equation.params['branches'], strict=True))
+  default = branches.pop(None, None)
+  if default is not None and not _has_kernel(default.jaxpr):
+    return default
+  here = jax.default_backend()
+  own = [branch for names, branch in branches.items() if here in names]
+  return own[0] if own else default
+
+
+def _has_kernel(jaxpr: Any) -> bool:
+  """Returns whether a jaxpr calls code that is not JAX's own."""
+  names = (equation.primitive.name for equation in jaxpr.eqns)
+  inner = (_inlined(equation) for equation in jaxpr.eqns)
+  return any(name in _KERNELS for name in names) or any(
+    _has_kernel(body.jaxpr) for body in inner if body is not None
+  )
 
 
 def _bodies(

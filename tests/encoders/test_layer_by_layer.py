@@ -9,6 +9,7 @@ import pytest
 import opq_jax
 from opq_jax import encoders
 from opq_jax.encoders import fitted_weights, trellis_leaves
+from opq_jax.models import layers
 
 
 class Dense(nn.Module):
@@ -137,6 +138,32 @@ def test_layer_by_layer_names_other_leaves():
   alone, _ = first.choose_codes(params, state)
   changed = [name for name in names if (found[name] != alone[name]).any()]
   assert changed == ['once']
+
+
+def test_layer_by_layer_of_depthwise_layers_of_models():
+  """No leaf is named as used in another way, and each makes good the errors before it."""
+  options = {'feature_group_count': 32, 'dimension_numbers': ('NHWC', 'HWIO', 'NHWC')}
+
+  def network(params, x):
+    for kernel, mixed in params:
+      x = layers.depthwise_conv(x, kernel, (1, 1), 'SAME', **options) @ mixed / 30
+    return x
+
+  keys = jax.random.split(jax.random.key(0), 5)
+  draw = jax.random.laplace
+  params = [(draw(keys[i], (3, 3, 1, 32)), draw(keys[i + 2], (32, 32))) for i in range(2)]
+  x = jax.random.normal(keys[4], (8, 12, 12, 32))
+  state = opq_jax.init_state(
+    params, opq_jax.allocate(params, compression_rate=12.0, compressible=lambda *_: True)
+  )
+  error = lambda found: float(jnp.square(network(found, x) - network(params, x)).sum())
+  rounded = opq_jax.apply_compression(params, state)
+  found = choose_codes(network, params, state, x)[0]
+  # kernels of the first layer, and of the second
+  assert all(
+    (own != plain).any() for own, plain in zip(*map(jax.tree.leaves, (found, rounded)), strict=True)
+  )
+  assert error(found) < 0.9 * error(rounded)
 
 
 def test_layer_by_layer_names_leaves_with_plain_codes(inputs, monkeypatch):

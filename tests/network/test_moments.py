@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import opq_jax
+from opq_jax.models import layers as model_layers
 
 
 def windows(images, size, strides, pads, dilation=1):
@@ -122,6 +123,11 @@ def in_a_branch(kernel, x):
   return jax.lax.cond(x.sum() > -1e9, lambda x: x @ kernel, lambda x: x @ kernel * 0, x)
 
 
+def by_platform(kernel, x):
+  rows = lambda x: sum(x[..., i : i + 1] * kernel[None, i : i + 1] for i in range(4))
+  return jax.lax.platform_dependent(x, cpu=rows, default=lambda x: x @ kernel)
+
+
 def shared(kernel, x):
   return jnp.stack([x[0] @ kernel, x[1] @ kernel, x[2] @ kernel])
 
@@ -147,6 +153,7 @@ PRODUCTS = {
   'recurrent': (recurrent, (4, 6), (3, 5, 4), 0, (0,)),
   'while': (in_a_while, (4, 6), (3, 5, 4), 0, (0,)),
   'branch': (in_a_branch, (4, 6), (3, 5, 4), 0, (0,)),
+  'platforms': (by_platform, (4, 6), (3, 5, 4), 0, (0,)),
   'shared': (shared, (4, 6), (3, 5, 4), 0, (0,)),
   'remat': (jax.checkpoint(lambda w, x: x @ w), (4, 6), (3, 5, 4), 0, (0,)),
   'concatenated': (
@@ -254,3 +261,15 @@ def test_moments_need_a_batch_mode():
     opq_jax.network.second_moments(Network().apply, variables, x)
   train = lambda variables, x: Network().apply(variables, x, 'train', mutable=['batch_stats'])
   assert opq_jax.network.second_moments(train, variables, x)['params']['Dense_0']['kernel']
+
+
+def test_moments_of_depthwise_layers_of_models():
+  """`models` computes them otherwise on the CPU; the moments are those of the convolution."""
+  options = {'feature_group_count': 4, 'dimension_numbers': ('NHWC', 'HWIO', 'NHWC')}
+  written = lambda kernel, x: model_layers.depthwise_conv(x, kernel, (2, 2), 'SAME', **options)
+  plain = lambda kernel, x: jax.lax.conv_general_dilated(x, kernel, (2, 2), 'SAME', **options)
+  kernel = jnp.ones((3, 3, 1, 4))
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 6, 4)), jnp.float32)
+  found, expected = (opq_jax.network.second_moments(fn, kernel, x) for fn in (written, plain))
+  assert found.inputs == expected.inputs == (0, 1, 2)
+  np.testing.assert_allclose(found.matrix, expected.matrix, rtol=1e-5)

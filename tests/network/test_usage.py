@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.experimental import pallas as pl
 
 from opq_jax.network import usage
 
@@ -180,3 +181,26 @@ def test_usage_names_what_it_does_not_understand():
   assert [use.operation for use in used['summed'].uses] == ['cumsum']
   with pytest.raises(ValueError, match=r'^act: found .*, expected an array'):
     usage(lambda p, x: x, {'act': jax.nn.relu}, jnp.ones(3))
+
+
+def for_platforms(default):
+  """A product that the CPU computes as a sum over its rows, and other platforms otherwise."""
+  rows = lambda x, w: sum(x[:, i : i + 1] * w[i : i + 1] for i in range(4))
+  return lambda w, x: jax.lax.platform_dependent(x, w, cpu=rows, default=default)
+
+
+def test_usage_of_platforms_is_that_of_the_default():
+  leaf = used_by(for_platforms(jnp.matmul), shape((4, 3), 'float32'), shape((5, 4), 'float32'))['']
+  assert [use.kind for use in leaf.uses] == ['dot'] and roles(leaf) == ((), (0,), (1,))
+
+
+def test_usage_of_a_kernel_for_other_platforms_is_that_of_the_cpu():
+  def written(x, w):
+    def body(x, w, out):
+      out[...] = x[...] @ w[...]
+
+    out = shape((5, 3), 'float32')
+    return pl.pallas_call(body, out, interpret=True)(x, w)
+
+  leaf = used_by(for_platforms(written), shape((4, 3), 'float32'), shape((5, 4), 'float32'))['']
+  assert {use.kind for use in leaf.uses} == {'elementwise'}
