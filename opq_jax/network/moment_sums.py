@@ -28,11 +28,13 @@ class Measured:
 
   Attributes:
     matrices: every one once.
+    rows: the least number of rows that a slice of each is a mean of.
     leaves: of every leaf, the number of its matrix, its inputs and slices; or None.
     unmeasured: numbers of the leaves that are multiplied and have no moments all the same.
   """
 
   matrices: list[Array]
+  rows: list[Any]
   leaves: tuple[tuple[int, tuple[int, ...], int] | None, ...] = flax.struct.field(pytree_node=False)
   unmeasured: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
 
@@ -97,6 +99,7 @@ class MomentSums(Interpreter):
     """Returns the moments of all leaves."""
     numbers: dict[Any, int] = {}
     matrices: list[Array] = []
+    rows: list[Any] = []
     leaves: list[tuple[int, tuple[int, ...], int] | None] = []
     unmeasured: list[int] = []
     for leaf, readings in enumerate(self._readings):
@@ -109,9 +112,11 @@ class MomentSums(Interpreter):
       keys = tuple(reading.key for reading in readings)
       if keys not in numbers:
         numbers[keys] = len(matrices)
-        matrices.append(mean_of(functools.reduce(_plus, (self._sums[key] for key in keys))))
+        sums = functools.reduce(_plus, (self._sums[key] for key in keys))
+        matrices.append(mean_of(sums))
+        rows.append(jnp.min(jnp.asarray(sums.rows, jnp.float32)))
       leaves.append((numbers[keys], *layouts.pop()))
-    return Measured(matrices, tuple(leaves), tuple(unmeasured))
+    return Measured(matrices, rows, tuple(leaves), tuple(unmeasured))
 
   def loop(self, equation: Any, values: Sequence[Value], where: tuple[str, ...]) -> list[Value]:
     name = equation.primitive.name
@@ -147,11 +152,11 @@ class MomentSums(Interpreter):
     )
     # a leaf that the scan runs over has the moments of each step; all other leaves the sums
     stacked = {view.leaf for value in values[carried:] for view in value.views}
-    inner = walks[-1]
+    inner, place = walks[-1], self.fresh()
     for key, of_steps in zip(inner._sums, sums, strict=True):
-      self._sums['steps', key] = of_steps
-      self._sums['all', key] = jax.tree.map(lambda x: jnp.sum(x, axis=0), of_steps)
-    self._adopt(inner, lambda leaf, key: ('steps' if leaf in stacked else 'all', key))
+      self._sums[place, 'steps', key] = of_steps
+      self._sums[place, 'all', key] = jax.tree.map(lambda x: jnp.sum(x, axis=0), of_steps)
+    self._adopt(inner, lambda leaf, key: (place, 'steps' if leaf in stacked else 'all', key))
     return [*carry, *parts]
 
   def _while(self, equation: Any, values: Sequence[Value], where: tuple[str, ...]) -> Sequence[Any]:
@@ -180,8 +185,9 @@ class MomentSums(Interpreter):
     results, sums = lax.while_loop(
       lambda state: test(*test_constants, *state[0])[0], next_state, (start, zeros)
     )
-    self._sums.update(zip(walks[-1]._sums, sums, strict=True))
-    self._adopt(walks[-1], lambda leaf, key: key)
+    place = self.fresh()
+    self._sums |= {(place, key): found for key, found in zip(walks[-1]._sums, sums, strict=True)}
+    self._adopt(walks[-1], functools.partial(_keyed, place))
     return results
 
   def _cond(self, equation: Any, values: Sequence[Value], where: tuple[str, ...]) -> Sequence[Any]:
@@ -211,8 +217,9 @@ class MomentSums(Interpreter):
       contents,
     )
     for number, of_branch in enumerate(sums):
-      self._sums.update(zip(walks[number]._sums, of_branch, strict=True))
-      self._adopt(walks[number], lambda leaf, key: key)
+      place, inner = self.fresh(), walks[number]
+      self._sums |= {(place, key): found for key, found in zip(inner._sums, of_branch, strict=True)}
+      self._adopt(inner, functools.partial(_keyed, place))
     return results
 
   def contents_of(self, body: Any, values: Sequence[Value], where: tuple[str, ...]) -> list[Any]:
@@ -221,10 +228,17 @@ class MomentSums(Interpreter):
     return [result.content for result in results]
 
   def _adopt(self, inner: 'MomentSums', key_of: Callable[[int, Any], Any]) -> None:
-    """Takes the readings of an inner walk, under other keys."""
+    """Takes the readings of an inner walk, under keys of their own.
+
+    The same rows may be read before it, or in another branch, as often as that one is taken.
+    """
     self._refused |= inner._refused
     for leaf, readings in enumerate(inner._readings):
       self._readings[leaf] += [r._replace(key=key_of(leaf, r.key)) for r in readings]
+
+
+def _keyed(place: int, leaf: int, key: Any) -> Any:
+  return place, key
 
 
 def mean_of(sums: Sums) -> Float32[Array, '*slices groups K K']:

@@ -88,7 +88,7 @@ def second_moments(
     OSError: a matrix cannot be written.
 
   Warns:
-    UserWarning: leaves that are multiplied and have no moments, by name.
+    UserWarning: leaves that are multiplied and have no moments, or moments of no input, by name.
 
   >>> import flax.linen as nn
   >>> class Network(nn.Module):
@@ -156,6 +156,18 @@ def _tree_of(params: PyTree, measured: Measured) -> PyTree:
       f'{messages.listed(unmeasured, _MAX_NAMED)}: found leaves that are multiplied behind '
       'arithmetic, a cut or a computed index, or along several axes: they have no moments, and '
       'get plain codes (opq_jax.usage shows their uses)'
+    )
+  rows = [] if trees.is_traced(measured.rows) else measured.rows
+  empty = {number for number, count in enumerate(rows) if not float(count)}
+  unread = [
+    name
+    for name, entry in zip(trees.named_leaves(params), measured.leaves, strict=True)
+    if entry is not None and entry[0] in empty
+  ]
+  if unread:
+    messages.warn(
+      f'{messages.listed(unread)}: found leaves, or slices of them, that no input has reached, as '
+      'in a branch that is not taken: their moments are 0, and they get plain codes'
     )
   found = [
     None if entry is None else InputMoments(measured.matrices[entry[0]], *entry[1:])

@@ -91,7 +91,9 @@ def measured_on_disk(
     _StoredSums(leaves, numbers, files).run(closed, inputs)
   if layout is None:
     raise ValueError('batches: found none, expected at least one')
-  return layout.replace(matrices=[file.mean() for file in files])  # type: ignore[attr-defined]
+  return layout.replace(  # type: ignore[attr-defined]
+    matrices=[file.mean() for file in files], rows=[file.least_rows() for file in files]
+  )
 
 
 class _SumsFile:
@@ -107,6 +109,10 @@ class _SumsFile:
     """Adds the sums of the slices at `place`."""
     self._rows[place] += float(sums.rows)
     np.load(self._path, mmap_mode='r+')[place] += np.asarray(sums.total)
+
+  def least_rows(self) -> float:
+    """Returns the least number of rows that a slice has."""
+    return float(np.min(self._rows))
 
   def mean(self) -> StoredMatrix:
     """Divides by the number of rows, and returns the matrix."""

@@ -1,5 +1,7 @@
 """Second moments against windows that NumPy cuts out one by one."""
 
+import warnings
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -273,3 +275,51 @@ def test_moments_of_depthwise_layers_of_models():
   found, expected = (opq_jax.network.second_moments(fn, kernel, x) for fn in (written, plain))
   assert found.inputs == expected.inputs == (0, 1, 2)
   np.testing.assert_allclose(found.matrix, expected.matrix, rtol=1e-5)
+
+
+@pytest.mark.parametrize('is_on_disk', [False, True])
+def test_moments_name_leaves_of_branches_that_are_not_taken(is_on_disk, tmp_path):
+  def network(params, x):
+    taken = lambda x: x @ params['taken']
+    return jax.lax.cond(x.sum() > 1e9, lambda x: x @ params['other'], taken, x)
+
+  params = {'other': jnp.ones((4, 6)), 'taken': jnp.ones((4, 6))}
+  options = {'folder': tmp_path} if is_on_disk else {}
+  with pytest.warns(UserWarning, match='^other: found leaves, or slices of them, that no input'):
+    found = opq_jax.network.second_moments(network, params, jnp.ones((3, 4)), **options)
+  assert np.all(np.asarray(found['other'].matrix) == 0)
+  assert np.all(np.asarray(found['taken'].matrix) == 1)
+
+
+@pytest.mark.parametrize('sign', [1, -1])
+def test_moments_in_branches_are_those_of_the_branch_that_is_taken(sign):
+  """The same rows are read before a branch, in it, and in the other one."""
+
+  def network(params, x):
+    before = x @ params['before']
+    first, second = (lambda x, name=name: x @ params[name] for name in ('first', 'second'))
+    both = lambda x: first(x) + second(x)
+    return before + jax.lax.cond(sign * x.sum() > 0, both, first, x)
+
+  params = {name: jnp.ones((4, 6)) for name in ('before', 'first', 'second')}
+  x = jnp.asarray(np.random.default_rng(0).random((5, 4)), jnp.float32)
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')
+    found = opq_jax.network.second_moments(network, params, x)
+  expected = np.asarray(x.T @ x / 5)
+  for name in params:
+    is_read = name != 'second' or sign > 0
+    np.testing.assert_allclose(found[name].matrix[0], expected * is_read, rtol=1e-5)
+
+
+def test_moments_of_two_scans_over_the_same_rows():
+  def network(params, x):
+    layers = lambda stack: jax.lax.scan(lambda _, kernel: (0, x @ kernel), 0, stack)[1].sum(0)
+    return layers(params['three']) + layers(params['two'])
+
+  params = {'three': jnp.ones((3, 4, 6)), 'two': jnp.ones((2, 4, 6))}
+  found = opq_jax.network.second_moments(network, params, jnp.ones((5, 4)))
+  assert {name: moments.matrix.shape for name, moments in found.items()} == {
+    'three': (3, 1, 4, 4),
+    'two': (2, 1, 4, 4),
+  }
