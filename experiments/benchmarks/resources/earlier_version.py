@@ -5,11 +5,12 @@
       WEIGHTS.safetensors ... [--steps moments 'layer by layer' ...]
 
 Two processes, one a version, take the same steps in turn: second moments of a network's inputs from
-unlabelled images, then codes by rounding, by error feedback, and layer by layer.  BatchNorm is
-corrected on the same images.  Compared are the bytes of the whole file, the divergence of the test
-images' classes from the float network's, and the processor time of the step, compilation included.
-Each file is named as a network (`mobilenet_v1.safetensors`), whose images `configs/one_shot.py`
-names.  Rows of other networks and steps are kept; `moments` are what the steps after it need.
+unlabelled images, then codes by rounding, by error feedback, and layer by layer (on the grids of
+rounding).  BatchNorm is corrected on the same images.  Compared are the bytes of the whole file,
+the divergence of the test images' classes from the float network's, and the processor time of the
+step, compilation included.  Each file is named as a network (`mobilenet_v1.safetensors`), whose
+images `configs/one_shot.py` names.  Rows of other networks and steps are kept; `moments` are what
+`feedback` needs.
 """
 
 import argparse
@@ -121,8 +122,13 @@ class _Network:
     else:
       encoder = encoders.Feedback(self._moments)
     if step == 'layer by layer':
-      encoder = encoders.LayerByLayer(fn, self._images, first=encoder)
-    tree, state, _ = opq_jax.compress(variables, compression_rate=32 / BITS, encoder=encoder)
+      # on plain grids: the search for the bits ends at grids that differ in the fifth digit, and each
+      # layer makes good the rounding errors before it, so that nothing could be compared
+      encoder = encoders.LayerByLayer(fn, self._images, first=encoders.Feedback(None))
+      grids = opq_jax.init_state(variables, opq_jax.allocate(variables, compression_rate=32 / BITS))
+      tree, state = encoder.choose_codes(variables, grids)
+    else:
+      tree, state, _ = opq_jax.compress(variables, compression_rate=32 / BITS, encoder=encoder)
     jax.block_until_ready(tree)
     seconds = time.process_time() - start
     corrected = networks.correct_batch_norm(self._network, tree, images=[self._images])
