@@ -128,7 +128,8 @@ def measured(what: str, count: int, is_on_disk: bool) -> dict[str, Any]:
 
 def main() -> None:
   parser = argparse.ArgumentParser()
-  parser.add_argument('--layers', type=int, nargs='+', default=[12, 48])
+  parser.add_argument('--layers', type=int, nargs='*', default=[12, 48], help='of the stacks')
+  parser.add_argument('--versions', type=int, nargs='*', default=[1, 2], help='for ResNet-50')
   parser.add_argument('--measure', choices=('resnet50', 'stack'), help=argparse.SUPPRESS)
   parser.add_argument('--count', type=int, help=argparse.SUPPRESS)
   parser.add_argument('--on-disk', action='store_true', help=argparse.SUPPRESS)
@@ -138,7 +139,8 @@ def main() -> None:
       measure = of_resnet50 if arguments.measure == 'resnet50' else of_stack
       print(json.dumps(measure(arguments.count, folder if arguments.on_disk else None)))
     return
-  jobs = [('resnet50', version, disk) for version, disk in ((1, False), (2, False), (2, True))]
+  jobs = [('resnet50', 1, False)] if 1 in arguments.versions else []
+  jobs += [('resnet50', 2, disk) for disk in (False, True)] if 2 in arguments.versions else []
   jobs += [('stack', layers, disk) for layers in arguments.layers for disk in (False, True)]
   rows = []
   for what, count, is_on_disk in jobs:
@@ -157,6 +159,10 @@ def main() -> None:
       }
     )
     print(rows[-1], flush=True)
+  rows = harness.with_earlier('trellis_memory', rows, ['network', 'encoder', 'moments'])
+  rows.sort(
+    key=lambda row: (str(row['network'])[:1], int(str(row['tree, MiB'])), str(row['encoder']))
+  )
   harness.report(
     'trellis_memory',
     'codes along a trellis with error feedback: time and peaks',
