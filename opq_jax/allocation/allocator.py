@@ -16,6 +16,7 @@ problem, `opq_jax.allocation.rate_search` the second.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ from opq_jax.allocation.measured_leaves import (
   tied_record,
 )
 from opq_jax.allocation.objectives import Objective, check_omegas, energy_power
+from opq_jax.allocation.output_scales import section_bits
 from opq_jax.allocation.parts import (
   MeasuredLeaf,
   Part,
@@ -49,7 +51,13 @@ from opq_jax.allocation.second_look import look_again
 from opq_jax.allocation.selection import choose_leaves
 from opq_jax.allocation.solver import solve
 from opq_jax.allocation.statistics import LeafStatistics
-from opq_jax.allocation.targets import SparsityAndBits, Targets, check_file_rate, check_targets
+from opq_jax.allocation.targets import (
+  BitsPerWeight,
+  SparsityAndBits,
+  Targets,
+  check_file_rate,
+  check_targets,
+)
 from opq_jax.core import trees
 from opq_jax.core.axes import ChannelAxes
 from opq_jax.core.ties import tied
@@ -115,7 +123,11 @@ def allocate(
       * 'relative_error': F_i = D_i / S_i;
       * 'squared_error': F_i = D_i, a common threshold, the plain reading of the paper;
       * a pytree like `params` with a positive number omega_i at every compressed leaf, or one for
-        each of its slices: F_i = omega_i D_i.
+        each of its slices: F_i = omega_i D_i;
+      * or with one for each output j of a leaf: F_i = sum_j omega_ij D_ij.  They broadcast over the
+        leaf: [inputs, outputs] has [1, outputs] of them.  Where it pays, outputs then have scales
+        of their own, and the leaf is allocated as its weights over them
+        (`opq_jax.allocation.output_scales`).  Not in a trace.
     compressible: (path, leaf) -> whether a leaf is compressed, with paths like
       'params/Conv_0/kernel'; by default a rule of shapes and names (`is_compressible`) that leaves
       biases, normalizations, masks, buffers and the state of an optimizer alone.
@@ -195,7 +207,7 @@ def allocate(
   axes = {name: axes_of(name, named[name], given.channel_axis, given.slices) for name in chosen}
   power, omegas = energy_power(objective), None
   if not isinstance(objective, str):
-    shapes = {name: tuple(named[name].shape[:count]) for name, (_, count) in axes.items()}
+    shapes = {name: (tuple(named[name].shape), count) for name, (_, count) in axes.items()}
     omegas = check_omegas(params, objective, shapes)
   elif given.shares is not None:
     omegas = [jnp.float32(given.shares[name]) for name in chosen]
@@ -212,7 +224,7 @@ def allocate(
   }
   solved: dict[str, LeafAllocation] = {}
   if untied := [part for part in parts if leaves[part.leaf].name not in ties]:
-    solved = _solved(leaves, untied, targets, power, corrected, is_traced)
+    solved = _solved_beside_scales(leaves, untied, targets, power, corrected, is_traced)
   for name, tie in ties.items():
     solved[name] = tied_record(solved[tie.first], tie)
   structure = jax.tree.structure(params)
@@ -246,6 +258,34 @@ def _names_of_zeros(leaves: Sequence[MeasuredLeaf], parts: Sequence[Part]) -> li
     is_whole = len(zeros) == places.stop - places.start
     names += [leaves[number].name] if is_whole else zeros
   return names
+
+
+def _solved_beside_scales(
+  leaves: list[MeasuredLeaf],
+  parts: list[Part],
+  targets: Targets,
+  power: float | None,
+  corrected: bool,
+  is_traced: bool,
+) -> dict[str, LeafAllocation]:
+  """Returns what `_solved` returns, with the bits of output scales part of the bits asked."""
+  scaled = [leaves[number] for number in by_leaf(parts)]
+  bits = {
+    leaf.name: section_bits(leaf.statistics.output_scales, leaf.statistics.slice_shape)
+    for leaf in scaled
+    if leaf.statistics.output_scales is not None
+  }
+  if bits and isinstance(targets, BitsPerWeight):
+    beside = sum(own.sum() for own in bits.values()) / sum(part.statistics.size for part in parts)
+    # where scales alone take more than is asked, the answer is refused as that of too many tables
+    left = jnp.maximum(targets.bits_per_weight - beside, jnp.finfo(jnp.float32).tiny)
+    targets = BitsPerWeight(left)
+  solved = _solved(leaves, parts, targets, power, corrected, is_traced)
+  for name, own in bits.items():
+    record = solved[name]
+    each = math.prod(record.shape[record.slices :])
+    solved[name] = dataclasses.replace(record, payload=record.payload + own / each)
+  return solved
 
 
 def _solved(

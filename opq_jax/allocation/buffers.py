@@ -30,15 +30,19 @@ def is_buffer(leaf: Any) -> bool:
   >>> is_buffer(causal), is_buffer(np.tril(np.ones((3, 3)))), is_buffer(np.eye(3) / 2)
   (True, True, False)
   """
-  head = _head(leaf)
+  head = first_weights(leaf)
   if head is None or not _has_sentinels(head):
     return False
   values = np.asarray(leaf.read() if hasattr(leaf, 'read') else leaf)
   return bool(values.any()) and _has_sentinels(values)
 
 
-def _head(leaf: Any) -> Shaped[np.ndarray, ' n'] | None:
-  """Returns some of the first weights of a leaf; None where they are not known."""
+def first_weights(leaf: Any) -> Shaped[np.ndarray, ' n'] | None:
+  """Returns some of the first weights of a leaf; None where they are not known.
+
+  Args:
+    leaf: as for `is_buffer`.
+  """
   if isinstance(leaf, jax.core.Tracer) or not getattr(leaf, 'is_fully_addressable', True):
     return None
   if hasattr(leaf, 'first'):

@@ -5,10 +5,12 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from opq_jax.allocation.lattices import has_few_magnitudes, numbers_of
+from opq_jax.allocation.output_scales import cost_of_units, in_units, scales_for
 from opq_jax.allocation.parts import MeasuredLeaf, Part, Weights, by_leaf
 from opq_jax.allocation.records import LeafAllocation
 from opq_jax.allocation.selection import axis_of, slices_of
@@ -50,23 +52,43 @@ def measured(
   Args:
     named: all leaves by path; some may be statistics.
     axes: of the chosen ones.
-    omegas: their weights in the objective, or None.
+    omegas: their weights in the objective, or None.  One of each output chooses the scales of the
+      outputs; those of statistics are chosen already.
     corrected: whether histograms are needed.
     read: as for `allocate`.
   """
   stats: list[LeafStatistics] = []
   readers: list[Callable[[], Weights] | None] = []
-  for name, (axis, count) in axes.items():
-    leaf = named[name]
+  weights: list[Any] = [None] * len(axes) if omegas is None else list(omegas)
+  for number, (name, (axis, count)) in enumerate(axes.items()):
+    leaf, of_outputs = named[name], np.ndim(weights[number]) > count
     if isinstance(leaf, LeafStatistics):
       stats.append(_given_statistics(name, leaf, corrected))
-      readers.append(read and functools.partial(read, name))
-      continue
-    stats.append(leaf_statistics(leaf, axis, slices=count, histogram=corrected))
-    readers.append(functools.partial(_identity, leaf))
+      scales = leaf.output_scales
+      readers.append(read and functools.partial(_read_units, functools.partial(read, name), scales))
+    else:
+      scales = _chosen_scales(name, weights[number], leaf, count) if of_outputs else None
+      stats.append(
+        leaf_statistics(leaf, axis, slices=count, histogram=corrected, output_scales=scales)
+      )
+      readers.append(functools.partial(_read_units, functools.partial(_identity, leaf), scales))
+    if of_outputs:
+      weights[number] = jnp.asarray(cost_of_units(weights[number], scales, count), jnp.float32)
   stats = trees.on_host(stats)
-  weights = [None] * len(axes) if omegas is None else omegas
   return [MeasuredLeaf(*row) for row in zip(axes, stats, readers, weights, strict=True)]
+
+
+def _chosen_scales(name: str, costs: Any, leaf: Any, slices: int) -> Any:
+  if trees.is_traced((costs, leaf)):
+    raise ValueError(
+      f'{name}: found an objective of outputs in a trace, expected one number, or concrete '
+      'parameters and costs: scales of outputs are chosen from their values'
+    )
+  return scales_for(np.asarray(costs), leaf, slices)
+
+
+def _read_units(read: Callable[[], Weights], scales: Any) -> Weights:
+  return in_units(read(), scales)
 
 
 def _identity(leaf: Array) -> Array:
@@ -89,8 +111,10 @@ def numbers_of_parts(
   """Returns the magnitudes of the parts that have few (`opq_jax.allocation.lattices`)."""
   numbers: list[np.ndarray | None] = [None] * len(parts)
   for number, places in by_leaf(parts).items():
-    few = [p for p in range(*places.indices(len(parts))) if has_few_magnitudes(parts[p].statistics)]
     leaf = leaves[number]
+    # over scales, magnitudes of few bits are others, and many
+    own = range(*places.indices(len(parts))) if leaf.statistics.output_scales is None else ()
+    few = [p for p in own if has_few_magnitudes(parts[p].statistics)]
     weights = leaf.read() if few and leaf.read is not None else None
     found = numbers_of(leaf.statistics, [parts[p].place for p in few], weights)
     for place, own in zip(few, found, strict=True):
@@ -112,7 +136,8 @@ def candidates(
     facts: tuple[Any, ...] = (*shape, np.dtype(stats.dtype), stats.slices)
     if not is_traced:
       histogram = () if stats.histogram is None else np.asarray(stats.histogram).tobytes()
-      facts += (np.asarray(stats.largest).tobytes(), histogram)
+      scales = b'' if stats.output_scales is None else np.asarray(stats.output_scales).tobytes()
+      facts += (np.asarray(stats.largest).tobytes(), histogram, scales)
     array = named[leaf.name]
     is_array = not isinstance(array, LeafStatistics)
     read = None if is_traced else leaf.read
@@ -124,6 +149,10 @@ def tied_record(record: LeafAllocation, tie: Tie) -> LeafAllocation:
   own = dataclasses.replace(record, tied_to=tie.first, is_transposed=tie.is_transposed)
   if not tie.is_transposed:
     return own
+  scales = record.output_scales
   return dataclasses.replace(
-    own, shape=record.shape[::-1], channel_axis=1 - axes.numbers_of(record.channel_axis, 2)[0]
+    own,
+    shape=record.shape[::-1],
+    channel_axis=1 - axes.numbers_of(record.channel_axis, 2)[0],
+    output_scales=None if scales is None else np.asarray(scales).T,
   )

@@ -113,6 +113,11 @@ def _check_pieces(parts: Sequence[LeafStatistics], axis: int) -> None:
     return rest, part.dtype, part.channel_axis, part.slices, part.histogram is not None
 
   first = parts[0]
+  if any(part.output_scales is not None for part in parts):
+    raise ValueError(
+      'found statistics of weights over output scales, expected those of the weights: scales are '
+      'chosen for a whole leaf'
+    )
   for part in parts[1:]:
     if facts(part) != facts(first):
       raise ValueError(

@@ -39,15 +39,15 @@ def energy_power(objective: Objective | PyTree) -> float | None:
 
 
 def check_omegas(
-  params: PyTree, objective: PyTree, slice_shapes: dict[str, tuple[int, ...]]
+  params: PyTree, objective: PyTree, shapes: dict[str, tuple[tuple[int, ...], int]]
 ) -> list[Array]:
   """Returns the weights omega_i of the compressed leaves as float32.
 
   Args:
     params: the parameters.
     objective: the same tree with a positive number at every compressed leaf, or one for each of its
-      slices.
-    slice_shapes: shapes of the slices' axes of the compressed leaves, by path.
+      slices, or one for each output of these, as it broadcasts over the leaf.
+    shapes: the shape of the compressed leaves, and how many leading axes count slices, by path.
 
   Raises:
     ValueError: the trees differ, or a leaf has no positive number.  Values of tracers are not
@@ -61,15 +61,22 @@ def check_omegas(
       f'with a number at every compressed leaf, or one of {OBJECTIVES}'
     ) from error
   by_name = dict(zip(trees.named_leaves(params), omegas, strict=True))
-  for name, slice_shape in slice_shapes.items():
-    omega = by_name[name]
+  for name, (whole, slices) in shapes.items():
+    omega, slice_shape = by_name[name], whole[:slices]
     shape = None if omega is None else jnp.shape(omega)
-    if shape not in ((), slice_shape):
+    of_outputs = [
+      (*slice_shape, *(n if own == axis else 1 for own, n in enumerate(whole[slices:])))
+      for axis in range(len(whole) - slices)
+    ]
+    if shape not in ((), slice_shape, *of_outputs):
       more = f', or {slice_shape}' if slice_shape else ''
-      raise ValueError(f'{name}: found an objective of shape {shape}, expected one number{more}')
+      raise ValueError(
+        f'{name}: found an objective of shape {shape}, expected one number{more}, or numbers along '
+        f'one axis of {whole}, of length 1 along all others'
+      )
     if isinstance(omega, jax.core.Tracer):
       continue
     for number in np.ravel(np.asarray(omega, np.float32)):
       if not 0 < number < math.inf:
         raise ValueError(f'{name}: found an objective of {number}, expected a positive number')
-  return [jnp.asarray(by_name[name], jnp.float32) for name in slice_shapes]
+  return [jnp.asarray(by_name[name], jnp.float32) for name in shapes]

@@ -138,5 +138,6 @@ def leaf_allocations(
       shape=stats.shape,
       channel_axis=stats.channel_axis,
       slices=stats.slices,
+      output_scales=stats.output_scales,
     )
   return solved

@@ -47,6 +47,8 @@ class LeafAllocation:
       all others.
     is_transposed: whether the leaf is the transpose of that one.
     slices: leading axes that count slices.
+    output_scales: of all outputs, with an axis of length 1 for each other axis that a slice has;
+      None where all are 1.  All lengths and predictions are those of the weights over the scales.
   """
 
   scale: Float32[Array, '*slices channels']
@@ -68,6 +70,7 @@ class LeafAllocation:
   tied_to: str = flax.struct.field(pytree_node=False, default='')
   is_transposed: bool = flax.struct.field(pytree_node=False, default=False)
   slices: int = flax.struct.field(pytree_node=False, default=0)
+  output_scales: Float32[Array, '...'] | None = None
 
   @property
   def slice_shape(self) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from opq_jax.allocation.bins import BINS, bin_of
 from opq_jax.allocation.counts import count_bins
+from opq_jax.allocation.output_scales import in_units
 from opq_jax.allocation.shards import (
   HERE,
   Placement,
@@ -52,6 +53,8 @@ class LeafStatistics:
     shape, dtype: the leaf's own.
     channel_axis: the axis of its output channels, or several (`opq_jax.core.axes`).
     slices: leading axes that count slices.
+    output_scales: of all outputs, as in `LeafAllocation`: all numbers are those of the weights over
+      them.  None where all are 1.
   """
 
   scale: Float32[Array, '*slices channels']
@@ -63,6 +66,7 @@ class LeafStatistics:
   dtype: Any = flax.struct.field(pytree_node=False)
   channel_axis: ChannelAxes = flax.struct.field(pytree_node=False)
   slices: int = flax.struct.field(pytree_node=False, default=0)
+  output_scales: Float32[Array | np.ndarray, '...'] | None = None
 
   @property
   def size(self) -> int:
@@ -102,6 +106,7 @@ class LeafStatistics:
       shape=self.shape[self.slices :],
       dtype=self.dtype,
       channel_axis=axes.in_slice(self.channel_axis, self.slices),
+      output_scales=None if self.output_scales is None else self.output_scales[index],
     )
 
 
@@ -112,6 +117,7 @@ def leaf_statistics(
   slices: int = 0,
   histogram: bool = True,
   largest: Float32[Array, '*slices'] | float | None = None,
+  output_scales: Float32[Array | np.ndarray, '...'] | None = None,
 ) -> LeafStatistics:
   """Computes the statistics of one leaf, in two passes over its weights (three with a histogram).
 
@@ -132,6 +138,7 @@ def leaf_statistics(
     histogram: whether to count the histogram.
     largest: magnitude with whose octave the bins end, at least the largest |w|; one, or one of
       every slice.  By default the largest |w| of the slice.
+    output_scales: of all outputs, which weights are divided by first: a float32 copy of the leaf.
 
   Returns:
     A `LeafStatistics` on the leaf's device (of slices: on the host), or replicated over its mesh.
@@ -147,6 +154,15 @@ def leaf_statistics(
   ([2.0, 3.0], [3.0, 4.0], 2)
   """
   weights = trees.native(weights)
+  if output_scales is not None:
+    units = leaf_statistics(
+      in_units(weights, output_scales),
+      channel_axis,
+      slices=slices,
+      histogram=histogram,
+      largest=largest,
+    )
+    return dataclasses.replace(units, dtype=weights.dtype, output_scales=output_scales)
   shape = np.shape(weights)
   check_slices(shape, channel_axis, slices)
   if math.prod(shape[slices:]) > _MAX_WEIGHTS:

@@ -38,7 +38,7 @@ def value_of(cell: Float32[Array, '...'], leaf: LeafState) -> Float[Array, '...'
   that dtype is in such a cell.
   """
   # exact (see LeafState), so this equals codebook[code] without reading the codebook per weight
-  first, step = (over_weights(x, cell.ndim) for x in (leaf.codebook[..., 1], leaf.step))
+  first, step = (_of_outputs(x, cell.ndim, leaf) for x in (leaf.codebook[..., 1], leaf.step))
   value = first + step * cell
   if _is_wide(leaf.dtype):
     return value.astype(leaf.dtype)
@@ -59,7 +59,7 @@ def value_of(cell: Float32[Array, '...'], leaf: LeafState) -> Float[Array, '...'
 def value_table(leaf: LeafState) -> Float[Array, '*slices 256']:
   """Returns the value of every code, in the leaf's dtype; a negative code counts from the end.
 
-  The entry of an escape is meaningless.
+  Of a leaf without output scales.  The entry of an escape is meaningless.
   """
   codes = jnp.arange(256, dtype=jnp.uint8).astype(jnp.int8)
   return values_of_codes(codes.reshape(*[1] * leaf.slices, -1), leaf)
@@ -80,8 +80,14 @@ def _is_wide(dtype: Any) -> bool:
 
 def _unbounded_cell(magnitude: Float32[Array, '...'], leaf: LeafState) -> Float32[Array, '...']:
   # times the reciprocal, since XLA divides by a scalar in either way, and the two differ at edges
-  threshold, step = (over_weights(x, magnitude.ndim) for x in (leaf.threshold, leaf.step))
+  threshold, step = (_of_outputs(x, magnitude.ndim, leaf) for x in (leaf.threshold, leaf.step))
   return jnp.floor((magnitude - threshold) * (1 / step))
+
+
+def _of_outputs(numbers: Array, ndim: int, leaf: LeafState) -> Float32[Array, '...']:
+  """Returns a number of each slice, times the scales of its outputs, over all weights."""
+  numbers = over_weights(numbers, ndim)
+  return numbers if leaf.output_scales is None else numbers * leaf.output_scales
 
 
 def _last(ndim: int, leaf: LeafState) -> Float32[Array, '...']:

@@ -21,6 +21,10 @@ Kinds and codebooks are computed once, from the pretrained weights, and never ch
 
 A leaf with slices holds many matrices, each with a grid of its own: threshold, step, levels and
 codebook have the slices' axes in front.  `slice_of` takes one of them out, `stacked` joins them.
+
+A leaf with output scales has one grid and one set of codes, and output j takes threshold, step and
+values times its scale s_j.  Scales have four significant bits, and the grid so few that no product
+with a scale rounds.  `in_units` divides weights by them.
 """
 
 from collections.abc import Sequence
@@ -35,6 +39,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int8, Int32, UInt8
 
 from opq_jax.allocation import Allocation, LeafAllocation
+from opq_jax.coding.output_scales import GRID_BITS, SCALE_BITS
 from opq_jax.core import exported_nodes, trees
 from opq_jax.core.limits import ESCAPE, MAX_LEVELS, STEP_BITS
 from opq_jax.core.trees import PyTree
@@ -63,6 +68,9 @@ class LeafState:
     levels: cells a sign, 0 ... 127 (0 where no weight is on the grid).
     dtype: the leaf's dtype; values are computed in float32 and rounded to it once, to the nearest
       number of that dtype that lies in the value's own cell.
+    output_scales: of all outputs, with an axis of length 1 for each other axis that a slice has, so
+      that they broadcast over the weights; None where all are 1.  Codebook, threshold and step are
+      over the scale: those of a weight are `output_scales` times as large.
     slices: leading axes that count slices; grids and codebooks have these axes in front.
 
   Invariants, whatever the optimizer does to the weights:
@@ -79,6 +87,7 @@ class LeafState:
   levels: Int32[Array, '*slices']
   dtype: Any = flax.struct.field(pytree_node=False)
   slices: int = flax.struct.field(pytree_node=False, default=0)
+  output_scales: Float32[Array, '...'] | None = None
 
   @property
   def slice_shape(self) -> tuple[int, ...]:
@@ -149,23 +158,29 @@ def init_state(params: PyTree, allocation: Allocation) -> CompressionState:
 def _init_leaf(name: str, weights: Array, leaf: LeafAllocation) -> LeafState:
   if jnp.shape(weights) != tuple(leaf.shape):
     raise ValueError(f'{name}: found shape {jnp.shape(weights)}, expected {tuple(leaf.shape)}')
-  step, first = exact_grid(leaf.step, leaf.threshold + leaf.offset, leaf.levels)
+  scales = leaf.output_scales
+  step, first = exact_grid(
+    leaf.step, leaf.threshold + leaf.offset, leaf.levels, has_scales=scales is not None
+  )
   # arrays of JAX: Orbax saves no scalars of NumPy, and a guarded step takes none
   threshold, levels = jnp.asarray(leaf.threshold), jnp.asarray(leaf.levels)
-  grid = affine_codebook(first, step, levels), threshold, step, levels
+  if scales is not None:
+    threshold, scales = of_few_bits(threshold), jnp.asarray(scales)
+  grid = affine_codebook(first, step, levels), threshold, step, levels, scales
   sharding = None if isinstance(weights, jax.core.Tracer) else getattr(weights, 'sharding', None)
   if isinstance(sharding, NamedSharding):
     # on the mesh of the weights, so that every process has it and a checkpoint knows of one mesh
     grid = jax.device_put(grid, NamedSharding(sharding.mesh, P()))
-  codebook, threshold, step, levels = grid
+  codebook, threshold, step, levels, scales = grid
   return LeafState(
-    kinds=kinds_of(weights, leaf.threshold, step, leaf.levels),
+    kinds=kinds_of(weights, threshold, step, leaf.levels, scales),
     codebook=codebook,
     threshold=threshold,
     step=step,
     levels=levels,
     dtype=weights.dtype,
     slices=leaf.slices,
+    output_scales=scales,
   )
 
 
@@ -186,7 +201,9 @@ def slice_of(state: LeafState, place: tuple[int, ...]) -> LeafState:
   """
   if not place:
     return state
-  own = place[: state.slices]
+  own, scales = place[: state.slices], state.output_scales
+  # along an axis of length 1 all have one scale
+  scaled = () if scales is None else tuple(map(min, place, [n - 1 for n in scales.shape]))
   return LeafState(
     kinds=state.kinds[place],
     codebook=state.codebook[own],
@@ -195,7 +212,25 @@ def slice_of(state: LeafState, place: tuple[int, ...]) -> LeafState:
     levels=state.levels[own],
     dtype=state.dtype,
     slices=state.slices - len(own),
+    output_scales=None if scales is None else scales[scaled],
   )
+
+
+def in_units(weights: Array, state: LeafState) -> tuple[Array, LeafState]:
+  """Returns the weights of a leaf over its output scales, in float32, and their own state.
+
+  The codes of the quotients under this state are those of the weights, up to the rounding of the
+  quotients at the edges of cells.
+
+  Args:
+    weights: of the leaf, or other weights of its shape.
+    state: of the leaf; that of the quotients has no scales.  Of a leaf without, both are returned
+      as they are.
+  """
+  if state.output_scales is None:
+    return weights, state
+  quotients = jnp.asarray(weights, jnp.float32) / state.output_scales
+  return quotients, state.replace(output_scales=None, dtype=jnp.dtype(jnp.float32))
 
 
 def stacked(states: Sequence[LeafState], shape: tuple[int, ...]) -> LeafState:
@@ -232,9 +267,12 @@ def kinds_of(
   threshold: Float32[Array, '*slices'],
   step: Float32[Array, '*slices'],
   levels: Int32[Array, '*slices'],
+  output_scales: Float32[Array, '...'] | None = None,
 ) -> UInt8[Array, '...']:
   """Returns the kind of every weight: 0 pruned, 1 on the grid, 2 escaped."""
   threshold, step, levels = (over_weights(x, weights.ndim) for x in (threshold, step, levels))
+  if output_scales is not None:
+    threshold, step = threshold * output_scales, step * output_scales
   magnitude = jnp.abs(weights.astype(jnp.float32))
   # without levels the grid ends at the threshold, and every survivor escapes
   end = jnp.where(levels > 0, levels.astype(jnp.float32) + _SLACK, 0)
@@ -270,7 +308,11 @@ def affine_codebook(
 
 
 def exact_grid(
-  step: Float32[Array, '*slices'], first: Float32[Array, '*slices'], levels: Int32[Array, '*slices']
+  step: Float32[Array, '*slices'],
+  first: Float32[Array, '*slices'],
+  levels: Int32[Array, '*slices'],
+  *,
+  has_scales: bool = False,
 ) -> tuple[Float32[Array, '*slices'], Float32[Array, '*slices']]:
   """Rounds `step` and `first` so that `first + step * k`, k < levels, is exact in float32.
 
@@ -279,6 +321,9 @@ def exact_grid(
   multiply-add.  Of at most two levels no product can round, and both are left as they are: their
   sum is rounded once, in the same way everywhere.
 
+  With output scales, of four significant bits, at most 2**13 units make a step and at most 2**20
+  the largest value; of at most two levels, both are rounded to 20 bits.
+
   Returns:
     Step and first value.
 
@@ -286,11 +331,24 @@ def exact_grid(
   >>> float(step * 2**20).is_integer(), float(first * 2**20).is_integer()
   (True, True)
   """
+  spare = SCALE_BITS if has_scales else 0
   last = first + step * jnp.maximum(levels.astype(jnp.float32) - 1, 0)
-  exponent = jnp.maximum(jnp.frexp(step)[1] - STEP_BITS, jnp.frexp(last)[1] - 24)
+  exponent = jnp.maximum(jnp.frexp(step)[1] - STEP_BITS, jnp.frexp(last)[1] - 24) + spare
   # 2**-126 is the smallest normal float32: below it XLA flushes to 0
   unit = jnp.ldexp(jnp.float32(1), jnp.maximum(exponent, -126))
   is_exact = levels <= 2
   # at least one unit: where the first value is huge beside the step, levels must still differ
   rounded = jnp.maximum(jnp.round(step / unit), 1) * unit, jnp.round(first / unit) * unit
+  if has_scales:
+    step, first = of_few_bits(step), of_few_bits(first)
   return jnp.where(is_exact, step, rounded[0]), jnp.where(is_exact, first, rounded[1])
+
+
+def of_few_bits(numbers: Float32[Array, '...']) -> Float32[Array, '...']:
+  """Rounds numbers to as many significant bits as float32 holds once they are times a scale.
+
+  >>> float(of_few_bits(jnp.float32(1 + 2**-19))), float(of_few_bits(jnp.float32(1 + 2**-21)))
+  (1.0000019073486328, 1.0)
+  """
+  unit = jnp.ldexp(jnp.float32(1), jnp.maximum(jnp.frexp(numbers)[1] - GRID_BITS, -126))
+  return jnp.round(numbers / unit) * unit

@@ -171,6 +171,8 @@ def clip_to_grid(state: CompressionState) -> optax.GradientTransformation:
 
   def clip(gradient: Array, weight: Array, leaf: LeafState) -> Array:
     end = over_weights(leaf.threshold + leaf.step * leaf.levels.astype(jnp.float32), weight.ndim)
+    if leaf.output_scales is not None:
+      end = end * leaf.output_scales
     is_beyond = jnp.abs(weight.astype(jnp.float32)) >= end
     # by signs: w g would underflow to 0 for tiny gradients
     is_outwards = jnp.sign(weight).astype(gradient.dtype) * gradient < 0

@@ -1,6 +1,7 @@
 """Codes of one leaf that take the bits asked, whatever the encoder."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from opq_jax import compression
-from opq_jax.allocation import allocate
+from opq_jax.allocation import allocate, leaf_statistics
 from opq_jax.compression import CompressionState, LeafState, init_state
 from opq_jax.core import messages
 from opq_jax.encoders.allocation_search import quietly
@@ -50,6 +51,7 @@ def code_at_bits(
   moments: InputMoments | None,
   damping: float,
   ratio: float = 1.0,
+  output_scales: Any = None,
 ) -> CodedLeafAtBits:
   """Chooses the grid on which the codes of an encoder have the bits asked, and the codes.
 
@@ -66,28 +68,28 @@ def code_at_bits(
     moments: of its inputs, or None.
     damping: of the moments.
     ratio: the first guess, from a leaf alike.
+    output_scales: of the leaf, as in `LeafState`.
 
   Warns:
     UserWarning: what the allocation and the encoder say of the grid that is taken.
   """
   pilot = _pilot(weights, moments)
+  coded = functools.partial(
+    _coded, name, weights, dtype, encoder, moments, damping, output_scales
+  )
   # bits found on grids that were tried, by the bits of rounded codes
   tried: dict[float, float] = {}
   asked = max(bits * ratio, _LEAST)
   for trial in range(_TRIALS):
     if trial:
       asked = max(_next(tried, bits), _LEAST)
-    (values, state), notes = quietly(
-      _coded, name, weights, dtype, pilot, asked, encoder, moments, damping
-    )
+    (values, state), notes = quietly(coded, asked, pilot)
     tried[asked] = bits_per_weight(values, state)
     if abs(tried[asked] - bits) <= _CLOSE * bits:
       break
   last, asked = asked, min(tried, key=lambda plain: abs(tried[plain] - bits))
   if pilot is not None or asked != last:
-    (values, state), notes = quietly(
-      _coded, name, weights, dtype, None, asked, encoder, moments, damping
-    )
+    (values, state), notes = quietly(coded, asked, None)
   for note in notes:
     messages.warn(note)
   return CodedLeafAtBits(values, state, bits_per_weight(values, state), asked / bits)
@@ -125,20 +127,24 @@ def _coded(
   name: str,
   weights: Array,
   dtype: Any,
-  pilot: Any,
-  bits: float,
   encoder: LeafEncoder,
   moments: InputMoments | None,
   damping: float,
+  output_scales: Any,
+  bits: float,
+  pilot: Any,
 ) -> tuple[Array, LeafState]:
   """Codes a leaf, or some of its outputs, on the plain grid of an allocation of these bits."""
   inputs = tuple(range(weights.ndim - 1)) if moments is None else moments.inputs
   outputs = MatrixLayout(weights.shape, inputs).outputs
   axis: Any = outputs[0] if len(outputs) == 1 else outputs
   # the grid is that of the whole leaf
-  stored = {name: weights.astype(dtype)}
+  stored: dict[str, Any] = {name: weights.astype(dtype)}
+  measured = stored
+  if output_scales is not None:
+    measured = {name: leaf_statistics(stored[name], axis, output_scales=output_scales)}
   allocation = allocate(
-    stored,
+    measured,
     bits_per_weight=bits,
     compressible=lambda path, leaf: True,
     channel_axis=axis,
@@ -149,5 +155,7 @@ def _coded(
   if pilot is not None:
     weights = jnp.asarray(np.take(np.asarray(weights), pilot, axis=axis))
     kinds = jnp.asarray(np.take(np.asarray(grid.kinds), pilot, axis=axis))
-    grid = dataclasses.replace(grid, kinds=kinds)
+    if output_scales is not None:
+      output_scales = jnp.asarray(np.take(np.asarray(output_scales), pilot, axis=axis))
+    grid = dataclasses.replace(grid, kinds=kinds, output_scales=output_scales)
   return encoder.choose_leaf(weights, grid, moments, damping)

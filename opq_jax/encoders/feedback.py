@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int8
 from opq_jax import compression
 from opq_jax.compression import CompressionState, LeafState
 from opq_jax.compression.cells import cell_of, settled, value_of
-from opq_jax.compression.records import kinds_of_codes
+from opq_jax.compression.records import in_units, kinds_of_codes
 from opq_jax.core import trees
 from opq_jax.core.limits import ESCAPE
 from opq_jax.core.trees import PyTree
@@ -132,8 +132,10 @@ class Feedback(LeafEncoder):
       codes = compression.encode(weights.astype(grid.dtype), CompressionState(grid))
     else:
       layout = MatrixLayout(weights.shape, moments.inputs)
-      of_rows = dataclasses.replace(grid, kinds=layout.rows(grid.kinds))
-      rows, is_definite = codes_of_matrix(layout.rows(weights), moments.matrix, of_rows, damping)
+      # an output's errors are pushed on to its own weights alone, so its scale is a unit like any
+      units, unit_grid = in_units(weights, grid)
+      of_rows = dataclasses.replace(unit_grid, kinds=layout.rows(grid.kinds))
+      rows, is_definite = codes_of_matrix(layout.rows(units), moments.matrix, of_rows, damping)
       if not isinstance(is_definite, jax.core.Tracer) and not is_definite:
         raise IndefiniteMomentsError(damping)
       codes = layout.leaf(rows)

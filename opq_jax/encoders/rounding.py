@@ -45,6 +45,6 @@ class Rounding(LeafEncoder):
     """
     del moments, damping
     weights = trees.native(weights).astype(grid.dtype)
-    kinds = kinds_of(weights, grid.threshold, grid.step, grid.levels)
+    kinds = kinds_of(weights, grid.threshold, grid.step, grid.levels, grid.output_scales)
     grid = dataclasses.replace(grid, kinds=kinds)
     return compression.apply_compression(weights, CompressionState(grid)), grid

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from opq_jax.compression import CompressionState
+from opq_jax.compression.records import in_units
 from opq_jax.core import native
 from opq_jax.core.trees import PyTree
 from opq_jax.encoders.encoder import (
@@ -80,8 +81,9 @@ def _bits(leaf: LeafToCode, stride: int, damping: float) -> _Bits:
   with named_leaf(leaf.name):
     for part in parts_of(leaf):
       check_finite(part)
-      weights = _some(part.weights, stride, part.moments)
-      grid = dataclasses.replace(part.grid, kinds=_some(part.grid.kinds, stride, part.moments))
+      units, grid = in_units(part.weights, part.grid)
+      weights = _some(units, stride, part.moments)
+      grid = dataclasses.replace(grid, kinds=_some(grid.kinds, stride, part.moments))
       moments = factored(part.moments, damping, version=2)
       scale = part.weights.size / weights.size
       codes += scale * bits_of(code_leaf(weights, grid, moments, fitted_to=_FITTED_TO))

@@ -91,4 +91,7 @@ def _identity(leaf: Any) -> Any:
 
 
 def _transposed(state: LeafState) -> LeafState:
-  return dataclasses.replace(state, kinds=state.kinds.T)
+  scales = state.output_scales
+  return dataclasses.replace(
+    state, kinds=state.kinds.T, output_scales=None if scales is None else scales.T
+  )

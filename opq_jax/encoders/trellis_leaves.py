@@ -12,9 +12,17 @@ from jaxtyping import Array, Bool, Float32, Int8
 from opq_jax import compression
 from opq_jax.coding import arrangements, axis_orders, trellis
 from opq_jax.coding import payload as entropy_coding
+from opq_jax.coding.output_scales import OCTAVE
 from opq_jax.compression import CompressionState, LeafState
 from opq_jax.compression.cells import settled, value_table
-from opq_jax.compression.records import ESCAPED, affine_codebook, exact_grid, kinds_of_codes
+from opq_jax.compression.records import (
+  ESCAPED,
+  affine_codebook,
+  exact_grid,
+  in_units,
+  kinds_of_codes,
+  of_few_bits,
+)
 from opq_jax.core.limits import ESCAPE, MAX_LEVELS
 from opq_jax.encoders import feedback, trellis_grids
 from opq_jax.encoders.encoder import LeafToCode
@@ -89,16 +97,45 @@ def code_leaf(
     may_follow_trellis: False where codes of the plain grid are wanted.
     fitted_to: weights that the grid of the trellis is fitted to.
   """
+  options = _Options(may_follow_trellis, fitted_to, plain.dtype, plain.output_scales is not None)
+  # codes follow one trellis through all outputs: each weight over the scale of its own
+  coded = _code_in_order(*in_units(weights, plain), moments, options)
+  if plain.output_scales is None:
+    return coded
+  state = dataclasses.replace(coded.state, dtype=plain.dtype, output_scales=plain.output_scales)
+  exact = jnp.asarray(weights).astype(plain.dtype)
+  values = compression.decode(coded.codes, CompressionState(state), exact)
+  return coded._replace(values=values, state=state)
+
+
+class _Options(NamedTuple):
+  """How a leaf is coded.
+
+  Attributes:
+    may_follow_trellis, fitted_to: as for `code_leaf`.
+    dtype: of the leaf; its weights are float32 here where its outputs have scales.
+    has_scales: whether they have.
+  """
+
+  may_follow_trellis: bool
+  fitted_to: int
+  dtype: Any
+  has_scales: bool
+
+
+def _code_in_order(
+  weights: Array, plain: LeafState, moments: Factored | None, options: _Options
+) -> CodedLeaf:
+  """Codes a leaf, with its inputs first where errors are pushed on."""
   axes = None if moments is None else _axes_of_walk(weights.shape, moments)
   if moments is None or axes is None:
-    return _code(weights, plain, moments, may_follow_trellis, fitted_to)
+    return _code(weights, plain, moments, options)
   # one input after the other: as the same kernel with its inputs first
   coded = _code(
     _moved(weights, axes),
     dataclasses.replace(plain, kinds=_moved(plain.kinds, axes)),
     Factored(moments.factor, tuple(range(len(moments.inputs)))),
-    may_follow_trellis,
-    fitted_to,
+    options,
   )
   back = axis_orders.inverse(axes)
   assert coded.state is not None and coded.codes is not None
@@ -126,11 +163,7 @@ def _moved(array: Any, axes: tuple[int, ...]) -> Any:
 
 
 def _code(
-  weights: Array,
-  plain: LeafState,
-  moments: Factored | None,
-  may_follow_trellis: bool,
-  fitted_to: int,
+  weights: Array, plain: LeafState, moments: Factored | None, options: _Options
 ) -> CodedLeaf:
   # in a unit of about a step, because squares of tiny or huge weights do not fit float32; it is a
   # power of two, which changes no digit
@@ -144,11 +177,16 @@ def _code(
     factor = moments.factor
     layout = MatrixLayout(scaled.shape, moments.inputs)
   fit = None
-  if int(plain.levels) and may_follow_trellis:
-    fit = trellis_grids.fit(scaled, first, threshold, step, fitted_to)
+  if int(plain.levels) and options.may_follow_trellis:
+    fit = trellis_grids.fit(scaled, first, threshold, step, options.fitted_to)
   orders = _orders_of_rows(layout) if layout else arrangements.choices(scaled.shape)
   is_lattice = _is_exact(weights, plain)
-  if fit is None or is_lattice or not orders or _has_too_many_beyond(scaled, fit.grid, plain):
+  if (
+    fit is None
+    or is_lattice
+    or not orders
+    or _has_too_many_beyond(scaled, fit.grid, plain, options.dtype)
+  ):
     codes = _code_on_plain_grid(weights, plain, factor, layout)
     state = dataclasses.replace(plain, kinds=jnp.asarray(kinds_of_codes(codes)))
     is_served = not codes.any() or int(plain.levels) == 0 or is_lattice
@@ -156,24 +194,28 @@ def _code(
 
   # rounded before the walk: codes are chosen for the very values that a file will hold
   grid_step, grid_first = exact_grid(
-    unit * jnp.float32(fit.grid.step), unit * jnp.float32(fit.grid.first), jnp.int32(MAX_LEVELS)
+    unit * jnp.float32(fit.grid.step),
+    unit * jnp.float32(fit.grid.first),
+    jnp.int32(MAX_LEVELS),
+    has_scales=options.has_scales,
   )
+  # a level's cell reaches half a step to either side, so that a value keeps its code; the cells
+  # have no other part, since codes are chosen by error and price
+  edge = jnp.maximum(grid_first - grid_step / 2, 0)
   fit = fit._replace(
     grid=trellis.Grid(float(grid_first) / float(unit), float(grid_step) / float(unit), MAX_LEVELS)
   )
   state = LeafState(
     kinds=plain.kinds,
     codebook=affine_codebook(grid_first, grid_step, jnp.int32(MAX_LEVELS)),
-    # a level's cell reaches half a step to either side, so that a value keeps its code; the cells
-    # have no other part, since codes are chosen by error and price
-    threshold=jnp.maximum(grid_first - grid_step / 2, 0),
+    threshold=of_few_bits(edge) if options.has_scales else edge,
     step=grid_step,
     levels=jnp.int32(MAX_LEVELS),
     dtype=plain.dtype,
   )
   values = np.asarray(_value_table(state)).astype(np.float32) / unit
   # in one order: every other one would be a walk of its own
-  walk = Walk(scaled, fit, orders[0], _usable(state), values)
+  walk = Walk(scaled, fit, orders[0], _usable(state, options), values)
   # of two steps, since a state allows every other level
   codes = walk.codes(factor, limit=max(2 * fit.grid.step, threshold))
   on_grid = np.where(codes == ESCAPE, 0, codes)
@@ -234,7 +276,7 @@ def _is_exact(weights: Array, plain: LeafState) -> bool:
 
 
 def _has_too_many_beyond(
-  scaled: Float32[np.ndarray, '...'], grid: trellis.Grid, plain: LeafState
+  scaled: Float32[np.ndarray, '...'], grid: trellis.Grid, plain: LeafState, dtype: Any
 ) -> bool:
   """Returns whether weights that escape from the trellis' grid alone cost more than it gains."""
   size, escaped_on_plain = scaled.size, int(np.count_nonzero(np.asarray(plain.kinds) == ESCAPED))
@@ -242,14 +284,21 @@ def _has_too_many_beyond(
   if escaped <= escaped_on_plain:
     return False
   # bits of the value, and of its place: m of n places take m log2(e n / m)
-  each = 8 * np.dtype(plain.dtype).itemsize + math.log2(size / escaped) + 1.5
+  each = 8 * np.dtype(dtype).itemsize + math.log2(size / escaped) + 1.5
   return (escaped - escaped_on_plain) * each > _GAIN * size
 
 
-def _usable(state: LeafState) -> Bool[np.ndarray, '128']:
-  """Returns which magnitudes of codes have a value of the leaf's dtype in their own cell."""
+def _usable(state: LeafState, options: _Options) -> Bool[np.ndarray, '128']:
+  """Returns which magnitudes of codes have a value of the leaf's dtype in their own cell.
+
+  Of a leaf with output scales, in the cells of all outputs.
+  """
   cells = jnp.arange(MAX_LEVELS, dtype=jnp.float32)
-  return np.concatenate([[True], np.asarray(settled(cells, state) == cells)])
+  # which numbers of a dtype there are is the same in all octaves
+  scales = OCTAVE[:, None] if options.has_scales else None
+  state = dataclasses.replace(state, dtype=options.dtype, output_scales=scales)
+  is_settled = np.atleast_2d(np.asarray(settled(cells, state) == cells))
+  return np.concatenate([[True], is_settled.all(axis=0)])
 
 
 def bits_of(leaf: CodedLeaf) -> float:

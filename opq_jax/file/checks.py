@@ -5,8 +5,7 @@ A reader holds files of any origin to these rules: it takes no leaf that the wri
 
 import numpy as np
 
-from opq_jax.coding.frequencies import histogram
-from opq_jax.core.array_types import Int8
+from opq_jax.core.array_types import Int8, Int64
 from opq_jax.core.limits import ESCAPE
 from opq_jax.file.grids import ALL_CODES, Grid
 
@@ -49,8 +48,13 @@ def check_levels(codes: Int8[np.ndarray, '...'], levels: int) -> None:
     raise ValueError(f'found code {largest}, expected at most {levels}')
 
 
-def check_cells(name: str, codes: Int8[np.ndarray, '...'], grid: Grid) -> None:
+def check_cells(name: str, counts: Int64[np.ndarray, '256'], grid: Grid) -> None:
   """Checks that encoding the values of codes again gives these codes.
+
+  Args:
+    name: of the leaf.
+    counts: how often every code occurs, in the order of `opq_jax.file.grids.ALL_CODES`.
+    grid: of the codes.
 
   Raises:
     ValueError: the value of a code that occurs is not finite in the leaf's dtype, is below the
@@ -59,7 +63,7 @@ def check_cells(name: str, codes: Int8[np.ndarray, '...'], grid: Grid) -> None:
   is_on_grid = (ALL_CODES != 0) & (ALL_CODES != ESCAPE)
   # 256 values in place of all weights; a level that no code has may lie in another cell, as many of
   # bfloat16 do far from 0
-  counts = np.where(is_on_grid, histogram(codes), 0)
+  counts = np.where(is_on_grid, counts, 0)
   values = grid.value_table().astype(np.float32)
   if bad := int(counts[~np.isfinite(values)].sum()):
     raise ValueError(

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from opq_jax.coding import decode_codes, escapes
-from opq_jax.core.array_types import Int8, Shaped
+from opq_jax.coding import decode_codes, escapes, output_scales
+from opq_jax.core.array_types import Float32, Int8, Shaped
 from opq_jax.core.limits import ESCAPE
 from opq_jax.file import checks
 from opq_jax.file.grids import Grid
 from opq_jax.file.leaf_entries import SliceEntry
+from opq_jax.file.output_grids import OutputGrids
 
 if TYPE_CHECKING:
   from opq_jax.compression import LeafState
@@ -24,22 +25,22 @@ class CodedSlice(NamedTuple):
   Attributes:
     codes: of all weights, -128 where one is escaped.
     escaped: the escaped weights, in C order.
-    grid: the value of every code.
+    grids: the value of every code, of each output.
   """
 
   codes: Int8[np.ndarray, '...']
   escaped: Shaped[np.ndarray, ' m']
-  grid: Grid
+  grids: OutputGrids
 
   def values(self) -> Shaped[np.ndarray, '...']:
     """Returns the weights in the leaf's dtype."""
-    values = self.grid.values(self.codes)
+    values = self.grids.values(self.codes)
     values[self.codes == ESCAPE] = self.escaped
     return values
 
   def moved(self, axes: tuple[int, ...]) -> 'CodedSlice':
     """Returns the slice with its axes in another order."""
-    return CodedSlice(*moved_codes(self.codes, self.escaped, axes), self.grid)
+    return CodedSlice(*moved_codes(self.codes, self.escaped, axes), self.grids.moved(axes))
 
 
 def moved_codes(
@@ -90,6 +91,11 @@ class CodedLeaf(NamedTuple):
     """Returns the weights in the leaf's dtype."""
     return self.stacked([part.values() for part in self.parts])
 
+  def output_scales(self) -> Float32[np.ndarray, '...'] | None:
+    """Returns the scales of all outputs as they broadcast over the weights; None without any."""
+    scales = [part.grids.over_weights(part.codes.ndim) for part in self.parts]
+    return None if any(own is None for own in scales) else self.stacked(scales)
+
   def state(self) -> 'LeafState':
     """Returns the state that compresses the weights to these codes."""
     import jax.numpy as jnp
@@ -97,7 +103,8 @@ class CodedLeaf(NamedTuple):
     from opq_jax.compression import LeafState
     from opq_jax.compression.records import kinds_of_codes
 
-    grids = [part.grid for part in self.parts]
+    grids = [part.grids.grid for part in self.parts]
+    scales = self.output_scales()
     arrays: dict[str, Any] = {
       'kinds': kinds_of_codes(self.codes()),
       'codebook': self.stacked([grid.codebook() for grid in grids]),
@@ -109,21 +116,36 @@ class CodedLeaf(NamedTuple):
       **{name: jnp.asarray(array) for name, array in arrays.items()},
       dtype=grids[0].dtype,
       slices=len(self.slice_shape),
+      output_scales=None if scales is None else jnp.asarray(scales),
     )
 
 
 def coded_slice(
-  name: str, data: bytes, shape: tuple[int, ...], part: SliceEntry, grid: Grid
+  name: str,
+  data: bytes,
+  shape: tuple[int, ...],
+  part: SliceEntry,
+  grid: Grid,
+  scale_axis: int | None = None,
 ) -> CodedSlice:
   """Decodes and checks a slice of a compressed leaf, or the leaf.
+
+  Args:
+    name: for messages.
+    data: the payload.
+    shape: of the array that it codes.
+    part: its numbers in the index.
+    grid: its row of `grids`.
+    scale_axis: the axis of that array whose outputs have scales; None without scales.
 
   Raises:
     ValueError: it is damaged.
   """
   try:
-    end = part.stored - part.escape_bytes
+    begin, end = part.scale_bytes, part.stored - part.escape_bytes
     # the shape is only a claim, which the payload bounds before memory is taken for it
-    codes = decode_codes(data[:end], shape)
+    codes = decode_codes(data[begin:end], shape)
+    scales = None if scale_axis is None else output_scales.decode(data[:begin], shape[scale_axis])
     checks.check_levels(codes, part.levels)
     positions, escaped = escapes.decode(data[end:], codes.size, part.escapes, grid.dtype)
     flat = codes.reshape(-1)
@@ -134,5 +156,7 @@ def coded_slice(
     flat[positions] = ESCAPE
   except ValueError as error:
     raise ValueError(f'{name}: {error}') from error
-  checks.check_cells(name, codes, grid)
-  return CodedSlice(codes, escaped, grid)
+  grids = OutputGrids(grid, scales, scale_axis or 0)
+  grids.check_grids(name)
+  grids.check_cells(name, codes)
+  return CodedSlice(codes, escaped, grids)

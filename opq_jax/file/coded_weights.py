@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import Int8, Shaped
 
+from opq_jax.coding import output_scales
 from opq_jax.compression import CompressionState, LeafState, slice_of
 from opq_jax.compression import encode as encode_weights
 from opq_jax.core.limits import ESCAPE, MAX_LEVELS
@@ -14,6 +15,7 @@ from opq_jax.file import checks, leaf_entries
 from opq_jax.file.coded_leaves import CodedSlice, escaped_values
 from opq_jax.file.container import VERSIONS
 from opq_jax.file.grids import Grid
+from opq_jax.file.output_grids import OutputGrids
 
 
 def coded_slices(
@@ -22,23 +24,24 @@ def coded_slices(
   """Returns the slices of a compressed leaf in C order, or the leaf, coded and checked.
 
   Raises:
-    ValueError: as `checked_grid` and `checked_codes`.
+    ValueError: as `checked_grids` and `checked_codes`.
   """
   if record.slices:
     # on the host, where slices are views
     record = jax.device_get(record)
   for index in np.ndindex(record.slice_shape):
     own_name, own, weights = slice_name(name, index), slice_of(record, index), array[index]
-    grid = checked_grid(own_name, own)
+    grids = checked_grids(own_name, own, weights.shape)
     codes = checked_codes(own_name, weights, own)
-    yield CodedSlice(codes, escaped_values(codes, weights), grid)
+    yield CodedSlice(codes, escaped_values(codes, weights), grids)
 
 
-def checked_grid(name: str, record: LeafState) -> Grid:
-  """Returns the grid of a leaf's state.
+def checked_grids(name: str, record: LeafState, shape: tuple[int, ...]) -> OutputGrids:
+  """Returns the grids of the outputs of a leaf without slices, of this shape.
 
   Raises:
-    ValueError: a file cannot hold the levels, the grid or the codebook of the state.
+    ValueError: a file cannot hold the levels, the grid, the codebook or the output scales of the
+      state.
   """
   levels, codebook = int(record.levels), np.asarray(record.codebook)
   if not 0 <= levels <= MAX_LEVELS:
@@ -51,7 +54,14 @@ def checked_grid(name: str, record: LeafState) -> Grid:
       f'{name}: found another codebook than the affine one of first value {grid.first}, step '
       f'{grid.step} and {levels} levels, expected that one'
     )
-  return grid
+  try:
+    grids = OutputGrids.of(grid, record.output_scales, shape)
+    if grids.scales is not None:
+      output_scales.codes_of(grids.scales)
+  except ValueError as error:
+    raise ValueError(f'{name}: {error}') from error
+  grids.check_grids(name)
+  return grids
 
 
 def checked_codes(
@@ -73,7 +83,7 @@ def checked_codes(
   except ValueError as error:
     # `encode` was given a tree that is one leaf, whose path name is empty
     raise ValueError(f'{name}: {str(error).removeprefix(": ")}') from error
-  checks.check_cells(name, codes, _grid_of(record))
+  OutputGrids.of(_grid_of(record), record.output_scales, array.shape).check_cells(name, codes)
   return codes
 
 

@@ -201,7 +201,12 @@ def _read_grids(
   own: dict[str, Float32[np.ndarray, 'slices 3']] = {}
   names = list(leaves)
   for name, leaf in leaves.items():
-    fields = {'slices': leaf.slices, 'axes': leaf.axes, 'escapes': leaf.has_escapes}
+    fields = {
+      'slices': leaf.slices,
+      'axes': leaf.axes,
+      'scales': leaf.scale_axis is not None,
+      'escapes': leaf.has_escapes,
+    }
     if version == '1' and (leaf.tied_to is not None or any(fields.values())):
       field = next((field for field, is_used in fields.items() if is_used), '')
       if leaf.tied_to is not None:

@@ -38,19 +38,23 @@ that begins with "list" or "tuple" is a list or a tuple of its other items.  A l
     escapes=COUNT,BYTES           COUNT weights are stored as they are, in the last BYTES of the
                                   payload, a section of `opq_jax.coding.escapes`; the bytes before
                                   it code the array with 0 in their places
+    scales=AXIS,BYTES             outputs along this axis, counted as in axes, have scales, in the
+                                  first BYTES of the payload, a section of
+                                  `opq_jax.coding.output_scales`
     slices=N                      the first N axes count slices, each an array of its own with a row
-                                  of grids and a payload, end to end in C order.  LEVELS, BYTES and
-                                  the pair COUNT,BYTES of escapes (0,0 of a slice without any) are
-                                  those of the first slice, and those of the others follow, each
-                                  after a comma: float32[2,8,8] 9,7 99,80 escapes=1,20,0,0 slices=1
+                                  of grids and a payload, end to end in C order.  LEVELS, BYTES,
+                                  the pair COUNT,BYTES of escapes (0,0 of a slice without any) and
+                                  the BYTES of scales are those of the first slice, and those of the
+                                  others follow, each after a comma:
+                                  float32[2,8,8] 9,7 99,80 escapes=1,20,0,0 slices=1
 
     dtype[shape] same=N           a leaf that is the N-th of the tree again, counted from 0: an
     dtype[shape] transposed=N     earlier leaf, or the transpose of a compressed one.  It has no
                                   payload, no row of grids and no uncompressed bytes; a transpose
                                   has no slices
 
-A reader refuses every other field: a palette, a scale an output channel and a rotation will be
-fields too, once they are defined.  Names of dtypes are those of NumPy and ml_dtypes.  A compressed
+A reader refuses every other field: a palette and a rotation will be fields too, once they are
+defined.  Names of dtypes are those of NumPy and ml_dtypes.  A compressed
 leaf is of floats of 1, 2, 4 or 8 whole bytes that know 0.
 
 Every byte is under a checksum: the header must be the one that its own sizes imply and holds the
@@ -218,9 +222,15 @@ def _tied_entry(name: str, leaf: LeafEntry, first: LeafEntry | None) -> LeafEntr
     )
   if first.dtype != leaf.dtype:
     raise ValueError(f'{name}: found dtype {leaf.dtype}, expected {first.dtype}, of the leaf it is')
-  axes = first.axes
+  axes, scale_axis = first.axes, first.scale_axis
   if leaf.is_transposed:
     axes = () if axes else (1, 0)
+    scale_axis = None if scale_axis is None else 1 - scale_axis
   return dataclasses.replace(
-    first, shape=leaf.shape, axes=axes, tied_to=leaf.tied_to, is_transposed=leaf.is_transposed
+    first,
+    shape=leaf.shape,
+    axes=axes,
+    scale_axis=scale_axis,
+    tied_to=leaf.tied_to,
+    is_transposed=leaf.is_transposed,
   )

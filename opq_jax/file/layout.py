@@ -38,7 +38,8 @@ def laid_out(
     everywhere = NamedSharding(sharding.mesh, P())
     arrays: dict[str, Any] = {
       field: _on_devices(getattr(record, field), sharding if field == 'kinds' else everywhere)
-      for field in ('kinds', 'codebook', 'threshold', 'step', 'levels')
+      for field in ('kinds', 'codebook', 'threshold', 'step', 'levels', 'output_scales')
+      if getattr(record, field) is not None
     }
     record = dataclasses.replace(record, **arrays)
   return _on_devices(value, sharding), record

@@ -31,7 +31,7 @@ _LEAF = re.compile(
 _SLICES = re.compile(r'[1-9]\d?', re.ASCII)
 _NUMBER = re.compile(r'\d{1,18}', re.ASCII)
 _TIES = ('same', 'transposed')  # fields of a leaf that is an earlier one again
-_FIELDS = ('axes', 'escapes', 'same', 'slices', 'transposed')
+_FIELDS = ('axes', 'escapes', 'same', 'scales', 'slices', 'transposed')
 _DIGITS = 18  # of a number at most, so that it fits int64
 _LIST = re.compile(r'[\d,]+', re.ASCII)
 _LONG = re.compile(rf'\d{{{_DIGITS + 1}}}', re.ASCII)
@@ -45,12 +45,14 @@ class SliceEntry(NamedTuple):
     stored: bytes of its payload.
     escapes: how many of its weights are escaped.
     escape_bytes: bytes of the section of escaped weights, at the end of the payload.
+    scale_bytes: bytes of the section of output scales, at its begin; 0 where there are none.
   """
 
   levels: int
   stored: int
   escapes: int = 0
   escape_bytes: int = 0
+  scale_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,6 +67,7 @@ class LeafEntry:
     slices: leading axes that count slices.
     axes: the order in which the payloads have the other axes, counted from 0 behind the slices; ()
       where they stay as they are.
+    scale_axis: the axis whose outputs have scales, counted as `axes` are; None without scales.
     begin: where its bytes begin in `codes`, or in the unpacked bytes of `uncompressed`.
     tied_to: of a leaf that is an earlier one again, the number of that leaf; None of all others.
       Once it is placed, its other numbers are those of that leaf.
@@ -74,9 +77,10 @@ class LeafEntry:
   dtype: np.dtype
   shape: tuple[int, ...]
   stored: int
-  table: Int64[np.ndarray, 'slices 4'] | None = None
+  table: Int64[np.ndarray, 'slices 5'] | None = None
   slices: int = 0
   axes: tuple[int, ...] = ()
+  scale_axis: int | None = None
   begin: int = 0
   tied_to: int | None = None
   is_transposed: bool = False
@@ -123,6 +127,7 @@ def compressed_spec(
   parts: Sequence[SliceEntry],
   slices: int = 0,
   axes: tuple[int, ...] = (),
+  scale_axis: int | None = None,
 ) -> str:
   """Returns the notation of a compressed leaf (see `LeafEntry`).
 
@@ -132,6 +137,8 @@ def compressed_spec(
   'float32[2,3,16] 9,7 99,80 slices=1'
   >>> compressed_spec(np.dtype(np.float32), (3, 16), [SliceEntry(9, 141)], axes=(1, 0))
   'float32[3,16] 9 141 axes=1,0'
+  >>> compressed_spec(np.dtype(np.float32), (3, 16), [SliceEntry(9, 141, 0, 0, 22)], scale_axis=1)
+  'float32[3,16] 9 141 scales=1,22'
   """
   listed = lambda numbers: ','.join(map(str, numbers))
   text = f'{spec(dtype, shape)} {listed(p.levels for p in parts)} {listed(p.stored for p in parts)}'
@@ -139,6 +146,8 @@ def compressed_spec(
     text += f' axes={listed(axes)}'
   if any(part.escapes for part in parts):
     text += f' escapes={listed(n for part in parts for n in (part.escapes, part.escape_bytes))}'
+  if scale_axis is not None:
+    text += f' scales={listed([scale_axis, *(part.scale_bytes for part in parts)])}'
   return f'{text} slices={slices}' if slices else text
 
 
@@ -192,12 +201,16 @@ def parsed_leaf(text: str) -> LeafEntry:
     raise ValueError(f'found leaf {text[:80]!r}, expected no payload of a leaf with {ties[0]}')
   table, slices = _parsed_table(text, shape, match, fields)
   axes = _parsed_axes(text, fields['axes'], len(shape) - slices) if 'axes' in fields else ()
+  scale_axis = None
+  if 'scales' in fields:
+    scale_axis, table[:, 4] = _parsed_scales(text, fields['scales'], len(shape) - slices, table)
   if table[:, 0].max() > MAX_LEVELS or not can_be_compressed(dtype):
     raise ValueError(
       f'found leaf {text[:80]!r}, expected floats of whole bytes, of at most {MAX_LEVELS} levels'
     )
   # Python's integers: the sum of hostile sizes does not wrap around
-  return LeafEntry(dtype, shape, sum(map(int, table[:, 1])), table, slices, axes)
+  stored = sum(map(int, table[:, 1]))
+  return LeafEntry(dtype, shape, stored, table, slices, axes, scale_axis)
 
 
 def _parsed_axes(text: str, listed: str, count: int) -> tuple[int, ...]:
@@ -209,10 +222,24 @@ def _parsed_axes(text: str, listed: str, count: int) -> tuple[int, ...]:
   return axes
 
 
+def _parsed_scales(
+  text: str, listed: str, count: int, table: Int64[np.ndarray, 'slices 5']
+) -> tuple[int, Int64[np.ndarray, ' slices']]:
+  """Returns the axis of output scales, and the bytes of the section of every slice."""
+  axis, *sizes = (int(n) for n in _numbers(text, listed))
+  fits = axis < count and len(sizes) == len(table)
+  if not fits or not all(0 < n <= row[1] - row[3] for n, row in zip(sizes, table, strict=True)):
+    raise ValueError(f'found leaf {text[:80]!r}, expected scales=AXIS,BYTES that it can have')
+  return axis, np.array(sizes, np.int64)
+
+
 def _parsed_table(
   text: str, shape: tuple[int, ...], match: re.Match[str], fields: dict[str, str]
-) -> tuple[Int64[np.ndarray, 'slices 4'], int]:
-  """Returns the table of a compressed leaf, and how many of its axes count slices."""
+) -> tuple[Int64[np.ndarray, 'slices 5'], int]:
+  """Returns the table of a compressed leaf, and how many of its axes count slices.
+
+  Its last column is 0.
+  """
   slices = 0
   if 'slices' in fields:
     slices = int(fields['slices']) if _SLICES.fullmatch(fields['slices']) else len(shape)
@@ -237,7 +264,7 @@ def _parsed_table(
     fits = fits and (counts <= math.prod(shape[slices:])).all() and (sizes <= stored).all()
     if not fits or ((counts > 0) != (sizes > 0)).any():
       raise ValueError(f'found leaf {text[:80]!r}, expected escapes=COUNT,BYTES that it can have')
-  return np.column_stack([levels, stored, escapes]), slices
+  return np.column_stack([levels, stored, escapes, np.zeros(count, np.int64)]), slices
 
 
 def _numbers(text: str, listed: str) -> Int64[np.ndarray, ' n']:

@@ -14,7 +14,7 @@ import numpy as np
 
 from opq_jax.coding.axis_orders import inverse
 from opq_jax.core import plain_trees
-from opq_jax.core.array_types import Int8, Shaped
+from opq_jax.core.array_types import Float32, Int8, Shaped
 from opq_jax.core.trees import slice_name
 from opq_jax.file import packing, side_files
 from opq_jax.file.coded_leaves import CodedLeaf, coded_slice
@@ -199,6 +199,19 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     leaf, front = self._leaf(name), self._front
     return grids_of(name, leaf, front.grid_rows[name], front.version) if leaf.rows else ()
 
+  def output_scales(self, name: str) -> Float32[np.ndarray, '...'] | None:
+    """Returns the scales of the outputs of a compressed leaf, None where all are 1.
+
+    With an axis of length 1 for each other axis but those of slices, so that they broadcast over
+    the weights.  The grid of an output is that of the leaf, or of the slice, times its scale.
+
+    Raises:
+      KeyError: the file has no such leaf.
+      ValueError: the leaf is damaged.
+    """
+    leaf = self._leaf(name)
+    return None if leaf.scale_axis is None else self._coded(name, leaf).output_scales()
+
   def payload_sizes(self, name: str) -> tuple[int, ...]:
     """Returns the bytes of the payloads of a compressed leaf, one of every slice as in `grids`.
 
@@ -330,11 +343,13 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
   def _coded(self, name: str, leaf: LeafEntry) -> CodedLeaf:
     """Reads and checks a compressed leaf, slice by slice."""
     begin, shape = self._front.codes_begin + leaf.begin, leaf.coded_shape
-    coded = []
+    axis, coded = leaf.scale_axis, []
+    if axis is not None and leaf.axes:
+      axis = leaf.axes.index(axis)
     each = zip(np.ndindex(leaf.slice_shape), leaf.parts(), self.grids(name), strict=True)
     for index, part, grid in each:
       data = self._read(begin, part.stored)
-      coded.append(coded_slice(slice_name(name, index), data, shape, part, grid))
+      coded.append(coded_slice(slice_name(name, index), data, shape, part, grid, axis))
       begin += part.stored
     whole = CodedLeaf(coded, leaf.slice_shape)
     return whole.moved(inverse(leaf.axes)) if leaf.axes else whole

@@ -169,14 +169,23 @@ def tied_leaves(
     first, own = (np.asarray(_record(records, leaf).kinds) for leaf in (tie.first, name))
     if tie.is_transposed and _record(records, name).slices:
       continue
-    # latent weights may be equal where masks are not
-    if np.array_equal(first.T if tie.is_transposed else first, own):
+    # latent weights may be equal where masks are not, and scales be those of the other axis
+    is_same = np.array_equal(first.T if tie.is_transposed else first, own)
+    if is_same and _has_scales_of(_record(records, tie.first), _record(records, name), tie):
       ties[name] = tie
   return ties
 
 
 def _identity(array: Shaped[np.ndarray, '...']) -> Shaped[np.ndarray, '...']:
   return array
+
+
+def _has_scales_of(first: LeafState, own: LeafState, tie: Tie) -> bool:
+  """Returns whether a leaf has the output scales of the leaf that it is again."""
+  scales = [np.asarray(x) for x in (first.output_scales, own.output_scales) if x is not None]
+  if len(scales) != 2:
+    return not scales
+  return np.array_equal(scales[0].T if tie.is_transposed else scales[0], scales[1])
 
 
 def _record(records: Mapping[str, LeafState | None], name: str) -> LeafState:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Shaped
 
-from opq_jax.coding import axis_orders, encode_codes, escapes
+from opq_jax.coding import axis_orders, encode_codes, escapes, output_scales
 from opq_jax.core.limits import ESCAPE
 from opq_jax.file import leaf_entries
 from opq_jax.file.coded_leaves import CodedSlice
@@ -59,15 +59,17 @@ def write_leaf(
     contexts: as for `opq_jax.coding.encode_codes`.
     axes: the order in which the payloads have the axes, from `axes_of`.
   """
-  entries, grids, version = [], [], '2' if slices or axes else '1'
+  entries, grids, version, scale_axis = [], [], '2' if slices or axes else '1', None
   for part in coded:
     written = written_slice(part, contexts=contexts, axes=axes)
     write(written.payload)
     entries.append(written.entry)
-    grids.append(part.grid.row())
+    grids.append(part.grids.grid.row())
     version = max(version, written.version)
-    dtype = part.grid.dtype
-  spec = leaf_entries.compressed_spec(dtype, shape, entries, slices, axes)
+    dtype = part.grids.grid.dtype
+    if part.grids.scales is not None:
+      scale_axis = part.grids.axis
+  spec = leaf_entries.compressed_spec(dtype, shape, entries, slices, axes, scale_axis)
   return WrittenLeaf(spec, grids, version)
 
 
@@ -94,15 +96,18 @@ def written_slice(coded: CodedSlice, *, contexts: bool, axes: tuple[int, ...] = 
     axes: as for `write_leaf`.
   """
   section = b''
-  codes, values, grid = coded.moved(axes) if axes else coded
+  codes, values, grids = coded.moved(axes) if axes else coded
   if values.size:
     positions = np.flatnonzero(codes == ESCAPE)
     section = escapes.encode(positions, values)
     codes = codes.copy()
     codes.reshape(-1)[positions] = 0
-  payload = encode_codes(codes, contexts=contexts) + section
-  entry = leaf_entries.SliceEntry(grid.levels, len(payload), values.size, len(section))
-  return WrittenSlice(payload, entry, '2' if section or grid.level_values().rounds else '1')
+  scales = b'' if grids.scales is None else output_scales.encode(grids.scales)
+  payload = scales + encode_codes(codes, contexts=contexts) + section
+  grid, sizes = grids.grid, (len(section), len(scales))
+  entry = leaf_entries.SliceEntry(grid.levels, len(payload), values.size, *sizes)
+  is_plain = not (scales or section or grid.level_values().rounds)
+  return WrittenSlice(payload, entry, '1' if is_plain else '2')
 
 
 def host_array(name: str, leaf: Any) -> Shaped[np.ndarray, '...']:

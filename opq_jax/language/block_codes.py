@@ -123,6 +123,7 @@ class BlockEncoder:
     network: the language model.
     tokens: calibration tokens.
     bits: entropy of the codes of every tensor to compress, in bits per weight, by name.
+    output_scales: of some of them, as in `opq_jax.compression.LeafState`, by name.
     encoder: chooses the codes of a leaf, given the moments of its inputs.
     share, damping: as in `opq_jax.encoders.LayerByLayer`.
   """
@@ -131,6 +132,7 @@ class BlockEncoder:
   tokens: Integer[np.ndarray, 'sequences length']
   bits: Mapping[str, float]
   encoder: LeafEncoder
+  output_scales: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   share: float = SHARE
   damping: float = DAMPING
 
@@ -251,18 +253,21 @@ class BlockEncoder:
         rows = layout.rows(weights), sums.moments, sums.cross_moments
         target = layout.leaf(fitted_rows(*rows, self.share, self.damping))
     bits = self.bits[site.name]
-    own = spent.bits_for(bits, weights.size)
+    own, scales = spent.bits_for(bits, weights.size), self.output_scales.get(site.name)
     ratio = spent.ratios.get(path, 1.0)
+    turned = lambda array: array.T if site.is_transposed else array
     choose = functools.partial(code_at_bits, site.name, target, dtype, own, self.encoder, moments)
+    own_scales = None if scales is None else jnp.asarray(turned(np.asarray(scales)))
     with named_leaf(site.name):
-      found, notes = quietly(choose, self.damping, ratio)
+      found, notes = quietly(choose, self.damping, ratio, own_scales)
     spent.notes += map(str, without_plain_codes(notes, site.name, spent.plain))
     spent.add(bits, found.bits, weights.size)
     spent.ratios[path] = found.ratio
     values, state = np.asarray(found.values), found.state
-    if site.is_transposed:
-      state = dataclasses.replace(state, kinds=jnp.asarray(np.asarray(state.kinds).T))
-    tensor = np.ascontiguousarray(values.T if site.is_transposed else values)
+    state = dataclasses.replace(
+      state, kinds=jnp.asarray(turned(np.asarray(state.kinds))), output_scales=scales
+    )
+    tensor = np.ascontiguousarray(turned(values))
     (coded,) = coded_slices(site.name, tensor, state)
     return jnp.asarray(values, jnp.float32), coded
 

@@ -6,19 +6,23 @@ import numpy as np
 
 from opq_jax.file.coded_leaves import CodedSlice
 from opq_jax.file.grids import Grid
+from opq_jax.file.output_grids import OutputGrids
 
-FIELDS = ('codes', 'escaped', 'grid', 'levels')
+FIELDS = ('codes', 'escaped', 'grid', 'levels', 'output_scales')
 """Names of the arrays."""
 
 
 def arrays_of(coded: CodedSlice) -> dict[str, np.ndarray]:
-  """Returns the codes, escaped values, grid and number of levels of a tensor."""
+  """Returns the codes, escaped values, grid, number of levels and output scales of a tensor."""
+  scales = coded.grids.over_weights(coded.codes.ndim)
   return {
     'codes': coded.codes,
     # as bytes: numpy's files do not know bfloat16
     'escaped': np.ascontiguousarray(coded.escaped).view(np.uint8),
-    'grid': np.array(coded.grid.row(), np.float32),
-    'levels': np.asarray(coded.grid.levels),
+    'grid': np.array(coded.grids.grid.row(), np.float32),
+    'levels': np.asarray(coded.grids.grid.levels),
+    # none where there are none
+    'output_scales': np.zeros(0, np.float32) if scales is None else scales,
   }
 
 
@@ -26,4 +30,6 @@ def coded_slice(arrays: Mapping[str, np.ndarray], dtype: np.dtype) -> CodedSlice
   """Returns the tensor of `arrays_of`, of this dtype."""
   threshold, first, step = arrays['grid']
   grid = Grid(threshold, first, step, int(arrays['levels']), dtype)
-  return CodedSlice(arrays['codes'], arrays['escaped'].view(dtype), grid)
+  codes, scales = arrays['codes'], arrays['output_scales']
+  grids = OutputGrids.of(grid, scales if scales.size else None, codes.shape)
+  return CodedSlice(codes, arrays['escaped'].view(dtype), grids)

@@ -63,7 +63,7 @@ def costs(
 
   Returns:
     A tree like `tree` with omega of `opq_jax.network.divergence_costs` at every leaf, times what
-    feedback leaves of the error (`feedback_gains`).
+    feedback leaves of the error (`feedback_gains`); of a kernel one for each of its outputs.
   """
   key, parts = jax.random.key(_KEY), 1 if damping is None else 2
   found = block_costs(network, cost_tokens(calibration), key, lambda share: told(share / parts))
@@ -75,7 +75,7 @@ def costs(
     found = {name: cost * gains.get(name, 1.0) for name, cost in found.items()}
   found |= {alias: found[name] for alias, name in network.tied.items()}
   # what the network does not read has no cost of its own
-  typical, named = float(np.median(list(found.values()))), trees.named_leaves(tree)
+  typical, named = float(np.median([np.mean(x) for x in found.values()])), trees.named_leaves(tree)
   unread = [name for name, leaf in named.items() if name not in found and np.ndim(leaf) > 1]
   if unread:
     messages.warn(
@@ -139,12 +139,19 @@ def compress_calibrated(
     for name, record in allocated.items():
       if record.slices:
         raise ValueError(f'{name}: found slices, expected none: a tensor is one matrix of a layer')
-    bits = {name: float(record.entropy) for name, record in allocated.items() if not record.tied_to}
-    blocks = BlockEncoder(network, calibration.tokens, bits, encoder, share, damping)
+    own = {name: record for name, record in allocated.items() if not record.tied_to}
+    bits = {name: float(record.entropy) for name, record in own.items()}
+    scales = {
+      name: np.asarray(record.output_scales)
+      for name, record in own.items()
+      if record.output_scales is not None
+    }
+    blocks = BlockEncoder(network, calibration.tokens, bits, encoder, scales, share, damping)
     plan = {
       'weights': _identity(network),
       'tokens': calibration.digest,
       'bits': bits,
+      'scales': {name: array.ravel().tolist() for name, array in scales.items()},
       'encoder': [repr(encoder), share, damping],
       'versions': [opq_jax.__version__, jax.__version__],
     }

@@ -24,8 +24,11 @@ def block_costs(
   tokens: Int[np.ndarray, 'sequences length'],
   key: Array,
   told: Callable[[float], Any] = lambda share: None,
-) -> dict[str, float]:
+) -> dict[str, Any]:
   """Returns omega = E|g|^2 / (2 n), in nats a token per unit of squared error, of every tensor.
+
+  Of a kernel of a layer one for each of its outputs, with g and n those of the output; they
+  broadcast over the tensor.
 
   Args:
     network: the language model.
@@ -51,15 +54,23 @@ def block_costs(
       block, network.layer(number), states.pop(), gradients, context
     )
     named = trees.named_leaves(of_layer)
-    energies |= {network.site(path, number).name: energy for path, energy in named.items()}
+    for path, energy in named.items():
+      site = network.site(path, number)
+      # of outputs, along their axis of the tensor
+      shape = (-1, 1) if site.is_transposed else (1, -1)
+      energies[site.name] = np.reshape(energy, shape) if np.ndim(energy) else energy
     told(1 - 2 * number / (3 * network.depth))
   of_start = _start_energies(start, outer, jnp.asarray(tokens), gradients)
   for path, energy in trees.named_leaves(jax.tree.map(jnp.add, of_outer, of_start)).items():
     energies[network.site(path, None).name] = energy
   least = float(jnp.finfo(jnp.float32).tiny)
   rows = 2 * tokens.size
-  sizes = {name: math.prod(np.shape(network.tensors[name])) for name in energies}
-  return {name: max(float(x) / (rows * sizes[name]), least) for name, x in energies.items()}
+  costs = {}
+  for name, energy in energies.items():
+    each = math.prod(np.shape(network.tensors[name])) / np.size(energy)
+    cost = np.maximum(np.asarray(energy, np.float64) / (rows * each), least)
+    costs[name] = cost if cost.ndim else float(cost)
+  return costs
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -71,15 +82,19 @@ def _run(block: Block, params: PyTree, x: Array, context: Any) -> Array:
 def _block_energies(
   block: Block, params: PyTree, x: Array, gradients: Array, context: Any
 ) -> tuple[PyTree, Float[Array, 'sequences length features']]:
-  """Returns the sum over sequences of |g|^2 of all leaves, and the gradients before the block."""
+  """Returns the sum over sequences of |g|^2 of all leaves, and the gradients before the block.
+
+  Of kernels, [inputs, outputs], the sum of each output.
+  """
 
   def of_sequence(total: PyTree, sequence: tuple[Array, Array]) -> tuple[PyTree, Array]:
     state, gradient = sequence
     _, back = jax.vjp(lambda params, one: block(params, one[None], context)[0], params, state)
     of_params, before = back(gradient)
-    return jax.tree.map(jnp.add, total, _energy(of_params)), before
+    return jax.tree.map(jnp.add, total, jax.tree.map(_of_outputs, of_params)), before
 
-  return jax.lax.scan(of_sequence, _zeros(params), (x, gradients))
+  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:]), params)
+  return jax.lax.scan(of_sequence, zeros, (x, gradients))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -116,6 +131,10 @@ def _start_energies(start: Start, params: PyTree, tokens: Array, gradients: Arra
     return jax.tree.map(jnp.add, total, _energy(back(gradient)[0])), None
 
   return jax.lax.scan(of_sequence, _zeros(params), (tokens, gradients))[0]
+
+
+def _of_outputs(leaf: Array) -> Array:
+  return jnp.sum(jnp.square(leaf), axis=0)
 
 
 def _energy(tree: PyTree) -> PyTree:

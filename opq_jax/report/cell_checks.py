@@ -4,6 +4,8 @@
     code sign(w) k    threshold + (k - 1) step <= |w| < threshold + k step; the last cell is open
     code -128         the value is w itself, bit for bit (an escaped weight)
 
+with threshold and step times the scale of the weight's output, where outputs have scales.
+
 The check computes in float64, in NumPy, and shares no code with the encoder.
 """
 
@@ -12,11 +14,11 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int8, Shaped
+from jaxtyping import Float32, Int8, Shaped
 
 from opq_jax.core.limits import ESCAPE
 from opq_jax.file.coded_leaves import CodedSlice, escaped_values
-from opq_jax.file.grids import Grid
+from opq_jax.file.output_grids import OutputGrids
 from opq_jax.file.written_leaves import written_slice
 
 _PIECE = 1 << 18  # weights checked at a time: 2 MiB for each float64 array
@@ -63,12 +65,14 @@ class _Piece(NamedTuple):
     target: the weights whose cells the codes name (see `check_leaf`).
     code: their codes.
     value: their values in the file.
+    scale: of their outputs; None where all are 1.
   """
 
   original: Shaped[np.ndarray, ' n']
   target: Shaped[np.ndarray, ' n']
   code: Int8[np.ndarray, ' n']
   value: Shaped[np.ndarray, ' n']
+  scale: Float32[np.ndarray, ' n'] | None
 
 
 @dataclasses.dataclass
@@ -110,23 +114,25 @@ class _Tally:
     self.changed += differing(piece.value[is_escaped], piece.target[is_escaped])
     self.infinite += _count(np.isfinite(weight) & ~np.isfinite(value))
 
+    scale = 1.0 if piece.scale is None else piece.scale.astype(np.float64)
+    threshold, step = self.threshold * scale, self.step * scale
     magnitude = np.abs(target)
     # XLA flushes denormal numbers to 0 on some platforms: either code is right
     is_normal = ~((magnitude > 0) & (magnitude < _TINY))
     # negated comparisons: NaN breaks both rules
-    self.pruned_above += _count(is_normal & is_pruned & ~(magnitude <= self.threshold))
-    self.kept_below += _count(is_normal & is_kept & ~(magnitude > self.threshold))
+    self.pruned_above += _count(is_normal & is_pruned & ~(magnitude <= threshold))
+    self.kept_below += _count(is_normal & is_kept & ~(magnitude > threshold))
     self.other_sign += _count(is_kept & ((target < 0) != (code < 0)))
 
     # position of a survivor inside its own cell, in steps: 0 ... 1
-    position = (magnitude - self.threshold) / self.step - (np.abs(code) - 1)
+    position = (magnitude - threshold) / step - (np.abs(code) - 1)
     is_last = np.abs(code) >= self.levels
     is_inside = (position >= -_TOLERANCE) & (is_last | (position < 1 + _TOLERANCE))
     self.outside += _count(is_kept & ~is_inside)
     is_clipped = is_kept & is_last & (position >= 1)
     self.clipped += _count(is_clipped)
 
-    distance = np.abs(weight - value) / self.step
+    distance = np.abs(weight - value) / step
     self.worst = max(self.worst, float(np.max(distance, where=is_kept & ~is_clipped, initial=0)))
     self.squared_error += float(np.sum((weight - value) ** 2))
     self.energy += float(np.sum(weight**2))
@@ -158,7 +164,7 @@ def check_leaf(
   target: Shaped[np.ndarray, '...'],
   codes: Int8[np.ndarray, '...'],
   values: Shaped[np.ndarray, '...'],
-  grid: Grid,
+  grids: OutputGrids,
   stored: int,
   axes: tuple[int, ...] = (),
 ) -> VerifiedLeaf:
@@ -171,15 +177,18 @@ def check_leaf(
       encoder has chosen for them (error feedback, trellis).
     codes: the codes in the file.
     values: the values in the file.
-    grid: the leaf's grid.
+    grids: those of the leaf's outputs.
     stored: bytes of the leaf's payload in the file.
     axes: the order of axes in its payload (`OpqFile.axes`).
   """
+  grid = grids.grid
   tally = _Tally(float(grid.threshold), float(grid.step), grid.levels)
   flat = [array.reshape(-1) for array in (original, target, codes, values)]
   for start in range(0, original.size, _PIECE):
-    tally.add(_Piece(*(array[start : start + _PIECE] for array in flat)))
-  problems = tally.problems(name) + _payload_problems(name, codes, values, grid, stored, axes)
+    stop = min(start + _PIECE, original.size)
+    scale = grids.of_weights(original.shape, start, stop)
+    tally.add(_Piece._make([*(array[start:stop] for array in flat), scale]))
+  problems = tally.problems(name) + _payload_problems(name, codes, values, grids, stored, axes)
   return VerifiedLeaf(
     path=name,
     weights=original.size,
@@ -198,12 +207,12 @@ def _payload_problems(
   name: str,
   codes: Int8[np.ndarray, '...'],
   values: Shaped[np.ndarray, '...'],
-  grid: Grid,
+  grids: OutputGrids,
   stored: int,
   axes: tuple[int, ...],
 ) -> list[str]:
   """Returns a line if the payload has another length than the codes take when coded again."""
-  coded = CodedSlice(codes, escaped_values(codes, values), grid)
+  coded = CodedSlice(codes, escaped_values(codes, values), grids)
   size = lambda contexts: len(written_slice(coded, contexts=contexts, axes=axes).payload)
   # coded without contexts only if the first length is not it: coding is most of the work
   if stored == (with_contexts := size(True)) or stored == (without := size(False)):

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float32, Int8, Shaped
 
+from opq_jax.coding import output_scales
 from opq_jax.coding.payload import entropy
 from opq_jax.core import axes
 from opq_jax.core.axes import ChannelAxes
 from opq_jax.core.limits import ESCAPE, MAX_LEVELS
-from opq_jax.file.grids import Grid
+from opq_jax.file.output_grids import OutputGrids
 from opq_jax.report.records import CompressedLeaf
 
 _PIECE = 1 << 18  # weights converted to float32 at a time (1 MiB): a leaf may be half of the memory
@@ -23,7 +24,7 @@ def largest_on_grid(
   """Returns the largest |w| on the grid in every output channel, 0 for a channel without any.
 
   Args:
-    weights: a leaf; a vector is one channel.
+    weights: a leaf, over its output scales; a vector is one channel.
     codes: its codes, of the same shape.
     axis: the axis, or axes, of the output channels.
 
@@ -53,7 +54,7 @@ def largest_on_grid(
 
 def compressed_leaf(
   path: str,
-  grid: Grid,
+  grids: OutputGrids,
   codes: Int8[np.ndarray, '...'],
   largest: Float32[np.ndarray, ' channels'],
   axis: ChannelAxes,
@@ -63,12 +64,13 @@ def compressed_leaf(
 
   Args:
     path: the leaf's name.
-    grid: its threshold, step, levels and dtype.
+    grids: threshold, step, levels and dtype, and the scales of its outputs.
     codes: its codes, in its shape.
     largest: `largest_on_grid` of its weights; ignored for channels without weights on the grid.
     axis: the axis, or axes, of the output channels.
     stored: bytes of the leaf in the file.
   """
+  grid, scales = grids.grid, grids.scales
   dtype = np.dtype(grid.dtype)
   own = axes.numbers_of(axis, codes.ndim) if codes.ndim > 1 else ()
   other_axes = tuple(i for i in range(codes.ndim) if i not in own)
@@ -81,6 +83,8 @@ def compressed_leaf(
   symbols = 2 * grid.levels + (escaped > 0)
   width = math.ceil(math.log2(symbols)) if symbols else 0
   values = escaped * dtype.itemsize
+  # a byte each, or as they are coded
+  wide, coded = (0, 0) if scales is None else (scales.size, len(output_scales.encode(scales)))
   row_axes = tuple(range(1, codes.ndim))
   dead_rows = int(np.count_nonzero(~codes.any(axis=row_axes))) if codes.ndim > 1 else 0
   return CompressedLeaf(
@@ -95,8 +99,8 @@ def compressed_leaf(
     dead_rows=dead_rows,
     original=codes.size * dtype.itemsize,
     nominal=float(np.sum((survivors - escapes) * bits)) / 8 + values,
-    packed=-(-(kept * width) // 8) + -(-codes.size // 8) + 4 * grid.levels + values,
-    entropy=codes.size * entropy(codes) / 8 + values,
+    packed=-(-(kept * width) // 8) + -(-codes.size // 8) + 4 * grid.levels + values + wide,
+    entropy=codes.size * entropy(codes) / 8 + values + coded,
     file=stored,
   )
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from opq_jax.core import axes
 from opq_jax.core.axes import ChannelAxes
+from opq_jax.file.output_grids import OutputGrids
 from opq_jax.file.reader import OpqFile
 from opq_jax.report import leaf_sizes
 from opq_jax.report.records import SizeReport, UncompressedLeaf
@@ -120,10 +121,11 @@ def _report(
         f'{path}: found channel_axis {axis}, expected an axis of shape {codes.shape[slices:]}'
       )
     axis = axes.in_slice(axis, slices)
-    rows = []
+    rows, scales = [], file.output_scales(path)
     for index, grid in zip(np.ndindex(codes.shape[:slices]), grids, strict=True):
-      largest = leaf_sizes.largest_on_grid(weights[index], codes[index], axis)
-      row = leaf_sizes.compressed_leaf(path, grid, codes[index], largest, axis, stored[path])
+      own = OutputGrids.of(grid, None if scales is None else scales[index], codes[index].shape)
+      largest = leaf_sizes.largest_on_grid(own.in_units(weights[index]), codes[index], axis)
+      row = leaf_sizes.compressed_leaf(path, own, codes[index], largest, axis, stored[path])
       rows.append(row)
     whole = leaf_sizes.sum_of_slices(path, codes.shape, rows, stored[path])
     compressed.append(whole if slices else rows[0])

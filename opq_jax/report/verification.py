@@ -16,6 +16,7 @@ from rich.table import Table
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 from opq_jax.file.grids import Grid
+from opq_jax.file.output_grids import OutputGrids
 from opq_jax.file.reader import OpqFile
 from opq_jax.report import cell_checks, tables
 from opq_jax.report.cell_checks import VerifiedLeaf
@@ -162,7 +163,7 @@ def _verified(
   grids: tuple[Grid, ...],
 ) -> list[VerifiedLeaf]:
   """Compares every slice of a compressed leaf, or the leaf, with its original weights."""
-  codes, axes = file.codes(name), file.axes(name)
+  codes, axes, scales = file.codes(name), file.axes(name), file.output_scales(name)
   places = np.ndindex(codes.shape[: file.slices(name)])
   return [
     cell_checks.check_leaf(
@@ -171,7 +172,7 @@ def _verified(
       target[index],
       codes[index],
       values[index],
-      grid,
+      OutputGrids.of(grid, None if scales is None else scales[index], codes[index].shape),
       size,
       axes,
     )

@@ -55,9 +55,13 @@ def coded_parts(
   """
   array = written_leaves.host_array(name, array)
   # the grid of a leaf does not depend on its weights: the state of an empty leaf has it
-  empty = dataclasses.replace(allocated, shape=(*allocated.slice_shape, 0), channel_axis=0)
-  tree = {name: np.zeros(empty.shape, array.dtype)}
-  record = jax.device_get(compression.init_state(tree, Allocation({name: empty})).tree[name])
+  empty, scales = (*allocated.slice_shape, 0), allocated.output_scales
+  one = None if scales is None else np.ones(len(empty) * (1,), np.float32)
+  own = dataclasses.replace(allocated, shape=empty, channel_axis=0, output_scales=one)
+  tree = {name: np.zeros(empty, array.dtype)}
+  record = jax.device_get(compression.init_state(tree, Allocation({name: own})).tree[name])
+  if scales is not None:
+    record = dataclasses.replace(record, output_scales=np.asarray(scales))
   axis = axes.in_slice(axis, allocated.slices)
   for index in np.ndindex(allocated.slice_shape):
     yield _coded_part(slice_name(name, index), array[index], slice_of(record, index), axis)
@@ -68,16 +72,19 @@ def _coded_part(
 ) -> CodedPart:
   """Codes a slice of a leaf, or the leaf; the kinds of its state are not read."""
   flat, codes = array.reshape(-1), np.empty(array.size, np.int8)
+  grids = coded_weights.checked_grids(name, record, array.shape)
   # of a small leaf the next power of two: few sizes, few programs
   size = min(_PIECE, 1 << max(flat.size - 1, 0).bit_length())
   for start in range(0, flat.size, size):
     piece = flat[start : start + size]
     # padded with zeros, which every threshold prunes
     padded = np.pad(piece, (0, size - piece.size))
-    kinds = _kinds_of(padded, record.threshold, record.step, record.levels)
-    state = dataclasses.replace(record, kinds=kinds)
+    scales = grids.of_weights(array.shape, start, start + piece.size)
+    if scales is not None:
+      scales = np.pad(scales, (0, size - piece.size), constant_values=1)
+    kinds = _kinds_of(padded, record.threshold, record.step, record.levels, scales)
+    state = dataclasses.replace(record, kinds=kinds, output_scales=scales)
     codes[start : start + size] = coded_weights.checked_codes(name, padded, state)[: piece.size]
   shaped = codes.reshape(array.shape)
-  largest = leaf_sizes.largest_on_grid(array, shaped, axis)
-  grid = coded_weights.checked_grid(name, record)
-  return CodedPart(CodedSlice(shaped, escaped_values(shaped, array), grid), largest)
+  largest = leaf_sizes.largest_on_grid(grids.in_units(array), shaped, axis)
+  return CodedPart(CodedSlice(shaped, escaped_values(shaped, array), grids), largest)

@@ -120,8 +120,8 @@ class StoredTree:
     def coded() -> Iterator[CodedSlice]:
       """Codes slice by slice, and keeps the sizes of each."""
       for part in coded_parts(name, leaf.read(), allocated, axis):
-        codes, _, grid = part.coded
-        rows.append(leaf_sizes.compressed_leaf(name, grid, codes, part.largest, axis_of_slice, 0))
+        codes, _, grids = part.coded
+        rows.append(leaf_sizes.compressed_leaf(name, grids, codes, part.largest, axis_of_slice, 0))
         yield part.coded
 
     if allocated.tied_to:
@@ -136,13 +136,17 @@ class StoredTree:
     self, name: str, leaf: StoredLeaf, coded: CodedSlice, file: SpooledFile
   ) -> CompressedLeaf:
     """Spools a leaf without slices whose codes were chosen before."""
-    axis = self.axes[name]
-    largest = leaf_sizes.largest_on_grid(leaf.read(), coded.codes, axis)
+    axis, grids = self.axes[name], coded.grids
+    largest = leaf_sizes.largest_on_grid(grids.in_units(leaf.read()), coded.codes, axis)
     file.add_codes([coded], leaf.shape, axes=written_leaves.axes_of([coded]))
-    return leaf_sizes.compressed_leaf(name, coded.grid, coded.codes, largest, axis, 0)
+    return leaf_sizes.compressed_leaf(name, grids, coded.codes, largest, axis, 0)
 
 
-def stored_statistics(leaf: StoredLeaf, axis: ChannelAxes, slices: int) -> LeafStatistics:
-  """Returns the statistics of a leaf, on the host."""
+def stored_statistics(
+  leaf: StoredLeaf, axis: ChannelAxes, slices: int, output_scales: Any = None
+) -> LeafStatistics:
+  """Returns the statistics of a leaf over its output scales, on the host."""
   # fetched before the next leaf is read: JAX computes in the background and keeps the leaf
-  return jax.device_get(leaf_statistics(leaf.read(), axis, slices=slices))
+  return jax.device_get(
+    leaf_statistics(leaf.read(), axis, slices=slices, output_scales=output_scales)
+  )

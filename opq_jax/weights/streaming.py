@@ -15,12 +15,16 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from opq_jax import allocation as allocations
 from opq_jax.allocation import (
   Allocation,
   LeafAllocation,
   is_compressible,
 )
+from opq_jax.allocation.objectives import check_omegas
+from opq_jax.allocation.output_scales import scales_for
 from opq_jax.core import memory, plain_trees, trees
 from opq_jax.core.trees import PyTree
 from opq_jax.file import rate as file_rates
@@ -132,10 +136,11 @@ def compress_stored(
   axes = {
     name: allocations.axis_of(name, leaves[name], channel_axis, counts[name]) for name in chosen
   }
+  scales = _output_scales(tree, leaves, counts, targets.get('objective'))
   with stage('statistics') as told:
     statistics = {}
     for name in _told(chosen, leaves, told):
-      statistics[name] = stored_statistics(leaves[name], axes[name], counts[name])
+      statistics[name] = stored_statistics(leaves[name], axes[name], counts[name], scales.get(name))
   source = StoredTree(tree, leaves, statistics, axes)
 
   with contextlib.ExitStack() as spooled:
@@ -167,6 +172,28 @@ def compress_stored(
     with stage('write'):
       result.file.place()
   return StreamedFile(result.allocation, _report(output, result))
+
+
+def _output_scales(
+  tree: PyTree, leaves: Mapping[str, StoredLeaf], slices: Mapping[str, int], objective: Any
+) -> dict[str, Any]:
+  """Returns the scales that `opq_jax.allocate` would choose for the outputs of leaves, by name.
+
+  Args:
+    tree: of all leaves.
+    leaves: by name.
+    slices: leading axes that count slices, of the leaves to compress.
+    objective: of `opq_jax.allocate`.
+  """
+  if objective is None or isinstance(objective, str):
+    return {}
+  shapes = {name: (leaves[name].shape, count) for name, count in slices.items()}
+  costs = zip(slices.items(), check_omegas(tree, objective, shapes), strict=True)
+  return {
+    name: scales_for(np.asarray(omega), leaves[name], count)
+    for (name, count), omega in costs
+    if omega.ndim > count
+  }
 
 
 def _told_nothing(share: float) -> None:

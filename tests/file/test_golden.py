@@ -21,7 +21,7 @@ VERSIONS = sorted(path.stem for path in GOLDEN.glob('*.opq'))
 
 def test_golden_file_of_every_version():
   names = ('version_1', 'version_1_contexts', 'version_2_escapes', 'version_2_slices')
-  names += ('version_2_ties', 'version_2_axes', 'version_3_side_files')
+  names += ('version_2_ties', 'version_2_axes', 'version_2_scales', 'version_3_side_files')
   assert set(names) <= set(VERSIONS)
   assert {name.split('_')[1] for name in VERSIONS} == set(container.VERSIONS)
 
@@ -40,7 +40,8 @@ def test_load_golden_files(version):
         compressed.append(name)
         assert_same_bits(file.codes(name), expected.pop(f'{name}:codes'), name)
         kinds = 'mask' if version.startswith('version_1') else 'kinds'
-        for field in (kinds, 'codebook', 'threshold', 'step', 'levels'):
+        scales = ('output_scales',) if record.output_scales is not None else ()
+        for field in (kinds, 'codebook', 'threshold', 'step', 'levels', *scales):
           assert_same_bits(
             np.asarray(getattr(record, field)), expected.pop(f'{name}:{field}'), name
           )

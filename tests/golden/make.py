@@ -2,8 +2,9 @@
 
     NAME.opq           a network of every kind of leaf and container, small
     NAME.safetensors   what `opq_jax.load` must make of it, for ever: the leaves by name, and
-                       <name>:kinds, :codebook, :threshold, :step, :levels, :codes; of version 1,
-                       :mask in place of :kinds; float8 as uint8
+                       <name>:kinds, :codebook, :threshold, :step, :levels, :codes, and
+                       :output_scales where there are some; of version 1, :mask in place of :kinds;
+                       float8 as uint8
 
 NAME is
 
@@ -12,6 +13,9 @@ NAME is
     version_2_escapes               escaped weights in five dtypes, and sums that round
     version_2_ties                  leaves that are earlier ones again, as they are and transposed
     version_2_axes                  kernels whose codes follow the trellis once their axes are moved
+    version_2_scales                leaves whose outputs have scales: plain codes with escaped
+                                    weights, codes along the trellis once axes are moved, slices,
+                                    and a transpose
     version_2_slices                leaves of slices along one axis and two, one of zeros, some with
                                     escaped weights
     version_3_side_files            config and tokenizer beside the leaves; in NAME.safetensors as
@@ -37,6 +41,7 @@ import safetensors.numpy
 
 import opq_jax
 from opq_jax.coding import frequencies, trellis
+from opq_jax.coding.output_scales import scales_of
 from opq_jax.compression.records import affine_codebook, kinds_of
 from opq_jax.core import trees
 
@@ -79,6 +84,7 @@ def arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
       found[name] = leaf.view(np.uint8) if is_float8 else leaf
       if (record := file.leaf_state(name)) is not None:
         fields = ('kinds', 'codebook', 'threshold', 'step', 'levels')
+        fields += ('output_scales',) if record.output_scales is not None else ()
         found |= {f'{name}:{field}': np.asarray(getattr(record, field)) for field in fields}
         found[f'{name}:codes'] = file.codes(name)
   return found
@@ -232,6 +238,53 @@ def axes() -> tuple[dict[str, object], opq_jax.CompressionState]:
   return params, opq_jax.CompressionState({**state.tree, **states})
 
 
+def scales() -> tuple[dict[str, object], opq_jax.CompressionState]:
+  """The network with leaves whose outputs have scales, of an eighth to eight."""
+  params, state = escapes()
+  # slices, shape, axis of the outputs, order of axes along the trellis or None, dtype
+  kernels = {
+    'plain': ((), (3, 3, 6, 8), 3, None, ml_dtypes.bfloat16),
+    'dense': ((), (20, 30), 1, None, np.float32),
+    'linear': ((), (14, 25), 0, (1, 0), np.float32),
+    'layers': ((2,), (10, 14), 0, (1, 0), np.float16),
+  }
+  states = {}
+  for seed, (name, (stack, shape, axis, order, dtype)) in enumerate(kernels.items()):
+    rng = np.random.default_rng(100 + seed)
+    moved = shape if order is None else tuple(shape[a] for a in order)
+    codes = np.stack([along_trellis(moved, 50 + 10 * seed + i) for i in range(max(*stack, 1, 1))])
+    codes = codes.reshape(*stack, *moved)
+    if order is None:  # off every trellis
+      codes = np.where(codes == -128, codes, codes - 2 * (codes > 1)).astype(np.int8)
+    else:
+      codes = codes.transpose(*range(len(stack)), *(len(stack) + np.argsort(order)))
+    own = [*stack, *(n if i == axis else 1 for i, n in enumerate(shape))]
+    scale = scales_of(rng.integers(-24, 25, own).astype(np.int8))
+    values = np.sign(codes) * (0.375 + 0.5 * (np.abs(codes.astype(np.float32)) - 1)) * scale
+    leaf, outliers = values.astype(dtype), codes == -128
+    kinds = (codes != 0).astype(np.uint8)
+    leaf[outliers], kinds[outliers] = 700 + np.arange(outliers.sum()), 2
+    levels = np.full(stack, 127, np.int32)
+    grid = [np.full(stack, number, np.float32) for number in (0.125, 0.5)]
+    params[name] = leaf
+    states[name] = opq_jax.compression.LeafState(
+      kinds=kinds,
+      codebook=np.asarray(affine_codebook(grid[0] + grid[1] / 2, grid[1], levels)),
+      threshold=grid[0],
+      step=grid[1],
+      levels=levels,
+      dtype=leaf.dtype,
+      slices=len(stack),
+      output_scales=scale,
+    )
+  params['turned'] = params['linear'].T
+  linear = states['linear']
+  states['turned'] = dataclasses.replace(
+    linear, kinds=linear.kinds.T, output_scales=linear.output_scales.T
+  )
+  return params, opq_jax.CompressionState({**state.tree, **states})
+
+
 def shares() -> list[dict[str, object]]:
   """Tables of all precisions, even and steep, of 2 symbols to 256."""
   rng = np.random.default_rng(3)
@@ -297,6 +350,7 @@ def main() -> None:
     'version_2_ties': (ties, None),
     'version_2_slices': (slices, None),
     'version_2_axes': (axes, None),
+    'version_2_scales': (scales, None),
     'version_3_side_files': (slices, SIDE_FILES),
   }
   for name, (make, side_files) in made.items():

@@ -241,14 +241,29 @@ def read_value(k, threshold, first, step, levels, dtype):
   return value
 
 
-def read_slice(payload, shape, grid, levels, escapes, section, dtype):
-  """Returns the values of a leaf or of a slice, flat."""
+def read_table_of_values(grid, levels, dtype):
+  """Returns {code: value} of a grid."""
   values = [read_value(k, *grid, levels, dtype) for k in range(levels)]
   zero = np.zeros((), dtype)
   table = {0: zero} | {k + 1: v for k, v in enumerate(values)}
-  table |= {-k - 1: -v for k, v in enumerate(values)}
+  return table | {-k - 1: -v for k, v in enumerate(values)}
+
+
+def read_slice(payload, shape, grid, levels, escapes, section, scales, dtype):
+  """Returns the values of a leaf or of a slice, flat.
+
+  `scales` are the bytes of their section, and the axis of the payload's array that has them.
+  """
+  size, axis = scales
+  factors = [np.float32(1)] * (shape[axis] if size else 1)
+  if size:
+    codes = read_payload(payload[:size], (shape[axis],))
+    factors = [np.float32((1 + c % 8 / 8) * 2.0 ** (c // 8)) for c in codes]
+  tables = [read_table_of_values([f * x for x in grid], levels, dtype) for f in factors]
   end = len(payload) - section
-  array = np.array([table[code] for code in read_payload(payload[:end], shape)], dtype)
+  codes = read_payload(payload[size:end], shape)
+  output = np.indices(shape)[axis].reshape(-1) if size else [0] * len(codes)
+  array = np.array([tables[j][code] for j, code in zip(output, codes, strict=True)], dtype)
   if escapes:
     positions, escaped = read_escapes(payload[end:], escapes, dtype)
     array[positions] = escaped
@@ -303,7 +318,7 @@ def read(path):
       continue
     match = re.match(
       r'(\w+)\[([\d,]*)\](?: ([\d,]+) ([\d,]+))?(?: axes=([\d,]+))?(?: escapes=([\d,]+))?'
-      r'(?: slices=(\d+))?',
+      r'(?: scales=([\d,]+))?(?: slices=(\d+))?',
       text,
     )
     dtype = np.dtype(match[1])
@@ -315,19 +330,21 @@ def read(path):
       raw_at += size
       continue
     listed = lambda text: list(map(int, text.split(',')))
-    leading = int(match[7] or 0)
+    leading = int(match[8] or 0)
     count, own_shape = math.prod(shape[:leading]), shape[leading:]
     axes = listed(match[5]) if match[5] else list(range(len(own_shape)))
     coded_shape = tuple(own_shape[axis] for axis in axes)
     levels, stored = listed(match[3]), listed(match[4])
     escapes = listed(match[6]) if match[6] else [0, 0] * count
-    slices = zip(levels, stored, escapes[::2], escapes[1::2], strict=True)
+    scale_axis, *scales = listed(match[7]) if match[7] else [0] * (1 + count)
+    slices = zip(levels, stored, escapes[::2], escapes[1::2], scales, strict=True)
     arrays[name] = []
-    for own_levels, size, escaped, section in slices:
+    for own_levels, size, escaped, section, scale_bytes in slices:
       grid = [np.float32(next(grids)) for _ in range(3)]
       payload = part['codes'][codes_at : codes_at + size]
       codes_at += size
-      values = read_slice(payload, coded_shape, grid, own_levels, escaped, section, dtype)
+      own = scale_bytes, axes.index(scale_axis)
+      values = read_slice(payload, coded_shape, grid, own_levels, escaped, section, own, dtype)
       arrays[name].append(values.reshape(coded_shape).transpose(np.argsort(axes)))
     assert len(arrays[name]) == count
     arrays[name] = np.stack(arrays[name]).reshape(shape)

@@ -31,7 +31,7 @@ def test_block_costs_are_those_of_the_whole_network(name):
       expected = float(costs[number] if place.is_stacked else costs)
       # what a tied table costs as head and as table is added, without the product of both
       near = 0.05 if model.is_tied and path.endswith('embedding') else 1e-4
-      assert found[tensor] == pytest.approx(expected, rel=near), tensor
+      assert np.mean(found[tensor]) == pytest.approx(expected, rel=near), tensor
       kernels += 1
   assert kernels > 8
 
@@ -46,3 +46,26 @@ def test_costs_are_a_tree_of_the_file():
     found = language.costs(stored, language.at_random(40, 128, 16), tensors)
   assert found.keys() == tensors.keys()
   assert found['lm_head.weight'] == found['model.embed_tokens.weight']
+
+
+def test_block_costs_of_outputs_are_those_of_leaves_apart():
+  model, tensors = network('gpt2')
+  tokens, key = np.random.default_rng(0).integers(0, 40, (3, 16)), jax.random.key(1)
+  name, path = 'transformer.h.1.attn.c_attn.weight', 'params/layers/attention/kernel'
+  found = block_costs(language.stored_network(model, tensors), tokens, key)[name]
+  assert found.shape == (1, 96)
+  variables = language_models.from_tensors(model, tensors).variables
+  leaves = trees.named_leaves(variables)
+  parts = jnp.split(leaves.pop(path)[1], 3, axis=-1)
+
+  def apply(tree, tokens):
+    rest, (query, key, value) = tree
+    first = trees.named_leaves(variables)[path][0]
+    kernel = jnp.stack([first, jnp.concatenate([query, key, value], axis=-1)])
+    values = [*rest.values()]
+    values.insert([*trees.named_leaves(variables)].index(path), kernel)
+    return model.apply(jax.tree.unflatten(jax.tree.structure(variables), values), tokens)
+
+  whole = divergence_costs(apply, (leaves, parts), jnp.asarray(tokens), key=key)
+  for part, expected in zip(np.split(found[0], 3), whole[1], strict=True):
+    assert part.mean() == pytest.approx(float(expected), rel=1e-3)

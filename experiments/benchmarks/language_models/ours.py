@@ -18,13 +18,12 @@ from experiments.benchmarks.language_models.coded import Coded
 from experiments.benchmarks.language_models.networks import Network
 from opq_jax import encoders, language, models
 from opq_jax.importers import language_models
-from opq_jax.language import Calibration
-from opq_jax.network import divergence_costs, mean_moments
+from opq_jax.language import Calibration, compression
+from opq_jax.network import mean_moments
 from opq_jax.weights import StoredLeaf
 
 ENCODERS = 'plain', 'trellis'
-_RANDOM = {'smollm2': (4, 128), 'iglm': (6, 96)}  # windows and tokens
-_SAMPLED = {'smollm2': (8, 256), 'iglm': (24, 96)}
+_SAMPLED = {'smollm2': (8, 256), 'iglm': (24, 96)}  # windows and tokens
 # begin of text; heavy and light chain of a human
 _PROMPTS = {'smollm2': ((1,),), 'iglm': ((31, 26), (32, 26))}
 _BATCH = 4  # windows whose moments are measured together
@@ -35,7 +34,6 @@ def coded_network(
   bits: float,
   codes: str,
   *,
-  objective: Any = None,
   moments: Any = None,
   whole: bool,
 ) -> tuple[Coded, str]:
@@ -45,7 +43,6 @@ def coded_network(
     network: the network.
     bits: asked for, per weight of the compressed leaves.
     codes: one of `ENCODERS`.
-    objective: a tree like the params with costs at the kernels; `balanced_error` by default.
     moments: second moments of the kernels' inputs, for error feedback; none by default.
     whole: whether the table of embeddings is compressed with the kernels, as by default, and the
       file holds all leaves; or kernels alone.
@@ -57,10 +54,7 @@ def coded_network(
   params: Any = network.params
   if not whole:
     params, options['usage'] = kernels_alone(params), kernels_alone(options['usage'])
-    objective = objective if objective is None else kernels_alone(objective)
     moments = moments if moments is None else kernels_alone(moments)
-  if objective is not None:
-    options['objective'] = objective
   if codes == 'trellis':
     options['encoder'] = encoders.Trellis(moments)
   elif moments is not None:
@@ -81,16 +75,24 @@ def coded_network(
   return Coded(leaves, stored, other), '; '.join(dict.fromkeys(note[:200] for note in notes))
 
 
-def calibrated_network(
-  network: Network, bits: float, codes: str, calibration: Calibration, *, whole: bool
+def network_by_costs(
+  network: Network,
+  bits: float,
+  codes: str,
+  calibration: Calibration,
+  *,
+  by_blocks: bool,
+  whole: bool,
 ) -> tuple[Coded, str]:
-  """Compresses a network block after block, as `opq compress --calibration`, into a file.
+  """Compresses a network as `opq compress` does its folder, into a file: by what errors cost.
 
   Args:
     network: the network.
     bits: asked for, per weight of the compressed leaves.
-    codes: 'feedback' or 'trellis'.
-    calibration: its tokens.
+    codes: 'plain', 'trellis' or 'feedback'.
+    calibration: tokens from which costs are computed.
+    by_blocks: whether codes are chosen for these tokens too, block after block, as with
+      `--calibration`.
     whole: as for `coded_network`.
 
   Returns:
@@ -98,10 +100,6 @@ def calibrated_network(
   """
   tensors = language_models.to_tensors(network.model, network.params)
   stored = language.stored_network(network.model, tensors)
-  tree = {
-    name: StoredLeaf('', name, array.shape, array.dtype, tensors.__getitem__)
-    for name, array in tensors.items()
-  }
   is_chosen = {
     stored.names[name]: networks.is_kernel(path) or (whole and leaf.ndim > 1)
     for path, leaf in networks.leaves(network.params).items()
@@ -112,24 +110,32 @@ def calibrated_network(
     for place in stored.places.values()
     for name in place.names
   }
-  encoder = encoders.Trellis() if codes == 'trellis' else encoders.Feedback({})
+  options: dict[str, Any] = {
+    'compressible': lambda name, _: is_chosen[name],
+    'channel_axis': lambda name, _: 0 if transposed[name] else -1,
+    'bits_per_weight': bits,
+  }
   with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
     warnings.simplefilter('ignore', UserWarning)  # of the Laplace density
     path = pathlib.Path(folder) / 'network.opq'
-    language.compress_calibrated(
-      stored,
-      tree,
-      path,
-      calibration,
-      encoder=encoder,
-      compressible=lambda name, _: is_chosen[name],
-      channel_axis=lambda name, _: 0 if transposed[name] else -1,
-      bits_per_weight=bits,
-    )
+    if codes == 'trellis' and not by_blocks:
+      objective = language.costs(stored, calibration, tensors)
+      compressed = opq_jax.compress(
+        tensors, objective=objective, encoder=encoders.Trellis(), **options
+      )
+      opq_jax.save(path, compressed.params, compressed.state)
+    else:
+      tree = {
+        name: StoredLeaf('', name, array.shape, array.dtype, tensors.__getitem__)
+        for name, array in tensors.items()
+      }
+      own = {'plain': None, 'trellis': encoders.Trellis(), 'feedback': encoders.Feedback({})}
+      language.compress_calibrated(stored, tree, path, calibration, encoder=own[codes], **options)
     size = 8.0 * path.stat().st_size
     with opq_jax.OpqFile(path) as file:
       counts = {name: 8.0 * count for name, count in file.sizes().items()}
       decoded = {name: np.asarray(file[name]) for name in file}
+      scaled = sum(file.output_scales(name) is not None for name in file if is_chosen[name])
   values = networks.leaves(language_models.from_tensors(network.model, decoded).variables)
   leaves = {path: np.asarray(leaf) for path, leaf in values.items()}
   stored_bits = {
@@ -139,18 +145,13 @@ def calibrated_network(
     leaves = {path: leaf for path, leaf in leaves.items() if networks.is_kernel(path)}
     stored_bits = {path: stored_bits[path] for path in leaves}
     size = sum(stored_bits.values())
-  note = f'{calibration.tokens.size:,} tokens'
+  note = f'{calibration.tokens.size:,} tokens, {scaled} of {sum(is_chosen.values())} leaves scaled'
   return Coded(leaves, stored_bits, size - sum(stored_bits.values())), note
 
 
 def kernels_alone(tree: Mapping[str, Any]) -> dict[str, Any]:
   """Returns a tree like the params with the kernels of the blocks alone."""
   return networks.replaced({}, networks.kernels(tree))
-
-
-def costs(network: Network, tokens: Int[np.ndarray, 'windows length']) -> Any:
-  """Returns `opq_jax.network.divergence_costs` on tokens."""
-  return divergence_costs(_logits(network.model), network.params, tokens, key=jax.random.key(0))
 
 
 def moments_of(network: Network) -> Any:
@@ -161,17 +162,15 @@ def moments_of(network: Network) -> Any:
   return networks.replaced({}, kept)
 
 
-def random_tokens(network: Network) -> Int[np.ndarray, 'windows length']:
-  """Returns tokens drawn evenly from the vocabulary, seeded."""
-  shape = _RANDOM[network.name]
-  return np.random.default_rng(0).integers(0, network.model.vocabulary, shape, np.int32)
-
-
-def sampled_tokens(network: Network) -> Int[np.ndarray, 'windows length']:
-  """Returns text that the float network writes itself after its begin tokens, seeded."""
+def cost_tokens(network: Network, data: str) -> Calibration:
+  """Returns tokens from which costs are computed without data: 'random tokens', or 'own text'."""
+  if data == 'random tokens':
+    window = min(compression.COST_WINDOW, network.model.positions)
+    return language.at_random(network.model.vocabulary, compression.COST_TOKENS, window)
   count, length = _SAMPLED[network.name]
   prompts = jnp.array(_PROMPTS[network.name], jnp.int32)
-  return _written(network, jnp.tile(prompts, (count // len(prompts), 1)), length)
+  written = _written(network, jnp.tile(prompts, (count // len(prompts), 1)), length)
+  return Calibration('self', written)
 
 
 def calibration_of(network: Network, data: str) -> Calibration:

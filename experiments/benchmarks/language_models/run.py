@@ -176,8 +176,7 @@ def of_ours(network: Network, moments: Callable[[], Any]) -> Iterator[Job]:
 
   Codes chosen block after block for calibration tokens are 'calibrated'.
   """
-  tokens = {'random tokens': ours.random_tokens, 'own text': ours.sampled_tokens}
-  costs = functools.cache(lambda data: ours.costs(network, tokens[data](network)))
+  tokens = functools.cache(lambda data: ours.cost_tokens(network, data))
   for data in ('none', 'random tokens', 'own text'):
     for bits in BITS:
       for codes in ours.ENCODERS:
@@ -186,8 +185,11 @@ def of_ours(network: Network, moments: Callable[[], Any]) -> Iterator[Job]:
           def make(
             data: str = data, bits: float = bits, codes: str = codes, whole: bool = whole
           ) -> tuple[Coded, str]:
-            objective = None if data == 'none' else costs(data)
-            return ours.coded_network(network, bits, codes, objective=objective, whole=whole)
+            if data == 'none':
+              return ours.coded_network(network, bits, codes, whole=whole)
+            return ours.network_by_costs(
+              network, bits, codes, tokens(data), by_blocks=False, whole=whole
+            )
 
           setting = f'{codes}, {bits:g} bits{", costs" * (data != "none")}'
           embedding = 'opq_jax' if whole else FLOAT16
@@ -201,7 +203,9 @@ def of_ours(network: Network, moments: Callable[[], Any]) -> Iterator[Job]:
           def calibrated(
             data: str = data, bits: float = bits, codes: str = codes, whole: bool = whole
           ) -> tuple[Coded, str]:
-            return ours.calibrated_network(network, bits, codes, calibration(data), whole=whole)
+            return ours.network_by_costs(
+              network, bits, codes, calibration(data), by_blocks=True, whole=whole
+            )
 
           embedding = 'opq_jax' if whole else FLOAT16
           yield Job(
