@@ -113,8 +113,8 @@ def numbers_of_parts(
   for number, places in by_leaf(parts).items():
     leaf = leaves[number]
     # over scales, magnitudes of few bits are others, and many
-    own = range(*places.indices(len(parts))) if leaf.statistics.output_scales is None else ()
-    few = [p for p in own if has_few_magnitudes(parts[p].statistics)]
+    every = range(*places.indices(len(parts))) if leaf.statistics.output_scales is None else ()
+    few = [p for p in every if has_few_magnitudes(parts[p].statistics)]
     weights = leaf.read() if few and leaf.read is not None else None
     found = numbers_of(leaf.statistics, [parts[p].place for p in few], weights)
     for place, own in zip(few, found, strict=True):

@@ -23,15 +23,11 @@ import math
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Float, Float32
 
 from opq_jax.allocation.buffers import first_weights
 from opq_jax.coding import output_scales
 from opq_jax.core.limits import MAX_LEVELS
-
-_FLOOR = 0.1
-"""Share of the mean cost that is added to each: costs are estimates from few tokens, and an output
-that they hardly use is used by others."""
 
 
 def scales_for(
@@ -51,7 +47,7 @@ def scales_for(
 
   >>> costs, weights = np.array([[1.0, 1.0, 16.0, 16.0]]), np.arange(8000.0).reshape(2000, 4)
   >>> scales_for(costs, weights, 0).tolist()
-  [[1.75, 1.75, 0.5, 0.5]]
+  [[2.0, 2.0, 0.5, 0.5]]
   >>> scales_for(np.ones((1, 4)), weights, 0) is None
   True
   """
@@ -61,7 +57,7 @@ def scales_for(
     return None
   costs = np.asarray(costs, np.float64)
   of_slice: Any = {'axis': tuple(range(slices, costs.ndim)), 'keepdims': True}
-  logarithm = -0.5 * np.log(costs + _FLOOR * costs.mean(**of_slice))
+  logarithm = -0.5 * np.log(costs)
   codes = output_scales.nearest_codes(np.exp(logarithm - logarithm.mean(**of_slice)))
   scales = output_scales.scales_of(codes)
   # a factor that all scales have saves nothing: it is in both means
@@ -83,13 +79,13 @@ def cost_of_units(
   return costs.mean(axis=tuple(range(slices, costs.ndim)))
 
 
-def in_units(weights: Array, scales: Float32[np.ndarray, '...'] | None) -> Array:
+def in_units(weights: Any, scales: Any) -> Any:
   """Returns the weights of a leaf over its scales, in float32; without scales, themselves."""
   return weights if scales is None else weights.astype(np.float32) / scales
 
 
 def section_bits(
-  scales: Float32[np.ndarray, '...'], slice_shape: tuple[int, ...]
+  scales: Float32[Any, '...'], slice_shape: tuple[int, ...]
 ) -> Float[np.ndarray, '*slices']:
   """Returns the bits of the sections that tell the scales of a leaf, one of each slice."""
   codes = output_scales.codes_of(np.asarray(scales)).reshape(math.prod(slice_shape), -1)

@@ -1,5 +1,7 @@
 """Records of an allocation: one struct per compressed leaf, in a tree like the parameters."""
 
+from typing import Any
+
 import flax.struct
 from jaxtyping import Array, Float32, Int32
 
@@ -70,7 +72,7 @@ class LeafAllocation:
   tied_to: str = flax.struct.field(pytree_node=False, default='')
   is_transposed: bool = flax.struct.field(pytree_node=False, default=False)
   slices: int = flax.struct.field(pytree_node=False, default=0)
-  output_scales: Float32[Array, '...'] | None = None
+  output_scales: Float32[Any, '...'] | None = None
 
   @property
   def slice_shape(self) -> tuple[int, ...]:

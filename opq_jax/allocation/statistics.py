@@ -66,7 +66,7 @@ class LeafStatistics:
   dtype: Any = flax.struct.field(pytree_node=False)
   channel_axis: ChannelAxes = flax.struct.field(pytree_node=False)
   slices: int = flax.struct.field(pytree_node=False, default=0)
-  output_scales: Float32[Array | np.ndarray, '...'] | None = None
+  output_scales: Any = None
 
   @property
   def size(self) -> int:

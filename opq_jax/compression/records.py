@@ -27,6 +27,7 @@ values times its scale s_j.  Scales have four significant bits, and the grid so 
 with a scale rounds.  `in_units` divides weights by them.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,7 +88,7 @@ class LeafState:
   levels: Int32[Array, '*slices']
   dtype: Any = flax.struct.field(pytree_node=False)
   slices: int = flax.struct.field(pytree_node=False, default=0)
-  output_scales: Float32[Array, '...'] | None = None
+  output_scales: Float32[Any, '...'] | None = None
 
   @property
   def slice_shape(self) -> tuple[int, ...]:
@@ -230,7 +231,8 @@ def in_units(weights: Array, state: LeafState) -> tuple[Array, LeafState]:
   if state.output_scales is None:
     return weights, state
   quotients = jnp.asarray(weights, jnp.float32) / state.output_scales
-  return quotients, state.replace(output_scales=None, dtype=jnp.dtype(jnp.float32))
+  own = dataclasses.replace(state, output_scales=None, dtype=jnp.dtype(jnp.float32))
+  return quotients, own
 
 
 def stacked(states: Sequence[LeafState], shape: tuple[int, ...]) -> LeafState:

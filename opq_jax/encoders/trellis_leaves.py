@@ -102,6 +102,7 @@ def code_leaf(
   coded = _code_in_order(*in_units(weights, plain), moments, options)
   if plain.output_scales is None:
     return coded
+  assert coded.state is not None and coded.codes is not None
   state = dataclasses.replace(coded.state, dtype=plain.dtype, output_scales=plain.output_scales)
   exact = jnp.asarray(weights).astype(plain.dtype)
   values = compression.decode(coded.codes, CompressionState(state), exact)

@@ -14,6 +14,7 @@ from opq_jax.core import messages, trees
 from opq_jax.core.trees import PyTree
 from opq_jax.encoders import DAMPING, SHARE, LeafEncoder
 from opq_jax.file.coded_leaves import CodedSlice
+from opq_jax.importers.language_models import read
 from opq_jax.language import feedback_gains
 from opq_jax.language.block_codes import BlockEncoder
 from opq_jax.language.calibration import Calibration
@@ -29,6 +30,12 @@ COST_WINDOW = 64
 """Tokens of a sequence of them."""
 
 _KEY = 3  # of the draws from the model's answers
+
+_FLOOR = 0.1
+"""Share of the mean cost of a tensor that is added to each of its outputs: an output that so few
+tokens hardly use is used by others."""
+
+_LEAST_ENERGY = 1e-6  # of the mean over outputs: one without weights has no relative error
 
 
 def cost_tokens(calibration: Calibration) -> np.ndarray:
@@ -62,11 +69,19 @@ def costs(
     told: called with the share that is done.
 
   Returns:
-    A tree like `tree` with omega of `opq_jax.network.divergence_costs` at every leaf, times what
-    feedback leaves of the error (`feedback_gains`); of a kernel one for each of its outputs.
+    A tree like `tree` with a number at every leaf, of a kernel of a layer one for each of its
+    outputs:
+
+        sqrt(omega / E[w^2])          omega of `opq_jax.network.divergence_costs`
+
+    times what feedback leaves of the error (`feedback_gains`).  It is the geometric mean of two
+    prices of a squared error.  omega is right for small errors and the inputs that it is from, and
+    takes all bits from what these few tokens hardly use; 1 / E[w^2], the relative error, gives all
+    weights the same.  Where either is wrong by some factor, their mean is by its root.
   """
   key, parts = jax.random.key(_KEY), 1 if damping is None else 2
-  found = block_costs(network, cost_tokens(calibration), key, lambda share: told(share / parts))
+  omegas = block_costs(network, cost_tokens(calibration), key, lambda share: told(share / parts))
+  found = {name: balanced(omega, read(network.tensors[name])) for name, omega in omegas.items()}
   if damping is not None:
     windows = max(feedback_gains.TOKENS // calibration.tokens.shape[1], 1)
     gains = feedback_gains.feedback_gains(
@@ -82,8 +97,26 @@ def costs(
       f'{messages.listed(unread)}: found tensors that the network does not read: where they are '
       'compressed, an error in them costs as much as in a typical tensor'
     )
-  omegas = [found.get(name, typical) for name in named]
-  return jax.tree.unflatten(jax.tree.structure(tree), omegas)
+  costs = [found.get(name, typical) for name in named]
+  return jax.tree.unflatten(jax.tree.structure(tree), costs)
+
+
+def balanced(omega: Any, weights: Any) -> Any:
+  """Returns sqrt(omega / E[w^2]) of a tensor, or of each of its outputs.
+
+  Args:
+    omega: the cost of a squared error: a number, or numbers that broadcast over the tensor.
+    weights: the tensor.
+
+  >>> round(float(balanced(8.0, np.full((3, 2), 2.0, np.float32))), 4)
+  1.4832
+  """
+  omega, squares = np.asarray(omega, np.float64), np.square(np.asarray(weights, np.float32))
+  # over all axes but that of the outputs
+  others = tuple(axis for axis in range(squares.ndim) if not omega.ndim or omega.shape[axis] == 1)
+  energy = np.mean(squares, axis=others, keepdims=omega.ndim > 0, dtype=np.float64)
+  least = max(_LEAST_ENERGY * float(np.mean(energy)), float(np.finfo(np.float32).tiny))
+  return np.sqrt((omega + _FLOOR * np.mean(omega)) / np.maximum(energy, least))
 
 
 def compress_calibrated(

@@ -123,9 +123,9 @@ def _report(
     axis = axes.in_slice(axis, slices)
     rows, scales = [], file.output_scales(path)
     for index, grid in zip(np.ndindex(codes.shape[:slices]), grids, strict=True):
-      own = OutputGrids.of(grid, None if scales is None else scales[index], codes[index].shape)
-      largest = leaf_sizes.largest_on_grid(own.in_units(weights[index]), codes[index], axis)
-      row = leaf_sizes.compressed_leaf(path, own, codes[index], largest, axis, stored[path])
+      outputs = OutputGrids.of(grid, None if scales is None else scales[index], codes[index].shape)
+      largest = leaf_sizes.largest_on_grid(outputs.in_units(weights[index]), codes[index], axis)
+      row = leaf_sizes.compressed_leaf(path, outputs, codes[index], largest, axis, stored[path])
       rows.append(row)
     whole = leaf_sizes.sum_of_slices(path, codes.shape, rows, stored[path])
     compressed.append(whole if slices else rows[0])

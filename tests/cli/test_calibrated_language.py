@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import opq_jax
 from opq_jax import cli
@@ -71,6 +72,43 @@ def test_calibration_without_data(folder, source):
   assert run('compress', folder, 'net.opq', '--bits-per-weight', 3, *options) == 0
   found = metadata('net.opq')
   assert (found['calibration'], found['first']) == (source, 'trellis')
+
+
+@pytest.mark.parametrize(
+  'options',
+  [(), ('--trellis',), ('--calibration', 'random', '--calibration-tokens', '1024')],
+  ids=['plain', 'trellis', 'calibrated'],
+)
+def test_outputs_have_scales_where_they_differ(options, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  folder = write_folder(tmp_path / 'gpt2', 'gpt2')
+  tensors = safetensors.numpy.load_file(folder / 'model.safetensors')
+  # values are small beside queries and keys, which share their kernel
+  tensors |= {
+    name: tensor * np.where(np.arange(96) < 64, 1, 0.05).astype(np.float32)
+    for name, tensor in tensors.items()
+    if 'c_attn.weight' in name
+  }
+  safetensors.numpy.save_file(tensors, folder / 'model.safetensors', {'format': 'pt'})
+  assert run('compress', folder, 'net.opq', '--bits-per-weight', 3, *options) == 0
+  assert run('verify', 'net.opq', '--against', folder) == 0
+  assert run('decompress', 'net.opq', 'back') == 0
+  with opq_jax.OpqFile('net.opq') as file:
+    params, state = file.load()
+    for layer in range(2):
+      name = f'transformer.h.{layer}.attn.c_attn.weight'
+      scales = file.output_scales(name)
+      assert scales.shape == (1, 96)
+      assert scales[0, 64:].mean() < 0.5 * scales[0, :64].mean()
+      # one grid would leave next to nothing of the values
+      error = np.square(file[name] - tensors[name])[:, 64:].sum()
+      assert error < 0.3 * np.square(tensors[name])[:, 64:].sum()
+    back = open_folder('back')
+    for name in file:
+      np.testing.assert_array_equal(back[name], file[name])
+  again = opq_jax.apply_compression(params, state)
+  for name, leaf in params.items():
+    np.testing.assert_array_equal(again[name], leaf)
 
 
 def test_trellis_of_a_folder_verifies(folder):

@@ -8,6 +8,7 @@ import pytest
 from opq_jax import language
 from opq_jax.core import trees
 from opq_jax.importers import language_models
+from opq_jax.language.compression import balanced
 from opq_jax.language.leaf_costs import block_costs
 from opq_jax.network import divergence_costs
 from tests.helpers.language_models import network
@@ -69,3 +70,17 @@ def test_block_costs_of_outputs_are_those_of_leaves_apart():
   whole = divergence_costs(apply, (leaves, parts), jnp.asarray(tokens), key=key)
   for part, expected in zip(np.split(found[0], 3), whole[1], strict=True):
     assert part.mean() == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_balanced_costs_are_those_of_each_output():
+  rng = np.random.default_rng(0)
+  weights, omega = rng.normal(size=(5, 3)) * [1, 2, 0], np.array([[1.0, 2.0, 3.0]])
+  found = balanced(omega, weights.astype(np.float32))
+  energy = np.square(weights).mean(axis=0)
+  expected = np.sqrt((omega[0, :2] + 0.2) / energy[:2])
+  np.testing.assert_allclose(found[0, :2], expected, rtol=1e-5)
+  # an output without weights has a cost, and a finite one
+  assert found.shape == (1, 3) and np.isfinite(found).all() and found[0, 2] > found[0, 1]
+  turned = balanced(omega.T, weights.T.astype(np.float32))
+  np.testing.assert_allclose(turned.T, found, rtol=1e-6)
+  assert balanced(2.0, weights) == pytest.approx(np.sqrt(2.2 / np.square(weights).mean()))
