@@ -27,6 +27,14 @@ def test_nearest_codes_are_nearest(scale):
   assert abs(found - scale) == np.abs(scales - scale).min()
 
 
+def test_rounding_to_scales_loses_a_thousandth_of_a_bit():
+  best = np.exp2(np.linspace(0, 1, 10_000, endpoint=False))
+  miss = np.log2(output_scales.scales_of(output_scales.nearest_codes(best)) / best)
+  # of errors that are equal with the best scales, by the arithmetic over the geometric mean
+  lost = 0.5 * np.log2(np.mean(np.exp2(2 * miss))) - np.mean(miss)
+  assert 9e-4 < lost < 1.1e-3
+
+
 @given(st.integers(1, (1 << output_scales.GRID_BITS) - 1), st.integers(-60, 60))
 def test_products_with_scales_are_exact(number, exponent):
   number = np.ldexp(np.float32(number), exponent)
