@@ -6,8 +6,8 @@ value and step times s_j.  The integer c, -127 to 127, tells the scale
     s = (1 + (c mod 8) / 8) 2^floor(c / 8)
 
 so an octave has eight scales, 6 to 12.5 % apart.  Rounding to them loses .0010 bits a weight, to
-four an octave .0040, to sixteen .0003, and twice as many take another bit an output: of some hundred
-to a thousand inputs, eight take the least.
+four an octave .0040, to sixteen .0003, and twice as many take another bit an output: of some
+hundred to a thousand inputs, eight take the least.
 
 Four bits of a scale and the `GRID_BITS` of a grid's own numbers are the bits of a float32: no
 product with a scale rounds (`opq_jax.compression.records.exact_grid`).

@@ -74,9 +74,7 @@ def code_at_bits(
     UserWarning: what the allocation and the encoder say of the grid that is taken.
   """
   pilot = _pilot(weights, moments)
-  coded = functools.partial(
-    _coded, name, weights, dtype, encoder, moments, damping, output_scales
-  )
+  coded = functools.partial(_coded, name, weights, dtype, encoder, moments, damping, output_scales)
   # bits found on grids that were tried, by the bits of rounded codes
   tried: dict[float, float] = {}
   asked = max(bits * ratio, _LEAST)

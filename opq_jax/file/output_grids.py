@@ -94,7 +94,9 @@ class OutputGrids(NamedTuple):
     numbers = np.array([self.grid.threshold, self.grid.first, self.grid.step], np.float64)
     # a product of float64 is exact here: 24 bits times 4
     exact = numbers * np.unique(self.scales).astype(np.float64)[:, None]
-    if (exact.astype(np.float32) != exact).any():
+    with np.errstate(over='ignore', under='ignore'):  # of a damaged file
+      rounded = exact.astype(np.float32)
+    if (rounded != exact).any():
       raise ValueError(
         f'{name}: found a grid of threshold {self.grid.threshold}, first value {self.grid.first} '
         f'and step {self.grid.step} with output scales, expected numbers of {GRID_BITS} '

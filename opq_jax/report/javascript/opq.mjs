@@ -635,7 +635,7 @@ function parseSideFiles(node) {
 
 const LEAF = /^(\w+)\[([\d,]*)\](?: ([\d,]+) ([\d,]+))?((?: [a-z_]+=[^ ]+)*)$/;
 const LIST = /^\d{1,18}(?:,\d{1,18})*$/;
-const FIELDS = ['axes', 'escapes', 'same', 'slices', 'transposed'];
+const FIELDS = ['axes', 'escapes', 'same', 'scales', 'slices', 'transposed'];
 
 /** Returns the entry of a leaf: what its notation says; its place comes later. */
 function parseLeaf(text) {
@@ -658,9 +658,11 @@ function parseLeaf(text) {
     dtype,
     shape,
     stored: 0, // bytes of all payloads, or of the leaf
-    parts: null, // of a compressed leaf: {levels, stored, escapes, escapeBytes} of each slice
+    // of a compressed leaf: {levels, stored, escapes, escapeBytes, scaleBytes} of each slice
+    parts: null,
     slices: 0,
     axes: null,
+    scaleAxis: null, // the axis of outputs with scales, behind those of slices
     begin: 0, // in the tensor codes, or in the unpacked bytes of uncompressed leaves
     tiedTo: null,
     isTransposed: false,
@@ -711,13 +713,22 @@ function parseLeaf(text) {
       wrong('expected axes= with another order of its axes');
     }
   }
+  const [scaleAxis, ...scaleSizes] = fields.has('scales') ? numbers(fields.get('scales')) : [null];
   const parts = sizes.map((size, i) => ({
     levels: allLevels[i],
     stored: size,
     escapes: escapes ? escapes[2 * i] : 0,
     escapeBytes: escapes ? escapes[2 * i + 1] : 0,
+    scaleBytes: scaleSizes[i] ?? 0,
   }));
-  return {...entry, stored: sizes.reduce((sum, size) => sum + size, 0), parts, slices, axes};
+  const fits = ({stored, escapeBytes, scaleBytes}) =>
+    scaleBytes > 0 && scaleBytes <= stored - escapeBytes;
+  const hasScales = scaleAxis !== null;
+  if (hasScales && !(scaleAxis < own.length && scaleSizes.length === count && parts.every(fits))) {
+    wrong('expected scales=AXIS,BYTES that it can have');
+  }
+  const total = sizes.reduce((sum, size) => sum + size, 0);
+  return {...entry, stored: total, parts, slices, axes, scaleAxis};
 }
 
 const product = (numbers) => numbers.reduce((sum, n) => sum * n, 1);
@@ -791,7 +802,8 @@ function readFront(bytes, mostBytes) {
   };
   for (const [name, leaf] of index.leaves) {
     const hasEscapes = leaf.parts?.some((part) => part.escapes) ?? false;
-    const hasFields = leaf.tiedTo !== null || leaf.slices > 0 || leaf.axes !== null || hasEscapes;
+    const hasOrder = leaf.slices > 0 || leaf.axes !== null || leaf.scaleAxis !== null;
+    const hasFields = leaf.tiedTo !== null || hasOrder || hasEscapes;
     if (front.version === '1' && hasFields) {
       fail(`${name}: found a field, expected none in version 1`);
     }
@@ -885,9 +897,12 @@ function tie(name, leaf, first) {
   if (first.dtype !== leaf.dtype) {
     fail(`${name}: found dtype ${leaf.dtype}, expected ${first.dtype}, of the leaf it is`);
   }
-  const {stored, parts, slices, begin, grids} = first;
-  Object.assign(leaf, {stored, parts, slices, begin, grids, axes: first.axes});
-  if (leaf.isTransposed) leaf.axes = first.axes ? null : [1, 0];
+  const {stored, parts, slices, begin, grids, axes, scaleAxis} = first;
+  Object.assign(leaf, {stored, parts, slices, begin, grids, axes, scaleAxis});
+  if (leaf.isTransposed) {
+    leaf.axes = axes ? null : [1, 0];
+    leaf.scaleAxis = scaleAxis === null ? null : 1 - scaleAxis;
+  }
 }
 
 // ---- grids: from codes to values
@@ -896,7 +911,10 @@ function tie(name, leaf, first) {
 function gridOf(name, front, leaf, slice) {
   const {levels} = leaf.parts[slice];
   const row = 3 * (leaf.grids + slice);
-  const [threshold, first, step] = front.grids.subarray(row, row + 3);
+  return checkedGrid(name, front.grids.subarray(row, row + 3), levels, front.version);
+}
+
+function checkedGrid(name, [threshold, first, step], levels, version) {
   const values = new Float32Array(Math.max(levels, 1));
   let [isExact, rounds, isRising] = [true, false, true];
   for (let k = 0; k < values.length; k++) {
@@ -912,10 +930,28 @@ function gridOf(name, front, leaf, slice) {
   if (!areFinite || !isPositive || !isExact || !isRising) {
     fail(`${name}: ${found}, expected finite numbers, a positive step, and values that rise`);
   }
-  if (rounds && front.version === '1') {
+  if (rounds && version === '1') {
     fail(`${name}: ${found}, expected values that float32 holds exactly in version 1`);
   }
-  return {threshold, step, levels, values, inverse: Math.fround(1 / step)};
+  return {threshold, first, step, levels, values, inverse: Math.fround(1 / step)};
+}
+
+/** Returns the integer of the scale of each output. */
+function decodeScales(data, outputs) {
+  const codes = decodeCodes(data, [outputs]);
+  if (codes.includes(ESCAPE)) fail(`found a code of an output scale of ${ESCAPE}`);
+  return codes;
+}
+
+/** Returns the grid of an output, given the integer of its scale. */
+function scaledGrid({threshold, first, step, levels}, code) {
+  const octave = Math.floor(code / 8);
+  const scale = (1 + (code - 8 * octave) / 8) * 2 ** octave;
+  const numbers = [threshold, first, step].map((number) => scale * number);
+  if (numbers.some((number) => Math.fround(number) !== number)) {
+    fail('found a grid whose products with output scales round, expected numbers of 20 bits');
+  }
+  return checkedGrid('grid', numbers, levels, VERSIONS[VERSIONS.length - 1]);
 }
 
 /** The cell of a magnitude, without bounds; each operation rounds to float32. */
@@ -951,9 +987,7 @@ function valueTable(grid, kind) {
 }
 
 /** Checks the codes that occur: each on the grid, with a value in its own cell. */
-function checkCells(codes, numbers, grid) {
-  const counts = new Uint32Array(256);
-  for (let i = 0; i < codes.length; i++) counts[codes[i] & 255]++;
+function checkCells(counts, numbers, grid) {
   for (let code = -127; code <= 127; code++) {
     if (code === 0 || counts[code & 255] === 0) continue;
     if (Math.abs(code) > grid.levels) fail(`found code ${code}, expected at most ${grid.levels}`);
@@ -982,7 +1016,8 @@ function decodeLeaf(bytes, front, leaf) {
   let [values, codes] = [null, null];
   parts.forEach(({part, grid}, slice) => {
     const data = bytes.subarray(begin, (begin += part.stored));
-    const found = decodeSlice(data, coded, part, grid, kind);
+    const axis = leaf.axes ? leaf.axes.indexOf(leaf.scaleAxis) : leaf.scaleAxis;
+    const found = decodeSlice(data, coded, part, grid, kind, axis);
     if (leaf.axes) {
       found.values = transposed(found.values, coded, leaf.axes);
       found.codes = transposed(found.codes, coded, leaf.axes);
@@ -999,14 +1034,29 @@ function decodeLeaf(bytes, front, leaf) {
   return {values, codes};
 }
 
-function decodeSlice(data, shape, part, grid, kind) {
-  const end = part.stored - part.escapeBytes;
-  const codes = decodeCodes(data.subarray(0, end), shape);
+function decodeSlice(data, shape, part, grid, kind, axis) {
+  const [begin, end] = [part.scaleBytes, part.stored - part.escapeBytes];
+  const codes = decodeCodes(data.subarray(begin, end), shape);
   if (codes.includes(ESCAPE)) fail(`found code ${ESCAPE}, expected at most ${grid.levels}`);
-  const {table, numbers} = valueTable(grid, kind);
-  checkCells(codes, numbers, grid);
   const values = new kind.array(codes.length);
-  for (let i = 0; i < codes.length; i++) values[i] = table[codes[i] & 255];
+  const scales = begin ? decodeScales(data.subarray(0, begin), shape[axis]) : [0];
+  const grids = new Map(); // by the integer of the scale; without scales, of 0: the grid itself
+  for (const scale of scales) {
+    if (grids.has(scale)) continue;
+    const own = begin ? scaledGrid(grid, scale) : grid;
+    grids.set(scale, {own, ...valueTable(own, kind), counts: new Uint32Array(256)});
+  }
+  const ofOutput = Array.from(scales, (scale) => grids.get(scale));
+  const inside = begin ? product(shape.slice(axis + 1)) : codes.length;
+  for (let i = 0, output = 0; i < codes.length; output = (output + 1) % ofOutput.length) {
+    const {table, counts} = ofOutput[output];
+    for (const stop = i + inside; i < stop; i++) {
+      const code = codes[i] & 255;
+      values[i] = table[code];
+      counts[code]++;
+    }
+  }
+  for (const {own, numbers, counts} of grids.values()) checkCells(counts, numbers, own);
   if (part.escapes) {
     const escaped = decodeEscapes(data.subarray(end), codes.length, part.escapes, kind);
     // by their bytes: a typed array of floats may change the bits of NaN
