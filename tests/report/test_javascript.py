@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import random
 import re
 import shutil
 import subprocess
@@ -12,9 +13,12 @@ import pytest
 
 import opq_jax
 from experiments.benchmarks.robustness import second_decoder
+from experiments.benchmarks.robustness.mutated_bytes import resealed
+from opq_jax.compression import CompressionState
 from opq_jax.file import leaf_entries
 from tests.helpers import hostile_parts, snippets
 from tests.helpers.opq_files import escaping, laplace, rebuilt, small, state_of
+from tests.helpers.output_scales import scaled_state, scales_along, unlike
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 DECODER = second_decoder.DECODER
@@ -47,6 +51,24 @@ def test_decoder_agrees_with_reader():
   assert drawn['same'] == 100
   for found in (damaged, resealed):
     assert found['differ'] == found['hangs'] == 0 and found['refused'] > 50
+
+
+@needs_node
+def test_decoder_agrees_on_scales_of_outputs():
+  """Files of scaled leaves, and as many under checksums that are right but damaged before."""
+  files = []
+  for number, (shape, axis, slices) in enumerate(
+    [((24, 20), 0, 0), ((24, 20), 1, 0), ((3, 3, 6, 10), 2, 0), ((2, 15, 10), 1, 1)]
+  ):
+    for dtype in (np.float32, ml_dtypes.bfloat16, np.float16):
+      scales = scales_along(shape, axis, slices, seed=number)
+      weights = unlike(shape, scales, number, dtype)
+      state = CompressionState({'w': scaled_state(weights, scales, slices)})
+      files.append(opq_jax.file.serialize({'w': weights}, state))
+  damaged = [resealed(data, random.Random(i)) for i, data in enumerate(5 * files)]
+  assert [outcome for outcome, _ in second_decoder.outcomes(files)] == ['same'] * len(files)
+  found = [outcome for outcome, _ in second_decoder.outcomes(damaged)]
+  assert set(found) <= {'same', 'refused'} and found.count('refused') > len(found) / 2
 
 
 @needs_node

@@ -15,12 +15,14 @@ import numpy as np
 from jaxtyping import Int8, Shaped
 
 from opq_jax.coding import trellis
+from opq_jax.coding.frequencies import histogram
 from opq_jax.core import plain_trees
 from opq_jax.core.limits import ESCAPE
 from opq_jax.file import checks, leaf_entries, packing, side_files, writer
 from opq_jax.file.coded_leaves import CodedSlice
 from opq_jax.file.front import front_bytes
 from opq_jax.file.grids import Grid
+from opq_jax.file.output_grids import OutputGrids
 from opq_jax.file.written_leaves import write_leaf
 
 DTYPES = list(leaf_entries.DTYPES.values())
@@ -214,7 +216,7 @@ def _slice(
   if axes:
     codes = np.ascontiguousarray(codes.transpose(np.argsort(axes)))
   escaped = _finite(rng, dtype, int(is_escaped.sum()))
-  return CodedSlice(codes, escaped, grid)
+  return CodedSlice(codes, escaped, OutputGrids(grid))
 
 
 def _grid(
@@ -237,7 +239,7 @@ def _grid(
 
 def _are_allowed(codes: Int8[np.ndarray, ' k'], grid: Grid) -> bool:
   try:
-    checks.check_cells('leaf', codes, grid)
+    checks.check_cells('leaf', histogram(codes), grid)
   except ValueError:
     return False
   return True
