@@ -12,6 +12,7 @@ from opq_jax.coding.payload import decode_codes, encode_codes, entropy
 from opq_jax.file import written_leaves
 from opq_jax.file.coded_leaves import CodedSlice
 from opq_jax.file.grids import Grid
+from opq_jax.file.output_grids import OutputGrids
 from tests.helpers.kernels import codes_along_the_trellis, scaled_codes, smooth_codes
 
 # in every arrangement, and with one, two and three axes of a window
@@ -140,7 +141,8 @@ def test_entropy_escapes_on_trellis():
   # a file codes them along the trellis still
   grid = Grid(*map(np.float32, (0.5, 1, 1)), 127, np.dtype(np.float32))
   values = np.full(zeros.size, 1000, np.float32)
-  written = written_leaves.written_slice(CodedSlice(escaped, values, grid), contexts=True)
+  coded = CodedSlice(escaped, values, OutputGrids(grid))
+  written = written_leaves.written_slice(coded, contexts=True)
   payload = encode_codes(codes)
   assert written.payload == payload + escapes.encode(zeros, values)
   assert frequencies.to_bits(payload, 8).startswith(context_coding.TRELLIS_MARKER)
