@@ -122,9 +122,10 @@ class _Network:
     else:
       encoder = encoders.Feedback(self._moments)
     if step == 'layer by layer':
+      no_moments = jax.tree.map(lambda _: None, variables)
       # on plain grids: the search for the bits ends at grids that differ in the fifth digit, and
       # layers make good the rounding errors before them, so that nothing could be compared
-      encoder = encoders.LayerByLayer(fn, self._images, first=encoders.Feedback(None))
+      encoder = encoders.LayerByLayer(fn, self._images, first=encoders.Feedback(no_moments))
       grids = opq_jax.init_state(variables, opq_jax.allocate(variables, compression_rate=32 / BITS))
       tree, state = encoder.choose_codes(variables, grids)
     else:
