@@ -117,18 +117,15 @@ class _Network:
       self._moments = opq_jax.network.second_moments(fn, variables, self._images)
       jax.block_until_ready(self._moments)
       return {'seconds': time.process_time() - start}
-    if step == 'rounding':
-      encoder: Any = encoders.Rounding()
-    else:
-      encoder = encoders.Feedback(self._moments)
     if step == 'layer by layer':
       no_moments = jax.tree.map(lambda _: None, variables)
       # on plain grids: the search for the bits ends at grids that differ in the fifth digit, and
       # layers make good the rounding errors before them, so that nothing could be compared
-      encoder = encoders.LayerByLayer(fn, self._images, first=encoders.Feedback(no_moments))
+      encoder: Any = encoders.LayerByLayer(fn, self._images, first=encoders.Feedback(no_moments))
       grids = opq_jax.init_state(variables, opq_jax.allocate(variables, compression_rate=32 / BITS))
       tree, state = encoder.choose_codes(variables, grids)
     else:
+      encoder = encoders.Rounding() if step == 'rounding' else encoders.Feedback(self._moments)
       tree, state, _ = opq_jax.compress(variables, compression_rate=32 / BITS, encoder=encoder)
     jax.block_until_ready(tree)
     seconds = time.process_time() - start
