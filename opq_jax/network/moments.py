@@ -157,7 +157,8 @@ def _tree_of(params: PyTree, measured: Measured) -> PyTree:
       'arithmetic, a cut or a computed index, or along several axes: they have no moments, and '
       'get plain codes (opq_jax.usage shows their uses)'
     )
-  rows = [] if trees.is_traced(measured.rows) else measured.rows
+  # all at once: each number by itself would wait for the device
+  rows = [] if trees.is_traced(measured.rows) else jax.device_get(measured.rows)
   empty = {number for number, count in enumerate(rows) if not float(count)}
   unread = [
     name

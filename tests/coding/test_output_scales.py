@@ -73,3 +73,15 @@ def test_output_of_every_weight():
     for start, stop in itertools.combinations(range(0, 25, 5), 2):
       found = output_scales.output_of(shape, axis, start, stop)
       np.testing.assert_array_equal(found, expected[start:stop])
+
+
+@pytest.mark.parametrize(('an_octave', 'bits'), [(4, 0.0040), (8, 0.0010), (16, 0.0003)])
+def test_bits_lost_by_rounding_to_scales_of_an_octave(an_octave, bits):
+  """Equal costs s^2 D need the very s: others cost half of log2(arithmetic / geometric mean)."""
+  wanted = np.exp2(np.linspace(0, 1, 1 << 16, endpoint=False))
+  there = 1 + np.arange(an_octave + 1) / an_octave
+  ratio = there[np.abs(wanted[:, None] - there).argmin(axis=1)] / wanted
+  lost = 0.5 * np.log2(np.square(ratio).mean()) - np.log2(ratio).mean()
+  assert lost == pytest.approx(bits, abs=5e-5)
+  if an_octave == 8:
+    np.testing.assert_array_equal(there[:-1], output_scales.OCTAVE)

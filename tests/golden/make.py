@@ -202,6 +202,23 @@ def along_trellis(shape: tuple[int, ...], seed: int) -> np.ndarray:
   return np.array(codes, np.int8).reshape(shape)
 
 
+def on_finest_grids(
+  kinds: np.ndarray, stack: tuple[int, ...], dtype: np.dtype
+) -> opq_jax.compression.LeafState:
+  """The state of a leaf of all 127 levels, with the same grid in each of its slices."""
+  levels = np.full(stack, 127, np.int32)
+  threshold, step = (np.full(stack, number, np.float32) for number in (0.125, 0.5))
+  return opq_jax.compression.LeafState(
+    kinds=kinds,
+    codebook=np.asarray(affine_codebook(threshold + step / 2, step, levels)),
+    threshold=threshold,
+    step=step,
+    levels=levels,
+    dtype=dtype,
+    slices=len(stack),
+  )
+
+
 def axes() -> tuple[dict[str, object], opq_jax.CompressionState]:
   """The network with kernels of outputs by inputs, a stack of them, and one transposed."""
   params, state = escapes()
@@ -219,20 +236,10 @@ def axes() -> tuple[dict[str, object], opq_jax.CompressionState]:
     back = [*range(len(stack)), *(len(stack) + np.argsort(order))]
     codes = np.ascontiguousarray(codes.transpose(back))
     leaf = (np.sign(codes) * (0.375 + 0.5 * (np.abs(codes.astype(np.float32)) - 1))).astype(dtype)
-    levels = np.full(stack, 127, np.int32)
-    grid = [np.full(stack, number, np.float32) for number in (0.125, 0.5)]
     kinds, outliers = (codes != 0).astype(np.uint8), codes == -128
     leaf[outliers], kinds[outliers] = 700 + np.arange(outliers.sum()), 2
     params[name] = leaf
-    states[name] = opq_jax.compression.LeafState(
-      kinds=kinds,
-      codebook=np.asarray(affine_codebook(grid[0] + grid[1] / 2, grid[1], levels)),
-      threshold=grid[0],
-      step=grid[1],
-      levels=levels,
-      dtype=leaf.dtype,
-      slices=len(stack),
-    )
+    states[name] = on_finest_grids(kinds, stack, leaf.dtype)
   params['turned'] = params['linear'].T
   states['turned'] = dataclasses.replace(states['linear'], kinds=states['linear'].kinds.T)
   return params, opq_jax.CompressionState({**state.tree, **states})
@@ -264,19 +271,9 @@ def scales() -> tuple[dict[str, object], opq_jax.CompressionState]:
     leaf, outliers = values.astype(dtype), codes == -128
     kinds = (codes != 0).astype(np.uint8)
     leaf[outliers], kinds[outliers] = 700 + np.arange(outliers.sum()), 2
-    levels = np.full(stack, 127, np.int32)
-    grid = [np.full(stack, number, np.float32) for number in (0.125, 0.5)]
     params[name] = leaf
-    states[name] = opq_jax.compression.LeafState(
-      kinds=kinds,
-      codebook=np.asarray(affine_codebook(grid[0] + grid[1] / 2, grid[1], levels)),
-      threshold=grid[0],
-      step=grid[1],
-      levels=levels,
-      dtype=leaf.dtype,
-      slices=len(stack),
-      output_scales=scale,
-    )
+    state_of_leaf = on_finest_grids(kinds, stack, leaf.dtype)
+    states[name] = dataclasses.replace(state_of_leaf, output_scales=scale)
   params['turned'] = params['linear'].T
   linear = states['linear']
   states['turned'] = dataclasses.replace(
