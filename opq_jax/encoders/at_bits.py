@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from opq_jax import compression
-from opq_jax.allocation import allocate, leaf_statistics
+from opq_jax.allocation import Allocation, LeafAllocation, allocate, leaf_statistics
 from opq_jax.compression import CompressionState, LeafState, init_state
 from opq_jax.core import messages
 from opq_jax.encoders.allocation_search import quietly
@@ -121,6 +121,40 @@ def _pilot(weights: Array, moments: InputMoments | None) -> Any:
   return np.linspace(0, outputs - 1, some).astype(int)
 
 
+def plain_allocation(
+  name: str,
+  weights: Any,
+  dtype: Any,
+  bits: float,
+  moments: InputMoments | None,
+  output_scales: Any = None,
+) -> LeafAllocation:
+  """Returns the allocation of one leaf by itself; arguments as of `code_at_bits`.
+
+  Raises:
+    ValueError: all weights are zero.
+  """
+  axis = _output_axes(weights, moments)
+  stored: dict[str, Any] = {name: weights.astype(dtype)}
+  measured = stored
+  if output_scales is not None:
+    measured = {name: leaf_statistics(stored[name], axis, output_scales=output_scales)}
+  allocation = allocate(
+    measured, bits_per_weight=bits, compressible=lambda path, leaf: True, channel_axis=axis
+  )
+  record: LeafAllocation | None = allocation.tree[name]
+  if record is None:
+    raise ValueError(f'{name}: found weights that are all zero, expected others')
+  return record
+
+
+def _output_axes(weights: Any, moments: InputMoments | None) -> Any:
+  """Returns the axis of the outputs of a leaf, or several."""
+  inputs = tuple(range(weights.ndim - 1)) if moments is None else moments.inputs
+  outputs = MatrixLayout(weights.shape, inputs).outputs
+  return outputs[0] if len(outputs) == 1 else outputs
+
+
 def _coded(
   name: str,
   weights: Array,
@@ -133,23 +167,11 @@ def _coded(
   pilot: Any,
 ) -> tuple[Array, LeafState]:
   """Codes a leaf, or some of its outputs, on the plain grid of an allocation of these bits."""
-  inputs = tuple(range(weights.ndim - 1)) if moments is None else moments.inputs
-  outputs = MatrixLayout(weights.shape, inputs).outputs
-  axis: Any = outputs[0] if len(outputs) == 1 else outputs
+  axis = _output_axes(weights, moments)
   # the grid is that of the whole leaf
-  stored: dict[str, Any] = {name: weights.astype(dtype)}
-  measured = stored
-  if output_scales is not None:
-    measured = {name: leaf_statistics(stored[name], axis, output_scales=output_scales)}
-  allocation = allocate(
-    measured,
-    bits_per_weight=bits,
-    compressible=lambda path, leaf: True,
-    channel_axis=axis,
-  )
-  grid = init_state(stored, allocation).tree[name]
-  if grid is None:
-    raise ValueError(f'{name}: found weights that are all zero, expected others')
+  record = plain_allocation(name, weights, dtype, bits, moments, output_scales)
+  grid = init_state({name: weights.astype(dtype)}, Allocation({name: record})).tree[name]
+  assert grid is not None
   if pilot is not None:
     weights = jnp.asarray(np.take(np.asarray(weights), pilot, axis=axis))
     kinds = jnp.asarray(np.take(np.asarray(grid.kinds), pilot, axis=axis))

@@ -5,9 +5,10 @@ Values and codes are NumPy's; JAX is imported where a compression state is asked
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
-from opq_jax.coding import decode_codes, escapes, output_scales
+from opq_jax.coding import decode_codes, escapes, output_scales, rotations
 from opq_jax.core.array_types import Float32, Int8, Shaped
 from opq_jax.core.limits import ESCAPE
 from opq_jax.file import checks
@@ -19,6 +20,45 @@ if TYPE_CHECKING:
   from opq_jax.compression import LeafState
 
 
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+class Rotation(NamedTuple):
+  """How the weights of a leaf come from those that are coded (`opq_jax.coding.rotations`).
+
+  Attributes:
+    axis: of the inputs that are rotated.
+    dtype: of the leaf; what is coded is of float32.
+  """
+
+  axis: int
+  dtype: np.dtype
+
+  def restored(self, values: Float32[np.ndarray, '...']) -> Shaped[np.ndarray, '...']:
+    """Returns the weights of a leaf, of the values that are coded, rounded to its dtype."""
+    # at most the largest number of the dtype, as on every grid
+    largest = np.float32(min(float(ml_dtypes.finfo(self.dtype).max), _LARGEST))
+    return np.clip(rotations.restored(values, self.axis), -largest, largest).astype(self.dtype)
+
+  def check(self, values: Shaped[np.ndarray, '...']) -> None:
+    """Checks that no sum of the values that are coded overflows.
+
+    Raises:
+      ValueError: one might.
+    """
+    # sums of 2^k values, by 2^(k/2) once: 2^(3k/2) times the largest at most
+    inputs, largest = values.shape[self.axis], float(np.max(np.abs(values), initial=0))
+    if not largest * inputs**2 <= _LARGEST:
+      raise ValueError(
+        f'found rotated weights of {largest:g} over {inputs} inputs, expected sums that float32 '
+        'holds'
+      )
+
+  def moved(self, axes: tuple[int, ...]) -> 'Rotation':
+    """Returns the rotation of the leaf with its axes in another order."""
+    return self._replace(axis=axes.index(self.axis))
+
+
 class CodedSlice(NamedTuple):
   """A slice of a compressed leaf, or the leaf, as a file codes it.
 
@@ -26,21 +66,35 @@ class CodedSlice(NamedTuple):
     codes: of all weights, -128 where one is escaped.
     escaped: the escaped weights, in C order.
     grids: the value of every code, of each output.
+    rotation: of the weights; None where codes are theirs, as nearly always.
   """
 
   codes: Int8[np.ndarray, '...']
   escaped: Shaped[np.ndarray, ' m']
   grids: OutputGrids
+  rotation: Rotation | None = None
 
-  def values(self) -> Shaped[np.ndarray, '...']:
-    """Returns the weights in the leaf's dtype."""
+  @property
+  def dtype(self) -> np.dtype:
+    """The leaf's dtype."""
+    return self.grids.grid.dtype if self.rotation is None else self.rotation.dtype
+
+  def coded_values(self) -> Shaped[np.ndarray, '...']:
+    """Returns the values of the codes, with escaped weights: of a rotated leaf, rotated ones."""
     values = self.grids.values(self.codes)
     values[self.codes == ESCAPE] = self.escaped
     return values
 
+  def values(self) -> Shaped[np.ndarray, '...']:
+    """Returns the weights in the leaf's dtype."""
+    values = self.coded_values()
+    return values if self.rotation is None else self.rotation.restored(values)
+
   def moved(self, axes: tuple[int, ...]) -> 'CodedSlice':
     """Returns the slice with its axes in another order."""
-    return CodedSlice(*moved_codes(self.codes, self.escaped, axes), self.grids.moved(axes))
+    rotation = None if self.rotation is None else self.rotation.moved(axes)
+    codes, escaped = moved_codes(self.codes, self.escaped, axes)
+    return CodedSlice(codes, escaped, self.grids.moved(axes), rotation)
 
 
 def moved_codes(
@@ -91,18 +145,24 @@ class CodedLeaf(NamedTuple):
     """Returns the weights in the leaf's dtype."""
     return self.stacked([part.values() for part in self.parts])
 
+  def coded_values(self) -> Shaped[np.ndarray, '...']:
+    """Returns the values of the codes: of a rotated leaf, rotated weights in float32."""
+    return self.stacked([part.coded_values() for part in self.parts])
+
   def output_scales(self) -> Float32[np.ndarray, '...'] | None:
     """Returns the scales of all outputs as they broadcast over the weights; None without any."""
     scales = [part.grids.over_weights(part.codes.ndim) for part in self.parts]
     return None if any(own is None for own in scales) else self.stacked(scales)
 
-  def state(self) -> 'LeafState':
-    """Returns the state that compresses the weights to these codes."""
+  def state(self) -> 'LeafState | None':
+    """Returns the state that compresses the weights to these codes; None of a rotated leaf."""
     import jax.numpy as jnp
 
     from opq_jax.compression import LeafState
     from opq_jax.compression.records import kinds_of_codes
 
+    if self.parts[0].rotation is not None:
+      return None
     grids = [part.grids.grid for part in self.parts]
     scales = self.output_scales()
     arrays: dict[str, Any] = {
@@ -127,6 +187,7 @@ def coded_slice(
   part: SliceEntry,
   grid: Grid,
   scale_axis: int | None = None,
+  rotation: Rotation | None = None,
 ) -> CodedSlice:
   """Decodes and checks a slice of a compressed leaf, or the leaf.
 
@@ -137,6 +198,7 @@ def coded_slice(
     part: its numbers in the index.
     grid: its row of `grids`.
     scale_axis: the axis of that array whose outputs have scales; None without scales.
+    rotation: of that array; None where its codes are those of the weights.
 
   Raises:
     ValueError: it is damaged.
@@ -159,4 +221,10 @@ def coded_slice(
   grids = OutputGrids(grid, scales, scale_axis or 0)
   grids.check_grids(name)
   grids.check_cells(name, codes)
-  return CodedSlice(codes, escaped, grids)
+  coded = CodedSlice(codes, escaped, grids, rotation)
+  if rotation is not None:
+    try:
+      rotation.check(coded.coded_values())
+    except ValueError as error:
+      raise ValueError(f'{name}: {error}') from error
+  return coded

@@ -204,6 +204,7 @@ def _read_grids(
     fields = {
       'slices': leaf.slices,
       'axes': leaf.axes,
+      'rotated': leaf.rotated_axis is not None,
       'scales': leaf.scale_axis is not None,
       'escapes': leaf.has_escapes,
     }
@@ -235,7 +236,7 @@ def grids_of(
   grids = []
   each = zip(np.ndindex(leaf.slice_shape), rows, leaf.parts(), strict=True)
   for index, (threshold, first, step), part in each:
-    grid = Grid(threshold, first, step, part.levels, leaf.dtype)
+    grid = Grid(threshold, first, step, part.levels, leaf.grid_dtype)
     checks.check_grid(slice_name(name, index), grid, version)
     grids.append(grid)
   return tuple(grids)

@@ -38,6 +38,8 @@ that begins with "list" or "tuple" is a list or a tuple of its other items.  A l
     escapes=COUNT,BYTES           COUNT weights are stored as they are, in the last BYTES of the
                                   payload, a section of `opq_jax.coding.escapes`; the bytes before
                                   it code the array with 0 in their places
+    rotated=AXIS                  the codes are those of the leaf with its inputs along this axis,
+                                  counted as in axes, rotated (`opq_jax.coding.rotations`)
     scales=AXIS,BYTES             outputs along this axis, counted as in axes, have scales, in the
                                   first BYTES of the payload, a section of
                                   `opq_jax.coding.output_scales`
@@ -53,9 +55,9 @@ that begins with "list" or "tuple" is a list or a tuple of its other items.  A l
                                   payload, no row of grids and no uncompressed bytes; a transpose
                                   has no slices
 
-A reader refuses every other field: a palette and a rotation will be fields too, once they are
-defined.  Names of dtypes are those of NumPy and ml_dtypes.  A compressed
-leaf is of floats of 1, 2, 4 or 8 whole bytes that know 0.
+A reader refuses every other field: a palette will be one too, once it is defined.  Names of dtypes
+are those of NumPy and ml_dtypes.  A compressed leaf is of floats of 1, 2, 4 or 8 whole bytes that
+know 0.
 
 Every byte is under a checksum: the header must be the one that its own sizes imply and holds the
 CRC-32 of grids and index, the index holds those of the blocks and of the carried files, every
@@ -222,15 +224,17 @@ def _tied_entry(name: str, leaf: LeafEntry, first: LeafEntry | None) -> LeafEntr
     )
   if first.dtype != leaf.dtype:
     raise ValueError(f'{name}: found dtype {leaf.dtype}, expected {first.dtype}, of the leaf it is')
-  axes, scale_axis = first.axes, first.scale_axis
+  axes, scale_axis, rotated_axis = first.axes, first.scale_axis, first.rotated_axis
   if leaf.is_transposed:
     axes = () if axes else (1, 0)
     scale_axis = None if scale_axis is None else 1 - scale_axis
+    rotated_axis = None if rotated_axis is None else 1 - rotated_axis
   return dataclasses.replace(
     first,
     shape=leaf.shape,
     axes=axes,
     scale_axis=scale_axis,
+    rotated_axis=rotated_axis,
     tied_to=leaf.tied_to,
     is_transposed=leaf.is_transposed,
   )

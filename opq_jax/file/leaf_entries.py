@@ -31,7 +31,7 @@ _LEAF = re.compile(
 _SLICES = re.compile(r'[1-9]\d?', re.ASCII)
 _NUMBER = re.compile(r'\d{1,18}', re.ASCII)
 _TIES = ('same', 'transposed')  # fields of a leaf that is an earlier one again
-_FIELDS = ('axes', 'escapes', 'same', 'scales', 'slices', 'transposed')
+_FIELDS = ('axes', 'escapes', 'rotated', 'same', 'scales', 'slices', 'transposed')
 _DIGITS = 18  # of a number at most, so that it fits int64
 _LIST = re.compile(r'[\d,]+', re.ASCII)
 _LONG = re.compile(rf'\d{{{_DIGITS + 1}}}', re.ASCII)
@@ -68,6 +68,7 @@ class LeafEntry:
     axes: the order in which the payloads have the other axes, counted from 0 behind the slices; ()
       where they stay as they are.
     scale_axis: the axis whose outputs have scales, counted as `axes` are; None without scales.
+    rotated_axis: the axis whose inputs are rotated, counted as `axes` are; None where none are.
     begin: where its bytes begin in `codes`, or in the unpacked bytes of `uncompressed`.
     tied_to: of a leaf that is an earlier one again, the number of that leaf; None of all others.
       Once it is placed, its other numbers are those of that leaf.
@@ -81,6 +82,7 @@ class LeafEntry:
   slices: int = 0
   axes: tuple[int, ...] = ()
   scale_axis: int | None = None
+  rotated_axis: int | None = None
   begin: int = 0
   tied_to: int | None = None
   is_transposed: bool = False
@@ -95,6 +97,11 @@ class LeafEntry:
   def slice_shape(self) -> tuple[int, ...]:
     """Shape of the slices' axes; () without slices."""
     return self.shape[: self.slices]
+
+  @property
+  def grid_dtype(self) -> np.dtype:
+    """Dtype of what its codes stand for: of a rotated leaf float32, whatever its own."""
+    return self.dtype if self.rotated_axis is None else np.dtype(np.float32)
 
   @property
   def rows(self) -> int:
@@ -128,6 +135,7 @@ def compressed_spec(
   slices: int = 0,
   axes: tuple[int, ...] = (),
   scale_axis: int | None = None,
+  rotated_axis: int | None = None,
 ) -> str:
   """Returns the notation of a compressed leaf (see `LeafEntry`).
 
@@ -139,6 +147,8 @@ def compressed_spec(
   'float32[3,16] 9 141 axes=1,0'
   >>> compressed_spec(np.dtype(np.float32), (3, 16), [SliceEntry(9, 141, 0, 0, 22)], scale_axis=1)
   'float32[3,16] 9 141 scales=1,22'
+  >>> compressed_spec(np.dtype(np.float32), (3, 16), [SliceEntry(9, 141)], rotated_axis=0)
+  'float32[3,16] 9 141 rotated=0'
   """
   listed = lambda numbers: ','.join(map(str, numbers))
   text = f'{spec(dtype, shape)} {listed(p.levels for p in parts)} {listed(p.stored for p in parts)}'
@@ -146,6 +156,8 @@ def compressed_spec(
     text += f' axes={listed(axes)}'
   if any(part.escapes for part in parts):
     text += f' escapes={listed(n for part in parts for n in (part.escapes, part.escape_bytes))}'
+  if rotated_axis is not None:
+    text += f' rotated={rotated_axis}'
   if scale_axis is not None:
     text += f' scales={listed([scale_axis, *(part.scale_bytes for part in parts)])}'
   return f'{text} slices={slices}' if slices else text
@@ -201,7 +213,9 @@ def parsed_leaf(text: str) -> LeafEntry:
     raise ValueError(f'found leaf {text[:80]!r}, expected no payload of a leaf with {ties[0]}')
   table, slices = _parsed_table(text, shape, match, fields)
   axes = _parsed_axes(text, fields['axes'], len(shape) - slices) if 'axes' in fields else ()
-  scale_axis = None
+  rotated_axis, scale_axis = None, None
+  if 'rotated' in fields:
+    rotated_axis = _parsed_axis(text, fields['rotated'], len(shape) - slices)
   if 'scales' in fields:
     scale_axis, table[:, 4] = _parsed_scales(text, fields['scales'], len(shape) - slices, table)
   if table[:, 0].max() > MAX_LEVELS or not can_be_compressed(dtype):
@@ -210,7 +224,7 @@ def parsed_leaf(text: str) -> LeafEntry:
     )
   # Python's integers: the sum of hostile sizes does not wrap around
   stored = sum(map(int, table[:, 1]))
-  return LeafEntry(dtype, shape, stored, table, slices, axes, scale_axis)
+  return LeafEntry(dtype, shape, stored, table, slices, axes, scale_axis, rotated_axis)
 
 
 def _parsed_axes(text: str, listed: str, count: int) -> tuple[int, ...]:
@@ -220,6 +234,13 @@ def _parsed_axes(text: str, listed: str, count: int) -> tuple[int, ...]:
   if tuple(sorted(axes)) != own or axes == own or listed != ','.join(map(str, axes)):
     raise ValueError(f'found leaf {text[:80]!r}, expected axes= with another order of its axes')
   return axes
+
+
+def _parsed_axis(text: str, listed: str, count: int) -> int:
+  """Returns the axis whose inputs are rotated."""
+  if _NUMBER.fullmatch(listed) is None or int(listed) >= count or str(int(listed)) != listed:
+    raise ValueError(f'found leaf {text[:80]!r}, expected rotated=AXIS that it can have')
+  return int(listed)
 
 
 def _parsed_scales(

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from opq_jax.coding.axis_orders import inverse
-from opq_jax.core import plain_trees
+from opq_jax.core import messages, plain_trees
 from opq_jax.core.array_types import Float32, Int8, Shaped
 from opq_jax.core.trees import slice_name
 from opq_jax.file import packing, side_files
-from opq_jax.file.coded_leaves import CodedLeaf, coded_slice
+from opq_jax.file.coded_leaves import CodedLeaf, Rotation, coded_slice
 from opq_jax.file.container import GRID_BYTES
 from opq_jax.file.front import grids_of, read_bytes, read_front
 from opq_jax.file.grids import Grid
@@ -212,6 +212,32 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     leaf = self._leaf(name)
     return None if leaf.scale_axis is None else self._coded(name, leaf).output_scales()
 
+  def rotated_axis(self, name: str) -> int | None:
+    """Returns the axis whose inputs are rotated in the codes of a leaf; decodes nothing.
+
+    None where the codes are those of the weights.  Axes of slices are counted too.  The weights of
+    a rotated leaf are not on its grid: it has no state, and cannot be finetuned as it is.
+
+    Raises:
+      KeyError: the file has no such leaf.
+    """
+    leaf = self._leaf(name)
+    return None if leaf.rotated_axis is None else leaf.slices + leaf.rotated_axis
+
+  def coded_values(self, name: str) -> Shaped[np.ndarray, '...']:
+    """Returns the values of the codes of a compressed leaf, with escaped weights.
+
+    The weights themselves, but for a rotated leaf: then its rotated weights, in float32.
+
+    Raises:
+      KeyError: the file has no such leaf.
+      ValueError: the leaf is damaged, or not compressed.
+    """
+    leaf = self._leaf(name)
+    if leaf.table is None:
+      raise ValueError(f'{name}: found a leaf that is not compressed, expected one that has codes')
+    return self._coded(name, leaf).coded_values()
+
   def payload_sizes(self, name: str) -> tuple[int, ...]:
     """Returns the bytes of the payloads of a compressed leaf, one of every slice as in `grids`.
 
@@ -240,7 +266,7 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     return None if number is None else list(self._front.leaves)[number]
 
   def leaf_state(self, name: str) -> 'LeafState | None':
-    """Returns kinds and codebook of a leaf, None where it is not compressed.
+    """Returns kinds and codebook of a leaf, None where it is not compressed, or is rotated.
 
     Raises:
       KeyError: the file has no such leaf.
@@ -292,7 +318,11 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     Returns:
       `(params, state)`: params of host arrays, exact whatever `jax_enable_x64` says, and a state of
       JAX's arrays.  These `params`, their `apply_compression(params, state)` and that of what was
-      saved are bit-identical, and `encode(params, state)` are the codes that were saved.
+      saved are bit-identical, and `encode(params, state)` are the codes that were saved.  Rotated
+      leaves have no state.
+
+    Warns:
+      UserWarning: leaves are rotated, by name.
 
     Raises:
       ValueError: a leaf is damaged; or `like` has other paths or shapes, all of which are listed.
@@ -313,6 +343,11 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     params: list[Any] = []
     records: list[LeafState | None] = []
     repeated = {self.tied_to(name) for name in order}
+    if is_rotated := [name for name in order if self._leaf(name).rotated_axis is not None]:
+      messages.warn(
+        f'{messages.listed(is_rotated)}: found codes of rotated weights: they come back exact, but '
+        'without a state, so they would be saved again as uncompressed floats'
+      )
     firsts: dict[str | None, CodedLeaf] = {}  # the leaves that later ones are again
     for name in order:
       leaf, first = self._leaf(name), self.tied_to(name)
@@ -343,13 +378,16 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
   def _coded(self, name: str, leaf: LeafEntry) -> CodedLeaf:
     """Reads and checks a compressed leaf, slice by slice."""
     begin, shape = self._front.codes_begin + leaf.begin, leaf.coded_shape
-    axis, coded = leaf.scale_axis, []
-    if axis is not None and leaf.axes:
-      axis = leaf.axes.index(axis)
+    axis, coded, rotation = leaf.scale_axis, [], None
+    if leaf.rotated_axis is not None:
+      rotation = Rotation(leaf.rotated_axis, leaf.dtype)
+    if leaf.axes:
+      axis = None if axis is None else leaf.axes.index(axis)
+      rotation = None if rotation is None else rotation.moved(leaf.axes)
     each = zip(np.ndindex(leaf.slice_shape), leaf.parts(), self.grids(name), strict=True)
     for index, part, grid in each:
       data = self._read(begin, part.stored)
-      coded.append(coded_slice(slice_name(name, index), data, shape, part, grid, axis))
+      coded.append(coded_slice(slice_name(name, index), data, shape, part, grid, axis, rotation))
       begin += part.stored
     whole = CodedLeaf(coded, leaf.slice_shape)
     return whole.moved(inverse(leaf.axes)) if leaf.axes else whole

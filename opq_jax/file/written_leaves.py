@@ -59,17 +59,20 @@ def write_leaf(
     contexts: as for `opq_jax.coding.encode_codes`.
     axes: the order in which the payloads have the axes, from `axes_of`.
   """
-  entries, grids, version, scale_axis = [], [], '2' if slices or axes else '1', None
+  entries, grids, version = [], [], '2' if slices or axes else '1'
+  scale_axis = rotated_axis = None
   for part in coded:
     written = written_slice(part, contexts=contexts, axes=axes)
     write(written.payload)
     entries.append(written.entry)
     grids.append(part.grids.grid.row())
     version = max(version, written.version)
-    dtype = part.grids.grid.dtype
+    dtype = part.dtype
+    if part.rotation is not None:
+      rotated_axis = part.rotation.axis
     if part.grids.scales is not None:
       scale_axis = part.grids.axis
-  spec = leaf_entries.compressed_spec(dtype, shape, entries, slices, axes, scale_axis)
+  spec = leaf_entries.compressed_spec(dtype, shape, entries, slices, axes, scale_axis, rotated_axis)
   return WrittenLeaf(spec, grids, version)
 
 
@@ -96,7 +99,7 @@ def written_slice(coded: CodedSlice, *, contexts: bool, axes: tuple[int, ...] = 
     axes: as for `write_leaf`.
   """
   section = b''
-  codes, values, grids = coded.moved(axes) if axes else coded
+  codes, values, grids, rotation = coded.moved(axes) if axes else coded
   if values.size:
     positions = np.flatnonzero(codes == ESCAPE)
     section = escapes.encode(positions, values)
@@ -106,7 +109,7 @@ def written_slice(coded: CodedSlice, *, contexts: bool, axes: tuple[int, ...] = 
   payload = scales + encode_codes(codes, contexts=contexts) + section
   grid, sizes = grids.grid, (len(section), len(scales))
   entry = leaf_entries.SliceEntry(grid.levels, len(payload), values.size, *sizes)
-  is_plain = not (scales or section or grid.level_values().rounds)
+  is_plain = not (scales or section or rotation or grid.level_values().rounds)
   return WrittenSlice(payload, entry, '1' if is_plain else '2')
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Integer
 
+from opq_jax.coding import rotations
 from opq_jax.core import messages, trees
 from opq_jax.core.trees import PyTree
 from opq_jax.encoders import DAMPING, SHARE, LeafEncoder
@@ -25,7 +26,8 @@ from opq_jax.encoders.encoder import named_leaf
 from opq_jax.encoders.fitted_weights import fitted_rows
 from opq_jax.encoders.matrices import MatrixLayout
 from opq_jax.encoders.plain_codes import PlainCodesWarning, without_plain_codes
-from opq_jax.file.coded_leaves import CodedSlice
+from opq_jax.encoders.rotated_inputs import RotatableMoments
+from opq_jax.file.coded_leaves import CodedSlice, Rotation
 from opq_jax.file.coded_weights import coded_slices
 from opq_jax.language.coded_arrays import FIELDS, arrays_of, coded_slice
 from opq_jax.language.network import Block, Head, Start, StoredNetwork, applied
@@ -70,13 +72,28 @@ class _Part(NamedTuple):
   shared: tuple[Any, ...] = ()
 
 
+class _Reading(NamedTuple):
+  """What a leaf reads.
+
+  Attributes:
+    own: moments of its inputs in the compressed network.
+    cross_moments: with those in the float network.
+    inputs: axes of the leaf.
+  """
+
+  own: RotatableMoments
+  cross_moments: Float32[Array, 'groups K K']
+  inputs: tuple[int, ...]
+
+
 @dataclasses.dataclass
 class _Spent:
   """What the leaves so far have taken.
 
   Attributes:
     allocated, taken: bits that were allocated to them, and bits of their codes.
-    ratios: of every leaf of a layer, by path, the `ratio` of the last one that was coded.
+    ratios: of every leaf of a layer, by path, the `ratio` of the last one that was coded, of its
+      own weights or of rotated ones.
     plain: tensors that the encoder does not serve.
     notes: other warnings.
   """
@@ -227,10 +244,11 @@ class BlockEncoder:
       if not self.bits.keys() & set(names):
         continue
       sums = self._sums(part, stage, compressed, streams)
+      moments = RotatableMoments(sums.moments, self.damping)
       leaves = trees.named_leaves(compressed)
       for path, name, inputs in zip(stage.leaves, names, stage.inputs, strict=True):
         if name in self.bits:
-          reading = sums, inputs
+          reading = _Reading(moments, sums.cross_moments, inputs)
           leaves[path], coded[name] = self._code(path, part.layer, leaves[path], reading, spent)
       compressed = jax.tree.unflatten(jax.tree.structure(compressed), list(leaves.values()))
     return coded, compressed
@@ -240,36 +258,51 @@ class BlockEncoder:
     path: str,
     layer: int | None,
     weights: Array,
-    reading: tuple[PairedSums, tuple[int, ...]] | None,
+    reading: _Reading | None,
     spent: _Spent,
   ) -> tuple[Array, CodedSlice]:
     """Codes a leaf; returns its values in float32, and the codes of its tensor."""
     site = self.network.site(path, layer)
-    dtype, target, moments = self._dtype(site.name), weights, None
-    if reading is not None:
-      sums, inputs = reading
-      moments, layout = InputMoments(sums.moments, inputs), MatrixLayout(weights.shape, inputs)
-      if self.share:
-        rows = layout.rows(weights), sums.moments, sums.cross_moments
-        target = layout.leaf(fitted_rows(*rows, self.share, self.damping))
-    bits = self.bits[site.name]
+    target, dtype, bits = weights, self._dtype(site.name), self.bits[site.name]
     own, scales = spent.bits_for(bits, weights.size), self.output_scales.get(site.name)
-    ratio = spent.ratios.get(path, 1.0)
     turned = lambda array: array.T if site.is_transposed else array
-    choose = functools.partial(code_at_bits, site.name, target, dtype, own, self.encoder, moments)
     own_scales = None if scales is None else jnp.asarray(turned(np.asarray(scales)))
+    moments = rotated_axis = None
+    if reading is not None:
+      moments = InputMoments(reading.own.moments, reading.inputs)
+      if self.share:
+        target = self._fitted(weights, reading)
+      facts = site.name, target, dtype, own, reading.inputs, own_scales
+      rotated_axis = reading.own.rotated_axis(*facts)
+      if rotated_axis is not None:
+        target = jnp.asarray(rotations.rotated(np.asarray(target), rotated_axis))
+        moments = InputMoments(jnp.asarray(reading.own.rotated), reading.inputs)
+    of_codes = dtype if rotated_axis is None else np.dtype(np.float32)
+    # the ratio is that of the last leaf of this path coded likewise
+    key = path if rotated_axis is None else f'{path} rotated'
+    arguments = site.name, target, of_codes, own, self.encoder, moments, self.damping
+    choose = functools.partial(code_at_bits, *arguments, spent.ratios.get(key, 1.0), own_scales)
     with named_leaf(site.name):
-      found, notes = quietly(choose, self.damping, ratio, own_scales)
+      found, notes = quietly(choose)
     spent.notes += map(str, without_plain_codes(notes, site.name, spent.plain))
     spent.add(bits, found.bits, weights.size)
-    spent.ratios[path] = found.ratio
+    spent.ratios[key] = found.ratio
     values, state = np.asarray(found.values), found.state
     state = dataclasses.replace(
       state, kinds=jnp.asarray(turned(np.asarray(state.kinds))), output_scales=scales
     )
-    tensor = np.ascontiguousarray(turned(values))
-    (coded,) = coded_slices(site.name, tensor, state)
+    (coded,) = coded_slices(site.name, np.ascontiguousarray(turned(values)), state)
+    if rotated_axis is not None:
+      axis = 1 - rotated_axis if site.is_transposed else rotated_axis
+      coded = coded._replace(rotation=Rotation(axis, dtype))
+      values = turned(coded.values())
     return jnp.asarray(values, jnp.float32), coded
+
+  def _fitted(self, weights: Array, reading: _Reading) -> Array:
+    """Returns weights that make good the errors of the compressed leaves before them."""
+    layout = MatrixLayout(weights.shape, reading.inputs)
+    rows = layout.rows(weights), reading.own.moments, reading.cross_moments
+    return layout.leaf(fitted_rows(*rows, self.share, self.damping))
 
   def _sums(self, part: _Part, stage: Stage, compressed: PyTree, streams: Streams) -> PairedSums:
     """Returns the means over all calibration tokens of what a stage reads."""

@@ -15,7 +15,7 @@ from opq_jax.core.trees import PyTree
 from opq_jax.encoders import DAMPING, SHARE, LeafEncoder
 from opq_jax.file.coded_leaves import CodedSlice
 from opq_jax.importers.language_models import read
-from opq_jax.language import feedback_gains
+from opq_jax.language import coded_arrays, feedback_gains
 from opq_jax.language.block_codes import BlockEncoder
 from opq_jax.language.calibration import Calibration
 from opq_jax.language.leaf_costs import block_costs
@@ -186,6 +186,7 @@ def compress_calibrated(
       'bits': bits,
       'scales': {name: array.ravel().tolist() for name, array in scales.items()},
       'encoder': [repr(encoder), share, damping],
+      'fields': coded_arrays.FIELDS,
       'versions': [opq_jax.__version__, jax.__version__],
     }
     work.append(open_work(output, plan))

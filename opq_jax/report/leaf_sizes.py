@@ -59,6 +59,7 @@ def compressed_leaf(
   largest: Float32[np.ndarray, ' channels'],
   axis: ChannelAxes,
   stored: int,
+  dtype: np.dtype,
 ) -> CompressedLeaf:
   """Returns the four sizes of one leaf (docs/method/index.md).
 
@@ -69,9 +70,9 @@ def compressed_leaf(
     largest: `largest_on_grid` of its weights; ignored for channels without weights on the grid.
     axis: the axis, or axes, of the output channels.
     stored: bytes of the leaf in the file.
+    dtype: of the leaf; of a rotated one, another than that of its escaped values.
   """
   grid, scales = grids.grid, grids.scales
-  dtype = np.dtype(grid.dtype)
   own = axes.numbers_of(axis, codes.ndim) if codes.ndim > 1 else ()
   other_axes = tuple(i for i in range(codes.ndim) if i not in own)
   survivors = np.ravel(np.count_nonzero(codes, axis=other_axes))
@@ -82,7 +83,7 @@ def compressed_leaf(
   # if weights escape, 'escaped' is one more symbol of a survivor
   symbols = 2 * grid.levels + (escaped > 0)
   width = math.ceil(math.log2(symbols)) if symbols else 0
-  values = escaped * dtype.itemsize
+  values = escaped * np.dtype(grid.dtype).itemsize
   # a byte each, or as they are coded
   wide, coded = (0, 0) if scales is None else (scales.size, len(output_scales.encode(scales)))
   row_axes = tuple(range(1, codes.ndim))

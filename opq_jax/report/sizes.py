@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from opq_jax.coding import rotations
 from opq_jax.core import axes
 from opq_jax.core.axes import ChannelAxes
 from opq_jax.file.output_grids import OutputGrids
@@ -120,12 +121,19 @@ def _report(
       raise ValueError(
         f'{path}: found channel_axis {axis}, expected an axis of shape {codes.shape[slices:]}'
       )
+    if (rotated_axis := file.rotated_axis(path)) is not None:
+      # the codes are those of rotated weights
+      weights = (
+        file.coded_values(path) if originals is None else rotations.rotated(weights, rotated_axis)
+      )
     axis = axes.in_slice(axis, slices)
     rows, scales = [], file.output_scales(path)
     for index, grid in zip(np.ndindex(codes.shape[:slices]), grids, strict=True):
       outputs = OutputGrids.of(grid, None if scales is None else scales[index], codes[index].shape)
       largest = leaf_sizes.largest_on_grid(outputs.in_units(weights[index]), codes[index], axis)
-      row = leaf_sizes.compressed_leaf(path, outputs, codes[index], largest, axis, stored[path])
+      row = leaf_sizes.compressed_leaf(
+        path, outputs, codes[index], largest, axis, stored[path], file.dtype(path)
+      )
       rows.append(row)
     whole = leaf_sizes.sum_of_slices(path, codes.shape, rows, stored[path])
     compressed.append(whole if slices else rows[0])

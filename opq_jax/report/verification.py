@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Shaped
 from rich.table import Table
 
+from opq_jax.coding import rotations
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 from opq_jax.file.grids import Grid
@@ -135,6 +136,13 @@ def verify(
         is_same_tree = False
       elif grids:
         target = original if coded is None else targets[name]
+        if (axis := file.rotated_axis(name)) is not None:
+          # errors are those of the weights, since a rotation changes no length
+          is_same = np.array_equal(value, target)
+          value = file.coded_values(name)
+          original, target = (rotations.rotated(array, axis) for array in (original, target))
+          # codes name the cells of values; turning the rounded weights back would miss them
+          target = value if is_same else target
         own = _verified(file, name, original, target, value, grids)
         rows += own
         problems += [problem for row in own for problem in row.problems]

@@ -9,6 +9,7 @@ import jax
 
 from opq_jax import allocation as allocations
 from opq_jax.allocation import Allocation, LeafAllocation, LeafStatistics, leaf_statistics
+from opq_jax.coding import rotations
 from opq_jax.core import axes, trees
 from opq_jax.core.axes import ChannelAxes
 from opq_jax.core.trees import PyTree
@@ -120,8 +121,9 @@ class StoredTree:
     def coded() -> Iterator[CodedSlice]:
       """Codes slice by slice, and keeps the sizes of each."""
       for part in coded_parts(name, leaf.read(), allocated, axis):
-        codes, _, grids = part.coded
-        rows.append(leaf_sizes.compressed_leaf(name, grids, codes, part.largest, axis_of_slice, 0))
+        codes, grids = part.coded.codes, part.coded.grids
+        sizes = codes, part.largest, axis_of_slice, 0, leaf.dtype
+        rows.append(leaf_sizes.compressed_leaf(name, grids, *sizes))
         yield part.coded
 
     if allocated.tied_to:
@@ -136,10 +138,12 @@ class StoredTree:
     self, name: str, leaf: StoredLeaf, coded: CodedSlice, file: SpooledFile
   ) -> CompressedLeaf:
     """Spools a leaf without slices whose codes were chosen before."""
-    axis, grids = self.axes[name], coded.grids
-    largest = leaf_sizes.largest_on_grid(grids.in_units(leaf.read()), coded.codes, axis)
+    axis, grids, weights = self.axes[name], coded.grids, leaf.read()
+    if coded.rotation is not None:
+      weights = rotations.rotated(weights, coded.rotation.axis)
+    largest = leaf_sizes.largest_on_grid(grids.in_units(weights), coded.codes, axis)
     file.add_codes([coded], leaf.shape, axes=written_leaves.axes_of([coded]))
-    return leaf_sizes.compressed_leaf(name, grids, coded.codes, largest, axis, 0)
+    return leaf_sizes.compressed_leaf(name, grids, coded.codes, largest, axis, 0, leaf.dtype)
 
 
 def stored_statistics(

@@ -14,7 +14,7 @@ import re
 import zlib
 from fractions import Fraction
 
-import ml_dtypes  # noqa: F401  adds bfloat16 and the float8 types to numpy's names
+import ml_dtypes  # adds bfloat16 and the float8 types to numpy's names too
 import numpy as np
 
 BLOCK = 1 << 20
@@ -270,6 +270,32 @@ def read_slice(payload, shape, grid, levels, escapes, section, scales, dtype):
   return array
 
 
+def turned_back(rows):
+  """Returns Q times rows, one row at a time; of rotated inputs these are the weights."""
+  inputs, rows = len(rows), [row.astype(np.float32) for row in rows]
+  size = 2 ** (inputs.bit_length() - 1)
+  passes = [(inputs - size, inputs), (0, 0)] if size < inputs else [(0, 0)]
+  for begin, first_sign in passes:
+    for bit in range(size.bit_length() - 1):
+      for i in range(size):
+        if not i >> bit & 1:
+          low, high = begin + i, begin + i + 2**bit
+          rows[low], rows[high] = rows[low] + rows[high], rows[low] - rows[high]
+    for i in range(size):
+      rows[begin + i] = rows[begin + i] * np.float32(size**-0.5)
+    for i in range(inputs):
+      rows[i] = rows[i] * np.float32(sign_of(first_sign + i))
+  return np.stack(rows)
+
+
+def sign_of(number):
+  """Returns the sign of a number, 1 or -1."""
+  hashed = number + 1
+  for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+    hashed = (hashed ^ hashed >> shift) * factor % 2**32
+  return -1 if hashed >> 31 else 1
+
+
 def read_parts(path):
   """Returns the parts of a file by name, and its index."""
   with open(path, 'rb') as file:
@@ -318,7 +344,7 @@ def read(path):
       continue
     match = re.match(
       r'(\w+)\[([\d,]*)\](?: ([\d,]+) ([\d,]+))?(?: axes=([\d,]+))?(?: escapes=([\d,]+))?'
-      r'(?: scales=([\d,]+))?(?: slices=(\d+))?',
+      r'(?: rotated=(\d+))?(?: scales=([\d,]+))?(?: slices=(\d+))?',
       text,
     )
     dtype = np.dtype(match[1])
@@ -330,13 +356,13 @@ def read(path):
       raw_at += size
       continue
     listed = lambda text: list(map(int, text.split(',')))
-    leading = int(match[8] or 0)
+    leading = int(match[9] or 0)
     count, own_shape = math.prod(shape[:leading]), shape[leading:]
     axes = listed(match[5]) if match[5] else list(range(len(own_shape)))
     coded_shape = tuple(own_shape[axis] for axis in axes)
     levels, stored = listed(match[3]), listed(match[4])
     escapes = listed(match[6]) if match[6] else [0, 0] * count
-    scale_axis, *scales = listed(match[7]) if match[7] else [0] * (1 + count)
+    scale_axis, *scales = listed(match[8]) if match[8] else [0] * (1 + count)
     slices = zip(levels, stored, escapes[::2], escapes[1::2], scales, strict=True)
     arrays[name] = []
     for own_levels, size, escaped, section, scale_bytes in slices:
@@ -344,8 +370,14 @@ def read(path):
       payload = part['codes'][codes_at : codes_at + size]
       codes_at += size
       own = scale_bytes, axes.index(scale_axis)
-      values = read_slice(payload, coded_shape, grid, own_levels, escaped, section, own, dtype)
-      arrays[name].append(values.reshape(coded_shape).transpose(np.argsort(axes)))
+      of_codes = dtype if match[7] is None else np.dtype(np.float32)
+      values = read_slice(payload, coded_shape, grid, own_levels, escaped, section, own, of_codes)
+      values = values.reshape(coded_shape).transpose(np.argsort(axes))
+      if match[7] is not None:
+        values = np.moveaxis(turned_back(np.moveaxis(values, int(match[7]), 0)), 0, int(match[7]))
+        largest = np.float32(min(float(ml_dtypes.finfo(t).max) for t in (dtype, np.float32)))
+        values = np.clip(values, -largest, largest).astype(dtype)
+      arrays[name].append(values)
     assert len(arrays[name]) == count
     arrays[name] = np.stack(arrays[name]).reshape(shape)
   return arrays, index['metadata']

@@ -1,8 +1,8 @@
 """Random `.opq` files of every kind that the format knows: a file is drawn by its number alone.
 
 Trees of all containers and odd keys; leaves of all dtypes; payloads plain, with contexts and along
-a trellis, of several arrangements; escaped weights, slices, moved axes, leaves that are earlier
-ones again, side files; versions 1 to 3.
+a trellis, of several arrangements; escaped weights, slices, moved axes, scales of outputs, rotated
+inputs, leaves that are earlier ones again, side files; versions 1 to 3.
 """
 
 import itertools
@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int8, Shaped
 
-from opq_jax.coding import trellis
+from opq_jax.coding import output_scales, trellis
 from opq_jax.coding.frequencies import histogram
 from opq_jax.core import plain_trees
 from opq_jax.core.limits import ESCAPE
 from opq_jax.file import checks, leaf_entries, packing, side_files, writer
-from opq_jax.file.coded_leaves import CodedSlice
+from opq_jax.file.coded_leaves import CodedSlice, Rotation
 from opq_jax.file.front import front_bytes
 from opq_jax.file.grids import Grid
 from opq_jax.file.output_grids import OutputGrids
@@ -189,7 +189,15 @@ def _compressed(
   if 2 <= len(own) <= 5 and rng.random() < 0.3:
     axes = tuple(rng.permutation(len(own)).tolist())
     axes = axes if list(axes) != sorted(axes) else ()
-  parts = [_slice(rng, dtype, own, axes, kind) for _ in range(math.prod(shape[:slices]))]
+  scale_axis = rotation = None
+  if own and rng.random() < 0.15:
+    scale_axis = int(rng.integers(len(own)))
+  if own and rng.random() < 0.15:
+    rotation = Rotation(int(rng.integers(len(own))), dtype)
+  parts = [
+    _slice(rng, dtype, own, axes, kind, scale_axis, rotation)
+    for _ in range(math.prod(shape[:slices]))
+  ]
   payloads: list[bytes] = []
   contexts = bool(rng.random() < 0.4)  # they take most of the time
   written = write_leaf(parts, shape, slices, payloads.append, contexts=contexts, axes=axes)
@@ -202,9 +210,13 @@ def _slice(
   shape: tuple[int, ...],
   axes: tuple[int, ...],
   kind: str,
+  scale_axis: int | None,
+  rotation: Rotation | None,
 ) -> CodedSlice:
   """Draws the codes of one slice, in the order of its own axes."""
-  grid, allowed = _grid(rng, dtype, 12 if kind in ('smooth', 'scaled') else 0)
+  dtype = dtype if rotation is None else np.dtype(np.float32)
+  least_levels = 12 if kind in ('smooth', 'scaled') else 0
+  grids, allowed = _grids(rng, dtype, least_levels, shape, scale_axis)
   coded = tuple(shape[axis] for axis in axes) if axes else shape
   is_escaped = rng.random(coded) < (_pick(rng, [0.01, 0.2, 1.0]) if rng.random() < 0.3 else 0)
   codes = None
@@ -215,26 +227,47 @@ def _slice(
   codes = np.where(is_escaped, np.int8(ESCAPE), codes)
   if axes:
     codes = np.ascontiguousarray(codes.transpose(np.argsort(axes)))
-  escaped = _finite(rng, dtype, int(is_escaped.sum()))
-  return CodedSlice(codes, escaped, OutputGrids(grid))
+  # sums of rotated weights are finite
+  escaped = _finite(rng, dtype, int(is_escaped.sum()), is_small=rotation is not None)
+  return CodedSlice(codes, escaped, grids, rotation)
 
 
-def _grid(
-  rng: np.random.Generator, dtype: np.dtype, least_levels: int
-) -> tuple[Grid, Int8[np.ndarray, ' k']]:
-  """Draws a grid, and returns it with the codes that a leaf of this dtype may have on it."""
+def _grids(
+  rng: np.random.Generator,
+  dtype: np.dtype,
+  least_levels: int,
+  shape: tuple[int, ...],
+  scale_axis: int | None,
+) -> tuple[OutputGrids, Int8[np.ndarray, ' k']]:
+  """Draws the grids of outputs, and returns them with the codes that all of them may have."""
+  grid = _grid(rng, dtype, least_levels, has_scales=scale_axis is not None)
+  grids = OutputGrids(grid)
+  if scale_axis is not None and shape[scale_axis]:
+    codes = rng.integers(-_pick(rng, [1, 8, 20]), 12, shape[scale_axis]).astype(np.int8)
+    grids = OutputGrids(grid, output_scales.scales_of(codes), scale_axis)
+  allowed = np.arange(-grid.levels, grid.levels + 1).astype(np.int8)
+  for own in (grid,) if grids.scales is None else grids._each():
+    if not _are_allowed(allowed, own):
+      allowed = allowed[[_are_allowed(code[None], own) for code in allowed]]
+  return grids, allowed
+
+
+def _grid(rng: np.random.Generator, dtype: np.dtype, least_levels: int, has_scales: bool) -> Grid:
+  """Draws a grid; with scales, one of few bits."""
   exponent = int(rng.integers(-40, 40)) if dtype.itemsize >= 4 else int(rng.integers(-4, 1))
-  step = np.float32(_pick(rng, [1.0, 1.5, float(rng.integers(1, 1 << 17)) / (1 << 16)]))
+  # multiples of a step are exact: 7 bits of a level, and 4 of a scale
+  bits = 12 if has_scales else 17
+  step = np.float32(_pick(rng, [1.0, 1.5, float(rng.integers(1, 1 << bits)) / (1 << bits - 1)]))
   step *= np.float32(2.0**exponent)
   levels = max(int(_pick(rng, [0, 1, 2, 5, 12, 127, rng.integers(1, 128)])), least_levels)
-  threshold = np.float32(step * np.float32(_pick(rng, [0.0, 0.5, 1.0, rng.random() * 3])))
-  first = threshold + np.float32(step * np.float32(_pick(rng, [0.5, 0.25, rng.random()])))
+  begins, places = [0.0, 0.5, 1.0, rng.random() * 3], [0.5, 0.25, rng.random()]
+  if has_scales:
+    begins, places = begins[:-1], places[:-1]
+  threshold = np.float32(step * np.float32(_pick(rng, begins)))
+  first = threshold + np.float32(step * np.float32(_pick(rng, places)))
   grid = Grid(threshold, np.float32(first), step, levels, dtype)
   checks.check_grid('grid', grid, '2')
-  codes = np.arange(-levels, levels + 1).astype(np.int8)
-  if not _are_allowed(codes, grid):
-    codes = codes[[_are_allowed(code[None], grid) for code in codes]]
-  return grid, codes
+  return grid
 
 
 def _are_allowed(codes: Int8[np.ndarray, ' k'], grid: Grid) -> bool:
@@ -287,9 +320,11 @@ def _along_trellis(
   return np.array(codes, np.int8).reshape(is_escaped.shape)
 
 
-def _finite(rng: np.random.Generator, dtype: np.dtype, count: int) -> Shaped[np.ndarray, ' m']:
+def _finite(
+  rng: np.random.Generator, dtype: np.dtype, count: int, is_small: bool
+) -> Shaped[np.ndarray, ' m']:
   """Draws finite numbers of a dtype, of all magnitudes or of a few."""
-  if rng.random() < 0.5:
+  if is_small or rng.random() < 0.5:
     return rng.integers(-6, 7, count).astype(np.float32).astype(dtype)
   values = np.frombuffer(rng.bytes(count * dtype.itemsize), dtype).copy()
   values[~np.isfinite(values)] = 1

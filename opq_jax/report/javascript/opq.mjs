@@ -25,6 +25,7 @@ const MAX_DEPTH = 100; // containers within containers
 const MAX_AXES = 64;
 const MAX_SIDE_BYTES = 2 ** 28;
 const MAX_LEVELS = 127;
+const LARGEST_FLOAT32 = (2 - 2 ** -23) * 2 ** 127;
 const ESCAPE = -128; // the code of an escaped weight
 const ADMITTED_BYTES = 2 ** 30; // decoded bytes that a file may claim by default
 const ADMITTED_RATIO = 1000; // of its own bytes, where they are more
@@ -635,7 +636,7 @@ function parseSideFiles(node) {
 
 const LEAF = /^(\w+)\[([\d,]*)\](?: ([\d,]+) ([\d,]+))?((?: [a-z_]+=[^ ]+)*)$/;
 const LIST = /^\d{1,18}(?:,\d{1,18})*$/;
-const FIELDS = ['axes', 'escapes', 'same', 'scales', 'slices', 'transposed'];
+const FIELDS = ['axes', 'escapes', 'rotated', 'same', 'scales', 'slices', 'transposed'];
 
 /** Returns the entry of a leaf: what its notation says; its place comes later. */
 function parseLeaf(text) {
@@ -663,6 +664,7 @@ function parseLeaf(text) {
     slices: 0,
     axes: null,
     scaleAxis: null, // the axis of outputs with scales, behind those of slices
+    rotatedAxis: null, // the axis of rotated inputs, likewise
     begin: 0, // in the tensor codes, or in the unpacked bytes of uncompressed leaves
     tiedTo: null,
     isTransposed: false,
@@ -713,6 +715,13 @@ function parseLeaf(text) {
       wrong('expected axes= with another order of its axes');
     }
   }
+  let rotatedAxis = null;
+  if (fields.has('rotated')) {
+    const listed = numbers(fields.get('rotated'));
+    rotatedAxis = listed[0];
+    const isWhole = listed.length === 1 && String(rotatedAxis) === fields.get('rotated');
+    if (!isWhole || rotatedAxis >= own.length) wrong('expected rotated=AXIS that it can have');
+  }
   const [scaleAxis, ...scaleSizes] = fields.has('scales') ? numbers(fields.get('scales')) : [null];
   const parts = sizes.map((size, i) => ({
     levels: allLevels[i],
@@ -728,7 +737,7 @@ function parseLeaf(text) {
     wrong('expected scales=AXIS,BYTES that it can have');
   }
   const total = sizes.reduce((sum, size) => sum + size, 0);
-  return {...entry, stored: total, parts, slices, axes, scaleAxis};
+  return {...entry, stored: total, parts, slices, axes, scaleAxis, rotatedAxis};
 }
 
 const product = (numbers) => numbers.reduce((sum, n) => sum * n, 1);
@@ -802,8 +811,9 @@ function readFront(bytes, mostBytes) {
   };
   for (const [name, leaf] of index.leaves) {
     const hasEscapes = leaf.parts?.some((part) => part.escapes) ?? false;
-    const hasOrder = leaf.slices > 0 || leaf.axes !== null || leaf.scaleAxis !== null;
-    const hasFields = leaf.tiedTo !== null || hasOrder || hasEscapes;
+    const hasOrder = leaf.slices > 0 || leaf.axes !== null;
+    const hasAxis = leaf.scaleAxis !== null || leaf.rotatedAxis !== null;
+    const hasFields = leaf.tiedTo !== null || hasOrder || hasAxis || hasEscapes;
     if (front.version === '1' && hasFields) {
       fail(`${name}: found a field, expected none in version 1`);
     }
@@ -897,11 +907,12 @@ function tie(name, leaf, first) {
   if (first.dtype !== leaf.dtype) {
     fail(`${name}: found dtype ${leaf.dtype}, expected ${first.dtype}, of the leaf it is`);
   }
-  const {stored, parts, slices, begin, grids, axes, scaleAxis} = first;
-  Object.assign(leaf, {stored, parts, slices, begin, grids, axes, scaleAxis});
+  const {stored, parts, slices, begin, grids, axes, scaleAxis, rotatedAxis} = first;
+  Object.assign(leaf, {stored, parts, slices, begin, grids, axes, scaleAxis, rotatedAxis});
   if (leaf.isTransposed) {
     leaf.axes = axes ? null : [1, 0];
     leaf.scaleAxis = scaleAxis === null ? null : 1 - scaleAxis;
+    leaf.rotatedAxis = rotatedAxis === null ? null : 1 - rotatedAxis;
   }
 }
 
@@ -1007,6 +1018,8 @@ function checkCells(counts, numbers, grid) {
 /** Returns the values and the codes of a compressed leaf, slice by slice. */
 function decodeLeaf(bytes, front, leaf) {
   const kind = DTYPES[leaf.dtype];
+  // what the codes of a rotated leaf stand for
+  const codedKind = leaf.rotatedAxis === null ? kind : DTYPES.float32;
   const own = leaf.shape.slice(leaf.slices);
   const coded = leaf.axes ? leaf.axes.map((axis) => own[axis]) : own;
   const size = product(own);
@@ -1017,10 +1030,13 @@ function decodeLeaf(bytes, front, leaf) {
   parts.forEach(({part, grid}, slice) => {
     const data = bytes.subarray(begin, (begin += part.stored));
     const axis = leaf.axes ? leaf.axes.indexOf(leaf.scaleAxis) : leaf.scaleAxis;
-    const found = decodeSlice(data, coded, part, grid, kind, axis);
+    const found = decodeSlice(data, coded, part, grid, codedKind, axis);
     if (leaf.axes) {
       found.values = transposed(found.values, coded, leaf.axes);
       found.codes = transposed(found.codes, coded, leaf.axes);
+    }
+    if (leaf.rotatedAxis !== null) {
+      found.values = inDtype(restored(found.values, own, leaf.rotatedAxis), kind);
     }
     if (leaf.slices === 0) {
       ({values, codes} = found);
@@ -1070,6 +1086,71 @@ function decodeSlice(data, shape, part, grid, kind, axis) {
     });
   }
   return {values, codes};
+}
+
+// ---- rotations
+
+/** Returns weights of float32, of their values with the inputs along an axis rotated. */
+function restored(values, shape, axis) {
+  const inputs = shape[axis];
+  let largest = 0;
+  for (const value of values) largest = Math.max(largest, Math.abs(value));
+  if (!(largest * inputs ** 2 <= LARGEST_FLOAT32)) {
+    fail(`found rotated weights of ${largest} over ${inputs} inputs, expected sums of float32`);
+  }
+  let size = 1;
+  while (2 * size <= inputs) size *= 2;
+  const inside = product(shape.slice(axis + 1));
+  const result = Float32Array.from(values);
+  for (let begin = 0; begin < result.length; begin += inputs * inside) {
+    const rows = result.subarray(begin, begin + inputs * inside);
+    if (size < inputs) {
+      hadamard(rows.subarray((inputs - size) * inside), size, inside);
+      flip(rows, inputs, inside, inputs);
+    }
+    hadamard(rows, size, inside);
+    flip(rows, inputs, inside, 0);
+  }
+  return result;
+}
+
+/** Multiplies the first rows by the Hadamard matrix of their number, in place, in float32. */
+function hadamard(rows, size, inside) {
+  for (let half = 1; half < size; half *= 2) {
+    const distance = half * inside;
+    for (let start = 0; start < size * inside; start += 2 * distance) {
+      for (let i = start; i < start + distance; i++) {
+        const [first, second] = [rows[i], rows[i + distance]];
+        rows[i] = first + second; // a sum of two float32, rounded once
+        rows[i + distance] = first - second;
+      }
+    }
+  }
+  const factor = Math.fround(1 / Math.sqrt(size));
+  for (let i = 0; i < size * inside; i++) rows[i] *= factor;
+}
+
+/** Changes the sign of the rows whose sign, counted from `start`, is minus. */
+function flip(rows, inputs, inside, start) {
+  for (let row = 0; row < inputs; row++) {
+    let hash = (start + row + 1) | 0;
+    hash = Math.imul(hash ^ (hash >>> 16), 0x85ebca6b);
+    hash = Math.imul(hash ^ (hash >>> 13), 0xc2b2ae35);
+    if ((hash ^ (hash >>> 16)) >= 0) continue;
+    for (let i = row * inside; i < (row + 1) * inside; i++) rows[i] = -rows[i];
+  }
+}
+
+/** Returns finite numbers of float32 as the nearest ones of a dtype. */
+function inDtype(numbers, kind) {
+  if (!kind.format) return kind.array === Float32Array ? numbers : kind.array.from(numbers);
+  const {format} = kind;
+  const largest = valueOf(format.largest, format);
+  return kind.array.from(numbers, (number) => {
+    const bits = bitsOf(Math.min(Math.abs(number), largest), format);
+    const isNegative = number < 0 || Object.is(number, -0);
+    return isNegative && (bits || format.hasNegativeZero) ? bits | format.signBit : bits;
+  });
 }
 
 /** Returns the array that, with its axes in the order `axes`, is `array` of shape `shape`. */
