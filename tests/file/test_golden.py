@@ -21,12 +21,23 @@ VERSIONS = sorted(path.stem for path in GOLDEN.glob('*.opq'))
 
 def test_golden_file_of_every_version():
   names = ('version_1', 'version_1_contexts', 'version_2_escapes', 'version_2_slices')
-  names += ('version_2_ties', 'version_2_axes', 'version_2_scales', 'version_3_side_files')
+  names += ('version_2_ties', 'version_2_axes', 'version_2_scales', 'version_2_rotated')
+  names += ('version_3_side_files',)
   assert set(names) <= set(VERSIONS)
   assert {name.split('_')[1] for name in VERSIONS} == set(container.VERSIONS)
 
 
-@pytest.mark.parametrize('version', VERSIONS)
+def test_load_golden_file_of_rotated_leaves():
+  expected = safetensors.numpy.load_file(GOLDEN / 'version_2_rotated.safetensors')
+  with opq_jax.OpqFile(GOLDEN / 'version_2_rotated.opq') as file:
+    found = dict(file.items())
+    found |= {f'{name}:codes': file.codes(name) for name in file}
+  assert set(found) == set(expected) and len(found) == 8
+  for name, leaf in found.items():
+    assert_same_bits(leaf, expected[name], name)
+
+
+@pytest.mark.parametrize('version', [name for name in VERSIONS if 'rotated' not in name])
 def test_load_golden_files(version):
   expected = safetensors.numpy.load_file(GOLDEN / f'{version}.safetensors')
   with opq_jax.OpqFile(GOLDEN / f'{version}.opq') as file:

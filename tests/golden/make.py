@@ -1,4 +1,4 @@
-"""Makes the golden files of the format that are not there: `python tests/golden/make.py`.
+"""Makes the golden files of the format that are not there: `python -m tests.golden.make`.
 
     NAME.opq           a network of every kind of leaf and container, small
     NAME.safetensors   what `opq_jax.load` must make of it, for ever: the leaves by name, and
@@ -13,6 +13,8 @@ NAME is
     version_2_escapes               escaped weights in five dtypes, and sums that round
     version_2_ties                  leaves that are earlier ones again, as they are and transposed
     version_2_axes                  kernels whose codes follow the trellis once their axes are moved
+    version_2_rotated               leaves of rotated inputs: with scales, escaped weights, slices,
+                                    moved axes; of these the codes alone
     version_2_scales                leaves whose outputs have scales: plain codes with escaped
                                     weights, codes along the trellis once axes are moved, slices,
                                     and a transpose
@@ -44,6 +46,10 @@ from opq_jax.coding import frequencies, trellis
 from opq_jax.coding.output_scales import scales_of
 from opq_jax.compression.records import affine_codebook, kinds_of
 from opq_jax.core import trees
+from opq_jax.file.coded_leaves import CodedSlice, Rotation
+from opq_jax.file.grids import Grid
+from opq_jax.file.output_grids import OutputGrids
+from tests.helpers.rotated_files import file_of
 
 FOLDER = pathlib.Path(__file__).parent
 METADATA = {'weights': 'golden', 'é': '[{"'}
@@ -86,6 +92,7 @@ def arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
         fields = ('kinds', 'codebook', 'threshold', 'step', 'levels')
         fields += ('output_scales',) if record.output_scales is not None else ()
         found |= {f'{name}:{field}': np.asarray(getattr(record, field)) for field in fields}
+      if file.grids(name):
         found[f'{name}:codes'] = file.codes(name)
   return found
 
@@ -282,6 +289,34 @@ def scales() -> tuple[dict[str, object], opq_jax.CompressionState]:
   return params, opq_jax.CompressionState({**state.tree, **states})
 
 
+def rotated() -> bytes:
+  """A file of rotated leaves, with and without all that may come with a rotation."""
+  leaves = {}
+  # slices, shape, axis of the inputs, axis of scales, order of axes along the trellis, dtype
+  kernels = {
+    'plain': ((), (24, 10), 0, None, None, np.float32),
+    'conv': ((), (3, 3, 6, 8), 2, 3, None, ml_dtypes.bfloat16),
+    'linear': ((), (14, 64), 1, 0, (1, 0), np.float16),
+    'layers': ((2,), (9, 14), 0, None, None, np.float64),
+  }
+  for seed, (name, (stack, shape, axis, outputs, order, dtype)) in enumerate(kernels.items()):
+    rng, parts = np.random.default_rng(200 + seed), []
+    for i in range(max(*stack, 1, 1)):
+      moved = shape if order is None else tuple(shape[a] for a in order)
+      codes = along_trellis(moved, 200 + 10 * seed + i)
+      if order is not None:
+        codes = np.ascontiguousarray(codes.transpose(np.argsort(order)))
+      grid = Grid(*map(np.float32, (0.125, 0.375, 0.5)), 127, np.dtype(np.float32))
+      grids = OutputGrids(grid)
+      if outputs is not None:
+        scale = scales_of(rng.integers(-24, 25, shape[outputs]).astype(np.int8))
+        grids = OutputGrids(grid, scale, outputs)
+      escaped = (700 + np.arange((codes == -128).sum())).astype(np.float32)
+      parts.append(CodedSlice(codes, escaped, grids, Rotation(axis, np.dtype(dtype))))
+    leaves[name] = parts, len(stack)
+  return file_of(leaves, METADATA)
+
+
 def shares() -> list[dict[str, object]]:
   """Tables of all precisions, even and steep, of 2 symbols to 256."""
   rng = np.random.default_rng(3)
@@ -356,6 +391,9 @@ def main() -> None:
       opq_jax.save(stem.with_suffix('.opq'), *make(), METADATA, side_files=side_files)
       data = safetensors.numpy.save(arrays(stem.with_suffix('.opq')))
       stem.with_suffix('.safetensors').write_bytes(data)
+  if not (path := FOLDER / 'version_2_rotated.opq').exists():
+    path.write_bytes(rotated())
+    path.with_suffix('.safetensors').write_bytes(safetensors.numpy.save(arrays(path)))
   if not (path := FOLDER / 'shares.json').exists():
     path.write_text('[\n' + ',\n'.join(map(json.dumps, shares())) + '\n]\n')
 

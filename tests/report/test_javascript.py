@@ -40,7 +40,7 @@ def javascript(code, *arguments, cwd=DECODER.parent):
 @needs_node
 def test_decoder_reads_golden_files():
   files = [path.read_bytes() for path in sorted(GOLDEN.rglob('*.opq'))]
-  assert len(files) >= 9
+  assert len(files) >= 10
   assert [outcome for outcome, _ in second_decoder.outcomes(files)] == ['same'] * len(files)
 
 
