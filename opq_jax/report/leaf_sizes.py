@@ -60,6 +60,8 @@ def compressed_leaf(
   axis: ChannelAxes,
   stored: int,
   dtype: np.dtype,
+  *,
+  is_rotated: bool = False,
 ) -> CompressedLeaf:
   """Returns the four sizes of one leaf (docs/method/index.md).
 
@@ -71,6 +73,7 @@ def compressed_leaf(
     axis: the axis, or axes, of the output channels.
     stored: bytes of the leaf in the file.
     dtype: of the leaf; of a rotated one, another than that of its escaped values.
+    is_rotated: whether the codes are those of rotated inputs.
   """
   grid, scales = grids.grid, grids.scales
   own = axes.numbers_of(axis, codes.ndim) if codes.ndim > 1 else ()
@@ -103,6 +106,7 @@ def compressed_leaf(
     packed=-(-(kept * width) // 8) + -(-codes.size // 8) + 4 * grid.levels + values + wide,
     entropy=codes.size * entropy(codes) / 8 + values + coded,
     file=stored,
+    is_rotated=is_rotated,
   )
 
 
@@ -127,4 +131,5 @@ def sum_of_slices(
     **{field: total(field) for field in (*summed, 'nominal', 'packed', 'entropy')},
     file=stored,
     slices=len(slices),
+    is_rotated=slices[0].is_rotated,
   )

@@ -37,6 +37,7 @@ class CompressedLeaf:
     entropy: see `SizeReport`.
     file: bytes of its payload in the `.opq` file and of its grid (12 bytes).
     slices: number of its slices, each with a grid and a payload of its own; 0 without slices.
+    is_rotated: whether its codes are those of rotated inputs (`opq_jax.coding.rotations`).
   """
 
   path: str
@@ -54,6 +55,7 @@ class CompressedLeaf:
   entropy: float
   file: int
   slices: int = 0
+  is_rotated: bool = False
 
   @property
   def sparsity(self) -> float:

@@ -111,4 +111,9 @@ def _four_sizes(report: SizeReport) -> Table:
     f'the file is {report.file_rate:.2f} times smaller than the {report.original:,} bytes of the '
     'original network'
   )
+  if rotated := sum(leaf.is_rotated for leaf in report.compressed):
+    table.caption += (
+      f'\n{rotated:,} of {len(report.compressed):,} compressed leaves have rotated inputs: exact, '
+      'without a state for finetuning'
+    )
   return table

@@ -131,9 +131,8 @@ def _report(
     for index, grid in zip(np.ndindex(codes.shape[:slices]), grids, strict=True):
       outputs = OutputGrids.of(grid, None if scales is None else scales[index], codes[index].shape)
       largest = leaf_sizes.largest_on_grid(outputs.in_units(weights[index]), codes[index], axis)
-      row = leaf_sizes.compressed_leaf(
-        path, outputs, codes[index], largest, axis, stored[path], file.dtype(path)
-      )
+      facts = path, outputs, codes[index], largest, axis, stored[path], file.dtype(path)
+      row = leaf_sizes.compressed_leaf(*facts, is_rotated=rotated_axis is not None)
       rows.append(row)
     whole = leaf_sizes.sum_of_slices(path, codes.shape, rows, stored[path])
     compressed.append(whole if slices else rows[0])

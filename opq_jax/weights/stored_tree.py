@@ -143,7 +143,8 @@ class StoredTree:
       weights = rotations.rotated(weights, coded.rotation.axis)
     largest = leaf_sizes.largest_on_grid(grids.in_units(weights), coded.codes, axis)
     file.add_codes([coded], leaf.shape, axes=written_leaves.axes_of([coded]))
-    return leaf_sizes.compressed_leaf(name, grids, coded.codes, largest, axis, 0, leaf.dtype)
+    facts = name, grids, coded.codes, largest, axis, 0, leaf.dtype
+    return leaf_sizes.compressed_leaf(*facts, is_rotated=coded.rotation is not None)
 
 
 def stored_statistics(

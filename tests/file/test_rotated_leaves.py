@@ -88,6 +88,7 @@ def test_sizes_are_those_of_the_dtype():
   report = file_report(data)
   (leaf,) = report.compressed
   assert (leaf.dtype, leaf.original) == ('bfloat16', 2 * weights.size)
+  assert leaf.is_rotated and '1 of 1 compressed leaves have rotated inputs' in str(report)
   assert report.file == len(data) and 2.8 < 8 * leaf.entropy / weights.size < 3.1
 
 
