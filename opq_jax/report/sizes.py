@@ -121,7 +121,8 @@ def _report(
       raise ValueError(
         f'{path}: found channel_axis {axis}, expected an axis of shape {codes.shape[slices:]}'
       )
-    if (rotated_axis := file.rotated_axis(path)) is not None:
+    dtype, rotated_axis = file.dtype(path), file.rotated_axis(path)
+    if rotated_axis is not None:
       # the codes are those of rotated weights
       weights = (
         file.coded_values(path) if originals is None else rotations.rotated(weights, rotated_axis)
@@ -131,8 +132,16 @@ def _report(
     for index, grid in zip(np.ndindex(codes.shape[:slices]), grids, strict=True):
       outputs = OutputGrids.of(grid, None if scales is None else scales[index], codes[index].shape)
       largest = leaf_sizes.largest_on_grid(outputs.in_units(weights[index]), codes[index], axis)
-      facts = path, outputs, codes[index], largest, axis, stored[path], file.dtype(path)
-      row = leaf_sizes.compressed_leaf(*facts, is_rotated=rotated_axis is not None)
+      row = leaf_sizes.compressed_leaf(
+        path,
+        outputs,
+        codes[index],
+        largest,
+        axis,
+        stored[path],
+        dtype,
+        is_rotated=rotated_axis is not None,
+      )
       rows.append(row)
     whole = leaf_sizes.sum_of_slices(path, codes.shape, rows, stored[path])
     compressed.append(whole if slices else rows[0])
