@@ -29,7 +29,7 @@ from opq_jax.encoders.host_feedback import factor_of
 from opq_jax.encoders.matrices import MatrixLayout
 from opq_jax.network import InputMoments
 
-_WORTH = 0.9
+_WORTH = 0.97
 """Share of the error at which inputs are rotated: a rotated leaf has no state to be finetuned with,
 and the prediction is right to some percent."""
 
