@@ -63,7 +63,11 @@ _COMMANDS = {
 
 def run_process() -> int:
   """Runs the command of this process, which keeps its compiled programs for the next one."""
-  return main(keep_programs=True)
+  with contextlib.ExitStack() as stack:
+    for name in ('stdout', 'stderr'):
+      if getattr(sys, name) is None:  # closed by who has started the process: `opq ... >&-`
+        setattr(sys, name, stack.enter_context(open(os.devnull, 'w')))
+    return main(keep_programs=True)
 
 
 def main(argv: Sequence[str] | None = None, *, keep_programs: bool = False) -> int:

@@ -138,8 +138,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(
     '--include',
     **globs,
-    help='compress only leaves whose path matches one of these; each must match some leaf.  One '
-    'that matches only leaves that their names leave alone compresses these',
+    help='compress only leaves whose path matches one of these, globs or re:EXPRESSION of the '
+    'whole path; each must match some leaf.  One that matches only leaves that their names leave '
+    'alone compresses these',
   )
   add(
     '--keep-optimizer',
@@ -170,12 +171,12 @@ def run(arguments: argparse.Namespace) -> None:
   import opq_jax
   from opq_jax.allocation import DEFAULT_COMPRESSION_RATE, OBJECTIVES, check_file_rate
   from opq_jax.cli.encoding import DIVERGENCE, Encoding
-  from opq_jax.cli.outputs import check_output
+  from opq_jax.cli.outputs import check_output, output_path
   from opq_jax.importers.named_networks import identity_of
   from opq_jax.weights import is_model_folder, is_streamable
 
   source = Path(arguments.input)
-  check_output(source, Path(arguments.output))
+  check_output(source, output_path(arguments.output))
   is_known = arguments.model is not None or identity_of(source) is not None
   _check_options(arguments, is_known)
   targets = {

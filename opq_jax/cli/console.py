@@ -18,9 +18,28 @@ _LEFT_OUT = (
 )
 
 
+class _Console(Console):
+  """A console whose errors name their stream: of a full disk behind it, say."""
+
+  def print(self, *objects: Any, **options: Any) -> None:
+    """Prints as rich does.
+
+    Raises:
+      OSError: the stream cannot be written.
+    """
+    try:
+      super().print(*objects, **options)
+      self.file.flush()
+    except BrokenPipeError:  # whoever reads the stream has seen enough
+      raise
+    except OSError as error:
+      name = 'standard error' if self.file is sys.stderr else 'standard output'
+      raise OSError(error.errno, error.strerror, name) from error
+
+
 def console(stream: Any) -> Console:
   """A console on a stream; one that is no terminal is as wide as the tables need."""
-  return Console(file=stream, width=None if stream.isatty() else tables.WIDTH)
+  return _Console(file=stream, width=None if stream.isatty() else tables.WIDTH)
 
 
 def complain(text: str, style: str = 'red') -> None:

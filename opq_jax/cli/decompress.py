@@ -5,8 +5,8 @@ import os
 import sys
 from pathlib import Path
 
-# suffixes by which programs choose a reader, which would fail at a safetensors file
-_OTHER_FORMATS = ('.pt', '.pth', '.npz', '.npy', '.msgpack', '.h5', '.keras', '.bin', '.opq')
+# of other suffixes, programs would choose a reader that fails; without one, no program does
+_SUFFIXES = '', '.safetensors', '.npz'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,8 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     'output',
     metavar='OUT',
-    help='the .safetensors file, replaced if it exists; or of a file made of a model folder, the '
-    'new folder',
+    help='the .safetensors or .npz file, replaced if it exists; or of a file made of a model '
+    'folder, the new folder',
   )
   parser.add_argument(
     '--to',
@@ -31,24 +31,24 @@ def run(arguments: argparse.Namespace) -> None:
   from rich.text import Text
 
   from opq_jax.cli.console import console
-  from opq_jax.cli.outputs import check_new_folder, check_output
+  from opq_jax.cli.outputs import check_new_folder, check_output, output_path
   from opq_jax.file.reader import OpqFile
   from opq_jax.importers import named_networks
-  from opq_jax.weights import holds_folder, write_folder, write_safetensors
+  from opq_jax.weights import holds_folder, npz, write_folder, write_safetensors
 
   source, output = Path(arguments.file), Path(arguments.output)
-  if output.suffix.lower() in _OTHER_FORMATS:
-    check_output(source, output)
-    raise ValueError(
-      f'{output}: found the suffix of another format, expected {output.stem}.safetensors: '
-      'decompress writes that format alone'
-    )
   with OpqFile(source) as file:
-    is_folder = holds_folder(file) and output.suffix != '.safetensors' and arguments.to is None
+    is_array_file = output.suffix.lower() in _SUFFIXES[1:]
+    is_folder = holds_folder(file) and not is_array_file and arguments.to is None
+    if not is_folder and output.suffix.lower() not in _SUFFIXES:
+      raise ValueError(
+        f'{output}: found suffix {output.suffix}, expected {output.stem}.safetensors or .npz, '
+        'the formats that decompress writes'
+      )
     if is_folder:
       check_new_folder(output)
     else:
-      check_output(source, output)
+      check_output(source, output_path(arguments.output))
     if is_folder:
       write_folder(output, file)
       shards = sum(name.endswith('.safetensors') for name in file.side_files)
@@ -68,6 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     params = importers.to_tensors(identity.name, params, identity.source)
     names = f'the names of {identity.source}'
-  write_safetensors(output, params)
+  write = npz.write if output.suffix.lower() == '.npz' else write_safetensors
+  write(output, params)
   size = os.stat(output).st_size
   console(sys.stdout).print(Text(f'{output}: {size:,} bytes, by {names}'))

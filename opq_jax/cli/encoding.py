@@ -28,8 +28,9 @@ Files up to version 0.1.0 have sentences in their place, which are still read.
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
+
+from opq_jax.cli.globs import EXPRESSION, matches
 
 TARGETS = ('sparsity', 'bits', 'compression_rate', 'bits_per_weight', 'file_rate')
 """Keys of targets, named as the arguments of `opq_jax.compress`."""
@@ -223,7 +224,8 @@ def parsed_slices(text: str) -> tuple[str, int]:
   ('*/layers/*', 1)
   """
   glob, _, number = text.rpartition('=')
-  if not glob or not re.fullmatch('[1-9]', number):
+  # a file's own metadata are read like this: no expression of a stranger is run
+  if not glob or glob.startswith(EXPRESSION) or not re.fullmatch('[1-9]', number):
     raise ValueError(f'slices: found {text!r}, expected GLOB=N with N of 1 to 9')
   return glob, int(number)
 
@@ -232,7 +234,7 @@ def slices_of(slices: Mapping[str, int]) -> Callable[[str, Any], int]:
   """Returns (path, leaf) -> how many leading axes count slices: by the last glob that matches."""
 
   def count(path: str, _: Any) -> int:
-    return next((n for glob, n in [*slices.items()][::-1] if fnmatchcase(path, glob)), 0)
+    return next((n for glob, n in [*slices.items()][::-1] if matches(path, glob)), 0)
 
   return count
 

@@ -36,10 +36,11 @@ normalization, a mask, a running statistic or a table of positions. --include
 and --exclude override the names. An optimizer's state is left out, with zeros
 in its place.
 
-IN is a .safetensors, .npz, .msgpack (Flax), .pt, .pth or .bin (needs torch),
-.h5 or .keras (needs h5py), .gguf (needs gguf) or .opq file, a model folder of
-Hugging Face, or the folder of an Orbax checkpoint. Of a model folder the file
-carries config and tokenizer too. float64 leaves are compressed as float32.
+IN is a .safetensors, .npz, .msgpack (Flax), .pt, .pth, .bin, .ckpt or .th
+(needs torch), .h5, .hdf5 or .keras (needs h5py), .gguf (needs gguf) or .opq
+file, a model folder of Hugging Face, or the folder of an Orbax checkpoint. Of a
+model folder the file carries config and tokenizer too. float64 leaves are
+compressed as float32.
 
 The language model of a folder (Llama, Mistral, Qwen2, Qwen3, GPT-2) is run on
 random tokens, for what an error in each tensor costs its answers. With

@@ -1,7 +1,6 @@
 """Which leaves are compressed, and in which dtype."""
 
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from opq_jax.allocation.leaf_names import kind_of_name
 from opq_jax.allocation.optimizer_states import optimizer_leaves
 from opq_jax.allocation.selection import can_be_compressed, left_by_place
 from opq_jax.cli.encoding import slices_of
+from opq_jax.cli.globs import matches
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 
@@ -106,7 +106,7 @@ def names_note(params: PyTree, chosen: set[str], exclude: Sequence[str]) -> str:
 
 
 def _matching(paths: Sequence[str], glob: str) -> list[str]:
-  return [path for path in paths if fnmatchcase(path, glob)]
+  return [path for path in paths if matches(path, glob)]
 
 
 def narrowed(params: PyTree, chosen: set[str]) -> PyTree:

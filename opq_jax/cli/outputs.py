@@ -1,16 +1,31 @@
 """Checks of the place that a command writes to."""
 
+import os
 from pathlib import Path
 
 from opq_jax.core import files
+
+
+def output_path(text: str) -> Path:
+  """Returns the path of an output file, as it was typed.
+
+  Raises:
+    ValueError: it is `-`, or the name of a folder.
+  """
+  if text == '-':
+    raise ValueError("found '-' for the output, expected the name of a file")
+  if text.endswith(('/', os.sep)):
+    raise ValueError(f'{text}: found the name of a folder, expected that of a file')
+  return Path(text)
 
 
 def check_output(source: Path, output: Path) -> None:
   """Checks the output path before any work is done.
 
   Raises:
-    ValueError: its folder is missing, it is a folder, or it is the input itself.
+    ValueError: its folder is missing, it is a folder or a device, or it is the input itself.
   """
+  files.file_place(output)
   if not output.parent.is_dir():
     raise ValueError(f'{output}: found no folder {output.parent}, expected one')
   if output.is_dir():

@@ -4,6 +4,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 import time
 import zlib
@@ -39,27 +40,69 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
   """Yields a file to write, which replaces `path` when the context ends without an error.
 
   A process that is killed leaves the old file or the new one, whole, and perhaps a hidden
-  `.opq-…` beside it, which the next write to the same path removes.
+  `.opq-…` beside it, which the next write to the same path removes.  Of a symbolic link, the file
+  that it points at is replaced; a file that is replaced keeps its mode and, where this process may
+  give it away, its owner.
 
   Raises:
+    ValueError: `path` is a device, a FIFO or a socket.
     OSError: the folder is missing or read-only, or the disk is full.  The message names `path`,
       and no temporary file stays behind.
   """
-  path = Path(path)
-  prefix = _prefix(path)
-  temporary = path.parent / f'{prefix}{secrets.token_hex(8)}'
+  place = file_place(path)
+  prefix = _prefix(place)
+  temporary = place.parent / f'{prefix}{secrets.token_hex(8)}'
   try:
-    _remove_litter(path.parent, prefix)
+    _remove_litter(place.parent, prefix)
     with errors_of(path, temporary), open(temporary, 'xb') as file:
       _lock(file)
       yield file
       file.flush()
+      _take_over(file.fileno(), place)
       os.fsync(file.fileno())
-      os.replace(temporary, path)
+      os.replace(temporary, place)
   finally:
     # on a full or read-only disk the removal may fail too; the first error is the one to report
     with contextlib.suppress(OSError):
       temporary.unlink(missing_ok=True)
+
+
+def file_place(path: str | os.PathLike[str]) -> Path:
+  """Returns where a file of this name is written: of a symbolic link, what it points at.
+
+  Raises:
+    ValueError: a device, a FIFO or a socket is there, which no file may replace.
+  """
+  place = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
+  try:
+    mode = os.stat(place).st_mode
+  except OSError:  # nothing is there, or the write will say what is wrong
+    return place
+  for is_kind, kind in _NO_FILES.items():
+    if is_kind(mode):
+      raise ValueError(f'{path}: found a {kind}, expected the name of a file')
+  return place
+
+
+_NO_FILES = {
+  stat.S_ISCHR: 'device',
+  stat.S_ISBLK: 'device',
+  stat.S_ISFIFO: 'FIFO',
+  stat.S_ISSOCK: 'socket',
+}
+
+
+def _take_over(file: int, old: Path) -> None:
+  """Gives a file the mode and, as far as allowed, the owner of the one that it replaces."""
+  try:
+    found = os.stat(old)
+  except OSError:  # none: the mode that every new file has
+    return
+  if hasattr(os, 'fchown'):  # not on Windows
+    with contextlib.suppress(OSError):  # only root gives files away
+      os.fchown(file, found.st_uid, found.st_gid)
+    # after the owner, whose change clears bits
+    os.fchmod(file, stat.S_IMODE(found.st_mode))
 
 
 @contextlib.contextmanager

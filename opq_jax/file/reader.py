@@ -81,6 +81,9 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
   def __init__(self, path: str | os.PathLike[str] | bytes, most_bytes: int | None = None):
     self._label = 'the file' if isinstance(path, bytes) else os.fspath(path)
     self._file = io.BytesIO(path) if isinstance(path, bytes) else open(path, 'rb')  # noqa: SIM115
+    if not self._file.seekable():
+      self._file.close()
+      raise ValueError(f'{self._label}: found a pipe, expected a file, or its bytes')
     self._last_block = -1, b''  # number and unpacked bytes
     try:
       self._front = read_front(self._file, self._label, most_bytes)

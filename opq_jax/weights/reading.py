@@ -6,10 +6,13 @@
     a folder          of Hugging Face, a flat dict by name (`open_folder`); an Orbax checkpoint, or
                       the latest step of a CheckpointManager
     .opq              the decoded network
-    .pt, .pth, .bin   a PyTorch state dict; needs PyTorch (`pip install opq_jax[torch]`)
+    .pt, .pth, .bin, .ckpt, .th
+                      a PyTorch state dict, or a training checkpoint that holds one; needs PyTorch
+                      (`pip install opq_jax[torch]`)
     .gguf             tensors of llama.cpp by name, dequantized; needs gguf
                       (`pip install opq_jax[gguf]`)
-    .h5, .keras       a Keras file, by `<layer>/<weight>`; needs h5py (`pip install opq_jax[keras]`)
+    .h5, .hdf5, .keras
+                      a Keras file, by `<layer>/<weight>`; needs h5py (`pip install opq_jax[keras]`)
 
 Nothing in a file is executed: NumPy's pickles are refused, and PyTorch's are read by its
 `weights_only` unpickler.  A name that occurs twice is an error, and so is an array that claims more
@@ -69,6 +72,8 @@ def read_weights(path: str | os.PathLike[str], *, optimizer: bool = False) -> Py
     return _checked(path, dict(hugging_face.open_folder(path)))
   if path.is_dir():
     return _checked(path, checks.guarded(_read_orbax, path, 'an Orbax checkpoint'))
+  if path.name.endswith(hugging_face.INDEX):
+    raise ValueError(f'{path}: found the index of shards, expected their folder, {path.parent}')
   if path.suffix.lower() not in _READERS:
     known = ', '.join(_READERS)
     raise ValueError(f'{path}: found suffix {path.suffix!r}, expected {known}, or a folder')
@@ -109,7 +114,10 @@ _READERS: dict[str, tuple[Callable[[Path], PyTree], str]] = {
   '.pt': (torch.read, torch.EXPECTED),
   '.pth': (torch.read, torch.EXPECTED),
   '.bin': (torch.read, torch.EXPECTED),
+  '.ckpt': (torch.read, torch.EXPECTED),
+  '.th': (torch.read, torch.EXPECTED),
   '.gguf': (gguf.read, 'a GGUF file'),
   '.h5': (keras.read, 'an HDF5 file of Keras'),
+  '.hdf5': (keras.read, 'an HDF5 file of Keras'),
   '.keras': (keras.read, 'a Keras file'),
 }

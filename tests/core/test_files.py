@@ -7,6 +7,7 @@ import os
 import pathlib
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -78,6 +79,72 @@ def test_write_names_the_path(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"'.*/no/net\.opq'"):
     files.write_bytes(tmp_path / 'no' / 'net.opq', NEW)
   assert os.listdir(tmp_path) == ['net.opq']
+
+
+def test_write_through_a_link(tmp_path):
+  (tmp_path / 'folder').mkdir()
+  target = tmp_path / 'folder' / 'net.opq'
+  (tmp_path / 'link.opq').symlink_to('folder/net.opq')
+  for content in (OLD, NEW):  # nothing is there at first
+    files.write_bytes(tmp_path / 'link.opq', content)
+    assert target.read_bytes() == content and (tmp_path / 'link.opq').is_symlink()
+  assert os.listdir(tmp_path / 'folder') == ['net.opq']
+
+
+def test_write_keeps_mode(tmp_path):
+  path = tmp_path / 'net.opq'
+  for mode in (0o640, 0o604):
+    path.write_bytes(OLD)
+    path.chmod(mode)
+    files.write_bytes(path, NEW)
+    assert path.read_bytes() == NEW and path.stat().st_mode & 0o777 == mode
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason='found no root, expected one to give files away')
+def test_write_keeps_owner(tmp_path):
+  path = tmp_path / 'net.opq'
+  path.write_bytes(OLD)
+  os.chown(path, 12, 34)
+  files.write_bytes(path, NEW)
+  assert (path.stat().st_uid, path.stat().st_gid) == (12, 34)
+
+
+def test_nothing_replaces_what_is_no_file(tmp_path, capfd):
+  fifo, inet = tmp_path / 'fifo.opq', tmp_path / 'socket.opq'
+  os.mkfifo(fifo)
+  with socket.socket(socket.AF_UNIX) as bound:
+    bound.bind(os.fspath(inet))
+    for path, kind in ((fifo, 'FIFO'), (inet, 'socket'), (pathlib.Path(os.devnull), 'device')):
+      before = path.lstat()
+      with pytest.raises(ValueError, match=f'{path}: found a {kind}, expected the name of a file'):
+        files.write_bytes(path, NEW)
+      source = stored(tmp_path, 'leaf by leaf')
+      assert cli.main(['compress', str(source), str(path)]) == 2
+      assert capfd.readouterr().err == f'opq: {path}: found a {kind}, expected the name of a file\n'
+      assert path.lstat()[:2] == before[:2]
+      source.unlink()
+
+
+@pytest.mark.parametrize('output', ['-', 'new/'])
+def test_output_is_a_file(tmp_path, output, capfd, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  source = stored(tmp_path, 'leaf by leaf')
+  assert cli.main(['compress', str(source), output]) == 2
+  assert 'expected' in capfd.readouterr().err and os.listdir(tmp_path) == [source.name]
+
+
+def test_standard_output_closed_or_full(tmp_path):
+  opq_jax.save(tmp_path / 'a.opq', {'b': np.ones(3)}, opq_jax.CompressionState({'b': None}))
+  command = f'"$0" -m opq_jax.cli inspect {tmp_path}/a.opq '
+  closed, full = (
+    subprocess.run(
+      ['sh', '-c', command + where, sys.executable], capture_output=True, text=True, check=False
+    )
+    for where in ('>&-', '> /dev/full')
+  )
+  assert (closed.returncode, closed.stderr) == (0, '')
+  assert full.returncode == 2
+  assert full.stderr == 'opq: standard output: No space left on device\n'
 
 
 def test_cli_full_disk_in_one_line(tmp_path, capfd):

@@ -9,7 +9,7 @@ import pytest
 
 import opq_jax
 from opq_jax.compression import CompressionState
-from opq_jax.weights import read_weights
+from opq_jax.weights import npz, read_weights
 from tests.helpers.weight_trees import assert_same, flat_tree, nested_tree
 
 
@@ -133,10 +133,32 @@ def test_read_weights_names_other_leaves(tmp_path):
     read_weights(tmp_path / 'none.npz')
 
 
+@pytest.mark.parametrize('suffix', ['.ckpt', '.th'])
+def test_read_weights_of_training_checkpoints(tmp_path, suffix):
+  torch = pytest.importorskip('torch')
+  path = tmp_path / f'last{suffix}'
+  torch.save({'state_dict': {'fc.weight': torch.ones(2, 3)}, 'epoch': 3}, path)
+  assert read_weights(path)['fc.weight'].tolist() == [[1.0] * 3] * 2
+
+
+def test_npz_there_and_back(tmp_path):
+  tree = {'layer': {'kernel': np.arange(6.0).reshape(2, 3)}, 'file': np.int8([1]), 'x/y': np.eye(2)}
+  npz.write(tmp_path / 'net.npz', tree)
+  found = read_weights(tmp_path / 'net.npz')
+  assert list(found) == ['file', 'layer/kernel', 'x/y']
+  np.testing.assert_array_equal(found['layer/kernel'], tree['layer']['kernel'])
+  with pytest.raises(ValueError, match=r'w: found dtype bfloat16, which \.npz cannot hold'):
+    npz.write(tmp_path / 'bad.npz', {'w': np.zeros(2, ml_dtypes.bfloat16)})
+  assert not (tmp_path / 'bad.npz').exists()
+
+
 def test_read_weights_refuses_other_suffixes(tmp_path):
-  (tmp_path / 'net.ckpt').write_bytes(b'')
-  with pytest.raises(ValueError, match=r"net\.ckpt: found suffix '\.ckpt', expected \.safetensors"):
-    read_weights(tmp_path / 'net.ckpt')
+  (tmp_path / 'net.tar').write_bytes(b'')
+  with pytest.raises(ValueError, match=r"net\.tar: found suffix '\.tar', expected \.safetensors"):
+    read_weights(tmp_path / 'net.tar')
+  (tmp_path / 'model.safetensors.index.json').write_text('{}')
+  with pytest.raises(ValueError, match='found the index of shards, expected their folder'):
+    read_weights(tmp_path / 'model.safetensors.index.json')
   (tmp_path / 'folder').mkdir()
   with pytest.raises(ValueError, match=r'folder: found items .* expected an Orbax checkpoint'):
     read_weights(tmp_path / 'folder')
