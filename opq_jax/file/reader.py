@@ -6,6 +6,7 @@ it is imported where a compression state is asked for: `load`, `leaf_state`.
 
 import io
 import os
+import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self
@@ -56,7 +57,8 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
 
   Keys are path names, in the order of JAX; items are host arrays: the values of compressed leaves,
   the others bit for bit.  Opening reads and checks the header, the grids and the index.  A leaf is
-  read and checked each time it is asked for.  The file is a context manager.
+  read and checked each time it is asked for, also by several threads at once.  The file is a
+  context manager.
 
   Args:
     path: of the file; or its bytes.
@@ -84,6 +86,7 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     if not self._file.seekable():
       self._file.close()
       raise ValueError(f'{self._label}: found a pipe, expected a file, or its bytes')
+    self._reading = threading.Lock()
     self._last_block = -1, b''  # number and unpacked bytes
     try:
       self._front = read_front(self._file, self._label, most_bytes)
@@ -410,7 +413,8 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
 
   def _block(self, number: int) -> bytes:
     """One unpacked block; it is kept, because the next leaf is likely to lie in it."""
-    if self._last_block[0] != number:
+    last, block = self._last_block  # at once: another thread may replace it
+    if last != number:
       stored, checksum = self._front.blocks[number]
       data = self._read(self._front.block_begins[number], stored)
       if (found := zlib.crc32(data)) != checksum:
@@ -419,7 +423,8 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
       if len(block := packing.unpack(data, size, packing.FLOAT_PERIOD)) != size:
         raise ValueError(f'found a block of {len(block)} bytes, expected {size}')
       self._last_block = number, block
-    return self._last_block[1]
+    return block
 
   def _read(self, begin: int, size: int) -> bytes:
-    return read_bytes(self._file, self._label, begin, size)
+    with self._reading:  # of several threads, one moves the position and reads there
+      return read_bytes(self._file, self._label, begin, size)

@@ -1,8 +1,10 @@
 import json
 import os
+import sys
 import time
 import tracemalloc
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -295,3 +297,22 @@ def test_open_refuses_noise_header(noise):
   text = noise.encode()
   with pytest.raises(ValueError):
     OpqFile(len(text).to_bytes(8, 'little') + text)
+
+
+def test_many_threads_read_one_file(tmp_path):
+  """Leaves of several blocks and payloads, asked for at once by threads that swap all the time."""
+  rng = np.random.default_rng(0)
+  params = {f'b{i}': rng.normal(size=1500).astype(np.float32).repeat(100) for i in range(5)}
+  params |= {f'w{i}': laplace(40, 30) + i for i in range(5)}
+  path = tmp_path / 'net.opq'
+  save(path, params, state_of(params), contexts=False)
+  interval = sys.getswitchinterval()
+  sys.setswitchinterval(1e-6)
+  try:
+    with OpqFile(path) as file, ThreadPoolExecutor(8) as pool:
+      expected = dict(file)
+      names = [list(file)[i] for i in rng.integers(len(file), size=200)]
+      found = list(pool.map(file.__getitem__, names))
+  finally:
+    sys.setswitchinterval(interval)
+  assert all(same_bits(leaf, expected[name]) for name, leaf in zip(names, found, strict=True))
