@@ -172,6 +172,7 @@ def run(arguments: argparse.Namespace) -> None:
   from opq_jax.allocation import DEFAULT_COMPRESSION_RATE, OBJECTIVES, check_file_rate
   from opq_jax.cli.encoding import DIVERGENCE, Encoding
   from opq_jax.cli.outputs import check_output, output_path
+  from opq_jax.cli.safetensors_metadata import carried_metadata
   from opq_jax.importers.named_networks import identity_of
   from opq_jax.weights import is_model_folder, is_streamable
 
@@ -204,6 +205,7 @@ def run(arguments: argparse.Namespace) -> None:
     slices=_slices(arguments.slices),
   )
   about = {'weights': source.name, 'opq_jax': opq_jax.__version__}
+  about |= carried_metadata(source)
   is_streamed = not is_known and is_streamable(source)
   if is_streamed and (not arguments.trellis or arguments.calibration is not None):
     from opq_jax.cli import leaf_by_leaf

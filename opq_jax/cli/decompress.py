@@ -32,6 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
 
   from opq_jax.cli.console import console
   from opq_jax.cli.outputs import check_new_folder, check_output, output_path
+  from opq_jax.cli.safetensors_metadata import given_back
   from opq_jax.file.reader import OpqFile
   from opq_jax.importers import named_networks
   from opq_jax.weights import holds_folder, npz, write_folder, write_safetensors
@@ -56,6 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
       console(sys.stdout).print(Text(f'{output}: {shards} files of weights, {others} others'))
       return
     identity = named_networks.identity(file.metadata)
+    carried = given_back(file.metadata)
     params = file.params()
   names = 'the names in the file'
   if identity is None or arguments.to == 'flax':
@@ -68,7 +70,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     params = importers.to_tensors(identity.name, params, identity.source)
     names = f'the names of {identity.source}'
-  write = npz.write if output.suffix.lower() == '.npz' else write_safetensors
-  write(output, params)
+  if output.suffix.lower() == '.npz':
+    npz.write(output, params)
+  else:
+    write_safetensors(output, params, carried)
   size = os.stat(output).st_size
   console(sys.stdout).print(Text(f'{output}: {size:,} bytes, by {names}'))

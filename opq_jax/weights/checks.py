@@ -66,12 +66,17 @@ def dtype_of_numbers(path: Path, name: str, leaf: Any) -> np.dtype:
     ValueError: there is no dtype, or it is not one of numbers.
   """
   dtype = np.dtype(getattr(leaf, 'dtype', None) or object)
-  # ml_dtypes are of NumPy's kind V, as are structs
-  if dtype.kind not in 'biufc' and not _is_extended(dtype):
+  if not is_of_numbers(dtype):
     raise ValueError(
       f'{path}: {name}: found {type(leaf).__name__} of dtype {dtype}, expected an array of numbers'
     )
   return dtype
+
+
+def is_of_numbers(dtype: np.dtype) -> bool:
+  """Returns whether arrays of a dtype are of numbers: NumPy's, or those of ml_dtypes."""
+  # ml_dtypes are of NumPy's kind V, as are structs
+  return dtype.kind in 'biufc' or _is_extended(dtype)
 
 
 def _is_extended(dtype: np.dtype) -> bool:

@@ -121,7 +121,12 @@ def _tree_folder(path: Path) -> Path:
     return _tree_folder(steps[max(steps)])
   if len(items) == 1:
     return next(iter(items.values()))
+  if items:
+    raise ValueError(
+      f'{path}: found the trees {", ".join(items)}, expected the folder of one of them, as '
+      f'{next(iter(items.values()))}'
+    )
   raise ValueError(
-    f'{path}: found items {list(items)} among {[child.name for child in folders][:10]}, '
-    'expected an Orbax checkpoint of one tree, or one that is called default'
+    f'{path}: found folders {[child.name for child in folders][:10]}, expected an Orbax checkpoint '
+    'of one tree, or one that is called default'
   )

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from opq_jax.core import trees
+from opq_jax.core import messages, trees
 from opq_jax.core.trees import PyTree
 from opq_jax.file.reader import OpqFile
 from opq_jax.weights import (
@@ -54,7 +54,11 @@ def read_weights(path: str | os.PathLike[str], *, optimizer: bool = False) -> Py
 
   Returns:
     A tree of NumPy arrays (bfloat16 and the like as `ml_dtypes`): a flat dict if the format is one
-    of names, nested dicts if it is one of trees.
+    of names, nested dicts if it is one of trees.  None stands in the place of strings and other
+    objects, which are no weights.
+
+  Warns:
+    UserWarning: leaves that are no arrays of numbers, by name; an optimizer that is left out.
 
   Raises:
     ValueError: the format is unknown, or the file is damaged; the message names the file.
@@ -84,14 +88,17 @@ def read_weights(path: str | os.PathLike[str], *, optimizer: bool = False) -> Py
 
 
 def _checked(path: Path, tree: PyTree) -> PyTree:
-  """Returns the tree with every leaf a host array of numbers."""
-  leaves = trees.named_leaves(tree)
-  if not leaves:
+  """Returns the tree with every leaf a host array of numbers, and None in the place of others."""
+  leaves = {name: np.asarray(leaf) for name, leaf in trees.named_leaves(tree).items()}
+  others = [name for name, leaf in leaves.items() if not checks.is_of_numbers(leaf.dtype)]
+  if len(others) == len(leaves):
     raise ValueError(f'{path}: found no weights, expected at least one')
-  arrays = {name: np.asarray(leaf) for name, leaf in leaves.items()}
-  for name, array in arrays.items():
-    checks.dtype_of_numbers(path, name, array)
-  return trees.replaced(tree, arrays)
+  if others:
+    kinds = ', '.join(sorted({leaves[name].dtype.name for name in others}))
+    messages.warn(
+      f'{path}: {messages.listed(others)}: found {kinds}, expected arrays of numbers: left out'
+    )
+  return trees.replaced(tree, {**leaves, **dict.fromkeys(others)})
 
 
 def _read_opq(path: Path) -> PyTree:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,9 @@ DTYPES: dict[str, np.dtype] = {
 """Dtypes by the names of safetensors."""
 
 
-def write_safetensors(path: str | os.PathLike[str], tree: PyTree) -> None:
+def write_safetensors(
+  path: str | os.PathLike[str], tree: PyTree, metadata: Mapping[str, str] | None = None
+) -> None:
   """Writes a tree as safetensors, its path names joined by '/'.
 
   The names of a flat dict stay as they are.  The file appears whole or not at all: it is written to
@@ -49,6 +51,7 @@ def write_safetensors(path: str | os.PathLike[str], tree: PyTree) -> None:
   Args:
     path: the file; an existing one is replaced.
     tree: any pytree of arrays.
+    metadata: strings by name, as the `__metadata__` of the file; none by default.
 
   Raises:
     ValueError: two leaves have one name, or safetensors does not support a name or a dtype.
@@ -73,7 +76,17 @@ def write_safetensors(path: str | os.PathLike[str], tree: PyTree) -> None:
       ) from error
     # safetensors writes the memory of an array and disregards its strides
     arrays[name] = array.copy(order='C') if not array.flags.c_contiguous else array
-  files.write_bytes(path, safetensors.numpy.save(arrays))
+  files.write_bytes(path, safetensors.numpy.save(arrays, dict(metadata) if metadata else None))
+
+
+def metadata_of(path: str | os.PathLike[str]) -> dict[str, str]:
+  """Returns the `__metadata__` of a file, none of one that is an `.opq` file.
+
+  Raises:
+    ValueError, OSError: as `opened`.
+  """
+  with opened(path) as file:
+    return {} if is_opq(file) else dict(file.metadata() or {})
 
 
 def read(path: Path) -> PyTree:

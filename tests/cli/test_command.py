@@ -123,6 +123,16 @@ def test_decompress_uses_source_names(resnet, capsys):
   assert flax.keys() == trees.named_leaves(resnet).keys()
 
 
+@pytest.mark.parametrize('content', [None, {'format': 'pt', 'é': '[{"'}])
+def test_metadata_of_safetensors_come_back(net, content):
+  safetensors.numpy.save_file(tree(), 'net.safetensors', content)
+  assert run('compress', 'net.safetensors', 'net.opq') == 0
+  assert run('decompress', 'net.opq', 'back.safetensors') == 0
+  with safetensors.safe_open('back.safetensors', 'np') as file:
+    assert file.metadata() == content
+  assert run('verify', 'net.opq', '--against', 'net.safetensors') == 0
+
+
 def test_decompress_writes_formats_by_suffix(net, capsys):
   assert run('compress', 'net.safetensors', 'net.opq') == 0
   for name in ('back.safetensors', 'back.npz'):

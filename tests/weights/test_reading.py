@@ -9,6 +9,7 @@ import pytest
 
 import opq_jax
 from opq_jax.compression import CompressionState
+from opq_jax.core import trees
 from opq_jax.weights import npz, read_weights
 from tests.helpers.weight_trees import assert_same, flat_tree, nested_tree
 
@@ -124,10 +125,7 @@ def test_read_weights_refuses_npz_objects(tmp_path):
     read_weights(tmp_path / 'net.npz')
 
 
-def test_read_weights_names_other_leaves(tmp_path):
-  np.savez(tmp_path / 'net.npz', w=np.zeros(2), names=np.array(['a', 'b']))
-  with pytest.raises(ValueError, match=r'net\.npz: names: found ndarray of dtype <U1'):
-    read_weights(tmp_path / 'net.npz')
+def test_read_weights_needs_weights(tmp_path):
   np.savez(tmp_path / 'none.npz')
   with pytest.raises(ValueError, match=r'none\.npz: found no weights'):
     read_weights(tmp_path / 'none.npz')
@@ -139,6 +137,39 @@ def test_read_weights_of_training_checkpoints(tmp_path, suffix):
   path = tmp_path / f'last{suffix}'
   torch.save({'state_dict': {'fc.weight': torch.ones(2, 3)}, 'epoch': 3}, path)
   assert read_weights(path)['fc.weight'].tolist() == [[1.0] * 3] * 2
+
+
+def test_what_is_no_array_is_left_out_by_name(tmp_path):
+  torch = pytest.importorskip('torch')
+  kernel = np.ones((2, 3), np.float32)
+  torch.save(
+    {'w': torch.ones(2, 3), 'name': 'abc', 'n': 3, 'more': [{'x': b'y'}]}, tmp_path / 'a.pt'
+  )
+  content = {'net': {'w': kernel, 'name': 'abc'}, 'step': 3}
+  (tmp_path / 'b.msgpack').write_bytes(flax.serialization.msgpack_serialize(content))
+  np.savez(tmp_path / 'c.npz', w=kernel, who=np.array(['me', 'you']))
+  for name, left in (('a.pt', 'more/0/x, name'), ('b.msgpack', 'net/name'), ('c.npz', 'who')):
+    with pytest.warns(UserWarning, match=rf'{name}: {left}: found .* expected arrays of numbers'):
+      found = read_weights(tmp_path / name)
+    leaves = {path.rpartition('/')[2]: leaf for path, leaf in trees.named_leaves(found).items()}
+    assert set(leaves) - {'n', 'step'} == {'w'} and leaves['w'].tolist() == kernel.tolist()
+  np.savez(tmp_path / 'd.npz', who=np.array(['me']))
+  with pytest.raises(ValueError, match='found no weights'):
+    read_weights(tmp_path / 'd.npz')
+
+
+def test_read_weights_orbax_of_several_trees(tmp_path):
+  import orbax.checkpoint as ocp
+
+  save = ocp.args.StandardSave
+  with ocp.CheckpointManager(tmp_path / 'run', item_names=('net', 'opt')) as manager:
+    manager.save(
+      0, args=ocp.args.Composite(net=save({'w': np.ones(3)}), opt=save({'m': np.zeros(3)}))
+    )
+    manager.wait_until_finished()
+  with pytest.raises(ValueError, match=r'found the trees net, opt, expected .*run/0/net'):
+    read_weights(tmp_path / 'run')
+  assert read_weights(tmp_path / 'run' / '0' / 'net')['w'].tolist() == [1, 1, 1]
 
 
 def test_npz_there_and_back(tmp_path):
@@ -160,7 +191,7 @@ def test_read_weights_refuses_other_suffixes(tmp_path):
   with pytest.raises(ValueError, match='found the index of shards, expected their folder'):
     read_weights(tmp_path / 'model.safetensors.index.json')
   (tmp_path / 'folder').mkdir()
-  with pytest.raises(ValueError, match=r'folder: found items .* expected an Orbax checkpoint'):
+  with pytest.raises(ValueError, match=r'folder: found folders .* expected an Orbax checkpoint'):
     read_weights(tmp_path / 'folder')
 
 
