@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from opq_jax.core import lazy
 
 if TYPE_CHECKING:
+  from opq_jax.compression.coded_trees import CodedLeaf, coded, decoded
   from opq_jax.compression.codes import apply_compression, decode, encode
   from opq_jax.compression.records import (
     CompressionState,
@@ -16,12 +17,15 @@ if TYPE_CHECKING:
   from opq_jax.compression.transforms import clip_to_grid, compressed, keep_compressed
 
 __all__ = [
+  'CodedLeaf',
   'CompressionState',
   'LeafState',
   'apply_compression',
   'clip_to_grid',
+  'coded',
   'compressed',
   'decode',
+  'decoded',
   'encode',
   'init_state',
   'keep_compressed',
@@ -32,12 +36,15 @@ __all__ = [
 __getattr__, __dir__ = lazy.attributes(
   __name__,
   {
+    'CodedLeaf': 'coded_trees',
     'CompressionState': 'records',
     'LeafState': 'records',
     'apply_compression': 'codes',
     'clip_to_grid': 'transforms',
+    'coded': 'coded_trees',
     'compressed': 'transforms',
     'decode': 'codes',
+    'decoded': 'coded_trees',
     'encode': 'codes',
     'init_state': 'records',
     'keep_compressed': 'transforms',
