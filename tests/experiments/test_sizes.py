@@ -10,7 +10,7 @@ import pytest
 
 import opq_jax
 from experiments.benchmarks.language_models import random_folder, sizes
-from experiments.benchmarks.resources import accelerator
+from experiments.benchmarks.resources import accelerator, coded_in_memory
 from opq_jax import models, weights
 from opq_jax.importers import language_models
 
@@ -55,6 +55,22 @@ def test_sizes_of_a_small_network(small, tmp_path, capsys):
   assert found['file'] == (tmp_path / 'network.opq').stat().st_size
   assert 2**26 < found['peak'] < 2**35 and found['seconds'] > 0
   assert row['tokens'] == '' and row['weights, M'] == round(count / 1e6)
+
+
+def test_coded_layers_take_a_byte_and_half_a_byte(small, monkeypatch):
+  monkeypatch.setattr(random_folder, 'config', lambda size: small)
+  rows = coded_in_memory.planned('135M')
+  assert [row['weights'] for row in rows] == list(coded_in_memory.FORMS)
+  model = models.from_config(small).clone(dtype=jnp.float32)
+  leaves = jax.tree.leaves(models.variable_shapes(model)['params']['layers'])
+  kernels = sum(leaf.size for leaf in leaves if leaf.ndim > 2)
+
+  def size(form):
+    layers = coded_in_memory.layers_of(model, form, lambda shape, dtype, _: np.zeros(shape, dtype))
+    return sum(array.nbytes for array in jax.tree.leaves(layers))
+
+  assert size('float32') - size('bfloat16') == 2 * sum(leaf.size for leaf in leaves)
+  assert size('codes of 8 bits') - size('codes of 4 bits') == kernels / 2
 
 
 class Network(nn.Module):
