@@ -72,7 +72,8 @@ def program(model: models.Decoder) -> Callable[..., Any]:
   block = Block(model)
 
   def run(layers: PyTree, x: Any, context: Any) -> Any:
-    step = lambda x, layer: (block(decoded(layer), x, context), None)
+    wide = lambda layer: jax.tree.map(lambda leaf: leaf.astype(jnp.float32), decoded(layer))
+    step = lambda x, layer: (block(wide(layer), x, context), None)
     return jax.lax.scan(step, x, layers)[0]
 
   return jax.jit(run)
