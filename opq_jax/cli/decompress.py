@@ -1,6 +1,7 @@
 """`opq decompress`: the decoded weights of a file as plain arrays, or as a model folder."""
 
 import argparse
+import functools
 import os
 import sys
 from pathlib import Path
@@ -33,11 +34,13 @@ def run(arguments: argparse.Namespace) -> None:
   from opq_jax.cli.console import console
   from opq_jax.cli.outputs import check_new_folder, check_output, output_path
   from opq_jax.cli.safetensors_metadata import given_back
+  from opq_jax.cli.stages import timed_stages
   from opq_jax.file.reader import OpqFile
   from opq_jax.importers import named_networks
   from opq_jax.weights import holds_folder, npz, write_folder, write_safetensors
 
   source, output = Path(arguments.file), Path(arguments.output)
+  progress = functools.partial(timed_stages, console(sys.stdout), has_times=False)
   with OpqFile(source) as file:
     is_array_file = output.suffix.lower() in _SUFFIXES[1:]
     is_folder = holds_folder(file) and not is_array_file and arguments.to is None
@@ -51,14 +54,16 @@ def run(arguments: argparse.Namespace) -> None:
     else:
       check_output(source, output_path(arguments.output))
     if is_folder:
-      write_folder(output, file)
+      with progress() as stage, stage('decode and write'):
+        write_folder(output, file)
       shards = sum(name.endswith('.safetensors') for name in file.side_files)
       others = len(file.side_files) - shards
       console(sys.stdout).print(Text(f'{output}: {shards} files of weights, {others} others'))
       return
     identity = named_networks.identity(file.metadata)
     carried = given_back(file.metadata)
-    params = file.params()
+    with progress() as stage, stage('decode'):
+      params = file.params()
   names = 'the names in the file'
   if identity is None or arguments.to == 'flax':
     if arguments.to == 'source':

@@ -40,6 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
   from opq_jax.cli.json_reports import verification_as_json
   from opq_jax.cli.optimizers import report_without_optimizer
   from opq_jax.cli.recomputation import recomputed
+  from opq_jax.cli.stages import timed_stages
   from opq_jax.file.reader import OpqFile
   from opq_jax.report import four_sizes, verify
 
@@ -47,14 +48,18 @@ def run(arguments: argparse.Namespace) -> int:
   with OpqFile(path) as file:
     metadata = file.metadata
     counts = {name: file.slices(name) for name in file}
-  expected = recomputed(path, metadata, against, arguments.images)
-  verified = verify(
-    path,
-    expected.params,
-    coded=expected.coded,
-    corrected=expected.corrected,
-    channel_axis=channel_axis(metadata, lambda name, _: counts.get(name, 0)),
-  )
+  stdout = console(sys.stdout)
+  with timed_stages(stdout, has_times=False) as stage:
+    with stage('read and recompute'):
+      expected = recomputed(path, metadata, against, arguments.images)
+    with stage('verify'):
+      verified = verify(
+        path,
+        expected.params,
+        coded=expected.coded,
+        corrected=expected.corrected,
+        channel_axis=channel_axis(metadata, lambda name, _: counts.get(name, 0)),
+      )
   problems = (*verified.problems, *carried_problems(path, against))
   verified = dataclasses.replace(verified, problems=problems)
   if verified.report is not None and metadata.get('optimizer') == LEFT_OUT:
@@ -64,7 +69,6 @@ def run(arguments: argparse.Namespace) -> int:
     content: dict[str, Any] = verification_as_json(path, against, metadata, verified)
     print(json.dumps(content, indent=2, allow_nan=False))
     return 0 if verified.holds else 1
-  stdout = console(sys.stdout)
   stdout.print(verified)
   if verified.report is not None:
     stdout.print(four_sizes(verified.report))
