@@ -93,6 +93,11 @@ def _checked(path: Path, tree: PyTree) -> PyTree:
   others = [name for name, leaf in leaves.items() if not checks.is_of_numbers(leaf.dtype)]
   if len(others) == len(leaves):
     raise ValueError(f'{path}: found no weights, expected at least one')
+  if path.suffix.lower() not in _CHECKSUMMED:
+    for name in others:
+      # a damaged array may have become bytes, but hardly a text
+      if leaves[name].dtype.kind != 'U':
+        checks.dtype_of_numbers(path, name, leaves[name])
   if others:
     kinds = ', '.join(sorted({leaves[name].dtype.name for name in others}))
     messages.warn(
@@ -112,6 +117,9 @@ def _read_orbax(path: Path) -> PyTree:
     checks.dtype_of_numbers(path, name, leaf)
   return folder.read()
 
+
+# archives whose members have checksums
+_CHECKSUMMED = '.npz', '.pt', '.pth', '.bin', '.ckpt', '.th'
 
 _READERS: dict[str, tuple[Callable[[Path], PyTree], str]] = {
   '.safetensors': (safetensors.read, 'a safetensors file'),

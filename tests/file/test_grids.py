@@ -57,7 +57,7 @@ def test_value_table_equals_jax(dtype):
 def test_reader_needs_no_jax():
   golden = pathlib.Path(__file__).parents[1] / 'golden'
   # codes along a trellis are decoded by a program that numba compiles
-  names = 'version_2_axes.opq', 'version_2_scales.opq'
+  names = 'version_2_axes.opq', 'version_2_scales.opq', 'version_2_rotated.opq'
   paths = sorted(set(golden.glob('*.opq')) - {golden / name for name in names})
   code = (
     'import sys\n'
