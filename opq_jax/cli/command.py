@@ -36,6 +36,18 @@ _COMMANDS = {
     help_texts.INSPECT_EXAMPLES,
     compiles=False,
   ),
+  'report': _Command(
+    'write a page that shows an .opq file, or two',
+    help_texts.REPORT,
+    help_texts.REPORT_EXAMPLES,
+    compiles=False,
+  ),
+  'card': _Command(
+    'write a model card of an .opq file',
+    help_texts.CARD,
+    help_texts.CARD_EXAMPLES,
+    compiles=False,
+  ),
   'verify': _Command(
     'check an .opq file against its original weights',
     help_texts.VERIFY,

@@ -14,6 +14,8 @@ examples:
       a known network: its BatchNorm is corrected too
   opq inspect model.opq
       list the leaves and the four sizes
+  opq report model.opq model.html
+      a page with charts of all leaves
   opq verify model.opq --against model.safetensors
       recompute every claim of the file
   opq decompress model.opq model.safetensors
@@ -97,6 +99,28 @@ INSPECT_EXAMPLES = """\
 examples:
   opq inspect model.opq
   opq inspect model.opq --json | jq .totals.file_rate
+"""
+
+REPORT = """\
+Writes one HTML page that shows an .opq file: metadata, the four sizes, sparsity,
+bits and bytes of every leaf, histograms of the codes, and what is dead; of two
+files, both side by side. The page needs no network. A file that is dropped on
+it is read in the browser, and leaves the machine for nowhere."""
+
+REPORT_EXAMPLES = """\
+examples:
+  opq report model.opq model.html
+  opq report model_4_bits.opq model_3_bits.opq both.html
+      leaf by leaf, with differences
+"""
+
+CARD = """\
+Writes a model card of Hugging Face: Markdown with front matter, of what the
+file says of itself."""
+
+CARD_EXAMPLES = """\
+examples:
+  opq card model.opq --base Qwen/Qwen2.5-0.5B --out README.md
 """
 
 VERIFY = """\

@@ -1,7 +1,8 @@
-"""Reports on a compressed network: sizes, tables, verification, accuracy, plots.
+"""Reports on a compressed network: sizes, tables, pages, verification, accuracy, plots.
 
-JAX is imported by `size_report`, `summary` and `verify` alone: `file_report` and the tables of
-sizes need none.  `javascript/` has the decoder of files in JavaScript, which needs no Python.
+JAX is imported by `size_report`, `summary` and `verify` alone: `file_report`, the tables of sizes,
+pages and model cards need none.  `javascript/` has the decoder of files in JavaScript, which needs
+no Python, and `page_parts/` what `html_page` draws with.
 """
 
 from typing import TYPE_CHECKING
@@ -11,7 +12,10 @@ from opq_jax.core import lazy
 if TYPE_CHECKING:
   from opq_jax.report import accuracy, plots, text_windows
   from opq_jax.report.allocation_tables import summary
+  from opq_jax.report.card import model_card
   from opq_jax.report.cell_checks import VerifiedLeaf
+  from opq_jax.report.descriptions import file_description
+  from opq_jax.report.page import html_page
   from opq_jax.report.records import CompressedLeaf, SizeReport, UncompressedLeaf
   from opq_jax.report.size_tables import four_sizes, size_table
   from opq_jax.report.sizes import file_report, payload_report, size_report
@@ -24,8 +28,11 @@ __all__ = [
   'Verification',
   'VerifiedLeaf',
   'accuracy',
+  'file_description',
   'file_report',
   'four_sizes',
+  'html_page',
+  'model_card',
   'payload_report',
   'plots',
   'size_report',
@@ -43,8 +50,11 @@ __getattr__, __dir__ = lazy.attributes(
     'UncompressedLeaf': 'records',
     'Verification': 'verification',
     'VerifiedLeaf': 'cell_checks',
+    'file_description': 'descriptions',
     'file_report': 'sizes',
     'four_sizes': 'size_tables',
+    'html_page': 'page',
+    'model_card': 'card',
     'payload_report': 'sizes',
     'size_report': 'sizes',
     'size_table': 'size_tables',

@@ -9,7 +9,7 @@ from opq_jax.report.records import CompressedLeaf, SizeReport, rate
 
 _MAX_NAMES = 8  # pruned leaves named below a table; more would fill the page
 
-_EXPLANATIONS = {
+EXPLANATIONS = {
   'nominal': "compressed leaves: survivors at the paper's widths, no positions",
   'packed': 'compressed leaves: fixed-width codes, 1 mask bit a weight, levels',
   'entropy': 'compressed leaves: zeroth-order entropy of the codes',
@@ -100,7 +100,7 @@ def _four_sizes(report: SizeReport) -> Table:
   for name in ('size', 'bytes', 'rate'):
     table.add_column(name, justify='left' if name == 'size' else 'right', no_wrap=True)
   table.add_column('what it is')
-  for name, explanation in _EXPLANATIONS.items():
+  for name, explanation in EXPLANATIONS.items():
     size = getattr(report, name)
     base = report.as_float32 if name == 'file' else 4 * report.weights
     style = 'bold green' if name == 'file' else ''

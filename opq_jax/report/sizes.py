@@ -11,6 +11,7 @@ import numpy as np
 
 from opq_jax.coding import rotations
 from opq_jax.core import axes
+from opq_jax.core.array_types import Int8
 from opq_jax.core.axes import ChannelAxes
 from opq_jax.file.output_grids import OutputGrids
 from opq_jax.file.reader import OpqFile
@@ -74,7 +75,7 @@ def payload_report(data: bytes, params: 'PyTree', *, channel_axis: ChannelAxis =
   from opq_jax.core import trees
 
   with OpqFile(data) as file:
-    return _report(file, len(data), channel_axis, trees.named_leaves(params))
+    return open_file_report(file, len(data), channel_axis, trees.named_leaves(params))
 
 
 def file_report(
@@ -94,16 +95,26 @@ def file_report(
   """
   size = len(path) if isinstance(path, bytes) else os.stat(path).st_size
   with OpqFile(path) as file:
-    return _report(file, size, channel_axis)
+    return open_file_report(file, size, channel_axis)
 
 
-def _report(
+def open_file_report(
   file: OpqFile,
   size: int,
   channel_axis: ChannelAxis,
   originals: Mapping[str, Any] | None = None,
+  *,
+  on_codes: Callable[[str, Int8[np.ndarray, '...']], None] | None = None,
 ) -> SizeReport:
-  """Returns the report of a file of `size` bytes; ranges are the originals', or the file's own."""
+  """Returns the report of an open file.
+
+  Args:
+    file: the file.
+    size: its bytes.
+    channel_axis: see `size_report`.
+    originals: the weights by path, on which ranges are measured; by default the file's own.
+    on_codes: called with path and codes of each compressed leaf, which are decoded once like this.
+  """
   stored = file.sizes()
   compressed, uncompressed = [], []
   for path in file if originals is None else originals:
@@ -114,6 +125,8 @@ def _report(
       uncompressed.append(UncompressedLeaf(*facts))
       continue
     codes = file.codes(path)
+    if on_codes is not None:
+      on_codes(path, codes)
     weights = file[path] if originals is None else np.asarray(originals[path])
     axis = channel_axis(path, weights) if callable(channel_axis) else channel_axis
     own = axis if isinstance(axis, tuple) else (axis,)

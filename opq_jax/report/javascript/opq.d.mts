@@ -24,6 +24,18 @@ export interface Entry {
   tiedTo: string | null;
 }
 
+/** How a compressed leaf is stored. */
+export interface Coding {
+  /** The order of the axes of the leaf, or of its slices, in the payload; null: their own. */
+  axes: number[] | null;
+  /** The axis, behind those of slices, whose outputs have scales of their own. */
+  scaleAxis: number | null;
+  /** The axis, behind those of slices, whose inputs are rotated in the codes. */
+  rotatedAxis: number | null;
+  /** Of the leaf, or of every slice; scaleBytes: bytes of the scales of its outputs. */
+  grids: {threshold: number; first: number; step: number; levels: number; scaleBytes: number}[];
+}
+
 /** A decoded leaf. */
 export interface Leaf {
   name: string;
@@ -44,8 +56,14 @@ export interface OpqFile {
   readonly metadata: Readonly<Record<string, string>>;
   /** The sizes in bytes of the files that were saved with the network, by name. */
   readonly sideFiles: ReadonlyMap<string, number>;
+  /** The bytes of the file that they take together. */
+  readonly sideBytes: number;
   /** Returns what the index says of a leaf; decodes nothing. */
   entry(name: string): Entry;
+  /** Returns how a compressed leaf is stored, null where it is not compressed; decodes nothing. */
+  coding(name: string): Coding | null;
+  /** Returns the bytes of the file that each leaf takes, without those of header and index. */
+  sizes(): Map<string, number>;
   /** Returns a leaf; throws an Error where the file has no such leaf, or where it is damaged. */
   leaf(name: string): Leaf;
   /** Returns the files that were saved with the network. */

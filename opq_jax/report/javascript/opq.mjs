@@ -85,6 +85,8 @@ class OpqFile {
     this.metadata = Object.freeze(this.#front.metadata);
     /** The sizes in bytes of the files that were saved with the network, by name. */
     this.sideFiles = new Map(this.#front.sideFiles?.sizes);
+    /** The bytes of the file that they take together. */
+    this.sideBytes = this.#front.sideFiles?.packed ?? 0;
   }
 
   /** Returns what the index says of a leaf; decodes nothing. */
@@ -98,6 +100,48 @@ class OpqFile {
       slices: leaf.slices,
       tiedTo: leaf.tiedTo === null ? null : this.names[leaf.tiedTo],
     };
+  }
+
+  /**
+   * Returns how a compressed leaf is stored, null where it is not compressed; decodes nothing.
+   *
+   * `grids` has threshold, first value, step and levels of every slice, and the bytes of its scales
+   * of outputs.
+   */
+  coding(name) {
+    const leaf = this.#entry(name);
+    if (leaf.parts === null) return null;
+    const grids = leaf.parts.map(({scaleBytes}, slice) => {
+      const {threshold, first, step, levels} = gridOf(name, this.#front, leaf, slice);
+      return {threshold, first, step, levels, scaleBytes};
+    });
+    const {axes, scaleAxis, rotatedAxis} = leaf;
+    return {axes: axes && [...axes], scaleAxis, rotatedAxis, grids};
+  }
+
+  /**
+   * Returns the bytes of the file that each leaf takes, by name, without those of header and index.
+   *
+   * The packed bytes of all uncompressed leaves are shared out in proportion to their own.
+   */
+  sizes() {
+    const {leaves, blocks, uncompressedSize} = this.#front;
+    const packed = BigInt(blocks.reduce((sum, block) => sum + block.size, 0));
+    const sizes = new Map();
+    let begin = 0;
+    for (const [name, leaf] of leaves) {
+      if (leaf.tiedTo !== null) {
+        sizes.set(name, 0);
+      } else if (leaf.parts !== null) {
+        sizes.set(name, leaf.stored + GRID_BYTES * leaf.parts.length);
+      } else {
+        // differences of rounded running sums: their own sum is the packed bytes, to the byte
+        const end = (packed * BigInt(leaf.begin + leaf.stored)) / BigInt(uncompressedSize || 1);
+        sizes.set(name, Number(end) - begin);
+        begin = Number(end);
+      }
+    }
+    return sizes;
   }
 
   /** Returns a leaf: `{name, shape, dtype, values}`, and `codes` where it is compressed. */
