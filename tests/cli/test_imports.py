@@ -72,6 +72,13 @@ def test_inspect_imports_no_jax(path):
   assert names & HEAVY == set()
 
 
+@pytest.mark.parametrize('command', ['report', 'card'])
+def test_report_imports_no_jax(command, folder, tmp_path):
+  output = [tmp_path / 'net.html'] if command == 'report' else []
+  names = packages(command, folder / 'net.safetensors.opq', *output)
+  assert 'constriction' in names and names & (HEAVY | {'numba'}) == set()
+
+
 def test_decompress_imports_no_jax(folder, tmp_path):
   for name, output in (('model', 'again'), ('net.safetensors', 'again.safetensors')):
     names = packages('decompress', folder / f'{name}.opq', tmp_path / output)
@@ -110,7 +117,11 @@ for path in sys.argv[1:]:
 
 
 @pytest.mark.parametrize(
-  'command', ['', 'compress', 'verify', 'inspect', 'decompress', 'evaluate', 'generate', 'demo']
+  'command',
+  [
+    *('', 'compress', 'verify', 'inspect', 'report', 'card', 'decompress', 'evaluate'),
+    *('generate', 'demo'),
+  ],
 )
 def test_help_imports_no_jax(command):
   names = packages(*command.split(), '--help')

@@ -291,6 +291,7 @@ function leafDetails(leaf) {
   const fact = ([key, text]) =>
     element('div', {}, element('dt', {}, key), element('dd', {}, text));
   const list = element('dl', {}, ...facts.map(fact));
+  if (total(codes.counts, (count) => count) === 0) return [list];
   const middle = (codes.counts.length - 1) / 2;
   const outermost = grid ? valueOf(grid, middle) : middle;
   const ends = [-outermost, 0, outermost].map((value) => element('span', {}, short(value)));
@@ -442,9 +443,9 @@ const difference = (one, other, text) => signed(other - one, text);
 function leafTable(caption, columns, leaves, cells, details) {
   const groups = leaves.map((leaf, i) => ({leaf, number: i, body: leafRow(leaf, cells(leaf), details)}));
   const head = element('tr', {});
-  const body = element('table', {class: 'leaves'});
+  const body = element('table', {class: columns.length > 3 ? 'leaves' : 'leaves few'});
   columns.forEach(({name, key, isWide}, column) => {
-    const side = column ? 'number' : '';
+    const side = column && key ? 'number' : '';
     const cell = element('th', {scope: 'col', class: isWide ? `${side} wide` : side});
     if (!key) {
       cell.append(name);
