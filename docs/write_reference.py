@@ -15,7 +15,7 @@ SUBJECTS = {
   'opq_jax.coding': 'Codes to bytes and back.',
   'opq_jax.file': 'The .opq file.',
   'opq_jax.weights': 'Weights on disk.',
-  'opq_jax.report': 'Sizes, tables and verification.',
+  'opq_jax.report': 'Sizes, tables, pages and verification.',
   'opq_jax.finetuning': 'Training steps, losses and checkpoints.',
   'opq_jax.models': 'Networks of the paper and of its field.',
   'opq_jax.importers': 'Weights of other frameworks.',

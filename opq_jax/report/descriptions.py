@@ -10,7 +10,7 @@ from opq_jax.coding.frequencies import histogram
 from opq_jax.core.array_types import Int8, Int64
 from opq_jax.core.limits import MAX_LEVELS
 from opq_jax.file.reader import OpqFile
-from opq_jax.report.records import CompressedLeaf, SizeReport
+from opq_jax.report.records import CompressedLeaf, SizeReport, UncompressedLeaf
 from opq_jax.report.sizes import ChannelAxis, open_file_report
 
 Description = dict[str, Any]
@@ -32,9 +32,9 @@ def file_description(
     `name`; bytes of the file (`bytes`), and those of headers and side files; `metadata` and
     `sideFiles`, lists of pairs; `original` and `asFloat32`, bytes of the uncompressed tree; and
     `leaves` in the order of the tree.  A leaf has path, shape, dtype, its bytes uncompressed and in
-    the file, the leaf that it is again (`tiedTo`), and `codes`: null where it is not compressed,
-    else the fields of `CompressedLeaf`, the least and the largest threshold, first value and step of
-    its slices, and the counts of the codes -m, ..., m, of which the outermost occur.
+    the file, the leaf that it is again (`tiedTo`), and `codes`: None where it is not compressed,
+    else the fields of `CompressedLeaf`, the least and the largest threshold, first value and step
+    of its slices, and the counts of the codes -m, ..., m, of which the outermost occur.
 
   Raises:
     ValueError: the file is damaged or no `.opq` file, or a leaf lacks the axis.
@@ -49,7 +49,7 @@ def file_description(
   """
   is_bytes = isinstance(path, bytes)
   size = len(path) if isinstance(path, bytes) else os.stat(path).st_size
-  counts: dict[str, Int64[np.ndarray, '256']] = {}
+  counts: dict[str, Any] = {}
 
   def count(leaf: str, codes: Int8[np.ndarray, '...']) -> None:
     counts[leaf] = histogram(codes)
@@ -73,7 +73,9 @@ def file_description(
 def _leaves(
   file: OpqFile, report: SizeReport, counts: Mapping[str, Int64[np.ndarray, '256']]
 ) -> Iterator[Description]:
-  rows = {row.path: row for row in (*report.compressed, *report.uncompressed)}
+  rows: dict[str, CompressedLeaf | UncompressedLeaf] = {}
+  rows |= {row.path: row for row in report.compressed}
+  rows |= {row.path: row for row in report.uncompressed}
   for path in file:
     row = rows[path]
     yield {

@@ -1,9 +1,9 @@
 """Writes the report of a file as one HTML page, which needs no network and no server.
 
-The page has the descriptions as JSON, the module that draws them (`page_parts/drawing.mjs`), and the
-decoder of files (`javascript/opq.mjs`), so that it shows files that are dropped on it as well.  Its
-security policy admits these scripts and styles by their hashes, and nothing else: no requests, and
-no script in a name.
+The page has the descriptions as JSON, the module that draws them (`page_parts/drawing.mjs`), and
+the decoder of files (`javascript/opq.mjs`), so that it shows files that are dropped on it as well.
+Its security policy admits these scripts and styles by their hashes, and nothing else: no requests,
+and no script in a name.
 """
 
 import base64
@@ -67,8 +67,8 @@ def html_page(description: Description, other: Description | None = None) -> str
     other: of a second file, which is compared with the first leaf by leaf.
 
   Returns:
-    The page, in ASCII but for its style and scripts, to be written as UTF-8.  Names and metadata of
-    the files are data in it, and never markup.
+    The page, to be written as UTF-8.  Names and metadata of the files are data in it, and never
+    markup.
 
   >>> import jax, opq_jax
   >>> params = {'</script>': jax.random.laplace(jax.random.key(0), (64, 32))}

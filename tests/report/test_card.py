@@ -46,5 +46,5 @@ def test_card_escapes_metadata():
 
 @pytest.mark.parametrize('base', ['', 'a/b/c', 'a b', 'a\nlicense: mit', '../x'])
 def test_card_refuses_base(base):
-  with pytest.raises(ValueError, match='base: found .*, expected the name of a repository'):
+  with pytest.raises(ValueError, match=r'base: found .*, expected the name of a repository'):
     model_card(file_description(GOLDEN / 'version_1.opq'), base=base)

@@ -75,6 +75,32 @@ def test_page_escapes_names():
   assert re.search('[<>&]', data) is None
 
 
+def contrast(one, other):
+  """The contrast of two colors as WCAG 2 defines it."""
+
+  def luminance(color):
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+  lower, higher = sorted((luminance(one), luminance(other)))
+  return (higher + 0.05) / (lower + 0.05)
+
+
+def test_page_has_contrast():
+  """4.5 of texts, 3 of bars, on both grounds, in light and dark."""
+  style = (REPORT / 'page_parts' / 'page.css').read_text()
+  schemes = re.findall(r':root \{(.*?)\}', style, re.DOTALL)
+  assert len(schemes) == 2
+  for scheme in schemes:
+    colors = dict(re.findall(r'--(\w+): (#\w{6});', scheme))
+    for ground in ('ground', 'raised'):
+      for name in ('text', 'quiet', 'accent', 'alarm'):
+        assert contrast(colors[name], colors[ground]) >= 4.5, (name, ground)
+      for name in ('kept', 'zero', 'third', 'fourth'):
+        assert contrast(colors[name], colors[ground]) >= 3, (name, ground)
+
+
 def test_page_asks_nobody():
   parsed = Parser(html_page(file_description(GOLDEN / 'version_1.opq')))
   (policy,) = (a['content'] for _, a in parsed.elements if a.get('http-equiv'))
@@ -139,7 +165,9 @@ def test_page_in_browser(tmp_path):
     assert page.value(rows) == expected
 
     # by keyboard: the column of bytes, twice, then the first leaf
-    page.value('[...document.querySelectorAll(".sort")].find((e) => /^bytes/.test(e.textContent)).focus()')
+    page.value(
+      '[...document.querySelectorAll(".sort")].find((e) => /^bytes/.test(e.textContent)).focus()'
+    )
     sizes = texts('table.leaves tbody:has(.open) > tr:first-child > td:nth-of-type(4)')
     for key, is_falling in (('Enter', True), (' ', False)):
       page.press(key)
@@ -159,16 +187,17 @@ def test_page_in_browser(tmp_path):
     page.value('document.getElementById("beside").checked = true')
     page.drop(GOLDEN / 'version_1.opq')
     page.wait('document.getElementById("status").textContent.includes(" and version_1.opq")')
-    assert page.value('document.querySelector("h1").textContent') == (
-      'version_2_ties.opq and version_1.opq'
-    )
+    heading = 'document.querySelector("h1").textContent'
+    assert page.value(heading) == 'A: version_2_ties.opqB: version_1.opq'
     page.choose('#file', damaged)
     page.wait('document.getElementById("alert").textContent')
     told = page.value('document.getElementById("alert").textContent')
     assert told.startswith('damaged.opq is not shown: ') and 'found' in told
 
     page.look(360)
-    assert page.value('document.documentElement.scrollWidth <= innerWidth')
+    assert page.value(
+      'document.documentElement.scrollWidth === document.documentElement.clientWidth'
+    )
     assert page.value('performance.getEntriesByType("resource").length') == 0
     assert page.messages == []
 

@@ -78,23 +78,24 @@ export function start(given, read) {
 /** Returns the elements that show one description, or two side by side. */
 function drawn(descriptions) {
   if (descriptions.length === 0) return [];
-  const labels = labelled(descriptions);
-  if (descriptions.length === 1) return [heading(descriptions[0], 'h1'), ...sections(descriptions[0])];
+  if (descriptions.length === 1) return sections(descriptions[0], 'h1');
+  const labels = descriptions.map(({name}) => visible(name));
   return [
-    element('h1', {}, `${labels[0]} and ${labels[1]}`),
-    totals(descriptions, labels),
-    comparison(descriptions, labels),
+    element('h1', {}, `A: ${labels[0]}`, element('br', {}), `B: ${labels[1]}`),
+    totals(descriptions),
+    comparison(descriptions),
     ...descriptions.map((description, i) =>
-      disclosure(`All of ${labels[i]}`, heading(description, 'h2'), ...sections(description)),
+      disclosure(`All of ${'AB'[i]}: ${labels[i]}`, ...sections(description, 'h2')),
     ),
   ];
 }
 
-function sections(description) {
+/** Returns the elements that show one description, under a heading of this kind. */
+function sections(description, tag) {
+  const sizes = element('div', {}, fourSizes(description), whereBytesGo(description));
   return [
-    origin(description),
-    fourSizes(description),
-    whereBytesGo(description),
+    heading(description, tag),
+    element('div', {class: 'overview'}, ...[sizes, origin(description)].filter(Boolean)),
     compressedLeaves(description),
     deadMatter(description),
     otherLeaves(description),
@@ -108,7 +109,9 @@ function heading(description, tag) {
   const found = compressed(description);
   const weights = total(found, weightsOf);
   const survivors = total(found, (leaf) => leaf.codes.survivors);
-  const rate = original ? `, ${(original / bytes).toFixed(2)} times fewer than the network had` : '';
+  const rate = original
+    ? `, ${(original / bytes).toFixed(2)} times fewer than the network had`
+    : '';
   const facts = [
     [`${number(bytes)} bytes${rate}`],
     [`${number(leaves.length)} leaves, of which ${number(found.length)} compressed`],
@@ -139,7 +142,8 @@ function heading(description, tag) {
     if (size) facts.push([several(size, one, many)]);
   }
   const escaped = total(found, (leaf) => leaf.codes.escaped);
-  if (escaped) facts.push([several(escaped, 'weight is stored as it is', 'weights are stored as they are')]);
+  if (escaped)
+    facts.push([several(escaped, 'weight is stored as it is', 'weights are stored as they are')]);
   const list = element('ul', {class: 'facts'}, ...facts.map(([text]) => element('li', {}, text)));
   return element('header', {}, element(tag, {}, visible(description.name)), list);
 }
@@ -152,7 +156,12 @@ function origin({metadata, sideFiles}) {
   if (rows.length === 0) return null;
   return section(
     'How it was made',
-    table('Metadata and side files', ['key', 'value'], rows.map(([key, text]) => [key, text]), 'texts'),
+    table(
+      'Metadata and side files',
+      ['key', 'value'],
+      rows.map(([key, text]) => [key, text]),
+      'texts',
+    ),
   );
 }
 
@@ -161,10 +170,18 @@ function fourSizes(description) {
   const float32 = 4 * total(found, weightsOf);
   const rows = Object.entries(SIZES).map(([name, meaning]) => {
     const [size, base] = sizeOf(description, found, float32, name);
-    return [name, number(Math.round(size)), base && size ? `${(base / size).toFixed(2)} ×` : '–', meaning];
+    return [
+      name,
+      number(Math.round(size)),
+      base && size ? `${(base / size).toFixed(2)} ×` : '–',
+      meaning,
+    ];
   });
   const caption = 'Four sizes in bytes; rate: times smaller than the same leaves in float32';
-  return section('Four sizes', table(caption, ['size', 'bytes', 'rate', 'what it is'], rows, 'sizes'));
+  return section(
+    'Four sizes',
+    table(caption, ['size', 'bytes', 'rate', 'what it is'], rows, 'sizes'),
+  );
 }
 
 /** A size in bytes, and that of the same leaves in float32. */
@@ -189,7 +206,11 @@ function whereBytesGo(description) {
     rows.push([name, number(sizes[i]), percent(sizes[i] / bytes)]);
   });
   const caption = 'Bytes of the file by what they hold';
-  return section('Where the bytes go', bar, table(caption, ['part', 'bytes', 'share'], rows, 'sizes'));
+  return section(
+    'Where the bytes go',
+    bar,
+    table(caption, ['part', 'bytes', 'share'], rows, 'sizes'),
+  );
 }
 
 function compressedLeaves(description) {
@@ -209,7 +230,11 @@ function compressedLeaves(description) {
     numberCell(number(weightsOf(leaf)), 'wide'),
     barCell(percent(prunedOf(leaf)), prunedOf(leaf)),
     barCell(bitsOf(leaf).toFixed(2), bitsOf(leaf) / mostBits),
-    barCell(number(leaf.bytes), leaf.bytes / mostBytes, `${percent(leaf.bytes / description.bytes)} of the file`),
+    barCell(
+      number(leaf.bytes),
+      leaf.bytes / mostBytes,
+      `${percent(leaf.bytes / description.bytes)} of the file`,
+    ),
     element('td', {class: 'wide'}, histogram(leaf.codes, 'spark')),
   ];
   return section(
@@ -250,7 +275,10 @@ function deadMatter(description) {
   }
   const channels = total(found, ({codes}) => codes.deadChannels);
   const rows = total(found, ({codes}) => codes.deadRows);
-  const names = dead.slice(0, MAX_LISTED).map(({path}) => visible(path)).join(', ');
+  const names = dead
+    .slice(0, MAX_LISTED)
+    .map(({path}) => visible(path))
+    .join(', ');
   const more = dead.length > MAX_LISTED ? ` and ${number(dead.length - MAX_LISTED)} more` : '';
   const leaves = dead.length ? ` All weights are pruned of ${names}${more}.` : '';
   const text =
@@ -261,11 +289,20 @@ function deadMatter(description) {
     {name: 'channels', key: ({codes}) => codes.deadChannels},
     {name: 'rows', key: ({codes}) => codes.deadRows},
   ];
-  const cells = ({codes}) => [numberCell(number(codes.deadChannels)), numberCell(number(codes.deadRows))];
+  const cells = ({codes}) => [
+    numberCell(number(codes.deadChannels)),
+    numberCell(number(codes.deadRows)),
+  ];
   return section(
     'Dead matter',
     element('p', {}, text),
-    leafTable('Leaves with output channels or rows in which all is pruned', columns, partly, cells, null),
+    leafTable(
+      'Leaves with output channels or rows in which all is pruned',
+      columns,
+      partly,
+      cells,
+      null,
+    ),
   );
 }
 
@@ -288,14 +325,17 @@ function leafDetails(leaf) {
     ['nominal, packed', `${bitsText(leaf, 'nominal')}, ${bitsText(leaf, 'packed')} bits`],
     ['entropy, file', `${bitsText(leaf, 'entropy')}, ${bitsOf(leaf).toFixed(3)} bits`],
   ].filter(([, text]) => text && text !== '0');
-  const fact = ([key, text]) =>
-    element('div', {}, element('dt', {}, key), element('dd', {}, text));
+  const fact = ([key, text]) => element('div', {}, element('dt', {}, key), element('dd', {}, text));
   const list = element('dl', {}, ...facts.map(fact));
   if (total(codes.counts, (count) => count) === 0) return [list];
   const middle = (codes.counts.length - 1) / 2;
   const outermost = grid ? valueOf(grid, middle) : middle;
   const ends = [-outermost, 0, outermost].map((value) => element('span', {}, short(value)));
-  const unit = grid ? (codes.scaledOutputs ? 'value, over the scale of its output' : 'value') : 'code';
+  const unit = grid
+    ? codes.scaledOutputs
+      ? 'value, over the scale of its output'
+      : 'value'
+    : 'code';
   const zeros = codes.counts[middle];
   const note = isCut(codes) ? ' The bar of 0 is cut off.' : '';
   const figure = element(
@@ -312,9 +352,14 @@ function leafDetails(leaf) {
   const rows = codes.counts.map((count, i) => {
     const code = i - middle;
     const value = grid ? short(valueOf(grid, code)) : '–';
-    return [String(code), value, number(count), percent(count / weightsOf(leaf))];
+    return [short(code), value, number(count), percent(count / weightsOf(leaf))];
   });
-  const counts = table(`Codes of ${visible(leaf.path)}`, ['code', 'value', 'weights', 'share'], rows, 'sizes');
+  const counts = table(
+    `Codes of ${visible(leaf.path)}`,
+    ['code', 'value', 'weights', 'share'],
+    rows,
+    'sizes',
+  );
   return [list, figure, disclosure('Codebook and counts as a table', counts)];
 }
 
@@ -348,7 +393,11 @@ function histogram(codes, kind) {
   const half = places[places.length - 1] + step / 2 || 1;
   const [width, height] = [400, 100];
   const top = isCut(codes) ? 1.25 * tallest(counts) : Math.max(...counts, 1);
-  const svg = svgElement('svg', {class: kind, viewBox: `0 0 ${width} ${height}`, 'aria-hidden': 'true'});
+  const svg = svgElement('svg', {
+    class: kind,
+    viewBox: `0 0 ${width} ${height}`,
+    'aria-hidden': 'true',
+  });
   svg.setAttribute('preserveAspectRatio', 'none');
   const zeroWidth = grid ? Math.min(step, Math.max(2 * grid.first - step, step / 4)) : step;
   let [others, zero] = ['', ''];
@@ -363,7 +412,10 @@ function histogram(codes, kind) {
     if (i === middle) zero += path;
     else others += path;
   });
-  svg.append(svgElement('path', {class: 'kept', d: others}), svgElement('path', {class: 'zero', d: zero}));
+  svg.append(
+    svgElement('path', {class: 'kept', d: others}),
+    svgElement('path', {class: 'zero', d: zero}),
+  );
   if (isCut(codes)) {
     const middleX = width / 2;
     const cut = `M${middleX - width} 9h${2 * width}v5h${-2 * width}z`;
@@ -374,13 +426,7 @@ function histogram(codes, kind) {
 
 // ---- two files
 
-function labelled(descriptions) {
-  const labels = descriptions.map(({name}) => visible(name));
-  if (labels.length === 2 && labels[0] === labels[1]) labels[1] += ' (second)';
-  return labels;
-}
-
-function totals(descriptions, labels) {
+function totals(descriptions) {
   const found = descriptions.map(compressed);
   const rows = [];
   const compare = (name, numbers, write) => {
@@ -392,40 +438,54 @@ function totals(descriptions, labels) {
   }
   const weights = found.map((leaves) => total(leaves, weightsOf));
   compare('compressed weights', weights, number);
-  const bits = found.map((leaves, i) => (8 * total(leaves, ({bytes}) => bytes)) / (weights[i] || 1));
+  const bits = found.map(
+    (leaves, i) => (8 * total(leaves, ({bytes}) => bytes)) / (weights[i] || 1),
+  );
   compare('bits a weight', bits, (value) => value.toFixed(3));
   const kept = found.map((leaves) => total(leaves, ({codes}) => codes.survivors));
-  compare('pruned', kept.map((count, i) => (weights[i] ? 1 - count / weights[i] : 0)), percent);
-  const columns = ['size', ...labels, 'difference'];
-  return section('Sizes side by side', table('Both files', columns, rows, 'sizes'));
+  compare(
+    'pruned',
+    kept.map((count, i) => (weights[i] ? 1 - count / weights[i] : 0)),
+    percent,
+  );
+  const columns = ['size', 'A', 'B', 'B − A'];
+  return section('Sizes', table('Both files side by side', columns, rows, 'sizes'));
 }
 
-function comparison(descriptions, labels) {
+function comparison(descriptions) {
   const sides = descriptions.map(({leaves}) => new Map(leaves.map((leaf) => [leaf.path, leaf])));
   const paths = new Set(descriptions.flatMap(({leaves}) => leaves.map(({path}) => path)));
+  const change = ([one, other]) => (one === null || other === null ? null : other - one);
+  const withChange = (numbers) => [...numbers, change(numbers)];
   const pairs = [...paths].map((path) => {
     const both = sides.map((side) => side.get(path));
-    const bits = both.map((leaf) => (leaf?.codes ? bitsOf(leaf) : null));
     const {shape, dtype} = both[0] ?? both[1];
-    return {path, shape, dtype, tiedTo: null, bytes: both.map((leaf) => leaf?.bytes ?? null), bits};
+    const bytes = withChange(both.map((leaf) => leaf?.bytes ?? null));
+    const bits = withChange(both.map((leaf) => (leaf?.codes ? bitsOf(leaf) : null)));
+    return {path, shape, dtype, tiedTo: null, bytes, bits};
   });
-  const change = ([one, other]) => (one === null || other === null ? null : other - one);
+  const isCompressed = ({bits}) => bits[0] !== null || bits[1] !== null;
+  pairs.sort((one, other) => isCompressed(other) - isCompressed(one));
+  const names = ['A', 'B', 'B − A'];
   const columns = [
     {name: 'leaf', key: ({path}) => path},
-    {name: `bytes in ${labels[0]}`, key: ({bytes}) => bytes[0]},
-    {name: `bytes in ${labels[1]}`, key: ({bytes}) => bytes[1]},
-    {name: 'more bytes', key: ({bytes}) => change(bytes)},
-    {name: `bits in ${labels[0]}`, key: ({bits}) => bits[0]},
-    {name: `bits in ${labels[1]}`, key: ({bits}) => bits[1]},
-    {name: 'more bits', key: ({bits}) => change(bits)},
+    ...names.map((name, i) => ({name: `bytes ${name}`, key: ({bytes}) => bytes[i]})),
+    ...names.map((name, i) => ({name: `bits ${name}`, key: ({bits}) => bits[i], isWide: true})),
   ];
-  const write = (value, text) => numberCell(value === null ? '–' : text(value));
   const fixed = (value) => value.toFixed(3);
+  const write = (value, i, text) => {
+    if (value === null) return '–';
+    return i === 2 ? signed(value, text) : text(value);
+  };
   const cells = ({bytes, bits}) => [
-    ...bytes.map((value) => write(value, number)),
-    write(change(bytes), (value) => signed(value, number)),
-    ...bits.map((value) => write(value, fixed)),
-    write(change(bits), (value) => signed(value, fixed)),
+    ...bytes.map((value, i) => {
+      const cell = numberCell(write(value, i, number));
+      // the columns of bits, where the page is too narrow for them
+      if (bits[i] !== null)
+        cell.append(element('span', {class: 'about narrow'}, `${write(bits[i], i, fixed)} bits`));
+      return cell;
+    }),
+    ...bits.map((value, i) => numberCell(write(value, i, fixed), 'wide')),
   ];
   const caption = 'Bytes of each leaf in both files, and bits a weight where it is compressed';
   return section('Leaf by leaf', leafTable(caption, columns, pairs, cells, null));
@@ -441,7 +501,11 @@ const difference = (one, other, text) => signed(other - one, text);
  * leaf stay with it.
  */
 function leafTable(caption, columns, leaves, cells, details) {
-  const groups = leaves.map((leaf, i) => ({leaf, number: i, body: leafRow(leaf, cells(leaf), details)}));
+  const groups = leaves.map((leaf, i) => ({
+    leaf,
+    number: i,
+    body: leafRow(leaf, cells(leaf), details),
+  }));
   const head = element('tr', {});
   const body = element('table', {class: columns.length > 3 ? 'leaves' : 'leaves few'});
   columns.forEach(({name, key, isWide}, column) => {
@@ -480,9 +544,17 @@ function leafTable(caption, columns, leaves, cells, details) {
 }
 
 function leafRow(leaf, cells, details) {
-  const path = element('span', {class: 'path'}, visible(leaf.path) || '(the whole tree)');
+  const path = element(
+    'span',
+    {class: 'path'},
+    ...breakable(visible(leaf.path) || '(the whole tree)'),
+  );
   const again = leaf.tiedTo === null ? '' : ` = ${visible(leaf.tiedTo)}`;
-  const about = element('span', {class: 'about'}, `${leaf.dtype} ${leaf.shape.join('×') || 'scalar'}${again}`);
+  const about = element(
+    'span',
+    {class: 'about'},
+    `${leaf.dtype} ${leaf.shape.join('×') || 'scalar'}${again}`,
+  );
   const body = element('tbody', {});
   const name = element('th', {scope: 'row'});
   body.append(element('tr', {}, name, ...cells));
@@ -517,7 +589,8 @@ function barCell(text, share, title = '') {
 
 /** A table whose first column is a heading of each row. */
 function table(caption, columns, rows, kind) {
-  const side = (column) => (kind === 'sizes' && column > 0 && columns[column] !== 'what it is' ? 'number' : '');
+  const side = (column) =>
+    kind === 'sizes' && column > 0 && columns[column] !== 'what it is' ? 'number' : '';
   const head = columns.map((name, i) => element('th', {scope: 'col', class: side(i)}, name));
   const body = rows.map(([first, ...rest]) =>
     element(
@@ -539,7 +612,11 @@ function table(caption, columns, rows, kind) {
 
 /** A region that scrolls, by keyboard too, where a table is wider than the page. */
 function scrolling(content, label) {
-  return element('div', {class: 'scrolling', tabindex: '0', role: 'region', 'aria-label': label}, content);
+  return element(
+    'div',
+    {class: 'scrolling', tabindex: '0', role: 'region', 'aria-label': label},
+    content,
+  );
 }
 
 // ---- elements and texts
@@ -548,7 +625,8 @@ const byId = (id) => document.getElementById(id);
 
 function element(tag, attributes, ...children) {
   const made = document.createElement(tag);
-  for (const [name, text] of Object.entries(attributes)) if (text || name === 'hidden') made.setAttribute(name, text);
+  for (const [name, text] of Object.entries(attributes))
+    if (text || name === 'hidden') made.setAttribute(name, text);
   made.append(...children);
   return made;
 }
@@ -570,6 +648,12 @@ function visible(text) {
   return text.replace(/[\p{C}\u2028\u2029]/gu, (c) => `\\u{${c.codePointAt(0).toString(16)}}`);
 }
 
+/** Text that breaks between the parts of a path. */
+function breakable(text) {
+  const parts = text.split(/(?<=[/._])/);
+  return parts.flatMap((part, i) => (i ? [element('wbr', {}), part] : [part]));
+}
+
 const compressed = ({leaves}) => leaves.filter(({codes}) => codes !== null);
 const weightsOf = ({shape}) => shape.reduce((all, n) => all * n, 1);
 const prunedOf = (leaf) => 1 - leaf.codes.survivors / (weightsOf(leaf) || 1);
@@ -579,4 +663,5 @@ const total = (leaves, size) => leaves.reduce((sum, leaf) => sum + size(leaf), 0
 const number = (value) => value.toLocaleString('en');
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
 const short = (value) => String(Number(value.toPrecision(4))).replace('-', '−');
-const range = ([least, largest]) => (least === largest ? short(least) : `${short(least)} to ${short(largest)}`);
+const range = ([least, largest]) =>
+  least === largest ? short(least) : `${short(least)} to ${short(largest)}`;
