@@ -33,10 +33,8 @@ def model_card(description: Description, *, base: str | None = None) -> str:
   >>> network = opq_jax.compress(params, compression_rate=16.0)
   >>> data = opq_jax.file.serialize(network.params, network.state)
   >>> described = opq_jax.report.file_description(data, name='net.opq')
-  >>> print(model_card(described, base='example/net')[:50])
-  ---
-  library_name: opq_jax
-  base_model: "example/net"
+  >>> model_card(described, base='example/net').splitlines()[1:3]
+  ['library_name: opq_jax', 'base_model: "example/net"']
   """
   if base is not None and not _REPOSITORY.fullmatch(base):
     raise ValueError(f'base: found {base!r}, expected the name of a repository, OWNER/NAME')

@@ -36,25 +36,26 @@ export function start(given, read) {
     const own = ++reading;
     alert.replaceChildren();
     const found = [];
-    for (const file of files.slice(0, 2)) {
-      const progress = (done, all) => {
-        if (own !== reading) throw new Error('found another file to read');
-        status.textContent = `Reading ${visible(file.name)}: ${done} of ${all} leaves`;
-      };
-      status.textContent = `Reading ${visible(file.name)} …`;
-      try {
-        found.push(await read(file, progress));
-      } catch (error) {
+    let name = '';
+    try {
+      for (const file of files.slice(0, 2)) {
+        name = visible(file.name);
+        status.textContent = `Reading ${name} …`;
+        const description = await read(file, (done, all) => {
+          if (own !== reading) throw new Error('found another file to read');
+          status.textContent = `Reading ${name}: ${number(done)} of ${number(all)} leaves`;
+        });
         if (own !== reading) return;
-        status.textContent = '';
-        alert.textContent = visible(`${file.name} is not shown: ${error.message}`);
-        return;
+        found.push(description);
       }
+      current = beside.checked && found.length === 1 ? [current[0], found[0]] : found;
+      show();
+      status.textContent = `Shown: ${current.map(({name}) => visible(name)).join(' and ')}`;
+    } catch (error) {
       if (own !== reading) return;
+      status.textContent = '';
+      alert.textContent = `${name} is not shown: ${visible(error.message)}`;
     }
-    current = beside.checked && found.length === 1 ? [current[0], found[0]] : found;
-    show();
-    status.textContent = `Shown: ${current.map(({name}) => visible(name)).join(' and ')}`;
   };
   input.addEventListener('change', () => input.files.length && open([...input.files]));
   for (const type of ['dragenter', 'dragover']) {
@@ -113,56 +114,52 @@ function heading(description, tag) {
     ? `, ${(original / bytes).toFixed(2)} times fewer than the network had`
     : '';
   const facts = [
-    [`${number(bytes)} bytes${rate}`],
-    [`${number(leaves.length)} leaves, of which ${number(found.length)} compressed`],
+    `${number(bytes)} bytes${rate}`,
+    `${number(leaves.length)} leaves, of which ${number(found.length)} compressed`,
   ];
   if (weights) {
     const bits = (8 * total(found, (leaf) => leaf.bytes)) / weights;
-    facts.push([
+    facts.push(
       `${number(weights)} compressed weights: ${bits.toFixed(2)} bits each, ` +
         `${percent(1 - survivors / weights)} pruned`,
-    ]);
+    );
   }
-  const several = (count, one, many) => `${number(count)} ${count === 1 ? one : many}`;
+  const add = (count, one, many) => {
+    if (count) facts.push(`${number(count)} ${count === 1 ? one : many}`);
+  };
   const count = (is) => found.filter(is).length;
-  for (const [size, one, many] of [
-    [count(({codes}) => codes.slices), 'leaf has slices', 'leaves have slices'],
-    [count(({codes}) => codes.isRotated), 'leaf has rotated inputs', 'leaves have rotated inputs'],
-    [
-      count(({codes}) => codes.scaledOutputs),
-      'leaf has scales of its outputs',
-      'leaves have scales of their outputs',
-    ],
-    [
-      leaves.filter(({tiedTo}) => tiedTo !== null).length,
-      'leaf is an earlier one again, stored once',
-      'leaves are earlier ones again, stored once',
-    ],
-  ]) {
-    if (size) facts.push([several(size, one, many)]);
-  }
-  const escaped = total(found, (leaf) => leaf.codes.escaped);
-  if (escaped)
-    facts.push([several(escaped, 'weight is stored as it is', 'weights are stored as they are')]);
-  const list = element('ul', {class: 'facts'}, ...facts.map(([text]) => element('li', {}, text)));
+  const tied = leaves.filter(({tiedTo}) => tiedTo !== null).length;
+  const scaled = count(({codes}) => codes.scaledOutputs);
+  add(
+    count(({codes}) => codes.slices),
+    'leaf has slices',
+    'leaves have slices',
+  );
+  add(
+    count(({codes}) => codes.isRotated),
+    'leaf has rotated inputs',
+    'leaves have rotated inputs',
+  );
+  add(scaled, 'leaf has scales of its outputs', 'leaves have scales of their outputs');
+  add(tied, 'leaf is an earlier one again', 'leaves are earlier ones again, stored once');
+  add(
+    total(found, (leaf) => leaf.codes.escaped),
+    'weight is stored as it is',
+    'weights are stored as they are',
+  );
+  const list = element('ul', {class: 'facts'}, ...facts.map((text) => element('li', {}, text)));
   return element('header', {}, element(tag, {}, visible(description.name)), list);
 }
 
 function origin({metadata, sideFiles}) {
-  const rows = metadata.map(([key, text]) => [visible(key), visible(text)]);
+  const lines = (text) => text.split('\n').map(visible).join('\n');
+  const rows = metadata.map(([key, text]) => [visible(key), lines(text)]);
   for (const [name, size] of sideFiles) {
     rows.push([`side file ${visible(name)}`, `${number(size)} bytes`]);
   }
   if (rows.length === 0) return null;
-  return section(
-    'How it was made',
-    table(
-      'Metadata and side files',
-      ['key', 'value'],
-      rows.map(([key, text]) => [key, text]),
-      'texts',
-    ),
-  );
+  const made = table('Metadata and side files', ['key', 'value'], rows, 'texts');
+  return section('How it was made', made);
 }
 
 function fourSizes(description) {
@@ -216,8 +213,8 @@ function whereBytesGo(description) {
 function compressedLeaves(description) {
   const found = compressed(description);
   if (found.length === 0) return null;
-  const mostBits = Math.max(...found.map(bitsOf));
-  const mostBytes = Math.max(...found.map((leaf) => leaf.bytes));
+  const most = (size) => found.reduce((largest, leaf) => Math.max(largest, size(leaf)), 0) || 1;
+  const [mostBits, mostBytes] = [most(bitsOf), most(({bytes}) => bytes)];
   const columns = [
     {name: 'leaf', key: ({path}) => path},
     {name: 'weights', key: weightsOf, isWide: true},
@@ -481,8 +478,9 @@ function comparison(descriptions) {
     ...bytes.map((value, i) => {
       const cell = numberCell(write(value, i, number));
       // the columns of bits, where the page is too narrow for them
-      if (bits[i] !== null)
+      if (bits[i] !== null) {
         cell.append(element('span', {class: 'about narrow'}, `${write(bits[i], i, fixed)} bits`));
+      }
       return cell;
     }),
     ...bits.map((value, i) => numberCell(write(value, i, fixed), 'wide')),
@@ -625,8 +623,9 @@ const byId = (id) => document.getElementById(id);
 
 function element(tag, attributes, ...children) {
   const made = document.createElement(tag);
-  for (const [name, text] of Object.entries(attributes))
+  for (const [name, text] of Object.entries(attributes)) {
     if (text || name === 'hidden') made.setAttribute(name, text);
+  }
   made.append(...children);
   return made;
 }
