@@ -245,6 +245,7 @@ TABLES: dict[str, Callable[[], str]] = {
   'corrections': corrections,
   'one_shot_mobilenet_v1': lambda: one_shot('one_shot_mobilenet_v1'),
   'smollm2_rows': lambda: language_model('smollm2', language_tables.all_rows),
+  'smollm2_beside_rivals': lambda: language_model('smollm2', language_tables.beside_rivals),
   'iglm_beside_rivals': lambda: language_model('iglm', language_tables.beside_rivals),
   'iglm_rows': lambda: language_model('iglm', language_tables.all_rows),
   'finetune_resnet20_cifar10': lambda: markdown(finetune(RESULTS / 'finetune_resnet20_cifar10')),
