@@ -20,6 +20,7 @@ SUBJECTS = {
   'opq_jax.models': 'Networks of the paper and of its field.',
   'opq_jax.importers': 'Weights of other frameworks.',
   'opq_jax.language': 'Language models from disk to disk.',
+  'opq_jax.export': 'Compressed networks for other runtimes.',
   'opq_jax.data': 'Datasets, batches and augmentation.',
   'opq_jax.core': 'Trees, files and native loops.',
   'opq_jax.cli': 'The command line as a function.',

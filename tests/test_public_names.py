@@ -41,6 +41,7 @@ ROOMS = {
   'correction',
   'data',
   'encoders',
+  'export',
   'file',
   'finetuning',
   'importers',

@@ -59,6 +59,12 @@ _COMMANDS = {
     help_texts.DECOMPRESS_EXAMPLES,
     compiles=False,
   ),
+  'export': _Command(
+    'write an .opq file for another runtime',
+    help_texts.EXPORT,
+    help_texts.EXPORT_EXAMPLES,
+    compiles=False,
+  ),
   'evaluate': _Command(
     'perplexity of a language model on a text, and KL against another',
     help_texts.EVALUATE,

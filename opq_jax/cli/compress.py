@@ -174,7 +174,7 @@ def run(arguments: argparse.Namespace) -> None:
   from opq_jax.cli.outputs import check_output, output_path
   from opq_jax.cli.safetensors_metadata import carried_metadata
   from opq_jax.importers.named_networks import identity_of
-  from opq_jax.weights import is_model_folder, is_streamable
+  from opq_jax.weights import graph_uses, is_model_folder, is_streamable
 
   source = Path(arguments.input)
   check_output(source, output_path(arguments.output))
@@ -206,15 +206,16 @@ def run(arguments: argparse.Namespace) -> None:
   )
   about = {'weights': source.name, 'opq_jax': opq_jax.__version__}
   about |= carried_metadata(source)
+  graph = None if is_known else graph_uses(source)
   is_streamed = not is_known and is_streamable(source)
   if is_streamed and (not arguments.trellis or arguments.calibration is not None):
     from opq_jax.cli import leaf_by_leaf
 
-    leaf_by_leaf.compress(arguments, network, plan, about)
+    leaf_by_leaf.compress(arguments, network, plan, about, graph)
   else:
     from opq_jax.cli import in_memory
 
-    in_memory.compress(arguments, is_known, network, plan, about)
+    in_memory.compress(arguments, is_known, network, plan, about, graph)
 
 
 def _slices(texts: list[str]) -> dict[str, int]:

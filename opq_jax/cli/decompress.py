@@ -26,6 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     'framework that they came from)',
   )
 
+  parser.add_argument(
+    '--into',
+    metavar='NET',
+    help='an ONNX file of the network: OUT is it with the decoded weights (opq export: small)',
+  )
+
 
 def run(arguments: argparse.Namespace) -> None:
   """Writes the weights of a file as safetensors, or the model folder that it was made of."""
@@ -41,6 +47,13 @@ def run(arguments: argparse.Namespace) -> None:
 
   source, output = Path(arguments.file), Path(arguments.output)
   progress = functools.partial(timed_stages, console(sys.stdout), has_times=False)
+  if output.suffix.lower() == '.onnx' and arguments.into is None:
+    raise ValueError(f'{output}: needs --into NET, the ONNX file in which the weights stand')
+  if output.suffix.lower() != '.onnx' and arguments.into is not None:
+    raise ValueError(f'{output}: found suffix {output.suffix!r} with --into, expected .onnx')
+  if arguments.into is not None:
+    _write_onnx(source, output, Path(arguments.into), arguments.to)
+    return
   with OpqFile(source) as file:
     is_array_file = output.suffix.lower() in _SUFFIXES[1:]
     is_folder = holds_folder(file) and not is_array_file and arguments.to is None
@@ -81,3 +94,24 @@ def run(arguments: argparse.Namespace) -> None:
     write_safetensors(output, params, carried)
   size = os.stat(output).st_size
   console(sys.stdout).print(Text(f'{output}: {size:,} bytes, by {names}'))
+
+
+def _write_onnx(source: Path, output: Path, into: Path, to: str | None) -> None:
+  """Writes an ONNX file with the decoded weights in float initializers."""
+  from rich.text import Text
+
+  from opq_jax.cli import export
+  from opq_jax.cli.console import console
+  from opq_jax.cli.outputs import check_output
+  from opq_jax.export import write_onnx
+  from opq_jax.file.reader import OpqFile
+
+  if to is not None:
+    raise ValueError(f'--to: found {to} together with --into, expected one of them')
+  check_output(source, output)
+  check_output(into, output)
+  with OpqFile(source) as file:
+    written = write_onnx(output, file, into, floats=True)
+  export.print_notes(written, source, into)
+  line = f'{output}: {written.size:,} bytes, {len(written.leaves)} decoded leaves in {into}'
+  console(sys.stdout).print(Text(line), soft_wrap=True)

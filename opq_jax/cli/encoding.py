@@ -6,6 +6,7 @@ A file that `opq compress` wrote has these keys; `opq verify` repeats what they 
                      targets, as numbers; beside file_rate the bits_per_weight that met it
     objective        of the allocation; divergence: what an error in a leaf costs the answer
     channel_axis     auto, first or last
+    channel_axes     NAME=AXIS, one a line: of leaves whose axis a graph tells, or names do not
     slices           GLOB=N, one a line: the first N axes of leaves that GLOB matches count slices
     encoder          rounding, feedback, trellis or layer_by_layer
     first            of layer_by_layer: the encoder of each layer
@@ -99,6 +100,7 @@ class Encoding:
     targets: by the names of `TARGETS`.
     objective: of the allocation.
     channel_axis: `auto`, `first` or `last`.
+    channel_axes: axes of leaves whose graph tells them, by name.
     slices: globs of leaves, and how many of their leading axes count slices.
     encoder: name of the encoder.
     first: name of the encoder of each layer, for `layer_by_layer`.
@@ -120,6 +122,7 @@ class Encoding:
   targets: Mapping[str, float] = dataclasses.field(default_factory=dict)
   objective: str | None = None
   channel_axis: str = 'auto'
+  channel_axes: Mapping[str, int] = dataclasses.field(default_factory=dict)
   slices: Mapping[str, int] = dataclasses.field(default_factory=dict)
   encoder: str = ROUNDING
   first: str | None = None
@@ -138,6 +141,8 @@ class Encoding:
       **{name: _number(value) for name, value in self.targets.items()},
       'objective': self.objective,
       'channel_axis': self.channel_axis,
+      'channel_axes': '\n'.join(f'{name}={axis}' for name, axis in self.channel_axes.items())
+      or None,
       'slices': '\n'.join(f'{glob}={n}' for glob, n in self.slices.items()) or None,
       'encoder': self.encoder,
       'first': self.first,
@@ -175,6 +180,7 @@ class Encoding:
       targets={name: _parsed(texts, name, float) for name in TARGETS if name in texts},
       objective=texts.get('objective'),
       channel_axis=texts.get('channel_axis', 'auto'),
+      channel_axes=_axes_in(texts),
       slices=_slices_in(texts),
       encoder=texts.get('encoder', ROUNDING),
       first=texts.get('first'),
@@ -197,6 +203,17 @@ class Encoding:
       inference_only=texts.get('inference_only') == 'true',
       optimizer=texts.get('optimizer'),
     )
+
+
+def _axes_in(texts: Mapping[str, str]) -> dict[str, int]:
+  """Returns the names and axes of the metadata."""
+  axes = {}
+  for line in texts['channel_axes'].split('\n') if 'channel_axes' in texts else ():
+    name, _, axis = line.rpartition('=')
+    if not name or not re.fullmatch('[0-9]', axis):
+      raise ValueError(f'metadata: channel_axes: found {line!r}, expected NAME=AXIS')
+    axes[name] = int(axis)
+  return axes
 
 
 def _slices_in(texts: Mapping[str, str]) -> dict[str, int]:
@@ -253,8 +270,11 @@ def channel_axis(
   from opq_jax.weights import channels
 
   mode: Any = _axis_mode(metadata)
+  axes = _axes_in(metadata)
 
   def axis_of(path: str, leaf: Any) -> int:
+    if path in axes:
+      return axes[path]
     count = slices(path, leaf) if slices else 0
     # names tell the axis of one slice
     one = np.broadcast_to(0, np.shape(leaf)[count:])

@@ -39,9 +39,10 @@ and --exclude override the names. An optimizer's state is left out, with zeros
 in its place.
 
 IN is a .safetensors, .npz, .msgpack (Flax), .pt, .pth, .bin, .ckpt or .th
-(needs torch), .h5, .hdf5 or .keras (needs h5py), .gguf (needs gguf) or .opq
-file, a model folder of Hugging Face, or the folder of an Orbax checkpoint. Of a
-model folder the file carries config and tokenizer too. float64 leaves are
+(needs torch), .h5, .hdf5 or .keras (needs h5py), .gguf (needs gguf), .onnx
+(needs onnx) or .opq file, a model folder of Hugging Face, or the folder of an
+Orbax checkpoint. Of a model folder the file carries config and tokenizer too.
+Of an ONNX file the graph tells which tensors are weights. float64 leaves are
 compressed as float32.
 
 The language model of a folder (Llama, Mistral, Qwen2, Qwen3, GPT-2) is run on
@@ -142,7 +143,8 @@ examples:
 """
 
 DECOMPRESS = """\
-Writes the decoded weights as a .safetensors file. A file made with --model is
+Writes the decoded weights as a .safetensors file, or with --into as an .onnx
+file. A file made with --model is
 written under the names that its weights came with. A file made of a model
 folder becomes a folder again, which must be new or empty."""
 
@@ -156,6 +158,18 @@ examples:
       for a file made with --model: the names of the original framework
   opq decompress --to flax resnet50.opq resnet50.safetensors
       Flax's names: params/stem/kernel, batch_stats/stem_bn/mean, ...
+"""
+
+EXPORT = """\
+Writes an ONNX file with the weights of an .opq file in the places of its own:
+indices, and the values that occur. Nothing is rounded again, and every runtime
+of ONNX reads it, as fast as the float network. A leaf that is no such palette
+stays in floats, and is named. Needs onnx: pip install opq_jax[onnx]."""
+
+EXPORT_EXAMPLES = """\
+examples:
+  opq compress net.onnx net.opq
+  opq export net.opq small.onnx --into net.onnx
 """
 
 EVALUATE = """\

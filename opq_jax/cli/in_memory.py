@@ -31,6 +31,7 @@ from opq_jax.cli.encoding import (
   slices_of,
 )
 from opq_jax.cli.folders import carried_notes, carried_of
+from opq_jax.cli.graphs import planned_by_graph
 from opq_jax.cli.images import FolderImages
 from opq_jax.cli.leaves import checked_slices, chosen_paths, names_note, narrowed
 from opq_jax.cli.optimizers import report_without_optimizer, without_optimizer
@@ -44,7 +45,7 @@ from opq_jax.file import writer
 from opq_jax.importers import networks
 from opq_jax.importers.networks import Network
 from opq_jax.report import payload_report
-from opq_jax.weights import read_weights
+from opq_jax.weights import GraphUse, read_weights
 
 if TYPE_CHECKING:
   from opq_jax.language import StoredNetwork
@@ -56,6 +57,7 @@ def compress(
   language: 'StoredNetwork | None',
   plan: Encoding,
   about: dict[str, str],
+  graph: Mapping[str, GraphUse] | None = None,
 ) -> None:
   """Reads all weights, compresses them, writes the file and prints the table of the whole.
 
@@ -65,6 +67,7 @@ def compress(
     language: the language model whose weights they are, for the objective.
     plan: targets, objective and channel axis.
     about: further metadata of the file.
+    graph: how the graph of an ONNX file uses its weights.
   """
   source, output = Path(arguments.input), Path(arguments.output)
   stdout = console(sys.stdout)
@@ -93,9 +96,10 @@ def compress(
       if not arguments.keep_optimizer:
         params, left_out, line = without_optimizer(params)
         plan = dataclasses.replace(plan, optimizer=LEFT_OUT if line else None)
-      chosen = chosen_paths(params, arguments.include, arguments.exclude)
+      chosen = chosen_paths(params, arguments.include, arguments.exclude, graph)
+      plan = planned_by_graph(plan, graph, chosen)
       slices = checked_slices(plan.slices, chosen)
-      by_name = '' if arguments.include else names_note(params, chosen, arguments.exclude)
+      by_name = '' if arguments.include else names_note(params, chosen, arguments.exclude, graph)
       original = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params)) - left_out
       params = narrowed(params, chosen)
     plan = _planned(arguments, plan, network, images)

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ import jax
 from opq_jax.cli.console import collected_warnings, console, note
 from opq_jax.cli.encoding import DIVERGENCE, LEFT_OUT, Encoding, channel_axis
 from opq_jax.cli.folders import carried_notes, carried_of
+from opq_jax.cli.graphs import planned_by_graph
 from opq_jax.cli.leaves import checked_slices, chosen_paths, names_note
 from opq_jax.cli.optimizers import (
   WithoutOptimizer,
@@ -23,7 +24,7 @@ from opq_jax.cli.results import print_result
 from opq_jax.cli.stages import Stage, timed_stages
 from opq_jax.cli.uncorrected import uncorrected
 from opq_jax.core import trees
-from opq_jax.weights import StreamedFile, compress_stored, open_weights
+from opq_jax.weights import GraphUse, StreamedFile, compress_stored, open_weights
 
 if TYPE_CHECKING:
   from opq_jax.language import StoredNetwork
@@ -34,6 +35,7 @@ def compress(
   network: 'StoredNetwork | None',
   plan: Encoding,
   about: dict[str, str],
+  graph: Mapping[str, GraphUse] | None = None,
 ) -> None:
   """Reads, encodes and writes one leaf after the other, and prints the table of the whole.
 
@@ -42,6 +44,7 @@ def compress(
     network: the language model whose weights they are, where it is read too.
     plan: targets, objective and channel axis.
     about: further metadata of the file.
+    graph: how the graph of an ONNX file uses its weights.
   """
   source, output = Path(arguments.input), Path(arguments.output)
   stdout = console(sys.stdout)
@@ -50,9 +53,10 @@ def compress(
   if not arguments.keep_optimizer:
     tree, left_out, line = without_optimizer(tree)
     plan = dataclasses.replace(plan, optimizer=LEFT_OUT if line else None)
-  chosen = chosen_paths(tree, arguments.include, arguments.exclude)
+  chosen = chosen_paths(tree, arguments.include, arguments.exclude, graph)
+  plan = planned_by_graph(plan, graph, chosen)
   slices = checked_slices(plan.slices, chosen)
-  by_name = '' if arguments.include else names_note(tree, chosen, arguments.exclude)
+  by_name = '' if arguments.include else names_note(tree, chosen, arguments.exclude, graph)
   leaves = [
     leaf.narrowed() if name in chosen else leaf for name, leaf in trees.named_leaves(tree).items()
   ]

@@ -15,11 +15,17 @@ from opq_jax.cli.encoding import slices_of
 from opq_jax.cli.globs import matches
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
+from opq_jax.weights import GraphUse
 
 _MASKS = 'masks by their values'
 
 
-def chosen_paths(params: PyTree, include: Sequence[str], exclude: Sequence[str]) -> set[str]:
+def chosen_paths(
+  params: PyTree,
+  include: Sequence[str],
+  exclude: Sequence[str],
+  graph: Mapping[str, GraphUse] | None = None,
+) -> set[str]:
   """Returns the paths of the leaves to compress.
 
   Args:
@@ -29,6 +35,8 @@ def chosen_paths(params: PyTree, include: Sequence[str], exclude: Sequence[str])
       the default's leaves chooses the other leaves that it matches: matrices whose name is that of
       a bias, a mask, ...
     exclude: globs; a leaf must match none of them.
+    graph: the weights of an ONNX file by its graph, which then says what is compressed by default
+      in the place of names.
 
   Raises:
     ValueError: a glob of `include` matches no leaf that can be compressed, or one of `exclude` no
@@ -42,7 +50,8 @@ def chosen_paths(params: PyTree, include: Sequence[str], exclude: Sequence[str])
   default = [
     path
     for path in possible
-    if path not in left and is_compressible(path, named[path]) and not is_buffer(named[path])
+    if (path not in left and is_compressible(path, named[path]) if graph is None else path in graph)
+    and not is_buffer(named[path])
   ]
   for option, globs, paths in (('--include', include, possible), ('--exclude', exclude, [*named])):
     for glob in globs:
@@ -77,13 +86,19 @@ def checked_slices(slices: Mapping[str, int], chosen: set[str]) -> Callable[[str
   return slices_of(slices)
 
 
-def names_note(params: PyTree, chosen: set[str], exclude: Sequence[str]) -> str:
+def names_note(
+  params: PyTree,
+  chosen: set[str],
+  exclude: Sequence[str],
+  graph: Mapping[str, GraphUse] | None = None,
+) -> str:
   """Returns a line about matrices that are left alone because of their names; '' without any.
 
   Args:
     params: the weights.
     chosen: the paths of the leaves to compress.
     exclude: globs of leaves that are known to be left alone.
+    graph: the weights of an ONNX file by its graph.
   """
   named = trees.named_leaves(params)
   moments, excluded = set(optimizer_leaves(named)), set()
@@ -96,12 +111,15 @@ def names_note(params: PyTree, chosen: set[str], exclude: Sequence[str]) -> str:
       continue
     count += 1
     kind = kind_of_name(path) or (_MASKS if is_buffer(leaf) else 'biases')
+    if graph is not None:
+      kind = _MASKS if path in graph else 'read by no product and no look-up of the graph'
     first.setdefault(kind, path)
   if not count:
     return ''
   kinds = ', '.join(f'{kind} ({path})' for kind, path in first.items())
   leaves = '1 leaf' if count == 1 else f'{count} leaves'
   reason = 'by name or values' if _MASKS in first else 'by name'
+  reason = reason if graph is None else 'by graph or values'
   return f'{leaves} of two axes or more stored bit for bit, {reason}: {kinds}; see --include'
 
 

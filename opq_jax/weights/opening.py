@@ -2,6 +2,7 @@
 
 .safetensors   a flat dict by name
 .gguf          a flat dict by name, dequantized; needs gguf (`pip install opq_jax[gguf]`)
+.onnx          a flat dict by name; needs onnx (`pip install opq_jax[onnx]`)
 a folder       of Hugging Face, a flat dict by name; or an Orbax checkpoint
 """
 
@@ -11,16 +12,16 @@ from pathlib import Path
 import jax
 
 from opq_jax.core.trees import PyTree
-from opq_jax.weights import gguf, hugging_face, orbax, safetensors
+from opq_jax.weights import gguf, hugging_face, onnx, orbax, safetensors
 
 
 def is_streamable(path: str | os.PathLike[str]) -> bool:
   """Returns whether `open_weights` takes a path.
 
-  It takes folders, .gguf, and .safetensors that is no `.opq`.
+  It takes folders, .gguf, .onnx, and .safetensors that is no `.opq`.
   """
   path = Path(path)
-  if path.is_dir() or path.suffix.lower() == '.gguf':
+  if path.is_dir() or path.suffix.lower() in ('.gguf', '.onnx'):
     return True
   if path.suffix.lower() != '.safetensors' or not path.is_file():
     return False
@@ -32,8 +33,8 @@ def open_weights(path: str | os.PathLike[str]) -> PyTree:
   """Returns the tree of a file or folder with a `StoredLeaf` for every array.
 
   Args:
-    path: a `.safetensors` or `.gguf` file, a folder of Hugging Face (`open_folder`), or one of
-      Orbax.
+    path: a `.safetensors`, `.gguf` or `.onnx` file, a folder of Hugging Face (`open_folder`), or
+      one of Orbax.
 
   Warns:
     UserWarning: a GGUF file is quantized already.
@@ -51,6 +52,8 @@ def open_weights(path: str | os.PathLike[str]) -> PyTree:
   """
   if os.fspath(path).lower().endswith('.gguf'):
     leaves = gguf.open_leaves(Path(path))
+  elif onnx.is_onnx(path):
+    leaves = onnx.open_leaves(Path(path))
   elif not os.path.isdir(path):
     leaves = safetensors.open_leaves(path)
   elif hugging_face.is_model_folder(path):

@@ -11,6 +11,7 @@
                       (`pip install opq_jax[torch]`)
     .gguf             tensors of llama.cpp by name, dequantized; needs gguf
                       (`pip install opq_jax[gguf]`)
+    .onnx             initializers by name; needs onnx (`pip install opq_jax[onnx]`)
     .h5, .hdf5, .keras
                       a Keras file, by `<layer>/<weight>`; needs h5py (`pip install opq_jax[keras]`)
 
@@ -36,6 +37,7 @@ from opq_jax.weights import (
   keras,
   msgpack,
   npz,
+  onnx,
   orbax,
   safetensors,
   torch,
@@ -132,6 +134,7 @@ _READERS: dict[str, tuple[Callable[[Path], PyTree], str]] = {
   '.ckpt': (torch.read, torch.EXPECTED),
   '.th': (torch.read, torch.EXPECTED),
   '.gguf': (gguf.read, 'a GGUF file'),
+  '.onnx': (onnx.read, onnx.EXPECTED),
   '.h5': (keras.read, 'an HDF5 file of Keras'),
   '.hdf5': (keras.read, 'an HDF5 file of Keras'),
   '.keras': (keras.read, 'a Keras file'),

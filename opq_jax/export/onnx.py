@@ -1,0 +1,467 @@
+"""Puts the weights of an `.opq` file into an ONNX file: indices, and the values that occur.
+
+In the place of a compressed leaf's initializer stand its values and the number of each weight's
+value, and nodes that look them up.  Nothing is rounded: the tensor that nodes read is that of the
+file, bit for bit.  Runtimes compute such constants when they load a network, so its time stays that
+of floats; what shrinks is the file.
+
+    weights                         in their place
+    up to 256 values                Gather(values, indices): UINT8, of several weights each where
+                                    few values occur (`opq_jax.export.palettes`); UINT4 where the
+                                    file knows it, from operator set 21 on
+    slices, each of 256 at most     Gather(values of all, indices + the first of each slice)
+    outputs with scales             Gather(...) * scales, where these products are exact
+    weights that are escaped        ScatterElements over the others
+    rotated inputs, and all others  the float initializer
+
+Operator sets are left as they are: raising them converts nodes that are not ours.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Shaped
+
+from opq_jax.core import extras, files, messages
+from opq_jax.core.limits import ESCAPE
+from opq_jax.export import palettes
+from opq_jax.file.reader import OpqFile
+from opq_jax.weights import checks
+from opq_jax.weights import onnx as onnx_files
+from opq_jax.weights.onnx_uses import uses_of
+
+_LEAST_OPSET = 6
+"""The first operator set whose Cast is that of today."""
+
+_SCATTER_OPSET = 11
+_SLICE_OPSET = 10
+_FOUR_BITS = 21, 10
+"""The first operator set, and version of the format, with UINT4."""
+
+_LARGEST = (1 << 31) - 1
+"""Bytes of a file: the bound of protocol buffers."""
+
+_FLOATS = 'floats'
+
+
+class ExportedLeaf(NamedTuple):
+  """What stands in the place of a compressed leaf.
+
+  Attributes:
+    name: of the leaf.
+    form: what its weights are, in words: `UINT8`, `UINT8 of 2 weights`, `floats`, ...
+    bytes: of its tensors and nodes.
+    float_bytes: of its float initializer.
+    reason: why it is a float initializer; '' where it is none.
+  """
+
+  name: str
+  form: str
+  bytes: int
+  float_bytes: int
+  reason: str = ''
+
+
+class ExportedModel(NamedTuple):
+  """An ONNX file that was written.
+
+  Attributes:
+    leaves: the compressed leaves that it has.
+    size: bytes of the file.
+    changed: leaves that are stored bit for bit, and differ from those of the ONNX file: in it now.
+    without_place: leaves of the `.opq` file that are no tensors of the ONNX file.
+    left: weights of the ONNX file that the `.opq` file does not have, with their bytes.
+  """
+
+  leaves: tuple[ExportedLeaf, ...]
+  size: int
+  changed: tuple[str, ...]
+  without_place: tuple[str, ...]
+  left: dict[str, int]
+
+
+def write_onnx(
+  path: str | os.PathLike[str],
+  file: OpqFile,
+  into: str | os.PathLike[str],
+  *,
+  floats: bool = False,
+) -> ExportedModel:
+  """Writes an ONNX file with the weights of an `.opq` file in the places of its own.
+
+  Args:
+    path: the file to write; an existing one is replaced.  It appears whole or not at all.
+    file: the compressed network, whose leaves have the names of tensors of `into`.
+    into: the ONNX file of the float network; data in other files are read beside it.
+    floats: whether to write float initializers.
+
+  Returns:
+    What was written.
+
+  Raises:
+    ValueError: onnx is missing, `into` or a leaf is damaged, no leaf has the name of a tensor,
+      shapes differ, a dtype cannot hold the weights, or the file would have 2 GiB or more.
+    OSError: a file cannot be read or written.
+
+  >>> import tempfile, onnx, opq_jax
+  >>> kernel = np.random.default_rng(0).laplace(size=(64, 32)).astype(np.float32)
+  >>> network = opq_jax.compress({'kernel': kernel}, compression_rate=8.0)
+  >>> data = opq_jax.file.serialize(network.params, network.state)
+  >>> tensor = onnx.numpy_helper.from_array(kernel, 'kernel')
+  >>> graph = onnx.helper.make_graph([], 'net', [], [], [tensor])
+  >>> with tempfile.TemporaryDirectory() as folder, OpqFile(data) as file:
+  ...   onnx.save(onnx.helper.make_model(graph), f'{folder}/net.onnx')
+  ...   written = write_onnx(f'{folder}/small.onnx', file, f'{folder}/net.onnx')
+  >>> [leaf.form for leaf in written.leaves]
+  ['UINT8']
+  """
+  into = Path(into)
+  external = extras.require('onnx.external_data_helper', 'onnx', str(into))
+  model = onnx_files.load(into)
+  found = checks.guarded(lambda _: onnx_files.constants(model), into, onnx_files.EXPECTED)
+  shared = _shared(file, into, found)
+  writer = _Writer(model, into, found, floats=floats)
+  leaves, changed = [], []
+  for name in shared:
+    if file.grids(name):
+      leaves.append(writer.add_compressed(name, file))
+    elif writer.add_uncompressed(name, file[name]):
+      changed.append(name)
+  weights = checks.guarded(lambda _: uses_of(model), into, onnx_files.EXPECTED)
+  left = {
+    name: found[name].tensor.ByteSize()
+    for name in weights
+    if name not in writer.parts and name not in file
+  }
+  writer.place()
+  checks.guarded(
+    lambda path: external.load_external_data_for_model(model, str(path.parent)),
+    into,
+    f'{onnx_files.EXPECTED} whose data are whole',
+  )
+  if (size := model.ByteSize()) > _LARGEST:
+    raise ValueError(f'{path}: found {size} bytes to write, expected at most {_LARGEST}')
+  files.write_bytes(path, model.SerializeToString())
+  without = tuple(name for name in file if name not in found)
+  return ExportedModel(tuple(leaves), size, tuple(changed), without, left)
+
+
+def _shared(file: OpqFile, into: Path, found: Mapping[str, Any]) -> list[str]:
+  """Returns the leaves of a file that are tensors of a model.
+
+  Raises:
+    ValueError: there are none, or shapes differ.
+  """
+  shared = [name for name in file if name in found]
+  if not any(file.grids(name) for name in shared):
+    raise ValueError(
+      f'{into}: found no tensor of the name of a compressed leaf, expected one of '
+      f'{messages.listed(name for name in file if file.grids(name))}'
+    )
+  shapes = {name: tuple(found[name].tensor.dims) for name in shared}
+  if lines := messages.differences(shapes, {name: file.shape(name) for name in shared}):
+    raise ValueError('\n'.join([f'{into}: found tensors of other shapes:', *lines]))
+  return shared
+
+
+class _Parts(NamedTuple):
+  """Nodes and tensors that make the output of a constant."""
+
+  nodes: list[Any]
+  tensors: list[Any]
+  form: str
+
+  def bytes(self) -> int:
+    """Returns their bytes in a file."""
+    return sum(part.ByteSize() for part in (*self.nodes, *self.tensors))
+
+
+class _Writer:
+  """A model whose tensors are replaced.
+
+  Attributes:
+    parts: what stands in the place of a constant, by its name in the tree.
+  """
+
+  def __init__(self, model: Any, into: Path, found: Mapping[str, Any], *, floats: bool):
+    self._model, self._into, self._found, self._as_floats = model, into, found, floats
+    self._opset = max(
+      (one.version for one in model.opset_import if one.domain in ('', 'ai.onnx')), default=0
+    )
+    if self._opset < _LEAST_OPSET and not floats:
+      raise ValueError(
+        f'{into}: found operator set {self._opset}, expected {_LEAST_OPSET} or a later one'
+      )
+    self._taken = set(_names(model))
+    self._palettes: set[str] = set()  # leaves that are no float initializers
+    self.parts: dict[str, _Parts] = {}
+
+  def add_compressed(self, name: str, file: OpqFile) -> ExportedLeaf:
+    """Puts a compressed leaf into the place of its tensor, as indices where that is smaller."""
+    from onnx import numpy_helper
+
+    array, output = self._in_dtype(name, file[name]), self._found[name].output
+    as_floats = _Parts([], [numpy_helper.from_array(array, output)], _FLOATS)
+    parts, reason = as_floats, ''
+    if not self._as_floats:
+      coded = self._coded(name, array, file)
+      if isinstance(coded, str):
+        reason = coded
+      elif coded.bytes() >= as_floats.bytes():
+        reason = 'larger as indices'
+      else:
+        parts = coded
+        self._palettes.add(name)
+    self.parts[name] = parts
+    return ExportedLeaf(name, parts.form, parts.bytes(), as_floats.bytes(), reason)
+
+  def add_uncompressed(self, name: str, array: Shaped[np.ndarray, '...']) -> bool:
+    """Puts a leaf into the place of its tensor where they differ; returns whether they do."""
+    from onnx import numpy_helper
+
+    constant = self._found[name]
+    read = lambda path: onnx_files.array_of(constant, path.parent)
+    old = checks.guarded(read, self._into, f'{onnx_files.EXPECTED} whose data are whole')
+    array = self._in_dtype(name, array)
+    if old.tobytes() == array.tobytes():
+      return False
+    self.parts[name] = _Parts([], [numpy_helper.from_array(array, constant.output)], _FLOATS)
+    return True
+
+  def place(self) -> None:
+    """Puts all parts into the graphs."""
+    changes: dict[int, tuple[Any, list[str]]] = {}
+    for name in self.parts:
+      graph = self._found[name].graph
+      changes.setdefault(id(graph), (graph, []))[1].append(name)
+    if self._model.ir_version < 4:
+      # before version 4 every initializer is an input as well, and constant all the same
+      self._model.ir_version = 4
+      graph = self._model.graph
+      _remove_inputs(graph, {tensor.name for tensor in graph.initializer})
+    inner_first = [graph for graph in onnx_files.graphs(self._model.graph) if id(graph) in changes][
+      ::-1
+    ]
+    for graph in inner_first:
+      names = changes[id(graph)][1]
+      _replace(graph, {self._found[name].output: self.parts[name] for name in names})
+
+  def _in_dtype(self, name: str, array: Shaped[np.ndarray, '...']) -> Shaped[np.ndarray, '...']:
+    """Returns a leaf in the dtype of its tensor, which must hold it exactly."""
+    dtype = onnx_files.dtype_of(self._found[name].tensor)
+    if dtype is None or array.dtype == dtype:
+      return array
+    with np.errstate(over='ignore', invalid='ignore'):
+      there = array.astype(dtype)
+      is_exact = there.astype(array.dtype).tobytes() == array.tobytes()
+    if not is_exact:
+      raise ValueError(
+        f'{self._into}: {name}: found a tensor of {dtype}, expected {array.dtype}, whose numbers '
+        'it must hold'
+      )
+    return there
+
+  def _coded(self, name: str, array: Shaped[np.ndarray, '...'], file: OpqFile) -> '_Parts | str':
+    """Returns the parts of a leaf, or why there are none."""
+    if (parts := self._again(name, array, file)) is not None:
+      return parts
+    if file.rotated_axis(name) is not None:
+      return 'rotated inputs'
+    emit = _Emitter(self._found[name].output, self._taken, self._opset, self._knows_four_bits())
+    if (palette := palettes.palette_of(array)) is not None:
+      return emit.done(emit.looked_up(palette, array.shape))
+    rest, positions = array, np.flatnonzero(file.codes(name).reshape(-1) == ESCAPE)
+    if positions.size:
+      if self._opset < _SCATTER_OPSET:
+        return (
+          f'{positions.size} of its weights are escaped, which takes operator set '
+          f'{_SCATTER_OPSET}, found {self._opset}'
+        )
+      rest = array.copy()
+      # any value of the leaf
+      rest.reshape(-1)[positions] = 0
+    coded = self._with_scales(emit, rest, file.slices(name), file.output_scales(name))
+    if coded is None:
+      return f'more than {palettes.MAX_VALUES} values'
+    if positions.size:
+      coded = emit.scattered(coded, array, positions)
+    return emit.done(coded)
+
+  def _with_scales(
+    self, emit: '_Emitter', array: Shaped[np.ndarray, '...'], slices: int, scales: Any
+  ) -> str | None:
+    """Emits a leaf without its escaped weights; returns its name, None where that is not exact."""
+    if scales is not None:
+      if array.dtype not in (np.float32, np.float64):
+        return None
+      scales = scales.astype(array.dtype)
+      base = array / scales
+      if (base * scales).tobytes() != array.tobytes():
+        return None
+      inner = self._with_scales(emit, base, slices, None)
+      return None if inner is None else emit.scaled(inner, scales)
+    if (palette := palettes.palette_of(array)) is not None:
+      return emit.looked_up(palette, array.shape)
+    sliced = palettes.sliced_palettes(array, slices) if slices else None
+    return None if sliced is None else emit.looked_up_in_slices(sliced, array.shape, slices)
+
+  def _again(self, name: str, array: Shaped[np.ndarray, '...'], file: OpqFile) -> _Parts | None:
+    """Returns the node that repeats an earlier leaf, None where the leaf is none again."""
+    from onnx import helper
+
+    first = file.tied_to(name)
+    if first is None or first not in self._palettes:
+      return None
+    here, there = self._found[name], self._found[first]
+    is_visible = there.graph is here.graph or there.graph is self._model.graph
+    if not is_visible or there.tensor.data_type != here.tensor.data_type:
+      return None
+    is_same = file.shape(first) == array.shape and file[first].tobytes() == file[name].tobytes()
+    kind, options = ('Identity', {}) if is_same else ('Transpose', {'perm': [1, 0]})
+    node = helper.make_node(kind, [there.output], [here.output], **options)
+    return _Parts([node], [], f'{kind} of another')
+
+  def _knows_four_bits(self) -> bool:
+    return self._opset >= _FOUR_BITS[0] and self._model.ir_version >= _FOUR_BITS[1]
+
+
+class _Emitter:
+  """Emits the nodes of one tensor."""
+
+  def __init__(self, output: str, taken: set[str], opset: int, knows_four_bits: bool):
+    self._output, self._taken, self._opset = output, taken, opset
+    self._knows_four_bits = knows_four_bits
+    self._nodes: list[Any] = []
+    self._tensors: list[Any] = []
+    self._form: list[str] = []
+
+  def done(self, name: str) -> _Parts:
+    """Returns the parts, whose last tensor gets the name that nodes read."""
+    for node in self._nodes:
+      if node.output[0] == name:
+        node.output[0] = self._output
+    return _Parts(self._nodes, self._tensors, ', '.join(self._form))
+
+  def looked_up(self, palette: palettes.Palette, shape: tuple[int, ...]) -> str:
+    """Emits the weights of a palette; returns their name."""
+    from onnx import TensorProto, helper
+
+    size = palette.numbers.size
+    run = palette.run(whole=self._opset < _SLICE_OPSET)
+    has_nibbles = self._knows_four_bits and palette.values.size <= 16
+    if has_nibbles and (size + 1) // 2 + palette.values.nbytes < palette.bytes_of(run):
+      numbers = np.append(palette.numbers, np.zeros(size % 2, np.uint8))
+      data = (numbers[::2] | (numbers[1::2] << 4)).tobytes()
+      indices = self._fresh('indices')
+      self._tensors.append(helper.make_tensor(indices, TensorProto.UINT4, shape, data, raw=True))
+      self._form.append('UINT4')
+      return self._gathered(palette.values, indices)
+    if run == 1:
+      self._form.append('UINT8')
+      return self._gathered(palette.values, self._tensor('indices', palette.numbers.reshape(shape)))
+    table, rows = palette.runs_of(run)
+    self._form.append(f'UINT8 of {run} weights')
+    runs = self._gathered(table, self._tensor('indices', rows))
+    if rows.size * run != size:
+      flat = self._reshaped(runs, [-1])
+      start, stop = (self._tensor('end', np.array([end])) for end in (0, size))
+      runs = self._node('Slice', [flat, start, stop])
+    return self._reshaped(runs, shape)
+
+  def looked_up_in_slices(
+    self, sliced: palettes.SlicedPalettes, shape: tuple[int, ...], slices: int
+  ) -> str:
+    """Emits the weights of slices, each with values of its own; returns their name."""
+    from onnx import TensorProto
+
+    indices = self._tensor('indices', sliced.palette.numbers.reshape(shape))
+    offsets = sliced.offsets.astype(np.int32)
+    offsets = offsets.reshape(*shape[:slices], *[1] * (len(shape) - slices))
+    wide = self._node('Cast', [indices], to=TensorProto.INT32)
+    places = self._node('Add', [wide, self._tensor('offsets', offsets)])
+    self._form.append('UINT8 by slice')
+    return self._node('Gather', [self._tensor('values', sliced.palette.values), places])
+
+  def scaled(self, name: str, scales: Shaped[np.ndarray, '...']) -> str:
+    """Emits the product of weights with the scales of outputs; returns its name."""
+    self._form.append('output scales')
+    return self._node('Mul', [name, self._tensor('scales', scales)])
+
+  def scattered(
+    self, name: str, array: Shaped[np.ndarray, '...'], positions: Shaped[np.ndarray, ' n']
+  ) -> str:
+    """Emits weights with escaped ones in their places; returns their name."""
+    self._form.append(f'{positions.size} escaped')
+    wide = np.int32 if array.size <= np.iinfo(np.int32).max else np.int64
+    places = self._tensor('places', positions.astype(wide))
+    escaped = self._tensor('escaped', array.reshape(-1)[positions])
+    flat = self._node('ScatterElements', [self._reshaped(name, [-1]), places, escaped], axis=0)
+    return self._reshaped(flat, array.shape)
+
+  def _gathered(self, values: Shaped[np.ndarray, '...'], indices: str) -> str:
+    from onnx import TensorProto
+
+    # Gather takes no other integers than of four bytes and eight
+    wide = self._node('Cast', [indices], to=TensorProto.INT32)
+    return self._node('Gather', [self._tensor('values', values), wide])
+
+  def _reshaped(self, name: str, shape: Sequence[int]) -> str:
+    return self._node('Reshape', [name, self._tensor('shape', np.array(shape, np.int64))])
+
+  def _node(self, kind: str, inputs: list[str], **options: Any) -> str:
+    from onnx import helper
+
+    output = self._fresh(kind.lower())
+    self._nodes.append(helper.make_node(kind, inputs, [output], **options))
+    return output
+
+  def _tensor(self, kind: str, array: Shaped[np.ndarray, '...']) -> str:
+    from onnx import numpy_helper
+
+    name = self._fresh(kind)
+    self._tensors.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+    return name
+
+  def _fresh(self, kind: str) -> str:
+    """Returns a name that the model does not have yet."""
+    name, number = f'{self._output}.{kind}', 0
+    while name in self._taken:
+      number += 1
+      name = f'{self._output}.{kind}_{number}'
+    self._taken.add(name)
+    return name
+
+
+def _names(model: Any) -> list[str]:
+  """Returns all names of a model's graphs."""
+  names = []
+  for graph in onnx_files.graphs(model.graph):
+    names += [one.name for one in (*graph.input, *graph.output, *graph.initializer)]
+    for node in graph.node:
+      names += [*node.input, *node.output]
+  return names
+
+
+def _replace(graph: Any, parts: Mapping[str, _Parts]) -> None:
+  """Puts parts into a graph in the places of the constants of these outputs."""
+  nodes = [node for own in parts.values() for node in own.nodes]
+  nodes += [
+    node for node in graph.node if not (node.op_type == 'Constant' and node.output[0] in parts)
+  ]
+  tensors = [tensor for tensor in graph.initializer if tensor.name not in parts]
+  tensors += [tensor for own in parts.values() for tensor in own.tensors]
+  del graph.node[:], graph.initializer[:]
+  graph.node.extend(nodes)
+  graph.initializer.extend(tensors)
+  _remove_inputs(graph, parts)
+
+
+def _remove_inputs(graph: Any, names: Any) -> None:
+  """Removes the inputs of a graph that are constants."""
+  inputs = [one for one in graph.input if one.name not in names]
+  if len(inputs) < len(graph.input):
+    del graph.input[:]
+    graph.input.extend(inputs)
