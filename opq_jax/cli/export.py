@@ -54,13 +54,16 @@ def print_notes(written: 'ExportedModel', source: Path, into: Path) -> None:
 
   for reason in dict.fromkeys(leaf.reason for leaf in written.leaves if leaf.reason):
     leaves = [leaf for leaf in written.leaves if leaf.reason == reason]
-    size = sum(leaf.bytes for leaf in leaves)
-    note(f'{size:,} bytes of floats: {reason}: {listed(leaf.name for leaf in leaves)}')
-  for names, what in (
-    (written.changed, f'leaves that are not compressed differ from those of {into}, and are in'),
+    size, names = sum(leaf.bytes for leaf in leaves), listed(leaf.name for leaf in leaves)
+    note(f'{size:,} bytes of floats, {reason}: {names}')
+  left = f'weights of {into} are not in {source}, and stay, {sum(written.left.values()):,} bytes'
+  for held, what in (
+    (
+      written.changed,
+      f'leaves that are not compressed differ from those of {into}, and replace them',
+    ),
     (written.without_place, f'leaves of {source} are no tensors of {into}'),
-    (written.left, f'weights of {into} are not in {source}, and stay'),
+    (written.left, left),
   ):
-    if names:
-      size = f', {sum(written.left.values()):,} bytes' if names is written.left else ''
-      note(f'{len(names)} {what}{size}: {listed(names)}')
+    if held:
+      note(f'{len(held)} {what}: {listed(held)}')

@@ -1,0 +1,1 @@
+"""Compressed networks in other runtimes."""
