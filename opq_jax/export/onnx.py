@@ -270,6 +270,8 @@ class _Writer:
       return parts
     if file.rotated_axis(name) is not None:
       return 'rotated inputs'
+    if array.itemsize == 1:
+      return 'a byte each, which Gather does not take'
     emit = _Emitter(self._found[name].output, self._taken, self._opset, self._knows_four_bits())
     if (palette := palettes.palette_of(array)) is not None:
       return emit.done(emit.looked_up(palette, array.shape))

@@ -2,11 +2,13 @@
 
 import pathlib
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 import opq_jax
 from opq_jax import cli
+from opq_jax.compression import CompressionState
 from opq_jax.export import write_onnx
 from opq_jax.file import serialize
 from tests.helpers import opq_files
@@ -51,11 +53,14 @@ def test_layers_run_as_decompressed(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize('path', GOLDEN, ids=lambda path: path.stem)
 def test_all_kinds_of_leaves_are_exact(tmp_path, path, opset):
   with opq_jax.OpqFile(path) as file:
-    leaves = {name: file[name] for name in file}
+    # onnxruntime hands out no numbers of a byte
+    leaves = {name: file[name] for name in file if 'float8' not in file.dtype(name).name}
     onnx.save(empty_model(file, opset), tmp_path / 'net.onnx')
     written = write_onnx(tmp_path / 'small.onnx', file, tmp_path / 'net.onnx')
-  found = onnx_graphs.constants(tmp_path / 'small.onnx', list(leaves))
+  brains = {name for name, array in leaves.items() if array.dtype == ml_dtypes.bfloat16}
+  found = onnx_graphs.constants(tmp_path / 'small.onnx', list(leaves), brains)
   for name, array in leaves.items():
+    array = array.astype(np.float32) if name in brains else array
     assert found[name].dtype == array.dtype and found[name].tobytes() == array.tobytes(), name
   assert all(leaf.bytes < leaf.float_bytes for leaf in written.leaves if not leaf.reason)
 
@@ -63,9 +68,9 @@ def test_all_kinds_of_leaves_are_exact(tmp_path, path, opset):
 @pytest.mark.parametrize(
   ('values', 'shape', 'opset', 'form', 'bits'),
   [
-    (2, (64, 63), 13, 'UINT8 of 8 weights', 1),
-    (3, (99, 101), 13, 'UINT8 of 5 weights', 1.6),
-    (6, (64, 63), 13, 'UINT8 of 3 weights', 8 / 3),
+    (2, (500, 501), 13, 'UINT8 of 8 weights', 1),
+    (3, (500, 501), 13, 'UINT8 of 5 weights', 1.6),
+    (6, (500, 501), 13, 'UINT8 of 3 weights', 8 / 3),
     (15, (101, 101), 13, 'UINT8 of 2 weights', 4),
     (15, (101, 101), 9, 'UINT8', 8),
     (15, (101, 101), 21, 'UINT4', 4),
@@ -76,7 +81,7 @@ def test_few_values_share_a_byte(tmp_path, values, shape, opset, form, bits):
   grid = [0.75, -0.75, 0, *(sign * (1.25 + 0.5 * k) for k in range(20) for sign in (1, -1))]
   levels = np.float32(grid[:values])
   array = levels[np.random.default_rng(0).integers(0, values, shape)]
-  state = opq_files.state_of({'w': array}, lambda leaf: True)
+  state = CompressionState({'w': opq_files.leaf_state(array, levels=20)})
   with opq_jax.OpqFile(serialize({'w': array}, state)) as file:
     assert np.unique(file['w']).size == values
     onnx.save(empty_model(file, opset), tmp_path / 'net.onnx')
@@ -84,8 +89,9 @@ def test_few_values_share_a_byte(tmp_path, values, shape, opset, form, bits):
     (found,) = onnx_graphs.constants(tmp_path / 'small.onnx', ['w']).values()
     assert found.tobytes() == file['w'].tobytes()
   assert leaf.form == form
-  table = 3200 if '8 of' in form else 100
-  assert array.size * bits / 8 < leaf.bytes < array.size * bits / 8 + table + 500
+  # tables have 256 rows of 32 bytes at most
+  assert array.size * bits / 8 < leaf.bytes < array.size * bits / 8 + 9000
+  assert leaf.bytes < leaf.float_bytes / 2
 
 
 def test_files_that_do_not_fit(tmp_path, monkeypatch, capsys):
@@ -132,5 +138,6 @@ def test_export_names_what_differs(tmp_path, monkeypatch, capsys):
   assert '1 leaves of net.opq are no tensors of net.onnx: gone' in told
   assert '1 weights of net.onnx are not in net.opq, and stay, 16,' in told
   (y,) = onnx_graphs.run('small.onnx', x=np.ones((1, 64), np.float32)).values()
-  values = opq_jax.OpqFile('net.opq')['kernel']
+  with opq_jax.OpqFile('net.opq') as file:
+    values = file['kernel']
   np.testing.assert_allclose(y, (values.sum(0) + 1)[None] @ kernel, rtol=1e-4, atol=1e-3)

@@ -29,16 +29,15 @@ def layers():
     'conv': laplace(16, 8, 3, 3),
     'grouped': laplace(16, 4, 3, 3),
     'transposed': laplace(16, 8, 3, 3),
-    'gemm': laplace(8, 64),
+    'gemm': laplace(8, 169),
     'gemm_bias': np.arange(8, dtype=np.float32),
     'matmul': laplace(8, 24),
     'first': laplace(32, 6),
     'table': laplace(50, 24),
     'lstm/W': laplace(2, 32, 24),
     'lstm/R': laplace(2, 32, 8),
-    'flat': np.array([1, -1, 64]),
+    'flat': np.array([1, -1, 169]),
     'rows': np.array([[3], [0], [49], [3], [7], [7]]),
-    'one': np.array([1]),
   }
   node = helper.make_node
   nodes = [
@@ -56,7 +55,7 @@ def layers():
     node('MatMul', ['first', 'k'], ['l']),
   ]
   arrays |= {'zero': np.array([0]), 'six': np.array([6])}
-  shapes = {'g': ['n', 24], 'i': [6, 2, 1, 8], 'l': [32, 'n']}
+  shapes = {'g': [8, 24], 'i': [6, 2, 1, 8], 'l': [32, 8]}
   return model(nodes, {'x': [1, 8, 10, 10]}, shapes, arrays)
 
 
@@ -72,12 +71,15 @@ def run(source, **inputs):
   return dict(zip(names, session.run(None, inputs), strict=True))
 
 
-def constants(path, names):
-  """The tensors of these names in a file, as onnxruntime computes them."""
+def constants(path, names, brains=()):
+  """The tensors of these names in a file, as onnxruntime computes them; `brains` as float32."""
   net = onnx.load(path)
-  kept = {one.output[0] for one in net.graph.node if one.output[0].partition('.')[0] in names}
-  nodes = [one for one in net.graph.node if one.output[0] in kept]
-  nodes += [helper.make_node('Identity', [name], [f'{name}/out']) for name in names]
+  is_ours = lambda output: any(output == name or output.startswith(f'{name}.') for name in names)
+  nodes = [one for one in net.graph.node if is_ours(one.output[0])]
+  for name in names:
+    # NumPy has no bfloat16 for onnxruntime
+    cast = {'to': TensorProto.FLOAT} if name in brains else {}
+    nodes.append(helper.make_node('Cast' if cast else 'Identity', [name], [f'{name}/out'], **cast))
   del net.graph.node[:], net.graph.output[:], net.graph.input[:]
   net.graph.node.extend(nodes)
   net.graph.output.extend(onnx.ValueInfoProto(name=f'{name}/out') for name in names)
