@@ -40,7 +40,7 @@ class Palette(NamedTuple):
     Args:
       whole: whether the weights must be whole runs.
 
-    >>> palette_of(np.tile(np.float32([0, 1, 2]), 5000)).run()
+    >>> palette_of(np.tile(np.float32([0, 1, 2]), 50000)).run()
     5
     """
     runs = [

@@ -100,7 +100,7 @@ def test_graph_is_followed_by_all_commands(tmp_path, monkeypatch, capsys):
       'R': 1,
       'up.weight.bias': 0,
     }
-    assert file.metadata['channel_axes'].split() == ['R=1', 'W=1', 'up.weight.bias=1']
+    assert file.metadata['channel_axes'].split() == ['W=1', 'R=1', 'up.weight.bias=1']
     for name in ('scores.weight', 'brain', 'count'):
       assert file[name].dtype == arrays[name].dtype
       assert file[name].tobytes() == arrays[name].tobytes()
@@ -131,14 +131,14 @@ def test_weights_of_branches_are_exported(tmp_path, monkeypatch):
   pytest.importorskip('onnxruntime')
   monkeypatch.chdir(tmp_path)
   onnx.save(branches(), 'net.onnx')
-  assert set(graph_uses('net.onnx')) == {'constant', 'w', 'choice/else_branch/w'}
+  assert set(graph_uses('net.onnx')) == {'constant', 'w', 'choice/then_branch/w'}
   assert cli.main(['compress', 'net.onnx', 'net.opq', '--bits-per-weight', '4']) == 0
   assert cli.main(['export', 'net.opq', 'small.onnx', '--into', 'net.onnx']) == 0
   size = lambda name: pathlib.Path(name).stat().st_size
   assert size('small.onnx') < 0.5 * size('net.onnx')
   x = onnx_graphs.laplace(1, 64)
   with opq_jax.OpqFile('net.opq') as file:
-    for is_first, name in ((True, 'w'), (False, 'choice/else_branch/w')):
+    for is_first, name in ((False, 'w'), (True, 'choice/then_branch/w')):
       (y,) = onnx_graphs.run('small.onnx', x=x, is_first=np.array(is_first)).values()
       np.testing.assert_allclose(y, x @ file[name] @ file['constant'], rtol=1e-4, atol=1e-4)
 
