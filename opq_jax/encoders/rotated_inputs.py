@@ -110,4 +110,5 @@ def _rounding_errors(
   # weights beyond the last cell are stored as they are
   errors[magnitude >= threshold + levels * step] = 0
   errors = np.where(magnitude > threshold, errors, magnitude)
-  return np.sum(np.square(errors), axis=1, dtype=np.float64)
+  squared: Float64[np.ndarray, ' K'] = np.square(errors).sum(axis=1, dtype=np.float64)
+  return squared

@@ -322,7 +322,8 @@ class _Writer:
     if not is_visible or there.tensor.data_type != here.tensor.data_type:
       return None
     is_same = file.shape(first) == array.shape and file[first].tobytes() == file[name].tobytes()
-    kind, options = ('Identity', {}) if is_same else ('Transpose', {'perm': [1, 0]})
+    kind = 'Identity' if is_same else 'Transpose'
+    options: dict[str, Any] = {} if is_same else {'perm': [1, 0]}
     node = helper.make_node(kind, [there.output], [here.output], **options)
     return _Parts([node], [], f'{kind} of another')
 
