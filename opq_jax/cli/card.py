@@ -22,7 +22,7 @@ def run(arguments: argparse.Namespace) -> None:
 
   from opq_jax.cli.console import console
   from opq_jax.cli.described import described
-  from opq_jax.cli.outputs import check_output
+  from opq_jax.cli.outputs import check_output, output_path
   from opq_jax.core import files
   from opq_jax.report import model_card
 
@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
   if arguments.out is None:
     print(model_card(described(source), base=arguments.base), end='')
     return
-  output = Path(arguments.out)
+  output = output_path(arguments.out)
   check_output(source, output)
   files.write_bytes(output, model_card(described(source), base=arguments.base).encode())
   console(sys.stdout).print(Text(f'{output}: a model card of {source}'))

@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
   if output.suffix.lower() != '.onnx' and arguments.into is not None:
     raise ValueError(f'{output}: found suffix {output.suffix!r} with --into, expected .onnx')
   if arguments.into is not None:
-    _write_onnx(source, output, Path(arguments.into), arguments.to)
+    _write_onnx(source, output_path(arguments.output), Path(arguments.into), arguments.to)
     return
   with OpqFile(source) as file:
     is_array_file = output.suffix.lower() in _SUFFIXES[1:]

@@ -29,11 +29,12 @@ def run(arguments: argparse.Namespace) -> None:
   from rich.text import Text
 
   from opq_jax.cli.console import console
-  from opq_jax.cli.outputs import check_output
+  from opq_jax.cli.outputs import check_output, output_path
   from opq_jax.export import write_onnx
   from opq_jax.file.reader import OpqFile
 
-  source, output, into = Path(arguments.file), Path(arguments.output), Path(arguments.into)
+  source, into = Path(arguments.file), Path(arguments.into)
+  output = output_path(arguments.output)
   if output.suffix.lower() != '.onnx':
     raise ValueError(f'{output}: found suffix {output.suffix!r}, expected .onnx')
   check_output(source, output)

@@ -23,12 +23,12 @@ def run(arguments: argparse.Namespace) -> None:
 
   from opq_jax.cli.console import console
   from opq_jax.cli.described import described
-  from opq_jax.cli.outputs import check_output
+  from opq_jax.cli.outputs import check_output, output_path
   from opq_jax.core import files
   from opq_jax.report import html_page
 
   sources = [Path(name) for name in (arguments.file, arguments.other) if name is not None]
-  output = Path(arguments.output)
+  output = output_path(arguments.output)
   for source in sources:
     check_output(source, output)
   # of two files and no page, the second would be replaced

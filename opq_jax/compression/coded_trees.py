@@ -9,7 +9,7 @@ floats back inside of a `jit`:
 
 The decoded weights exist while they are used.  Layers that are stacked in one leaf, with slices in
 its state, are decoded one at a time inside of `jax.lax.scan` over the coded tree.  On a CPU XLA
-writes decoded weights to memory before a product reads them, so this saves memory and no time.
+writes decoded weights to memory before a product reads them: this saves memory, and costs time.
 """
 
 import dataclasses

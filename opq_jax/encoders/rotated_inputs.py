@@ -7,10 +7,10 @@ With the error e_i in the weights of input i, feedback leaves in an output the s
 (`opq_jax.encoders.Feedback`; H are the damped moments of the inputs).  Where a few inputs have most
 of the energy, 1 / U_ii^2 is large at these few, and one step for all inputs makes the sum large.  A
 rotation of the inputs makes 1 / U_ii^2 about the same everywhere (`opq_jax.coding.rotations`).  It
-makes the weights nearly Gaussian too, which takes up to a tenth of a bit more for the same error
-than the heavy tails of most networks, and it gives up what rounding knows of single weights: those
-of an input with much energy may be small ones.  So both sums are computed, with the errors of
-rounding on the grids that would be taken.
+makes the weights nearly Gaussian too, which takes more bits for the same error than heavy tails do
+(a tenth of a bit more than Laplace weights, where cells are fine).  And it gives up what rounding
+knows of single weights: the weights of an input with much energy may be small.  So both sums are
+computed, with the errors of rounding on the grids that would be taken.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ from opq_jax.encoders.matrices import MatrixLayout
 from opq_jax.network import InputMoments
 
 _WORTH = 0.97
-"""Share of the error at which inputs are rotated: a rotated leaf has no state to be finetuned with,
-and the prediction is right to some percent."""
+"""Share of the error at which inputs are rotated: a smaller gain is not worth a leaf that has no
+state to be finetuned with."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ class RotatableMoments:
     once = rotations.rotated(np.asarray(self.moments), 1)
     return rotations.rotated(once, 2)
 
-  def rotated_axis(
+  def rotated_weights(
     self,
     name: str,
     weights: Array,
@@ -60,30 +60,30 @@ class RotatableMoments:
     bits: float,
     inputs: tuple[int, ...],
     output_scales: Any = None,
-  ) -> int | None:
-    """Returns the axis of a leaf whose inputs are better rotated; None where none are.
+  ) -> Float32[np.ndarray, '...'] | None:
+    """Returns the weights of a leaf with inputs rotated; None where its own weights are better.
 
     Args:
       name: path of the leaf.
       weights: of the leaf.
       dtype: of the leaf's values.
       bits: bits per weight of its codes.
-      inputs: axes of the leaf.
+      inputs: axes of the leaf; several are never rotated.
       output_scales: of the leaf, as in `opq_jax.compression.LeafState`.
     """
     # outputs of a grouped convolution read different inputs
     if len(inputs) != 1 or len(self.moments) > 1 or self._costs is None:
       return None
-    axis, moments = inputs[0], InputMoments(self.moments, inputs)
+    moments = InputMoments(self.moments, inputs)
     layout, errors = MatrixLayout(weights.shape, inputs), []
-    turned = rotations.rotated(np.asarray(weights), axis)
+    turned = rotations.rotated(np.asarray(weights), inputs[0])
     for array, kind, costs in zip((weights, turned), (dtype, np.float32), self._costs, strict=True):
       # what the allocation says of the grid that is taken is said where codes are chosen
       record, _ = quietly(plain_allocation, name, array, kind, bits, moments, output_scales)
       scales = np.float32(1) if output_scales is None else np.asarray(output_scales)
       units: Any = np.asarray(array, np.float32) / scales
       errors.append(float(costs @ _rounding_errors(layout.rows(units), record)))
-    return axis if errors[1] < _WORTH * errors[0] else None
+    return turned if errors[1] < _WORTH * errors[0] else None
 
   @functools.cached_property
   def _costs(self) -> tuple[Float64[np.ndarray, ' K'], ...] | None:

@@ -18,7 +18,7 @@ Operator sets are left as they are: raising them converts nodes that are not our
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from jaxtyping import Shaped
 from opq_jax.core import extras, files, messages
 from opq_jax.core.limits import ESCAPE
 from opq_jax.export import palettes
+from opq_jax.export.onnx_nodes import Emitter, Parts
 from opq_jax.file.reader import OpqFile
 from opq_jax.weights import checks
 from opq_jax.weights import onnx as onnx_files
@@ -37,7 +38,6 @@ _LEAST_OPSET = 6
 """The first operator set whose Cast is that of today."""
 
 _SCATTER_OPSET = 11
-_SLICE_OPSET = 10
 _FOUR_BITS = 21, 10
 """The first operator set, and version of the format, with UINT4."""
 
@@ -167,18 +167,6 @@ def _shared(file: OpqFile, into: Path, found: Mapping[str, Any]) -> list[str]:
   return shared
 
 
-class _Parts(NamedTuple):
-  """Nodes and tensors that make the output of a constant."""
-
-  nodes: list[Any]
-  tensors: list[Any]
-  form: str
-
-  def bytes(self) -> int:
-    """Returns their bytes in a file."""
-    return sum(part.ByteSize() for part in (*self.nodes, *self.tensors))
-
-
 class _Writer:
   """A model whose tensors are replaced.
 
@@ -197,14 +185,14 @@ class _Writer:
       )
     self._taken = set(_names(model))
     self._palettes: set[str] = set()  # leaves that are no float initializers
-    self.parts: dict[str, _Parts] = {}
+    self.parts: dict[str, Parts] = {}
 
   def add_compressed(self, name: str, file: OpqFile) -> ExportedLeaf:
     """Puts a compressed leaf into the place of its tensor, as indices where that is smaller."""
     from onnx import numpy_helper
 
     array, output = self._in_dtype(name, file[name]), self._found[name].output
-    as_floats = _Parts([], [numpy_helper.from_array(array, output)], _FLOATS)
+    as_floats = Parts([], [numpy_helper.from_array(array, output)], _FLOATS)
     parts, reason = as_floats, ''
     if not self._as_floats:
       coded = self._coded(name, array, file)
@@ -228,7 +216,7 @@ class _Writer:
     array = self._in_dtype(name, array)
     if old.tobytes() == array.tobytes():
       return False
-    self.parts[name] = _Parts([], [numpy_helper.from_array(array, constant.output)], _FLOATS)
+    self.parts[name] = Parts([], [numpy_helper.from_array(array, constant.output)], _FLOATS)
     return True
 
   def place(self) -> None:
@@ -264,7 +252,7 @@ class _Writer:
       )
     return there
 
-  def _coded(self, name: str, array: Shaped[np.ndarray, '...'], file: OpqFile) -> '_Parts | str':
+  def _coded(self, name: str, array: Shaped[np.ndarray, '...'], file: OpqFile) -> Parts | str:
     """Returns the parts of a leaf, or why there are none."""
     if (parts := self._again(name, array, file)) is not None:
       return parts
@@ -272,7 +260,7 @@ class _Writer:
       return 'rotated inputs'
     if array.itemsize == 1:
       return 'a byte each, which Gather does not take'
-    emit = _Emitter(self._found[name].output, self._taken, self._opset, self._knows_four_bits())
+    emit = Emitter(self._found[name].output, self._taken, self._opset, self._knows_four_bits())
     if (palette := palettes.palette_of(array)) is not None:
       return emit.done(emit.looked_up(palette, array.shape))
     rest, positions = array, np.flatnonzero(file.codes(name).reshape(-1) == ESCAPE)
@@ -293,7 +281,7 @@ class _Writer:
     return emit.done(coded)
 
   def _with_scales(
-    self, emit: '_Emitter', array: Shaped[np.ndarray, '...'], slices: int, scales: Any
+    self, emit: Emitter, array: Shaped[np.ndarray, '...'], slices: int, scales: Any
   ) -> str | None:
     """Emits a leaf without its escaped weights; returns its name, None where that is not exact."""
     if scales is not None:
@@ -310,7 +298,7 @@ class _Writer:
     sliced = palettes.sliced_palettes(array, slices) if slices else None
     return None if sliced is None else emit.looked_up_in_slices(sliced, array.shape, slices)
 
-  def _again(self, name: str, array: Shaped[np.ndarray, '...'], file: OpqFile) -> _Parts | None:
+  def _again(self, name: str, array: Shaped[np.ndarray, '...'], file: OpqFile) -> Parts | None:
     """Returns the node that repeats an earlier leaf, None where the leaf is none again."""
     from onnx import helper
 
@@ -325,117 +313,10 @@ class _Writer:
     kind = 'Identity' if is_same else 'Transpose'
     options: dict[str, Any] = {} if is_same else {'perm': [1, 0]}
     node = helper.make_node(kind, [there.output], [here.output], **options)
-    return _Parts([node], [], f'{kind} of another')
+    return Parts([node], [], f'{kind} of another')
 
   def _knows_four_bits(self) -> bool:
     return self._opset >= _FOUR_BITS[0] and self._model.ir_version >= _FOUR_BITS[1]
-
-
-class _Emitter:
-  """Emits the nodes of one tensor."""
-
-  def __init__(self, output: str, taken: set[str], opset: int, knows_four_bits: bool):
-    self._output, self._taken, self._opset = output, taken, opset
-    self._knows_four_bits = knows_four_bits
-    self._nodes: list[Any] = []
-    self._tensors: list[Any] = []
-    self._form: list[str] = []
-
-  def done(self, name: str) -> _Parts:
-    """Returns the parts, whose last tensor gets the name that nodes read."""
-    for node in self._nodes:
-      if node.output[0] == name:
-        node.output[0] = self._output
-    return _Parts(self._nodes, self._tensors, ', '.join(self._form))
-
-  def looked_up(self, palette: palettes.Palette, shape: tuple[int, ...]) -> str:
-    """Emits the weights of a palette; returns their name."""
-    from onnx import TensorProto, helper
-
-    size = palette.numbers.size
-    run = palette.run(whole=self._opset < _SLICE_OPSET)
-    has_nibbles = self._knows_four_bits and palette.values.size <= 16
-    if has_nibbles and (size + 1) // 2 + palette.values.nbytes < palette.bytes_of(run):
-      numbers = np.append(palette.numbers, np.zeros(size % 2, np.uint8))
-      data = (numbers[::2] | (numbers[1::2] << 4)).tobytes()
-      indices = self._fresh('indices')
-      self._tensors.append(helper.make_tensor(indices, TensorProto.UINT4, shape, data, raw=True))
-      self._form.append('UINT4')
-      return self._gathered(palette.values, indices)
-    if run == 1:
-      self._form.append('UINT8')
-      return self._gathered(palette.values, self._tensor('indices', palette.numbers.reshape(shape)))
-    table, rows = palette.runs_of(run)
-    self._form.append(f'UINT8 of {run} weights')
-    runs = self._gathered(table, self._tensor('indices', rows))
-    if rows.size * run != size:
-      flat = self._reshaped(runs, [-1])
-      start, stop = (self._tensor('end', np.array([end])) for end in (0, size))
-      runs = self._node('Slice', [flat, start, stop])
-    return self._reshaped(runs, shape)
-
-  def looked_up_in_slices(
-    self, sliced: palettes.SlicedPalettes, shape: tuple[int, ...], slices: int
-  ) -> str:
-    """Emits the weights of slices, each with values of its own; returns their name."""
-    from onnx import TensorProto
-
-    indices = self._tensor('indices', sliced.palette.numbers.reshape(shape))
-    offsets = sliced.offsets.astype(np.int32)
-    offsets = offsets.reshape(*shape[:slices], *[1] * (len(shape) - slices))
-    wide = self._node('Cast', [indices], to=TensorProto.INT32)
-    places = self._node('Add', [wide, self._tensor('offsets', offsets)])
-    self._form.append('UINT8 by slice')
-    return self._node('Gather', [self._tensor('values', sliced.palette.values), places])
-
-  def scaled(self, name: str, scales: Shaped[np.ndarray, '...']) -> str:
-    """Emits the product of weights with the scales of outputs; returns its name."""
-    self._form.append('output scales')
-    return self._node('Mul', [name, self._tensor('scales', scales)])
-
-  def scattered(
-    self, name: str, array: Shaped[np.ndarray, '...'], positions: Shaped[np.ndarray, ' n']
-  ) -> str:
-    """Emits weights with escaped ones in their places; returns their name."""
-    self._form.append(f'{positions.size} escaped')
-    wide = np.int32 if array.size <= np.iinfo(np.int32).max else np.int64
-    places = self._tensor('places', positions.astype(wide))
-    escaped = self._tensor('escaped', array.reshape(-1)[positions])
-    flat = self._node('ScatterElements', [self._reshaped(name, [-1]), places, escaped], axis=0)
-    return self._reshaped(flat, array.shape)
-
-  def _gathered(self, values: Shaped[np.ndarray, '...'], indices: str) -> str:
-    from onnx import TensorProto
-
-    # Gather takes no other integers than of four bytes and eight
-    wide = self._node('Cast', [indices], to=TensorProto.INT32)
-    return self._node('Gather', [self._tensor('values', values), wide])
-
-  def _reshaped(self, name: str, shape: Sequence[int]) -> str:
-    return self._node('Reshape', [name, self._tensor('shape', np.array(shape, np.int64))])
-
-  def _node(self, kind: str, inputs: list[str], **options: Any) -> str:
-    from onnx import helper
-
-    output = self._fresh(kind.lower())
-    self._nodes.append(helper.make_node(kind, inputs, [output], **options))
-    return output
-
-  def _tensor(self, kind: str, array: Shaped[np.ndarray, '...']) -> str:
-    from onnx import numpy_helper
-
-    name = self._fresh(kind)
-    self._tensors.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
-    return name
-
-  def _fresh(self, kind: str) -> str:
-    """Returns a name that the model does not have yet."""
-    name, number = f'{self._output}.{kind}', 0
-    while name in self._taken:
-      number += 1
-      name = f'{self._output}.{kind}_{number}'
-    self._taken.add(name)
-    return name
 
 
 def _names(model: Any) -> list[str]:
@@ -448,7 +329,7 @@ def _names(model: Any) -> list[str]:
   return names
 
 
-def _replace(graph: Any, parts: Mapping[str, _Parts]) -> None:
+def _replace(graph: Any, parts: Mapping[str, Parts]) -> None:
   """Puts parts into a graph in the places of the constants of these outputs."""
   nodes = [node for own in parts.values() for node in own.nodes]
   nodes += [

@@ -153,10 +153,7 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
       KeyError: the file has no such leaf.
       ValueError: the leaf is damaged, or not compressed.
     """
-    leaf = self._leaf(name)
-    if leaf.table is None:
-      raise ValueError(f'{name}: found a leaf that is not compressed, expected one that has codes')
-    return self._coded(name, leaf).codes()
+    return self._compressed(name).codes()
 
   def shape(self, name: str) -> tuple[int, ...]:
     """Returns the shape of a leaf; decodes nothing.
@@ -239,10 +236,7 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
       KeyError: the file has no such leaf.
       ValueError: the leaf is damaged, or not compressed.
     """
-    leaf = self._leaf(name)
-    if leaf.table is None:
-      raise ValueError(f'{name}: found a leaf that is not compressed, expected one that has codes')
-    return self._coded(name, leaf).coded_values()
+    return self._compressed(name).coded_values()
 
   def payload_sizes(self, name: str) -> tuple[int, ...]:
     """Returns the bytes of the payloads of a compressed leaf, one of every slice as in `grids`.
@@ -380,6 +374,12 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     if name not in self._front.leaves:
       raise KeyError(f'{name}: not found in {self._label}')
     return self._front.leaves[name]
+
+  def _compressed(self, name: str) -> CodedLeaf:
+    leaf = self._leaf(name)
+    if leaf.table is None:
+      raise ValueError(f'{name}: found a leaf that is not compressed, expected one that has codes')
+    return self._coded(name, leaf)
 
   def _coded(self, name: str, leaf: LeafEntry) -> CodedLeaf:
     """Reads and checks a compressed leaf, slice by slice."""

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Integer
 
-from opq_jax.coding import rotations
 from opq_jax.core import messages, trees
 from opq_jax.core.trees import PyTree
 from opq_jax.encoders import DAMPING, SHARE, LeafEncoder
@@ -273,9 +272,8 @@ class BlockEncoder:
       if self.share:
         target = self._fitted(weights, reading)
       facts = site.name, target, dtype, own, reading.inputs, own_scales
-      rotated_axis = reading.own.rotated_axis(*facts)
-      if rotated_axis is not None:
-        target = jnp.asarray(rotations.rotated(np.asarray(target), rotated_axis))
+      if (turned_inputs := reading.own.rotated_weights(*facts)) is not None:
+        target, rotated_axis = jnp.asarray(turned_inputs), reading.inputs[0]
         moments = InputMoments(jnp.asarray(reading.own.rotated), reading.inputs)
     of_codes = dtype if rotated_axis is None else np.dtype(np.float32)
     # the ratio is that of the last leaf of this path coded likewise

@@ -114,7 +114,7 @@ def test_inputs_are_rotated_where_that_leaves_less_error(tmp_path, monkeypatch):
   values = {name: part.values() for name, part in coded.items()}
   assert len(coded) == 2 and all(part.rotation == (1, np.float32) for part in coded.values())
   with monkeypatch.context() as patch:
-    patch.setattr(RotatableMoments, 'rotated_axis', lambda *_: None)
+    patch.setattr(RotatableMoments, 'rotated_weights', lambda *_: None)
     others = run(blocks, tmp_path / 'plain')
   errors = [error_of(blocks, {**blocks.network.tensors, **found}) for found in (values, others)]
   assert errors[0] < 0.5 * errors[1]
