@@ -125,8 +125,7 @@ def dtype_of(tensor: Any) -> np.dtype | None:
     dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
   except (KeyError, TypeError):  # a type of a newer version, or none
     return None
-  is_extended = hasattr(ml_dtypes, dtype.name)
-  return dtype if dtype.kind in 'biufc' or is_extended else None
+  return dtype if checks.is_of_numbers(dtype) else None
 
 
 def open_leaves(path: Path) -> dict[str, StoredLeaf]:
