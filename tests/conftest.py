@@ -26,8 +26,11 @@ programs.start()
 if os.environ.get('OPQ_TEST_OPTIMIZED') != '1':
   # the verifier checks every program between XLA's passes
   flags = ['--xla_llvm_disable_expensive_passes=true', '--xla_disable_hlo_passes=hlo-verifier']
-  if (0, 10) <= jax.__version_info__ < (0, 11):  # XLA does not start with a flag it does not know
-    flags += ['--xla_cpu_use_fusion_emitters=false', '--xla_cpu_parallel_codegen_split_count=1']
+  # XLA does not start with a flag it does not know
+  if jax.__version_info__ >= (0, 10):
+    flags += ['--xla_cpu_parallel_codegen_split_count=1']
+  if (0, 10) <= jax.__version_info__ < (0, 11):
+    flags += ['--xla_cpu_use_fusion_emitters=false']
   os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *flags])
   os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
   jax.config.update('jax_disable_most_optimizations', True)
