@@ -20,7 +20,7 @@ Operator sets are left as they are: raising them converts nodes that are not our
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
@@ -29,6 +29,7 @@ from opq_jax.core import extras, files, messages
 from opq_jax.core.limits import ESCAPE
 from opq_jax.export import palettes
 from opq_jax.export.onnx_nodes import Emitter, Parts
+from opq_jax.export.records import ExportedLeaf, ExportedModel
 from opq_jax.file.reader import OpqFile
 from opq_jax.weights import checks
 from opq_jax.weights import onnx as onnx_files
@@ -45,42 +46,6 @@ _LARGEST = (1 << 31) - 1
 """Bytes of a file: the bound of protocol buffers."""
 
 _FLOATS = 'floats'
-
-
-class ExportedLeaf(NamedTuple):
-  """What stands in the place of a compressed leaf.
-
-  Attributes:
-    name: of the leaf.
-    form: what its weights are, in words: `UINT8`, `UINT8 of 2 weights`, `floats`, ...
-    bytes: of its tensors and nodes.
-    float_bytes: of its float initializer.
-    reason: why it is a float initializer; '' where it is none.
-  """
-
-  name: str
-  form: str
-  bytes: int
-  float_bytes: int
-  reason: str = ''
-
-
-class ExportedModel(NamedTuple):
-  """An ONNX file that was written.
-
-  Attributes:
-    leaves: the compressed leaves that it has.
-    size: bytes of the file.
-    changed: leaves that are stored bit for bit, and differ from those of the ONNX file: in it now.
-    without_place: leaves of the `.opq` file that are no tensors of the ONNX file.
-    left: weights of the ONNX file that the `.opq` file does not have, with their bytes.
-  """
-
-  leaves: tuple[ExportedLeaf, ...]
-  size: int
-  changed: tuple[str, ...]
-  without_place: tuple[str, ...]
-  left: dict[str, int]
 
 
 def write_onnx(

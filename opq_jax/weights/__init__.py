@@ -2,9 +2,10 @@
 
 `read_weights` reads a file or a folder as a whole.  `open_weights` leaves the arrays on disk, and
 `compress_stored` makes an `.opq` file of them leaf by leaf.  `graph_uses` says which tensors of an
-ONNX file are weights, and their axes.  `open_folder` opens a model folder of
+ONNX file or a Core ML package are weights, and their axes.  `open_folder` opens a model folder of
 Hugging Face as a mapping of its tensors, and `write_folder` gives one back.  A module a format; the
-packages of a format (h5py, msgpack, onnx, Orbax, PyTorch) are imported when there is such a file.
+packages of a format (coremltools, h5py, msgpack, onnx, Orbax, PyTorch) are imported when there is
+such a file.
 """
 
 from typing import TYPE_CHECKING
@@ -14,8 +15,9 @@ from opq_jax.core import lazy
 if TYPE_CHECKING:
   from opq_jax.weights.carried import CarriedFiles, carried_files
   from opq_jax.weights.channels import ChannelMode, channel_axis
+  from opq_jax.weights.graphs import graph_uses
   from opq_jax.weights.hugging_face import ModelFolder, is_model_folder, open_folder
-  from opq_jax.weights.onnx_uses import GraphUse, graph_uses
+  from opq_jax.weights.onnx_uses import GraphUse
   from opq_jax.weights.opening import is_streamable, open_weights
   from opq_jax.weights.reading import read_weights
   from opq_jax.weights.safetensors import write_safetensors
@@ -56,7 +58,7 @@ __getattr__, __dir__ = lazy.attributes(
     'carried_files': 'carried',
     'channel_axis': 'channels',
     'compress_stored': 'streaming',
-    'graph_uses': 'onnx_uses',
+    'graph_uses': 'graphs',
     'holds_folder': 'written_folder',
     'is_model_folder': 'hugging_face',
     'is_streamable': 'opening',

@@ -18,15 +18,15 @@ MatMul.  A tensor that several nodes read has the axes of the first product, or 
 """
 
 import math
-import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from opq_jax.allocation.leaf_names import kind_of_name
-from opq_jax.weights import checks, onnx
+from opq_jax.weights import onnx
 
-_LEAST_SLICE = 1024  # weights: a slice takes a grid and a payload of its own, some 60 bytes
+LEAST_SLICE = 1024
+"""Weights: a slice takes a grid and a payload of its own, some 60 bytes."""
+
 _MAX_AXES = 16  # integers in a list of axes
 _DOMAINS = ('', 'ai.onnx', 'com.microsoft')
 
@@ -43,22 +43,6 @@ class GraphUse(NamedTuple):
   kind: str
   channel_axis: int
   slices: int = 0
-
-
-def graph_uses(path: str | os.PathLike[str]) -> dict[str, GraphUse] | None:
-  """Returns how the graph of an ONNX file uses its weights, by name; None of any other file.
-
-  Tensors that no product and no look-up reads are left out, as are tables of positions by name.
-
-  Raises:
-    ValueError: onnx is missing, or the file is damaged.
-    OSError: it cannot be read.
-  """
-  path = Path(path)
-  if not onnx.is_onnx(path):
-    return None
-  model = onnx.load(path)
-  return checks.guarded(lambda _: uses_of(model), path, onnx.EXPECTED)
 
 
 def uses_of(model: Any) -> dict[str, GraphUse]:
@@ -215,5 +199,5 @@ def _in_tensor(
   if channel_axis is None:
     return None
   is_leading = set(leading) == set(range(slices)) and channel_axis >= slices
-  is_large = math.prod(shape[slices:]) >= _LEAST_SLICE and math.prod(shape[:slices]) > 1
+  is_large = math.prod(shape[slices:]) >= LEAST_SLICE and math.prod(shape[:slices]) > 1
   return GraphUse(kind, channel_axis, slices if is_leading and is_large else 0)

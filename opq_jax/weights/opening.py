@@ -3,6 +3,7 @@
 .safetensors   a flat dict by name
 .gguf          a flat dict by name, dequantized; needs gguf (`pip install opq_jax[gguf]`)
 .onnx          a flat dict by name; needs onnx (`pip install opq_jax[onnx]`)
+.mlpackage     a flat dict by name; needs coremltools (`pip install opq_jax[coreml]`)
 a folder       of Hugging Face, a flat dict by name; or an Orbax checkpoint
 """
 
@@ -12,7 +13,7 @@ from pathlib import Path
 import jax
 
 from opq_jax.core.trees import PyTree
-from opq_jax.weights import gguf, hugging_face, onnx, orbax, safetensors
+from opq_jax.weights import core_ml, gguf, hugging_face, onnx, orbax, safetensors
 
 
 def is_streamable(path: str | os.PathLike[str]) -> bool:
@@ -33,11 +34,11 @@ def open_weights(path: str | os.PathLike[str]) -> PyTree:
   """Returns the tree of a file or folder with a `StoredLeaf` for every array.
 
   Args:
-    path: a `.safetensors`, `.gguf` or `.onnx` file, a folder of Hugging Face (`open_folder`), or
-      one of Orbax.
+    path: a `.safetensors`, `.gguf` or `.onnx` file, a Core ML package, a folder of Hugging Face
+      (`open_folder`), or one of Orbax.
 
   Warns:
-    UserWarning: a GGUF file is quantized already.
+    UserWarning: a GGUF file is quantized already, or weights of a Core ML package are.
 
   Raises:
     ValueError: the file is damaged or of another format, or has no weights.
@@ -54,6 +55,8 @@ def open_weights(path: str | os.PathLike[str]) -> PyTree:
     leaves = gguf.open_leaves(Path(path))
   elif onnx.is_onnx(path):
     leaves = onnx.open_leaves(Path(path))
+  elif core_ml.is_core_ml(path):
+    leaves = core_ml.open_leaves(Path(path))
   elif not os.path.isdir(path):
     leaves = safetensors.open_leaves(path)
   elif hugging_face.is_model_folder(path):

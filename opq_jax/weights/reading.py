@@ -12,6 +12,8 @@
     .gguf             tensors of llama.cpp by name, dequantized; needs gguf
                       (`pip install opq_jax[gguf]`)
     .onnx             initializers by name; needs onnx (`pip install opq_jax[onnx]`)
+    .mlpackage        constants of a Core ML package by name; needs coremltools
+                      (`pip install opq_jax[coreml]`)
     .h5, .hdf5, .keras
                       a Keras file, by `<layer>/<weight>`; needs h5py (`pip install opq_jax[keras]`)
 
@@ -32,6 +34,7 @@ from opq_jax.core.trees import PyTree
 from opq_jax.file.reader import OpqFile
 from opq_jax.weights import (
   checks,
+  core_ml,
   gguf,
   hugging_face,
   keras,
@@ -76,6 +79,8 @@ def read_weights(path: str | os.PathLike[str], *, optimizer: bool = False) -> Py
   path = Path(path)
   if hugging_face.is_model_folder(path):
     return _checked(path, dict(hugging_face.open_folder(path)))
+  if core_ml.is_core_ml(path):
+    return _checked(path, core_ml.read(path))
   if path.is_dir():
     return _checked(path, checks.guarded(_read_orbax, path, 'an Orbax checkpoint'))
   if path.name.endswith(hugging_face.INDEX):

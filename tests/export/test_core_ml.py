@@ -1,0 +1,217 @@
+"""Compressed networks as Core ML packages, decompressed by coremltools."""
+
+import pathlib
+import re
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import opq_jax
+from opq_jax import cli
+from opq_jax.compression import CompressionState
+from opq_jax.export import write_core_ml
+from opq_jax.file import serialize
+from opq_jax.weights import graph_uses, read_weights
+from tests.helpers import opq_files
+
+pytest.importorskip('coremltools')
+
+from tests.helpers import core_ml_programs as programs
+
+LAYERS = [
+  'conv',
+  'transposed',
+  'linear',
+  'heads',
+  'first',
+  'table',
+  'lstm_ih',
+  'lstm_hh',
+  'inner',
+  'other',
+]
+GOLDEN = sorted((pathlib.Path(__file__).parents[1] / 'golden').glob('version_*.opq'))
+
+
+def size(path):
+  return sum(part.stat().st_size for part in pathlib.Path(path).rglob('*') if part.is_file())
+
+
+@pytest.mark.parametrize(('precision', 'end'), [('FLOAT32', ''), ('FLOAT16', '_to_fp16')])
+def test_layers_are_exact(tmp_path, monkeypatch, capsys, precision, end):
+  monkeypatch.chdir(tmp_path)
+  programs.save('net.mlpackage', programs.layers(), precision)
+  assert cli.main(['compress', 'net.mlpackage', 'net.opq', '--bits-per-weight', '4']) == 0
+  assert cli.main(['export', 'net.opq', 'small.mlpackage', '--into', 'net.mlpackage']) == 0
+  assert 'rounded' not in capsys.readouterr().err
+  before, found = programs.weights('net.mlpackage'), programs.weights('small.mlpackage')
+  uses = graph_uses('net.mlpackage')
+  with opq_jax.OpqFile('net.opq') as file:
+    compressed = {name for name in file if file.grids(name)}
+    assert compressed == {f'{name}{end}' for name in LAYERS} == set(uses)
+    for name in compressed:
+      assert found[name].dtype == file.dtype(name) == precision.lower()
+      assert found[name].tobytes() == file[name].tobytes() != before[name].tobytes(), name
+  kinds = programs.kinds('small.mlpackage')
+  # 240 weights of float16 are no larger than a table
+  assert {name for name in compressed if kinds[name] == 'const'} <= {f'first{end}'}
+  axes = {name.removesuffix(end): use.channel_axis for name, use in uses.items()}
+  assert axes == dict.fromkeys(axes, 0) | {'transposed': 1, 'heads': 1, 'table': 1}
+  assert found.keys() == before.keys()
+  for name in found.keys() - compressed:
+    assert np.array_equal(found[name], before[name]), name
+  assert size('small.mlpackage') < size('net.mlpackage')
+
+
+@pytest.mark.parametrize('path', GOLDEN, ids=lambda path: path.stem)
+def test_all_kinds_of_leaves_are_exact(tmp_path, path):
+  """Slices, scales, escapes, ties and rotated inputs, of float16, float32 and bfloat16."""
+  with opq_jax.OpqFile(path) as file:
+    held = {
+      name: file[name].astype(np.float16 if file.dtype(name) == np.float16 else np.float32)
+      for name in file
+      if file.dtype(name) in (np.float16, np.float32, ml_dtypes.bfloat16) and file[name].size > 9
+    }
+    # unlike in the last bits: equal constants would become one
+    arrays = {name: array + number for number, (name, array) in enumerate(held.items())}
+    programs.save(tmp_path / 'net.mlpackage', programs.holding(arrays))
+    written = write_core_ml(tmp_path / 'small.mlpackage', file, tmp_path / 'net.mlpackage')
+    compressed = {name for name in held if file.grids(name)}
+  assert {leaf.name for leaf in written.leaves} == compressed
+  assert not written.rounded and not written.left
+  found = programs.weights(tmp_path / 'small.mlpackage')
+  for name, array in held.items():
+    # coremltools writes other names, and one of equal constants
+    clean = re.sub(r'\W', '_', name)
+    there = [found[clean]] if clean in found else found.values()
+    assert any(opq_files.same_bits(one, array) for one in there), name
+
+
+@pytest.mark.parametrize(
+  ('values', 'zeros', 'form', 'bits'),
+  [
+    (2, 0, 'palette of 1 bits', 1),
+    (4, 0, 'palette of 2 bits', 2),
+    (8, 0, 'palette of 3 bits', 3),
+    (16, 0, 'palette of 4 bits', 4),
+    (33, 0, 'palette of 6 bits', 6),
+    (17, 0, 'sparse, palette of 4 bits', 1 + 16 / 17 * 4),
+    (100, 0, 'palette of 8 bits', 8),
+    (16, 0.8, 'sparse, palette of 4 bits', 1 + 0.2 * 4),
+    (9, 0.8, 'sparse, palette of 3 bits', 1 + 0.2 * 3),
+    (400, 0.9, 'sparse, floats', 1 + 0.1 * 32),
+    (400, 0, 'floats', 32),
+  ],
+)
+def test_forms_take_few_bytes(tmp_path, values, zeros, form, bits):
+  rng = np.random.default_rng(0)
+  grid = np.float32([0, *(sign * (1 + k) / 4 for k in range(200) for sign in (-1, 1))])[:values]
+  array = np.where(rng.random((300, 301)) < zeros, 0, rng.choice(grid, (300, 301)))
+  array = array.astype(np.float32)
+  record = opq_files.leaf_state(array, 0.125, 0.25, 50)
+  if values > 256:  # weights that are stored as they are
+    record = opq_files.with_escapes(record, array != 0)
+  state = CompressionState({'w': record})
+  programs.save(tmp_path / 'net.mlpackage', programs.holding({'w': array + 1}))
+  with opq_jax.OpqFile(serialize({'w': array}, state)) as file:
+    assert file['w'].tobytes() == array.tobytes()
+    written = write_core_ml(tmp_path / 'small.mlpackage', file, tmp_path / 'net.mlpackage')
+  (leaf,) = written.leaves
+  assert leaf.form == form and bool(leaf.reason) == (form == 'floats')
+  expected = array.size * bits / 8
+  assert 0.98 * expected < leaf.bytes < 1.02 * expected + 3000
+  assert written.size == size(tmp_path / 'small.mlpackage') < leaf.bytes + 4000
+  assert programs.weights(tmp_path / 'small.mlpackage')['w'].tobytes() == array.tobytes()
+
+
+def test_names_and_dtypes_of_the_package(tmp_path, monkeypatch, capsys):
+  """Leaves of PyTorch's names in float32, in a package of float16 by coremltools' names."""
+  monkeypatch.chdir(tmp_path)
+  kernel, bias = programs.laplace(64, 48), np.ones(64, np.float32)
+  params = {'fc.0.weight': kernel, 'fc.0.bias': 3 * bias, 'gone.weight': kernel}
+  network = opq_jax.compress(params, bits_per_weight=4.0)
+  opq_jax.save('net.opq', network.params, network.state)
+
+  @programs.mb.program(
+    input_specs=[programs.mb.TensorSpec(shape=(1, 48))], opset_version=programs.ct.target.iOS18
+  )
+  def program(x):
+    const = lambda name, array: programs.mb.const(val=array, name=name)
+    y = programs.mb.linear(x=x, weight=const('fc_0_weight', kernel), bias=const('fc_0_bias', bias))
+    return programs.mb.linear(x=y, weight=const('added', kernel[:, :32].T.copy()))
+
+  programs.save('net.mlpackage', program, 'FLOAT16')
+  assert cli.main(['export', 'net.opq', 'small.mlpackage', '--into', 'net.mlpackage']) == 0
+  told = ' '.join(capsys.readouterr().err.split())
+  assert '1 leaves that are not compressed differ from those of net.mlpackage' in told
+  assert '1 leaves of net.opq are no tensors of net.mlpackage: gone.weight' in told
+  assert (
+    '1 leaves of net.opq are rounded to the dtype that they have in net.mlpackage: fc.0' in told
+  )
+  assert '1 weights of net.mlpackage are not in net.opq, and stay, 4,096 bytes: added' in told
+  found = programs.weights('small.mlpackage')
+  with opq_jax.OpqFile('net.opq') as file:
+    values = file['fc.0.weight'].astype(np.float16)
+  assert found['fc_0_weight_to_fp16'].tobytes() == values.tobytes()
+  assert (found['fc_0_bias_to_fp16'] == np.float16(3)).all()
+
+
+def test_packages_that_do_not_fit(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  kernel, out = programs.laplace(16, 64), pathlib.Path('small.mlpackage')
+  network = opq_jax.compress({'kernel': kernel}, compression_rate=8.0)
+  opq_jax.save('net.opq', network.params, network.state)
+  arguments = ['export', 'net.opq', 'small.mlpackage', '--into', 'net.mlpackage']
+  for arrays, target, message in (
+    ({'another': kernel}, 'iOS18', 'found no constant of the name of a compressed leaf, expected'),
+    ({'kernel': kernel.T.copy()}, 'iOS18', 'kernel: found (64, 16), expected (16, 64)'),
+    ({'kernel': kernel}, 'iOS17', 'found a package for iOS 17, expected one for iOS 18 or later'),
+  ):
+    shutil.rmtree('net.mlpackage', ignore_errors=True)
+    programs.save('net.mlpackage', programs.holding(arrays, target), target=target)
+    assert cli.main(arguments) == 2
+    assert message in ' '.join(capsys.readouterr().err.split())
+  (weights,) = pathlib.Path('net.mlpackage').rglob('weight.bin')
+  (program,) = pathlib.Path('net.mlpackage').rglob('model.mlmodel')
+  for damaged, data, message in (
+    (weights, weights.read_bytes()[:90], 'weight.bin: found no blob at byte 64, expected one'),
+    (
+      program,
+      b'no model',
+      'net.mlpackage: expected a Core ML package of an ML program',
+    ),
+  ):
+    damaged.write_bytes(data)
+    assert cli.main(['compress', 'net.mlpackage', 'new.opq']) == 2
+    assert message in ' '.join(capsys.readouterr().err.split())
+  assert cli.main(['export', 'net.opq', 'small.onnx', '--into', 'net.mlpackage']) == 2
+  assert not out.exists()
+  out.mkdir()
+  (out / 'Manifest.json').write_bytes(b'old')
+  assert cli.main(arguments) == 2
+  assert (out / 'Manifest.json').read_bytes() == b'old'
+
+
+def test_weights_compressed_by_others_are_named(tmp_path):
+  """Weights that coremltools has compressed stay as they are, and are said by name."""
+  arrays = {'kernel': programs.laplace(64, 64), 'other': programs.laplace(64, 65)}
+  programs.save(tmp_path / 'net.mlpackage', programs.holding(arrays))
+  with opq_jax.OpqFile(_compressed({'other': arrays['other']})) as file:
+    first = write_core_ml(tmp_path / 'one.mlpackage', file, tmp_path / 'net.mlpackage')
+  with pytest.warns(
+    UserWarning, match='other: found weights that are compressed already: left out'
+  ):
+    assert read_weights(tmp_path / 'one.mlpackage').keys() == {'kernel'}
+  with opq_jax.OpqFile(_compressed({'kernel': arrays['kernel']})) as file:
+    second = write_core_ml(tmp_path / 'both.mlpackage', file, tmp_path / 'one.mlpackage')
+  assert second.size < first.size
+  before, found = (programs.weights(tmp_path / f'{name}.mlpackage') for name in ('one', 'both'))
+  assert found['other'].tobytes() == before['other'].tobytes()
+  assert found['kernel'].tobytes() != before['kernel'].tobytes()
+
+
+def _compressed(params):
+  network = opq_jax.compress(params, bits_per_weight=4.0)
+  return serialize(network.params, network.state)
