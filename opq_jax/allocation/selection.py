@@ -172,7 +172,7 @@ def slices_of(name: str, leaf: Any, slices: Callable[[str, Any], int] | None) ->
   Raises:
     ValueError: no axis is left for a slice.
   """
-  count = 0 if slices is None else slices(name, leaf)
+  count = 0 if slices is None else int(slices(name, leaf))  # files know no booleans
   with _named(name):
     check_slices(tuple(leaf.shape), -1, count)
   return count

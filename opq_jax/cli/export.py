@@ -10,7 +10,9 @@ if TYPE_CHECKING:
   from opq_jax.export import ExportedModel
 
 
-_SUFFIXES = '.onnx', '.mlpackage'
+_CORE_ML = '.mlpackage'
+_STABLEHLO = '.stablehlo'
+_SUFFIXES = '.onnx', _CORE_ML
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,56 +21,93 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     'output',
     metavar='OUT',
-    help='the .onnx file, replaced if it exists; or the new .mlpackage',
+    help='the .onnx or .stablehlo file, replaced if it exists; or the new .mlpackage',
   )
   parser.add_argument(
     '--into',
     metavar='NET',
-    required=True,
-    help='the ONNX file or Core ML package of the float network, whose tensors have the names of '
-    'the leaves',
+    help='for .onnx and .mlpackage: the ONNX file or Core ML package of the float network, whose '
+    'tensors have the names of the leaves',
   )
 
 
 def run(arguments: argparse.Namespace) -> None:
   """Writes the network, and says what became of every leaf that is not in indices."""
+  source, output = Path(arguments.file), Path(arguments.output)
+  suffix = output.suffix.lower()
+  if suffix not in (*_SUFFIXES, _STABLEHLO):
+    expected = ', '.join(_SUFFIXES)
+    raise ValueError(f'{output}: found suffix {suffix!r}, expected {expected} or {_STABLEHLO}')
+  if suffix == _STABLEHLO:
+    if arguments.into is not None:
+      raise ValueError(f'--into: found {arguments.into}, expected none for {output}')
+    _write_program(arguments.output, source)
+    return
+  if arguments.into is None:
+    raise ValueError(f'{output}: needs --into NET, the {suffix} in which the weights stand')
+  _write_into(arguments.output, source, Path(arguments.into))
+
+
+def _write_into(text: str, source: Path, into: Path) -> None:
+  """Writes the network of a file into that of another runtime."""
+  from opq_jax.cli.outputs import check_new_folder, check_output, output_path
   from opq_jax.export import write_core_ml, write_onnx
   from opq_jax.file.reader import OpqFile
 
-  source, into = Path(arguments.file), Path(arguments.into)
-  output = _checked_output(arguments.output, source, into)
+  output, suffix = Path(text), Path(text).suffix.lower()
+  if into.suffix.lower() != suffix:
+    raise ValueError(f'{into}: found suffix {into.suffix!r}, expected {suffix}, that of {output}')
+  if suffix == _CORE_ML:
+    check_new_folder(output)
+  else:
+    output = output_path(text)
+    check_output(source, output)
+    check_output(into, output)
   with OpqFile(source) as file:
-    if output.suffix.lower() == '.onnx':
-      written, size = write_onnx(output, file, into), os.stat(into).st_size
-    else:
+    if suffix == _CORE_ML:
       written = write_core_ml(output, file, into)
       size = sum(part.stat().st_size for part in into.rglob('*') if part.is_file())
+    else:
+      written, size = write_onnx(output, file, into), os.stat(into).st_size
   print_notes(written, source, into)
   _print_sizes(written, output, size)
 
 
-def _checked_output(text: str, source: Path, into: Path) -> Path:
-  """Returns the path of OUT, checked before any work is done.
+def _write_program(text: str, source: Path) -> None:
+  """Writes the network that a file names as a program, for any number of images."""
+  from rich.text import Text
 
-  Raises:
-    ValueError: its suffix is none of those that are written, or not that of NET, or its place is
-      not free.
-  """
-  from opq_jax.cli.outputs import check_new_folder, check_output, output_path
+  from opq_jax.cli.console import console
+  from opq_jax.cli.outputs import check_output, output_path
+  from opq_jax.importers import named_networks
 
-  is_package = Path(text).suffix.lower() == '.mlpackage'
-  output = Path(text) if is_package else output_path(text)
-  suffix = output.suffix.lower()
-  if suffix not in _SUFFIXES:
-    raise ValueError(f'{output}: found suffix {suffix!r}, expected {" or ".join(_SUFFIXES)}')
-  if into.suffix.lower() != suffix:
-    raise ValueError(f'{into}: found suffix {into.suffix!r}, expected {suffix}, that of {output}')
-  if is_package:
-    check_new_folder(output)
-  else:
-    check_output(source, output)
-    check_output(into, output)
-  return output
+  output = output_path(text)
+  check_output(source, output)
+  if named_networks.identity_of(source) is None:
+    raise ValueError(
+      f'{source}: found no name of a network, expected a file made with --model; '
+      'opq_jax.export.write_stablehlo writes any function'
+    )
+  import jax  # after the checks, which take no time
+  import jax.numpy as jnp
+
+  import opq_jax
+  from opq_jax.export import write_stablehlo
+  from opq_jax.importers import networks
+
+  network = networks.load(source)
+  _, *shape = networks.noise_shape(network.source)
+  batch = jax.export.symbolic_shape('batch')
+  images = jax.ShapeDtypeStruct((*batch, *shape), jnp.float32)
+  apply_fn = lambda variables, images: network.model.apply(variables, images, train=False)
+  params, state = opq_jax.load(source)
+  written = write_stablehlo(output, apply_fn, params, state, images)
+  sides = ', '.join(map(str, shape))
+  line = (
+    f'{output}: {written.size:,} bytes, for float32 images (batch, {sides}) on '
+    f'{", ".join(written.platforms)}; takes {written.arguments:,} bytes of {source}'
+  )
+  console(sys.stdout).print(Text(line), soft_wrap=True)
 
 
 def _print_sizes(written: 'ExportedModel', output: Path, size: int) -> None:

@@ -40,10 +40,11 @@ in its place.
 
 IN is a .safetensors, .npz, .msgpack (Flax), .pt, .pth, .bin, .ckpt or .th
 (needs torch), .h5, .hdf5 or .keras (needs h5py), .gguf (needs gguf), .onnx
-(needs onnx) or .opq file, a model folder of Hugging Face, or the folder of an
-Orbax checkpoint. Of a model folder the file carries config and tokenizer too.
-Of an ONNX file the graph tells which tensors are weights. float64 leaves are
-compressed as float32.
+(needs onnx) or .opq file, a Core ML package (.mlpackage, needs coremltools), a
+model folder of Hugging Face, or the folder of an Orbax checkpoint. Of a model
+folder the file carries config and tokenizer too. Of an ONNX file or a package
+the graph tells which tensors are weights. float64 leaves are compressed as
+float32.
 
 The language model of a folder (Llama, Mistral, Qwen2, Qwen3, GPT-2) is run on
 random tokens, for what an error in each tensor costs its answers. With
@@ -161,15 +162,26 @@ examples:
 """
 
 EXPORT = """\
-Writes an ONNX file with the weights of an .opq file in the places of its own:
-indices, and the values that occur. Nothing is rounded again, and every runtime
-of ONNX reads it, as fast as the float network. A leaf that is no such palette
-stays in floats, and is named. Needs onnx: pip install opq_jax[onnx]."""
+Writes a compressed network for another runtime. Nothing is rounded again.
+
+An ONNX file or a Core ML package gets the weights of an .opq file in the places
+of its own: indices, and the values that occur. A leaf that is no such palette
+stays in floats, and is named. Every runtime of ONNX reads the file, as fast as
+the float network (needs onnx: pip install opq_jax[onnx]). Core ML reads the
+package from iOS 18 and macOS 15 on (needs coremltools: opq_jax[coreml]).
+
+A .stablehlo file is the program of a network without its weights, of
+jax.export, for a file made with --model (needs flatbuffers:
+opq_jax[stablehlo]). It takes the codes of the .opq file as arguments."""
 
 EXPORT_EXAMPLES = """\
 examples:
   opq compress net.onnx net.opq
   opq export net.opq small.onnx --into net.onnx
+  opq compress net.mlpackage net.opq
+  opq export net.opq small.mlpackage --into net.mlpackage
+  opq compress --model mobilenet_v1 weights.safetensors net.opq
+  opq export net.opq net.stablehlo
 """
 
 EVALUATE = """\

@@ -24,7 +24,7 @@ from opq_jax.weights.stored_leaves import StoredLeaf
 EXPECTED = 'a Core ML package of an ML program'
 _ROOT = '@model_path/'  # of names of files in a program
 
-DTYPES = {
+DTYPES: dict[str, np.dtype] = {
   'FLOAT16': np.dtype('<f2'),
   'FLOAT32': np.dtype('<f4'),
   'UINT8': np.dtype('u1'),

@@ -77,7 +77,9 @@ def _goes_before(name: str, use: GraphUse, uses: Mapping[str, GraphUse]) -> bool
 
 def _name(operation: Any, argument: str) -> str:
   """Returns the name of a value that an operation reads, '' where it is none."""
-  bindings = operation.inputs[argument].arguments if argument in operation.inputs else ()
+  if argument not in operation.inputs:
+    return ''
+  bindings = operation.inputs[argument].arguments
   return bindings[0].name if len(bindings) == 1 else ''
 
 
