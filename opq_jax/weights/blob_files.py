@@ -129,7 +129,7 @@ class BlobWriter:
 
   def add(self, blob: Blob) -> int:
     """Writes a blob, unless the file has it already; returns the place of its description."""
-    content = hashlib.sha256(np.ascontiguousarray(blob.data)).digest()
+    content = hashlib.sha256(np.ascontiguousarray(blob.data).data).digest()
     key = content + bytes([blob.kind, blob.unused])
     if key not in self._places:
       self.size += self._file.write(bytes(-self.size % _ALIGNMENT))
