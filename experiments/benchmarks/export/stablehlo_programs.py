@@ -6,7 +6,7 @@ FOLDER holds `mobilenet_v1.safetensors` (TF-slim), `mobilenet_v2.safetensors` (t
 `minilm.safetensors` (all-MiniLM-L6-v2, under PyTorch's names); ResNet-50 has random weights.  A
 process that does not import opq_jax reads the program and the codes, and runs a batch of four; the
 same batch of the decoded network, compiled from Python, and of the same function exported with
-floats as arguments, run in turn with it.
+floats as arguments, run in turn with it.  Times are processor time.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -96,7 +97,8 @@ def row_of(name: str, folder: pathlib.Path) -> dict[str, object]:
       'floats': lambda: from_floats(values, batch),
       'exported': lambda: exported(values, batch),
       'codes': lambda: from_codes(codes, batch),
-    }
+    },
+    clock=time.process_time,  # of all threads: other load on the machine does not change it
   )
   return {
     'network': name,
