@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import opq_jax
-from opq_jax.cli import help_texts
+from opq_jax.cli import help_texts, interrupts
 
 
 class _Command(NamedTuple):
@@ -81,6 +81,7 @@ _COMMANDS = {
 
 def run_process() -> int:
   """Runs the command of this process, which keeps its compiled programs for the next one."""
+  interrupts.exit_on_interrupt()
   with contextlib.ExitStack() as stack:
     for name in ('stdout', 'stderr'):
       if getattr(sys, name) is None:  # closed by who has started the process: `opq ... >&-`
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None, *, keep_programs: bool = False) -> i
   Returns:
     The exit code.  0: success.  2: an argument, an input or an output is at fault; one line on
     stderr says which, and nothing was written.  1: a file does not hold what it claims, or the
-    reader of stdout has closed it.
+    reader of stdout has closed it.  Ctrl-C ends a process of `run_process` with 130.
   """
   try:
     arguments = _parser().parse_args(argv)

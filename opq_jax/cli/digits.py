@@ -25,7 +25,7 @@ from rich.text import Text
 from opq_jax import finetuning
 from opq_jax.allocation import allocate
 from opq_jax.compression import CompressionState, apply_compression, init_state
-from opq_jax.core import trees
+from opq_jax.core import temporaries, trees
 from opq_jax.core.extras import require
 from opq_jax.core.trees import PyTree
 from opq_jax.correction import correct_batch_norm
@@ -119,7 +119,7 @@ def run(
   logits = jax.jit(model.apply)
   images, labels = test
   accuracy = lambda network: float(np.mean(np.argmax(logits(network, images), axis=-1) == labels))
-  with tempfile.TemporaryDirectory() as folder:
+  with tempfile.TemporaryDirectory() as folder, temporaries.registered(folder):
     floats, path = Path(folder) / 'network.safetensors', Path(output or f'{folder}/network.opq')
     write_safetensors(floats, variables)
     writer.save(path, finetuned, state)

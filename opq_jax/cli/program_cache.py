@@ -29,6 +29,8 @@ import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from opq_jax.core import temporaries
+
 try:
   import fcntl
 except ImportError:  # Windows
@@ -123,21 +125,22 @@ def _run_folder(place: Path) -> Iterator[Path]:
   place.mkdir(mode=0o700, parents=True, exist_ok=True)
   _remove_abandoned(place)
   run = Path(tempfile.mkdtemp(prefix='run_', dir=place))
-  try:
-    with open(run / 'lock', 'xb') as lock:
-      if fcntl is not None:
-        with contextlib.suppress(OSError):  # a file system without locks
-          fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      for program in place.glob(f'*{_SUFFIX}'):
-        # another process may just have removed it
-        with contextlib.suppress(FileNotFoundError):
-          if _is_whole(program.read_bytes()):
-            os.link(program, run / program.name)
-          else:  # JAX would compile it in every run, and never replace the file
-            program.unlink()
-      yield run
-  finally:
-    shutil.rmtree(run, ignore_errors=True)
+  with temporaries.registered(run):
+    try:
+      with open(run / 'lock', 'xb') as lock:
+        if fcntl is not None:
+          with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for program in place.glob(f'*{_SUFFIX}'):
+          # another process may just have removed it
+          with contextlib.suppress(FileNotFoundError):
+            if _is_whole(program.read_bytes()):
+              os.link(program, run / program.name)
+            else:  # JAX would compile it in every run, and never replace the file
+              program.unlink()
+        yield run
+    finally:
+      shutil.rmtree(run, ignore_errors=True)
 
 
 def _keep(run: Path, place: Path) -> None:

@@ -20,6 +20,7 @@ from opq_jax.cli.encoding import (
 )
 from opq_jax.cli.images import FolderImages, read_images
 from opq_jax.cli.stages import Stage
+from opq_jax.core import temporaries
 from opq_jax.core.trees import PyTree
 from opq_jax.importers import networks
 from opq_jax.importers.networks import Network
@@ -85,6 +86,7 @@ def calibrated(
     folder = None
     if moment_bytes(apply, variables, batches[0]) > MOMENTS_IN_MEMORY:
       folder = kept.enter_context(tempfile.TemporaryDirectory(prefix='opq_moments_'))
+      kept.enter_context(temporaries.registered(folder))
     with stage('moments'):
       moments = jax.block_until_ready(mean_moments(apply, variables, batches, folder=folder))
     yield Calibration(batches, moments)

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from opq_jax.core import temporaries
+
 try:
   import fcntl
 except ImportError:  # Windows: temporary files of killed processes are never removed there
@@ -52,19 +54,20 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
   place = file_place(path)
   prefix = _prefix(place)
   temporary = place.parent / f'{prefix}{secrets.token_hex(8)}'
-  try:
-    _remove_litter(place.parent, prefix)
-    with errors_of(path, temporary), open(temporary, 'xb') as file:
-      _lock(file)
-      yield file
-      file.flush()
-      _take_over(file.fileno(), place)
-      os.fsync(file.fileno())
-      os.replace(temporary, place)
-  finally:
-    # on a full or read-only disk the removal may fail too; the first error is the one to report
-    with contextlib.suppress(OSError):
-      temporary.unlink(missing_ok=True)
+  with temporaries.registered(temporary):
+    try:
+      _remove_litter(place.parent, prefix)
+      with errors_of(path, temporary), open(temporary, 'xb') as file:
+        _lock(file)
+        yield file
+        file.flush()
+        _take_over(file.fileno(), place)
+        os.fsync(file.fileno())
+        os.replace(temporary, place)
+    finally:
+      # on a full or read-only disk the removal may fail too; the first error is the one to report
+      with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
 
 
 def file_place(path: str | os.PathLike[str]) -> Path:
@@ -127,6 +130,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
   prefix = _prefix(path)
   temporary = path.parent / f'{prefix}{secrets.token_hex(8)}'
   with contextlib.ExitStack() as stack:
+    stack.enter_context(temporaries.registered(temporary))
     _remove_litter(path.parent, prefix)
     with errors_of(path, temporary):
       temporary.mkdir()
