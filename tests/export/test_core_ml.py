@@ -32,7 +32,7 @@ LAYERS = [
   'inner',
   'other',
 ]
-GOLDEN = sorted((pathlib.Path(__file__).parents[1] / 'golden').glob('version_*.opq'))
+GOLDEN = sorted((pathlib.Path(__file__).parents[1] / 'golden').glob('version_2_*.opq'))
 
 
 def size(path):
@@ -89,41 +89,53 @@ def test_all_kinds_of_leaves_are_exact(tmp_path, path):
     assert any(opq_files.same_bits(one, array) for one in there), name
 
 
-@pytest.mark.parametrize(
-  ('values', 'zeros', 'form', 'bits'),
-  [
-    (2, 0, 'palette of 1 bits', 1),
-    (4, 0, 'palette of 2 bits', 2),
-    (8, 0, 'palette of 3 bits', 3),
-    (16, 0, 'palette of 4 bits', 4),
-    (33, 0, 'palette of 6 bits', 6),
-    (17, 0, 'sparse, palette of 4 bits', 1 + 16 / 17 * 4),
-    (100, 0, 'palette of 8 bits', 8),
-    (16, 0.8, 'sparse, palette of 4 bits', 1 + 0.2 * 4),
-    (9, 0.8, 'sparse, palette of 3 bits', 1 + 0.2 * 3),
-    (400, 0.9, 'sparse, floats', 1 + 0.1 * 32),
-    (400, 0, 'floats', 32),
-  ],
-)
-def test_forms_take_few_bytes(tmp_path, values, zeros, form, bits):
+FORMS = [
+  (2, 0, 'palette of 1 bits', 1),
+  (4, 0, 'palette of 2 bits', 2),
+  (8, 0, 'palette of 3 bits', 3),
+  (16, 0, 'palette of 4 bits', 4),
+  (17, 0, 'sparse, palette of 4 bits', 1 + 16 / 17 * 4),
+  (33, 0, 'palette of 6 bits', 6),
+  (100, 0, 'palette of 8 bits', 8),
+  (16, 0.8, 'sparse, palette of 4 bits', 1 + 0.2 * 4),
+  (9, 0.8, 'sparse, palette of 3 bits', 1 + 0.2 * 3),
+  (400, 0.9, 'sparse, floats', 1 + 0.1 * 32),
+  (400, 0, 'floats', 32),
+]
+"""Values that occur, share of zeros, and the form of the fewest bytes with its bits per weight."""
+
+
+def test_forms_take_few_bytes(tmp_path):
   rng = np.random.default_rng(0)
-  grid = np.float32([0, *(sign * (1 + k) / 4 for k in range(200) for sign in (-1, 1))])[:values]
-  array = np.where(rng.random((300, 301)) < zeros, 0, rng.choice(grid, (300, 301)))
-  array = array.astype(np.float32)
-  record = opq_files.leaf_state(array, 0.125, 0.25, 50)
-  if values > 256:  # weights that are stored as they are
-    record = opq_files.with_escapes(record, array != 0)
-  state = CompressionState({'w': record})
-  programs.save(tmp_path / 'net.mlpackage', programs.holding({'w': array + 1}))
-  with opq_jax.OpqFile(serialize({'w': array}, state)) as file:
-    assert file['w'].tobytes() == array.tobytes()
+  grid = np.float32([0, *(sign * (1 + k) / 4 for k in range(200) for sign in (-1, 1))])
+  params, records = {}, {}
+  for number, (values, zeros, _, _) in enumerate(FORMS):
+    array = rng.choice(grid[:values], (300, 301)) * (rng.random((300, 301)) >= zeros)
+    params[f'w{number}'] = array = array.astype(np.float32) + np.float32(0)
+    record = opq_files.leaf_state(array, 0.125, 0.25, 50)
+    if values > 256:  # weights that are stored as they are
+      record = opq_files.with_escapes(record, array != 0)
+    records[f'w{number}'] = record
+  programs.save(
+    tmp_path / 'net.mlpackage',
+    programs.holding(
+      {name: array + 1 + number for number, (name, array) in enumerate(params.items())}
+    ),
+  )
+  with opq_jax.OpqFile(serialize(params, CompressionState(records))) as file:
     written = write_core_ml(tmp_path / 'small.mlpackage', file, tmp_path / 'net.mlpackage')
-  (leaf,) = written.leaves
-  assert leaf.form == form and bool(leaf.reason) == (form == 'floats')
-  expected = array.size * bits / 8
-  assert 0.98 * expected < leaf.bytes < 1.02 * expected + 3000
-  assert written.size == size(tmp_path / 'small.mlpackage') < leaf.bytes + 4000
-  assert programs.weights(tmp_path / 'small.mlpackage')['w'].tobytes() == array.tobytes()
+    for name, array in params.items():
+      assert file[name].tobytes() == array.tobytes()
+  leaves = {leaf.name: leaf for leaf in written.leaves}
+  for number, (_, _, form, bits) in enumerate(FORMS):
+    leaf = leaves[f'w{number}']
+    assert leaf.form == form and bool(leaf.reason) == (form == 'floats')
+    expected = 300 * 301 * bits / 8
+    assert 0.98 * expected < leaf.bytes < 1.02 * expected + 3000, form
+  assert written.size == size(tmp_path / 'small.mlpackage')
+  assert written.size < sum(leaf.bytes for leaf in written.leaves) + 9000
+  found = programs.weights(tmp_path / 'small.mlpackage')
+  assert all(found[name].tobytes() == array.tobytes() for name, array in params.items())
 
 
 def test_names_and_dtypes_of_the_package(tmp_path, monkeypatch, capsys):
@@ -131,8 +143,10 @@ def test_names_and_dtypes_of_the_package(tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   kernel, bias = programs.laplace(64, 48), np.ones(64, np.float32)
   params = {'fc.0.weight': kernel, 'fc.0.bias': 3 * bias, 'gone.weight': kernel}
-  network = opq_jax.compress(params, bits_per_weight=4.0)
-  opq_jax.save('net.opq', network.params, network.state)
+  # a grid that float16 does not hold
+  record = opq_files.leaf_state(kernel, 0.5, 0.3)
+  state = {'fc.0.weight': record, 'fc.0.bias': None, 'gone.weight': record}
+  opq_jax.save('net.opq', params, CompressionState(state))
 
   @programs.mb.program(
     input_specs=[programs.mb.TensorSpec(shape=(1, 48))], opset_version=programs.ct.target.iOS18
@@ -161,8 +175,7 @@ def test_names_and_dtypes_of_the_package(tmp_path, monkeypatch, capsys):
 def test_packages_that_do_not_fit(tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   kernel, out = programs.laplace(16, 64), pathlib.Path('small.mlpackage')
-  network = opq_jax.compress({'kernel': kernel}, compression_rate=8.0)
-  opq_jax.save('net.opq', network.params, network.state)
+  opq_jax.save('net.opq', {'kernel': kernel}, opq_files.state_of({'kernel': kernel}))
   arguments = ['export', 'net.opq', 'small.mlpackage', '--into', 'net.mlpackage']
   for arrays, target, message in (
     ({'another': kernel}, 'iOS18', 'found no constant of the name of a compressed leaf, expected'),
@@ -197,21 +210,18 @@ def test_packages_that_do_not_fit(tmp_path, monkeypatch, capsys):
 def test_weights_compressed_by_others_are_named(tmp_path):
   """Weights that coremltools has compressed stay as they are, and are said by name."""
   arrays = {'kernel': programs.laplace(64, 64), 'other': programs.laplace(64, 65)}
+  only = lambda name: {name: arrays[name]}
+  coded = lambda name: serialize(only(name), opq_files.state_of(only(name)))
   programs.save(tmp_path / 'net.mlpackage', programs.holding(arrays))
-  with opq_jax.OpqFile(_compressed({'other': arrays['other']})) as file:
+  with opq_jax.OpqFile(coded('other')) as file:
     first = write_core_ml(tmp_path / 'one.mlpackage', file, tmp_path / 'net.mlpackage')
   with pytest.warns(
     UserWarning, match='other: found weights that are compressed already: left out'
   ):
     assert read_weights(tmp_path / 'one.mlpackage').keys() == {'kernel'}
-  with opq_jax.OpqFile(_compressed({'kernel': arrays['kernel']})) as file:
+  with opq_jax.OpqFile(coded('kernel')) as file:
     second = write_core_ml(tmp_path / 'both.mlpackage', file, tmp_path / 'one.mlpackage')
   assert second.size < first.size
   before, found = (programs.weights(tmp_path / f'{name}.mlpackage') for name in ('one', 'both'))
   assert found['other'].tobytes() == before['other'].tobytes()
   assert found['kernel'].tobytes() != before['kernel'].tobytes()
-
-
-def _compressed(params):
-  network = opq_jax.compress(params, bits_per_weight=4.0)
-  return serialize(network.params, network.state)

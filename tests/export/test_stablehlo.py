@@ -12,10 +12,11 @@ import pytest
 from jax import export
 
 import opq_jax
-from opq_jax import cli, models
+from opq_jax import cli, importers, models
+from opq_jax.compression import CompressionState
 from opq_jax.export import program_arguments, write_stablehlo
 from opq_jax.importers import networks
-from tests.helpers.opq_files import escaping, laplace
+from tests.helpers.opq_files import escaping, laplace, leaf_state
 
 pytest.importorskip('flatbuffers')
 
@@ -30,7 +31,7 @@ def network():
   }
   made = opq_jax.compress(params, bits_per_weight=2.0, slices=lambda path, leaf: leaf.ndim > 2)
   tree = {**made.state.tree, 'first': state.tree}
-  return {**made.params, 'first': escaped}, opq_jax.CompressionState(tree)
+  return {**made.params, 'first': escaped}, CompressionState(tree)
 
 
 def apply_fn(params, x):
@@ -82,10 +83,13 @@ def test_command_writes_known_networks(tmp_path, monkeypatch, capsys):
   variables = jax.tree.map(lambda leaf: rng.uniform(0.1, 0.5, leaf.shape) - 0.2, shapes)
   variables = jax.tree.map(lambda leaf: leaf.astype(np.float32), variables)
   variables['batch_stats'] = jax.tree.map(lambda leaf: leaf + 1, variables['batch_stats'])
-  made = opq_jax.compress(variables, bits_per_weight=3.0)
-  about = {'model': 'resnet20', 'source': 'torch', 'num_classes': '10'}
-  source = opq_jax.importers.sources('resnet20')[0].name
-  opq_jax.save('net.opq', made.params, made.state, {**about, 'source': source})
+  kernels = lambda leaf: leaf.ndim > 1
+  state = jax.tree.map(
+    lambda leaf: leaf_state(leaf, 1 / 16, 1 / 16) if kernels(leaf) else None, variables
+  )
+  source = importers.sources('resnet20')[0].name
+  about = {'model': 'resnet20', 'source': source, 'num_classes': '10'}
+  opq_jax.save('net.opq', variables, CompressionState(state), about)
   assert cli.main(['export', 'net.opq', 'net.stablehlo']) == 0
   told = capsys.readouterr().out
   size = pathlib.Path('net.stablehlo').stat().st_size
@@ -96,8 +100,9 @@ def test_command_writes_known_networks(tmp_path, monkeypatch, capsys):
   program = export.deserialize(bytearray(pathlib.Path('net.stablehlo').read_bytes()))
   images = laplace(2, 32, 32, 3)
   known = networks.load('net.opq')
-  expected = known.model.apply(known.variables, images, train=False)
-  found = program.call(program_arguments(*opq_jax.load('net.opq')), images)
+  forward = jax.jit(lambda variables, x: known.model.apply(variables, x, train=False))
+  expected = np.asarray(forward(known.variables, images))
+  found = jax.jit(program.call)(program_arguments(*opq_jax.load('net.opq')), images)
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
