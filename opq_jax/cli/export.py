@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     '--into',
     metavar='NET',
     help='for .onnx and .mlpackage: the ONNX file or Core ML package of the float network, whose '
-    'tensors have the names of the leaves',
+    'tensors have the names of the leaves (default for .onnx: FILE itself names its network, which '
+    'jax2onnx converts)',
   )
 
 
@@ -43,9 +44,12 @@ def run(arguments: argparse.Namespace) -> None:
       raise ValueError(f'--into: found {arguments.into}, expected none for {output}')
     _write_program(arguments.output, source)
     return
-  if arguments.into is None:
+  if arguments.into is not None:
+    _write_into(arguments.output, source, Path(arguments.into))
+  elif suffix == _CORE_ML:
     raise ValueError(f'{output}: needs --into NET, the {suffix} in which the weights stand')
-  _write_into(arguments.output, source, Path(arguments.into))
+  else:
+    _write_onnx(arguments.output, source)
 
 
 def _write_into(text: str, source: Path, into: Path) -> None:
@@ -71,6 +75,21 @@ def _write_into(text: str, source: Path, into: Path) -> None:
       written, size = write_onnx(output, file, into), os.stat(into).st_size
   print_notes(written, source, into)
   _print_sizes(written, output, size)
+
+
+def _write_onnx(text: str, source: Path) -> None:
+  """Writes the network that a file names as an ONNX file."""
+  from opq_jax.cli.outputs import check_output, output_path
+  from opq_jax.export import network_program, write_onnx
+  from opq_jax.file.reader import OpqFile
+
+  output = output_path(text)
+  check_output(source, output)
+  with OpqFile(source) as file:
+    written = write_onnx(output, file, network_program(source))
+  print_notes(written, source, 'the network')
+  as_floats = written.size + sum(leaf.float_bytes - leaf.bytes for leaf in written.leaves)
+  _print_sizes(written, output, as_floats)
 
 
 def _write_program(text: str, source: Path) -> None:
@@ -124,7 +143,7 @@ def _print_sizes(written: 'ExportedModel', output: Path, size: int) -> None:
   console(sys.stdout).print(Text(line), soft_wrap=True)
 
 
-def print_notes(written: 'ExportedModel', source: Path, into: Path) -> None:
+def print_notes(written: 'ExportedModel', source: Path, into: Path | str) -> None:
   """Prints on stderr which leaves are floats and why, and which names only one file has."""
   from opq_jax.cli.console import note
   from opq_jax.core.messages import listed

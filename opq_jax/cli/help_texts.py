@@ -170,6 +170,11 @@ stays in floats, and is named. Every runtime of ONNX reads the file, as fast as
 the float network (needs onnx: pip install opq_jax[onnx]). Core ML reads the
 package from iOS 18 and macOS 15 on (needs coremltools: opq_jax[coreml]).
 
+Without --into, an .onnx file is the network that the file itself names: one of
+opq compress --model has the input images and the output logits, one of a model
+folder the input tokens and the output logits or embeddings, each of any number
+(needs jax2onnx: opq_jax[jax2onnx]).
+
 A .stablehlo file is the program of a network without its weights, of
 jax.export, for a file made with --model (needs flatbuffers:
 opq_jax[stablehlo]). It takes the codes of the .opq file as arguments."""
@@ -181,6 +186,7 @@ examples:
   opq compress net.mlpackage net.opq
   opq export net.opq small.mlpackage --into net.mlpackage
   opq compress --model mobilenet_v1 weights.safetensors net.opq
+  opq export net.opq net.onnx
   opq export net.opq net.stablehlo
 """
 

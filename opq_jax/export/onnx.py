@@ -18,7 +18,7 @@ Operator sets are left as they are: raising them converts nodes that are not our
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ _FLOATS = 'floats'
 def write_onnx(
   path: str | os.PathLike[str],
   file: OpqFile,
-  into: str | os.PathLike[str],
+  into: Any,
   *,
   floats: bool = False,
 ) -> ExportedModel:
@@ -60,7 +60,8 @@ def write_onnx(
   Args:
     path: the file to write; an existing one is replaced.  It appears whole or not at all.
     file: the compressed network, whose leaves have the names of tensors of `into`.
-    into: the ONNX file of the float network; data in other files are read beside it.
+    into: the path of the ONNX file of the float network, beside which data in other files are
+      read; or an `onnx.ModelProto`, such as `onnx_program` makes.
     floats: whether to write float initializers.
 
   Returns:
@@ -68,7 +69,8 @@ def write_onnx(
 
   Raises:
     ValueError: onnx is missing, `into` or a leaf is damaged, no leaf has the name of a tensor,
-      shapes differ, a dtype cannot hold the weights, or the file would have 2 GiB or more.
+      shapes differ, a dtype cannot hold the weights, a place of a program stays without weights, or
+      the file would have 2 GiB or more.
     OSError: a file cannot be read or written.
 
   >>> import tempfile, onnx, opq_jax
@@ -83,19 +85,24 @@ def write_onnx(
   >>> [leaf.form for leaf in written.leaves]
   ['UINT8']
   """
-  into = Path(into)
-  external = extras.require('onnx.external_data_helper', 'onnx', str(into))
-  model = onnx_files.load(into)
-  found = checks.guarded(lambda _: onnx_files.constants(model), into, onnx_files.EXPECTED)
-  shared = _shared(file, into, found)
-  writer = _Writer(model, into, found, floats=floats)
+  model, source = _opened(into)
+  external = extras.require('onnx.external_data_helper', 'onnx', str(source))
+  found = checks.guarded(lambda _: onnx_files.constants(model), source, onnx_files.EXPECTED)
+  shared = _shared(file, source, found)
+  # a model in memory has no files beside it
+  places = _places(found, source.parent if isinstance(into, str | os.PathLike) else None)
+  if missing := sorted(places.difference(shared)):
+    raise ValueError(
+      f'{source}: found no data of {messages.listed(missing)}, expected leaves of these names'
+    )
+  writer = _Writer(model, source, found, places, floats=floats)
   leaves, changed = [], []
   for name in shared:
     if file.grids(name):
       leaves.append(writer.add_compressed(name, file))
     elif writer.add_uncompressed(name, file[name]):
       changed.append(name)
-  weights = checks.guarded(lambda _: uses_of(model), into, onnx_files.EXPECTED)
+  weights = checks.guarded(lambda _: uses_of(model), source, onnx_files.EXPECTED)
   left = {
     name: found[name].tensor.ByteSize()
     for name in weights
@@ -104,7 +111,7 @@ def write_onnx(
   writer.place()
   checks.guarded(
     lambda path: external.load_external_data_for_model(model, str(path.parent)),
-    into,
+    source,
     f'{onnx_files.EXPECTED} whose data are whole',
   )
   if (size := model.ByteSize()) > _LARGEST:
@@ -112,6 +119,20 @@ def write_onnx(
   files.write_bytes(path, model.SerializeToString())
   without = tuple(name for name in file if name not in found)
   return ExportedModel(tuple(leaves), size, tuple(changed), without, left)
+
+
+def _opened(into: Any) -> tuple[Any, Path]:
+  """Returns a model that may be changed, and the path of its file, or what messages call it."""
+  if isinstance(into, str | os.PathLike):
+    return onnx_files.load(Path(into)), Path(into)
+  model = type(into)()
+  model.CopyFrom(into)
+  return model, Path(model.graph.name or 'model')
+
+
+def _places(found: Mapping[str, Any], folder: Path | None) -> set[str]:
+  """Returns the tensors of a model without data, whose weights must come from elsewhere."""
+  return {name for name, one in found.items() if onnx_files.is_place(one.tensor, folder)}
 
 
 def _shared(file: OpqFile, into: Path, found: Mapping[str, Any]) -> list[str]:
@@ -139,8 +160,17 @@ class _Writer:
     parts: what stands in the place of a constant, by its name in the tree.
   """
 
-  def __init__(self, model: Any, into: Path, found: Mapping[str, Any], *, floats: bool):
+  def __init__(
+    self,
+    model: Any,
+    into: Path,
+    found: Mapping[str, Any],
+    places: Collection[str],
+    *,
+    floats: bool,
+  ):
     self._model, self._into, self._found, self._as_floats = model, into, found, floats
+    self._places = places
     self._opset = max(
       (one.version for one in model.opset_import if one.domain in ('', 'ai.onnx')), default=0
     )
@@ -176,12 +206,16 @@ class _Writer:
     from onnx import numpy_helper
 
     constant = self._found[name]
+    array = self._in_dtype(name, array)
+    new = Parts([], [numpy_helper.from_array(array, constant.output)], _FLOATS)
+    if name in self._places:
+      self.parts[name] = new
+      return False
     read = lambda path: onnx_files.array_of(constant, path.parent)
     old = checks.guarded(read, self._into, f'{onnx_files.EXPECTED} whose data are whole')
-    array = self._in_dtype(name, array)
     if old.tobytes() == array.tobytes():
       return False
-    self.parts[name] = Parts([], [numpy_helper.from_array(array, constant.output)], _FLOATS)
+    self.parts[name] = new
     return True
 
   def place(self) -> None:

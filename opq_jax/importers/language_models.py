@@ -172,6 +172,24 @@ def from_tensors(model: 'nn.Module', tensors: Mapping[str, Any]) -> Weights:
   )
 
 
+def traced_variables(
+  model: 'nn.Module', tensors: Mapping[str, Any], names: Mapping[str, str]
+) -> dict[str, Any]:
+  """Returns the variables of `from_tensors` as a function of the tensors that JAX can trace.
+
+  Args:
+    model: the network.
+    tensors: arrays by name.
+    names: their names in `tensors` by their full names, of `matched`.
+  """
+  arrays = []
+  for place in places(model).values():
+    found = [jnp.asarray(tensors[names[name]]) for name in place.names]
+    found = [array.T if place.is_transposed else array for array in found]
+    arrays.append(jnp.stack(found) if place.is_stacked else found[0])
+  return jax.tree.unflatten(jax.tree.structure(models.variable_shapes(model)), arrays)
+
+
 class Matched(NamedTuple):
   """The tensors of a file as those of a network.
 

@@ -167,10 +167,10 @@ class Interpreter:
   def _equation(self, equation: Any, values: list[Value], where: tuple[str, ...]) -> list[Value]:
     name = equation.primitive.name
     if any(value.views for value in values):
-      inner = _inlined(equation)
+      inner = body_of(equation)
       if inner is not None:
         return self.walk(inner.jaxpr, self.constants(inner), values, where)
-      branch = _branch_of_platforms(equation)
+      branch = branch_of_platforms(equation)
       if branch is not None:
         return self.walk(branch.jaxpr, self.constants(branch), values[1:], where)
       if name in ('scan', 'while', 'cond'):
@@ -272,7 +272,7 @@ def _facts(atom: Any) -> tuple[tuple[int, ...], Any]:
   return getattr(atom.aval, 'shape', ()), getattr(atom.aval, 'dtype', None)
 
 
-def _inlined(equation: Any) -> Any:
+def body_of(equation: Any) -> Any:
   """Returns the one body of jit, remat, custom derivatives and the like, closed, or None."""
   if equation.primitive.name in ('scan', 'while', 'cond', 'shard_map', 'pallas_call'):
     return None
@@ -283,11 +283,14 @@ def _inlined(equation: Any) -> Any:
     return None
   body = bodies[0]
   closed = body if isinstance(body, jex.ClosedJaxpr) else jex.ClosedJaxpr(body, ())
-  fits = len(closed.jaxpr.invars) == len(equation.invars)
-  return closed if fits and len(closed.jaxpr.outvars) == len(equation.outvars) else None
+  # the bodies of `lax.reduce` and `lax.reduce_window` have scalars in the places of arrays
+  shapes = lambda atoms: [_facts(atom)[0] for atom in atoms]
+  inner, outer = closed.jaxpr, equation
+  fits = shapes(inner.invars) == shapes(outer.invars)
+  return closed if fits and shapes(inner.outvars) == shapes(outer.outvars) else None
 
 
-def _branch_of_platforms(equation: Any) -> Any:
+def branch_of_platforms(equation: Any) -> Any:
   """Returns the branch of a `lax.platform_dependent` that is walked; None of other equations.
 
   All branches compute the same.  The default one says it in JAX's own operations, as a rule, where
@@ -310,7 +313,7 @@ def _branch_of_platforms(equation: Any) -> Any:
 def _has_kernel(jaxpr: Any) -> bool:
   """Returns whether a jaxpr calls code that is not JAX's own."""
   names = (equation.primitive.name for equation in jaxpr.eqns)
-  inner = (_inlined(equation) for equation in jaxpr.eqns)
+  inner = (body_of(equation) for equation in jaxpr.eqns)
   return any(name in _KERNELS for name in names) or any(
     _has_kernel(body.jaxpr) for body in inner if body is not None
   )

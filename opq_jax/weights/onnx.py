@@ -117,6 +117,21 @@ def array_of(constant: Constant, folder: Path) -> Shaped[np.ndarray, '...']:
   return numpy_helper.to_array(tensor, os.fspath(folder))
 
 
+def is_place(tensor: Any, folder: Path | None) -> bool:
+  """Returns whether a tensor has no data: they are in a file of its own name, which is not there.
+
+  Args:
+    tensor: a TensorProto.
+    folder: where data in other files are; None of a model that is in no file.
+  """
+  from onnx import TensorProto
+
+  if tensor.data_location != TensorProto.EXTERNAL:
+    return False
+  locations = [entry.value for entry in tensor.external_data if entry.key == 'location']
+  return locations == [tensor.name] and (folder is None or not (folder / tensor.name).exists())
+
+
 def dtype_of(tensor: Any) -> np.dtype | None:
   """Returns the dtype of a tensor of numbers; None of strings and of types that NumPy lacks."""
   from onnx import helper

@@ -18,12 +18,14 @@ OTHERS = {
   '.',
   '.ci/run',
   'mypy',
+  'npm',
   'pip',
   'pre-commit',
   'pytest',
   'python3',
   'ruff',
   'sphinx-build',
+  'tar',
 }
 
 

@@ -117,7 +117,8 @@ def test_programs_that_cannot_be_written(tmp_path, monkeypatch, capsys):
   for arguments, message in (
     (['net.stablehlo'], 'net.opq: found no name of a network, expected a file made with --model'),
     (['net.stablehlo', '--into', 'x.onnx'], '--into: found x.onnx, expected none'),
-    (['net.onnx'], 'net.onnx: needs --into NET'),
+    (['net.onnx'], 'expected one of them, or its ONNX file (--into NET)'),
+    (['net.mlpackage'], 'net.mlpackage: needs --into NET'),
     (['net.tflite'], "found suffix '.tflite', expected .onnx, .mlpackage or .stablehlo"),
     (['net.mlpackage', '--into', 'net.onnx'], "found suffix '.onnx', expected .mlpackage"),
   ):

@@ -52,10 +52,11 @@ class Page:
       self.messages.append(answer['params'])
     return answer
 
-  def open(self, path):
-    """Opens a file, and waits until it is loaded."""
-    self.call('Page.navigate', url=pathlib.Path(path).as_uri())
-    self.wait('document.readyState === "complete" && location.protocol === "file:"')
+  def open(self, address):
+    """Opens a file, or an address of a server, and waits until it is loaded."""
+    url = address if str(address).startswith('http:') else pathlib.Path(address).as_uri()
+    self.call('Page.navigate', url=url)
+    self.wait('document.readyState === "complete" && location.protocol !== "about:"')
 
   def value(self, expression):
     """Returns the value of an expression, of a promise what it resolves to."""
