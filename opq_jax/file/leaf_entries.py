@@ -88,6 +88,11 @@ class LeafEntry:
   is_transposed: bool = False
 
   @property
+  def nbytes(self) -> int:
+    """Bytes of the leaf, decoded."""
+    return math.prod(self.shape) * self.dtype.itemsize
+
+  @property
   def coded_shape(self) -> tuple[int, ...]:
     """Shape of the array that the payload codes, of slices that of each."""
     own = self.shape[self.slices :]

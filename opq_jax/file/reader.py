@@ -8,7 +8,7 @@ import io
 import os
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -23,6 +23,7 @@ from opq_jax.file.container import GRID_BYTES
 from opq_jax.file.front import grids_of, read_bytes, read_front
 from opq_jax.file.grids import Grid
 from opq_jax.file.leaf_entries import LeafEntry
+from opq_jax.file.telling import told_of
 
 if TYPE_CHECKING:
   from opq_jax.compression import CompressionState, LeafState
@@ -34,6 +35,7 @@ def load(
   like: 'PyTree | None' = None,
   *,
   most_bytes: int | None = None,
+  told: Callable[[int, int], object] | None = None,
 ) -> 'tuple[PyTree, CompressionState]':
   """Returns the compressed network of a file, on the host: `OpqFile(path, most_bytes).load(like)`.
 
@@ -41,6 +43,7 @@ def load(
     path: of the file; or its bytes.
     like: as for `OpqFile.load`.
     most_bytes: as for `OpqFile`.
+    told: as for `OpqFile.load`.
 
   Returns:
     `(params, state)`.
@@ -49,7 +52,7 @@ def load(
     ValueError: as `OpqFile` and `OpqFile.load`.
   """
   with OpqFile(path, most_bytes) as file:
-    return file.load(like)
+    return file.load(like, told=told)
 
 
 class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
@@ -306,7 +309,9 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     """
     return plain_trees.replaced(self._front.tree, dict(self))
 
-  def load(self, like: 'PyTree | None' = None) -> 'tuple[PyTree, CompressionState]':
+  def load(
+    self, like: 'PyTree | None' = None, *, told: Callable[[int, int], object] | None = None
+  ) -> 'tuple[PyTree, CompressionState]':
     """Returns the whole network: decoded parameters, and the state that compresses them.
 
     Args:
@@ -314,6 +319,8 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
         containers the result takes over; leaves keep the dtypes of the file.  A leaf of a
         `NamedSharding` is laid over its mesh, with the kinds of its state.  Without it dicts,
         lists, tuples and None come back as themselves, and every other container as a dict.
+      told: called after each leaf with the bytes of all leaves that are decoded, and of all there
+        are; `opq_jax.report.progress` shows them.
 
     Returns:
       `(params, state)`: params of host arrays, exact whatever `jax_enable_x64` says, and a state of
@@ -349,7 +356,7 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
         'without a state, so they would be saved again as uncompressed floats'
       )
     firsts: dict[str | None, CodedLeaf] = {}  # the leaves that later ones are again
-    for name in order:
+    for name in told_of({name: self._leaf(name).nbytes for name in order}, told):
       leaf, first = self._leaf(name), self.tied_to(name)
       if leaf.table is None:
         value, record = laid_out(self._uncompressed(name, leaf), None, likes.get(name))

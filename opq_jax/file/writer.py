@@ -6,7 +6,7 @@
 import functools
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -23,6 +23,7 @@ from opq_jax.file.coded_weights import coded_slices
 from opq_jax.file.front import front_bytes
 from opq_jax.file.repeated_leaves import RepeatedLeaves
 from opq_jax.file.side_files import packed_files
+from opq_jax.file.telling import told_of
 from opq_jax.file.written_leaves import axes_of, host_array, write_leaf
 
 TIED_VERSION = '2'
@@ -37,6 +38,7 @@ def save(
   *,
   contexts: bool = True,
   side_files: Mapping[str, bytes] | None = None,
+  told: Callable[[int, int], object] | None = None,
 ) -> None:
   """Writes a compressed network to an `.opq` file.
 
@@ -53,6 +55,8 @@ def save(
       6 to 60 times faster into a larger file.
     side_files: contents of files that belong to the network (config, tokenizer), by relative path;
       `OpqFile(path).read_side_files()` returns them.
+    told: called after each leaf with the bytes of all leaves that are done, and of all there are;
+      `opq_jax.report.progress` shows them.
 
   Raises:
     ValueError: `state` was made for another tree; a leaf is no numeric array; a compressed leaf
@@ -72,7 +76,8 @@ def save(
   True
   """
   files.write_bytes(
-    path, serialize(params, state, metadata, contexts=contexts, side_files=side_files)
+    path,
+    serialize(params, state, metadata, contexts=contexts, side_files=side_files, told=told),
   )
 
 
@@ -83,11 +88,12 @@ def serialize(
   *,
   contexts: bool = True,
   side_files: Mapping[str, bytes] | None = None,
+  told: Callable[[int, int], object] | None = None,
 ) -> bytes:
   """Returns the bytes of the file that `save` would write; `load` and `OpqFile` take them as well.
 
   Args:
-    params, state, metadata, contexts, side_files: as for `save`.
+    params, state, metadata, contexts, side_files, told: as for `save`.
 
   Raises:
     ValueError: as `save`.
@@ -104,8 +110,8 @@ def serialize(
   arrays = {name: host_array(name, leaf) for name, leaf in trees.named_leaves(tree).items()}
   ties, numbers = tied_leaves(arrays, records), {name: i for i, name in enumerate(arrays)}
   repeated = RepeatedLeaves()
-  for name, array in arrays.items():
-    record = records[name]
+  for name in told_of({name: array.nbytes for name, array in arrays.items()}, told):
+    array, record = arrays[name], records[name]
     if name in ties:
       first, is_transposed = ties[name]
       specs.append(leaf_entries.tied_spec(array.dtype, array.shape, numbers[first], is_transposed))

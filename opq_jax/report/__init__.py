@@ -16,6 +16,7 @@ if TYPE_CHECKING:
   from opq_jax.report.cell_checks import VerifiedLeaf
   from opq_jax.report.descriptions import file_description
   from opq_jax.report.page import html_page
+  from opq_jax.report.progress_bars import progress
   from opq_jax.report.records import CompressedLeaf, SizeReport, UncompressedLeaf
   from opq_jax.report.size_tables import four_sizes, size_table
   from opq_jax.report.sizes import file_report, payload_report, size_report
@@ -35,6 +36,7 @@ __all__ = [
   'model_card',
   'payload_report',
   'plots',
+  'progress',
   'size_report',
   'size_table',
   'summary',
@@ -56,6 +58,7 @@ __getattr__, __dir__ = lazy.attributes(
     'html_page': 'page',
     'model_card': 'card',
     'payload_report': 'sizes',
+    'progress': 'progress_bars',
     'size_report': 'sizes',
     'size_table': 'size_tables',
     'summary': 'allocation_tables',

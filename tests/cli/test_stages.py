@@ -8,6 +8,7 @@ import pytest
 
 from opq_jax.cli import stages
 from opq_jax.cli.console import console
+from opq_jax.report import progress_bars
 
 
 def lines_of(text):
@@ -25,7 +26,7 @@ def said(capsys, expected):
 
 
 def test_without_a_terminal_a_line_a_minute(monkeypatch, capsys):
-  monkeypatch.setattr(stages, '_MINUTE', 0.05)
+  monkeypatch.setattr(progress_bars, '_MINUTE', 0.05)
   with stages.timed_stages(console(sys.stdout)) as stage:
     with stage('read'):  # tells nothing
       assert said(capsys, 'read') == ['opq: read: N s so far']
@@ -38,7 +39,7 @@ def test_without_a_terminal_a_line_a_minute(monkeypatch, capsys):
 
 
 def test_lines_end_with_their_stage(monkeypatch, capsys):
-  monkeypatch.setattr(stages, '_MINUTE', 0.03)
+  monkeypatch.setattr(progress_bars, '_MINUTE', 0.03)
   with pytest.raises(ValueError, match='broken'), stages.progress_bar('windows') as told:
     told(3, 4)
     assert said(capsys, 'done')[-1] == 'opq: windows: N s so far, 75% done, about N s left'
