@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     '--into',
     metavar='NET',
-    help='an ONNX file of the network: OUT is it with the decoded weights (opq export: small)',
+    help='an ONNX file or Core ML package of the network: OUT is it with the decoded weights (opq '
+    'export: small)',
   )
 
 
@@ -37,6 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
   """Writes the weights of a file as safetensors, or the model folder that it was made of."""
   from rich.text import Text
 
+  from opq_jax.cli import export
   from opq_jax.cli.console import console
   from opq_jax.cli.outputs import check_new_folder, check_output, output_path
   from opq_jax.cli.safetensors_metadata import given_back
@@ -47,12 +49,10 @@ def run(arguments: argparse.Namespace) -> None:
 
   source, output = Path(arguments.file), Path(arguments.output)
   progress = functools.partial(timed_stages, console(sys.stdout), has_times=False)
-  if output.suffix.lower() == '.onnx' and arguments.into is None:
-    raise ValueError(f'{output}: needs --into NET, the ONNX file in which the weights stand')
-  if output.suffix.lower() != '.onnx' and arguments.into is not None:
-    raise ValueError(f'{output}: found suffix {output.suffix!r} with --into, expected .onnx')
+  if output.suffix.lower() in export.SUFFIXES and arguments.into is None:
+    raise ValueError(f'{output}: needs --into NET, the {output.suffix} in which the weights stand')
   if arguments.into is not None:
-    _write_onnx(source, output_path(arguments.output), Path(arguments.into), arguments.to)
+    _write_into(source, arguments.output, Path(arguments.into), arguments.to)
     return
   with OpqFile(source) as file:
     is_array_file = output.suffix.lower() in _SUFFIXES[1:]
@@ -96,22 +96,15 @@ def run(arguments: argparse.Namespace) -> None:
   console(sys.stdout).print(Text(f'{output}: {size:,} bytes, by {names}'))
 
 
-def _write_onnx(source: Path, output: Path, into: Path, to: str | None) -> None:
-  """Writes an ONNX file with the decoded weights in float initializers."""
+def _write_into(source: Path, output: str, into: Path, to: str | None) -> None:
+  """Writes the network of another runtime with the decoded weights as floats."""
   from rich.text import Text
 
   from opq_jax.cli import export
   from opq_jax.cli.console import console
-  from opq_jax.cli.outputs import check_output
-  from opq_jax.export import write_onnx
-  from opq_jax.file.reader import OpqFile
 
   if to is not None:
     raise ValueError(f'--to: found {to} together with --into, expected one of them')
-  check_output(source, output)
-  check_output(into, output)
-  with OpqFile(source) as file:
-    written = write_onnx(output, file, into, floats=True)
-  export.print_notes(written, source, into)
+  written = export.write_into(output, source, into, floats=True)
   line = f'{output}: {written.size:,} bytes, {len(written.leaves)} decoded leaves in {into}'
   console(sys.stdout).print(Text(line), soft_wrap=True)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 _CORE_ML = '.mlpackage'
 _STABLEHLO = '.stablehlo'
-_SUFFIXES = '.onnx', _CORE_ML
+SUFFIXES = '.onnx', _CORE_ML
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +36,8 @@ def run(arguments: argparse.Namespace) -> None:
   """Writes the network, and says what became of every leaf that is not in indices."""
   source, output = Path(arguments.file), Path(arguments.output)
   suffix = output.suffix.lower()
-  if suffix not in (*_SUFFIXES, _STABLEHLO):
-    expected = ', '.join(_SUFFIXES)
+  if suffix not in (*SUFFIXES, _STABLEHLO):
+    expected = ', '.join(SUFFIXES)
     raise ValueError(f'{output}: found suffix {suffix!r}, expected {expected} or {_STABLEHLO}')
   if suffix == _STABLEHLO:
     if arguments.into is not None:
@@ -45,20 +45,40 @@ def run(arguments: argparse.Namespace) -> None:
     _write_program(arguments.output, source)
     return
   if arguments.into is not None:
-    _write_into(arguments.output, source, Path(arguments.into))
+    into = Path(arguments.into)
+    written = write_into(arguments.output, source, into)
+    _print_sizes(written, output, _size(into))
   elif suffix == _CORE_ML:
     raise ValueError(f'{output}: needs --into NET, the {suffix} in which the weights stand')
   else:
     _write_onnx(arguments.output, source)
 
 
-def _write_into(text: str, source: Path, into: Path) -> None:
-  """Writes the network of a file into that of another runtime."""
+def write_into(text: str, source: Path, into: Path, *, floats: bool = False) -> 'ExportedModel':
+  """Writes the network of a file into that of another runtime, and prints what differs.
+
+  Args:
+    text: the path to write, as it was typed.
+    source: the `.opq` file.
+    into: the float network.
+    floats: whether to write float constants.
+
+  Returns:
+    What was written.
+
+  Raises:
+    ValueError: suffixes are unknown or differ, the place is not free, or as of the writers.
+    OSError: a file cannot be read or written.
+  """
   from opq_jax.cli.outputs import check_new_folder, check_output, output_path
   from opq_jax.export import write_core_ml, write_onnx
   from opq_jax.file.reader import OpqFile
 
   output, suffix = Path(text), Path(text).suffix.lower()
+  if suffix not in SUFFIXES:
+    raise ValueError(
+      f'{output}: found suffix {output.suffix!r} with --into, expected {" or ".join(SUFFIXES)}'
+    )
   if into.suffix.lower() != suffix:
     raise ValueError(f'{into}: found suffix {into.suffix!r}, expected {suffix}, that of {output}')
   if suffix == _CORE_ML:
@@ -67,14 +87,18 @@ def _write_into(text: str, source: Path, into: Path) -> None:
     output = output_path(text)
     check_output(source, output)
     check_output(into, output)
+  write = write_core_ml if suffix == _CORE_ML else write_onnx
   with OpqFile(source) as file:
-    if suffix == _CORE_ML:
-      written = write_core_ml(output, file, into)
-      size = sum(part.stat().st_size for part in into.rglob('*') if part.is_file())
-    else:
-      written, size = write_onnx(output, file, into), os.stat(into).st_size
+    written = write(output, file, into, floats=floats)
   print_notes(written, source, into)
-  _print_sizes(written, output, size)
+  return written
+
+
+def _size(path: Path) -> int:
+  """Returns the bytes of a file, or of all files of a folder."""
+  if not path.is_dir():
+    return os.stat(path).st_size
+  return sum(part.stat().st_size for part in path.rglob('*') if part.is_file())
 
 
 def _write_onnx(text: str, source: Path) -> None:

@@ -145,8 +145,8 @@ examples:
 
 DECOMPRESS = """\
 Writes the decoded weights as a .safetensors file, or with --into as an .onnx
-file. A file made with --model is
-written under the names that its weights came with. A file made of a model
+file or a Core ML package. A file made with --model is written under the names
+that its weights came with. A file made of a model
 folder becomes a folder again, which must be new or empty."""
 
 DECOMPRESS_EXAMPLES = """\

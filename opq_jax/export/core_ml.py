@@ -41,7 +41,11 @@ _DTYPES = 'float16', 'float32'
 
 
 def write_core_ml(
-  path: str | os.PathLike[str], file: OpqFile, into: str | os.PathLike[str]
+  path: str | os.PathLike[str],
+  file: OpqFile,
+  into: str | os.PathLike[str],
+  *,
+  floats: bool = False,
 ) -> ExportedModel:
   """Writes a Core ML package with the weights of an `.opq` file in the places of its own.
 
@@ -52,6 +56,7 @@ def write_core_ml(
     path: the package to write, which is new; it appears whole or not at all.
     file: the compressed network.
     into: the package of the float network, an ML program for iOS 18 or later.
+    floats: whether to write float constants, which any package can hold.
 
   Returns:
     What was written.
@@ -65,7 +70,7 @@ def write_core_ml(
   files.check_free(path)
   package = core_ml.load(into)
   version = package.model.specificationVersion
-  if version < _LEAST_VERSION:
+  if version < _LEAST_VERSION and not floats:
     raise ValueError(
       f'{into}: found a package for {_SYSTEMS.get(version, f"version {version}")}, expected one '
       'for iOS 18 or later (minimum_deployment_target=coremltools.target.iOS18)'
@@ -76,7 +81,7 @@ def write_core_ml(
   found = guarded(core_ml.constants)
   places = _places(file, into, found)
   with files.new_folder(path) as new, contextlib.ExitStack() as stack:
-    writer = _Writer(package, found, new, stack)
+    writer = _Writer(package, found, new, stack, floats=floats)
     leaves, changed = [], []
     for name, place in places.items():
       if file.grids(name):
@@ -145,6 +150,7 @@ class _Writer:
     found: its constants.
     new: the folder of the new package.
     stack: closes its files.
+    floats: whether to write float constants.
 
   Attributes:
     rounded: leaves that float16 has changed.
@@ -156,8 +162,11 @@ class _Writer:
     found: Mapping[str, core_ml.Constant],
     new: Path,
     stack: contextlib.ExitStack,
+    *,
+    floats: bool,
   ):
     self._package, self._found, self._new, self._stack = package, found, new, stack
+    self._as_floats = floats
     self._classes = core_ml.protocol(str(package.path)).MIL_pb2
     every = [one for _, _, one in core_ml.operations(package.model)]
     self._taken = {output.name for one in every for output in one.outputs}
@@ -176,13 +185,13 @@ class _Writer:
   def add_compressed(self, name: str, place: str, file: OpqFile) -> ExportedLeaf:
     """Puts a compressed leaf into the place of its constant, in the form of the fewest bytes."""
     array = self._in_dtype(name, place, file[name])
-    if array.dtype.name in _DTYPES and array.ndim:
+    if array.dtype.name in _DTYPES and array.ndim and not self._as_floats:
       forms = list(forms_of(array, _axes_of_tables(name, file)))
     else:
       forms = [Form(array)]
     form = min(forms, key=lambda form: form.bytes())
     reason = ''
-    if form.numbers is None and form.is_stored is None:
+    if form.numbers is None and form.is_stored is None and not self._as_floats:
       reason = 'larger as indices' if len(forms) > 2 else 'more than 256 values'
       if array.dtype.name not in _DTYPES:
         reason = f'{array.dtype}, of which Core ML has no tables'

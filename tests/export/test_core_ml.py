@@ -186,6 +186,11 @@ def test_packages_that_do_not_fit(tmp_path, monkeypatch, capsys):
     programs.save('net.mlpackage', programs.holding(arrays, target), target=target)
     assert cli.main(arguments) == 2
     assert message in ' '.join(capsys.readouterr().err.split())
+  # floats go into packages of any version
+  assert cli.main(['decompress', 'net.opq', 'back.mlpackage', '--into', 'net.mlpackage']) == 0
+  with opq_jax.OpqFile('net.opq') as file:
+    assert programs.weights('back.mlpackage')['kernel'].tobytes() == file['kernel'].tobytes()
+  assert programs.kinds('back.mlpackage')['kernel'] == 'const'
   (weights,) = pathlib.Path('net.mlpackage').rglob('weight.bin')
   (program,) = pathlib.Path('net.mlpackage').rglob('model.mlmodel')
   for damaged, data, message in (
