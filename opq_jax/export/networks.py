@@ -1,5 +1,6 @@
 """The ONNX graph of the network that an `.opq` file names."""
 
+import importlib.util
 import json
 import os
 from typing import Any
@@ -46,7 +47,8 @@ def network_program(path: str | os.PathLike[str]) -> Any:
         'its ONNX file (--into NET)'
       )
     # before the weights are decoded
-    extras.require('jax2onnx', 'jax2onnx', f'the ONNX graph of {label}')
+    if importlib.util.find_spec('jax2onnx') is None:
+      extras.require('jax2onnx', 'jax2onnx', f'the ONNX graph of {label}')
     if config is not None:
       return _of_tokens(file, json.loads(config))
   network = networks.load(path)

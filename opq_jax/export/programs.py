@@ -58,7 +58,8 @@ def onnx_program(fn: Callable[..., Any], params: PyTree, *inputs: PyTree) -> Any
   >>> [one.name for one in graph.input], weights, [one.name for one in graph.output]
   (['x'], ['kernel'], ['logits'])
   """
-  converter = extras.require('jax2onnx', 'jax2onnx', 'an ONNX program')
+  with _contained():
+    converter = extras.require('jax2onnx', 'jax2onnx', 'an ONNX program')
   leaves, structure = jax.tree.flatten((params, *inputs))
   specs = [jax.ShapeDtypeStruct(jax.numpy.shape(leaf), _dtype(leaf)) for leaf in leaves]
   traced, result = jax.make_jaxpr(
@@ -83,7 +84,7 @@ def onnx_program(fn: Callable[..., Any], params: PyTree, *inputs: PyTree) -> Any
     return tuple(inlined(closed)(*everything))
 
   try:
-    with _quiet():
+    with _contained():
       model = converter.to_onnx(
         of_kept,
         [specs[number] for number in kept],
@@ -100,8 +101,14 @@ def onnx_program(fn: Callable[..., Any], params: PyTree, *inputs: PyTree) -> Any
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-  """Leaves out what onnx_ir logs of values without a known type: their records are removed."""
+def _contained() -> Iterator[None]:
+  """Keeps what a conversion does to the process out of it.
+
+  jax2onnx puts a function of its own in the place of `jax.numpy.cumsum`, which takes the axis by
+  name alone.  onnx_ir logs values without a known type, whose records are removed here.
+  """
+  modules = jax.numpy, jax.lax, jax.nn
+  before = [dict(vars(module)) for module in modules]
   logger = logging.getLogger('onnx_ir.serde')
   level = logger.level
   logger.setLevel(logging.ERROR)
@@ -109,6 +116,10 @@ def _quiet() -> Iterator[None]:
     yield
   finally:
     logger.setLevel(level)
+    for module, names in zip(modules, before, strict=True):
+      for name, value in names.items():
+        if vars(module).get(name) is not value:
+          setattr(module, name, value)
 
 
 def _dtype(leaf: Any) -> Any:

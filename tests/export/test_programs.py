@@ -129,6 +129,19 @@ def test_any_number_of_rows(tmp_path):
     np.testing.assert_allclose(y, np.maximum(x @ decoded['kernel'], 0), rtol=1e-5, atol=1e-5)
 
 
+def test_conversion_leaves_jax_alone():
+  """The converter's own functions in the place of JAX's do not stay."""
+  modules = jnp, jax.lax, jax.nn, nn
+  before = [dict(vars(module)) for module in modules]
+  params = {'kernel': np.ones((3, 4), np.float32)}
+  onnx_program(
+    lambda params, x: jnp.cumsum(x @ params['kernel'], 1), params, np.ones((2, 3), np.float32)
+  )
+  for module, names in zip(modules, before, strict=True):
+    assert {name for name, value in names.items() if vars(module)[name] is not value} == set()
+  assert jnp.cumsum(jnp.ones((1, 3)), 1).tolist() == [[1, 2, 3]]
+
+
 def test_program_refuses():
   x = np.ones((2, 3), np.float32)
   with pytest.raises(ValueError, match='found no leaf that it reads, expected one of kernel'):
