@@ -77,6 +77,7 @@ def allocate(
   channel_axis: ChannelAxes | Callable[[str, Any], ChannelAxes] | None = None,
   slices: Callable[[str, Any], int] | None = None,
   usage: PyTree | None = None,
+  palette_bits: int | None = None,
   corrected: bool = True,
   read: Callable[[str], Weights] | None = None,
 ) -> Allocation:
@@ -143,6 +144,11 @@ def allocate(
       `channel_axis` and `slices` follow from it where they are not given: leaves of products and
       look-ups are compressed, whatever their names.  An expert that sees a share p of all rows has
       a term p F_i in the objective, which is an expectation over rows then.
+    palette_bits: b of the palettes of runtimes that keep an index of b bits a weight in memory, 2
+      ... 8: every leaf, or slice, has 2^b - 1 values at most (with output scales, these times the
+      scale of each output).  No weight escapes: those beyond the last cell take its level, and
+      their error is part of the solution (`opq_jax.allocation.palettes`).  Alone it asks for the
+      least error; with a rate, for the least error within it.  Not with `sparsity` and `bits`.
     corrected: whether to count one histogram per leaf and solve with it.  Bits per weight are then
       those of the actual codes, thresholds prune exactly the share that each leaf is given, `bits`
       counts the true survivors, a leaf of few magnitudes may be held exactly
@@ -189,10 +195,15 @@ def allocate(
       'channel_axis': channel_axis,
       'slices': slices,
       'usage': usage,
+      'palette_bits': palette_bits,
       'corrected': corrected,
     }
     return at_file_rate(params, file_rate, objective=objective, **options).allocation
-  targets = check_targets(sparsity, bits, compression_rate, bits_per_weight, corrected=corrected)
+  targets = check_targets(
+    *(sparsity, bits, compression_rate, bits_per_weight),
+    palette_bits=palette_bits,
+    corrected=corrected,
+  )
   params = jax.tree.map(
     lambda leaf: _Opaque(leaf) if _is_statistics(leaf) else trees.native(leaf),
     params,
@@ -279,7 +290,7 @@ def _solved_beside_scales(
     beside = sum(own.sum() for own in bits.values()) / sum(part.statistics.size for part in parts)
     # where scales alone take more than is asked, the answer is refused as that of too many tables
     left = jnp.maximum(targets.bits_per_weight - beside, jnp.finfo(jnp.float32).tiny)
-    targets = BitsPerWeight(left)
+    targets = targets.replace(bits_per_weight=left)
   solved = _solved(leaves, parts, targets, power, corrected, is_traced)
   for name, own in bits.items():
     record = solved[name]
@@ -332,7 +343,8 @@ def _solved(
     if isinstance(targets, SparsityAndBits) and counted is not None:
       survivors = np.asarray(counted.survivors)[layout.place]
       warn_of_width(stats, per_part, per_channel['bits'], survivors, targets)
-  return leaf_allocations(leaves, parts, per_part, per_channel)
+  palette_bits = targets.palette_bits if isinstance(targets, BitsPerWeight) else None
+  return leaf_allocations(leaves, parts, per_part, per_channel, palette_bits)
 
 
 def _count_dead(numpy: Any, largest: Array | None, threshold: Array) -> Array:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int32
 
 from opq_jax.allocation.code_bits import escaped_value_bits, payload_bits
 from opq_jax.allocation.exponential_tails import best_grid, best_levels
+from opq_jax.allocation.palettes import best_palette, palette_levels
 from opq_jax.allocation.rate_problem import RateProblem
 
 PRUNED, ON_GRID, ON_LATTICE, EXACT = range(4)
@@ -72,11 +73,12 @@ def choices_at(
   """
   sums = problem.sums
   log_mu = problem.log_mu + point.log_lambda
-  grid = best_grid(problem, log_mu)
+  has_palettes = problem.palette_levels is not None
+  grid = (best_palette if has_palettes else best_grid)(problem, log_mu)
   raised = grid.threshold + point.raised * (sums.largest - grid.threshold)
   grid = grid._replace(threshold=jnp.where(held == RAISED, raised, grid.threshold))
   price = jnp.exp(grid.log_price)
-  levels, payload, error = best_levels(problem, grid)
+  levels, payload, error = (palette_levels if has_palettes else best_levels)(problem, grid)
   energy, nothing = sums.energy(), jnp.zeros_like(payload)
   nonzero = sums.nonzero()
   # in the order of the constants above
@@ -85,7 +87,8 @@ def choices_at(
       _payload_without_levels(problem, nothing + 1, nothing),
       payload,
       problem.lattice_bits,
-      _payload_without_levels(problem, 1 - nonzero, nonzero),
+      # no weight of a palette escapes
+      nothing + jnp.inf if has_palettes else _payload_without_levels(problem, 1 - nonzero, nonzero),
     ]
   )
   errors = jnp.stack([energy, error, problem.lattice_error, nothing])

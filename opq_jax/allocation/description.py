@@ -1,5 +1,6 @@
 """Fields of a `LeafAllocation`, predicted from a leaf's grid."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -9,13 +10,11 @@ from jaxtyping import Array, Float, Int32
 from opq_jax.allocation import laplace
 from opq_jax.allocation.bins import BINS
 from opq_jax.allocation.channels import Channels
-from opq_jax.allocation.choices import ON_LATTICE
+from opq_jax.allocation.choices import ON_GRID, ON_LATTICE
 from opq_jax.allocation.joined_statistics import JoinedStatistics
 from opq_jax.allocation.rate_problem import RateProblem, entropy_of, payload_of
 from opq_jax.allocation.units import binary_unit
-from opq_jax.core.limits import MAX_LEVELS
-
-_MARGIN = 1 / 64  # of a step, between a level and the edges of its cell: rounding must not cross it
+from opq_jax.core.limits import GRID_MARGIN, MAX_LEVELS
 
 
 class Grid(NamedTuple):
@@ -55,6 +54,7 @@ class _Prediction(NamedTuple):
   sparsity: Float[Array, 'leaves']
   offset: Float[Array, 'leaves']
   escaped: Float[Array, 'leaves']
+  clipped: Float[Array, 'leaves']
   error: Float[Array, 'leaves']
   entropy: Float[Array, 'leaves']
   payload: Float[Array, 'leaves']
@@ -85,7 +85,7 @@ def describe(
   else:
     predicted = _from_histogram(tree, unit, grid, problem)
   reach = jnp.maximum(tree.maximum - channels.of(threshold), 0) / channels.of(step)
-  offset = jnp.clip(predicted.offset, step * _MARGIN, step - step * _MARGIN)
+  offset = jnp.clip(predicted.offset, step * GRID_MARGIN, step - step * GRID_MARGIN)
   if problem is not None:
     first = tree.lattices.first - tree.lattices.threshold
     offset = jnp.where(grid.choice == ON_LATTICE, first, offset)
@@ -96,6 +96,7 @@ def describe(
     'offset': offset,
     'levels': levels,
     'escaped': jnp.where(is_alive, predicted.escaped, 0),
+    'clipped': jnp.where(is_alive, predicted.clipped, 0),
     'error': jnp.where(is_alive, predicted.error, 0),
     'entropy': jnp.where(is_alive, predicted.entropy, 0),
     'payload': jnp.where(is_alive, predicted.payload, 0),
@@ -103,9 +104,11 @@ def describe(
   }
   per_leaf = {name: value.astype(jnp.float32) for name, value in per_leaf.items()}
   per_leaf['levels'] = levels.astype(jnp.int32)
+  most = MAX_LEVELS if problem is None or problem.palette_levels is None else levels
+  most = jnp.maximum(channels.of(jnp.broadcast_to(jnp.asarray(most, step.dtype), step.shape)), 1)
   per_channel = {
     'scale': tree.scale.astype(jnp.float32),
-    'bits': (1 + jnp.log2(jnp.clip(reach, 1, MAX_LEVELS))).astype(jnp.float32),
+    'bits': (1 + jnp.log2(jnp.clip(reach, 1, most))).astype(jnp.float32),
   }
   return per_leaf, per_channel
 
@@ -118,17 +121,23 @@ def _from_histogram(
   own = binary_unit(unit)
   threshold, step, levels = grid.threshold / own, grid.step / own, grid.levels
   centre, _ = problem.sums.centres()
-  moments = jax.vmap(histogram_moments)(
+  has_palettes = problem.palette_levels is not None
+  moments = jax.vmap(functools.partial(histogram_moments, takes_all=has_palettes))(
     tree.histogram, centre, threshold, step, levels, tree.mantissa
   )
   energy = jnp.maximum(moments.energy, jnp.finfo(moments.error.dtype).tiny)
-  entropy, escaped = entropy_of(problem.sums, threshold, step, levels, tree.value_bits)
+  entropy, escaped = entropy_of(problem, threshold, step, levels, tree.value_bits)
   payload = payload_of(problem, threshold, step, levels)
+  clipped = jnp.zeros_like(escaped)
+  if has_palettes:
+    tail = problem.sums.at(threshold + levels * step)
+    clipped = jnp.where(grid.choice == ON_GRID, tail.positive + tail.negative, clipped)
   on_lattice = grid.choice == ON_LATTICE
   return _Prediction(
     sparsity=moments.sparsity,
     offset=moments.offset * own,
     escaped=escaped,
+    clipped=clipped,
     error=jnp.where(on_lattice, problem.lattice_error / energy, moments.error / energy),
     entropy=entropy,
     payload=jnp.where(on_lattice, tree.lattices.bits, payload),
@@ -156,6 +165,7 @@ def _from_density(
     sparsity=1 - channels.sum(left) / share,
     offset=offset,
     escaped=jnp.where(reaches, 0, channels.sum(escaped) / share),
+    clipped=jnp.zeros_like(error),
     error=error,
     entropy=entropy,
     payload=entropy,
@@ -170,6 +180,7 @@ def histogram_moments(
   step: Float[Array, ''],
   levels: Float[Array, ''],
   mantissa: Float[Array, ''],
+  takes_all: bool = False,
 ) -> Moments:
   """Returns the moments of one leaf on a grid.
 
@@ -180,6 +191,7 @@ def histogram_moments(
     step: width of the cells.
     levels: cells a sign; weights beyond the last one escape.
     mantissa: bits of the mantissa of the leaf's dtype, to which a value is rounded in its cell.
+    takes_all: whether the last cell takes the weights beyond it, and none escape.
   """
   counts = jnp.sum(histogram, axis=0).astype(centre.dtype)
   total = jnp.maximum(jnp.sum(counts), 1)
@@ -189,7 +201,8 @@ def histogram_moments(
   rest = centre - threshold - step * place
   is_pruned = (centre <= threshold) | (jnp.arange(BINS) == 0)
   # the largest weight may lie on the edge of the last cell: 2^-10 of a step is rounding
-  on_grid = jnp.where(is_pruned | (cells >= levels + 2.0**-10), 0, counts)
+  is_escaped = False if takes_all else cells >= levels + 2.0**-10
+  on_grid = jnp.where(is_pruned | is_escaped, 0, counts)
   offset = jnp.sum(on_grid * rest) / jnp.maximum(jnp.sum(on_grid), 1)
   pruned = jnp.where(is_pruned, counts, 0)
   # the stored value is rounded to the dtype, and moved by one unit in the last place back into its

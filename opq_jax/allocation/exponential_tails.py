@@ -28,7 +28,7 @@ from jaxtyping import Array, Float
 from opq_jax.allocation import laplace
 from opq_jax.allocation.code_bits import escaped_value_bits, payload_bits
 from opq_jax.allocation.histogram_sums import Sums
-from opq_jax.allocation.rate_problem import RateProblem, shares_of
+from opq_jax.allocation.rate_problem import Edges, RateProblem, edges_of, shares_of
 from opq_jax.core.limits import MAX_LEVELS, STEP_BITS
 
 _LOG2 = math.log(2.0)
@@ -85,7 +85,6 @@ def best_grid(problem: RateProblem, log_mu: Float[Array, 'leaves']) -> Grid:
   """
   sums = problem.sums
   energy = sums.energy()
-  tiny = jnp.finfo(log_mu.dtype).tiny
   least = _least(sums)
 
   def improve(_: Array, grid: Grid) -> Grid:
@@ -96,10 +95,7 @@ def best_grid(problem: RateProblem, log_mu: Float[Array, 'leaves']) -> Grid:
     offset = laplace.survivor_offset(step, tail.scale)
     beyond = sums.at(threshold + step)
     first = (tail.share - beyond.positive - beyond.negative) / 2
-    odds = jnp.log2(jnp.maximum(1 - tail.share, tiny) / jnp.maximum(first, tiny))
-    # an empty share counts as `tiny`, and such odds mean nothing
-    odds = jnp.clip(odds, -_MAX_LOG_ODDS, _MAX_LOG_ODDS)
-    square = offset * offset + price * odds
+    square = offset * offset + price * odds_of(tail.share, first)
     wanted = jnp.sqrt(jnp.maximum(square, least * least))
     # the geometric mean of old and new damps the iteration
     threshold = jnp.clip(jnp.sqrt(threshold * wanted), least, sums.largest)
@@ -113,11 +109,32 @@ def best_grid(problem: RateProblem, log_mu: Float[Array, 'leaves']) -> Grid:
   start = Grid(jnp.clip(step / 2, least, sums.largest), step, log_mu)
   threshold, step, log_price = jax.lax.fori_loop(0, _ROUNDS, improve, start)
   step = _best_step(jnp.exp(log_price), _tail(sums, threshold, step).scale)
-  # rounded as `opq_jax.compression.records.exact_grid` will round it: many equal weights may lie
-  # beside an edge, and must be counted on the side where they will be coded
+  return Grid(threshold, rounded_step(step), log_price)
+
+
+def odds_of(
+  survivors: Float[Array, 'leaves'], first: Float[Array, 'leaves']
+) -> Float[Array, 'leaves']:
+  """Returns log2 p_0 - log2 p_1.
+
+  Args:
+    survivors: 1 - p_0, the share of the weights beyond the threshold.
+    first: p_1, the share of the first cell of one sign.
+  """
+  tiny = jnp.finfo(first.dtype).tiny
+  odds = jnp.log2(jnp.maximum(1 - survivors, tiny) / jnp.maximum(first, tiny))
+  # an empty share counts as `tiny`, and such odds mean nothing
+  return jnp.clip(odds, -_MAX_LOG_ODDS, _MAX_LOG_ODDS)
+
+
+def rounded_step(step: Float[Array, 'leaves']) -> Float[Array, 'leaves']:
+  """Rounds a step as `opq_jax.compression.records.exact_grid` will round it.
+
+  Many equal weights may lie beside an edge, and must be counted on the side where they will be
+  coded.
+  """
   mantissa, exponent = jnp.frexp(step)
-  step = jnp.ldexp(jnp.round(mantissa * 2.0**STEP_BITS), exponent - STEP_BITS)
-  return Grid(threshold, step, log_price)
+  return jnp.ldexp(jnp.round(mantissa * 2.0**STEP_BITS), exponent - STEP_BITS)
 
 
 def _least(sums: Sums) -> Array:
@@ -161,7 +178,8 @@ def best_levels(problem: RateProblem, grid: Grid) -> Levels:
   Weights beyond the last level escape: no error, for the bits of their values.
   """
   sums, (threshold, step, log_price) = problem.sums, grid
-  shares = shares_of(sums, threshold, step)
+  edges = edges_of(sums, threshold, step)
+  shares = shares_of(edges.tail)
   scale = _tail(sums, threshold, step).scale
   # the bits of a value depend little on the edge: one estimate, in the upper half of the reach,
   # serves all numbers of levels, and the chosen one is corrected below
@@ -173,7 +191,7 @@ def best_levels(problem: RateProblem, grid: Grid) -> Levels:
   number = jnp.arange(MAX_LEVELS + 1, dtype=step.dtype)[None]
   needed = jnp.ceil(jnp.maximum(sums.largest - threshold, 0) / step * (1 - 1e-5))
   bits = jnp.where(number <= needed[:, None], bits, jnp.inf)
-  error = shares.pruning_error[:, None] + _error_in_cells(sums, threshold, step, scale)
+  error = shares.pruning_error[:, None] + _error_in_cells(sums, edges, step, scale)
   cost = error + jnp.exp(log_price)[:, None] * bits
   best = jnp.argmin(cost, axis=1)[:, None]
   of_best = lambda x: jnp.take_along_axis(x, best, axis=1)[:, 0]
@@ -182,12 +200,10 @@ def best_levels(problem: RateProblem, grid: Grid) -> Levels:
   return Levels(levels, of_best(bits) + of_best(shares.escaped) * exact, of_best(error))
 
 
-def _error_in_cells(sums: Sums, threshold: Array, step: Array, scale: Array) -> Array:
+def _error_in_cells(sums: Sums, edges: Edges, step: Array, scale: Array) -> Array:
   """Returns squared error per weight in the first 0, 1, ... 127 cells, with their best offset."""
-  k = jnp.arange(MAX_LEVELS + 1, dtype=step.dtype)[None]
-  edge = threshold[:, None] + step[:, None] * k
-  tail = sums.at(edge)
-  inner, beyond = edge[:, :-1], tail.positive + tail.negative
+  tail, inner = edges.tail, edges.magnitude[:, :-1]
+  beyond = tail.positive + tail.negative
   count = beyond[:, :-1] - beyond[:, 1:]
   first = tail.magnitude[:, :-1] - tail.magnitude[:, 1:]
   second = tail.squares[:, 1:] - tail.squares[:, :-1]

@@ -111,6 +111,7 @@ def leaf_allocations(
   parts: Sequence[Part],
   per_part: dict[str, Any],
   per_channel: dict[str, Any],
+  palette_bits: int | None = None,
 ) -> dict[str, LeafAllocation]:
   """Returns the `LeafAllocation` of every leaf that has a part, by path.
 
@@ -119,6 +120,7 @@ def leaf_allocations(
     parts: the parts that were solved for.
     per_part: fields of all parts.
     per_channel: fields of the channels of all parts, one part after the other.
+    palette_bits: as in `opq_jax.allocate`.
   """
   ends = np.cumsum([0, *(part.statistics.channels for part in parts)])
   solved = {}
@@ -139,5 +141,6 @@ def leaf_allocations(
       channel_axis=stats.channel_axis,
       slices=stats.slices,
       output_scales=stats.output_scales,
+      palette_bits=palette_bits,
     )
   return solved

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from opq_jax.allocation.code_bits import code_entropy, escaped_value_bits, payload_bits
-from opq_jax.allocation.histogram_sums import Sums
+from opq_jax.allocation.histogram_sums import Sums, Tail
 from opq_jax.core.limits import MAX_LEVELS
 
 
@@ -24,6 +24,8 @@ class RateProblem(NamedTuple):
     is_linear: whether the objective is linear in the errors.
     lattice_bits: bits per weight of a leaf on its lattice; infinite where it has none.
     lattice_error: its squared error per weight there.
+    palette_levels: the most levels a sign, the last of which takes all weights beyond it; None where
+      weights beyond the last level escape.
   """
 
   sums: Sums
@@ -34,6 +36,7 @@ class RateProblem(NamedTuple):
   is_linear: bool
   lattice_bits: Float[Array, 'leaves']
   lattice_error: Float[Array, 'leaves']
+  palette_levels: int | None = None
 
 
 class Shares(NamedTuple):
@@ -52,12 +55,50 @@ class Shares(NamedTuple):
   pruning_error: Float[Array, 'leaves']
 
 
-def shares_of(
-  sums: Sums, threshold: Float[Array, 'leaves'], step: Float[Array, 'leaves']
-) -> Shares:
-  """Returns the shares of the weights that a grid of 127 levels a sign gives."""
-  k = jnp.arange(MAX_LEVELS + 1, dtype=step.dtype)[None]
-  tail = sums.at(threshold[:, None] + step[:, None] * k)
+class Edges(NamedTuple):
+  """Edges of the cells of all leaves.
+
+  Attributes:
+    magnitude: of the inner edges of all cells, and the outer edge of the last.
+    tail: sums at these edges.
+  """
+
+  magnitude: Float[Array, 'leaves edges']
+  tail: Tail
+
+
+def edges_of(
+  sums: Sums,
+  threshold: Float[Array, 'leaves'],
+  step: Float[Array, 'leaves'],
+  palette: Float[Array, 'leaves'] | None = None,
+  cells: int = MAX_LEVELS,
+) -> Edges:
+  """Returns the sums at the edges of cells.
+
+  Args:
+    sums: the histograms.
+    threshold, step: of the grids.
+    palette: levels of each leaf, the last of which takes all weights beyond it; None: a level takes
+      the weights of its own cell.
+    cells: how many.
+  """
+  k = jnp.arange(cells + 1, dtype=step.dtype)[None]
+  magnitude = threshold[:, None] + step[:, None] * k
+  tail = sums.at(magnitude)
+  if palette is not None:
+    # beyond the last cell lies nothing then, and all squares are below its outer edge
+    is_beyond = k >= palette[:, None]
+    all_squares = sums.energy()[:, None]
+    tail = Tail(
+      *(jnp.where(is_beyond, 0, x) for x in (tail.positive, tail.negative, tail.magnitude)),
+      jnp.where(is_beyond & (palette[:, None] > 0), all_squares, tail.squares),
+    )
+  return Edges(magnitude, tail)
+
+
+def shares_of(tail: Tail) -> Shares:
+  """Returns the shares of the weights, from the sums at the edges of all cells."""
   both = jnp.stack([tail.positive, tail.negative], axis=1)
   cells = jnp.maximum(both[..., :-1] - both[..., 1:], 0)
   escaped = tail.positive + tail.negative
@@ -71,14 +112,15 @@ def payload_of(
   levels: Float[Array, 'leaves'],
 ) -> Float[Array, 'leaves']:
   """Returns bits per weight of each leaf in a file, on a grid of so many levels."""
-  shares = shares_of(problem.sums, threshold, step)
+  palette = None if problem.palette_levels is None else levels
+  shares = shares_of(edges_of(problem.sums, threshold, step, palette).tail)
   value_bits = escaped_value_bits(problem.sums, threshold + levels * step, problem.mantissa)
   bits = payload_bits(shares.pruned, shares.cells, shares.escaped, problem.sizes, value_bits)
   return jnp.take_along_axis(bits, levels.astype(jnp.int32)[:, None], axis=1)[:, 0]
 
 
 def entropy_of(
-  sums: Sums,
+  problem: RateProblem,
   threshold: Float[Array, 'leaves'],
   step: Float[Array, 'leaves'],
   levels: Float[Array, 'leaves'],
@@ -88,7 +130,8 @@ def entropy_of(
 
   The entropy is in bits per weight, with `value_bits` for each escaped one.
   """
-  shares = shares_of(sums, threshold, step)
+  palette = None if problem.palette_levels is None else levels
+  shares = shares_of(edges_of(problem.sums, threshold, step, palette).tail)
   number = jnp.arange(MAX_LEVELS, dtype=levels.dtype)[None, None]
   cells = jnp.where(number < levels[:, None, None], shares.cells, 0)
   last = levels.astype(jnp.int32)[:, None]

@@ -29,6 +29,8 @@ class LeafAllocation:
     offset: position of a level in its cell; the first level is threshold + offset.
     levels: cells per sign, 0 (no weight is on the grid) ... 127.
     escaped: predicted share of the leaf's weights beyond the last cell, which are stored exactly.
+    clipped: predicted share of the leaf's weights beyond the last cell that take its level: with
+      `palette_bits` none is stored exactly.
     bits: b_j = 1 + log2(max(1, reach_j / Delta)) of every channel: bits of a surviving weight at a
       fixed width, sign included.
     error: predicted ||w - w^||^2 / ||w||^2.
@@ -51,6 +53,7 @@ class LeafAllocation:
     slices: leading axes that count slices.
     output_scales: of all outputs, with an axis of length 1 for each other axis that a slice has;
       None where all are 1.  All lengths and predictions are those of the weights over the scales.
+    palette_bits: as in `opq_jax.allocate`; None where weights may escape.
   """
 
   scale: Float32[Array, '*slices channels']
@@ -60,6 +63,7 @@ class LeafAllocation:
   offset: Float32[Array, '*slices']
   levels: Int32[Array, '*slices']
   escaped: Float32[Array, '*slices']
+  clipped: Float32[Array, '*slices']
   bits: Float32[Array, '*slices channels']
   error: Float32[Array, '*slices']
   entropy: Float32[Array, '*slices']
@@ -73,6 +77,7 @@ class LeafAllocation:
   is_transposed: bool = flax.struct.field(pytree_node=False, default=False)
   slices: int = flax.struct.field(pytree_node=False, default=0)
   output_scales: Float32[Any, '...'] | None = None
+  palette_bits: int | None = flax.struct.field(pytree_node=False, default=None)
 
   @property
   def slice_shape(self) -> tuple[int, ...]:

@@ -56,7 +56,8 @@ def solve(
     block: of the layout.
   """
   channels, unit = channels_of(tree, block)
-  rate = None if tree.histogram is None else rate_problem_of(tree, channels, unit)
+  palette = targets.palette_levels if isinstance(targets, BitsPerWeight) else None
+  rate = None if tree.histogram is None else rate_problem_of(tree, channels, unit, palette)
   problem = _Problem(tree, channels, unit, rate)
   if isinstance(targets, BitsPerWeight):
     grid = _grid_at_rate(problem, targets)

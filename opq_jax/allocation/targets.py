@@ -15,6 +15,10 @@ from opq_jax.core.limits import MAX_LEVELS
 TARGET_NAMES = 'sparsity', 'bits', 'compression_rate', 'bits_per_weight'
 """Arguments of `check_targets`, in their order.  `file_rate` is apart: it measures files."""
 
+UNBOUNDED = 1e6
+"""Bits per weight that no leaf takes, whatever its tables."""
+
+_PALETTE_BITS = 2, 8  # one bit has no level beside 0, and an index is a byte at most
 _FLOAT_BITS = 32.0  # bits of the float32 weight that a compression rate is relative to
 _MIN_RATE_CORRECTED = 0.5  # 64 bits per weight: above a float32 and the cost of its position
 _MIN_RATE_CLOSED_FORM = 4.0  # 8 bits per weight: the closed forms do not know escaped weights
@@ -38,10 +42,18 @@ class BitsPerWeight:
   """The joint target.
 
   Attributes:
-    bits_per_weight: mean bits of a compressed weight, entropy-coded.
+    bits_per_weight: mean bits of a compressed weight, entropy-coded; `UNBOUNDED` where palettes alone
+      bound them.
+    palette_bits: as in `opq_jax.allocate`; None where weights may escape.
   """
 
   bits_per_weight: Float32[Array, '']
+  palette_bits: int | None = flax.struct.field(pytree_node=False, default=None)
+
+  @property
+  def palette_levels(self) -> int | None:
+    """Levels a sign of a palette: with 0 they are one less than 2^palette_bits values."""
+    return None if self.palette_bits is None else (1 << self.palette_bits - 1) - 1
 
 
 Targets = SparsityAndBits | BitsPerWeight
@@ -65,13 +77,15 @@ def check_targets(
   compression_rate: float | Array | None = None,
   bits_per_weight: float | Array | None = None,
   *,
+  palette_bits: int | None = None,
   corrected: bool = True,
 ) -> Targets:
   """Returns the targets that are asked for, checked.
 
   Args:
     sparsity, bits, compression_rate, bits_per_weight: as in `opq_jax.allocate`; a compression rate
-      of `DEFAULT_COMPRESSION_RATE` where all are None.
+      of `DEFAULT_COMPRESSION_RATE` where all are None, and no palettes are asked for either.
+    palette_bits: as in `opq_jax.allocate`.
     corrected: as in `opq_jax.allocate`; rates below 4 need it.
 
   Raises:
@@ -92,6 +106,10 @@ def check_targets(
   if (sparsity is None) != (bits is None):
     found = 'sparsity' if bits is None else 'bits'
     raise ValueError(f'found {found} alone, expected sparsity and bits together')
+  if palette_bits is not None:
+    _check_palette_bits(palette_bits, has_two_targets=sparsity is not None, corrected=corrected)
+    if not given:
+      return BitsPerWeight(jnp.float32(UNBOUNDED), palette_bits)
   if sparsity is not None and bits is not None:
     widest = 1 + math.log2(MAX_LEVELS)
     return SparsityAndBits(
@@ -105,11 +123,29 @@ def check_targets(
     # 32 over the least rate may be rounded up
     above_zero = float(np.finfo(np.float64).tiny)
     return BitsPerWeight(
-      _checked('bits_per_weight', bits_per_weight, above_zero, most + 1e-6, expected)
+      _checked('bits_per_weight', bits_per_weight, above_zero, most + 1e-6, expected), palette_bits
     )
   rate = DEFAULT_COMPRESSION_RATE if compression_rate is None else compression_rate
   rate = _checked('compression_rate', rate, least, math.inf, f'compression_rate >= {least:g}')
-  return BitsPerWeight(_FLOAT_BITS / rate)
+  return BitsPerWeight(_FLOAT_BITS / rate, palette_bits)
+
+
+def _check_palette_bits(palette_bits: int, *, has_two_targets: bool, corrected: bool) -> None:
+  """Raises ValueError where palettes are too large or small, or do not go with the other targets."""
+  least, most = _PALETTE_BITS
+  if not isinstance(palette_bits, int | np.integer) or not least <= palette_bits <= most:
+    raise ValueError(
+      f'palette_bits: found {palette_bits}, expected a whole number from {least} to {most}'
+    )
+  if has_two_targets:
+    raise ValueError(
+      'palette_bits: found it together with sparsity and bits, expected it alone, or with '
+      'compression_rate, bits_per_weight or file_rate'
+    )
+  if not corrected:
+    raise ValueError(
+      'palette_bits: found corrected=False, expected True: the Laplace density has no largest weight'
+    )
 
 
 def _checked(name: str, value: Any, low: float, high: float, expected: str) -> Float32[Array, '']:

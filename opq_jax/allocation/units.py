@@ -75,13 +75,17 @@ def binary_unit(unit: Float[Array, 'leaves']) -> Float[Array, 'leaves']:
 
 
 def rate_problem_of(
-  tree: JoinedStatistics, channels: Channels, unit: Float[Array, 'leaves']
+  tree: JoinedStatistics,
+  channels: Channels,
+  unit: Float[Array, 'leaves'],
+  palette_levels: int | None = None,
 ) -> RateProblem:
   """Returns the problem of `opq_jax.allocation.rate_search`, in binary units.
 
   Args:
     tree: the joined statistics, with histograms.
     channels, unit: from `channels_of`.
+    palette_levels: as in `RateProblem`.
   """
   own = binary_unit(unit)
   assert tree.histogram is not None
@@ -97,6 +101,8 @@ def rate_problem_of(
     assert tree.omegas is not None
     energy = jnp.log(2 * jnp.asarray(tree.sizes)) + 2 * jnp.log(unit)
     log_mu = (1 - jnp.asarray(tree.power)) * energy - jnp.log(tree.omegas) - 2 * jnp.log(own)
+  most = MAX_LEVELS if palette_levels is None else palette_levels
+  has_lattice = (tree.lattices.levels > 0) & (tree.lattices.levels <= most)
   return RateProblem(
     sums=sums,
     sizes=jnp.asarray(tree.sizes),
@@ -104,6 +110,7 @@ def rate_problem_of(
     mantissa=tree.mantissa,
     log_mu=log_mu,
     is_linear=tree.power is not None,
-    lattice_bits=jnp.where(tree.lattices.levels > 0, tree.lattices.bits, jnp.inf),
+    lattice_bits=jnp.where(has_lattice, tree.lattices.bits, jnp.inf),
     lattice_error=tree.lattices.error * jnp.square(sums.largest),
+    palette_levels=palette_levels,
   )

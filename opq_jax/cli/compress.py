@@ -118,6 +118,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     metavar='R',
     help='size of IN over size of OUT, everything counted',
   )
+  add(
+    '--palette-bits',
+    type=int,
+    metavar='B',
+    help='at most 2^B values a leaf or slice, 2 to 8, and none stored exactly, for runtimes that keep '
+    'an index of B bits a weight in memory; alone with the least error, or within --rate, '
+    '--bits-per-weight or --file-rate',
+  )
   add('--sparsity', type=float, metavar='P', help='share of the weights to prune; with --bits')
   add(
     '--bits',
@@ -191,6 +199,8 @@ def run(arguments: argparse.Namespace) -> None:
   if arguments.file_rate is not None:
     check_file_rate(*(targets.pop('file_rate'), *targets.values()))
     targets = {'file_rate': arguments.file_rate}
+  if arguments.palette_bits is not None:
+    targets['palette_bits'] = arguments.palette_bits
   needs_network = arguments.calibration is not None or arguments.objective == DIVERGENCE
   network = None
   if needs_network or (not is_known and arguments.objective is None and is_model_folder(source)):
@@ -275,6 +285,11 @@ def _check_options(arguments: argparse.Namespace, is_known: bool) -> None:
   for option, is_given in encoders.items():
     if is_given and (arguments.bits, arguments.sparsity) != (None, None):
       raise ValueError(f'{option}: found it together with --sparsity or --bits, expected --rate')
+    if is_given and arguments.palette_bits is not None and option != '--feedback':
+      raise ValueError(
+        f'{option}: found it together with --palette-bits, expected neither or --feedback: it '
+        'chooses grids of its own'
+      )
   if arguments.trellis and arguments.fast:
     raise ValueError('--trellis: found it together with --fast, expected one of them')
   reads_images = arguments.feedback or arguments.layer_by_layer or not arguments.no_correction

@@ -2,7 +2,7 @@
 
 A file that `opq compress` wrote has these keys; `opq verify` repeats what they say.
 
-    compression_rate, bits_per_weight, sparsity, bits, file_rate
+    compression_rate, bits_per_weight, sparsity, bits, file_rate, palette_bits
                      targets, as numbers; beside file_rate the bits_per_weight that met it
     objective        of the allocation; divergence: what an error in a leaf costs the answer
     channel_axis     auto, first or last
@@ -33,7 +33,8 @@ from typing import Any, NamedTuple
 
 from opq_jax.cli.globs import EXPRESSION, matches
 
-TARGETS = ('sparsity', 'bits', 'compression_rate', 'bits_per_weight', 'file_rate')
+PALETTE_BITS = 'palette_bits'
+TARGETS = ('sparsity', 'bits', 'compression_rate', 'bits_per_weight', 'file_rate', PALETTE_BITS)
 """Keys of targets, named as the arguments of `opq_jax.compress`."""
 
 SYNTHETIC, IMAGES, NOISE, UNCORRECTED = 'synthetic', 'images', 'noise', 'uncorrected'
@@ -177,7 +178,11 @@ class Encoding:
         )
     _check_together(texts)
     return cls(
-      targets={name: _parsed(texts, name, float) for name in TARGETS if name in texts},
+      targets={
+        name: _parsed(texts, name, int if name == PALETTE_BITS else float)
+        for name in TARGETS
+        if name in texts
+      },
       objective=texts.get('objective'),
       channel_axis=texts.get('channel_axis', 'auto'),
       channel_axes=_axes_in(texts),

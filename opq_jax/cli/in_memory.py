@@ -22,6 +22,7 @@ from opq_jax.cli.encoding import (
   LEFT_OUT,
   MAX_IMAGES,
   NOISE,
+  PALETTE_BITS,
   ROUNDING,
   SYNTHETIC,
   TRELLIS,
@@ -122,9 +123,10 @@ def compress(
     )
     if 'file_rate' in plan.targets:
       by_bits: dict[float, _Compressed] = {}
+      palettes = {name: plan.targets[name] for name in plan.targets if name == PALETTE_BITS}
 
       def size_of(bits: float) -> int:
-        by_bits[bits] = compressor.compressed(bits_per_weight=bits)
+        by_bits[bits] = compressor.compressed(bits_per_weight=bits, **palettes)
         return len(by_bits[bits].data)
 
       weights = sum(leaf.size for leaf in jax.tree.leaves(params))

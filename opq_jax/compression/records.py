@@ -127,7 +127,7 @@ def init_state(params: PyTree, allocation: Allocation) -> CompressionState:
   """Returns the kinds and codebooks that an allocation asks for; frozen from here on.
 
   A weight survives where |w| > threshold, and escapes where it lies beyond the leaf's last cell,
-  |w| >= threshold + levels * step.  The first value of a leaf is threshold + offset.  Step and
+  |w| >= threshold + levels * step; with `palette_bits` none escapes.  The first value of a leaf is threshold + offset.  Step and
   first value are rounded (`exact_grid`), so that every value is the same on every platform.
 
   Args:
@@ -173,8 +173,12 @@ def _init_leaf(name: str, weights: Array, leaf: LeafAllocation) -> LeafState:
     # on the mesh of the weights, so that every process has it and a checkpoint knows of one mesh
     grid = jax.device_put(grid, NamedSharding(sharding.mesh, P()))
   codebook, threshold, step, levels, scales = grid
+  kinds = kinds_of(weights, threshold, step, leaf.levels, scales)
+  if leaf.palette_bits is not None:
+    # nothing escapes: the code of a weight beyond the last cell is that of the cell
+    kinds = jnp.minimum(kinds, jnp.uint8(ON_GRID))
   return LeafState(
-    kinds=kinds_of(weights, threshold, step, leaf.levels, scales),
+    kinds=kinds,
     codebook=codebook,
     threshold=threshold,
     step=step,

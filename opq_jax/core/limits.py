@@ -6,5 +6,8 @@ MAX_LEVELS = 127
 STEP_BITS = 17
 """Significant bits of a step: times up to 127, it is a float32 of 24 bits without rounding."""
 
+GRID_MARGIN = 1 / 64
+"""Of a step, between a level and the edges of its cell: rounding must not cross it."""
+
 ESCAPE = -128
 """The code of an escaped weight, the one int8 that is the negative of no other."""

@@ -25,6 +25,7 @@ from opq_jax.core.axes import ChannelAxes
 from opq_jax.core.trees import PyTree
 from opq_jax.encoders.allocation_search import quietly, search_allocation
 from opq_jax.encoders.encoder import Encoded, Encoder, LeafEncoder
+from opq_jax.encoders.feedback import Feedback
 from opq_jax.encoders.layer_by_layer import LayerByLayer, TracedNetwork
 from opq_jax.encoders.rounding import Rounding
 from opq_jax.encoders.tied_codes import with_ties
@@ -84,6 +85,7 @@ def compress(
   channel_axis: ChannelAxes | Callable[[str, Any], ChannelAxes] | None = None,
   slices: Callable[[str, Any], int] | None = None,
   usage: PyTree | None = None,
+  palette_bits: int | None = None,
   corrected: bool = True,
 ) -> CompressedNetwork:
   """Compresses a parameter tree to one target, with the codes that an encoder chooses.
@@ -104,8 +106,8 @@ def compress(
       0.3 % smaller.  Searched for by writing files in memory, ten at the most.
     encoder: a value of `opq_jax.encoders`: `Rounding()`, `Feedback(moments)`, `Trellis(moments)` or
       `LayerByLayer(fn, inputs, first)`.
-    objective, compressible, channel_axis, slices, usage, corrected: as in `opq_jax.allocate`.
-      Without `slices` and `usage`, slices are those of the encoder's moments, or of the function
+    objective, compressible, channel_axis, slices, usage, palette_bits, corrected: as in
+      `opq_jax.allocate`.  Palettes need `Rounding()` or `Feedback(moments)`.  Without `slices` and `usage`, slices are those of the encoder's moments, or of the function
       that it walks.
 
   Returns:
@@ -138,8 +140,14 @@ def compress(
     'channel_axis': channel_axis,
     'slices': slices,
     'usage': usage,
+    'palette_bits': palette_bits,
     'corrected': corrected,
   }
+  if palette_bits is not None and not isinstance(encoder, Rounding | Feedback):
+    raise ValueError(
+      f'palette_bits: found it together with {encoder!r}, expected Rounding() or Feedback(moments): '
+      'other encoders choose grids of their own'
+    )
   network = None
   if isinstance(encoder, LayerByLayer) and not trees.is_traced(params):
     network = encoder.traced(params)
@@ -160,10 +168,15 @@ def compress(
       f'encoder: found {encoder!r} together with sparsity and bits, expected Rounding() for them, '
       'or compression_rate, bits_per_weight or file_rate: this encoder chooses masks of its own'
     )
+  if palette_bits is not None and {file_rate, *targets.values()} == {None}:
+    # the least error that palettes allow, whatever the bits: nothing to search for
+    allocation = allocate(params, **options)
+    coded = encoder.choose_codes(params, init_state(params, allocation))
+    return CompressedNetwork(*_with_ties(encoder, params, coded, allocation), allocation)
   if file_rate is not None:
     check_file_rate(file_rate, *targets.values())
     return _at_file_rate(encoder, network, params, float(file_rate), options)
-  checked = check_targets(**targets)
+  checked = check_targets(**targets, palette_bits=palette_bits, corrected=corrected)
   assert isinstance(checked, BitsPerWeight)
   return _at_bits(encoder, network, params, float(checked.bits_per_weight), options)
 
@@ -212,8 +225,14 @@ def _at_bits(
     coded = encoder.choose_codes(params, init_state(params, allocation))
     return CompressedNetwork(*coded, allocation)
   found = search_allocation(trial, params, bits_per_weight, options, encoder.survey)
-  grids = trees.records(params, found.allocation.tree, LeafAllocation)
-  coded = with_ties(
-    Encoded(found.params, found.state), params, grids, lambda: encoder.preferred(params)
-  )
+  coded = _with_ties(encoder, params, Encoded(found.params, found.state), found.allocation)
   return CompressedNetwork(*coded, found.allocation)
+
+
+def _with_ties(
+  encoder: Encoder, params: PyTree, coded: Encoded, allocation: Allocation
+) -> Encoded:
+  """Returns the codes with those of tied leaves made equal."""
+  assert isinstance(encoder, LeafEncoder)
+  grids = trees.records(params, allocation.tree, LeafAllocation)
+  return with_ties(coded, params, grids, lambda: encoder.preferred(params))

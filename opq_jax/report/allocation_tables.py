@@ -14,6 +14,8 @@ from opq_jax.report import tables
 
 _MAX_NAMES = 5  # pruned leaves named below the table
 
+_BEYOND = 'escaped', 'clipped'  # columns of weights beyond the last level
+
 
 class _Row(NamedTuple):
   """A compressed leaf of the table.
@@ -22,7 +24,7 @@ class _Row(NamedTuple):
     name: its path.
     leaf: its allocation.
     weights: their number.
-    escaped: predicted number of escaped weights.
+    escaped, clipped: predicted numbers of weights beyond the last level.
     axes: a letter for each axis; '' where it is not known what they are.
   """
 
@@ -30,6 +32,7 @@ class _Row(NamedTuple):
   leaf: LeafAllocation
   weights: int
   escaped: int
+  clipped: int
   axes: str
 
   @property
@@ -81,8 +84,8 @@ def summary(
   """Returns a table of an allocation's targets and predictions.
 
   Columns: what the axes are (with `usage`); number of slices (if there are any); share of pruned
-  weights; levels per sign; weights beyond the last level, which are stored as they are (if there
-  are any); bits of a survivor at a fixed width, mean over channels; predicted entropy-coded bits
+  weights; levels per sign; weights beyond the last level, which are stored as they are, or with
+  palettes take that level (if there are any); bits of a survivor at a fixed width, mean over channels; predicted entropy-coded bits
   per weight, tables included; predicted squared error, relative to the weights; and the Laplace
   fit, red and marked `!` where the allocation's density describes a leaf badly.  Of slices the row
   has means, the most levels, and the fit that is farthest from 1.
@@ -121,6 +124,7 @@ def summary(
           record,
           weights,
           round(float(np.mean(np.asarray(record.escaped))) * weights),
+          round(float(np.mean(np.asarray(record.clipped))) * weights),
           '' if used is None else _axes(used, len(record.shape)),
         )
       )
@@ -143,21 +147,21 @@ def _summary_table(rows: Sequence[_Row], others: Sequence[_Other]) -> Table:
   optional = {
     'axes': any(row.axes for row in rows),
     'slices': any(row.slices for row in rows),
-    'escaped': any(row.escaped for row in rows),
+    **{name: any(getattr(row, name) for row in rows) for name in _BEYOND},
   }
-  every = ('path', 'shape', 'axes', 'slices', 'weights', 'pruned', 'levels', 'escaped')
+  every = ('path', 'shape', 'axes', 'slices', 'weights', 'pruned', 'levels', *_BEYOND)
   columns = (
     *(name for name in every if optional.get(name, True)),
     *('bits', 'payload', 'error', 'fit'),
   )
   weights = sum(row.counted for row in rows)
   payload = _mean(rows, 'payload')
-  escaped_total = [f'{sum(row.escaped for row in rows):,}'] if optional['escaped'] else []
+  beyond = [f'{sum(getattr(row, name) for row in rows):,}' for name in _BEYOND if optional[name]]
   blank = [''] * (1 + optional['axes'] + optional['slices'])
   totals = [
     (
       *(f'{len(rows)} compressed', *blank, f'{weights:,}', f'{_mean(rows, "sparsity"):.1%}', ''),
-      *(*escaped_total, '', f'{payload:.3f}'),
+      *(*beyond, '', f'{payload:.3f}'),
     ),
     (f'{len(others)} uncompressed', *blank, f'{sum(math.prod(leaf.shape) for leaf in others):,}'),
   ]
@@ -194,7 +198,7 @@ def _texts(row: _Row, optional: dict[str, bool]) -> tuple[str, ...]:
     f'{row.weights:,}',
     f'{row.mean("sparsity"):.1%}',
     f'{int(np.max(np.asarray(row.leaf.levels)))}',
-    *([f'{row.escaped:,}'] if optional['escaped'] else []),
+    *(f'{getattr(row, name):,}' for name in _BEYOND if optional[name]),
     f'{row.mean("bits"):.2f}',
     f'{row.mean("payload"):.3f}',
     f'{row.mean("error"):.2%}',

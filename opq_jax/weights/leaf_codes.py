@@ -11,7 +11,7 @@ from jaxtyping import Float32, Shaped
 from opq_jax import compression
 from opq_jax.allocation import Allocation, LeafAllocation
 from opq_jax.compression import LeafState, slice_of
-from opq_jax.compression.records import kinds_of
+from opq_jax.compression.records import ON_GRID, kinds_of
 from opq_jax.core import axes
 from opq_jax.core.axes import ChannelAxes
 from opq_jax.core.trees import slice_name
@@ -64,11 +64,17 @@ def coded_parts(
     record = dataclasses.replace(record, output_scales=np.asarray(scales))
   axis = axes.in_slice(axis, allocated.slices)
   for index in np.ndindex(allocated.slice_shape):
-    yield _coded_part(slice_name(name, index), array[index], slice_of(record, index), axis)
+    state = slice_of(record, index)
+    has_palette = allocated.palette_bits is not None
+    yield _coded_part(slice_name(name, index), array[index], state, axis, has_palette)
 
 
 def _coded_part(
-  name: str, array: Shaped[np.ndarray, '...'], record: LeafState, axis: ChannelAxes
+  name: str,
+  array: Shaped[np.ndarray, '...'],
+  record: LeafState,
+  axis: ChannelAxes,
+  has_palette: bool,
 ) -> CodedPart:
   """Codes a slice of a leaf, or the leaf; the kinds of its state are not read."""
   flat, codes = array.reshape(-1), np.empty(array.size, np.int8)
@@ -83,6 +89,8 @@ def _coded_part(
     if scales is not None:
       scales = np.pad(scales, (0, size - piece.size), constant_values=1)
     kinds = _kinds_of(padded, record.threshold, record.step, record.levels, scales)
+    if has_palette:  # nothing escapes
+      kinds = np.minimum(kinds, np.uint8(ON_GRID))
     state = dataclasses.replace(record, kinds=kinds, output_scales=scales)
     codes[start : start + size] = coded_weights.checked_codes(name, padded, state)[: piece.size]
   shaped = codes.reshape(array.shape)

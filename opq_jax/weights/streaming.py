@@ -116,7 +116,7 @@ def compress_stored(
   file_rate = targets.pop('file_rate', None)
   others = [targets.get(name) for name in allocations.TARGET_NAMES]
   if file_rate is None:
-    allocations.check_targets(*others)
+    allocations.check_targets(*others, palette_bits=targets.get('palette_bits'))
   else:
     allocations.check_file_rate(file_rate, *others)
   if choose is not None and file_rate is not None:
@@ -124,6 +124,8 @@ def compress_stored(
       f'file_rate: found {file_rate:g} together with codes that are chosen, expected '
       'compression_rate or bits_per_weight: codes would be chosen anew for every trial'
     )
+  if choose is not None and targets.get('palette_bits') is not None:
+    raise ValueError('palette_bits: found it together with codes that are chosen, expected one of them')
   metadata = writer.checked_metadata(metadata)
   # once, though a search for a file rate codes the tree several times
   packed = packed_files(side_files) if side_files else None

@@ -22,6 +22,7 @@ def leaf_allocation(shape=(4, 8), **fields):
     'payload': jnp.float32(2.0),
     'laplace_fit': jnp.float32(1.0),
     'escaped': jnp.float32(0.0),
+    'clipped': jnp.float32(0.0),
     'dead_channels': jnp.int32(0),
     'dead_rows': jnp.int32(0),
   }
