@@ -7,8 +7,8 @@
     laplace, histogram_sums, code_bits             errors and bits: by density, by histogram
     channels, newton, dual_search                  algorithms on all leaves at once
     sparsity, fixed_width                          the two targets of the paper
-    laplace_rate; exponential_tails, choices,
-      rate_search                                  the joint target: by density, by histogram
+    laplace_rate; exponential_tails, palettes,
+      choices, rate_search                         the joint target: by density, by histogram
     measured_leaves, parts                         leaves, and the slices that the solver knows
     joined_statistics, units, solver, description  one compiled program from statistics to records
     defaults, targets, objectives, selection,

@@ -290,7 +290,7 @@ def _solved_beside_scales(
     beside = sum(own.sum() for own in bits.values()) / sum(part.statistics.size for part in parts)
     # where scales alone take more than is asked, the answer is refused as that of too many tables
     left = jnp.maximum(targets.bits_per_weight - beside, jnp.finfo(jnp.float32).tiny)
-    targets = targets.replace(bits_per_weight=left)
+    targets = dataclasses.replace(targets, bits_per_weight=left)
   solved = _solved(leaves, parts, targets, power, corrected, is_traced)
   for name, own in bits.items():
     record = solved[name]

@@ -126,7 +126,9 @@ def _from_histogram(
     tree.histogram, centre, threshold, step, levels, tree.mantissa
   )
   energy = jnp.maximum(moments.energy, jnp.finfo(moments.error.dtype).tiny)
-  entropy, escaped = entropy_of(problem, threshold, step, levels, tree.value_bits)
+  entropy, escaped = entropy_of(
+    problem.sums, threshold, step, levels, tree.value_bits, has_palettes
+  )
   payload = payload_of(problem, threshold, step, levels)
   clipped = jnp.zeros_like(escaped)
   if has_palettes:

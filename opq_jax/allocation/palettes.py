@@ -1,20 +1,20 @@
 """Grids of few levels, for runtimes that keep indices of a fixed width in memory.
 
-A palette of b bits has 0 and 2^(b-1) - 1 levels a sign, and no weight escapes: those beyond the last
-cell take its level, and their error is part of the leaf's.  As without palettes a grid minimises
-D + mu R; with nothing but palettes asked for, mu is next to 0, and it minimises D.
+A palette of b bits has 0 and 2^(b-1) - 1 levels a sign, and no weight escapes: those beyond the
+last cell take its level, and their error is part of the leaf's.  As without palettes a grid
+minimises D + mu R; with nothing but palettes asked for, mu is next to 0, and it minimises D.
 
 Where the levels are bounded, the tail beyond the threshold is no exponential that goes on for ever,
 and the closed form of the step (`opq_jax.allocation.exponential_tails`) does not hold: a finer step
 makes smaller errors in the cells and larger ones beyond them.  So steps and thresholds are
-compared, on a grid of both that is refined twice.  The edge between the codes 0 and 1, where both cost
-the same, still obeys
+compared, on a grid of both that is refined twice.  The edge between the codes 0 and 1, where both
+cost the same, still obeys
 
     beta^2  =  delta^2 + mu (log2 p_0 - log2 p_1)
 
-with delta the mean offset of all survivors from the inner edges of their cells, those beyond the last
-cell among them.  The first grid of thresholds lies around it; all edges move with the threshold, so
-it is near the best one only.  (Our derivation.)
+with delta the mean offset of all survivors from the inner edges of their cells, those beyond the
+last cell among them.  The first grid of thresholds lies around it: all edges move with the
+threshold, so it is near the best one only.  (Our derivation.)
 """
 
 from typing import NamedTuple
@@ -30,11 +30,25 @@ from opq_jax.allocation.histogram_sums import Sums
 from opq_jax.allocation.rate_problem import Edges, RateProblem, edges_of, shares_of
 from opq_jax.core.limits import GRID_MARGIN
 
-_STEPS = 33, 9, 9  # steps that are compared at a time, each time between neighbours of the best
-_THRESHOLDS = 9  # compared with each step
+_STEPS, _RATIOS = 17, 9  # compared at a time
+_GRIDS = 3  # of them, each between the neighbours of the best point of the last
 _REACH = 1.4  # of the logarithm of a threshold around the one that suits a step: a factor of four
 _ROUNDS = 6  # of threshold and offset
 _LEAST_STEP = 0.25  # of the mean |w| over the levels: cells of a finer step hold few of the weights
+
+
+class _Region(NamedTuple):
+  """Where the next grid of steps and thresholds lies.
+
+  Attributes:
+    log_step, steps: its middle, and half its width.
+    log_ratio, ratios: the same of the thresholds, over those that suit the steps.
+  """
+
+  log_step: Float[Array, 'leaves']
+  steps: Float[Array, 'leaves']
+  log_ratio: Float[Array, 'leaves']
+  ratios: Float[Array, 'leaves']
 
 
 class _Offset(NamedTuple):
@@ -67,32 +81,54 @@ def best_palette(problem: RateProblem, log_mu: Float[Array, 'leaves']) -> Grid:
   high = jnp.log(jnp.maximum(jnp.maximum(sums.largest, free.step), tiny))
   low = jnp.minimum(jnp.log(jnp.maximum(free.step, _LEAST_STEP * mean / most)), high)
   low = jnp.where(sums.largest > 0, low, high)
-  centre, width = (low + high) / 2, (high - low) / 2
+  steps = jnp.linspace(-1, 1, _STEPS, dtype=price.dtype)[:, None]
+  ratios = jnp.linspace(-1, 1, _RATIOS, dtype=price.dtype)[:, None]
+  start = _Region(
+    (low + high) / 2, (high - low) / 2, jnp.zeros_like(low), jnp.full_like(low, _REACH)
+  )
 
-  def thresholds_of(log_step: Array) -> Array:
-    return jnp.log(_threshold(problem, free.threshold, rounded_step(jnp.exp(log_step)), price))
+  def threshold_of(suited: Array, log_ratio: Array) -> Array:
+    return jnp.minimum(suited * jnp.exp(log_ratio), sums.largest)
 
-  def cost_of(logs: tuple[Array, Array]) -> Array:
-    log_step, log_threshold = logs
-    grid = Grid(jnp.exp(log_threshold), rounded_step(jnp.exp(log_step)), free.log_price)
-    found = palette_levels(problem, grid)
-    return found.error + price * found.bits
+  def of_best(values: Array, place: Array) -> Array:
+    return jnp.take_along_axis(values, place, axis=0)[0]
 
-  best: tuple[Array, Array] | None = None
-  reach = jnp.full_like(width, _REACH)
-  for count in _STEPS:
-    steps = centre[None] + width[None] * jnp.linspace(-1, 1, count, dtype=price.dtype)[:, None]
-    suited = jax.lax.map(thresholds_of, steps) if best is None else best[1][None]
-    around = reach[None, None] * jnp.linspace(-1, 1, _THRESHOLDS, dtype=price.dtype)[:, None, None]
-    suited = jnp.minimum(suited[None] + around, jnp.log(jnp.maximum(sums.largest, tiny)))
-    tried = jnp.broadcast_arrays(steps[None], suited)
-    tried = tuple(x.reshape(-1, x.shape[-1]) for x in tried)
-    place = jnp.argmin(jax.lax.map(cost_of, tried), axis=0)[None]
-    best = tuple(jnp.take_along_axis(x, place, axis=0)[0] for x in tried)
+  def refine(_: Array, region: _Region) -> _Region:
+    def at_step(log_step: Array) -> tuple[Array, Array]:
+      """Returns the least cost with a step, and the ratio that has it."""
+      step = rounded_step(jnp.exp(log_step))
+      suited = _threshold(problem, free.threshold, step, price)
+
+      def cost_of(log_ratio: Array) -> Array:
+        grid = Grid(threshold_of(suited, log_ratio), step, free.log_price)
+        found = palette_levels(problem, grid)
+        return found.error + price * found.bits
+
+      tried = region.log_ratio[None] + region.ratios[None] * ratios
+      costs = jax.lax.map(cost_of, tried)
+      best = jnp.argmin(costs, axis=0)[None]
+      return of_best(costs, best), of_best(tried, best)
+
+    tried = region.log_step[None] + region.steps[None] * steps
+    costs, of_steps = jax.lax.map(at_step, tried)
+    best = jnp.argmin(costs, axis=0)[None]
     # the next grid reaches the neighbours of the best point
-    centre, width, reach = best[0], 2 * width / (count - 1), 2 * reach / (_THRESHOLDS - 1)
-  assert best is not None
-  return Grid(jnp.exp(best[1]), rounded_step(jnp.exp(best[0])), free.log_price)
+    return _Region(
+      log_step=of_best(tried, best),
+      steps=2 * region.steps / (_STEPS - 1),
+      log_ratio=of_best(of_steps, best),
+      ratios=2 * region.ratios / (_RATIOS - 1),
+    )
+
+  found = jax.lax.fori_loop(0, _GRIDS, refine, start)
+  step = rounded_step(jnp.exp(found.log_step))
+  suited = _threshold(problem, free.threshold, step, price)
+  threshold = threshold_of(suited, found.log_ratio)
+  # where the levels are no bound the closed form stands, which moves smoothly with the price
+  fits = sums.largest - free.threshold <= most * free.step
+  return Grid(
+    jnp.where(fits, free.threshold, threshold), jnp.where(fits, free.step, step), free.log_price
+  )
 
 
 def _threshold(
@@ -123,14 +159,14 @@ def _threshold(
 def _levels(
   problem: RateProblem, threshold: Float[Array, 'leaves'], step: Float[Array, 'leaves']
 ) -> Float[Array, 'leaves']:
-  """Returns how many levels of a grid are used: those of a palette, or fewer for no weight beyond."""
+  """Returns how many levels of a grid are used: all, or as many as reach the largest weight."""
   # a reach of a whole number of steps up to rounding needs no level more
   reach = jnp.maximum(problem.sums.largest - threshold, 0) / step * (1 - 1e-5)
   return jnp.minimum(jnp.ceil(reach), float(problem.palette_levels or 0))
 
 
 def palette_levels(problem: RateProblem, grid: Grid) -> Levels:
-  """Returns the levels of a grid, with bits and squared error where the last one takes all beyond."""
+  """Returns levels, bits and squared error of a grid whose last level takes all beyond it."""
   sums, cells = problem.sums, problem.palette_levels or 0
   levels = _levels(problem, grid.threshold, grid.step)
   edges = edges_of(sums, grid.threshold, grid.step, levels, cells)

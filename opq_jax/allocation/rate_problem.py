@@ -24,8 +24,8 @@ class RateProblem(NamedTuple):
     is_linear: whether the objective is linear in the errors.
     lattice_bits: bits per weight of a leaf on its lattice; infinite where it has none.
     lattice_error: its squared error per weight there.
-    palette_levels: the most levels a sign, the last of which takes all weights beyond it; None where
-      weights beyond the last level escape.
+    palette_levels: the most levels a sign, the last of which takes all weights beyond it; None
+      where weights beyond the last level escape.
   """
 
   sums: Sums
@@ -91,8 +91,10 @@ def edges_of(
     is_beyond = k >= palette[:, None]
     all_squares = sums.energy()[:, None]
     tail = Tail(
-      *(jnp.where(is_beyond, 0, x) for x in (tail.positive, tail.negative, tail.magnitude)),
-      jnp.where(is_beyond & (palette[:, None] > 0), all_squares, tail.squares),
+      positive=jnp.where(is_beyond, 0, tail.positive),
+      negative=jnp.where(is_beyond, 0, tail.negative),
+      magnitude=jnp.where(is_beyond, 0, tail.magnitude),
+      squares=jnp.where(is_beyond & (palette[:, None] > 0), all_squares, tail.squares),
     )
   return Edges(magnitude, tail)
 
@@ -120,18 +122,20 @@ def payload_of(
 
 
 def entropy_of(
-  problem: RateProblem,
+  sums: Sums,
   threshold: Float[Array, 'leaves'],
   step: Float[Array, 'leaves'],
   levels: Float[Array, 'leaves'],
   value_bits: Float[Array, 'leaves'],
+  takes_all: bool = False,
 ) -> tuple[Float[Array, 'leaves'], Float[Array, 'leaves']]:
   """Returns the zeroth-order entropy of each leaf's codes and the share of its escaped weights.
 
-  The entropy is in bits per weight, with `value_bits` for each escaped one.
+  The entropy is in bits per weight, with `value_bits` for each escaped one; where the last cell
+  `takes_all` weights beyond it, none escapes.
   """
-  palette = None if problem.palette_levels is None else levels
-  shares = shares_of(edges_of(problem.sums, threshold, step, palette).tail)
+  edges = edges_of(sums, threshold, step, levels if takes_all else None)
+  shares = shares_of(edges.tail)
   number = jnp.arange(MAX_LEVELS, dtype=levels.dtype)[None, None]
   cells = jnp.where(number < levels[:, None, None], shares.cells, 0)
   last = levels.astype(jnp.int32)[:, None]

@@ -42,8 +42,8 @@ class BitsPerWeight:
   """The joint target.
 
   Attributes:
-    bits_per_weight: mean bits of a compressed weight, entropy-coded; `UNBOUNDED` where palettes alone
-      bound them.
+    bits_per_weight: mean bits of a compressed weight, entropy-coded; `UNBOUNDED` where palettes
+      alone bound them.
     palette_bits: as in `opq_jax.allocate`; None where weights may escape.
   """
 
@@ -131,7 +131,7 @@ def check_targets(
 
 
 def _check_palette_bits(palette_bits: int, *, has_two_targets: bool, corrected: bool) -> None:
-  """Raises ValueError where palettes are too large or small, or do not go with the other targets."""
+  """Raises ValueError where palettes are too large or small, or another target excludes them."""
   least, most = _PALETTE_BITS
   if not isinstance(palette_bits, int | np.integer) or not least <= palette_bits <= most:
     raise ValueError(
@@ -144,7 +144,7 @@ def _check_palette_bits(palette_bits: int, *, has_two_targets: bool, corrected: 
     )
   if not corrected:
     raise ValueError(
-      'palette_bits: found corrected=False, expected True: the Laplace density has no largest weight'
+      'palette_bits: found corrected=False, expected True: palettes are solved from histograms'
     )
 
 

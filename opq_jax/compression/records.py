@@ -127,8 +127,9 @@ def init_state(params: PyTree, allocation: Allocation) -> CompressionState:
   """Returns the kinds and codebooks that an allocation asks for; frozen from here on.
 
   A weight survives where |w| > threshold, and escapes where it lies beyond the leaf's last cell,
-  |w| >= threshold + levels * step; with `palette_bits` none escapes.  The first value of a leaf is threshold + offset.  Step and
-  first value are rounded (`exact_grid`), so that every value is the same on every platform.
+  |w| >= threshold + levels * step; with `palette_bits` none escapes.  The first value of a leaf is
+  threshold + offset.  Step and first value are rounded (`exact_grid`), so that every value is the
+  same on every platform.
 
   Args:
     params: the tree that was allocated.  Kinds lie over devices as their weights do; thresholds,

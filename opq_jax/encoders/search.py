@@ -107,8 +107,8 @@ def compress(
     encoder: a value of `opq_jax.encoders`: `Rounding()`, `Feedback(moments)`, `Trellis(moments)` or
       `LayerByLayer(fn, inputs, first)`.
     objective, compressible, channel_axis, slices, usage, palette_bits, corrected: as in
-      `opq_jax.allocate`.  Palettes need `Rounding()` or `Feedback(moments)`.  Without `slices` and `usage`, slices are those of the encoder's moments, or of the function
-      that it walks.
+      `opq_jax.allocate`.  Palettes need `Rounding()` or `Feedback(moments)`.  Without `slices` and
+      `usage`, slices are those of the encoder's moments, or of the function that it walks.
 
   Returns:
     A `CompressedNetwork(params, state, allocation)`.
@@ -145,8 +145,8 @@ def compress(
   }
   if palette_bits is not None and not isinstance(encoder, Rounding | Feedback):
     raise ValueError(
-      f'palette_bits: found it together with {encoder!r}, expected Rounding() or Feedback(moments): '
-      'other encoders choose grids of their own'
+      f'palette_bits: found it together with {encoder!r}, expected Rounding() or '
+      'Feedback(moments): other encoders choose grids of their own'
     )
   network = None
   if isinstance(encoder, LayerByLayer) and not trees.is_traced(params):
@@ -229,9 +229,7 @@ def _at_bits(
   return CompressedNetwork(*coded, found.allocation)
 
 
-def _with_ties(
-  encoder: Encoder, params: PyTree, coded: Encoded, allocation: Allocation
-) -> Encoded:
+def _with_ties(encoder: Encoder, params: PyTree, coded: Encoded, allocation: Allocation) -> Encoded:
   """Returns the codes with those of tied leaves made equal."""
   assert isinstance(encoder, LeafEncoder)
   grids = trees.records(params, allocation.tree, LeafAllocation)

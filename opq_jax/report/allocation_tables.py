@@ -85,10 +85,11 @@ def summary(
 
   Columns: what the axes are (with `usage`); number of slices (if there are any); share of pruned
   weights; levels per sign; weights beyond the last level, which are stored as they are, or with
-  palettes take that level (if there are any); bits of a survivor at a fixed width, mean over channels; predicted entropy-coded bits
-  per weight, tables included; predicted squared error, relative to the weights; and the Laplace
-  fit, red and marked `!` where the allocation's density describes a leaf badly.  Of slices the row
-  has means, the most levels, and the fit that is farthest from 1.
+  palettes take that level (if there are any); bits of a survivor at a fixed width, mean over
+  channels; predicted entropy-coded bits per weight, tables included; predicted squared error,
+  relative to the weights; and the Laplace fit, red and marked `!` where the allocation's density
+  describes a leaf badly.  Of slices the row has means, the most levels, and the fit that is
+  farthest from 1.
 
   Args:
     params: the tree that was allocated; shapes are enough.

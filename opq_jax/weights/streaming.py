@@ -125,7 +125,9 @@ def compress_stored(
       'compression_rate or bits_per_weight: codes would be chosen anew for every trial'
     )
   if choose is not None and targets.get('palette_bits') is not None:
-    raise ValueError('palette_bits: found it together with codes that are chosen, expected one of them')
+    raise ValueError(
+      'palette_bits: found it together with codes that are chosen, expected one of them'
+    )
   metadata = writer.checked_metadata(metadata)
   # once, though a search for a file rate codes the tree several times
   packed = packed_files(side_files) if side_files else None

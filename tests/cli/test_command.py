@@ -447,6 +447,34 @@ def test_targets_agree(net, capsys):
   assert found['metadata']['file_rate'] == '9'
 
 
+@pytest.mark.parametrize('options', [[], ['--file-rate', 12]], ids=str)
+@pytest.mark.parametrize('source', ['net.safetensors', 'net.npz'])
+def test_palettes_have_few_values_and_verify(net, capsys, source, options):
+  # leaf by leaf from disk, and all in memory
+  np.savez('net.npz', **tree())
+  assert run('compress', source, 'net.opq', '--palette-bits', 3, *options) == 0
+  assert 'clipped' in capsys.readouterr().out
+  params, state = opq_jax.load('net.opq')
+  for name in ('fc1.weight', 'fc2.weight'):
+    assert len(np.unique(params[name])) <= 7 and not np.asarray(state.tree[name].escaped).any()
+  assert run('verify', 'net.opq', '--against', source) == 0
+  assert run('inspect', 'net.opq', '--json') == 0
+  assert (
+    json.loads(capsys.readouterr().out.partition('{')[2].join(['{', '']))['metadata'][
+      'palette_bits'
+    ]
+    == '3'
+  )
+
+
+@pytest.mark.parametrize('option', ['--trellis', '--layer-by-layer', '--calibration=self'])
+def test_palettes_exclude_encoders_with_grids_of_their_own(net, capsys, option):
+  known = ['--model', 'resnet20'] if option == '--layer-by-layer' else []
+  arguments = 'net.safetensors', 'net.opq', '--palette-bits', 4, option, *known
+  assert run('compress', *arguments) == 2
+  assert 'found it together with --palette-bits' in capsys.readouterr().err
+
+
 def test_file_rate_along_trellis_verifies(net):
   arguments = '--trellis', '--file-rate', 12
   assert run('compress', 'net.safetensors', 'net.opq', *arguments) == 0
