@@ -30,6 +30,7 @@ from opq_jax.allocation.chosen_by_usage import arguments_of
 from opq_jax.allocation.joined_statistics import join, layout_of
 from opq_jax.allocation.lattices import Lattice, lattice_of
 from opq_jax.allocation.measured_leaves import (
+  Axes,
   axes_of,
   candidates,
   measured,
@@ -38,6 +39,7 @@ from opq_jax.allocation.measured_leaves import (
 )
 from opq_jax.allocation.objectives import Objective, check_omegas, energy_power
 from opq_jax.allocation.output_scales import section_bits
+from opq_jax.allocation.palette_scales import palette_scales
 from opq_jax.allocation.parts import (
   MeasuredLeaf,
   Part,
@@ -49,6 +51,7 @@ from opq_jax.allocation.parts import (
 from opq_jax.allocation.records import Allocation, LeafAllocation
 from opq_jax.allocation.second_look import look_again
 from opq_jax.allocation.selection import choose_leaves
+from opq_jax.allocation.shards import HERE, placement_of
 from opq_jax.allocation.solver import solve
 from opq_jax.allocation.statistics import LeafStatistics
 from opq_jax.allocation.targets import (
@@ -145,10 +148,11 @@ def allocate(
       look-ups are compressed, whatever their names.  An expert that sees a share p of all rows has
       a term p F_i in the objective, which is an expectation over rows then.
     palette_bits: b of the palettes of runtimes that keep an index of b bits a weight in memory, 2
-      ... 8: every leaf, or slice, has 2^b - 1 values at most (with output scales, these times the
-      scale of each output).  No weight escapes: those beyond the last cell take its level, and
-      their error is part of the solution (`opq_jax.allocation.palettes`).  Alone it asks for the
-      least error; with a rate, for the least error within it.  Not with `sparsity` and `bits`.
+      ... 8: every leaf, or slice, has 2^b - 1 values at most.  No weight escapes: those beyond the
+      last cell take its level, and their error is part of the solution
+      (`opq_jax.allocation.palettes`).  Where it pays, outputs have scales, which are factors of the
+      values (`opq_jax.allocation.palette_scales`; not in a trace).  Alone it asks for the least
+      error; with a rate, for the least error within it.  Not with `sparsity` and `bits`.
     corrected: whether to count one histogram per leaf and solve with it.  Bits per weight are then
       those of the actual codes, thresholds prune exactly the share that each leaf is given, `bits`
       counts the true survivors, a leaf of few magnitudes may be held exactly
@@ -222,7 +226,10 @@ def allocate(
     omegas = check_omegas(params, objective, shapes)
   elif given.shares is not None:
     omegas = [jnp.float32(given.shares[name]) for name in chosen]
-  leaves = measured(named, axes, omegas, corrected, read)
+  scales = {}
+  if palette_bits is not None:
+    scales = _scales_of_palettes(named, axes, palette_bits, objective, omegas)
+  leaves = measured(named, axes, omegas, corrected, read, scales)
   parts = parts_of(leaves)
   is_traced = trees.is_traced(([leaf.statistics for leaf in leaves], targets, omegas))
   if corrected and not trees.is_traced([leaf.statistics for leaf in leaves]):
@@ -259,6 +266,29 @@ def _check_measurable(params: PyTree, file_rate: float) -> None:
     raise ValueError('file_rate: found traced values, expected concrete ones: it measures files')
   if any(map(_is_statistics, jax.tree.leaves(params, is_leaf=_is_statistics))):
     raise ValueError('file_rate: found statistics, expected the weights: it measures files')
+
+
+def _scales_of_palettes(
+  named: dict[str, Any],
+  axes: dict[str, Axes],
+  palette_bits: int,
+  objective: Objective | PyTree,
+  omegas: Sequence[Array] | None,
+) -> dict[str, Any]:
+  """Returns the scales of outputs that palettes have, by path.
+
+  Those of statistics are chosen already; leaves in a trace, or over a mesh, have none.
+  """
+  weights = dict(zip(axes, omegas, strict=True)) if omegas is not None else {}
+  own = {
+    name: axis
+    for name, axis in axes.items()
+    if not isinstance(named[name], LeafStatistics)
+    and not trees.is_traced((named[name], weights.get(name)))
+    and placement_of(named[name]) == HERE
+    and np.ndim(weights.get(name, 0)) <= axis.slices
+  }
+  return palette_scales(named, own, palette_bits, objective, weights)
 
 
 def _names_of_zeros(leaves: Sequence[MeasuredLeaf], parts: Sequence[Part]) -> list[str]:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -46,6 +47,7 @@ def measured(
   omegas: list[Array] | None,
   corrected: bool,
   read: Callable[[str], Weights] | None,
+  scales_of_palettes: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[MeasuredLeaf]:
   """Returns the chosen leaves with their statistics, measured or as they were given.
 
@@ -56,6 +58,7 @@ def measured(
       outputs; those of statistics are chosen already.
     corrected: whether histograms are needed.
     read: as for `allocate`.
+    scales_of_palettes: scales of the outputs of leaves, by path, where the objective chooses none.
   """
   stats: list[LeafStatistics] = []
   readers: list[Callable[[], Weights] | None] = []
@@ -67,7 +70,9 @@ def measured(
       scales = leaf.output_scales
       readers.append(read and functools.partial(_read_units, functools.partial(read, name), scales))
     else:
-      scales = _chosen_scales(name, weights[number], leaf, count) if of_outputs else None
+      scales = scales_of_palettes.get(name)
+      if of_outputs:
+        scales = _chosen_scales(name, weights[number], leaf, count)
       stats.append(
         leaf_statistics(leaf, axis, slices=count, histogram=corrected, output_scales=scales)
       )

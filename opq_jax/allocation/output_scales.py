@@ -51,15 +51,12 @@ def scales_for(
   >>> scales_for(np.ones((1, 4)), weights, 0) is None
   True
   """
-  some = first_weights(weights)
-  # of a leaf on disk, these are its first row, which may be short
-  if some is None or np.unique(np.abs(some)).size <= min(MAX_LEVELS, some.size // 2):
+  if not may_have_scales(weights):
     return None
   costs = np.asarray(costs, np.float64)
   of_slice: Any = {'axis': tuple(range(slices, costs.ndim)), 'keepdims': True}
   logarithm = -0.5 * np.log(costs)
-  codes = output_scales.nearest_codes(np.exp(logarithm - logarithm.mean(**of_slice)))
-  scales = output_scales.scales_of(codes)
+  scales = nearest_scales(np.exp(logarithm - logarithm.mean(**of_slice)))
   # a factor that all scales have saves nothing: it is in both means
   saved = np.log2(scales).mean(**of_slice)
   saved += 0.5 * np.log2(costs.mean(**of_slice) / (costs * scales**2).mean(**of_slice))
@@ -67,6 +64,18 @@ def scales_for(
   bits = section_bits(scales, slice_shape).sum()
   weights_of_slice = math.prod(np.shape(weights)[slices:])
   return scales if weights_of_slice * saved.sum() > bits else None
+
+
+def may_have_scales(weights: Any) -> bool:
+  """Returns whether a leaf has more than a few magnitudes, which scales would pull apart."""
+  some = first_weights(weights)
+  # of a leaf on disk, these are its first row, which may be short
+  return some is not None and np.unique(np.abs(some)).size > min(MAX_LEVELS, some.size // 2)
+
+
+def nearest_scales(scales: Float[np.ndarray, '...']) -> Float32[np.ndarray, '...']:
+  """Returns the nearest scales that a file can tell."""
+  return output_scales.scales_of(output_scales.nearest_codes(scales))
 
 
 def cost_of_units(

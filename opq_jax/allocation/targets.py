@@ -52,11 +52,16 @@ class BitsPerWeight:
 
   @property
   def palette_levels(self) -> int | None:
-    """Levels a sign of a palette: with 0 they are one less than 2^palette_bits values."""
-    return None if self.palette_bits is None else (1 << self.palette_bits - 1) - 1
+    """Levels a sign of a palette; None where weights may escape."""
+    return None if self.palette_bits is None else levels_of_palette(self.palette_bits)
 
 
 Targets = SparsityAndBits | BitsPerWeight
+
+
+def levels_of_palette(palette_bits: int) -> int:
+  """Returns the levels a sign of a palette: with 0 they are one less than 2^palette_bits values."""
+  return (1 << palette_bits - 1) - 1
 
 
 class TooFewBitsError(ValueError):

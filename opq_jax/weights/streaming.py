@@ -19,13 +19,16 @@ import numpy as np
 
 from opq_jax import allocation as allocations
 from opq_jax.allocation import (
+  OBJECTIVES,
   Allocation,
   LeafAllocation,
   is_compressible,
 )
 from opq_jax.allocation.objectives import check_omegas
 from opq_jax.allocation.output_scales import scales_for
+from opq_jax.allocation.palette_scales import palette_scales
 from opq_jax.core import memory, plain_trees, trees
+from opq_jax.core.axes import ChannelAxes
 from opq_jax.core.trees import PyTree
 from opq_jax.file import rate as file_rates
 from opq_jax.file import writer
@@ -140,7 +143,7 @@ def compress_stored(
   axes = {
     name: allocations.axis_of(name, leaves[name], channel_axis, counts[name]) for name in chosen
   }
-  scales = _output_scales(tree, leaves, counts, targets.get('objective'))
+  scales = _output_scales(tree, leaves, axes, counts, targets)
   with stage('statistics') as told:
     statistics = {}
     for name in _told(chosen, leaves, told):
@@ -179,25 +182,35 @@ def compress_stored(
 
 
 def _output_scales(
-  tree: PyTree, leaves: Mapping[str, StoredLeaf], slices: Mapping[str, int], objective: Any
+  tree: PyTree,
+  leaves: Mapping[str, StoredLeaf],
+  channel_axes: Mapping[str, ChannelAxes],
+  slices: Mapping[str, int],
+  targets: Mapping[str, Any],
 ) -> dict[str, Any]:
   """Returns the scales that `opq_jax.allocate` would choose for the outputs of leaves, by name.
 
   Args:
     tree: of all leaves.
     leaves: by name.
-    slices: leading axes that count slices, of the leaves to compress.
-    objective: of `opq_jax.allocate`.
+    channel_axes: of the leaves to compress.
+    slices: their leading axes that count slices.
+    targets: of `opq_jax.allocate`, and its `objective`.
   """
-  if objective is None or isinstance(objective, str):
-    return {}
-  shapes = {name: (leaves[name].shape, count) for name, count in slices.items()}
-  costs = zip(slices.items(), check_omegas(tree, objective, shapes), strict=True)
-  return {
-    name: scales_for(np.asarray(omega), leaves[name], count)
-    for (name, count), omega in costs
-    if omega.ndim > count
+  objective = targets.get('objective', OBJECTIVES[0])
+  omegas: dict[str, Any] = {}
+  if not isinstance(objective, str):
+    shapes = {name: (leaves[name].shape, count) for name, count in slices.items()}
+    omegas = dict(zip(slices, check_omegas(tree, objective, shapes), strict=True))
+  scales = {
+    name: scales_for(np.asarray(omega), leaves[name], slices[name])
+    for name, omega in omegas.items()
+    if omega.ndim > slices[name]
   }
+  if targets.get('palette_bits') is not None:
+    others = {name: (channel_axes[name], slices[name]) for name in slices if name not in scales}
+    scales |= palette_scales(leaves, others, targets['palette_bits'], objective, omegas)
+  return scales
 
 
 def _told_nothing(share: float) -> None:

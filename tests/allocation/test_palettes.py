@@ -1,9 +1,12 @@
 """Palettes: at most 2^b values a leaf, none stored exactly, and nearly the least error."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import optimize
@@ -34,21 +37,28 @@ def least_error(weights, levels):
   return found / np.sum(magnitude**2)
 
 
+def relative_error(values, weights):
+  return np.sum((values - weights) ** 2, dtype=np.float64) / np.sum(weights**2, dtype=np.float64)
+
+
 @pytest.mark.parametrize('bits', [2, 4])
 @pytest.mark.parametrize('kind', ['laplace', 'normal', 'student'])
 def test_palette_has_nearly_the_least_error_of_all_grids(kind, bits):
-  weights = sample((64, 300), kind)
+  rng = np.random.default_rng(0)
+  draws = {'laplace': rng.laplace, 'normal': rng.normal, 'student': partial(rng.standard_t, 4)}
+  weights = draws[kind](size=(300, 64)).astype(np.float32)
   network = opq_jax.compress({'kernel': weights}, palette_bits=bits)
-  values = np.asarray(network.params['kernel'], np.float64)
-  found = np.sum((values - np.asarray(weights)) ** 2) / np.sum(np.square(weights, dtype=np.float64))
-  assert found <= 1.01 * least_error(weights, 2 ** (bits - 1) - 1)
-  record = network.allocation.tree['kernel']
-  assert float(record.error) == pytest.approx(found, rel=0.01)
+  values, record = np.asarray(network.params['kernel']), network.allocation.tree['kernel']
+  assert relative_error(values, weights) <= 1.01 * least_error(weights, 2 ** (bits - 1) - 1)
+  # predictions are those of the weights over the scales that some outputs may have
+  scales = np.float32(1) if record.output_scales is None else np.asarray(record.output_scales)
+  assert float(record.error) == pytest.approx(
+    relative_error(values / scales, weights / scales), rel=0.01
+  )
   end = float(record.threshold + record.step * record.levels)
-  assert float(record.clipped) == pytest.approx(np.mean(np.abs(weights) > end), abs=2e-3)
+  assert float(record.clipped) == pytest.approx(np.mean(np.abs(weights / scales) > end), abs=2e-3)
 
 
-# few weights: not every rate is met
 @pytest.mark.filterwarnings('ignore:found')
 @given(
   kind=st.sampled_from(['laplace', 'normal', 'student']),
@@ -63,7 +73,8 @@ def test_palettes_have_few_values_and_no_escape(kind, outlier, dtype, target):
   network = opq_jax.compress(params, palette_bits=4, **target)
   codes = np.asarray(opq_jax.encode(network.params, network.state)['kernel'])
   assert np.abs(codes.astype(int)).max() <= 7  # an escape is -128
-  assert len(np.unique(np.asarray(network.params['kernel'], np.float32))) <= 15
+  for column in np.asarray(network.params['kernel'], np.float32).T:
+    assert len(np.unique(column)) <= 15
 
 
 @pytest.mark.parametrize('bits_per_weight', [0.8, 1.5, 2.4])
@@ -98,14 +109,47 @@ def test_each_slice_has_a_palette_of_its_own():
     )
 
 
-def test_scales_of_outputs_are_factors_of_palettes():
-  weights = np.asarray(sample((256, 16))) * np.geomspace(0.1, 10, 16).astype(np.float32)
-  costs = {'kernel': (1 / np.mean(np.square(weights), axis=0, keepdims=True)).astype(np.float32)}
-  network = opq_jax.compress({'kernel': jnp.asarray(weights)}, palette_bits=4, objective=costs)
-  record = network.state.tree['kernel']
-  assert record.output_scales is not None
-  quotients = np.asarray(network.params['kernel']) / np.asarray(record.output_scales)
-  assert len(np.unique(quotients)) <= 15
+def test_outputs_of_unlike_scales_have_scales():
+  rng = np.random.default_rng(0)
+  weights = (rng.normal(size=(256, 16)) * np.geomspace(0.1, 10, 16)).astype(np.float32)
+  network = opq_jax.compress({'kernel': weights}, palette_bits=4)
+  scales = np.asarray(network.state.tree['kernel'].output_scales)
+  values = np.asarray(network.params['kernel'])
+  assert len(np.unique(values / scales)) <= 15
+  error = np.mean((values - weights) ** 2, axis=0) / np.mean(weights**2, axis=0)
+  # 15 levels on normal weights: .0127, as with one scale; those of a file are 6 to 12 % apart
+  assert error.max() < 0.02
+
+
+def test_scales_are_taken_where_their_bits_are_worth_it():
+  rng = np.random.default_rng(0)
+  spread = np.exp(rng.normal(size=512)).astype(np.float32)
+  few_inputs = rng.normal(size=(9, 512)).astype(np.float32) * spread
+  alike = rng.normal(size=(512, 512)).astype(np.float32)
+  network = opq_jax.compress({'few': few_inputs, 'alike': alike}, palette_bits=4)
+  assert network.state.tree['few'].output_scales is not None
+  assert network.state.tree['alike'].output_scales is None
+
+
+def test_transposed_ties_stay_equal():
+  rng = np.random.default_rng(0)
+  table = (rng.normal(size=(96, 64)) * np.exp(rng.normal(size=64))).astype(np.float32)
+  params = {'embedding': table, 'head': {'kernel': np.ascontiguousarray(table.T)}}
+  values = opq_jax.compress(params, palette_bits=4, compressible=lambda path, leaf: True).params
+  np.testing.assert_array_equal(values['embedding'], values['head']['kernel'].T)
+
+
+def test_leaf_by_leaf_has_the_palettes_of_a_tree_in_memory(tmp_path):
+  rng = np.random.default_rng(0)
+  spread = np.exp(rng.normal(size=(40, 1))).astype(np.float32)
+  params = {'a': rng.laplace(size=(40, 300)).astype(np.float32) * spread, 'b': np.ones(3, 'f4')}
+  safetensors.numpy.save_file(params, tmp_path / 'net.safetensors')
+  leaves = opq_jax.weights.open_weights(tmp_path / 'net.safetensors')
+  axis = {'channel_axis': 0}
+  opq_jax.weights.compress_stored(leaves, tmp_path / 'net.opq', palette_bits=4, **axis)
+  loaded, _ = opq_jax.load(tmp_path / 'net.opq')
+  expected = opq_jax.compress(params, palette_bits=4, **axis).params
+  np.testing.assert_array_equal(loaded['a'], expected['a'])
 
 
 def test_lattice_of_few_levels_is_kept_exactly():
@@ -115,7 +159,7 @@ def test_lattice_of_few_levels_is_kept_exactly():
 
 
 def test_palettes_in_a_trace():
-  weights = sample((64, 32))
+  weights = np.random.default_rng(0).laplace(size=(64, 32)).astype(np.float32)
   traced = jax.jit(lambda w: opq_jax.allocate({'kernel': w}, palette_bits=4).tree['kernel'].step)
   concrete = opq_jax.allocate({'kernel': weights}, palette_bits=4).tree['kernel'].step
   assert float(traced(weights)) == pytest.approx(float(concrete), rel=1e-4)
@@ -129,7 +173,9 @@ def test_feedback_keeps_to_palettes():
   params = {'kernel': weights}
   feedback = opq_jax.encoders.Feedback(moments)
   coded = opq_jax.compress(params, palette_bits=4, encoder=feedback)
-  assert len(np.unique(np.asarray(coded.params['kernel']))) <= 15
+  scales = coded.state.tree['kernel'].output_scales
+  values = np.asarray(coded.params['kernel'], np.float64) / (1 if scales is None else scales)
+  assert len(np.unique(values)) <= 15
   assert error(coded) < 0.8 * error(opq_jax.compress(params, palette_bits=4))
 
 

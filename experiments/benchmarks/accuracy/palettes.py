@@ -3,9 +3,9 @@
     pip install qwix
     python -m experiments.benchmarks.accuracy.palettes TFDS_FOLDER WEIGHTS.safetensors ...
 
-All methods hold an index of b bits a weight.  Ours adds a table of 2^b - 1 values a leaf, and
-`outputs` scales of its outputs too, chosen by `objective=` with the inverse energy of each output.
-The others add a float32 scale a channel, and a zero point where they have one:
+All methods hold an index of b bits a weight.  Ours adds a table of 2^b - 1 values a leaf and, where
+`palette_bits` gives it scales, a float32 an output; the others a float32 scale a channel, and a
+zero point where they have one:
 
     qwix             `qwix.quantize`, symmetric, by the largest |w| of a channel; it has no 3 bits
     onnxruntime      `quantize_data` of its quantization tools, channel by channel, asymmetric
@@ -37,7 +37,7 @@ from opq_jax.encoders import CompressedNetwork
 from opq_jax.importers import networks
 from opq_jax.network import InputMoments
 
-BITS = 4, 3, 2
+BITS = 4, 3
 _SCALES = np.linspace(0.3, 1.0, 71)  # of the scale that reaches the largest weight
 
 
@@ -109,18 +109,6 @@ AFFINE: dict[str, tuple[Callable[[np.ndarray, int], tuple[np.ndarray, int]], tup
 }
 
 
-def costs_of_outputs(variables: Any) -> Any:
-  """Returns the inverse energy of every output of every kernel, and 1 for all other leaves."""
-
-  def costs(leaf: Any) -> Any:
-    if np.ndim(leaf) < 2:
-      return np.float32(1)
-    energy = np.mean(np.square(leaf), axis=tuple(range(np.ndim(leaf) - 1)), keepdims=True)
-    return 1 / np.maximum(energy, np.mean(energy) * np.float32(1e-6))
-
-  return jax.tree.map(costs, variables)
-
-
 def palette_bytes(network: CompressedNetwork, bits: int) -> int:
   """Returns bytes of the tables and scales beside the indices of compressed leaves."""
   records = [
@@ -172,12 +160,7 @@ def compare(name: str, path: pathlib.Path, data_dir: str) -> Iterator[dict[str, 
   )
   ours: dict[str, dict[str, Any]] = {
     'palettes': {},
-    'palettes, outputs': {'objective': costs_of_outputs(variables)},
     'palettes, feedback': {'encoder': encoders.Feedback(moments)},
-    'palettes, outputs, feedback': {
-      'objective': costs_of_outputs(variables),
-      'encoder': encoders.Feedback(moments),
-    },
   }
   for bits in BITS:
     for method, options in ours.items():
