@@ -181,10 +181,12 @@ def run(arguments: argparse.Namespace) -> None:
   from opq_jax.cli.encoding import DIVERGENCE, Encoding
   from opq_jax.cli.outputs import check_output, output_path
   from opq_jax.cli.safetensors_metadata import carried_metadata
+  from opq_jax.core.files import check_readable
   from opq_jax.importers.named_networks import identity_of
   from opq_jax.weights import graph_uses, is_model_folder, is_streamable
 
   source = Path(arguments.input)
+  check_readable(source)
   check_output(source, output_path(arguments.output))
   is_known = arguments.model is not None or identity_of(source) is not None
   _check_options(arguments, is_known)

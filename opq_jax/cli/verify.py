@@ -35,12 +35,13 @@ def run(arguments: argparse.Namespace) -> int:
   from rich.text import Text
 
   from opq_jax.cli.console import complain, console
-  from opq_jax.cli.encoding import LEFT_OUT, channel_axis
+  from opq_jax.cli.encoding import LEFT_OUT, Encoding, channel_axis
   from opq_jax.cli.folders import carried_problems
   from opq_jax.cli.json_reports import verification_as_json
   from opq_jax.cli.optimizers import report_without_optimizer
   from opq_jax.cli.recomputation import recomputed
   from opq_jax.cli.stages import timed_stages
+  from opq_jax.cli.targets import target_problems
   from opq_jax.file.reader import OpqFile
   from opq_jax.report import four_sizes, verify
 
@@ -60,11 +61,15 @@ def run(arguments: argparse.Namespace) -> int:
         corrected=expected.corrected,
         channel_axis=channel_axis(metadata, lambda name, _: counts.get(name, 0)),
       )
-  problems = (*verified.problems, *carried_problems(path, against))
-  verified = dataclasses.replace(verified, problems=problems)
   if verified.report is not None and metadata.get('optimizer') == LEFT_OUT:
     report = report_without_optimizer(verified.report)
     verified = dataclasses.replace(verified, report=report)
+  problems = (
+    *verified.problems,
+    *carried_problems(path, against),
+    *target_problems(Encoding.of(metadata), verified.compressed, verified.report),
+  )
+  verified = dataclasses.replace(verified, problems=problems)
   if arguments.json:
     content: dict[str, Any] = verification_as_json(path, against, metadata, verified)
     print(json.dumps(content, indent=2, allow_nan=False))

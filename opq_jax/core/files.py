@@ -87,6 +87,15 @@ def file_place(path: str | os.PathLike[str]) -> Path:
   return place
 
 
+def check_readable(path: str | os.PathLike[str]) -> None:
+  """Raises ValueError where a device, a FIFO or a socket is: weights are read more than once."""
+  with contextlib.suppress(OSError):  # the read will say what is wrong
+    mode = os.stat(path).st_mode
+    for is_kind, kind in _NO_FILES.items():
+      if is_kind(mode):
+        raise ValueError(f'{path}: found a {kind}, expected a file or a folder')
+
+
 _NO_FILES = {
   stat.S_ISCHR: 'device',
   stat.S_ISBLK: 'device',

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 
+from opq_jax.core import files
 from opq_jax.core.trees import PyTree
 from opq_jax.weights import core_ml, gguf, hugging_face, onnx, orbax, safetensors
 
@@ -51,6 +52,7 @@ def open_weights(path: str | os.PathLike[str]) -> PyTree:
   ...   print(leaf.shape, leaf.dtype, leaf.read().sum())
   (3, 3) float64 3.0
   """
+  files.check_readable(path)
   if os.fspath(path).lower().endswith('.gguf'):
     leaves = gguf.open_leaves(Path(path))
   elif onnx.is_onnx(path):

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
-from opq_jax.core import messages, trees
+from opq_jax.core import files, messages, trees
 from opq_jax.core.trees import PyTree
 from opq_jax.file.reader import OpqFile
 from opq_jax.weights import (
@@ -77,6 +77,7 @@ def read_weights(path: str | os.PathLike[str], *, optimizer: bool = False) -> Py
   (3, 2)
   """
   path = Path(path)
+  files.check_readable(path)
   if hugging_face.is_model_folder(path):
     return _checked(path, dict(hugging_face.open_folder(path)))
   if core_ml.is_core_ml(path):

@@ -1,6 +1,7 @@
 """The command `opq verify`."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -172,3 +173,36 @@ def test_inspect_escapes_control_characters(tmp_path, capsys):
   assert run('inspect', path) == 0
   out = capsys.readouterr().out
   assert '\\x1b[2Jname' in out and '\x1b' not in out and '\x07' not in out
+
+
+def claiming(path, **metadata):
+  """Writes a file again with other metadata."""
+  params, state = opq_jax.load(path)
+  with opq_jax.OpqFile(path) as file:
+    opq_jax.save(path, params, state, {**file.metadata, **metadata})
+
+
+@pytest.mark.parametrize(
+  ('claims', 'problem'),
+  [
+    ({'palette_bits': '2'}, 'fc.weight: found 13 levels a sign and'),
+    ({'file_rate': '99'}, 'file_rate: found 5.'),
+    ({'compression_rate': '20'}, 'bits per weight: found 3.1'),
+    ({'bits_per_weight': '2'}, 'bits per weight: found 3.1'),
+  ],
+)
+def test_targets_that_a_file_misses_are_named(net, capsys, claims, problem):
+  claiming('net.opq', **claims)
+  capsys.readouterr()
+  assert run('verify', 'net.opq', '--against', 'net.safetensors') == 1
+  first, *_, last = capsys.readouterr().err.splitlines()
+  assert problem in first and last == 'opq: net.opq does not hold what it claims'
+
+
+@pytest.mark.parametrize('suffix', ['.npz', '.safetensors'])
+def test_weights_from_a_fifo_are_refused_in_one_line(tmp_path, capsys, suffix):
+  path = tmp_path / f'net{suffix}'
+  os.mkfifo(path)
+  assert run('compress', path, tmp_path / 'net.opq') == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line == f'opq: {path}: found a FIFO, expected a file or a folder'
