@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from experiments import evaluate
 from opq_jax import cli, data
@@ -56,6 +57,24 @@ def test_evaluate_opq_file(compressed):
   assert row['network'] == 'resnet20, 10 classes'
   assert row['weights'] == 'resnet20.opq, prepared as for akamaster'
   assert 86 < percent(row) < 97
+
+
+def test_evaluate_against_float_is_paired(compressed):
+  folder = assets.assets()
+  weights, data_dir = folder / 'weights/resnet20_cifar10.safetensors', folder / 'tfds'
+  row = evaluate.run(str(compressed), str(data_dir), **CIFAR, against=str(weights))
+  small, whole = networks.load(compressed), networks.load(weights, name='resnet20')
+  options = {'batch_size': 300, 'preprocessing': whole.source.preprocessing}
+  (batch,) = data.batches('cifar10', 'test[:300]', data_dir=data_dir, **options)
+  right, reference = (
+    np.argmax(network.model.apply(network.variables, batch['image']), -1) == batch['label']
+    for network in (small, whole)
+  )
+  gained, lost = int(np.sum(right & ~reference)), int(np.sum(~right & reference))
+  assert row['right in one only'] == f'{gained} in resnet20.opq, {lost} in {weights.name}'
+  assert row['difference of top-1'].startswith(f'{(gained - lost) / 3:+.2f} points')
+  p_value = scipy.stats.binomtest(min(gained, lost), gained + lost).pvalue
+  assert float(row["McNemar's exact p-value"]) == pytest.approx(p_value, rel=0.05)
 
 
 def test_evaluate_refuses_other_classes(compressed):
