@@ -17,6 +17,8 @@ from types import FrameType
 from typing import Any, NamedTuple, Self
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from opq_jax.compression import CompressionState
 from opq_jax.core.extras import require
@@ -79,20 +81,21 @@ class Checkpoints:
 
     Args:
       like: a state of the same shapes and dtypes, such as `jax.eval_shape` of
-        `opq_jax.init_state`.
-      devices: of the arrays, as for `opq_jax.finetuning.replicate`.
+        `opq_jax.init_state`; where kinds are laid over a mesh, those of the result are too.
+      devices: of the arrays, as for `opq_jax.finetuning.replicate`, where none is laid over a mesh.
     """
     path = self._directory / _COMPRESSION
     if not path.exists():
       return None
     with self._orbax.StandardCheckpointer() as checkpointer:
-      return replicate(checkpointer.restore(path, _abstract(like)), devices)
+      return _placed(checkpointer.restore(path, _abstract(like)), like, devices)
 
   def save(self, train_state: TrainState, position: dict[str, Any], *, wait: bool = False) -> None:
     """Writes the state after `train_state.step` steps, unless it has been written already.
 
     Args:
-      train_state: its arrays are copied before this returns, and may be donated afterwards.
+      train_state: its arrays are copied before this returns, and may be donated afterwards.  Those
+        that are laid over a mesh are written shard by shard, by the process that has the shard.
       position: `get_state()` of the stream of batches.
       wait: True to return when the state is on disk.
     """
@@ -115,9 +118,11 @@ class Checkpoints:
     """Returns the latest train state, bit for bit, and its position; None if there is none.
 
     Args:
-      like: a state of the same shapes and dtypes, such as the one before the first step.
-      devices: of the arrays, as for `opq_jax.finetuning.replicate`; their number need not be that
-        of the devices that wrote the checkpoint.
+      like: a state of the same shapes and dtypes, such as the one before the first step.  Where
+        arrays are laid over a mesh, those of the result are laid over it too, and no process reads
+        more than its own shards; the mesh need not be that of the run that wrote the checkpoint.
+      devices: of the arrays, as for `opq_jax.finetuning.replicate`, where none is laid over a mesh;
+        their number need not be that of the devices that wrote the checkpoint.
     """
     ocp = self._orbax
     step = self._manager.latest_step()
@@ -129,7 +134,7 @@ class Checkpoints:
         train=ocp.args.StandardRestore(_abstract(like)), data=ocp.args.JsonRestore()
       ),
     )
-    return Restored(replicate(restored['train'], devices), restored['data'])
+    return Restored(_placed(restored['train'], like, devices), restored['data'])
 
 
 class StopRequest:
@@ -168,12 +173,27 @@ class StopRequest:
     return self._event.is_set()
 
 
+def _is_laid(leaf: Any) -> bool:
+  """Returns whether an array, or a shape, is cut into shards."""
+  sharding = getattr(leaf, 'sharding', None)
+  return isinstance(sharding, NamedSharding) and not sharding.is_fully_replicated
+
+
+def _mesh_of(tree: PyTree) -> Mesh | None:
+  """Returns the mesh over which some arrays of a tree are laid; None where none is."""
+  meshes = (leaf.sharding.mesh for leaf in jax.tree.leaves(tree) if _is_laid(leaf))
+  return next(meshes, None)
+
+
 def _for_orbax(tree: PyTree) -> PyTree:
   """Copies a tree to where Orbax writes it from: all devices of many processes, or one device.
 
   Of an array on several devices of one process, Orbax would write as many slices, and compile a
-  program for each.
+  program for each; those that are cut into shards anyway stay where they are.
   """
+  if _mesh_of(tree) is not None:
+    # the next step may be given the buffers themselves, as donations
+    return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(tree)
   if jax.process_count() > 1:
     return replicate(tree, jax.devices())
   # may_alias=False: the next step may be given the buffers themselves, as donations
@@ -181,8 +201,17 @@ def _for_orbax(tree: PyTree) -> PyTree:
 
 
 def _abstract(tree: PyTree) -> PyTree:
-  """Returns shapes and dtypes of a tree, replicated over all devices."""
-  sharding = replicated(jax.devices())
-  return jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
-  )
+  """Returns shapes and dtypes of a tree, laid over its mesh, or replicated over all devices."""
+  mesh = _mesh_of(tree)
+  others = replicated(jax.devices()) if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+  def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = leaf.sharding if _is_laid(leaf) else others
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+  return jax.tree.map(shape, tree)
+
+
+def _placed(tree: PyTree, like: PyTree, devices: Sequence[jax.Device] | None) -> PyTree:
+  """Returns a restored tree where it belongs: on its mesh, or replicated over devices."""
+  return tree if _mesh_of(like) is not None else replicate(tree, devices)

@@ -44,11 +44,12 @@ def eval_step(
 
 
 def label_rank(
-  logits: Float[Array, 'batch classes'], labels: Int[Array, ' batch']
-) -> Int32[Array, ' batch']:
+  logits: Float[Array, '*batch classes'], labels: Int[Array, '*batch']
+) -> Int32[Array, '*batch']:
   """Returns how many classes rank before the label's, equal logits by class."""
-  target = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-  is_later = jnp.arange(logits.shape[-1])[None] >= labels[:, None]
+  target = jnp.take_along_axis(logits, labels[..., None], axis=-1)
+  number = jnp.arange(logits.shape[-1]).reshape(*[1] * labels.ndim, -1)
+  is_later = number >= labels[..., None]
   # counted by the classes surely behind: comparisons with NaN are false, so NaN ranks last
-  is_behind: Bool[Array, 'batch classes'] = (logits < target) | ((logits == target) & is_later)
+  is_behind: Bool[Array, '*batch classes'] = (logits < target) | ((logits == target) & is_later)
   return jnp.sum((~is_behind).astype(jnp.int32), axis=-1)

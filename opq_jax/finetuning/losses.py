@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-Loss = Callable[[Float[Array, 'batch classes'], Mapping[str, Array]], Float32[Array, ' batch']]
+Loss = Callable[[Float[Array, '*batch classes'], Mapping[str, Array]], Float32[Array, '*batch']]
 """(logits, batch) -> the loss of every example."""
 
 
@@ -48,8 +48,8 @@ def classification_loss(
     raise ValueError(f'temperature: found {temperature}, expected a positive number')
 
   def loss(
-    logits: Float[Array, 'batch classes'], batch: Mapping[str, Array]
-  ) -> Float32[Array, ' batch']:
+    logits: Float[Array, '*batch classes'], batch: Mapping[str, Array]
+  ) -> Float32[Array, '*batch']:
     logits = logits.astype(jnp.float32)
     targets = jax.nn.one_hot(batch['label'], logits.shape[-1], dtype=jnp.float32)
     targets = (1 - label_smoothing) * targets + label_smoothing / logits.shape[-1]

@@ -157,7 +157,7 @@ def sharded_train_step(
   ) -> tuple[TrainState, Metrics]:
     leaves, structure = jax.tree.flatten(jax.tree.map(placed, train_state))
     # copies nothing but counters and keys of the first step: later states lie there already
-    train_state = jax.device_put(train_state, jax.tree.unflatten(structure, leaves))
+    train_state = jax.tree.map(_put, train_state, jax.tree.unflatten(structure, leaves))
     batch = {
       name: jax.make_array_from_process_local_data(rows, np.asarray(leaf))
       for name, leaf in batch.items()
@@ -199,16 +199,21 @@ def replicate(tree: PyTree, devices: Sequence[jax.Device] | None = None) -> PyTr
     leaf.is_fully_addressable for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)
   ):
     return jax.device_put(tree, sharding)
+  return jax.tree.map(lambda leaf: _put(leaf, sharding), tree)
 
-  def put(leaf: Any) -> Array:
-    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-      # a callback hands over NumPy arrays, which know no typed keys
-      data = put(jax.random.key_data(leaf))
-      return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-    host = np.asarray(leaf)
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
-  return jax.tree.map(put, tree)
+def _put(leaf: Any, sharding: NamedSharding) -> Array:
+  """Lays an array that every process has, over devices that may belong to others too."""
+  if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+    return leaf
+  if sharding.is_fully_addressable and getattr(leaf, 'is_fully_addressable', True):
+    return jax.device_put(leaf, sharding)
+  if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    # a callback hands over NumPy arrays, which know no typed keys
+    data = _put(jax.random.key_data(leaf), sharding)
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+  host = np.asarray(leaf)
+  return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def replicated(devices: Sequence[jax.Device] | None = None) -> NamedSharding:

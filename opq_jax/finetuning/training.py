@@ -123,7 +123,7 @@ def train_step(
     train_state: the latent weights and all other state that changes.
     compression_state: of `train_state.params`; None trains the float network.
     batch: this device's part: {'image': [batch, …], 'label': [batch]} and whatever else `loss_fn`
-      reads.
+      reads.  Of a language model, tokens [batch, length] and those that follow them.
     teacher: variables of a network of the same `apply_fn`, usually the float one before
       compression; its logits become `batch['teacher_logits']`.
     apply_fn: `model.apply` of a Flax Linen module, or any function called as
