@@ -80,8 +80,11 @@ def palette_scales(
   """
   gains, levels, power = {}, levels_of_palette(palette_bits), energy_power(objective)
   for name, (axis, slices) in axes_of_leaves.items():
-    if may_have_scales(leaves[name]):
-      gains[name] = _gain_of(leaves[name], axis, slices, levels)
+    # a vector is one output
+    if len(leaves[name].shape) - slices > 1 and may_have_scales(leaves[name]):
+      gain = _gain_of(leaves[name], axis, slices, levels)
+      if math.isfinite(gain.energy):  # `allocate` says what is not
+        gains[name] = gain
 
   # a table and a last layer that are one array, transposed, stay equal: they have no scales
   distinct = {(gain.look, gain.scales.shape) for gain in gains.values()}
@@ -117,19 +120,21 @@ def _gain_of(leaf: Any, axis: ChannelAxes, slices: int, levels: int) -> _Gain:
   table = table.reshape(math.prod(slice_shape), -1, math.prod(output_shape))
   stride = -(-table.shape[1] // _MOST_INPUTS)
   found = [_errors(jnp.asarray(part[::stride], jnp.float32), float(levels)) for part in table]
-  steps, common, own, energy = (np.stack(x) for x in zip(*jax.device_get(found), strict=True))
+  steps, *sums = (np.stack(x) for x in zip(*jax.device_get(found), strict=True))
+  common, own, energy = (stride * float(x.sum()) for x in sums)
   # an output of zeros has no step of its own
-  logarithm = np.log(np.where(steps > 0, steps, 1))
-  count = np.maximum((steps > 0).sum(axis=1, keepdims=True), 1)
-  middle = np.where(steps > 0, logarithm, 0).sum(axis=1, keepdims=True) / count
-  scales = nearest_scales(np.where(steps > 0, np.exp(logarithm - middle), 1))
+  has_step = np.isfinite(steps) & (steps > 0)
+  logarithm = np.log(np.where(has_step, steps, 1))
+  count = np.maximum(has_step.sum(axis=1, keepdims=True), 1)
+  middle = logarithm.sum(axis=1, keepdims=True) / count
+  scales = nearest_scales(np.where(has_step, np.exp(logarithm - middle), 1))
   shape = [n if i < slices or i in outputs else 1 for i, n in enumerate(weights.shape)]
   return _Gain(
     scales.reshape(shape),
-    float(common.sum()),
-    float(own.sum()),
-    float(energy.sum()),
-    weights.size // stride,
+    common,
+    own,
+    energy,
+    weights.size,
     steps.size,
     (*sorted(weights.shape), float(np.max(np.abs(weights), initial=0))),
   )

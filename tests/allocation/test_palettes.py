@@ -131,6 +131,24 @@ def test_scales_are_taken_where_their_bits_are_worth_it():
   assert network.state.tree['alike'].output_scales is None
 
 
+def test_vectors_and_long_outputs_have_scales_by_all_their_weights():
+  rng = np.random.default_rng(0)
+  # one output; and outputs of more inputs than are looked at, whose bits are spread over all
+  params = {'vector': rng.laplace(size=3000), 'long': rng.normal(size=(40_000, 2)) * [1, 1.06]}
+  params = {name: leaf.astype(np.float32) for name, leaf in params.items()}
+  network = opq_jax.compress(params, palette_bits=4, compressible=lambda path, leaf: True)
+  assert network.state.tree['vector'].output_scales is None
+  assert len(np.unique(np.asarray(network.params['vector']))) <= 15
+  assert network.state.tree['long'].output_scales is not None
+
+
+def test_weights_that_are_not_finite_are_named():
+  weights = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
+  weights[3, 4] = np.nan
+  with pytest.raises(ValueError, match='kernel: found NaN or infinite weights'):
+    opq_jax.compress({'kernel': weights}, palette_bits=4)
+
+
 def test_transposed_ties_stay_equal():
   rng = np.random.default_rng(0)
   table = (rng.normal(size=(96, 64)) * np.exp(rng.normal(size=64))).astype(np.float32)
