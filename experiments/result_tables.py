@@ -38,6 +38,52 @@ def benchmark(name: str) -> str:
   return f'`{document["command"]}`\n\n{markdown(document["rows"])}'
 
 
+def runtimes() -> str:
+  """Returns the roads out of Python, a row for each network and runtime, from their benchmarks."""
+  rows_of = lambda name: json.loads((RESULTS / 'benchmarks' / f'{name}.json').read_text())['rows']
+  megabytes = lambda size: f'{size / 1e6:.2f}'
+  rows: list[dict[str, object]] = []
+
+  def add(network: str, road: str, floats: int, size: int, against: str, time: object) -> None:
+    rows.append(
+      {
+        'network': network,
+        'road': road,
+        'floats, MB': megabytes(floats),
+        'MB': megabytes(size),
+        'times smaller': f'{floats / size:.2f}',
+        'against JAX': against,
+        'time, of floats in the same runtime': time,
+      }
+    )
+
+  for row in rows_of('onnx_networks'):
+    against = f'outputs within {row["largest difference to JAX"]} of {row["largest answer"]}'
+    time = row['time, indices over floats']
+    add(row['network'], '.onnx', row['floats, bytes'], row['small.onnx'], against, time)
+    add(row['network'], '.onnx in .xz', row['floats, bytes'], row['in xz'], 'the same', 'the same')
+  for row in rows_of('core_ml_packages'):
+    if row['targets'] == '`--bits-per-weight 4`':
+      sizes = row['float16 package, bytes'], row['exported package, bytes']
+      against = f'weights bit-equal, {row["leaves bit-equal"]} leaves'
+      add(row['network'], '.mlpackage, float16', *sizes, against, 'not run: needs a Mac')
+  for row in rows_of('demo_page'):
+    size = row['.opq'] + row['program']
+    against = f'top-1 of {row["same top-1"]} of {row["photographs"]} photographs, logits within '
+    against += f'{row["largest difference"]} of {row["largest logit"]}'
+    time = f'decode {row["decode, s"]} s, once'
+    road = '.opq and program, onnxruntime-web'
+    add(row['network'], road, row['floats'] + row['program'], size, against, time)
+  for row in rows_of('stablehlo_programs'):
+    size = row['codes in memory'] + row['program']
+    against = f'outputs within {row["largest difference"]} of {row["largest output"]}'
+    time = row['time, codes over floats']
+    add(row['network'], '.stablehlo and codes', row['floats, bytes'], size, against, time)
+  names = list(dict.fromkeys(row['network'] for row in rows))
+  rows.sort(key=lambda row: names.index(row['network']))
+  return markdown(rows)
+
+
 def one_shot(name: str) -> str:
   """Returns top-1 of the default objective by file size, with and without the correction."""
   with open(RESULTS / name / 'results.csv', newline='') as file:
@@ -240,6 +286,7 @@ TABLES: dict[str, Callable[[], str]] = {
   for path in sorted((RESULTS / 'benchmarks').glob('*.json'))
 } | {
   'networks': networks,
+  'runtimes': runtimes,
   'support_matrix_in_short': support_matrix_in_short,
   'against_nncodec': against_nncodec,
   'corrections': corrections,
