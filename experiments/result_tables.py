@@ -63,10 +63,12 @@ def runtimes() -> str:
     add(row['network'], '.onnx', row['floats, bytes'], row['small.onnx'], against, time)
     add(row['network'], '.onnx in .xz', row['floats, bytes'], row['in xz'], 'the same', 'the same')
   for row in rows_of('core_ml_packages'):
-    if row['targets'] == '`--bits-per-weight 4`':
+    roads = {'`--bits-per-weight 4`': '', '`--palette-bits 4`': ', palettes of 4 bits'}
+    if row['targets'] in roads:
       sizes = row['float16 package, bytes'], row['exported package, bytes']
       against = f'weights bit-equal, {row["leaves bit-equal"]} leaves'
-      add(row['network'], '.mlpackage, float16', *sizes, against, 'not run: needs a Mac')
+      road = f'.mlpackage, float16{roads[row["targets"]]}'
+      add(row['network'], road, *sizes, against, 'not run: needs a Mac')
   for row in rows_of('demo_page'):
     size = row['.opq'] + row['program']
     against = f'top-1 of {row["same top-1"]} of {row["photographs"]} photographs, logits within '

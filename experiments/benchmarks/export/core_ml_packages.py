@@ -34,7 +34,12 @@ from tests.helpers.torch_networks import Tensors
 MODULE = 'experiments.benchmarks.export.core_ml_packages'
 TOKENS, LAYERS, HEADS = 128, 6, 12  # of MiniLM
 NETWORKS = 'mobilenet_v1', 'mobilenet_v2', 'resnet50', 'minilm'
-TARGETS = '--bits-per-weight 4', '--bits-per-weight 3', '--sparsity 0.5 --bits 3'
+TARGETS = (
+  '--bits-per-weight 4',
+  '--bits-per-weight 3',
+  '--sparsity 0.5 --bits 3',
+  '--palette-bits 4',
+)
 F = torch.nn.functional
 
 
