@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from experiments.benchmarks.language_models import tables as language_tables
+from experiments.benchmarks.rivals import jobs
 from opq_jax import importers, models
 from opq_jax.allocation import OBJECTIVES
 
@@ -169,12 +170,15 @@ def against_nncodec() -> str:
   document = json.loads((RESULTS / 'benchmarks' / 'against_nncodec.json').read_text())
   lines: dict[tuple[object, ...], dict[str, object]] = {}
   for row in document['rows']:
-    key = tuple(row[name] for name in ('question', 'ours', 'NNCodec', 'goal'))
-    line = lines.setdefault(key, dict(zip(('', 'ours', 'NNCodec', 'goal'), key, strict=True)))
+    key = tuple(row[name] for name in ('question', 'ours', 'NNCodec'))
+    line = lines.setdefault(key, dict(zip(('', 'ours', 'NNCodec'), key, strict=True)))
     cell = row['ratio'] if row['ratio'] != '' else 'not reached'
     if 'ours, s' in row:
       cell = f'{cell} ({row["ours, s"]} s, {row["NNCodec, s"]} s)'
-    line[row['network']] = cell
+    elif row.get('points'):
+      cell = f'{cell} ({row["points"]})'
+    mark = ' *' if row['network'] in jobs.CHOSEN_ON else ''
+    line[row['network'] + mark] = cell
   ordered = sorted(lines.values(), key=lambda line: str(line[''])[0])
   return f'`{document["command"]}`\n\n{markdown(ordered)}'
 

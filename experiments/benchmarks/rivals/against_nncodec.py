@@ -12,8 +12,8 @@ already holds are not made again.
 Networks are judged as decoded from files that were written and read back; only our files of kernels
 alone stay in memory.  `noise` is `opq_jax.correction.correct_batch_norm` and `synthetic` is
 `opq_jax.correction.correct_on_images` with `opq_jax.correction.synthetic_inputs`, for both codecs.
-NNCodec's corrected vectors form a stream of their own, quantized at QP -75 as all its vectors; its
-bytes replace those of the uncorrected vectors.  Seconds are from the weights to the file, including
+NNCodec's corrected vectors form a stream of their own, quantized as all its vectors; its bytes
+replace those of the uncorrected vectors.  Seconds are from the weights to the file, including
 correction and moments; the first of a kind includes XLA's compilation.  Processor time is reliable
 on a busy machine too.
 """

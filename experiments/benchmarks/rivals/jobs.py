@@ -10,10 +10,13 @@ import jax
 OURS, TRELLIS = 'opq_jax', 'opq_jax, trellis'
 FEEDBACK, LAYERS = f'{TRELLIS}, feedback', f'{TRELLIS}, layer by layer'
 IMAGES, HALVES = ', images', ', bfloat16'
-SHIPPED, TUNED = 'NNCodec', 'NNCodec, tuned'
+# as it ships; with coarser vectors; with rate-distortion optimised quantization besides
+SHIPPED, COARSER, TUNED = 'NNCodec', 'NNCodec, coarser vectors', 'NNCodec, tuned'
+SETTINGS = 'NNCodec, settings'  # tried to choose those of COARSER and TUNED
 INFERENCE = ', for inference only'
 RECIPE, QWIX = 'magnitude, rounding, LZMA', 'qwix, LZMA'
 KERNELS = ', kernels alone'
+CHOSEN_ON = 'resnet20', 'mobilenet_v1'  # networks on which our defaults were chosen
 
 
 class Seconds(NamedTuple):

@@ -41,6 +41,7 @@ LAYERS_BITS = {
   'mobilenet_v1': (3.0, 2.0, 1.5),
   'mobilenet_v2': (4.0, 3.0, 2.5, 2.0, 1.5),
 }
+ROUNDED_BITS = 1.1  # at least, of files with vectors of 16 bits; fewer make less than is compared
 FEW_BITS = 2.5, 1.5  # of files that are judged without correction too
 ERROR_BITS = 0.75, 1.0, 2.0, 3.0
 
@@ -138,12 +139,15 @@ def jobs_of_ours(
     for method, encoder in ((OURS, plain), (TRELLIS, trellis)):
       if bits in FEW_BITS:
         yield Job(method, name, 'none', lambda e=encoder, b=bits: coded(*e(b)))  # type: ignore[misc]
-      yield Job(method, name, 'noise', functools.partial(corrected, encoder, bits))
+      for leaves in ('', HALVES) if bits >= ROUNDED_BITS else ('',):
+        run = functools.partial(corrected, encoder, bits, leaves=leaves)
+        yield Job(method + leaves, name, 'noise', run)
   for kind, suffix in (('synthetic', ''), ('images', IMAGES)):
     for bits in BITS[network.name]:
       name = f'bits={bits:g}'
-      run = functools.partial(corrected, feedback, bits, kind)
-      yield Job(FEEDBACK + suffix, name, kind, run)
+      for leaves in ('', HALVES) if bits >= ROUNDED_BITS else ('',):
+        run = functools.partial(corrected, feedback, bits, kind, leaves)
+        yield Job(FEEDBACK + suffix + leaves, name, kind, run)
       for leaves in ('', HALVES, INFERENCE) if bits in LAYERS_BITS[network.name] else ():
         run = functools.partial(corrected, layer_by_layer, bits, kind, leaves)
         yield Job(LAYERS + suffix + leaves, name, kind, run)
