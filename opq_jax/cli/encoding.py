@@ -27,6 +27,7 @@ Files up to version 0.1.0 have sentences in their place, which are still read.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -179,7 +180,7 @@ class Encoding:
     _check_together(texts)
     return cls(
       targets={
-        name: _parsed(texts, name, int if name == PALETTE_BITS else float)
+        name: _parsed(texts, name, int if name == PALETTE_BITS else _target)
         for name in TARGETS
         if name in texts
       },
@@ -330,7 +331,15 @@ def _parsed(texts: Mapping[str, str], key: str, kind: Callable[[str], Any]) -> A
   try:
     return kind(texts[key])
   except ValueError as error:
-    raise ValueError(f'metadata: {key}: found {texts[key]!r}, expected a number') from error
+    raise ValueError(
+      f'metadata: {key}: found {texts[key]!r}, expected a finite number, none below 0'
+    ) from error
+
+
+def _target(text: str) -> float:
+  if not 0 <= (number := float(text)) < math.inf:
+    raise ValueError(f'found {text!r}')
+  return number
 
 
 def _number(value: float) -> str:

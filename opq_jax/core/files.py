@@ -57,17 +57,23 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
   with temporaries.registered(temporary):
     try:
       _remove_litter(place.parent, prefix)
-      with errors_of(path, temporary), open(temporary, 'xb') as file:
+      with errors_of(path, temporary), _new_file(temporary) as file:
         _lock(file)
         yield file
         file.flush()
         _take_over(file.fileno(), place)
         os.fsync(file.fileno())
-        os.replace(temporary, place)
+        with temporaries.undisturbed():
+          os.replace(temporary, place)
     finally:
       # on a full or read-only disk the removal may fail too; the first error is the one to report
       with contextlib.suppress(OSError):
         temporary.unlink(missing_ok=True)
+
+
+def _new_file(path: Path) -> BinaryIO:
+  with temporaries.undisturbed():
+    return open(path, 'xb')
 
 
 def file_place(path: str | os.PathLike[str]) -> Path:
@@ -142,14 +148,16 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     stack.enter_context(temporaries.registered(temporary))
     _remove_litter(path.parent, prefix)
     with errors_of(path, temporary):
-      temporary.mkdir()
+      with temporaries.undisturbed():
+        temporary.mkdir()
       stack.callback(shutil.rmtree, temporary, ignore_errors=True)
       stack.callback(os.close, lock := os.open(temporary, os.O_RDONLY))
       _lock(lock)
       yield temporary
-      if path.is_dir():
-        path.rmdir()
-      os.rename(temporary, path)
+      with temporaries.undisturbed():
+        if path.is_dir():
+          path.rmdir()
+        os.rename(temporary, path)
 
 
 def check_free(path: str | os.PathLike[str]) -> None:

@@ -24,8 +24,19 @@ def registered(path: str | os.PathLike[str]) -> Iterator[None]:
       _paths.discard(path)
 
 
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+  """Makes `remove_all` wait for the time of the context; where it has begun, waits for ever.
+
+  For the moments in which a path is made, and moved to its place: half of a folder would be moved
+  there while the other half is removed.
+  """
+  with _lock:
+    yield
+
+
 def remove_all() -> None:
-  """Removes all registered paths; whoever registers another one from now on waits for ever.
+  """Removes all registered paths; whoever registers, makes or moves one from now on waits for ever.
 
   For a process that ends right after this: no other thread can leave anything behind.
   """
@@ -34,6 +45,9 @@ def remove_all() -> None:
   for path in _paths:
     with contextlib.suppress(OSError):
       if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
+        # under another name first: the thread that fills the folder finds it no more
+        removed = path.with_name(f'{path.name}-')
+        path.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
       else:
         path.unlink(missing_ok=True)

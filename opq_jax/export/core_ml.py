@@ -175,6 +175,7 @@ class _Writer:
     self.rounded: list[str] = []
     names = dict.fromkeys(value.blobFileValue.fileName for value in _stored(every))
     written = {package.program_path, *map(package.weights_path, names)}
+    package.check_others({*written, package.path / core_ml.MANIFEST})
     left_out = lambda folder, children: [
       child for child in children if Path(folder, child) in written
     ]

@@ -1,5 +1,6 @@
 """Language models by the `config.json` of a Hugging Face folder."""
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -22,7 +23,29 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
   'qwen2': _QWEN,
   'qwen3': {**_QWEN, 'head_dim': 128},
 }
-_ROTATIONS = {'default', 'linear', 'llama3'}
+_ROTATIONS = 'default', 'linear', 'llama3'
+
+# a file from anywhere may claim anything: sizes that no network has would be shapes, or lists of
+# names, that fill all memory
+_LARGEST = 1 << 24
+_MOST_LAYERS = 1 << 12
+_SIZES = {
+  **dict.fromkeys(('num_hidden_layers', 'n_layer'), _MOST_LAYERS),
+  **dict.fromkeys(
+    (
+      *('vocab_size', 'hidden_size', 'intermediate_size', 'num_attention_heads', 'head_dim'),
+      *('num_key_value_heads', 'max_position_embeddings', 'sliding_window', 'type_vocab_size'),
+      *('n_embd', 'n_inner', 'n_head', 'n_positions', 'max_window_layers'),
+    ),
+    _LARGEST,
+  ),
+}
+"""Keys of sizes, with the largest of each."""
+_NUMBERS = (
+  *('rms_norm_eps', 'layer_norm_epsilon', 'layer_norm_eps', 'rope_theta', 'factor'),
+  *('low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'),
+)
+_OBJECTS = 'rope_parameters', 'rope_scaling'
 
 
 def from_config(config: Config, **options: Any) -> 'nn.Module':
@@ -47,6 +70,7 @@ def from_config(config: Config, **options: Any) -> 'nn.Module':
   Traceback (most recent call last):
   ValueError: rope_scaling: found rope_type 'yarn', expected one of default, linear, llama3
   """
+  _check_values(config)
   kind = _taken(config, 'model_type')
   if kind not in _FAMILIES:
     raise ValueError(f'model_type: found {kind!r}, expected one of {", ".join(_FAMILIES)}')
@@ -71,7 +95,7 @@ def _llama(config: Config, options: dict[str, Any]) -> 'nn.Module':
     'hidden': _taken(config, 'intermediate_size'),
     'heads': heads,
     'key_heads': config.get('num_key_value_heads') or heads,
-    'head_features': config.get('head_dim') or features // heads,
+    'head_features': config.get('head_dim') or _head_features(features, heads),
     'positions': config['max_position_embeddings'],
     'epsilon': config.get('rms_norm_eps', 1e-6),
     'is_tied': bool(config.get('tie_word_embeddings', False)),
@@ -100,7 +124,7 @@ def _gpt2(config: Config, options: dict[str, Any]) -> 'nn.Module':
     'hidden': config.get('n_inner') or 4 * features,
     'heads': heads,
     'key_heads': heads,
-    'head_features': features // heads,
+    'head_features': _head_features(features, heads),
     'positions': config.get('n_positions', 1024),
     'epsilon': config.get('layer_norm_epsilon', 1e-5),
     'is_tied': bool(config.get('tie_word_embeddings', True)),
@@ -137,6 +161,45 @@ _FAMILIES: dict[str, Callable[[Config, dict[str, Any]], 'nn.Module']] = {
 }
 
 
+def _check_values(config: Config) -> None:
+  """Raises a ValueError unless sizes, numbers and lists of a configuration are such."""
+  expected: dict[str, tuple[bool, str]] = {}
+  for key, value in config.items():
+    is_number = type(value) in (int, float)
+    if value is None:
+      continue
+    if key in _SIZES:
+      least, most = int(key != 'max_window_layers'), _SIZES[key]
+      is_right = type(value) is int and least <= value <= most
+      expected[key] = is_right, f'a whole number from {least} to {most}'
+    elif key in _NUMBERS:
+      expected[key] = is_number and 0 < value < math.inf, 'a number above 0'
+    elif key in _OBJECTS:
+      expected[key] = isinstance(value, Mapping), 'an object'
+    elif key == 'layer_types':
+      is_right = isinstance(value, list) and value and all(type(one) is str for one in value)
+      expected[key] = bool(is_right), 'a list of names'
+    elif key == 'model_type':
+      expected[key] = type(value) is str, 'a name'
+  for key, (is_right, what) in expected.items():
+    if not is_right:
+      raise ValueError(f'{key}: found {str(config[key])[:80]!r}, expected {what}')
+  for key in _OBJECTS:
+    if config.get(key):
+      _check_values(config[key])
+
+
+def _head_features(features: int, heads: int) -> int:
+  """Returns the features of a head.
+
+  Raises:
+    ValueError: heads do not divide the features.
+  """
+  if features % heads:
+    raise ValueError(f'found {features} features in {heads} heads, expected as many in each')
+  return features // heads
+
+
 def _taken(config: Config, key: str) -> Any:
   """Returns the value of a key that has no default."""
   if config.get(key) is None:
@@ -164,9 +227,7 @@ def _rotation(config: Config) -> Any:
   found = config.get(key) or {}
   kind = found.get('rope_type', found.get('type', 'default'))
   if kind not in _ROTATIONS:
-    raise ValueError(
-      f'{key}: found rope_type {kind!r}, expected one of {", ".join(sorted(_ROTATIONS))}'
-    )
+    raise ValueError(f'{key}: found rope_type {kind!r}, expected one of {", ".join(_ROTATIONS)}')
   _refuse(found, 'partial_rotary_factor', (None, 1.0))
   theta = found.get('rope_theta') or config.get('rope_theta') or 10000.0
   if kind == 'default':

@@ -10,8 +10,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Collection, Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,8 @@ from opq_jax.weights import blob_files, checks
 from opq_jax.weights.stored_leaves import StoredLeaf
 
 EXPECTED = 'a Core ML package of an ML program'
+MANIFEST = 'Manifest.json'
+"""The file that names that of the program."""
 _ROOT = '@model_path/'  # of names of files in a program
 
 DTYPES: dict[str, np.dtype] = {
@@ -56,10 +58,23 @@ class Package(NamedTuple):
     Raises:
       ValueError: it lies outside of the package.
     """
-    path = self.program_path.parent / name.removeprefix(_ROOT)
-    if not name.startswith(_ROOT) or '..' in path.parts:
+    inner = name.removeprefix(_ROOT)
+    if not name.startswith(_ROOT) or not _is_within(inner):
       raise ValueError(f'{self.path}: found weights in {name!r}, expected a file of the package')
-    return path
+    return self.program_path.parent / inner
+
+  def check_others(self, known: Collection[Path]) -> None:
+    """Checks that all but the files of these paths are plain files and folders, to be copied.
+
+    A link may lead to any file of this machine, and a folder that holds itself has no end.
+
+    Raises:
+      ValueError: one is a link, a device or a FIFO.
+    """
+    for path in sorted(self.path.rglob('*')):
+      if path not in known and (path.is_symlink() or not (path.is_dir() or path.is_file())):
+        kind = 'a link' if path.is_symlink() else 'no file'
+        raise ValueError(f'{path}: found {kind}, expected a file or a folder of the package')
 
 
 class Constant(NamedTuple):
@@ -233,12 +248,25 @@ def read(path: Path) -> dict[str, np.ndarray]:
 
 def _program_path(path: Path) -> Path:
   """Returns the file of the program, which the manifest of a package names."""
-  manifest = json.loads((path / 'Manifest.json').read_bytes())
+  manifest_path = path / MANIFEST
+  # a FIFO would be waited for
+  if manifest_path.exists() and not manifest_path.is_file():
+    raise ValueError(f'{manifest_path}: found no file')
+  manifest = json.loads(manifest_path.read_bytes())
   item = manifest['itemInfoEntries'][manifest['rootModelIdentifier']]
-  place = path / 'Data' / item['path']
-  if '..' in place.parts or Path(item['path']).is_absolute():
+  if not isinstance(item['path'], str) or not _is_within(item['path']):
     raise ValueError(f'found the program in {item["path"]!r}')
+  place = path / 'Data' / item['path']
+  if place.exists() and not place.is_file():
+    raise ValueError(f'{place}: found no file')
   return place
+
+
+def _is_within(name: str) -> bool:
+  """Returns whether a name is that of a file in a folder: it does not lead out of it."""
+  path = PurePosixPath(name)
+  is_relative = not path.is_absolute() and not Path(name).is_absolute()
+  return is_relative and '..' not in Path(name).parts and '\0' not in name and bool(path.parts)
 
 
 def _blocks(block: Any) -> Iterator[Any]:

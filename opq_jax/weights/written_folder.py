@@ -63,7 +63,9 @@ def write_folder(path: str | os.PathLike[str], file: OpqFile) -> None:
   with files.new_folder(path) as folder:
     for name, data in side_files.items():
       place = folder / name
-      place.parent.mkdir(parents=True, exist_ok=True)
+      # not the folder itself, which whoever interrupts has removed
+      for parent in reversed(place.relative_to(folder).parents[:-1]):
+        (folder / parent).mkdir(exist_ok=True)
       with files.errors_of(path, place), open(place, 'xb') as output:
         output.write(data)
         for tensor in shards.get(name, ()):

@@ -311,6 +311,35 @@ def test_write_removes_litter(tmp_path):
   assert not left.exists() and path.read_bytes() == NEW
 
 
+def test_interrupted_folder_is_whole_or_absent(tmp_path):
+  # whoever interrupts has begun to remove the folder when the writer moves it to its place
+  command = """
+import os, sys, threading, time
+from opq_jax.core import files, temporaries
+
+def interrupt():
+  before = os.unlink
+  def unlink(*arguments, **options):
+    before(*arguments, **options)
+    removing.set()
+    time.sleep(0.5)
+  os.unlink = unlink
+  temporaries.remove_all()
+  os._exit(130)
+
+removing = threading.Event()
+with files.new_folder(sys.argv[1]) as folder:
+  for name in 'abcd':
+    (folder / name).write_bytes(b'new')
+  threading.Thread(target=interrupt, daemon=True).start()
+  removing.wait()
+"""
+  path = tmp_path / 'out'
+  ended = subprocess.run([sys.executable, '-c', command, path], check=False, timeout=60)
+  assert ended.returncode == 130
+  assert not list(tmp_path.iterdir())
+
+
 def test_save_survives_kills(tmp_path):
   found = killed_writes.killed('opq_jax.save', tmp_path, 3, unkilled=1)
   assert found['old file'] + found['new file'] == found['kills'] == 3

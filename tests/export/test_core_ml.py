@@ -1,5 +1,6 @@
 """Compressed networks as Core ML packages, decompressed by coremltools."""
 
+import os
 import pathlib
 import re
 import shutil
@@ -230,3 +231,74 @@ def test_weights_compressed_by_others_are_named(tmp_path):
   before, found = (programs.weights(tmp_path / f'{name}.mlpackage') for name in ('one', 'both'))
   assert found['other'].tobytes() == before['other'].tobytes()
   assert found['kernel'].tobytes() != before['kernel'].tobytes()
+
+
+def package(tmp_path):
+  """A package of one matrix, and a file of it."""
+  kernel = programs.laplace(64, 32)
+  programs.save(tmp_path / 'net.mlpackage', programs.holding({'kernel': kernel}))
+  network = opq_jax.compress({'kernel': kernel}, compression_rate=8.0)
+  opq_jax.save(tmp_path / 'net.opq', network.params, network.state)
+  return tmp_path / 'net.mlpackage'
+
+
+@pytest.mark.parametrize(
+  'name',
+  ['@model_path/{}', '@model_path/../../../secret', '{}', '@model_path/', '@model_path/a\0b'],
+)
+def test_weights_stay_in_package(tmp_path, name, capsys):
+  from opq_jax.weights import core_ml
+
+  path = package(tmp_path)
+  # the very weights, so that a reader who follows the name succeeds
+  secret = shutil.copy(next(path.rglob('weight.bin')), tmp_path / 'secret')
+  opened = core_ml.load(path)
+  for constant in core_ml.constants(opened).values():
+    constant.value.fileName = name.format(secret)
+  opened.program_path.write_bytes(opened.model.SerializeToString())
+  with pytest.raises(ValueError, match=r'found weights in .*, expected a file of the package'):
+    read_weights(path)
+  words = [
+    'export',
+    str(tmp_path / 'net.opq'),
+    str(tmp_path / 'out.mlpackage'),
+    '--into',
+    str(path),
+  ]
+  assert cli.main(words) == 2
+  assert 'expected a file of the package' in capsys.readouterr().err
+  assert not (tmp_path / 'out.mlpackage').exists()
+
+
+@pytest.mark.parametrize('kind', ['file', 'folder', 'loop', 'fifo'])
+def test_export_copies_no_links(tmp_path, kind):
+  path = package(tmp_path)
+  (tmp_path / 'secret').write_bytes(b'secret')
+  place = path / 'Data' / 'other'
+  if kind == 'fifo':
+    os.mkfifo(place)
+  else:
+    place.symlink_to({'file': tmp_path / 'secret', 'folder': tmp_path, 'loop': path}[kind])
+  expected = f'{re.escape(str(place))}: found (a link|no file), expected a file or a folder'
+  with opq_jax.OpqFile(tmp_path / 'net.opq') as file, pytest.raises(ValueError, match=expected):
+    write_core_ml(tmp_path / 'out.mlpackage', file, path)
+  assert sorted(child.name for child in tmp_path.iterdir()) == [
+    'net.mlpackage',
+    'net.opq',
+    'secret',
+  ]
+
+
+def test_packages_of_links_are_read(tmp_path):
+  # as in the cache of Hugging Face
+  path = package(tmp_path)
+  expected = read_weights(path)['kernel']
+  for child in [one for one in path.rglob('*') if one.is_file()]:
+    child.symlink_to(shutil.move(child, tmp_path / f'blob-{child.name}'))
+  np.testing.assert_array_equal(read_weights(path)['kernel'], expected)
+  with opq_jax.OpqFile(tmp_path / 'net.opq') as file:
+    write_core_ml(tmp_path / 'out.mlpackage', file, path)
+    decoded = file['kernel']
+  assert not any(child.is_symlink() for child in (tmp_path / 'out.mlpackage').rglob('*'))
+  found = programs.weights(tmp_path / 'out.mlpackage')['kernel']
+  np.testing.assert_array_equal(found, decoded)

@@ -140,6 +140,25 @@ def test_to_tensors_names_every_difference():
       'layer_types: found full_attention, sliding_attention, expected full_attention in all layers',
     ),
     ('bert', {'position_embedding_type': 'relative_key'}, 'position_embedding_type: found'),
+    ('llama', {'model_type': ['llama']}, r'model_type: found .+, expected a name'),
+    ('llama', {'num_hidden_layers': 1 << 40}, 'num_hidden_layers: found'),
+    ('llama', {'vocab_size': True}, "vocab_size: found 'True', expected a whole number from 1"),
+    ('llama', {'hidden_size': -32}, "hidden_size: found '-32', expected a whole number from 1"),
+    ('llama', {'hidden_size': '32'}, "hidden_size: found '32', expected a whole number from 1"),
+    ('llama', {'rms_norm_eps': float('nan')}, "rms_norm_eps: found 'nan', expected a number"),
+    ('llama', {'rope_scaling': [8]}, r"rope_scaling: found '\[8\]', expected an object"),
+    (
+      'llama',
+      {'rope_scaling': {'rope_type': ['linear'], 'factor': 2.0}},
+      r"rope_scaling: found rope_type \['linear'\]",
+    ),
+    (
+      'llama',
+      {'rope_scaling': {'rope_type': 'linear', 'factor': 'x'}},
+      "factor: found 'x', expected a number",
+    ),
+    ('qwen2', {'layer_types': [{}]}, r"layer_types: found '\[{}\]', expected a list of names"),
+    ('gpt2', {'n_head': 5}, 'features in 5 heads, expected as many in each'),
   ],
 )
 def test_configurations_of_other_networks_are_refused(name, changes, message):

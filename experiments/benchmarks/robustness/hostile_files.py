@@ -13,23 +13,31 @@ by themselves: rows of the others are kept.  The kinds:
                    coder; in the index, of its text
     opq, escapes   mutations of an .opq file of version 2, with escaped weights; and resealed
     opq, slices    mutations of one with stacks of slices and moved axes; and resealed
+    opq, FIELD     mutations of the file of `tests/golden` with ties, moved axes along a trellis,
+                   scales of outputs, rotated inputs, or side files; of one with palettes; and
+                   resealed
     escapes        mutations of a section of escaped weights, half of them under correct checksums
     codes          mutations of payloads, random tables and random words for the ANS decoder; with
                    and without contexts, and along a trellis
-    others         mutations of the same tree in a format that `opq_jax.weights.read_weights` reads
+    safetensors .. mutations of the same tree in a format that `opq_jax.weights.read_weights` reads
+    compress, ...  commands on damaged and lying files and folders, in `hostile_commands`
+    export, ...
+    decompress, ...
 
 An outcome is one of
 
-    refused   a ValueError
+    refused   a ValueError; of a command, one line, exit code 2, and everything as it was
     original  the arrays of the undamaged file, bit for bit
     other     another tree.  In a format without checksums (safetensors, msgpack, HDF5) the bytes
               simply hold other numbers.  A resealed .opq file, or section of escaped weights, must
-              be written and read again bit for bit
+              be written and read again bit for bit, and one of rotated leaves be the same leaf by
+              leaf.  A command has written an output that can be read
     wrong     anything else: a failure, as are crashes and hangs
 """
 
 import argparse
 import collections
+import functools
 import json
 import os
 import pathlib
@@ -39,23 +47,28 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from experiments.benchmarks import harness
-from experiments.benchmarks.robustness.hostile_kinds import kind_of, same_arrays
-from experiments.benchmarks.robustness.mutated_bytes import MUTATIONS, mutated
+from experiments.benchmarks.robustness import hostile_commands
+from experiments.benchmarks.robustness.hostile_commands import COMMANDS
+from experiments.benchmarks.robustness.hostile_kinds import FIELDS, kind_of, same_arrays
+from experiments.benchmarks.robustness.mutated_bytes import MUTATIONS, mutated, resealed
 
 MODULE = 'experiments.benchmarks.robustness.hostile_files'
 ROOT = pathlib.Path(__file__).parents[3]
 
 LIMIT = 10.0  # seconds of one read, far above the slowest one on a busy machine
+_COMPILING = 60.0  # of one command, which may compile programs for shapes that it has not seen
 _START = 300.0  # seconds up to a process's first read, which imports and compiles
 KINDS = (
   *('opq', 'opq, bytes', 'opq, resealed', 'opq, escapes', 'opq, escapes, resealed'),
   *('opq, slices', 'opq, slices, resealed'),
+  *(f'opq, {field}{end}' for field in FIELDS for end in ('', ', resealed')),
   *('codes', 'codes, contexts', 'codes, trellis', 'escapes'),
   *('safetensors', 'npz', 'msgpack', 'h5', 'keras'),
+  *COMMANDS,
 )
 OUTCOMES = 'refused', 'original', 'other', 'wrong'
 
@@ -99,7 +112,7 @@ def watched(kind: str, count: int) -> dict[str, Any]:
         time.sleep(0.05)
         if (written := os.fstat(output.fileno()).st_size) != size:
           size, since = written, time.monotonic()
-        elif time.monotonic() - since > (3 * LIMIT if size else _START):
+        elif time.monotonic() - since > (3 * _COMPILING if size else _START):
           is_hung = True
           process.kill()
           process.wait()
@@ -145,12 +158,12 @@ def tried(kind: str, begin: int, count: int) -> Iterator[tuple[int, str, float]]
       count = 255 * len(original)
     for number in range(begin, count):
       if kind == 'opq, bytes':
-        damaged = bytearray(original)
-        damaged[number // 255] ^= number % 255 + 1
-        data = bytes(damaged)
+        other = bytearray(original)
+        other[number // 255] ^= number % 255 + 1
+        data = bytes(other)
       else:
         rng = random.Random(f'{kind} {number}')
-        data = MUTATIONS.get(kind, mutated)(original, rng)
+        data = damaged_by(kind)(original, rng)
       start = time.perf_counter()
       try:
         arrays = read(data)
@@ -160,9 +173,19 @@ def tried(kind: str, begin: int, count: int) -> Iterator[tuple[int, str, float]]
         outcome = 'wrong'
         print(kind, number, repr(error), file=sys.stderr)
       else:
-        outcome = 'original' if same_arrays(arrays, expected) else check(data, arrays)
+        outcome = 'read'
       seconds = time.perf_counter() - start
-      yield number, 'wrong' if seconds > LIMIT else outcome, round(seconds, 4)
+      if outcome == 'read':
+        outcome = 'original' if same_arrays(arrays, expected) else check(data, arrays)
+      limit = _COMPILING if kind in COMMANDS else LIMIT
+      yield number, 'wrong' if seconds > limit else outcome, round(seconds, 4)
+
+
+def damaged_by(kind: str) -> Callable[[bytes, random.Random], bytes]:
+  """Returns what damages the bytes of a kind."""
+  if kind in COMMANDS:
+    return functools.partial(hostile_commands.damaged, kind)
+  return resealed if kind.endswith('resealed') else MUTATIONS.get(kind, mutated)
 
 
 def _peak() -> float:

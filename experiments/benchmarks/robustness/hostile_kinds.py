@@ -14,6 +14,7 @@ import numpy as np
 import safetensors.numpy
 
 import opq_jax
+from experiments.benchmarks.robustness.hostile_commands import COMMANDS, command_of
 from opq_jax.coding import escapes
 from opq_jax.coding import payload as entropy_coding
 from opq_jax.compression import CompressionState, LeafState
@@ -22,6 +23,18 @@ from opq_jax.core import trees
 from opq_jax.file import reader, writer
 from opq_jax.network import InputMoments
 from opq_jax.weights import read_weights
+
+GOLDEN = pathlib.Path(__file__).parents[3] / 'tests' / 'golden'
+
+FIELDS = {
+  'ties': 'version_2_ties',
+  'trellis': 'version_2_axes',
+  'scales': 'version_2_scales',
+  'rotated': 'version_2_rotated',
+  'side files': 'version_3_side_files',
+  'palettes': None,
+}
+"""Files of `GOLDEN` by what they have; None of one that is made here."""
 
 
 def tree() -> dict[str, np.ndarray]:
@@ -127,6 +140,12 @@ def kind_of(kind: str, folder: pathlib.Path) -> Kind:
     read = lambda data: entropy_coding.decode_codes(data, codes.shape)
     payload = entropy_coding.encode_codes(codes, contexts=kind != 'codes')
     return Kind(payload, read, lambda *_: 'wrong')
+  if kind in COMMANDS:
+    return Kind(*command_of(kind, folder), lambda *_: 'other')
+  if (field := kind.removeprefix('opq, ').removesuffix(', resealed')) in FIELDS:
+    golden = FIELDS[field]
+    data = _palettes() if golden is None else (GOLDEN / f'{golden}.opq').read_bytes()
+    return Kind(data, _everything, _read_again if 'resealed' in kind else lambda *_: 'wrong')
   if kind.startswith('opq'):
     check = _saved_again if 'resealed' in kind else lambda *_: 'wrong'
     return Kind(opq_file('escapes' in kind, 'slices' in kind), opq_jax.load, check)
@@ -172,6 +191,33 @@ def _write(path: pathlib.Path, params: dict[str, np.ndarray]) -> None:
       with zipfile.ZipFile(path, 'w') as archive:
         archive.writestr('config.json', json.dumps({'config': {'layers': []}}))
         archive.writestr('model.weights.h5', buffer.getvalue())
+
+
+def _palettes() -> bytes:
+  """Returns the tree with leaves of at most 16 values."""
+  params = {name: leaf for name, leaf in tree().items() if leaf.dtype == np.float32}
+  network = opq_jax.compress(params, palette_bits=4)
+  return writer.serialize(network.params, network.state, {'from': 'experiments'})
+
+
+def _everything(data: bytes) -> dict[str, Any]:
+  """Returns all that a file holds: leaves, codes, side files."""
+  with reader.OpqFile(data) as file:
+    found: dict[str, Any] = dict(file)
+    found |= {f'codes of {name}': file.codes(name) for name in file if file.grids(name)}
+    side = file.read_side_files()
+    return found | {f'file {name}': np.frombuffer(part, np.uint8) for name, part in side.items()}
+
+
+def _read_again(data: bytes, found: dict[str, Any]) -> str:
+  """Returns `other` where a tree is that of its leaves, and is written and read again."""
+  with reader.OpqFile(data) as file:
+    leaves = trees.named_leaves(file.params())
+    if not same_arrays(leaves, {name: found[name] for name in file}):
+      return 'wrong'
+    if any(file.rotated_axis(name) is not None for name in file):
+      return 'other'
+  return _saved_again(data, reader.load(data))
 
 
 def _saved_again(data: bytes, found: Any) -> str:

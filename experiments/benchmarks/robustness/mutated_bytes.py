@@ -5,7 +5,7 @@ import random
 import zlib
 from collections.abc import Callable
 
-from opq_jax.file import container, packing
+from opq_jax.file import container, packing, side_files
 from opq_jax.file import index as file_index
 
 
@@ -42,7 +42,7 @@ def resealed(data: bytes, rng: random.Random) -> bytes:
     if name != '__metadata__'
   )
   text = packing.unpack(index, file_index.MAX_INDEX)
-  match rng.randrange(4):
+  match rng.randrange(5 if side else 4):
     case 0:
       table = mutated(table, rng)
       table = table[: len(table) // 12 * 12]
@@ -54,6 +54,20 @@ def resealed(data: bytes, rng: random.Random) -> bytes:
       blocks = mutated(blocks, rng)
       content = json.loads(text)
       content['blocks'] = [len(blocks), zlib.crc32(blocks)]
+      text = json.dumps(content).encode()
+    case 4:
+      carried = json.loads(text)['files']
+      files = side_files.unpacked_files(side_files.from_json(carried), side[0])
+      name = rng.choice(list(files))
+      # of a text, and under its new size: so that it reaches whoever reads the file
+      files[rng.choice((name, name, '../a', f'{name}/a', 'Config.json'))] = mutated(
+        files[name], rng
+      )
+      content = json.loads(text)
+      joined = b''.join(files[other] for other in sorted(files))
+      side = [packing.pack_text(joined)]
+      sizes_of = {other: len(files[other]) for other in sorted(files)}
+      content['files'] = [len(side[0]), zlib.crc32(side[0]), sizes_of]
       text = json.dumps(content).encode()
   index = packing.pack(text)
   sizes = len(table) // 12, len(index), len(codes), len(blocks), *map(len, side)
@@ -79,9 +93,6 @@ def resealed_section(data: bytes, rng: random.Random) -> bytes:
 
 
 MUTATIONS: dict[str, Callable[[bytes, random.Random], bytes]] = {
-  'opq, resealed': resealed,
-  'opq, escapes, resealed': resealed,
-  'opq, slices, resealed': resealed,
   'escapes': resealed_section,
   'codes': _noise_or_mutation,
   'codes, contexts': _noise_or_mutation,
