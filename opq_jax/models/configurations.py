@@ -177,8 +177,8 @@ def _check_values(config: Config) -> None:
     elif key in _OBJECTS:
       expected[key] = isinstance(value, Mapping), 'an object'
     elif key == 'layer_types':
-      is_right = isinstance(value, list) and value and all(type(one) is str for one in value)
-      expected[key] = bool(is_right), 'a list of names'
+      is_right = isinstance(value, list) and all(type(one) is str for one in value)
+      expected[key] = is_right and bool(value), 'a list of names'
     elif key == 'model_type':
       expected[key] = type(value) is str, 'a name'
   for key, (is_right, what) in expected.items():
