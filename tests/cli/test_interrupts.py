@@ -71,6 +71,9 @@ MOMENTS = {
 SCRIPT = """
 import os, signal, sys, threading, time
 
+# a shell makes jobs in its background ignore it, and these tests may run in one
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 def interrupt():
   os.kill(os.getpid(), signal.SIGINT)
 {moment}

@@ -66,9 +66,9 @@ def by_onnxruntime(kernel: np.ndarray, bits: int) -> tuple[np.ndarray, int]:
 def by_least_error(kernel: np.ndarray, bits: int) -> tuple[np.ndarray, int]:
   """Returns the values of symmetric codes with the best scale of each channel.
 
-  >>> kernel = np.float32([[7.0, 14.0], [-2.9, 0.2], [0.0, 2.0]])
-  >>> by_least_error(kernel, 4)[0].round(1).tolist()
-  [[7.0, 14.0], [-3.0, 0.0], [0.0, 2.0]]
+  >>> kernel = np.float32([[7.0, 14.0], [-3.0, 0.0], [0.0, 2.0]])
+  >>> by_least_error(kernel, 4)[0].tolist() == kernel.tolist()
+  True
   """
   most = 2 ** (bits - 1) - 1
   others = tuple(range(kernel.ndim - 1))
