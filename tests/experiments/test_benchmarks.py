@@ -20,6 +20,7 @@ BENCHMARKS = ROOT / 'experiments' / 'benchmarks'
 # packages of rivals and references, which no extra installs; NNCodec's own environment runs the
 # worker
 OPTIONAL = {
+  'core_ml_packages': ('torch',),
   'litert_floats': ('ai_edge_litert', 'litert_converter'),
   'inference': ('torch',),
   'inference_layers': ('torch',),
