@@ -26,9 +26,9 @@ from jaxtyping import Array, Float, Float32
 
 from opq_jax.allocation.objectives import energy_power
 from opq_jax.allocation.output_scales import may_have_scales, nearest_scales
-from opq_jax.allocation.targets import levels_of_palette
 from opq_jax.core import axes
 from opq_jax.core.axes import ChannelAxes
+from opq_jax.core.limits import levels_of_palette
 
 _SCALE_BITS = 32  # of a scale in the memory of a runtime
 _MOST_INPUTS = 4096  # of an output that are looked at

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float32
 
 from opq_jax.allocation.defaults import DEFAULT_COMPRESSION_RATE
-from opq_jax.core.limits import MAX_LEVELS
+from opq_jax.core.limits import MAX_LEVELS, levels_of_palette
 
 TARGET_NAMES = 'sparsity', 'bits', 'compression_rate', 'bits_per_weight'
 """Arguments of `check_targets`, in their order.  `file_rate` is apart: it measures files."""
@@ -57,11 +57,6 @@ class BitsPerWeight:
 
 
 Targets = SparsityAndBits | BitsPerWeight
-
-
-def levels_of_palette(palette_bits: int) -> int:
-  """Returns the levels a sign of a palette: with 0 they are one less than 2^palette_bits values."""
-  return (1 << palette_bits - 1) - 1
 
 
 class TooFewBitsError(ValueError):

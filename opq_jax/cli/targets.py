@@ -1,6 +1,7 @@
 """What a file claims of its targets in its metadata, against what it holds."""
 
 from opq_jax.cli.encoding import PALETTE_BITS, ROUNDING, Encoding
+from opq_jax.core.limits import levels_of_palette
 from opq_jax.report import SizeReport
 from opq_jax.report.cell_checks import VerifiedLeaf
 
@@ -23,7 +24,7 @@ def target_problems(
   """
   problems, targets = [], encoding.targets
   if (bits := targets.get(PALETTE_BITS)) is not None:
-    most = (1 << int(bits) - 1) - 1
+    most = levels_of_palette(int(bits))
     for leaf in leaves:
       if leaf.levels > most or leaf.escaped:
         problems.append(

@@ -11,3 +11,8 @@ GRID_MARGIN = 1 / 64
 
 ESCAPE = -128
 """The code of an escaped weight, the one int8 that is the negative of no other."""
+
+
+def levels_of_palette(palette_bits: int) -> int:
+  """Returns the levels a sign of a palette: with 0 they are one less than 2^palette_bits values."""
+  return (1 << palette_bits - 1) - 1

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Shaped
 
 from opq_jax.core.array_types import UInt8
 from opq_jax.export import palettes
+from opq_jax.export.names import fresh_name
 from opq_jax.weights import blob_files
 
 BITS = (1, 2, 3, 4, 6, 8)
@@ -216,9 +217,4 @@ class Emitter:
 
   def _fresh(self, output: str, kind: str) -> str:
     """Returns a name that the program does not have yet."""
-    name, number = f'{output}_{kind}', 0
-    while name in self._taken:
-      number += 1
-      name = f'{output}_{kind}_{number}'
-    self._taken.add(name)
-    return name
+    return fresh_name(f'{output}_{kind}', self._taken)

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from opq_jax.export import palettes
+from opq_jax.export.names import fresh_name
 
 _SLICE_OPSET = 10
 """The first operator set whose Slice takes its ends as tensors."""
@@ -123,9 +124,4 @@ class Emitter:
 
   def _fresh(self, kind: str) -> str:
     """Returns a name that the model does not have yet."""
-    name, number = f'{self._output}.{kind}', 0
-    while name in self._taken:
-      number += 1
-      name = f'{self._output}.{kind}_{number}'
-    self._taken.add(name)
-    return name
+    return fresh_name(f'{self._output}.{kind}', self._taken)

@@ -58,8 +58,12 @@ def program_arguments(params: PyTree, state: CompressionState) -> dict[str, Shap
   >>> list(program_arguments(network.params, network.state))[:2]
   ['bias', 'kernel/codes']
   """
-  leaves = trees.named_leaves(coded(params, state))
-  return {name: leaf for name, leaf in leaves.items() if np.size(leaf)}
+  return _with_numbers(coded(params, state))
+
+
+def _with_numbers(tree: PyTree) -> dict[str, Shaped[Array, '...']]:
+  """Returns the arrays of a coded tree by name, but those without numbers."""
+  return {name: leaf for name, leaf in trees.named_leaves(tree).items() if np.size(leaf)}
 
 
 def write_stablehlo(
@@ -117,7 +121,7 @@ def write_stablehlo(
     return fn(decoded(jax.tree.unflatten(structure, leaves)), *inputs)
 
   shapes, sizes = {}, 0
-  for name, leaf in program_arguments(params, state).items():
+  for name, leaf in _with_numbers(tree).items():
     shapes[name] = jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.canonicalize_dtype(leaf.dtype))
     sizes += leaf.nbytes
   data = export.export(jax.jit(program), platforms=tuple(platforms))(shapes, *inputs).serialize()
