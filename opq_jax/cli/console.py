@@ -19,22 +19,31 @@ _LEFT_OUT = (
 
 
 class _Console(Console):
-  """A console whose errors name their stream: of a full disk behind it, say."""
+  """A console whose texts hold no control characters but the ends of lines.
+
+  Names of files and leaves are untrusted.  Errors name their stream: of a full disk behind it, say.
+  """
 
   def print(self, *objects: Any, **options: Any) -> None:
-    """Prints as rich does.
+    """Prints as rich does, texts with their control characters escaped.
 
     Raises:
       OSError: the stream cannot be written.
     """
     try:
-      super().print(*objects, **options)
+      super().print(*map(_shown, objects), **options)
       self.file.flush()
     except BrokenPipeError:  # whoever reads the stream has seen enough
       raise
     except OSError as error:
       name = 'standard error' if self.file is sys.stderr else 'standard output'
       raise OSError(error.errno, error.strerror, name) from error
+
+
+def _shown(printed: Any) -> Any:
+  if not isinstance(printed, Text):
+    return printed
+  return Text('\n'.join(map(tables.visible, printed.plain.split('\n'))), style=printed.style)
 
 
 def console(stream: Any) -> Console:
@@ -44,7 +53,7 @@ def console(stream: Any) -> Console:
 
 def complain(text: str, style: str = 'red') -> None:
   """Prints one line on stderr."""
-  line = tables.visible(' '.join(text.split()))
+  line = ' '.join(text.split())
   console(sys.stderr).print(Text(f'opq: {line}', style=style), soft_wrap=True)
 
 

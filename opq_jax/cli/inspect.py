@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> None:
   from opq_jax.cli.encoding import LEFT_OUT, channel_axis
   from opq_jax.cli.json_reports import sizes_as_json
   from opq_jax.file.reader import OpqFile
-  from opq_jax.report import file_report, four_sizes, size_table, tables
+  from opq_jax.report import file_report, four_sizes, size_table
 
   with OpqFile(arguments.file) as file:
     metadata, side_files = file.metadata, file.side_files
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
   stdout.print(size_table(report), four_sizes(report))
   for name, size in side_files.items():
     what = 'header of weights' if name.endswith('.safetensors') else 'side file'
-    stdout.print(Text(tables.visible(f'{what} {name}: {size:,} bytes'), style='dim'))
+    stdout.print(Text(f'{what} {name}: {size:,} bytes', style='dim'))
   for key, value in metadata.items():
-    stdout.print(Text(tables.visible(f'{key}: {value}'), style='dim'))
+    stdout.print(Text(f'{key}: {value}', style='dim'))
   stdout.print(Text(f'{arguments.file}: all {report.file:,} bytes read, all checksums hold'))

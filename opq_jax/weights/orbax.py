@@ -34,13 +34,15 @@ class OrbaxFolder:
     tree: Orbax's metadata at every leaf, with a shape and a dtype.
 
   Raises:
-    ValueError: there is no tree, or more than one.
+    ValueError: there is no tree, or more than one, or it is damaged.
   """
 
   def __init__(self, path: Path):
     self._folder = _tree_folder(path).absolute()
     with _checkpointer() as checkpointer:
       metadata = checkpointer.metadata(self._folder).item_metadata
+    if metadata is None:  # Orbax logs why, and returns nothing
+      raise ValueError(f'{path}: found metadata that Orbax cannot read, expected a whole checkpoint')
     self.tree: PyTree = getattr(metadata, 'tree', metadata)
 
   def read(self) -> PyTree:

@@ -70,6 +70,16 @@ def test_read_weights_orbax_manager(tmp_path):
   assert read_weights(tmp_path / 'run' / '2')['kernel'][0, 0] == 2
 
 
+def test_read_weights_orbax_damaged(tmp_path):
+  import orbax.checkpoint as ocp
+
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / 'net', nested_tree())
+  (tmp_path / 'net' / '_METADATA').write_bytes(b'{')
+  with pytest.raises(ValueError, match='net: found metadata that Orbax cannot read, expected a'):
+    read_weights(tmp_path / 'net')
+
+
 def test_read_weights_torch(tmp_path):
   torch = pytest.importorskip('torch')
   weights = {
