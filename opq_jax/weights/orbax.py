@@ -42,7 +42,7 @@ class OrbaxFolder:
     with _checkpointer() as checkpointer:
       metadata = checkpointer.metadata(self._folder).item_metadata
     if metadata is None:  # Orbax logs why, and returns nothing
-      raise ValueError(f'{path}: found metadata that Orbax cannot read, expected a whole checkpoint')
+      raise ValueError(f'{path}: found metadata that Orbax cannot read, expected a whole folder')
     self.tree: PyTree = getattr(metadata, 'tree', metadata)
 
   def read(self) -> PyTree:
