@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     '--trellis',
     action='store_true',
     help='choose codes along a trellis: less error in a file of the same size (not for a network '
-    'that is finetuned; holds all weights in memory; not with --sparsity and --bits)',
+    'that is finetuned; goes on where a killed run was; not with --sparsity and --bits)',
   )
   parser.add_argument(
     '--json', action='store_true', help='print sizes and leaves as JSON, for programs'
@@ -219,15 +219,14 @@ def run(arguments: argparse.Namespace) -> None:
   about = {'weights': source.name, 'opq_jax': opq_jax.__version__}
   about |= carried_metadata(source)
   graph = None if is_known else graph_uses(source)
-  is_streamed = not is_known and is_streamable(source)
-  if is_streamed and (not arguments.trellis or arguments.calibration is not None):
+  if not is_known and is_streamable(source):
     from opq_jax.cli import leaf_by_leaf
 
     leaf_by_leaf.compress(arguments, network, plan, about, graph)
   else:
     from opq_jax.cli import in_memory
 
-    in_memory.compress(arguments, is_known, network, plan, about, graph)
+    in_memory.compress(arguments, is_known, plan, about, graph)
 
 
 def _slices(texts: list[str]) -> dict[str, int]:

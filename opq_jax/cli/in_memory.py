@@ -1,4 +1,4 @@
-"""`opq compress` of a tree in memory: a known network, or an encoder that needs all weights."""
+"""`opq compress` of a tree in memory: a known network, or a format that is read as a whole."""
 
 import argparse
 import contextlib
@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,7 +15,6 @@ import opq_jax
 from opq_jax.cli import steps
 from opq_jax.cli.console import collected_warnings, console, note
 from opq_jax.cli.encoding import (
-  DIVERGENCE,
   FEEDBACK,
   IMAGES,
   LAYER_BY_LAYER,
@@ -48,14 +47,10 @@ from opq_jax.importers.networks import Network
 from opq_jax.report import payload_report
 from opq_jax.weights import GraphUse, read_weights
 
-if TYPE_CHECKING:
-  from opq_jax.language import StoredNetwork
-
 
 def compress(
   arguments: argparse.Namespace,
   is_known: bool,
-  language: 'StoredNetwork | None',
   plan: Encoding,
   about: dict[str, str],
   graph: Mapping[str, GraphUse] | None = None,
@@ -65,7 +60,6 @@ def compress(
   Args:
     arguments: of `opq compress`.
     is_known: whether the weights are those of a network of `opq_jax.models`.
-    language: the language model whose weights they are, for the objective.
     plan: targets, objective and channel axis.
     about: further metadata of the file.
     graph: how the graph of an ONNX file uses its weights.
@@ -105,16 +99,11 @@ def compress(
       params = narrowed(params, chosen)
     plan = _planned(arguments, plan, network, images)
     calibration = kept.enter_context(steps.calibrated(network, plan, images, stage))
-    objective: Any = plan.objective
-    if plan.objective == DIVERGENCE:
-      assert language is not None
-      objective, plan = _costs(arguments, language, params, plan, stage)
     compressor = _Compressor(
       network,
       params,
       chosen,
       plan,
-      objective,
       about,
       calibration,
       stage,
@@ -200,7 +189,6 @@ class _Compressor:
   params: PyTree
   chosen: set[str]
   plan: Encoding
-  objective: Any
   about: dict[str, str]
   calibration: steps.Calibration
   stage: Stage
@@ -211,7 +199,7 @@ class _Compressor:
     """Returns the file for these targets."""
     plan, network = self.plan, self.network
     plan = dataclasses.replace(plan, targets={**plan.targets, **targets})
-    options: dict[str, Any] = {'objective': self.objective, **targets}
+    options: dict[str, Any] = {'objective': plan.objective, **targets}
     slices = slices_of(plan.slices)
     with self.stage('allocate'), collected_warnings() as notes:
       params, state, allocation = opq_jax.compress(
@@ -235,22 +223,6 @@ class _Compressor:
         stored, state, metadata, contexts=self.contexts, side_files=self.side_files
       )
     return _Compressed(data, allocation, state, notes)
-
-
-def _costs(
-  arguments: argparse.Namespace,
-  language: 'StoredNetwork',
-  params: PyTree,
-  plan: Encoding,
-  stage: Stage,
-) -> tuple[PyTree, Encoding]:
-  """Returns what an error in each leaf costs the answers, and the plan with the tokens."""
-  from opq_jax.cli import calibration
-  from opq_jax.language import costs
-
-  found = calibration.calibrated(arguments, language, stage)
-  with stage('costs') as told:
-    return costs(language, found, params, told=told), calibration.planned(arguments, plan, found)
 
 
 _BATCH_NORM = {

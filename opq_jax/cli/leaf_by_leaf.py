@@ -6,12 +6,12 @@ import functools
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from opq_jax.cli.console import collected_warnings, console, note
-from opq_jax.cli.encoding import DIVERGENCE, LEFT_OUT, Encoding, channel_axis
+from opq_jax.cli.encoding import DIVERGENCE, LEFT_OUT, TRELLIS, Encoding, channel_axis
 from opq_jax.cli.folders import carried_notes, carried_of
 from opq_jax.cli.graphs import planned_by_graph
 from opq_jax.cli.leaves import checked_slices, chosen_paths, names_note
@@ -24,6 +24,8 @@ from opq_jax.cli.results import print_result
 from opq_jax.cli.stages import Stage, timed_stages
 from opq_jax.cli.uncorrected import uncorrected
 from opq_jax.core import trees
+from opq_jax.core.trees import PyTree
+from opq_jax.file import OpqFile
 from opq_jax.weights import GraphUse, StreamedFile, compress_stored, open_weights
 
 if TYPE_CHECKING:
@@ -64,19 +66,28 @@ def compress(
   carried = carried_of(source)
   with timed_stages(stdout, not arguments.json) as stage, collected_warnings() as notes:
     run: Callable[..., StreamedFile] = compress_stored
-    if network is not None:
+    objective: Any = plan.objective
+    if arguments.calibration is not None:
+      assert network is not None
       run, plan = _calibrated(arguments, network, plan, stage)
-    metadata = plan.metadata()
+      objective = None if plan.objective == DIVERGENCE else plan.objective
+    else:
+      if plan.objective == DIVERGENCE:
+        assert network is not None
+        objective, plan = _costs(arguments, network, tree, plan, stage)
+      if arguments.trellis:
+        run, plan = _along_a_trellis(plan)
+    about_file = functools.partial(_metadata, about, plan)
     done = run(
       tree,
       output,
       compressible=lambda path, _: path in chosen,
-      channel_axis=channel_axis(metadata, slices),
+      channel_axis=channel_axis(plan.metadata(), slices),
       slices=slices,
-      metadata=about | metadata,
+      metadata=about_file,
       contexts=not arguments.fast,
       side_files=carried.files,
-      objective=None if plan.objective == DIVERGENCE else plan.objective,
+      objective=objective,
       stage=stage,
       left_out=left_out,
       **plan.targets,
@@ -86,7 +97,52 @@ def compress(
   for text in filter(None, (*folder_notes, line, by_name, *notes, found and found.line())):
     note(text)
   report = report_without_optimizer(done.report) if line else done.report
-  print_result(arguments, tree, done.allocation, report, about | metadata, carried.files)
+  with OpqFile(output) as file:
+    metadata = file.metadata
+  print_result(arguments, tree, done.allocation, report, metadata, carried.files)
+
+
+def _metadata(
+  about: Mapping[str, str], plan: Encoding, targets: Mapping[str, Any]
+) -> dict[str, str]:
+  """Returns the metadata of a file.
+
+  Args:
+    about: what does not depend on the plan.
+    plan: how the file is made.
+    targets: that were met: beside a file rate, the bits per weight.
+  """
+  # the allocation of rounded codes is in the file, that of codes along a trellis is not
+  if plan.encoder == TRELLIS and 'bits_per_weight' in targets:
+    bits = {'bits_per_weight': targets['bits_per_weight']}
+    plan = dataclasses.replace(plan, targets={**plan.targets, **bits})
+  return {**about, **plan.metadata()}
+
+
+def _along_a_trellis(plan: Encoding) -> tuple[Callable[..., StreamedFile], Encoding]:
+  """Returns `compress_stored` of codes along a trellis, and the plan with them."""
+  from opq_jax import encoders
+
+  version = encoders.TRELLIS_VERSION
+  plan = dataclasses.replace(plan, encoder=TRELLIS, trellis_version=version)
+  return functools.partial(compress_stored, encoder=encoders.Trellis()), plan
+
+
+def _costs(
+  arguments: argparse.Namespace,
+  network: 'StoredNetwork',
+  tree: PyTree,
+  plan: Encoding,
+  stage: Stage,
+) -> tuple[PyTree, Encoding]:
+  """Returns what an error in each leaf costs the answers, and the plan with the tokens."""
+  from opq_jax.cli import calibration
+  from opq_jax.language import costs
+
+  found = calibration.calibrated(arguments, network, stage)
+  with stage('costs') as told:
+    objective = costs(network, found, tree, told=told)
+  return objective, calibration.planned(arguments, plan, found)
 
 
 def _calibrated(

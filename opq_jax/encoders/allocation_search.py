@@ -3,13 +3,14 @@
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
+import jax
 import numpy as np
 
 from opq_jax.allocation import Allocation, LeafAllocation, allocate
 from opq_jax.compression import CompressionState, init_state
-from opq_jax.core import messages, trees
+from opq_jax.core import messages
 from opq_jax.core.trees import PyTree
 from opq_jax.encoders.encoder import Trial
 
@@ -41,6 +42,18 @@ class _Step(NamedTuple):
   move: float
 
 
+class Measured(Protocol):
+  """Codes whose bits are known."""
+
+  @property
+  def bits_per_weight(self) -> float:
+    """Entropy of the codes, per weight of the compressed leaves."""
+
+
+Grids = TypeVar('Grids')
+Codes = TypeVar('Codes', bound=Measured)
+
+
 def search_allocation(
   trial: Callable[[PyTree, CompressionState], Trial],
   params: PyTree,
@@ -48,6 +61,35 @@ def search_allocation(
   options: dict[str, Any],
   survey: Callable[[PyTree, CompressionState], float | None] | None = None,
 ) -> Found:
+  """Searches for the allocation of a tree in memory, as `search` does.
+
+  Args:
+    trial: (params, plain grids) -> `Trial`, from an encoder's `trials()`.
+    params: the original weights.
+    bits_per_weight: the target, as for `allocate`.
+    options: of `allocate`, such as `objective`.
+    survey: of the encoder; None where there is none.
+  """
+
+  def plain(bits: float) -> tuple[Allocation, CompressionState]:
+    allocation = allocate(params, bits_per_weight=bits, **options)
+    return allocation, init_state(params, allocation)
+
+  allocation, coded = search(
+    plain,
+    lambda grids: trial(params, grids),
+    bits_per_weight,
+    None if survey is None else lambda grids: survey(params, grids),
+  )
+  return Found(coded.params, coded.state, allocation)
+
+
+def search(
+  plain: Callable[[float], tuple[Allocation, Grids]],
+  trial: Callable[[Grids], Codes],
+  bits_per_weight: float,
+  survey: Callable[[Grids], float | None] | None = None,
+) -> tuple[Allocation, Codes]:
   """Searches for the allocation whose codes have the entropy of rounded codes at the target.
 
   On the same plain grids, codes by error feedback take a few percent more bits than rounded codes,
@@ -57,29 +99,27 @@ def search_allocation(
   four encodings.
 
   Args:
-    trial: (params, plain grids) -> `Trial`, from an encoder's `trials()`.
-    params: the original weights.
+    plain: returns the allocation of so many bits per weight, and its plain grids.
+    trial: returns the codes on plain grids.
     bits_per_weight: the target, as for `allocate`.
-    options: of `allocate`, such as `objective`.
-    survey: of the encoder; None where there is none.
+    survey: estimates the bits of codes on plain grids, over those of rounded codes; None, or
+      returns None, where this would save no time.
+
+  Returns:
+    The allocation and its codes: those of the last call of `trial`.
   """
   log_asked, elasticity, last, coded = math.log(bits_per_weight), 1.0, None, None
-
-  def plain() -> tuple[Allocation, CompressionState]:
-    allocation = allocate(params, bits_per_weight=math.exp(log_asked), **options)
-    return allocation, init_state(params, allocation)
-
-  (allocation, grids), notes = quietly(plain)
-  wanted = _predicted_entropy(params, allocation)
-  ratio, _ = (None, None) if survey is None else quietly(survey, params, grids)
+  (allocation, grids), notes = quietly(plain, math.exp(log_asked))
+  wanted = _predicted_entropy(allocation)
+  ratio, _ = (None, None) if survey is None else quietly(survey, grids)
   if ratio is not None:
     log_asked = min(log_asked - math.log(ratio), math.log(_MAX_BITS))
-    (allocation, grids), notes = quietly(plain)
+    (allocation, grids), notes = quietly(plain, math.exp(log_asked))
   for step in range(_MAX_STEPS):
     coded = None  # frees the codes of the step before
     if step:
-      (allocation, grids), notes = quietly(plain)
-    coded, notes_of_codes = quietly(trial, params, grids)
+      (allocation, grids), notes = quietly(plain, math.exp(log_asked))
+    coded, notes_of_codes = quietly(trial, grids)
     # logarithm of the bits of the codes over the bits that they are to have
     log_excess = math.log(max(coded.bits_per_weight, 1e-9) / max(wanted, 1e-9))
     if abs(log_excess) <= _TOLERANCE:
@@ -93,15 +133,14 @@ def search_allocation(
   for note in (*notes, *notes_of_codes):  # of the last allocation alone
     messages.warn(note)
   assert coded is not None
-  return Found(coded.params, coded.state, allocation)
+  return allocation, coded
 
 
-def _predicted_entropy(params: PyTree, allocation: Allocation) -> float:
+def _predicted_entropy(allocation: Allocation) -> float:
   """Returns the bits per weight that an allocation predicts for rounded codes."""
-  records = trees.records(params, allocation.tree, LeafAllocation)
-  leaves = [
-    (math.prod(r.shape), float(np.mean(np.asarray(r.entropy)))) for r in records if r is not None
-  ]
+  is_record = lambda node: isinstance(node, LeafAllocation)
+  records = jax.tree.leaves(allocation.tree, is_leaf=is_record)
+  leaves = [(math.prod(r.shape), float(np.mean(np.asarray(r.entropy)))) for r in records]
   return sum(size * bits for size, bits in leaves) / max(sum(size for size, _ in leaves), 1)
 
 

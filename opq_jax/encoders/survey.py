@@ -7,6 +7,7 @@ codes over those of rounded codes, of the same weights on the same grid, hardly 
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,11 +42,25 @@ _MAX_SHARE = 0.25
 _FITTED_TO = 1 << 14
 
 
-class _Bits(NamedTuple):
+class SampledBits(NamedTuple):
   """Bits of a leaf's codes and of rounded codes, scaled to the whole leaf."""
 
   codes: float
   rounded: float
+
+
+class Sampled(NamedTuple):
+  """What decides how many outputs of a leaf are coded.
+
+  Attributes:
+    shape: of the leaf.
+    slices: leading axes that count slices.
+    moments: of its inputs, or None.
+  """
+
+  shape: tuple[int, ...]
+  slices: int
+  moments: InputMoments | None = None
 
 
 def surveyed(
@@ -63,19 +78,33 @@ def surveyed(
     where codes have no bits.
   """
   leaves = [leaf for leaf in leaves_to_code(params, grids, moments) if leaf.grid is not None]
-  strides = [_stride(leaf) for leaf in leaves]
-  weights = sum(leaf.weights.size for leaf in leaves)
-  coded = sum(leaf.weights.size / stride for leaf, stride in zip(leaves, strides, strict=True))
-  if coded >= _MAX_SHARE * weights:
+  facts = [
+    Sampled(np.shape(leaf.weights), leaf.grid.slices, leaf.moments) for leaf in leaves if leaf.grid
+  ]
+  if (strides := strides_of(facts)) is None:
     return None
-  found = native.on_all_processors(
-    lambda leaf, stride: _bits(leaf, stride, damping), leaves, strides
+  return ratio_of(
+    native.on_all_processors(
+      lambda leaf, stride: sampled_bits(leaf, stride, damping), leaves, strides
+    )
   )
+
+
+def strides_of(leaves: Sequence[Sampled]) -> list[int] | None:
+  """Returns of how many outputs of each leaf one is coded; None where that is many of all."""
+  strides = [_stride(leaf) for leaf in leaves]
+  sizes = [math.prod(leaf.shape) for leaf in leaves]
+  coded = sum(size / stride for size, stride in zip(sizes, strides, strict=True))
+  return strides if coded < _MAX_SHARE * sum(sizes) else None
+
+
+def ratio_of(found: Sequence[SampledBits]) -> float | None:
+  """Returns the bits of codes of all leaves over those of rounded codes; None of no bits."""
   codes, rounded = (sum(bits) for bits in zip(*found, strict=True))
   return codes / rounded if min(codes, rounded) > 0 else None
 
 
-def _bits(leaf: LeafToCode, stride: int, damping: float) -> _Bits:
+def sampled_bits(leaf: LeafToCode, stride: int, damping: float) -> SampledBits:
   """Returns the bits of one leaf, from every `stride`-th of its outputs."""
   codes = rounded = 0.0
   with named_leaf(leaf.name):
@@ -88,14 +117,12 @@ def _bits(leaf: LeafToCode, stride: int, damping: float) -> _Bits:
       scale = part.weights.size / weights.size
       codes += scale * bits_of(code_leaf(weights, grid, moments, fitted_to=_FITTED_TO))
       rounded += scale * entropy_bits(rounded_codes(weights, grid), grid.dtype)
-  return _Bits(codes, rounded)
+  return SampledBits(codes, rounded)
 
 
-def _stride(leaf: LeafToCode) -> int:
+def _stride(leaf: Sampled) -> int:
   """Returns of how many outputs next to each other one is coded."""
-  assert leaf.grid is not None
-  slices = leaf.grid.slices
-  shape = np.shape(leaf.weights)[slices:]
+  slices, shape = leaf.slices, leaf.shape[leaf.slices :]
   if not shape:
     return 1
   if leaf.moments is None:

@@ -1,7 +1,7 @@
 """Codes along a trellis: fewer bits at the same error, in the same kind of file."""
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 
 import numpy as np
 from jaxtyping import Array
@@ -141,17 +141,7 @@ def _code_leaves(
   def code(leaf: LeafToCode) -> CodedLeaf:
     if leaf.grid is None:
       return CodedLeaf(leaf.weights)
-    check_finite(leaf)
-    with named_leaf(leaf.name):
-      parts = [
-        code_leaf(
-          part.weights,
-          part.grid,
-          factored(part.moments, damping, version),
-          leaf.name not in unserved,
-        )
-        for part in parts_of(leaf)
-      ]
+    parts = list(code_slices(leaf, damping, version, leaf.name not in unserved))
     return _joined(parts, leaf.grid.slice_shape) if leaf.grid.slices else parts[0]
 
   leaves = list(leaves_to_code(params, grids, moments))
@@ -162,6 +152,26 @@ def _code_leaves(
   if names:
     messages.warn(PlainCodesWarning(names))
   return coded
+
+
+def code_slices(
+  leaf: LeafToCode, damping: float, version: int, may_follow_trellis: bool
+) -> Iterator[CodedLeaf]:
+  """Chooses the codes of the slices of a compressed leaf, in C order, or of itself.
+
+  Args:
+    leaf: with its plain grid.
+    damping, version: as in `Trellis`.
+    may_follow_trellis: False where codes of the plain grid are wanted.
+
+  Raises:
+    ValueError: a weight is not finite, or damped moments are not positive definite.
+  """
+  check_finite(leaf)
+  with named_leaf(leaf.name):
+    for part in parts_of(leaf):
+      moments = factored(part.moments, damping, version)
+      yield code_leaf(part.weights, part.grid, moments, may_follow_trellis)
 
 
 def _joined(parts: list[CodedLeaf], shape: tuple[int, ...]) -> CodedLeaf:

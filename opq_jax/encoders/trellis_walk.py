@@ -50,8 +50,7 @@ class Walk:
     self._codes = np.empty(weights.shape, np.int8)
     view, self._window = arrangements.arranged(weights, arrangement)
     self._shape = view.shape
-    # a copy, since feedback changes the weights to come in place
-    self._rows = np.array(view, order='C').reshape(-1, view.shape[-1])
+    self._rows = np.ascontiguousarray(view).reshape(-1, view.shape[-1])
     self._is_escaped = is_beyond(self._rows, fit.grid)
     self._has_escapes = bool(self._is_escaped.any())
     self._chosen = np.zeros(view.shape, np.int8)
@@ -75,12 +74,14 @@ class Walk:
   def _walk(self, factor: Factor | None, limit: float) -> None:
     taps, inputs, outputs = self._shape
     prices = context_search.prices(self._in_place(), self._arrangement)
-    slopes = np.full(self._rows.shape, self._fit.slope, np.float32)
+    slopes = np.broadcast_to(np.float32(self._fit.slope), self._rows.shape)
     feedback, search = None, _SEARCH
     if factor is not None:
       # an error of input i costs h_i: the search divides by it and prices bits at slope / h_i
       # instead
-      slopes *= np.repeat(_worth(factor).T, outputs // len(factor), 1)
+      slopes = slopes * np.repeat(_worth(factor).T, outputs // len(factor), 1)
+      # a copy, since feedback changes the weights to come in place
+      self._rows = self._rows.copy()
       feedback = RowFeedback(self._rows, self._is_escaped, factor, self._values, limit)
       search = _SEARCH_WITH_FEEDBACK
     # whole rows: all outputs of an input are coded before its errors are pushed on

@@ -28,11 +28,11 @@ from opq_jax.encoders.plain_codes import PlainCodesWarning, without_plain_codes
 from opq_jax.encoders.rotated_inputs import RotatableMoments
 from opq_jax.file.coded_leaves import CodedSlice, Rotation
 from opq_jax.file.coded_weights import coded_slices
-from opq_jax.language.coded_arrays import FIELDS, arrays_of, coded_slice
 from opq_jax.language.network import Block, Head, Start, StoredNetwork, applied
-from opq_jax.language.work_folder import WorkFolder
 from opq_jax.network import InputMoments
 from opq_jax.network.paired_moments import PairedSums, Stage, stage_sums, stages, sum_of_batches
+from opq_jax.weights.coded_arrays import FIELDS, arrays_of, coded_slice
+from opq_jax.weights.work_folder import WorkFolder
 
 _ROWS = 2048
 """Tokens of a batch: enough for products of matrices to be efficient."""

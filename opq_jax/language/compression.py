@@ -1,6 +1,7 @@
 """Compresses a language model on disk: costs of its leaves, calibrated codes, one file."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,19 +10,19 @@ import jax
 import numpy as np
 
 import opq_jax
-from opq_jax.allocation import LeafAllocation
 from opq_jax.core import messages, trees
 from opq_jax.core.trees import PyTree
 from opq_jax.encoders import DAMPING, SHARE, LeafEncoder
-from opq_jax.file.coded_leaves import CodedSlice
+from opq_jax.file.coded_leaves import CodedLeaf
 from opq_jax.importers.language_models import read
-from opq_jax.language import coded_arrays, feedback_gains
+from opq_jax.language import feedback_gains
 from opq_jax.language.block_codes import BlockEncoder
 from opq_jax.language.calibration import Calibration
 from opq_jax.language.leaf_costs import block_costs
 from opq_jax.language.network import StoredNetwork
-from opq_jax.language.work_folder import WorkFolder, open_work
-from opq_jax.weights import StreamedFile, compress_stored
+from opq_jax.weights import StreamedFile, coded_arrays, compress_stored
+from opq_jax.weights.stored_tree import Choice, StoredTree, rounded
+from opq_jax.weights.work_folder import identity, open_work
 
 COST_TOKENS = 512
 """Tokens from which costs are computed: one backward pass."""
@@ -163,51 +164,62 @@ def compress_calibrated(
         damping=None if encoder is None else damping,
         told=told if callable(told) else lambda share: None,
       )
-  work: list[WorkFolder] = []
-
-  def choose(
-    allocated: Mapping[str, LeafAllocation], told: Callable[[float], Any]
-  ) -> Callable[[str], CodedSlice | None]:
-    assert encoder is not None
-    for name, record in allocated.items():
-      if record.slices:
-        raise ValueError(f'{name}: found slices, expected none: a tensor is one matrix of a layer')
-    own = {name: record for name, record in allocated.items() if not record.tied_to}
-    bits = {name: float(record.entropy) for name, record in own.items()}
-    scales = {
-      name: np.asarray(record.output_scales)
-      for name, record in own.items()
-      if record.output_scales is not None
-    }
-    blocks = BlockEncoder(network, calibration.tokens, bits, encoder, scales, share, damping)
-    plan = {
-      'weights': _identity(network),
-      'tokens': calibration.digest,
-      'bits': bits,
-      'scales': {name: array.ravel().tolist() for name, array in scales.items()},
-      'encoder': [repr(encoder), share, damping],
-      'fields': coded_arrays.FIELDS,
-      'versions': [opq_jax.__version__, jax.__version__],
-    }
-    work.append(open_work(output, plan))
-    blocks.run(work[0], told)
-    return blocks.coded(work[0])
-
-  result = compress_stored(
-    tree,
-    output,
-    objective=chosen,
-    choose=None if encoder is None else choose,
-    stage=stage,
-    **options,
-  )
-  for folder in work:
-    folder.remove()
-  return result
+  if encoder is None:
+    return compress_stored(tree, output, objective=chosen, stage=stage, **options)
+  if options.get('file_rate') is not None:
+    raise ValueError(
+      f'file_rate: found {options["file_rate"]:g} together with codes that are chosen block after '
+      'block, expected compression_rate or bits_per_weight: they would be chosen anew every time'
+    )
+  choose = functools.partial(_chosen_codes, network, calibration, output, (encoder, share, damping))
+  return compress_stored(tree, output, objective=chosen, choose=choose, stage=stage, **options)
 
 
-def _identity(network: StoredNetwork) -> list[list[Any]]:
-  """Returns the files of a network's tensors, with their sizes and times of change."""
-  paths = {os.fspath(leaf.path) for leaf in network.tensors.values() if hasattr(leaf, 'path')}
-  found = [(path, os.stat(path)) for path in sorted(paths)]
-  return [[path, status.st_size, status.st_mtime_ns] for path, status in found]
+def _chosen_codes(
+  network: StoredNetwork,
+  calibration: Calibration,
+  output: str | os.PathLike[str],
+  how: tuple[LeafEncoder, float, float],
+  tree: StoredTree,
+  targets: Mapping[str, Any],
+  stage: Callable[[str], Any],
+) -> Choice:
+  """Chooses codes block after block: a chooser of `opq_jax.weights.compress_stored`.
+
+  Args:
+    network, calibration, output: as of `compress_calibrated`.
+    how: its encoder, share and damping.
+    tree, targets, stage: of the chooser.
+  """
+  allocation = rounded(tree, targets, stage).allocation
+  allocated, (encoder, share, damping) = tree.by_name(allocation), how
+  for name, record in allocated.items():
+    if record.slices:
+      raise ValueError(f'{name}: found slices, expected none: a tensor is one matrix of a layer')
+  own = {name: record for name, record in allocated.items() if not record.tied_to}
+  bits = {name: float(record.entropy) for name, record in own.items()}
+  scales = {
+    name: np.asarray(record.output_scales)
+    for name, record in own.items()
+    if record.output_scales is not None
+  }
+  blocks = BlockEncoder(network, calibration.tokens, bits, encoder, scales, share, damping)
+  plan = {
+    'weights': identity(x.path for x in network.tensors.values() if hasattr(x, 'path')),
+    'tokens': calibration.digest,
+    'bits': bits,
+    'scales': {name: array.ravel().tolist() for name, array in scales.items()},
+    'encoder': [repr(encoder), share, damping],
+    'fields': coded_arrays.FIELDS,
+    'versions': [opq_jax.__version__, jax.__version__],
+  }
+  work = open_work(output, plan)
+  with stage('choose codes') as told:
+    blocks.run(work, told if callable(told) else lambda share: None)
+  read = blocks.coded(work)
+
+  def codes(name: str) -> CodedLeaf | None:
+    found = read(name)
+    return None if found is None else CodedLeaf([found], ())
+
+  return Choice(allocation, codes, work.remove)

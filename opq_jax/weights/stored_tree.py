@@ -2,19 +2,20 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from opq_jax import allocation as allocations
 from opq_jax.allocation import Allocation, LeafAllocation, LeafStatistics, leaf_statistics
 from opq_jax.coding import rotations
-from opq_jax.core import axes, trees
+from opq_jax.core import axes, memory, trees
 from opq_jax.core.axes import ChannelAxes
 from opq_jax.core.trees import PyTree
 from opq_jax.file import written_leaves
-from opq_jax.file.coded_leaves import CodedSlice
+from opq_jax.file.coded_leaves import CodedLeaf, CodedSlice
 from opq_jax.file.side_files import SideFiles
 from opq_jax.report import leaf_sizes
 from opq_jax.report.records import CompressedLeaf, UncompressedLeaf
@@ -23,17 +24,31 @@ from opq_jax.weights.spooled_file import SpooledFile
 from opq_jax.weights.stored_leaves import StoredLeaf
 
 
+class Choice(NamedTuple):
+  """Which codes leaves have.
+
+  Attributes:
+    allocation: of the leaves to compress.
+    codes: returns the codes of a leaf by name; None where it is rounded.
+    placed: called once the file is in its place: what was kept of the codes is not needed any more.
+  """
+
+  allocation: Allocation
+  codes: Callable[[str], CodedLeaf | None] = lambda name: None
+  placed: Callable[[], Any] = lambda: None
+
+
 class CodedTree(NamedTuple):
   """A coded tree whose file is not in its place yet.
 
   Attributes:
-    allocation: the allocation of the leaves, by name.
+    choice: the codes, and the allocation of the leaves.
     file: the parts of the file.
     compressed: the sizes of the compressed leaves, without `file`.
     uncompressed: the sizes of the other leaves, without `file`.
   """
 
-  allocation: Allocation
+  choice: Choice
   file: SpooledFile
   compressed: list[CompressedLeaf]
   uncompressed: list[UncompressedLeaf]
@@ -77,25 +92,23 @@ class StoredTree:
 
   def coded(
     self,
-    allocation: Allocation,
+    choice: Choice,
     file: SpooledFile,
     metadata: dict[str, str],
     side_files: tuple[SideFiles, bytes] | None = None,
     each: Callable[[Iterable[str]], Iterable[str]] = iter,
-    chosen: Callable[[str], CodedSlice | None] = lambda name: None,
   ) -> CodedTree:
     """Reads, codes and spools all leaves.
 
     Args:
-      allocation: of the leaves to compress.
+      choice: the allocation of the leaves to compress, and their codes.
       file: what takes their parts.
       metadata: see `opq_jax.save`.
       side_files: see `SpooledFile.finish`.
       each: yields the names that it is given, for progress.
-      chosen: returns the codes of a leaf by name; None where it is rounded.
     """
-    result = CodedTree(allocation, file, [], [])
-    records = trees.records(self.tree, allocation.tree, LeafAllocation)
+    result = CodedTree(choice, file, [], [])
+    records = trees.records(self.tree, choice.allocation.tree, LeafAllocation)
     for name, allocated in zip(each(self.leaves), records, strict=True):
       leaf = self.leaves[name]
       if allocated is None:
@@ -103,11 +116,11 @@ class StoredTree:
         row = UncompressedLeaf(name, leaf.shape, leaf.dtype.name, leaf.nbytes, 0)
         result.uncompressed.append(row)
       else:
-        codes = None if allocated.tied_to else chosen(name)
+        codes = choice.codes(allocated.tied_to or name)
         if codes is None:
           result.compressed.append(self._coded_leaf(name, leaf, allocated, file))
         else:
-          result.compressed.append(self._leaf_of_codes(name, leaf, codes, file))
+          result.compressed.append(self._leaf_of_codes(name, leaf, codes, allocated, file))
     file.finish(self.unflatten, metadata, side_files)
     return result
 
@@ -127,24 +140,49 @@ class StoredTree:
         yield part.coded
 
     if allocated.tied_to:
-      number = list(self.leaves).index(allocated.tied_to)
-      file.add_tied(leaf.dtype, leaf.shape, number, allocated.is_transposed)
+      self._add_tied(leaf, allocated, file)
       collections.deque(coded(), maxlen=0)  # for its sizes
     else:
       file.add_codes(coded(), leaf.shape, slices)
     return leaf_sizes.sum_of_slices(name, leaf.shape, rows, 0) if slices else rows[0]
 
   def _leaf_of_codes(
-    self, name: str, leaf: StoredLeaf, coded: CodedSlice, file: SpooledFile
+    self,
+    name: str,
+    leaf: StoredLeaf,
+    coded: CodedLeaf,
+    allocated: LeafAllocation,
+    file: SpooledFile,
   ) -> CompressedLeaf:
-    """Spools a leaf without slices whose codes were chosen before."""
-    axis, grids, weights = self.axes[name], coded.grids, leaf.read()
-    if coded.rotation is not None:
-      weights = rotations.rotated(weights, coded.rotation.axis)
-    largest = leaf_sizes.largest_on_grid(grids.in_units(weights), coded.codes, axis)
-    file.add_codes([coded], leaf.shape, axes=written_leaves.axes_of([coded]))
-    facts = name, grids, coded.codes, largest, axis, 0, leaf.dtype
-    return leaf_sizes.compressed_leaf(*facts, is_rotated=coded.rotation is not None)
+    """Spools a leaf whose codes were chosen before; of a tied leaf, those of the earlier one."""
+    slices, axis = allocated.slices, axes.in_slice(self.axes[name], allocated.slices)
+    if allocated.tied_to:
+      self._add_tied(leaf, allocated, file)
+      coded = coded.moved((1, 0)) if allocated.is_transposed else coded
+    else:
+      file.add_codes(coded.parts, leaf.shape, slices, written_leaves.axes_of(coded.parts))
+    rows, whole = [], leaf.read()
+    for place, part in zip(np.ndindex(coded.slice_shape), coded.parts, strict=True):
+      grids, weights, rotation = part.grids, whole[place], part.rotation
+      if rotation is not None:
+        weights = rotations.rotated(weights, rotation.axis)
+      largest = leaf_sizes.largest_on_grid(grids.in_units(weights), part.codes, axis)
+      facts = name, grids, part.codes, largest, axis, 0, leaf.dtype
+      rows.append(leaf_sizes.compressed_leaf(*facts, is_rotated=rotation is not None))
+    return leaf_sizes.sum_of_slices(name, leaf.shape, rows, 0) if slices else rows[0]
+
+  def _add_tied(self, leaf: StoredLeaf, allocated: LeafAllocation, file: SpooledFile) -> None:
+    number = list(self.leaves).index(allocated.tied_to)
+    file.add_tied(leaf.dtype, leaf.shape, number, allocated.is_transposed)
+
+
+def rounded(tree: StoredTree, targets: Mapping[str, Any], stage: Callable[[str], Any]) -> Choice:
+  """Returns the allocation for targets, of which every weight is rounded to its cell."""
+  with stage('allocate'):
+    allocation = tree.allocation(**targets)
+  # what the compiler of the solver has left would stand beside the first leaves that are coded
+  memory.return_freed_blocks()
+  return Choice(allocation)
 
 
 def stored_statistics(

@@ -4,7 +4,8 @@
     2  `opq_jax.allocate` solves from the statistics
     3  every leaf is read once more and coded in pieces; its payload is spooled to disk
 
-With targets of sparsity and bits, step 2 reads every compressed leaf twice more.  At most one leaf
+With targets of sparsity and bits, step 2 reads every compressed leaf twice more; the search for
+codes along a trellis reads it once or more for every step (`stored_trellis`).  At most one leaf
 is in memory at a time: two copies of it while its statistics are computed (the second is JAX's),
 one while it is coded, beside its codes of one byte a weight.
 """
@@ -21,7 +22,6 @@ from opq_jax import allocation as allocations
 from opq_jax.allocation import (
   OBJECTIVES,
   Allocation,
-  LeafAllocation,
   is_compressible,
 )
 from opq_jax.allocation.objectives import check_omegas
@@ -30,21 +30,30 @@ from opq_jax.allocation.palette_scales import palette_scales
 from opq_jax.core import memory, plain_trees, trees
 from opq_jax.core.axes import ChannelAxes
 from opq_jax.core.trees import PyTree
+from opq_jax.encoders import Encoder, Rounding, Trellis
 from opq_jax.file import rate as file_rates
 from opq_jax.file import writer
-from opq_jax.file.coded_leaves import CodedSlice
 from opq_jax.file.reader import OpqFile
 from opq_jax.file.side_files import packed_files
 from opq_jax.report.records import SizeReport
 from opq_jax.report.sizes import ChannelAxis
 from opq_jax.weights.spooled_file import SpooledFile
 from opq_jax.weights.stored_leaves import StoredLeaf
-from opq_jax.weights.stored_tree import CodedTree, StoredTree, stored_statistics
+from opq_jax.weights.stored_tree import (
+  Choice,
+  CodedTree,
+  StoredTree,
+  rounded,
+  stored_statistics,
+)
+from opq_jax.weights.stored_trellis import StoredTrellis
 
 Chooser = Callable[
-  [Mapping[str, LeafAllocation], Callable[[float], Any]], Callable[[str], CodedSlice | None]
+  [StoredTree, Mapping[str, Any], Callable[[str], contextlib.AbstractContextManager]], Choice
 ]
-"""Chooses the codes of leaves, given the allocation of all: see `compress_stored`."""
+"""Chooses allocation and codes of a tree on disk: see `compress_stored`."""
+
+_ROUNDING = Rounding()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,18 +76,19 @@ def compress_stored(
   compressible: Callable[[str, Any], bool] = is_compressible,
   channel_axis: ChannelAxis = -1,
   slices: Callable[[str, Any], int] | None = None,
-  metadata: Mapping[str, str] | None = None,
+  metadata: Mapping[str, str] | Callable[[Mapping[str, Any]], Mapping[str, str]] | None = None,
   contexts: bool = True,
   side_files: Mapping[str, bytes] | None = None,
   left_out: int = 0,
+  encoder: Encoder = _ROUNDING,
   choose: Chooser | None = None,
   stage: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
   **targets: Any,
 ) -> StreamedFile:
   """Prunes, quantizes and writes a tree that need not fit into memory.
 
-  The file is, byte for byte, `opq_jax.save(output, params, state, metadata)` with the state of
-  `opq_jax.allocate(params, ...)`.
+  The file is, byte for byte, `opq_jax.save(output, params, state, metadata)` with params and state
+  of `opq_jax.compress(params, ...)`.
 
   Args:
     tree: a tree of `StoredLeaf`, as returned by `opq_jax.weights.open_weights`.
@@ -86,13 +96,17 @@ def compress_stored(
     compressible: see `opq_jax.allocate`.
     channel_axis: see `opq_jax.allocate`.
     slices: see `opq_jax.allocate`.
-    metadata: see `opq_jax.save`.
+    metadata: see `opq_jax.save`; or a function that returns them of the targets, which are the
+      bits per weight that met a `file_rate`.
     contexts: see `opq_jax.save`.
     side_files: see `opq_jax.save`; `ModelFolder.side_files` returns those of a folder.
     left_out: bytes of leaves that `file_rate` does not count as those of the tree: zeros.
-    choose: called once with the allocation of every leaf by name and a function that it tells the
-      share that is done; returns a function from a name to the codes of this leaf, or None where it
-      is rounded.  Not with `file_rate`.
+    encoder: `Rounding()`, or `Trellis()`, whose search reads all leaves several times.  Its codes
+      are kept in the folder `OUTPUT.blocks` until the file is written: a run that is killed goes on
+      where it was when it is called again with the same arguments, but for `file_rate`.
+    choose: in the place of an encoder, a function of the tree, the targets and `stage`, which
+      returns a `Choice`: the allocation, and the codes of every leaf by name.  With `file_rate` it
+      is called several times.
     stage: returns the context manager in which the stage of a name runs, for progress: statistics,
       allocate, choose codes, encode, write.  If it yields a function, that is called with the share
       that is done.
@@ -122,16 +136,14 @@ def compress_stored(
     allocations.check_targets(*others, palette_bits=targets.get('palette_bits'))
   else:
     allocations.check_file_rate(file_rate, *others)
-  if choose is not None and file_rate is not None:
-    raise ValueError(
-      f'file_rate: found {file_rate:g} together with codes that are chosen, expected '
-      'compression_rate or bits_per_weight: codes would be chosen anew for every trial'
-    )
-  if choose is not None and targets.get('palette_bits') is not None:
+  if choose is None:
+    choose = _chooser_of(encoder, output)
+  if choose is not rounded and targets.get('palette_bits') is not None:
     raise ValueError(
       'palette_bits: found it together with codes that are chosen, expected one of them'
     )
-  metadata = writer.checked_metadata(metadata)
+  about = metadata if callable(metadata) else lambda targets, texts=metadata: texts
+  writer.checked_metadata(about(targets))
   # once, though a search for a file rate codes the tree several times
   packed = packed_files(side_files) if side_files else None
   memory.return_freed_blocks()
@@ -156,20 +168,12 @@ def compress_stored(
       """Codes the tree for these targets; the parts of an earlier call are deleted."""
       # at once, so that the disk holds the parts of one trial
       spooled.close()
-      with stage('allocate'):
-        allocation = source.allocation(**targets)
-      # what the compiler of the solver has left would stand beside the first leaves that are coded
-      memory.return_freed_blocks()
-      chosen: Callable[[str], CodedSlice | None] = lambda name: None
-      if choose is not None:
-        with stage('choose codes') as told:
-          chosen = choose(
-            source.by_name(allocation), told if callable(told) else lambda share: None
-          )
+      choice = choose(source, targets, stage)
       with stage('encode') as told:
         file = spooled.enter_context(SpooledFile(output, contexts))
+        own_metadata = writer.checked_metadata(about(targets))
         return source.coded(
-          allocation, file, metadata, packed, lambda names: _told(names, leaves, told), chosen
+          choice, file, own_metadata, packed, lambda names: _told(names, leaves, told)
         )
 
     if file_rate is None:
@@ -178,7 +182,24 @@ def compress_stored(
       result = _coded_at_rate(coded, leaves.values(), file_rate, targets, left_out)
     with stage('write'):
       result.file.place()
-  return StreamedFile(result.allocation, _report(output, result))
+  result.choice.placed()
+  return StreamedFile(result.choice.allocation, _report(output, result))
+
+
+def _chooser_of(encoder: Encoder, output: str | os.PathLike[str]) -> Chooser:
+  """Returns what chooses the codes of an encoder.
+
+  Raises:
+    ValueError: the encoder needs the whole tree.
+  """
+  if isinstance(encoder, Rounding):
+    return rounded
+  if isinstance(encoder, Trellis) and encoder.moments is None:
+    return StoredTrellis(encoder, output)
+  raise ValueError(
+    f'encoder: found {encoder!r}, expected Rounding() or Trellis() without moments: other encoders '
+    'need the tree in memory (opq_jax.compress)'
+  )
 
 
 def _output_scales(

@@ -13,7 +13,7 @@ from opq_jax.encoders import Feedback, Trellis, trellis_leaves
 from opq_jax.encoders.rotated_inputs import RotatableMoments
 from opq_jax.importers import language_models
 from opq_jax.language.block_codes import BlockEncoder
-from opq_jax.language.work_folder import open_work
+from opq_jax.weights.work_folder import open_work
 from tests.helpers.language_models import network
 
 

@@ -19,6 +19,7 @@ loading, without the tree that was saved.
 
 import argparse
 import ctypes
+import functools
 import gc
 import json
 import pathlib
@@ -119,19 +120,22 @@ def status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
 
-def measured(folder: str, suffix: str) -> dict[str, float]:
+def measured(folder: str, suffix: str, encoder: str) -> dict[str, float]:
   """Compresses `net` of a suffix in a folder, in a process of its own; returns its measures."""
+  from opq_jax import encoders
   from opq_jax.weights import compress_stored, open_weights
 
   path = pathlib.Path(folder)
+  chosen = encoders.Trellis() if encoder == 'trellis' else encoders.Rounding()
+  compress = functools.partial(compress_stored, compression_rate=12.8, encoder=chosen)
   leaves = lambda name: open_weights(path / f'{name}{suffix}')
-  compress_stored(leaves('small'), path / 'small.opq')
+  compress(leaves('small'), path / 'small.opq')
   constant = status('VmHWM')
-  compress_stored(leaves('one'), path / 'one.opq', compression_rate=12.8)
+  compress(leaves('one'), path / 'one.opq')
   one = status('VmHWM')
   tree = leaves('net')
   start, cpu = time.perf_counter(), time.process_time()
-  report = compress_stored(tree, path / 'net.opq', compression_rate=12.8).report
+  report = compress(tree, path / 'net.opq').report
   return {
     'seconds': time.perf_counter() - start,
     'cpu': time.process_time() - cpu,
@@ -182,7 +186,12 @@ def measured_in_memory(folder: str) -> dict[str, dict[str, float]]:
 
 
 def run(
-  weights: int, leaf: int, folder: str | None, source: str = '.safetensors', mode: str = '--measure'
+  weights: int,
+  leaf: int,
+  folder: str | None,
+  source: str = '.safetensors',
+  mode: str = '--measure',
+  encoder: str = 'rounding',
 ) -> dict[str, Any]:
   """Makes a tree, and measures its compression in a fresh process.
 
@@ -192,6 +201,7 @@ def run(
     folder: where it is made.
     source: one of `SOURCES`, of what it is read.
     mode: --measure, or --measure-in-memory.
+    encoder: rounding or trellis, of leaves on disk.
   """
   suffix = source if source == '.safetensors' else ''
   with tempfile.TemporaryDirectory(dir=folder) as name:
@@ -207,7 +217,7 @@ def run(
         write_orbax(path, place / stem)
         path.unlink()
     command = [sys.executable, '-m', 'experiments.benchmarks.resources.large_trees', mode, name]
-    command += [f'--suffix={suffix}']
+    command += [f'--suffix={suffix}', f'--encoder={encoder}']
     root = pathlib.Path(__file__).parents[3]
     output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root).stdout
   return json.loads(output.splitlines()[-1])
@@ -222,9 +232,10 @@ def main() -> None:
   parser.add_argument('--measure', help=argparse.SUPPRESS)
   parser.add_argument('--suffix', help=argparse.SUPPRESS)
   parser.add_argument('--measure-in-memory', help=argparse.SUPPRESS)
+  parser.add_argument('--encoder', choices=('rounding', 'trellis'), default='rounding')
   arguments = parser.parse_args()
   if arguments.measure:
-    print(json.dumps(measured(arguments.measure, arguments.suffix)))
+    print(json.dumps(measured(arguments.measure, arguments.suffix, arguments.encoder)))
     return
   if arguments.measure_in_memory:
     print(json.dumps(measured_in_memory(arguments.measure_in_memory)))

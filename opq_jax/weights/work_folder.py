@@ -5,7 +5,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,11 @@ class WorkFolder:
     """Reads one array of a block."""
     with np.load(self._block(number), allow_pickle=False) as found:
       return found[name]
+
+  @property
+  def has_streams(self) -> bool:
+    """Whether what the next block reads has been written."""
+    return (self.path / _STREAMS).is_file()
 
   def save_streams(self, done: int, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes what the next block reads; from then on, so many blocks are done."""
@@ -91,3 +96,9 @@ def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 def _load(path: Path) -> dict[str, np.ndarray]:
   with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as found:
     return dict(found)
+
+
+def identity(paths: Iterable[str | os.PathLike[str]]) -> list[list[Any]]:
+  """Returns files or folders with their sizes and times of change, for the plan of a run."""
+  found = [(path, os.stat(path)) for path in sorted({os.fspath(path) for path in paths})]
+  return [[path, status.st_size, status.st_mtime_ns] for path, status in found]
