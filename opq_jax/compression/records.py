@@ -290,7 +290,14 @@ def kinds_of(
 
 def kinds_of_codes(codes: Int8[Any, '...']) -> UInt8[Any, '...']:
   """Returns the kinds of the weights that have these codes, of NumPy or of JAX as the codes are."""
+  return _kinds_of_codes(codes) if isinstance(codes, jax.Array) else _counted_kinds(codes)
+
+
+def _counted_kinds(codes: Any) -> Any:
   return (codes != 0).astype(np.uint8) + (codes == ESCAPE).astype(np.uint8)
+
+
+_kinds_of_codes = jax.jit(_counted_kinds)  # one program for each shape, where JAX would make five
 
 
 def affine_codebook(

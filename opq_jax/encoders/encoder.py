@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from opq_jax.compression import CompressionState, LeafState, slice_of, stacked
 from opq_jax.core import trees
@@ -284,8 +284,13 @@ def _is_finite(matrix: Any) -> bool:
   if isinstance(matrix, StoredMatrix):
     return all(np.isfinite(matrix[place]).all() for place in np.ndindex(matrix.shape[:-3]))
   # numpy's arrays by numpy: XLA would compile a program for every shape
-  numpy = np if isinstance(matrix, np.ndarray) else jnp
-  return bool(numpy.isfinite(matrix).all())
+  return bool(np.isfinite(matrix).all() if isinstance(matrix, np.ndarray) else all_finite(matrix))
+
+
+@jax.jit
+def all_finite(array: Array) -> Bool[Array, '']:
+  """Returns whether all numbers are finite: one program, and not one for each operation."""
+  return jnp.isfinite(array).all()
 
 
 def _short(value: Any) -> str:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32
 
@@ -26,6 +25,7 @@ from opq_jax.encoders.encoder import (
   IndefiniteMomentsError,
   LeafEncoder,
   LeafToCode,
+  all_finite,
   check_damping,
   encoded,
   leaves_to_code,
@@ -231,7 +231,7 @@ class LayerByLayer(Encoder):
       fitted = fitted_rows(rows, part.matrix, cross_moments[place], self.share, self.damping)
       targets.append(layout.leaf(fitted))
     target = stack_slices(targets, weights.shape[:slices]) if slices else targets[0]
-    if not jnp.isfinite(target).all():
+    if not all_finite(target):
       raise IndefiniteMomentsError(self.damping)
     return self.first.choose_leaf(target, grid, of_leaf, self.damping)
 

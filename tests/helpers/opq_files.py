@@ -19,7 +19,7 @@ from opq_jax.file import index as file_index
 def leaf_state(weights, threshold=0.5, step=0.5, levels=4, offset=0.5):
   """A state as `init_state` makes it; with powers of two every value is exact in any dtype."""
   return LeafState(
-    kinds=(jnp.abs(jnp.asarray(weights, jnp.float32)) > threshold).astype(jnp.uint8),
+    kinds=jnp.asarray((np.abs(np.asarray(weights, np.float32)) > threshold).astype(np.uint8)),
     codebook=affine_codebook(
       jnp.float32(threshold + offset * step), jnp.float32(step), jnp.int32(levels)
     ),
