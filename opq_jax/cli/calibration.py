@@ -16,6 +16,7 @@ from opq_jax.cli.encoding import (
   Encoding,
   TokenSet,
 )
+from opq_jax.cli.folders import may_hold_network
 from opq_jax.cli.stages import Stage
 from opq_jax.language import (
   Calibration,
@@ -27,11 +28,12 @@ from opq_jax.language import (
   stored_network,
   written_by,
 )
-from opq_jax.weights import is_model_folder, open_folder
+from opq_jax.weights import open_folder
+from opq_jax.weights.gguf import is_gguf, open_gguf
 
 
 def network_in(source: Path, *, is_needed: bool) -> StoredNetwork | None:
-  """Returns the language model of a folder; None for other weights.
+  """Returns the language model of a folder or GGUF file; None for other weights.
 
   Args:
     source: the weights.
@@ -42,8 +44,8 @@ def network_in(source: Path, *, is_needed: bool) -> StoredNetwork | None:
     ValueError: as above.
   """
   problem = f'{source}: found no model folder of Hugging Face, expected that of a language model'
-  if is_model_folder(source):
-    folder = open_folder(source)
+  if may_hold_network(source):
+    folder = open_gguf(source) if is_gguf(source) else open_folder(source)
     try:
       model = models.from_config(folder.config)
       if isinstance(model, models.Decoder):
@@ -51,7 +53,7 @@ def network_in(source: Path, *, is_needed: bool) -> StoredNetwork | None:
       problem = f'{source}: found a {folder.config["model_type"]}, expected a language model'
     except ValueError as error:
       problem = f'{source}: {error}'
-      if not is_needed and (source / 'config.json').is_file():
+      if not is_needed and (is_gguf(source) or (source / 'config.json').is_file()):
         note(f'{problem}; bits are allocated from the weights alone')
   if is_needed:
     raise ValueError(problem)

@@ -179,11 +179,12 @@ def run(arguments: argparse.Namespace) -> None:
   import opq_jax
   from opq_jax.allocation import DEFAULT_COMPRESSION_RATE, OBJECTIVES, check_file_rate
   from opq_jax.cli.encoding import DIVERGENCE, Encoding
+  from opq_jax.cli.folders import may_hold_network
   from opq_jax.cli.outputs import check_output, output_path
   from opq_jax.cli.safetensors_metadata import carried_metadata
   from opq_jax.core.files import check_readable
   from opq_jax.importers.named_networks import identity_of
-  from opq_jax.weights import graph_uses, is_model_folder, is_streamable
+  from opq_jax.weights import graph_uses, is_streamable
 
   source = Path(arguments.input)
   check_readable(source)
@@ -205,7 +206,7 @@ def run(arguments: argparse.Namespace) -> None:
     targets['palette_bits'] = arguments.palette_bits
   needs_network = arguments.calibration is not None or arguments.objective == DIVERGENCE
   network = None
-  if needs_network or (not is_known and arguments.objective is None and is_model_folder(source)):
+  if needs_network or (not is_known and arguments.objective is None and may_hold_network(source)):
     from opq_jax.cli import calibration
 
     network = calibration.network_in(source, is_needed=needs_network)

@@ -6,12 +6,21 @@ from opq_jax.core.messages import listed
 from opq_jax.file.reader import OpqFile
 from opq_jax.importers.named_networks import identity
 from opq_jax.weights import CarriedFiles, carried_files, is_model_folder, open_folder
+from opq_jax.weights.carried import carried_of_gguf
+from opq_jax.weights.gguf import is_gguf, open_gguf
 
 _MAX_NAMES = 8  # files named in a line; more would hide the rest of it
 
 
+def may_hold_network(source: Path) -> bool:
+  """Returns whether weights are such as language models come in: a model folder or a GGUF file."""
+  return is_gguf(source) or is_model_folder(source)
+
+
 def carried_of(source: Path, is_known: bool = False) -> CarriedFiles:
-  """Returns what a file carries of its source beside the weights: nothing of a source of one file.
+  """Returns what a file carries of its source beside the weights.
+
+  Of a source of one file nothing, but for the language model of a GGUF file.
 
   Args:
     source: the weights.
@@ -21,6 +30,8 @@ def carried_of(source: Path, is_known: bool = False) -> CarriedFiles:
   Raises:
     ValueError, OSError: as `open_folder` and `carried_files`.
   """
+  if is_gguf(source) and not is_known:
+    return carried_of_gguf(open_gguf(source))
   if not is_model_folder(source):
     return CarriedFiles({}, (), {})
   if is_known:

@@ -46,8 +46,9 @@ folder the file carries config and tokenizer too. Of an ONNX file or a package
 the graph tells which tensors are weights. float64 leaves are compressed as
 float32.
 
-The language model of a folder (Llama, Mistral, Qwen2, Qwen3, GPT-2) is run on
-random tokens, for what an error in each tensor costs its answers. With
+The language model of a folder (Llama, Mistral, Qwen2, Qwen3, GPT-2), or of a
+GGUF file, which is taken for the folder of the same model, is run on random
+tokens, for what an error in each tensor costs its answers. With
 --calibration it reads a text, or writes one, and codes are chosen for it.
 
 With --model, IN holds the weights of one of the networks below, from any

@@ -15,6 +15,7 @@ from opq_jax.core import trees
 from opq_jax.file.reader import OpqFile
 from opq_jax.importers import language_models
 from opq_jax.weights import StoredLeaf, open_folder, read_weights
+from opq_jax.weights.gguf import is_gguf, open_gguf
 
 _CONFIG = 'config.json'
 _GENERATION = 'generation_config.json'
@@ -53,8 +54,8 @@ def load(
   """Returns the language model of a folder or of a file.
 
   Args:
-    path: a model folder of Hugging Face, an `.opq` file, or another file of weights, with the
-      tensors of transformers or the leaves of `opq_jax.models`.
+    path: a model folder of Hugging Face, an `.opq` or `.gguf` file, or another file of weights,
+      with the tensors of transformers or the leaves of `opq_jax.models`.
     folder: a folder with config.json and the tokenizer, where `path` has none.
     **options: attributes of the model, such as `dtype=jnp.bfloat16`.
 
@@ -96,6 +97,8 @@ def _leaves(path: Path) -> Iterator[Mapping[str, Any]]:
   """Gives the leaves of a folder or file by name; those of folders and `.opq` files stay there."""
   if path.is_dir():
     yield open_folder(path).leaves
+  elif is_gguf(path):
+    yield open_gguf(path).leaves
   elif path.suffix.lower() == '.opq':
     with OpqFile(path) as file:
       yield {
@@ -120,9 +123,11 @@ def _weights(model: models.Decoder, leaves: Mapping[str, Any]) -> language_model
 
 
 def side_files(path: Path) -> Callable[[str], bytes | None]:
-  """Returns a reader of the files beside the weights, in a folder or in an `.opq` file."""
+  """Returns a reader of the files beside the weights, of a folder, `.opq` or `.gguf` file."""
   if path.is_dir():
     return lambda name: (path / name).read_bytes() if (path / name).is_file() else None
+  if is_gguf(path):
+    return open_gguf(path).side_file
   if path.suffix.lower() != '.opq':
     return lambda name: None
   with OpqFile(path) as file:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from opq_jax.file.side_files import is_name
 from opq_jax.weights import safetensors
+from opq_jax.weights.gguf import OpenGguf
 from opq_jax.weights.hugging_face import INDEX, ModelFolder, read_object
 from opq_jax.weights.stored_leaves import StoredLeaf
 
@@ -89,6 +90,28 @@ def carried_files(folder: ModelFolder) -> CarriedFiles:
     else:
       files[name] = path.read_bytes()
   return CarriedFiles(files, tuple(left_out), renamed)
+
+
+def carried_of_gguf(file: OpenGguf) -> CarriedFiles:
+  """Returns what an `.opq` file carries of a GGUF file, so that a model folder can be made of it.
+
+  Config and tokenizer by its metadata, and a header of all tensors; nothing of a file that holds no
+  language model.
+  """
+  if file.model is None:
+    return CarriedFiles({}, (), {})
+  files: dict[str, bytes] = {f'model{HEADER}': _header([*file.leaves.values()])}
+  left_out = []
+  for name in ('config.json', 'tokenizer.json', 'tokenizer_config.json'):
+    try:
+      data = file.side_file(name)
+    except ValueError as error:
+      problem = str(error).removeprefix(f'{file.path}: ')
+      left_out.append(f'{name} ({problem})')
+      continue
+    if data is not None:
+      files[name] = data
+  return CarriedFiles(files, tuple(left_out), {})
 
 
 def _others(folder: Path, above: str = '') -> Iterator[tuple[str, Path | None]]:

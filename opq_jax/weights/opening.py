@@ -1,7 +1,8 @@
 """Opens trees of leaves that stay on disk until they are read, one by one.
 
 .safetensors   a flat dict by name
-.gguf          a flat dict by name, dequantized; needs gguf (`pip install opq_jax[gguf]`)
+.gguf          a flat dict by name, dequantized, a language model as transformers has it; needs gguf
+               (`pip install opq_jax[gguf]`)
 .onnx          a flat dict by name; needs onnx (`pip install opq_jax[onnx]`)
 .mlpackage     a flat dict by name; needs coremltools (`pip install opq_jax[coreml]`)
 a folder       of Hugging Face, a flat dict by name; or an Orbax checkpoint

@@ -9,8 +9,8 @@
     .pt, .pth, .bin, .ckpt, .th
                       a PyTorch state dict, or a training checkpoint that holds one; needs PyTorch
                       (`pip install opq_jax[torch]`)
-    .gguf             tensors of llama.cpp by name, dequantized; needs gguf
-                      (`pip install opq_jax[gguf]`)
+    .gguf             tensors of llama.cpp by name, dequantized, those of a language model as
+                      transformers has them; needs gguf (`pip install opq_jax[gguf]`)
     .onnx             initializers by name; needs onnx (`pip install opq_jax[onnx]`)
     .mlpackage        constants of a Core ML package by name; needs coremltools
                       (`pip install opq_jax[coreml]`)
