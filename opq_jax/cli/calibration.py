@@ -37,18 +37,20 @@ def network_in(source: Path, *, is_needed: bool) -> StoredNetwork | None:
 
   Args:
     source: the weights.
-    is_needed: whether to raise where the folder holds no language model that is known; otherwise a
-      note says of a model folder what is not.
+    is_needed: whether to raise where the folder holds no language model that is known, nor an
+      encoder of sentences; otherwise a note says of a model folder what is not.
 
   Raises:
     ValueError: as above.
   """
   problem = f'{source}: found no model folder of Hugging Face, expected that of a language model'
+  # an encoder of sentences is run where this is asked for
+  known = models.Decoder | models.SentenceEncoder if is_needed else models.Decoder
   if may_hold_network(source):
     folder = open_gguf(source) if is_gguf(source) else open_folder(source)
     try:
       model = models.from_config(folder.config)
-      if isinstance(model, models.Decoder):
+      if isinstance(model, known):
         return stored_network(model, folder.leaves)
       problem = f'{source}: found a {folder.config["model_type"]}, expected a language model'
     except ValueError as error:
@@ -72,6 +74,8 @@ def calibrated(arguments: argparse.Namespace, network: StoredNetwork, stage: Sta
   count = arguments.calibration_tokens or MAX_TOKENS
   if source is None:
     return cost_tokens(network)
+  if isinstance(model, models.SentenceEncoder):
+    return _of_encoder(arguments, model, count)
   if source == calibration.RANDOM:
     return at_random(model.vocabulary, count, window)
   if source == calibration.SELF:
@@ -85,6 +89,30 @@ def calibrated(arguments: argparse.Namespace, network: StoredNetwork, stage: Sta
     with stage('write text') as told:
       return written_by(loaded.model, loaded.variables, first[0], count, window, told)
   return of_text(language.texts(arguments.calibration, arguments.input), count, window)
+
+
+def _of_encoder(
+  arguments: argparse.Namespace, model: models.SentenceEncoder, count: int
+) -> Calibration:
+  """Returns the calibration tokens of an encoder of sentences.
+
+  Windows of a text stand between the tokens that frame a sentence; tokens of a file are taken as
+  they are.
+
+  Raises:
+    ValueError, OSError: as `calibrated`; an encoder writes no text.
+  """
+  source, window = arguments.calibration, min(calibration.SENTENCE, model.positions)
+  if source == calibration.RANDOM:
+    return at_random(model.vocabulary, count, window)
+  if source == calibration.SELF:
+    raise ValueError(
+      '--calibration: found self with an encoder of sentences, which writes no text, expected TEXT '
+      'or random'
+    )
+  frame = language.frame_of(source, arguments.input)
+  found = of_text(language.texts(source, arguments.input), count, window - len(frame))
+  return calibration.framed(found, *frame) if frame else found
 
 
 def cost_tokens(network: StoredNetwork) -> Calibration:

@@ -45,11 +45,15 @@ def tokenizer_of(side_file: Callable[[str], bytes | None], path: str) -> Any:
     )
   package = extras.require('tokenizers', 'language', _TOKENIZER)
   try:
-    return package.Tokenizer.from_str(text.decode())
+    tokenizer = package.Tokenizer.from_str(text.decode())
   except Exception as error:  # the package raises bare exceptions
     raise ValueError(
       f'{_TOKENIZER} of {path}: expected a tokenizer, found this: {error}'
     ) from error
+  # a text is read whole, also by tokenizers that are made for sentences
+  tokenizer.no_truncation()
+  tokenizer.no_padding()
+  return tokenizer
 
 
 def same_tokenizer(first: LanguageModel, second: LanguageModel) -> bool:
@@ -93,6 +97,22 @@ def texts(path: str, folder: str) -> list[list[int]]:
     return tokens_in(path)
   tokenizer = tokenizer_of(language_files.side_files(Path(folder)), folder)
   return [tokenizer.encode(read_text(path), add_special_tokens=False).ids]
+
+
+def frame_of(path: str, folder: str) -> tuple[int, ...]:
+  """Returns the two tokens that frame a sentence; () where `texts` reads tokens, or without them.
+
+  Args:
+    path, folder: as for `texts`.
+
+  Raises:
+    ValueError, OSError: as `tokenizer_of`.
+  """
+  if Path(path).suffix.lower() == '.json':
+    return ()
+  tokenizer = tokenizer_of(language_files.side_files(Path(folder)), folder)
+  found = tuple(map(tokenizer.token_to_id, ('[CLS]', '[SEP]')))
+  return () if None in found else found
 
 
 def read_text(path: str | Path) -> str:

@@ -28,7 +28,8 @@ from opq_jax.encoders.plain_codes import PlainCodesWarning, without_plain_codes
 from opq_jax.encoders.rotated_inputs import RotatableMoments
 from opq_jax.file.coded_leaves import CodedSlice, Rotation
 from opq_jax.file.coded_weights import coded_slices
-from opq_jax.language.network import Block, Head, Start, StoredNetwork, applied
+from opq_jax.language.network import StoredNetwork
+from opq_jax.language.parts import Block, Head, Start, applied
 from opq_jax.network import InputMoments
 from opq_jax.network.paired_moments import PairedSums, Stage, stage_sums, stages, sum_of_batches
 from opq_jax.weights.coded_arrays import FIELDS, arrays_of, coded_slice
@@ -227,7 +228,7 @@ class BlockEncoder:
 
   def _head(self, streams: Streams, spent: _Spent) -> dict[str, CodedSlice]:
     """Codes the last layer, unless it is a table that is looked up too."""
-    if self.network.model.is_tied:
+    if not self.network.has_head:
       return {}
     head = Head(self.network.model)
     return self._code_stages(_Part(head, self.network.outer(), None), streams, spent)[0]

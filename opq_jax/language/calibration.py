@@ -18,6 +18,9 @@ TEXT, SELF, RANDOM = 'text', 'self', 'random'
 WINDOW = 256
 """Tokens of a sequence: attention costs the square, and activations of a block are its multiple."""
 
+SENTENCE = 64
+"""Tokens of a sequence for an encoder of sentences, those that frame it counted."""
+
 _SEED = 20210202  # of all draws: the same model has the same calibration tokens
 _AT_ONCE = 16  # sequences written together
 
@@ -63,6 +66,17 @@ def of_text(sequences: Sequence[Sequence[int]], count: int, window: int = WINDOW
     raise ValueError(f'found texts of at most {longest} tokens, expected {window} or more')
   places = np.linspace(0, len(windows) - 1, min(max(count // window, 1), len(windows)))
   return Calibration(TEXT, np.stack([windows[round(place)] for place in places]))
+
+
+def framed(calibration: Calibration, first: int, last: int) -> Calibration:
+  """Returns sequences with a token in front of each and one behind it, as encoders read them.
+
+  >>> framed(of_text([range(8)], count=8, window=4), 101, 102).tokens.tolist()
+  [[101, 0, 1, 2, 3, 102], [101, 4, 5, 6, 7, 102]]
+  """
+  ends = ((0, 0), (1, 1))
+  tokens = np.pad(calibration.tokens, ends, constant_values=((0, 0), (first, last)))
+  return calibration._replace(tokens=tokens)
 
 
 def at_random(vocabulary: int, count: int, window: int) -> Calibration:

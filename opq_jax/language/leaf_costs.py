@@ -12,11 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Int
 
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
-from opq_jax.language.network import Block, Head, Start, StoredNetwork
+from opq_jax.language.network import StoredNetwork
+from opq_jax.language.parts import Block, Head, Start
 
 
 def block_costs(
@@ -101,17 +102,12 @@ def _block_energies(
 def _head_energies(
   head: Head, params: PyTree, x: Array, keys: Array
 ) -> tuple[PyTree, Float[Array, 'sequences length features']]:
-  """Returns the same of what follows the last block, of log p(y) with y drawn from the answers."""
+  """Returns the same of what follows the last block, of its score."""
 
   def of_sequence(total: PyTree, sequence: tuple[Array, Array]) -> tuple[PyTree, Array]:
     state, key = sequence
 
-    def log_probability(params: PyTree, state: Array) -> Float32[Array, '']:
-      log_probs = jax.nn.log_softmax(head(params, state[None])[0])
-      drawn = jax.random.categorical(key, jax.lax.stop_gradient(log_probs))
-      return jnp.sum(jnp.take_along_axis(log_probs, drawn[:, None], -1))
-
-    of_params, before = jax.grad(log_probability, argnums=(0, 1))(params, state)
+    of_params, before = jax.grad(head.score, argnums=(0, 1))(params, state, key)
     return jax.tree.map(jnp.add, total, _energy(of_params)), before
 
   return jax.lax.scan(of_sequence, _zeros(params), (x, keys))

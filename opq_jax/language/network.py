@@ -1,74 +1,25 @@
-"""A language model whose weights stay on disk and are read block by block."""
+"""A network that reads tokens, whose weights stay on disk and are read block by block."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 
 from opq_jax import models
 from opq_jax.core.trees import PyTree
 from opq_jax.importers import language_models
+from opq_jax.language.parts import Network, Start
 
 _LAYERS = 'params/layers/'
-
-
-@dataclasses.dataclass(frozen=True)
-class Block:
-  """One layer of a language model: block(params, hidden states, context) -> hidden states.
-
-  Equal, and so one compiled program, for all layers of a model.
-  """
-
-  model: models.Decoder
-
-  def __call__(
-    self, params: PyTree, x: Float[Array, 'sequences length features'], context: Any
-  ) -> Float[Array, 'sequences length features']:
-    """Returns the hidden states that the next layer reads."""
-    kind, attributes = self.model.block()
-    return kind(**attributes).apply({'params': params}, x, None, context)[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class Head:
-  """What follows the last layer: head(params, hidden states) -> logits."""
-
-  model: models.Decoder
-
-  def __call__(
-    self, params: PyTree, x: Float[Array, 'sequences length features']
-  ) -> Float[Array, 'sequences length vocabulary']:
-    """Returns the logits of the token after each token."""
-    logits: Any = self.model.apply(
-      {'params': params}, x, method=lambda module, x: module.logits(module.norm(x))
-    )
-    return logits
-
-
-@dataclasses.dataclass(frozen=True)
-class Start:
-  """What precedes the first layer: start(params, tokens) -> hidden states and context."""
-
-  model: models.Decoder
-
-  def __call__(
-    self, params: PyTree, tokens: Int[Array, 'sequences length']
-  ) -> tuple[Float[Array, 'sequences length features'], Any]:
-    """Returns what the first layer reads, and what every layer needs to know of the places."""
-
-    def start(module: Any, tokens: Array) -> tuple[Array, Any]:
-      return module.placed(module.embed(tokens), jnp.arange(tokens.shape[1]))
-
-    x, context = self.model.apply({'params': params}, tokens, method=start)
-    return x, (jnp.int32(0), context)
+_NUMBERED = re.compile(r'params/\d+_')  # paths of layers that are no stack
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredNetwork:
-  """A language model and the tensors of its leaves on disk.
+  """A language model, or an encoder of sentences, and the tensors of its leaves on disk.
 
   Attributes:
     model: the network; it computes in float32.
@@ -79,7 +30,7 @@ class StoredNetwork:
     tied: of those that are another one again, the name of that one.
   """
 
-  model: models.Decoder
+  model: Network
   tensors: Mapping[str, Any]
   names: Mapping[str, str]
   places: Mapping[str, language_models.Place]
@@ -89,7 +40,14 @@ class StoredNetwork:
   @property
   def depth(self) -> int:
     """Number of layers."""
+    if isinstance(self.model, models.SentenceEncoder):
+      return self.model.layers
     return self.model.depth
+
+  @property
+  def has_head(self) -> bool:
+    """Whether a leaf follows the layers that is no table which is looked up too."""
+    return isinstance(self.model, models.Decoder) and not self.model.is_tied
 
   def layer(self, number: int) -> PyTree:
     """Reads the parameters of a layer, as `Block` takes them, in float32."""
@@ -101,6 +59,8 @@ class StoredNetwork:
 
   def context(self, length: int) -> Any:
     """Returns what every layer needs to know of the places 0, 1, ... of a sequence."""
+    if isinstance(self.model, models.SentenceEncoder):
+      return None
     shapes = models.variable_shapes(self.model)['params']
 
     def context() -> Any:
@@ -116,16 +76,18 @@ class StoredNetwork:
 
   def site(self, path: str, layer: int | None) -> 'Site':
     """Returns which tensor a leaf of `layer(number)` is, or of `outer()`, with None for a layer."""
-    place = self.places[_prefix(layer) + path]
+    place = self.places[self._prefix(layer) + path]
     name = self.names[place.names[layer if place.is_stacked and layer is not None else 0]]
     return Site(name, place.is_transposed)
 
   def _tree(self, layer: int | None) -> PyTree:
     tree: dict[str, Any] = {}
     for path in self.places:
-      if path.startswith(_LAYERS) != (layer is not None):
+      prefix = self._prefix(layer)
+      is_of_layer = path.startswith(_LAYERS) or _NUMBERED.match(path) is not None
+      if is_of_layer != (layer is not None) or not path.startswith(prefix):
         continue
-      path = path.removeprefix(_prefix(layer))
+      path = path.removeprefix(prefix)
       site = self.site(path, layer)
       tensor = language_models.read(self.tensors[site.name])
       *parents, name = path.split('/')
@@ -134,6 +96,12 @@ class StoredNetwork:
         node = node.setdefault(parent, {})
       node[name] = jnp.asarray(tensor.T if site.is_transposed else tensor, jnp.float32)
     return tree
+
+  def _prefix(self, layer: int | None) -> str:
+    """Returns what the paths of the leaves of a layer begin with, or of those outside of layers."""
+    if layer is None:
+      return 'params/'
+    return f'params/{layer}_' if isinstance(self.model, models.SentenceEncoder) else _LAYERS
 
 
 class Site(NamedTuple):
@@ -148,7 +116,7 @@ class Site(NamedTuple):
   is_transposed: bool
 
 
-def stored_network(model: models.Decoder, tensors: Mapping[str, Any]) -> StoredNetwork:
+def stored_network(model: Network, tensors: Mapping[str, Any]) -> StoredNetwork:
   """Returns a language model with its weights on disk.
 
   Args:
@@ -162,11 +130,3 @@ def stored_network(model: models.Decoder, tensors: Mapping[str, Any]) -> StoredN
   model = model.clone(dtype=jnp.float32)
   places = language_models.places(model)
   return StoredNetwork(model, tensors, found.names, places, found.ignored, found.tied)
-
-
-def _prefix(layer: int | None) -> str:
-  return 'params/' if layer is None else _LAYERS
-
-
-applied = jax.jit(lambda function, *arguments: function(*arguments), static_argnums=0)
-"""function(*arguments), compiled: once for all functions that are equal."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from opq_jax.models import attention
 
@@ -53,11 +53,7 @@ class SentenceEncoder(nn.Module):
 
   def __call__(self, tokens: Int[Array, 'sentences length']) -> Float[Array, 'sentences features']:
     """Returns embeddings of length 1 of sentences that are padded with tokens 0."""
-    x = self.hidden_states(tokens)
-    is_there = tokens > 0
-    count = is_there.sum(1)[:, None].astype(jnp.float32)
-    mean = jnp.where(is_there[..., None], x, 0).astype(jnp.float32).sum(1) / count
-    return mean / jnp.linalg.norm(mean, axis=-1, keepdims=True)
+    return embeddings(self.hidden_states(tokens), tokens > 0)
 
   @nn.compact
   def hidden_states(
@@ -77,13 +73,59 @@ class SentenceEncoder(nn.Module):
     x += embed(self.types, name='type')(jnp.zeros_like(tokens))
     x = norm(name='norm')(x)
     for i in range(self.layers):
-      dense = lambda width, name, i=i: nn.Dense(width, dtype=self.dtype, name=f'{i}_{name}')
-      query, key, value = (
-        dense(self.features, name)(x).reshape(*x.shape[:2], self.heads, -1)
-        for name in ('query', 'key', 'value')
-      )
-      attended = nn.dot_product_attention(query, key, value, mask=is_there[:, None, None])
-      x = norm(name=f'{i}_norm')(x + dense(self.features, 'out')(attended.reshape(x.shape)))
-      inner = nn.gelu(dense(self.hidden, 'up')(x), approximate=False)
-      x = norm(name=f'{i}_last_norm')(x + dense(self.features, 'down')(inner))
+      x = _layer(self, x, is_there, f'{i}_')
     return x
+
+
+class EncoderBlock(nn.Module):
+  """One layer of a `SentenceEncoder`, by the names of its leaves without the layer's number.
+
+  Attributes:
+    hidden, heads, epsilon, dtype: as of `SentenceEncoder`.
+  """
+
+  hidden: int
+  heads: int
+  epsilon: float
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, 'sentences length features']
+  ) -> Float[Array, 'sentences length features']:
+    """Returns the hidden states after the layer, of sentences without padding."""
+    return _layer(self, x, jnp.ones(x.shape[:2], bool), '')
+
+
+def embeddings(
+  x: Float[Array, 'sentences length features'], is_there: Bool[Array, 'sentences length']
+) -> Float[Array, 'sentences features']:
+  """Returns the means over tokens of the last hidden states, of length 1.
+
+  Args:
+    x: the hidden states.
+    is_there: False of padding.
+  """
+  count = is_there.sum(1)[:, None].astype(jnp.float32)
+  mean = jnp.where(is_there[..., None], x, 0).astype(jnp.float32).sum(1) / count
+  return mean / jnp.linalg.norm(mean, axis=-1, keepdims=True)
+
+
+def _layer(
+  module: SentenceEncoder | EncoderBlock,
+  x: Float[Array, 'sentences length features'],
+  is_there: Bool[Array, 'sentences length'],
+  prefix: str,
+) -> Float[Array, 'sentences length features']:
+  """Computes a layer, whose parameters become those of a module, by names with a prefix."""
+  features, kind = x.shape[-1], module.dtype
+  dense = lambda width, name: nn.Dense(width, dtype=kind, name=f'{prefix}{name}')
+  norm = lambda name: nn.LayerNorm(epsilon=module.epsilon, dtype=kind, name=f'{prefix}{name}')
+  query, key, value = (
+    dense(features, name)(x).reshape(*x.shape[:2], module.heads, -1)
+    for name in ('query', 'key', 'value')
+  )
+  attended = nn.dot_product_attention(query, key, value, mask=is_there[:, None, None])
+  x = norm('norm')(x + dense(features, 'out')(attended.reshape(x.shape)))
+  inner = nn.gelu(dense(module.hidden, 'up')(x), approximate=False)
+  return norm('last_norm')(x + dense(features, 'down')(inner))

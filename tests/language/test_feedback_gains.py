@@ -7,7 +7,7 @@ import pytest
 from opq_jax import language
 from opq_jax.core import trees
 from opq_jax.language.feedback_gains import feedback_gains
-from opq_jax.language.network import Block, Start
+from opq_jax.language.parts import Block, Start
 from opq_jax.network import second_moments
 from tests.helpers.language_models import network
 

@@ -4,10 +4,12 @@
     python -m experiments.benchmarks.accuracy.sentence_encoder MODEL_FOLDER \
       --nncodec_python NNCODEC/bin/python
 
-The folder is that of a sentence-transformers model such as all-MiniLM-L6-v2: `model.safetensors`
-and `tokenizer.json`.  Without BatchNorm nothing is corrected.  Moments for error feedback come from
-random tokens, or from sentences outside the test set, concatenated without padding, since padding
-would count as any other token.
+The folder is that of a sentence-transformers model such as all-MiniLM-L6-v2: `model.safetensors`,
+`config.json` and `tokenizer.json`.  Without BatchNorm nothing is corrected.  Moments for error
+feedback come from random tokens, or from sentences outside the test set, concatenated without
+padding, since padding would count as any other token.  Block after block, codes are chosen for the
+same sentences as `opq compress --calibration` does; `--calibrated` makes these rows alone, and
+keeps the others.
 
 Every codec is judged by the embeddings of the same sentences, means of the last layer over tokens,
 normalised: their cosine with those of the float32 network (mean, and the 5 % worst), and how many
@@ -34,7 +36,7 @@ from safetensors.numpy import load_file
 import opq_jax
 from experiments.benchmarks import harness
 from experiments.benchmarks.rivals.nncodec_jobs import LAMBDA, NNCodec
-from opq_jax import importers, models
+from opq_jax import importers, language, models, weights
 from opq_jax.core import trees
 from opq_jax.report import accuracy
 
@@ -105,10 +107,13 @@ def scores(found: np.ndarray, expected: np.ndarray) -> dict[str, object]:
   }
 
 
-def compare(folder: pathlib.Path, python: str) -> Iterator[dict[str, object]]:
+def compare(
+  folder: pathlib.Path, python: str, calibrated: list[float] | None
+) -> Iterator[dict[str, object]]:
   model = models.SentenceEncoder()
   tensors = load_file(folder / 'model.safetensors')
-  variables = importers.language_models.from_tensors(model, tensors).variables
+  variables_of = lambda found: importers.language_models.from_tensors(model, found).variables
+  variables = variables_of(tensors)
   texts = sentences()
   # of every module some: those that are judged, and those that moments are from
   rng = np.random.default_rng(0)
@@ -129,6 +134,28 @@ def compare(folder: pathlib.Path, python: str) -> Iterator[dict[str, object]]:
     sizes = {'file, bytes': f'{size:,}', 'times smaller': round(whole / size, 2)}
     return {'codec': method, 'setting': setting} | sizes | scores(embeddings(tree), expected)
 
+  for bits in BITS if calibrated is None else calibrated:
+    for label, encoder in (
+      ('block after block', opq_jax.encoders.Feedback({})),
+      ('block after block, trellis', opq_jax.encoders.Trellis()),
+    ):
+      with tempfile.TemporaryDirectory() as place:
+        path = pathlib.Path(place) / 'encoder.opq'
+        stored = weights.open_folder(folder).leaves
+        language.compress_calibrated(
+          language.stored_network(model, stored),
+          stored,
+          path,
+          language.Calibration('text', unlabelled),
+          encoder=encoder,
+          bits_per_weight=bits,
+          channel_axis=weights.channel_axis,
+        )
+        with opq_jax.OpqFile(path) as file:
+          tree = variables_of(file.params())
+        yield row(f'opq_jax, {label}, from sentences', f'{bits:g} bits', tree, path.stat().st_size)
+  if calibrated is not None:
+    return
   moments = {
     'random tokens': opq_jax.network.second_moments(model.apply, variables, drawn),
     'sentences': opq_jax.network.second_moments(model.apply, variables, unlabelled),
@@ -168,11 +195,14 @@ def main() -> None:
   )
   parser.add_argument('folder', type=pathlib.Path, help='of a sentence-transformers model')
   parser.add_argument('--nncodec_python', default=sys.executable)
+  parser.add_argument('--calibrated', type=float, nargs='+', help='bits of these rows alone')
   arguments = parser.parse_args()
   rows = []
-  for row in compare(arguments.folder, arguments.nncodec_python):
+  for row in compare(arguments.folder, arguments.nncodec_python, arguments.calibrated):
     rows.append(row)
     print(json.dumps(row), flush=True)
+  if arguments.calibrated is not None:
+    rows = harness.with_earlier('sentence_encoder', rows, ['codec', 'setting'])
   command = 'python -m experiments.benchmarks.accuracy.sentence_encoder MODEL_FOLDER'
   harness.report(
     'sentence_encoder',

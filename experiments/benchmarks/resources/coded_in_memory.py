@@ -23,7 +23,7 @@ from opq_jax import models
 from opq_jax.compression import CodedLeaf, LeafState, decoded
 from opq_jax.compression.records import affine_codebook
 from opq_jax.core.trees import PyTree
-from opq_jax.language.network import Block, Start
+from opq_jax.language.parts import Block, Start
 
 FORMS = 'float32', 'bfloat16', 'codes of 8 bits', 'codes of 4 bits'
 TOKENS = 1, 64
