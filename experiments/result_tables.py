@@ -183,6 +183,14 @@ def against_nncodec() -> str:
   return f'`{document["command"]}`\n\n{markdown(ordered)}'
 
 
+def against_cerwu() -> str:
+  """Returns our bytes over CERWU's, networks on which our defaults were chosen marked."""
+  document = json.loads((RESULTS / 'benchmarks' / 'against_cerwu.json').read_text())
+  mark = lambda name: f'{name} *' if name in jobs.CHOSEN_ON else name
+  rows = [row | {'network': mark(row['network'])} for row in document['rows']]
+  return f'`{document["command"]}`\n\n{markdown(rows)}'
+
+
 def finetune(folder: pathlib.Path) -> list[dict[str, object]]:
   """Returns a row for every command, averaged over its seeds."""
   groups: dict[tuple[object, ...], list[pathlib.Path]] = {}
@@ -295,6 +303,7 @@ TABLES: dict[str, Callable[[], str]] = {
   'runtimes': runtimes,
   'support_matrix_in_short': support_matrix_in_short,
   'against_nncodec': against_nncodec,
+  'against_cerwu': against_cerwu,
   'corrections': corrections,
   'one_shot_mobilenet_v1': lambda: one_shot('one_shot_mobilenet_v1'),
   'smollm2_rows': lambda: language_model('smollm2', language_tables.all_rows),

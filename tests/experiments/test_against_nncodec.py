@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks.rivals import (
-  against_nncodec,
   jobs,
   nncodec_jobs,
   nncodec_summary,
+  study,
 )
 from experiments.benchmarks.rivals.nncodec_summary import Point
 
@@ -124,7 +124,7 @@ def test_nncodec_tensors_have_short_names(tmp_path, monkeypatch):
 
 
 def test_table_remembers_rows(tmp_path):
-  table = against_nncodec.Table(tmp_path / 'results.csv')
+  table = study.Table(tmp_path / 'results.csv')
   assert not table.made()
   key = {'network': 'small', 'method': 'm', 'setting': 'qp=-20', 'correction': 'none'}
   table.add({**key, 'top1': 0.123456789})

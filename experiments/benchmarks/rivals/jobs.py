@@ -8,6 +8,7 @@ import jax
 
 # names of methods in results.csv
 OURS, TRELLIS = 'opq_jax', 'opq_jax, trellis'
+SCALAR = f'{OURS}, feedback'  # error feedback with plain codes
 FEEDBACK, LAYERS = f'{TRELLIS}, feedback', f'{TRELLIS}, layer by layer'
 IMAGES, HALVES = ', images', ', bfloat16'
 # as it ships; with coarser vectors; with rate-distortion optimised quantization besides

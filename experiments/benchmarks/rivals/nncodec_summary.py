@@ -24,10 +24,10 @@ from experiments.benchmarks.rivals.jobs import (
   TRELLIS,
   TUNED,
 )
+from experiments.benchmarks.rivals.study import UNLABELLED
 from opq_jax.report import plots
 
 RESULTS = harness.RESULTS.parent / 'against_nncodec'
-UNLABELLED = 128
 SIZES = 8, 10, 12, 14, 16  # times smaller than float32, of NNCodec's files
 _TINY = 1e-9  # what arithmetic takes off the ends of a curve
 _METHODS = OURS, TRELLIS, FEEDBACK, LAYERS

@@ -18,6 +18,7 @@ from experiments.benchmarks.rivals.jobs import (
   KERNELS,
   LAYERS,
   OURS,
+  SCALAR,
   TRELLIS,
   Coded,
   Job,
@@ -101,6 +102,16 @@ def jobs_of_ours(
     )
     return found, before.plus(seconds)
 
+  @functools.lru_cache(maxsize=1)
+  def scalar(bits: float, kind: str) -> Any:
+    matrices, before = measured(kind)
+    (tree, state, _), seconds = timed(
+      lambda: opq_jax.compress(
+        variables, compression_rate=32 / bits, encoder=encoders.Feedback(matrices)
+      )
+    )
+    return tree, state, before.plus(seconds)
+
   def feedback(bits: float, kind: str) -> Any:
     (tree, state, _), seconds = allocated(bits, kind)
     return tree, state, seconds
@@ -148,6 +159,9 @@ def jobs_of_ours(
       for leaves in ('', HALVES) if bits >= ROUNDED_BITS else ('',):
         run = functools.partial(corrected, feedback, bits, kind, leaves)
         yield Job(FEEDBACK + suffix + leaves, name, kind, run)
+        if leaves and kind == 'images':
+          run = functools.partial(corrected, scalar, bits, kind, leaves)
+          yield Job(SCALAR + suffix + leaves, name, kind, run)
       for leaves in ('', HALVES, INFERENCE) if bits in LAYERS_BITS[network.name] else ():
         run = functools.partial(corrected, layer_by_layer, bits, kind, leaves)
         yield Job(LAYERS + suffix + leaves, name, kind, run)
