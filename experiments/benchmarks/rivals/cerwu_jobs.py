@@ -33,6 +33,13 @@ _RESNET = {
 }
 GRID: dict[str, dict[int, tuple[float, ...]]] = {
   'resnet20': _RESNET,
+  'mobilenet_v1': {
+    32: (-2, -2.5),
+    24: (-2,),
+    64: (-3, -2.5),
+    16: (-2, -1.5),
+    48: (-2.5,),
+  },
 }
 # settings besides, to see what they change, at these steps and logarithms of lambda
 BESIDES: tuple[tuple[str, Any], ...] = ('order', 'col'), ('damping', 0.003)
