@@ -10,6 +10,7 @@ import pytest
 import opq_jax
 from experiments.benchmarks.language_models import (
   add_file,
+  block_forms,
   coded,
   gguf_files,
   gptq,
@@ -21,7 +22,11 @@ from experiments.benchmarks.language_models import (
   tables,
   watersic,
 )
-from opq_jax import importers, models
+from opq_jax import encoders, importers, language, models
+from opq_jax.importers import language_models
+from opq_jax.language import block_codes
+from opq_jax.language.block_codes import BlockEncoder, Streams
+from opq_jax.language.network import Block
 
 SHAPE = {
   'depth': 2,
@@ -316,6 +321,38 @@ def test_file_counts_its_bytes(network, names, tmp_path):
   assert made.sizes(params if names == 'ours' else network.params)['bits of kernels'] < 8
   for name, leaf in networks.kernels(network.params).items():
     assert np.sum((made.leaves[name] - leaf) ** 2) < 0.02 * np.sum(leaf**2)
+
+
+def test_forms_see_what_the_blocks_read(network):
+  """Their moments are those of the library; the residual is what is added before a layer."""
+  tensors = language_models.to_tensors(network.model, network.params)
+  stored = language.stored_network(network.model, tensors)
+  rng, tokens = np.random.default_rng(1), network.calibration
+  shape = *tokens.shape, network.model.features
+  first = rng.normal(size=shape).astype(np.float32)
+  streams = Streams(first, first + 0.1 * rng.normal(size=shape).astype(np.float32))
+  context = (stored.context(tokens.shape[1]),)
+  part = block_codes._Part(Block(stored.model), stored.layer(0), 0, context)
+  compressed = jax.tree.map(lambda leaf: 1.1 * leaf, part.params)
+  options = {'bits': {}, 'encoder': encoders.Feedback({})}
+  form = block_forms.FORMS['residual .5']
+  of_form = block_forms.FormEncoder(stored, tokens, form=form, **options)
+  added = {}
+  for stage in block_codes.stages(part.function, part.params, first[:1], *context):
+    found = of_form._sums(part, stage, compressed, streams)
+    expected = BlockEncoder(stored, tokens, **options)._sums(part, stage, compressed, streams)
+    for name in ('moments', 'cross_moments'):
+      np.testing.assert_allclose(
+        getattr(found, name), getattr(expected, name), rtol=1e-3, atol=1e-4
+      )
+    added[stage.leaves[0]] = list(of_form.residuals)
+  assert {name for name, residual in added.items() if residual} == {'out/kernel', 'down/kernel'}
+  # before attention the difference of the streams is added
+  inputs = block_forms.inputs_of_layers(
+    part.function, ('out',), compressed, streams.second, *context
+  )['out'].reshape(-1, 16)
+  by_hand = inputs.T @ (streams.first - streams.second).reshape(-1, 16) / len(inputs)
+  np.testing.assert_allclose(added['out/kernel'][0], by_hand, rtol=1e-3, atol=1e-4)
 
 
 def test_rows_go_on_where_they_were(tmp_path):

@@ -33,7 +33,13 @@ def parity(number: int) -> int:
 
 
 def tables(states: int, subset_mask: int, register_mask: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns subsets and next states, as `opq_jax.coding.trellis` has them."""
+  """Returns subsets and next states, as `opq_jax.coding.trellis` has them.
+
+  >>> from opq_jax.coding import trellis
+  >>> subsets, following = tables(32, 9, 29)
+  >>> np.array_equal(subsets, trellis.SUBSET_OF), np.array_equal(following, trellis.NEXT)
+  (True, True)
+  """
   subsets = np.array([parity(s & subset_mask) for s in range(states)], np.uint8)
   following = [
     [(s << 1) % states | (parity(s & register_mask) ^ bit) for bit in (0, 1)] for s in range(states)

@@ -9,9 +9,9 @@ kernels alone.  A leaf of inputs x (x' in the compressed network) has the target
     W + share (H^-1 C W - W) + residual H^-1 R         H = E[t x'^T x'],  C = E[t x'^T x]
 
     share       of the way to the weights that fit x' best, `opq_jax.encoders.LayerByLayer`
-    residual    R = E[t x'^T (r - r')], with r what the layer's outputs are added to: the layer makes
-                good what earlier layers have done to the hidden states, as in WaterSIC (Lifar et
-                al., arXiv 2603.04956)
+    residual    R = E[t x'^T (r - r')], with r what the layer's outputs are added to: the layer
+                makes good what earlier layers have done to the hidden states, as in WaterSIC
+                (Lifar et al., arXiv 2603.04956)
     weights     t of each token: 1 - weights + weights g / E[g], with g the squared gradient of the
                 log-likelihood of a sampled answer in the hidden state that the block gives there
     energy      every output of a kernel is multiplied by sqrt(E[(x W)^2] / E[(x' Q)^2])
@@ -42,9 +42,9 @@ from experiments.benchmarks.language_models.networks import Network
 from opq_jax import encoders, language
 from opq_jax.importers import language_models
 from opq_jax.language import block_codes
-from opq_jax.language.network import Block, Head, Start, StoredNetwork
-from opq_jax.language.work_folder import open_work
+from opq_jax.language.network import Block, Head, Start, StoredNetwork, applied
 from opq_jax.network.paired_moments import PairedSums
+from opq_jax.weights.work_folder import open_work
 
 BITS = 2.0, 3.0
 _BATCH = 8  # sequences
@@ -110,7 +110,7 @@ class FormEncoder(block_codes.BlockEncoder):
     residuals: R of the stage that is being coded, one entry or none.
   """
 
-  form: Form = Form()
+  form: Form = FORMS['as adopted']
   token_weights: Float32[np.ndarray, 'layers sequences length'] | None = None
   residuals: list[Array] = dataclasses.field(default_factory=list)
 
@@ -156,7 +156,7 @@ def token_weights(network: StoredNetwork, tokens: np.ndarray) -> np.ndarray:
   context = network.context(tokens.shape[1])
 
   @jax.jit
-  def of_answer(x: Array, key: Array) -> Array:
+  def of_answer(outer: Any, x: Array, key: Array) -> Array:
     def likelihood(x: Array) -> Array:
       logits = jax.nn.log_softmax(head(outer, x))
       answer = jax.random.categorical(key, lax.stop_gradient(logits))
@@ -168,13 +168,12 @@ def token_weights(network: StoredNetwork, tokens: np.ndarray) -> np.ndarray:
   def before(params: Any, x: Array, gradient: Array) -> Array:
     return jax.vjp(lambda x: block(params, x, context), x)[1](gradient)[0]
 
-  forward = jax.jit(lambda params, x: block(params, x, context))
   found = []
   for number, begin in enumerate(range(0, len(tokens), _BATCH)):
     states = [start(outer, tokens[begin : begin + _BATCH])[0]]
     for layer in range(network.depth):
-      states.append(forward(network.layer(layer), states[-1]))
-    gradient = of_answer(states[-1], jax.random.fold_in(jax.random.key(_KEY), number))
+      states.append(applied(block, network.layer(layer), states[-1], context))
+    gradient = of_answer(outer, states[-1], jax.random.fold_in(jax.random.key(_KEY), number))
     rows = []
     for layer in reversed(range(network.depth)):
       rows.append(np.asarray(jnp.sum(jnp.square(gradient), axis=-1)))
@@ -297,8 +296,7 @@ def _scaled_to_energy(
       factor = np.sqrt(np.asarray(wanted) / np.maximum(np.asarray(found), 1e-30))
       kernel = scaled[site.name]
       scaled[site.name] = kernel * (factor[:, None] if site.is_transposed else factor)
-    forward = jax.jit(lambda tree, x: block(tree, x, context))  # noqa: B023
-    states = [forward(tree, x) for tree, x in zip(params, states, strict=True)]
+    states = [applied(block, tree, x, context) for tree, x in zip(params, states, strict=True)]
   return scaled
 
 
