@@ -312,15 +312,17 @@ def main() -> None:
   arguments = parser.parse_args()
   network = networks.open_network(arguments.network, arguments.folder, arguments.text)
   rows = []
-  for row in compare(network, arguments.bits, arguments.only):
-    print(row, flush=True)
-    rows.append(row)
-  harness.report(
-    'block_forms',
-    'targets and weights of calibrated codes',
-    'python -m experiments.benchmarks.language_models.block_forms smollm2|iglm FOLDER --text TEXT',
-    harness.with_earlier('block_forms', rows, ('network', 'bits asked', 'form')),
-  )
+  try:
+    for row in compare(network, arguments.bits, arguments.only):
+      print(row, flush=True)
+      rows.append(row)
+  finally:  # also what an interrupted run has measured
+    harness.report(
+      'block_forms',
+      'targets and weights of calibrated codes',
+      'python -m experiments.benchmarks.language_models.block_forms smollm2|iglm FOLDER --text TEXT',
+      harness.with_earlier('block_forms', rows, ('network', 'bits asked', 'form')),
+    )
 
 
 if __name__ == '__main__':
