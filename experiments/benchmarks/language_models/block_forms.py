@@ -320,7 +320,7 @@ def main() -> None:
     harness.report(
       'block_forms',
       'targets and weights of calibrated codes',
-      'python -m experiments.benchmarks.language_models.block_forms smollm2|iglm FOLDER --text TEXT',
+      'python -m experiments.benchmarks.language_models.block_forms NETWORK FOLDER --text TEXT',
       harness.with_earlier('block_forms', rows, ('network', 'bits asked', 'form')),
     )
 
