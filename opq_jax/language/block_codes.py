@@ -2,8 +2,10 @@
 
 Hidden states of the float network and of the compressed one go through the blocks side by side.
 Within a block, the leaves that read the same rows are a stage: their codes are chosen for the rows
-that the compressed leaves before them give, as `opq_jax.encoders.LayerByLayer` does.  In memory are
-one block, twice, the moments of one stage, and the hidden states of all calibration tokens.
+that the compressed leaves before them give, as `opq_jax.encoders.LayerByLayer` does.  A leaf whose
+outputs are added to hidden states makes good a part of their error too (residual compensation, from
+WaterSIC, Lifar et al., 2026, arXiv 2603.04956).  In memory are one block, twice, the moments of one
+stage, and the hidden states of all calibration tokens.
 """
 
 import dataclasses
@@ -40,6 +42,13 @@ _ROWS = 2048
 
 _DEBT = 0.03
 """How far the bits of a leaf may be from those allocated, to make good what others took."""
+
+RESIDUAL = 0.5
+"""How much of the error in the hidden states a layer makes good whose outputs are added to them.
+
+Beside the error of its own inputs, and within `share` of the way as that.  In part only, because
+inputs of few tokens explain some of any error by chance.
+"""
 
 _HEAD = 'head/'
 
@@ -79,11 +88,13 @@ class _Reading(NamedTuple):
     own: moments of its inputs in the compressed network.
     cross_moments: with those in the float network.
     inputs: axes of the leaf.
+    residual: as in `opq_jax.network.paired_moments.PairedSums`.
   """
 
   own: RotatableMoments
   cross_moments: Float32[Array, 'groups K K']
   inputs: tuple[int, ...]
+  residual: Float32[Array, '...'] | None
 
 
 @dataclasses.dataclass
@@ -143,6 +154,7 @@ class BlockEncoder:
     output_scales: of some of them, as in `opq_jax.compression.LeafState`, by name.
     encoder: chooses the codes of a leaf, given the moments of its inputs.
     share, damping: as in `opq_jax.encoders.LayerByLayer`.
+    residual: how much of the error in the hidden states a layer makes good (`RESIDUAL`).
   """
 
   network: StoredNetwork
@@ -152,6 +164,7 @@ class BlockEncoder:
   output_scales: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   share: float = SHARE
   damping: float = DAMPING
+  residual: float = RESIDUAL
 
   @property
   def blocks(self) -> int:
@@ -248,7 +261,7 @@ class BlockEncoder:
       leaves = trees.named_leaves(compressed)
       for path, name, inputs in zip(stage.leaves, names, stage.inputs, strict=True):
         if name in self.bits:
-          reading = _Reading(moments, sums.cross_moments, inputs)
+          reading = _Reading(moments, sums.cross_moments, inputs, sums.residual)
           leaves[path], coded[name] = self._code(path, part.layer, leaves[path], reading, spent)
       compressed = jax.tree.unflatten(jax.tree.structure(compressed), list(leaves.values()))
     return coded, compressed
@@ -300,8 +313,13 @@ class BlockEncoder:
   def _fitted(self, weights: Array, reading: _Reading) -> Array:
     """Returns weights that make good the errors of the compressed leaves before them."""
     layout = MatrixLayout(weights.shape, reading.inputs)
-    rows = layout.rows(weights), reading.own.moments, reading.cross_moments
-    return layout.leaf(fitted_rows(*rows, self.share, self.damping))
+    rows, moments, cross_moments = layout.rows(weights), reading.own.moments, reading.cross_moments
+    residual = None
+    if reading.residual is not None and self.residual:
+      residual = self.residual * layout.rows(reading.residual)
+    return layout.leaf(
+      fitted_rows(rows, moments, cross_moments, self.share, self.damping, residual)
+    )
 
   def _sums(self, part: _Part, stage: Stage, compressed: PyTree, streams: Streams) -> PairedSums:
     """Returns the means over all calibration tokens of what a stage reads."""

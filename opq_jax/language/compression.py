@@ -16,7 +16,7 @@ from opq_jax.encoders import DAMPING, SHARE, LeafEncoder
 from opq_jax.file.coded_leaves import CodedLeaf
 from opq_jax.importers.language_models import read
 from opq_jax.language import feedback_gains
-from opq_jax.language.block_codes import BlockEncoder
+from opq_jax.language.block_codes import RESIDUAL, BlockEncoder
 from opq_jax.language.calibration import Calibration
 from opq_jax.language.leaf_costs import block_costs
 from opq_jax.language.network import StoredNetwork
@@ -209,7 +209,7 @@ def _chosen_codes(
     'tokens': calibration.digest,
     'bits': bits,
     'scales': {name: array.ravel().tolist() for name, array in scales.items()},
-    'encoder': [repr(encoder), share, damping],
+    'encoder': [repr(encoder), share, damping, RESIDUAL],
     'fields': coded_arrays.FIELDS,
     'versions': [opq_jax.__version__, jax.__version__],
   }

@@ -72,6 +72,12 @@ def test_fitted_is_least_squares(inputs, share):
   best = np.linalg.lstsq(others, np.asarray(inputs) @ kernel)[0]
   found = fitted_weights.fitted_rows(kernel, moments, cross, share, 0.0)
   np.testing.assert_allclose(found, (1 - share) * kernel + share * best, atol=2e-4)
+  # a sum in which the other term has an error too
+  errors = rng.normal(size=(len(others), 8)).astype(np.float32)
+  best = np.linalg.lstsq(others, np.asarray(inputs) @ kernel + errors)[0]
+  residual = others.T @ errors / len(others)
+  found = fitted_weights.fitted_rows(kernel, moments, cross, share, 0.0, residual)
+  np.testing.assert_allclose(found, (1 - share) * kernel + share * best, atol=2e-4)
 
 
 class Convolutions(nn.Module):

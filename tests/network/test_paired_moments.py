@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from opq_jax.network.paired_moments import stage_sums, stages, sum_of_batches
 
@@ -48,5 +49,42 @@ def test_stage_sums_of_both_networks():
   rows, others = read(first, x), read(second, y)
   np.testing.assert_allclose(sums.moments[0], others.T @ others, rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(sums.cross_moments[0], others.T @ rows, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(sums.residual, others.T @ (x - y), rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(sums.means().residual, others.T @ (x - y) / 8, rtol=1e-4, atol=1e-5)
   assert float(sums.rows) == 8
   np.testing.assert_allclose(sums.means().moments[0], others.T @ others / 8, rtol=1e-4, atol=1e-5)
+
+
+def test_residual_of_any_layout():
+  """Heads, a kernel outputs first, a bias and a reshape lie between the product and the sum."""
+
+  def block(params, x):
+    heads = jnp.tanh(x).reshape(-1, 2, 2)
+    y = jnp.einsum('bhi,ohi->ob', heads, params['out']).T + params['bias'][None]
+    return x.reshape(-1, 2, 2) + y.reshape(-1, 2, 2)
+
+  rng = np.random.default_rng(0)
+  params = {'out': rng.normal(size=(4, 2, 2)), 'bias': rng.normal(size=4)}
+  params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+  x, y = rng.normal(size=(2, 8, 4)).astype(np.float32)
+  (stage,) = stages(block, params, x)
+  sums = stage_sums(block, stage, params, params, x, y)
+  expected = np.einsum('bi,bo->oi', np.tanh(y), x - y).reshape(4, 2, 2)
+  np.testing.assert_allclose(sums.residual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'block',
+  [
+    lambda params, x: x + jax.nn.relu(x @ params['w']),
+    lambda params, x: x * (x @ params['w']),
+    lambda params, x: x @ params['w'] + x @ params['w'],
+    lambda params, x: x @ params['w'] + params['bias'][None],
+  ],
+  ids=['relu', 'product', 'twice', 'bias alone'],
+)
+def test_no_residual_where_outputs_are_not_added_to_hidden_states(block):
+  params = {'w': jnp.ones((4, 4)), 'bias': jnp.ones(4)}
+  x = jnp.ones((8, 4))
+  for stage in stages(block, params, x):
+    assert stage_sums(block, stage, params, params, x, 2 * x).residual is None

@@ -6,7 +6,7 @@
 All forms have the same allocation, tokens and error feedback, and choose the codes of the blocks'
 kernels alone.  A leaf of inputs x (x' in the compressed network) has the target
 
-    W + share (H^-1 C W - W) + residual H^-1 R         H = E[t x'^T x'],  C = E[t x'^T x]
+    W + share (H^-1 (C W + residual R) - W)          H = E[t x'^T x'],  C = E[t x'^T x]
 
     share       of the way to the weights that fit x' best, `opq_jax.encoders.LayerByLayer`
     residual    R = E[t x'^T (r - r')], with r what the layer's outputs are added to: the layer
@@ -42,7 +42,8 @@ from experiments.benchmarks.language_models.networks import Network
 from opq_jax import encoders, language
 from opq_jax.importers import language_models
 from opq_jax.language import block_codes
-from opq_jax.language.network import Block, Head, Start, StoredNetwork, applied
+from opq_jax.language.network import StoredNetwork
+from opq_jax.language.parts import Block, Head, Start, applied
 from opq_jax.network.paired_moments import PairedSums
 from opq_jax.weights.work_folder import open_work
 
@@ -57,7 +58,7 @@ class Form(NamedTuple):
   """What differs; see the description of the module."""
 
   share: float = encoders.SHARE
-  residual: float = 0.0
+  residual: float = block_codes.RESIDUAL
   weights: float = 0.0
   energy: bool = False
 
@@ -66,8 +67,8 @@ FORMS = {
   'as adopted': Form(),
   'share 0': Form(share=0.0),
   'share 1': Form(share=1.0),
-  'residual .25': Form(residual=0.25),
-  'residual .5': Form(residual=0.5),
+  'residual 0': Form(residual=0.0),
+  'residual 1': Form(residual=1.0),
   'weights of tokens .5': Form(weights=0.5),
   'weights of tokens 1': Form(weights=1.0),
   'energy': Form(energy=True),
@@ -107,24 +108,19 @@ class FormEncoder(block_codes.BlockEncoder):
   Attributes beside its own:
     form: the form.
     token_weights: of all tokens, for each layer.
-    residuals: R of the stage that is being coded, one entry or none.
   """
 
   form: Form = FORMS['as adopted']
   token_weights: Float32[np.ndarray, 'layers sequences length'] | None = None
-  residuals: list[Array] = dataclasses.field(default_factory=list)
 
   def _sums(self, part: Any, stage: Any, compressed: Any, streams: Any) -> PairedSums:
-    self.residuals.clear()
-    if part.layer is None or not (self.form.residual or self.form.weights):
+    if part.layer is None or not self.form.weights:
       return super()._sums(part, stage, compressed, streams)
+    assert self.token_weights is not None
+    weights = 1 + self.form.weights * (self.token_weights[part.layer] - 1)
     name = stage.leaves[0].removesuffix('/kernel')
     added_to = _ADDED_TO.get(name)
     names = (name, *([added_to] if added_to else []))
-    sequences, length = streams.first.shape[:2]
-    weights = np.ones((sequences, length), np.float32)
-    if self.token_weights is not None:
-      weights += self.form.weights * (self.token_weights[part.layer] - 1)
     totals: Any = 0
     batches = (self._batches(array) for array in (*streams, weights))
     for first, second, t in zip(*batches, strict=True):
@@ -135,18 +131,9 @@ class FormEncoder(block_codes.BlockEncoder):
       parts = [_weighted_product(t, other, y) for y in (other, x, r[0] - r[1])]
       totals = parts if isinstance(totals, int) else jax.tree.map(jnp.add, totals, parts)
     moments, cross_moments, residual = (total / weights.sum() for total in totals)
-    if name in _ADDED_TO and self.form.residual:
-      self.residuals.append(residual)
-    return PairedSums(moments[None], cross_moments[None], jnp.float32(1))
-
-  def _fitted(self, weights: Array, reading: Any) -> Array:
-    fitted = super()._fitted(weights, reading)
-    for residual in self.residuals:
-      moments = reading.own.moments[0]
-      mean = jnp.mean(jnp.diagonal(moments))
-      damped = moments + self.damping * mean * jnp.eye(len(moments))
-      fitted += self.form.residual * jnp.linalg.solve(damped, residual)
-    return fitted
+    is_added = name in _ADDED_TO
+    one = jnp.float32(1)
+    return PairedSums(moments[None], cross_moments[None], one, residual if is_added else None)
 
 
 def token_weights(network: StoredNetwork, tokens: np.ndarray) -> np.ndarray:
@@ -235,6 +222,7 @@ def compare(
         network.calibration,
         encoder=encoders.Feedback({}),
         share=form.share,
+        residual=form.residual,
         form=form,
         token_weights=gradients,
         **allocated,
