@@ -129,7 +129,7 @@ def rows(method, correction, sizes, divergences):
 def test_summary_of_half_the_bytes():
   table = [
     *rows('float32', 'none', [16_000], [0]),
-    *rows(cerwu_summary.THEIRS, 'images', [500, 1000, 2000], [0.4, 0.2, 0.1]),
+    *rows(cerwu_summary.THEIRS, 'images', [20, 500, 1000, 2000], [2, 0.4, 0.2, 0.1]),
     *rows(cerwu_summary.OURS[0], 'images', [250, 500, 1000], [0.4, 0.2, 0.1]),
     *rows(cerwu_summary.OURS[1], 'images', [250, 500], [0.4, 0.2]),
   ]

@@ -22,10 +22,10 @@ interface of entropy models, which belongs into its QuantisationInterfaces.h:
       virtual void update(int32_t level) = 0;
     };
 
-Both sides have the same moments of the same 128 images, the same correction of BatchNorm on these
-images afterwards, and the same bytes of vectors: 16 bits a number, coded as in our files.  CERWU's
-kernels are streams of its own coder, DeepCABAC, which are decoded again; nothing is counted for
-its names, shapes and lengths.  Our bytes are of whole files.  CERWU is swept over steps and
+Both sides have the same moments of the same calibration images, the same correction of BatchNorm on
+these images afterwards, and the same bytes of vectors: 16 bits a number, coded as in our files.
+CERWU's kernels are streams of its own coder, DeepCABAC, which are decoded again; nothing is counted
+for its names, shapes and lengths.  Our bytes are of whole files.  CERWU is swept over steps and
 lambda, and its curve is the lower convex hull of the sweep.
 
 Rows of ours that experiments/results/against_nncodec holds are taken from there, and rows that

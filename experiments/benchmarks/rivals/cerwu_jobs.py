@@ -19,7 +19,7 @@ from opq_jax.importers import networks
 
 CERWU = 'CERWU'
 Settings = tuple[tuple[str, Any], ...]
-# logarithms of lambda by the number of steps, around the settings that are on the hull
+# logarithms of lambda by the number of steps: those on the hull, and around them
 _RESNET = {
   6: (-2.5, -2),
   8: (-4, -2.5, -2.25, -2, -1.75),
@@ -34,11 +34,12 @@ _RESNET = {
 GRID: dict[str, dict[int, tuple[float, ...]]] = {
   'resnet20': _RESNET,
   'mobilenet_v1': {
-    32: (-2, -2.5),
-    24: (-2,),
-    64: (-3, -2.5),
+    64: (-6, -4.5, -3, -2.5),
+    32: (-6, -5, -4, -3.25, -2.5, -2),
+    48: (-6, -5, -2.5),
+    24: (-6, -5, -2),
+    96: (-6,),
     16: (-2, -1.5),
-    48: (-2.5,),
   },
 }
 # settings besides, to see what they change, at these steps and logarithms of lambda

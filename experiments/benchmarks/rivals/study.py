@@ -19,7 +19,7 @@ from experiments.benchmarks.rivals.jobs import KERNELS, Job
 from opq_jax.importers import networks
 from opq_jax.report import accuracy
 
-UNLABELLED = 128  # calibration images
+UNLABELLED = 128  # calibration images at most; the training photographs are 100
 COLUMNS = (
   *('network', 'method', 'setting', 'correction', 'file_bytes', 'times_smaller'),
   *('top1', 'top1_low', 'top1_high', 'top5', 'agreement', 'divergence', 'top1_unseen'),
@@ -69,7 +69,7 @@ class Study:
   Attributes:
     name: of the network.
     network: of float weights.
-    unlabelled: two batches of calibration images, which are not judged on ResNets.
+    unlabelled: two batches of calibration images, of which ResNets are not judged on any.
   """
 
   def __init__(self, path: pathlib.Path, data_dir: str):
