@@ -97,7 +97,7 @@ class LayerByLayer(Encoder):
     share: how far to go from W to V; 0 ignores that the float layer saw other inputs.
     damping: of H, as in `Feedback`.
 
-  >>> import flax.linen as nn, numpy as np, opq_jax
+  >>> import flax.linen as nn, jax.numpy as jnp, numpy as np, opq_jax
   >>> class Network(nn.Module):
   ...   @nn.compact
   ...   def __call__(self, x):
