@@ -119,7 +119,8 @@ def _of_sentencepiece(field: Field, tokens: Sequence[str], types: Sequence[int])
   """Returns the parts of a tokenizer of SentencePiece with scores."""
   scores = field(f'{_KEY}.scores')
   if scores is None or len(scores) != len(tokens):
-    raise ValueError(f'{_KEY}.scores: found none, expected one a token')
+    count = 0 if scores is None else len(scores)
+    raise ValueError(f'{_KEY}.scores: found {count}, expected {len(tokens)}, one a token')
   numbers = {token: number for number, token in enumerate(tokens)}
   pairs = []
   for number, token in enumerate(tokens):

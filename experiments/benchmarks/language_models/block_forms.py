@@ -178,11 +178,6 @@ def _allocated(network: Network, stored: StoredNetwork, bits: float) -> dict[str
     for path, place in stored.places.items()
     for name in place.names
   }
-  is_turned = {
-    stored.names[name]: place.is_transposed
-    for place in stored.places.values()
-    for name in place.names
-  }
   calibration = ours.calibration_of(network, 'text')
   objective = language.costs(stored, calibration, tensors, damping=encoders.DAMPING)
   allocation = opq_jax.allocate(
@@ -190,7 +185,7 @@ def _allocated(network: Network, stored: StoredNetwork, bits: float) -> dict[str
     bits_per_weight=bits,
     objective=objective,
     compressible=lambda name, _: is_kernel.get(name, False),
-    channel_axis=lambda name, _: 0 if is_turned.get(name, False) else -1,
+    channel_axis=ours.output_axis(stored),
   )
   records = {name: allocation.tree[name] for name in tensors if allocation.tree[name] is not None}
   return {
@@ -292,9 +287,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
-  parser.add_argument('network', choices=networks.NAMES)
-  parser.add_argument('folder', type=pathlib.Path)
-  parser.add_argument('--text', type=pathlib.Path)
+  networks.add_arguments(parser)
   parser.add_argument('--bits', nargs='+', type=float, default=list(BITS))
   parser.add_argument('--only', nargs='+', choices=list(FORMS), default=[])
   arguments = parser.parse_args()

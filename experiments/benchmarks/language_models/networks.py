@@ -7,6 +7,7 @@ sequences that a chain of neighbours joins, each within 5 substitutions of the n
 side.
 """
 
+import argparse
 import json
 import pathlib
 from collections.abc import Iterable, Mapping
@@ -45,6 +46,13 @@ class Network(NamedTuple):
   params: dict[str, Any]
   measured: Tokens
   calibration: Tokens
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds what `open_network` is called with: the network, its folder and its text."""
+  parser.add_argument('network', choices=NAMES)
+  parser.add_argument('folder', type=pathlib.Path)
+  parser.add_argument('--text', type=pathlib.Path)
 
 
 def open_network(name: str, folder: pathlib.Path, text: pathlib.Path | None = None) -> Network:

@@ -4,7 +4,7 @@ import functools
 import pathlib
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -105,14 +105,9 @@ def network_by_costs(
     for path, leaf in networks.leaves(network.params).items()
     for name in stored.places[path].names
   }
-  transposed = {
-    stored.names[name]: place.is_transposed
-    for place in stored.places.values()
-    for name in place.names
-  }
   options: dict[str, Any] = {
     'compressible': lambda name, _: is_chosen[name],
-    'channel_axis': lambda name, _: 0 if transposed[name] else -1,
+    'channel_axis': output_axis(stored),
     'bits_per_weight': bits,
   }
   with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -147,6 +142,16 @@ def network_by_costs(
     size = sum(stored_bits.values())
   note = f'{calibration.tokens.size:,} tokens, {scaled} of {sum(is_chosen.values())} leaves scaled'
   return Coded(leaves, stored_bits, size - sum(stored_bits.values())), note
+
+
+def output_axis(stored: language.StoredNetwork) -> Callable[[str, Any], int]:
+  """Returns the axis of the outputs of every tensor of a network, by its name in the file."""
+  is_transposed = {
+    stored.names[name]: place.is_transposed
+    for place in stored.places.values()
+    for name in place.names
+  }
+  return lambda name, _: 0 if is_transposed.get(name, False) else -1
 
 
 def kernels_alone(tree: Mapping[str, Any]) -> dict[str, Any]:

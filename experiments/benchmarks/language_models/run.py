@@ -230,9 +230,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
-  parser.add_argument('network', choices=networks.NAMES)
-  parser.add_argument('folder', type=pathlib.Path)
-  parser.add_argument('--text', type=pathlib.Path)
+  networks.add_arguments(parser)
   parser.add_argument('--llama_cpp', type=pathlib.Path, help='folder of its shared libraries')
   parser.add_argument(
     '--only',
