@@ -44,10 +44,10 @@ _DEBT = 0.03
 """How far the bits of a leaf may be from those allocated, to make good what others took."""
 
 RESIDUAL = 0.5
-"""How much of the error in the hidden states a layer makes good whose outputs are added to them.
+"""Part of the error in the hidden states that goes into a layer's target, beside its inputs' error.
 
-Beside the error of its own inputs, and within `share` of the way as that.  In part only, because
-inputs of few tokens explain some of any error by chance.
+Of a layer whose outputs are added to the hidden states; `share` applies to both errors.  A part only,
+because the inputs of few tokens explain some of any error by chance.
 """
 
 _HEAD = 'head/'
@@ -154,7 +154,7 @@ class BlockEncoder:
     output_scales: of some of them, as in `opq_jax.compression.LeafState`, by name.
     encoder: chooses the codes of a leaf, given the moments of its inputs.
     share, damping: as in `opq_jax.encoders.LayerByLayer`.
-    residual: how much of the error in the hidden states a layer makes good (`RESIDUAL`).
+    residual: part of the error in the hidden states that goes into a target, as `RESIDUAL`.
   """
 
   network: StoredNetwork
