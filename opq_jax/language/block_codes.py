@@ -46,8 +46,8 @@ _DEBT = 0.03
 RESIDUAL = 0.5
 """Part of the error in the hidden states that goes into a layer's target, beside its inputs' error.
 
-Of a layer whose outputs are added to the hidden states; `share` applies to both errors.  A part only,
-because the inputs of few tokens explain some of any error by chance.
+Of a layer whose outputs are added to the hidden states; `share` applies to both errors.  A part
+only, because the inputs of few tokens explain some of any error by chance.
 """
 
 _HEAD = 'head/'
