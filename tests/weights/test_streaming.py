@@ -116,13 +116,9 @@ def test_compress_stored_keeps_the_old_file(tmp_path):
 def test_compress_stored_peak_memory(source, monkeypatch):
   # compiled in less time: the trees take as much memory
   monkeypatch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
-  # what else runs only adds to a peak, one run in a few fails for it: the least of three counts
-  for _ in range(3):
-    found = large_trees.run(48_000_000, 8_000_000, None, source)
-    if found['peak'] - found['one'] <= 3 * found['largest']:
-      break
+  found = large_trees.run(48_000_000, 8_000_000, None, source)
   # the whole tree would break both bounds
   assert found['original'] >= 6 * found['largest']
-  # three times the largest leaf, and a constant: libraries, what is compiled, and the pieces
-  assert found['peak'] - found['constant'] <= 3 * found['largest'] + 140e6
+  # three times the largest leaf, and a constant: what is compiled for it, and the pieces
+  assert found['peak'] - found['constant'] <= 3 * found['largest'] + 80e6
   assert found['peak'] - found['one'] <= 3 * found['largest']

@@ -5,9 +5,11 @@
     python -m experiments.benchmarks.resources.large_trees --what memory
 
 Every size runs in a process of its own, whose peak resident set (VmHWM) is read three times: after
-compressing a small tree (memory of the libraries), after a tree of the largest leaf alone
-(compilers included), and after the whole tree.  A limit on the address space would be no test: JAX
-maps much more than it ever touches.  The files are made, and removed again, in a folder on disk.
+a tree of as many leaves and channels with few weights (memory of the libraries, and of the
+allocation's programs, which are those of leaves and channels), after the same tree with one leaf of
+the largest size (compilers included), and after the whole tree.  A limit on the address space would
+be no test: JAX maps much more than it ever touches.  The files are made, and removed again, in a
+folder on disk.
 
 Processor time of all cores is given beside the wall clock; other load on the machine does not
 change it.
@@ -27,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,7 +38,8 @@ import safetensors
 from experiments.benchmarks import harness
 from opq_jax.report import plots
 
-CHANNELS = 1000
+CHANNELS = 1000  # of every leaf
+SMALL_ROWS = 100  # of a leaf of few weights
 # what the leaves are read from, and the tables
 SOURCES = {
   '.safetensors': 'large_trees',
@@ -48,13 +51,17 @@ SHARDS = 4
 WHAT = (*SOURCES, 'memory')
 
 
+def leaf_rows(weights: int, leaf: int) -> list[int]:
+  """Returns the rows of `CHANNELS` weights of every leaf: of at most `leaf` weights each."""
+  most, rows = max(leaf // CHANNELS, 1), max(weights // CHANNELS, 1)
+  return [min(most, rows - i) for i in range(0, rows, most)]
+
+
 def write_tree(
-  path: pathlib.Path, weights: int, leaf: int, seed: int = 0, names: str = 'layer'
+  path: pathlib.Path, rows: Sequence[int], seed: int = 0, names: str = 'layer'
 ) -> None:
-  """Writes float32 Laplace weights in leaves of at most `leaf` as safetensors, leaf by leaf."""
+  """Writes float32 Laplace weights in leaves of these rows as safetensors, leaf by leaf."""
   rng = np.random.default_rng(seed)
-  most = max(leaf // CHANNELS, 1)
-  rows = [min(most, weights // CHANNELS - i) for i in range(0, max(weights // CHANNELS, 1), most)]
   header, begin = {}, 0
   for i, count in enumerate(rows):
     end = begin + 4 * count * CHANNELS
@@ -76,14 +83,14 @@ def write_tree(
         (piece * scale).tofile(file)
 
 
-def write_shards(folder: pathlib.Path, weights: int, leaf: int, seed: int, is_torch: bool) -> None:
-  """Writes weights in leaves as a model folder of shards, of safetensors or of PyTorch."""
+def write_shards(folder: pathlib.Path, rows: Sequence[int], seed: int, is_torch: bool) -> None:
+  """Writes leaves of these rows as a model folder of shards, of safetensors or of PyTorch."""
   folder.mkdir()
   places: dict[str, str] = {}
-  count = min(SHARDS, -(-weights // leaf))
+  count = min(SHARDS, len(rows))
   for i in range(count):
     path = folder / f'model-{i + 1:05}-of-{count:05}.safetensors'
-    write_tree(path, weights // count, leaf, seed + i, f'shard_{i}_layer')
+    write_tree(path, rows[i::count], seed + i, f'shard_{i}_layer')
     with safetensors.safe_open(path, 'np') as file:
       names = list(file.keys())
     if is_torch:
@@ -206,13 +213,16 @@ def run(
   suffix = source if source == '.safetensors' else ''
   with tempfile.TemporaryDirectory(dir=folder) as name:
     place = pathlib.Path(name)
-    sizes = {'small': (100_000, 100_000), 'one': (min(leaf, weights), leaf), 'net': (weights, leaf)}
-    for seed, (stem, (size, largest)) in enumerate(sizes.items()):
+    net = leaf_rows(weights, leaf)
+    small = [SMALL_ROWS] * len(net)
+    for seed, (stem, rows) in enumerate(
+      {'small': small, 'one': net[:1] + small[1:], 'net': net}.items()
+    ):
       if 'shards' in source:
-        write_shards(place / stem, size, largest, seed, source == 'PyTorch shards')
+        write_shards(place / stem, rows, seed, source == 'PyTorch shards')
         continue
       path = place / f'{stem}.safetensors'
-      write_tree(path, size, largest, seed)
+      write_tree(path, rows, seed)
       if source == 'Orbax':
         write_orbax(path, place / stem)
         path.unlink()
