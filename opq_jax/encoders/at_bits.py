@@ -13,10 +13,9 @@ from opq_jax.allocation import Allocation, LeafAllocation, allocate, leaf_statis
 from opq_jax.compression import CompressionState, LeafState, init_state
 from opq_jax.core import messages
 from opq_jax.encoders.allocation_search import quietly
-from opq_jax.encoders.encoder import LeafEncoder
+from opq_jax.encoders.encoder import Factored, LeafEncoder, Moments
 from opq_jax.encoders.matrices import MatrixLayout
 from opq_jax.encoders.trellis_leaves import entropy_bits
-from opq_jax.network import InputMoments
 
 _PILOT = 1 << 17
 """Weights on which a grid is tried, where a leaf has twice as many or more."""
@@ -48,7 +47,7 @@ def code_at_bits(
   dtype: Any,
   bits: float,
   encoder: LeafEncoder,
-  moments: InputMoments | None,
+  moments: Moments,
   damping: float,
   ratio: float = 1.0,
   output_scales: Any = None,
@@ -65,7 +64,7 @@ def code_at_bits(
     dtype: of the leaf's values.
     bits: bits per weight.
     encoder: chooses the codes.
-    moments: of its inputs, or None.
+    moments: of its inputs, as for `LeafEncoder.choose_matrix`.
     damping: of the moments.
     ratio: the first guess, from a leaf alike.
     output_scales: of the leaf, as in `LeafState`.
@@ -109,12 +108,14 @@ def _next(tried: dict[float, float], bits: float) -> float:
   return last + (bits - found) / min(max(slope, 0.5), 2.0)
 
 
-def _pilot(weights: Array, moments: InputMoments | None) -> Any:
+def _pilot(weights: Array, moments: Moments) -> Any:
   """Returns the outputs on which grids are tried; None for all."""
   inputs = tuple(range(weights.ndim - 1)) if moments is None else moments.inputs
   layout = MatrixLayout(weights.shape, inputs)
   outputs = weights.size // max(layout.width, 1)
-  groups = 1 if moments is None else np.shape(moments.matrix)[0]
+  groups = 1
+  if moments is not None:
+    groups = np.shape(moments.factor if isinstance(moments, Factored) else moments.matrix)[0]
   some = -(-_PILOT // max(layout.width, 1))
   if groups > 1 or len(layout.outputs) != 1 or 2 * some > outputs:
     return None
@@ -126,7 +127,7 @@ def plain_allocation(
   weights: Any,
   dtype: Any,
   bits: float,
-  moments: InputMoments | None,
+  moments: Moments,
   output_scales: Any = None,
 ) -> LeafAllocation:
   """Returns the allocation of one leaf by itself; arguments as of `code_at_bits`.
@@ -148,7 +149,7 @@ def plain_allocation(
   return record
 
 
-def _output_axes(weights: Any, moments: InputMoments | None) -> Any:
+def _output_axes(weights: Any, moments: Moments) -> Any:
   """Returns the axis of the outputs of a leaf, or several."""
   inputs = tuple(range(weights.ndim - 1)) if moments is None else moments.inputs
   outputs = MatrixLayout(weights.shape, inputs).outputs
@@ -160,7 +161,7 @@ def _coded(
   weights: Array,
   dtype: Any,
   encoder: LeafEncoder,
-  moments: InputMoments | None,
+  moments: Moments,
   damping: float,
   output_scales: Any,
   bits: float,
@@ -178,4 +179,4 @@ def _coded(
     if output_scales is not None:
       output_scales = jnp.asarray(np.take(np.asarray(output_scales), pilot, axis=axis))
     grid = dataclasses.replace(grid, kinds=kinds, output_scales=output_scales)
-  return encoder.choose_leaf(weights, grid, moments, damping)
+  return encoder.choose_matrix(weights, grid, moments, damping)

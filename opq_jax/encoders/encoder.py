@@ -14,13 +14,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float32
 
 from opq_jax.compression import CompressionState, LeafState, slice_of, stacked
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 from opq_jax.encoders.matrices import MatrixLayout
 from opq_jax.network import InputMoments, StoredMatrix
+
+Factor = Float32[np.ndarray, 'groups K K']
 
 DAMPING = 0.05
 """Damping of moments: added to the diagonal of a matrix, times the diagonal's mean.
@@ -96,12 +98,33 @@ class Encoder(abc.ABC):
     return f'{type(self).__name__}({", ".join(shown)})'
 
 
+class Factored(NamedTuple):
+  """Damped moments of the inputs of a leaf without slices, by the factor of their inverse.
+
+  Attributes:
+    factor: U of H^-1 = U^T U, from `opq_jax.encoders.host_feedback.factor_of`.
+    inputs: axes of the leaf.
+  """
+
+  factor: Factor
+  inputs: tuple[int, ...]
+
+
+Moments = InputMoments | Factored | None
+"""Moments of one leaf; factored only for an encoder that `reads_factors`."""
+
+
 class LeafEncoder(Encoder):
   """An encoder that codes each leaf by itself, from the leaf and the moments of its inputs."""
 
+  @property
+  def reads_factors(self) -> bool:
+    """Whether `choose_matrix` takes `Factored` moments: one factor for several leaves and grids."""
+    return False
+
   @abc.abstractmethod
   def choose_matrix(
-    self, weights: Array, grid: LeafState, moments: InputMoments | None, damping: float
+    self, weights: Array, grid: LeafState, moments: Moments, damping: float
   ) -> tuple[Array, LeafState]:
     """Chooses the codes of a leaf without slices, whatever moments the encoder itself holds.
 
@@ -109,7 +132,7 @@ class LeafEncoder(Encoder):
       weights: of the leaf, in its dtype or in float32.
       grid: its plain grid.
       moments: second moments of its inputs, or None.
-      damping: of the moments, as in `Feedback`.
+      damping: of the moments, as in `Feedback`; factored moments are damped already.
 
     Returns:
       The decoded values, in the dtype of the grid, and the grid with the mask of these codes.

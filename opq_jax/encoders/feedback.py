@@ -19,8 +19,10 @@ from opq_jax.core.trees import PyTree
 from opq_jax.encoders.encoder import (
   DAMPING,
   Encoded,
+  Factored,
   IndefiniteMomentsError,
   LeafEncoder,
+  Moments,
   Trial,
   check_damping,
   encoded,
@@ -29,7 +31,6 @@ from opq_jax.encoders.encoder import (
 )
 from opq_jax.encoders.matrices import MatrixLayout
 from opq_jax.encoders.tied_codes import with_ties
-from opq_jax.network import InputMoments
 
 # inputs whose errors are pushed on one by one, within rows that stay in the processor's cache
 _BLOCK = 64
@@ -126,8 +127,10 @@ class Feedback(LeafEncoder):
     return encoded(params, chosen)
 
   def choose_matrix(
-    self, weights: Array, grid: LeafState, moments: InputMoments | None, damping: float
+    self, weights: Array, grid: LeafState, moments: Moments, damping: float
   ) -> tuple[Array, LeafState]:
+    # the order of the inputs is by their moments
+    assert not isinstance(moments, Factored)
     if moments is None:
       codes = compression.encode(weights.astype(grid.dtype), CompressionState(grid))
     else:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int8
 
 from opq_jax.core import native
-from opq_jax.encoders.encoder import IndefiniteMomentsError
+from opq_jax.encoders.encoder import Factor, IndefiniteMomentsError
 
 # inputs; errors are pushed on one by one within a block that stays in the processor's cache, and
 # by one product of matrices to all inputs after it
@@ -24,7 +24,6 @@ _REVERSED = 1 << 18  # numbers that are moved at a time: 1 MB
 _FACTORIZATION = threading.Lock()
 
 Rows = Float32[np.ndarray, 'inputs outputs']
-Factor = Float32[np.ndarray, 'groups K K']
 
 
 def factor_of(moments: Factor, damping: float, version: int = 2) -> Factor:

@@ -17,6 +17,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Float64
 
@@ -24,7 +25,7 @@ from opq_jax.allocation import LeafAllocation
 from opq_jax.coding import rotations
 from opq_jax.encoders.allocation_search import quietly
 from opq_jax.encoders.at_bits import plain_allocation
-from opq_jax.encoders.encoder import IndefiniteMomentsError
+from opq_jax.encoders.encoder import Factor, Factored, IndefiniteMomentsError
 from opq_jax.encoders.host_feedback import factor_of
 from opq_jax.encoders.matrices import MatrixLayout
 from opq_jax.network import InputMoments
@@ -41,16 +42,39 @@ class RotatableMoments:
   Attributes:
     moments: H = E[x^T x].
     damping: of the moments, as in `opq_jax.encoders.Feedback`.
+    reads_factors: whether the encoder of the leaves does; one factor serves all leaves and grids.
   """
 
   moments: Float32[Any, 'groups K K']
   damping: float
+  reads_factors: bool = False
+  _kept: dict[bool, Factor] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
   @functools.cached_property
   def rotated(self) -> Float32[np.ndarray, '1 K K']:
     """Q^T H Q, the moments of x Q."""
     once = rotations.rotated(np.asarray(self.moments), 1)
     return rotations.rotated(once, 2)
+
+  def _factor(self, is_rotated: bool) -> Factor:
+    """Returns U of H^-1 = U^T U; kept, as large as the moments, only where an encoder reads it."""
+    if is_rotated in self._kept:
+      return self._kept[is_rotated]
+    moments = self.rotated if is_rotated else self.moments
+    factor = factor_of(np.asarray(moments, np.float32), self.damping)
+    if self.reads_factors:
+      self._kept[is_rotated] = factor
+    return factor
+
+  def of_leaf(self, inputs: tuple[int, ...], is_rotated: bool) -> InputMoments | Factored:
+    """Returns the moments of a leaf of these input axes, in the form that its encoder reads.
+
+    Raises:
+      IndefiniteMomentsError: the encoder reads factors, and there is none.
+    """
+    if self.reads_factors:
+      return Factored(self._factor(is_rotated), inputs)
+    return InputMoments(jnp.asarray(self.rotated if is_rotated else self.moments), inputs)
 
   def rotated_weights(
     self,
@@ -89,14 +113,10 @@ class RotatableMoments:
   def _costs(self) -> tuple[Float64[np.ndarray, ' K'], ...] | None:
     """1 / U_ii^2 of the inputs, and of the inputs rotated; None where there is no factor."""
     try:
-      return tuple(_costs_of(matrix, self.damping) for matrix in (self.moments, self.rotated))
+      diagonals = [np.diagonal(self._factor(turned)[0]).copy() for turned in (False, True)]
     except IndefiniteMomentsError:  # said where codes are chosen
       return None
-
-
-def _costs_of(moments: Any, damping: float) -> Float64[np.ndarray, ' K']:
-  factor = factor_of(np.asarray(moments, np.float32), damping)
-  return np.diagonal(factor, axis1=1, axis2=2)[0].astype(np.float64) ** -2
+    return tuple(diagonal.astype(np.float64) ** -2 for diagonal in diagonals)
 
 
 def _rounding_errors(

@@ -9,8 +9,7 @@ from opq_jax.compression import CompressionState, LeafState
 from opq_jax.compression.records import kinds_of
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
-from opq_jax.encoders.encoder import Encoded, LeafEncoder, encoded, leaves_to_code
-from opq_jax.network import InputMoments
+from opq_jax.encoders.encoder import Encoded, LeafEncoder, Moments, encoded, leaves_to_code
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -37,7 +36,7 @@ class Rounding(LeafEncoder):
     return encoded(params, [(values.get(leaf.name, leaf.weights), leaf.grid) for leaf in leaves])
 
   def choose_matrix(
-    self, weights: Array, grid: LeafState, moments: InputMoments | None, damping: float
+    self, weights: Array, grid: LeafState, moments: Moments, damping: float
   ) -> tuple[Array, LeafState]:
     """Rounds one leaf.  The mask is made anew: these may be other weights than those of the grid.
 

@@ -14,6 +14,7 @@ from opq_jax.encoders.encoder import (
   Encoded,
   LeafEncoder,
   LeafToCode,
+  Moments,
   Trial,
   check_damping,
   encoded,
@@ -26,7 +27,6 @@ from opq_jax.encoders.plain_codes import PlainCodesWarning
 from opq_jax.encoders.survey import surveyed
 from opq_jax.encoders.tied_codes import with_ties
 from opq_jax.encoders.trellis_leaves import CodedLeaf, bits_of, check_finite, code_leaf, factored
-from opq_jax.network import InputMoments
 
 TRELLIS_VERSION = 2
 """Version of the encoder, which `opq compress` writes into its files (`Trellis.version`)."""
@@ -98,8 +98,13 @@ class Trellis(LeafEncoder):
     records = trees.records(params, grids.tree, LeafState)
     return with_ties(coded, params, records, lambda: self.preferred(params))
 
+  @property
+  def reads_factors(self) -> bool:
+    # factors of version 1 were rounded in another way
+    return self.version > 1
+
   def choose_matrix(
-    self, weights: Array, grid: LeafState, moments: InputMoments | None, damping: float
+    self, weights: Array, grid: LeafState, moments: Moments, damping: float
   ) -> tuple[Array, LeafState]:
     coded = code_leaf(weights, grid, factored(moments, damping, self.version))
     assert coded.state is not None

@@ -25,11 +25,10 @@ from opq_jax.compression.records import (
 )
 from opq_jax.core.limits import ESCAPE, MAX_LEVELS
 from opq_jax.encoders import feedback, trellis_grids
-from opq_jax.encoders.encoder import LeafToCode
-from opq_jax.encoders.host_feedback import Factor, RowFeedback, factor_of
+from opq_jax.encoders.encoder import Factor, Factored, LeafToCode, Moments
+from opq_jax.encoders.host_feedback import RowFeedback, factor_of
 from opq_jax.encoders.matrices import MatrixLayout
 from opq_jax.encoders.trellis_walk import Walk
-from opq_jax.network import InputMoments
 
 # bits per weight that the trellis gains, at least, at the rates at which 127 levels do not suffice
 _GAIN = 0.1
@@ -57,26 +56,14 @@ def check_finite(leaf: LeafToCode) -> None:
     raise ValueError(f'{leaf.name}: found NaN or an infinity, expected finite weights')
 
 
-class Factored(NamedTuple):
-  """Moments of the inputs of a leaf, by their factor.
-
-  Attributes:
-    factor: from `opq_jax.encoders.host_feedback.factor_of`.
-    inputs: axes of the leaf.
-  """
-
-  factor: Factor
-  inputs: tuple[int, ...]
-
-
-def factored(moments: InputMoments | None, damping: float, version: int) -> Factored | None:
+def factored(moments: Moments, damping: float, version: int) -> Factored | None:
   """Returns the factor of the moments of a leaf without slices, as a version of the encoder has it.
 
   Raises:
     IndefiniteMomentsError: damped moments are not positive definite.
   """
-  if moments is None:
-    return None
+  if moments is None or isinstance(moments, Factored):
+    return moments
   matrix = np.asarray(moments.matrix, np.float32)
   return Factored(factor_of(matrix, damping, version), moments.inputs)
 

@@ -32,7 +32,6 @@ from opq_jax.file.coded_leaves import CodedSlice, Rotation
 from opq_jax.file.coded_weights import coded_slices
 from opq_jax.language.network import StoredNetwork
 from opq_jax.language.parts import Block, Head, Start, applied
-from opq_jax.network import InputMoments
 from opq_jax.network.paired_moments import PairedSums, Stage, stage_sums, stages, sum_of_batches
 from opq_jax.weights.coded_arrays import FIELDS, arrays_of, coded_slice
 from opq_jax.weights.work_folder import WorkFolder
@@ -257,7 +256,7 @@ class BlockEncoder:
       if not self.bits.keys() & set(names):
         continue
       sums = self._sums(part, stage, compressed, streams)
-      moments = RotatableMoments(sums.moments, self.damping)
+      moments = RotatableMoments(sums.moments, self.damping, self.encoder.reads_factors)
       leaves = trees.named_leaves(compressed)
       for path, name, inputs in zip(stage.leaves, names, stage.inputs, strict=True):
         if name in self.bits:
@@ -282,13 +281,13 @@ class BlockEncoder:
     own_scales = None if scales is None else jnp.asarray(turned(np.asarray(scales)))
     moments = rotated_axis = None
     if reading is not None:
-      moments = InputMoments(reading.own.moments, reading.inputs)
       if self.share:
         target = self._fitted(weights, reading)
       facts = site.name, target, dtype, own, reading.inputs, own_scales
       if (turned_inputs := reading.own.rotated_weights(*facts)) is not None:
         target, rotated_axis = jnp.asarray(turned_inputs), reading.inputs[0]
-        moments = InputMoments(jnp.asarray(reading.own.rotated), reading.inputs)
+      with named_leaf(site.name):
+        moments = reading.own.of_leaf(reading.inputs, rotated_axis is not None)
     of_codes = dtype if rotated_axis is None else np.dtype(np.float32)
     # the ratio is that of the last leaf of this path coded likewise
     key = path if rotated_axis is None else f'{path} rotated'

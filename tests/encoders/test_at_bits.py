@@ -7,6 +7,8 @@ import pytest
 import opq_jax
 from opq_jax.encoders import Feedback, Rounding, Trellis
 from opq_jax.encoders.at_bits import code_at_bits
+from opq_jax.encoders.encoder import Factored
+from opq_jax.encoders.host_feedback import factor_of
 from opq_jax.network import InputMoments
 
 
@@ -43,6 +45,17 @@ def test_code_at_bits_begins_where_a_leaf_alike_ended(leaf):
   # the same grid, found at the first trial
   assert again.ratio == pytest.approx(first.ratio, rel=2e-3)
   assert abs(again.bits / 3.0 - 1) < 0.01
+
+
+def test_code_at_bits_of_factored_moments(leaf):
+  """Several leaves may share a factor: the codes are the same."""
+  kernel, moments = leaf
+  kernel = kernel[:64]
+  factor = Factored(factor_of(np.asarray(moments.matrix), 0.05), moments.inputs)
+  one, other = (
+    code_at_bits('w', kernel, jnp.float32, 3.0, Trellis(), each, 0.05) for each in (moments, factor)
+  )
+  np.testing.assert_array_equal(one.values, other.values)
 
 
 def test_code_at_bits_refuses_zeros():
