@@ -21,7 +21,6 @@ The ratio is 1 where the density fits, .79 for Gaussian weights, .67 for uniform
 constant magnitudes.
 """
 
-_MAX_LISTED = 10  # leaves that a warning names: a large model has thousands
 _TOLERANCE = 0.005  # of a target, relative (of sparsity: absolute), before a warning
 _MIN_WEIGHTS_A_CHANNEL = 32  # of fewer, mean |w| is no estimate: with one the ratio is always .5
 
@@ -171,8 +170,7 @@ def _warn_of_dead(names: Sequence[str], stats: Sequence[LeafStatistics], per_lea
     if parts:
       lost.append(f'{name} ({" and ".join(parts)})')
   if lost:
-    more = f', and {len(lost) - _MAX_LISTED} more leaves' if len(lost) > _MAX_LISTED else ''
-    messages.warn(f'all weights are pruned of {", ".join(lost[:_MAX_LISTED])}{more}')
+    messages.warn(f'all weights are pruned of {messages.listed(lost)}')
 
 
 def _warn_of_starved(
@@ -192,10 +190,9 @@ def _warn_of_starved(
     if count := int(np.count_nonzero(is_small & (largest > threshold))):
       starved.append(f'{name} ({count:,} of {s.shape[0]:,})')
   if starved:
-    more = f', and {len(starved) - _MAX_LISTED} more leaves' if len(starved) > _MAX_LISTED else ''
     messages.warn(
       'one threshold for all prunes nearly all weights of the smaller indices of the first axis: '
-      f'{", ".join(starved[:_MAX_LISTED])}{more}; if the axis counts layers or experts, slices= or '
+      f'{messages.listed(starved)}; if the axis counts layers or experts, slices= or '
       'usage= gives each a threshold of its own (opq compress: --slices)'
     )
 
@@ -203,7 +200,4 @@ def _warn_of_starved(
 def warn_of_zeros(names: Sequence[str]) -> None:
   """Warns of leaves whose weights are all zero; they pass through."""
   if names:
-    more = f' and {len(names) - _MAX_LISTED} more' if len(names) > _MAX_LISTED else ''
-    messages.warn(
-      f'{", ".join(names[:_MAX_LISTED])}{more}: all weights are zero, and the leaf is left as it is'
-    )
+    messages.warn(f'{messages.listed(names)}: all weights are zero, and the leaf is left as it is')

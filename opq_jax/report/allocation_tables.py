@@ -8,7 +8,7 @@ import numpy as np
 from rich.table import Table
 
 from opq_jax.allocation import LAPLACE_FIT_BOUNDS, Allocation, LeafAllocation
-from opq_jax.core import trees
+from opq_jax.core import messages, trees
 from opq_jax.core.trees import PyTree
 from opq_jax.report import tables
 
@@ -218,9 +218,9 @@ def _left_line(others: Sequence[_Other]) -> list[str]:
   left = [leaf for leaf in others if len(leaf.shape) > 1]
   if not left:
     return []
-  named = [f'{leaf.name} ({leaf.use})' if leaf.use else leaf.name for leaf in left[:_MAX_NAMES]]
-  more = f' and {len(left) - _MAX_NAMES} more' if len(left) > _MAX_NAMES else ''
-  return [tables.visible(f'of two axes or more, and not compressed: {", ".join(named)}{more}')]
+  named = [f'{leaf.name} ({leaf.use})' if leaf.use else leaf.name for leaf in left]
+  listed = messages.listed(named, _MAX_NAMES)
+  return [tables.visible(f'of two axes or more, and not compressed: {listed}')]
 
 
 def _dead_line(rows: Sequence[_Row]) -> list[str]:
@@ -232,7 +232,7 @@ def _dead_line(rows: Sequence[_Row]) -> list[str]:
   if not channels and not indices:
     return []
   dead = [row.name for row in rows if row.mean('sparsity') == 1]
-  names = tables.visible(', '.join(dead[:_MAX_NAMES]))
+  names = tables.visible(messages.listed(dead, _MAX_NAMES))
   return [
     f'all weights pruned of {channels:,} output channels, of {indices:,} indices of a first axis, '
     f'and of {len(dead)} leaves{": " if dead else ""}{names}'

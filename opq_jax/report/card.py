@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Sequence
 
+from opq_jax.core import messages
 from opq_jax.report import tables
 from opq_jax.report.descriptions import Description
 from opq_jax.report.records import rate
@@ -79,9 +80,8 @@ def _summary(description: Description, base: str | None) -> str:
   if scaled := sum(leaf['codes']['scaledOutputs'] > 0 for leaf in compressed):
     sentences.append(f'{scaled:,} compressed leaves have scales of their outputs.')
   if dead := [leaf['path'] for leaf in compressed if not leaf['codes']['survivors']]:
-    named = ', '.join(map(_escaped, dead[:_MAX_NAMES]))
-    more = f' and {len(dead) - _MAX_NAMES:,} more' if len(dead) > _MAX_NAMES else ''
-    sentences.append(f'All weights are pruned of {named}{more}.')
+    named = _escaped(messages.listed(dead, _MAX_NAMES))
+    sentences.append(f'All weights are pruned of {named}.')
   sentences.append('All other leaves are stored bit for bit.')
   return ' '.join(sentences)
 

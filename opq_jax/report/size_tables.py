@@ -4,6 +4,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from opq_jax.core import messages
 from opq_jax.report import tables
 from opq_jax.report.records import CompressedLeaf, SizeReport, rate
 
@@ -87,9 +88,7 @@ def _size_table(report: SizeReport) -> Table:
   if has_dead:
     notes.append('dead: output channels / indices of the first axis, all of whose codes are 0')
   if dead := report.dead_leaves:
-    names = ', '.join(map(tables.visible, dead[:_MAX_NAMES]))
-    more = f' and {len(dead) - _MAX_NAMES} more' if len(dead) > _MAX_NAMES else ''
-    notes.append(f'all codes are 0: {names}{more}')
+    notes.append(f'all codes are 0: {tables.visible(messages.listed(dead, _MAX_NAMES))}')
   # Text, because rich would read '[...]' in a path as markup
   table.caption = Text('\n'.join(notes)) if notes else None
   return table
