@@ -13,7 +13,7 @@ four costs.
 """
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int8, UInt8
+from jaxtyping import Bool, Float32, Int8, Int64, UInt8
 
 from opq_jax.coding.trellis import MAX_INDEX, NEXT, STATES, SUBSET_OF
 from opq_jax.core import native
@@ -29,6 +29,10 @@ _KIND = np.array(
   ],
   np.uint8,
 )
+# states j and j + 16 both lead to 2 j and 2 j + 1, by branches of two kinds that differ in parity:
+# one kind for j -> 2 j and j + 16 -> 2 j + 1, the other for j -> 2 j + 1 and j + 16 -> 2 j
+_HALF = STATES // 2
+_KIND_OF_HALF = _KIND[::2, 0].astype(np.int64)
 # least magnitude but 0 of each kind; the next ones are 4 apart
 _LEAST = np.array([4, 2, 3, 1], np.int64)
 # weights after which path costs are taken relative to the least: float32 has 24 bits for a sum
@@ -98,50 +102,37 @@ def search(
   is_second = np.empty((weights.size, STATES), np.bool_)
   # float32 throughout: a Python float would make numba compute in float64
   origin, width = np.float32(first - step), np.float32(step)
-  per_width = np.float32(1 / step)
+  per_width, infinity = np.float32(1 / step), np.float32(np.inf)
+  values, sides = _values(origin, width, levels), _sides(levels, usable)
   for i in range(weights.size):
     size, slope, table = abs(weights[i]), slopes[i], bits[models[i]]
-    is_escaped = np.isnan(weights[i])
     turn = -1 if (weights[i] < 0) != is_turned[i] else 1
-    # the code whose value would be |w|, with a fraction
-    place = (size - origin) * per_width
-    # the best code of each kind: 0, or one of the two magnitudes around |w|
-    for kind in range(4):
-      least, price = _LEAST[kind], table[kind >> 1]
-      best, code = np.float32(np.inf), 0
-      if kind & 1 == 0:
-        best = size * size + slope * price[MAX_INDEX]
-      c = least
-      if is_escaped:
+    if np.isnan(weights[i]):
+      for kind in range(4):
+        branch[kind] = infinity if kind & 1 else slope * table[kind >> 1, MAX_INDEX]
+        chosen[i, kind] = 0
+    else:
+      # the last magnitude whose value is at most |w|
+      place = int(min(max((size - origin) * per_width, np.float32(0)), np.float32(levels)))
+      # the best code of each kind: 0, or one of the two magnitudes around |w|
+      for kind in range(4):
+        best = infinity
         if kind & 1 == 0:
-          best = slope * price[MAX_INDEX]
-        branch[kind], chosen[i, kind] = best, 0
-        continue
-      # the largest magnitude of the kind at or below |w|; the next one, 4 further, is above it
-      if place >= least + 4:
-        c += int((place - np.float32(least)) * np.float32(0.25)) * 4
-      for side in range(2):
-        # back by whole fours to the last of the kind on the grid
-        if c > levels:
-          c -= (c - levels + 3) & ~3
-        # the next usable one, inwards on the first side and outwards on the second
-        while 0 < c <= levels and not usable[c]:
-          c += 8 * side - 4
-        if 0 < c <= levels:
-          error = size - (origin + width * np.float32(c))
-          total = error * error + slope * price[MAX_INDEX + turn * ((c + 1) >> 1)]
-          if total < best:
-            best, code = total, c
-        # from the inner magnitude to the outer one; where the inner side ran down to nothing, to
-        # the least of the kind
-        c = max(c, least - 4) + 4
-      branch[kind], chosen[i, kind] = best, code
+          best = size * size + slope * table[kind >> 1, MAX_INDEX]
+        low, high = sides[place, kind]
+        error, other = size - values[low], size - values[high]
+        of_low = error * error + slope * table[kind >> 1, MAX_INDEX + turn * ((low + 1) >> 1)]
+        of_high = other * other + slope * table[kind >> 1, MAX_INDEX + turn * ((high + 1) >> 1)]
+        code, least = high if of_high < of_low else low, min(of_high, of_low)
+        chosen[i, kind] = code if least < best else 0
+        branch[kind] = min(least, best)
     # of the two paths that meet in each state the cheaper one goes on
-    for target in range(STATES):
-      one = cost[_BEFORE[target, 0]] + branch[_KIND[target, 0]]
-      two = cost[_BEFORE[target, 1]] + branch[_KIND[target, 1]]
-      is_second[i, target] = two < one
-      new[target] = min(one, two)
+    for j in range(_HALF):
+      even, odd = branch[_KIND_OF_HALF[j]], branch[_KIND_OF_HALF[j] ^ 1]
+      one, two = cost[j] + even, cost[j + _HALF] + odd
+      is_second[i, 2 * j], new[2 * j] = two < one, min(one, two)
+      one, two = cost[j] + odd, cost[j + _HALF] + even
+      is_second[i, 2 * j + 1], new[2 * j + 1] = two < one, min(one, two)
     # only differences between paths matter: a common constant may go
     if i % _REBASE == 0:
       new -= np.min(new)
@@ -159,3 +150,40 @@ def search(
       codes[i] = -code if weights[i] < 0 else code
     here = _BEFORE[here, way]
   return end
+
+
+@native.compiled
+def _values(origin: np.float32, width: np.float32, levels: int) -> Float32[np.ndarray, ' levels+1']:
+  """Returns the value of every magnitude; infinity for 0, which stands for none in `_sides`."""
+  values = np.empty(levels + 1, np.float32)
+  values[0] = np.inf
+  for magnitude in range(1, levels + 1):
+    values[magnitude] = origin + width * np.float32(magnitude)
+  return values
+
+
+@native.compiled
+def _sides(levels: int, usable: Bool[np.ndarray, '128']) -> Int64[np.ndarray, 'levels+1 4 2']:
+  """Returns the two magnitudes of every kind around each place on the grid; 0 where there is none.
+
+  The first is the usable one next to the last of the kind at or below the place, inwards; the
+  second the next usable one beyond it.
+
+  >>> _sides(9, np.ones(128, bool))[7].tolist()
+  [[4, 8], [6, 0], [7, 0], [5, 9]]
+  """
+  sides = np.zeros((levels + 1, 4, 2), np.int64)
+  for kind in range(4):
+    least = _LEAST[kind]
+    for place in range(levels + 1):
+      magnitude = least + 4 * max((place - least) >> 2, 0)
+      while magnitude > 0 and (magnitude > levels or not usable[magnitude]):
+        magnitude -= 4
+      sides[place, kind, 0] = max(magnitude, 0)
+      # where the inner side ran down to nothing, the least of the kind
+      magnitude = max(magnitude, least - 4) + 4
+      while magnitude <= levels and not usable[magnitude]:
+        magnitude += 4
+      if magnitude <= levels:
+        sides[place, kind, 1] = magnitude
+  return sides
