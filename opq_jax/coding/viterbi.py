@@ -112,8 +112,9 @@ def search(
         branch[kind] = infinity if kind & 1 else slope * table[kind >> 1, MAX_INDEX]
         chosen[i, kind] = 0
     else:
-      # the last magnitude whose value is at most |w|
-      place = int(min(max((size - origin) * per_width, np.float32(0)), np.float32(levels)))
+      # the last magnitude whose value is at most |w|.  NaN, of no grid that is fitted, is 0 too
+      exact = (size - origin) * per_width
+      place = int(min(exact, np.float32(levels))) if exact > 0 else 0
       # the best code of each kind: 0, or one of the two magnitudes around |w|
       for kind in range(4):
         best = infinity
