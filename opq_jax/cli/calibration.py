@@ -18,6 +18,7 @@ from opq_jax.cli.encoding import (
 )
 from opq_jax.cli.folders import may_hold_network
 from opq_jax.cli.stages import Stage
+from opq_jax.core.messages import listed
 from opq_jax.language import (
   Calibration,
   StoredNetwork,
@@ -28,8 +29,11 @@ from opq_jax.language import (
   stored_network,
   written_by,
 )
+from opq_jax.models.attention import check_vocabulary
 from opq_jax.weights import open_folder
 from opq_jax.weights.gguf import is_gguf, open_gguf
+
+_MOST_LINES = 4  # of a network that is not that of the configuration, in a note
 
 
 def network_in(source: Path, *, is_needed: bool) -> StoredNetwork | None:
@@ -54,7 +58,9 @@ def network_in(source: Path, *, is_needed: bool) -> StoredNetwork | None:
         return stored_network(model, folder.leaves)
       problem = f'{source}: found a {folder.config["model_type"]}, expected a language model'
     except ValueError as error:
-      problem = f'{source}: {error}'
+      first, *more = str(error).split('\n')
+      lines = [line.strip() for line in more]
+      problem = f'{source}: {first} {listed(lines, _MOST_LINES)}'.rstrip()
       if not is_needed and (is_gguf(source) or (source / 'config.json').is_file()):
         note(f'{problem}; bits are allocated from the weights alone')
   if is_needed:
@@ -88,7 +94,7 @@ def calibrated(arguments: argparse.Namespace, network: StoredNetwork, stage: Sta
       )
     with stage('write text') as told:
       return written_by(loaded.model, loaded.variables, first[0], count, window, told)
-  return of_text(language.texts(arguments.calibration, arguments.input), count, window)
+  return of_text(_texts(arguments, model), count, window)
 
 
 def _of_encoder(
@@ -111,8 +117,25 @@ def _of_encoder(
       'or random'
     )
   frame = language.frame_of(source, arguments.input)
-  found = of_text(language.texts(source, arguments.input), count, window - len(frame))
+  found = of_text(_texts(arguments, model), count, window - len(frame))
   return calibration.framed(found, *frame) if frame else found
+
+
+def _texts(
+  arguments: argparse.Namespace, model: models.Decoder | models.SentenceEncoder
+) -> list[list[int]]:
+  """Returns the tokens of the calibration texts.
+
+  Raises:
+    ValueError: as `language.texts`, or a token is not of the model's vocabulary.
+    OSError: as `language.texts`.
+  """
+  found = language.texts(arguments.calibration, arguments.input)
+  try:
+    check_vocabulary(found, model.vocabulary)
+  except ValueError as error:
+    raise ValueError(f'{arguments.calibration}: {error}, the tokens of the model') from error
+  return found
 
 
 def cost_tokens(network: StoredNetwork) -> Calibration:

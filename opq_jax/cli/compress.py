@@ -188,7 +188,8 @@ def run(arguments: argparse.Namespace) -> None:
 
   source = Path(arguments.input)
   check_readable(source)
-  check_output(source, output_path(arguments.output))
+  for each in filter(None, (source, arguments.calibration, arguments.images)):
+    check_output(Path(each), output_path(arguments.output))
   is_known = arguments.model is not None or identity_of(source) is not None
   _check_options(arguments, is_known)
   targets = {
@@ -268,6 +269,11 @@ def _check_options(arguments: argparse.Namespace, is_known: bool) -> None:
   if arguments.calibration is not None:
     if is_known:
       raise ValueError('--calibration: found it together with --model, expected --images')
+    if arguments.slices:
+      raise ValueError(
+        '--calibration: found it together with --slices, expected one of them: a tensor of a '
+        'language model is one matrix'
+      )
     if arguments.file_rate is not None:
       raise ValueError(
         '--calibration: found it together with --file-rate, expected --rate or --bits-per-weight'

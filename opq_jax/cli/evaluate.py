@@ -12,6 +12,9 @@ if TYPE_CHECKING:
   from opq_jax.report.text_windows import Mean
 
 
+_WINDOW = 512  # tokens
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the options of `opq evaluate`."""
   parser.add_argument('model', metavar='MODEL', help='a model folder, or an .opq file of one')
@@ -33,9 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     '--window',
     type=int,
-    default=512,
     metavar='N',
-    help='tokens read at once (default: %(default)s)',
+    help=f'tokens read at once (default: {_WINDOW}, or as many as the model can read)',
   )
   parser.add_argument(
     '--stride',
@@ -68,6 +70,9 @@ def run(arguments: argparse.Namespace) -> None:
     if not language.same_tokenizer(network, other):
       raise ValueError(f'{arguments.against}: found another tokenizer than that of the model')
     against = other.model, other.variables
+  if arguments.window is None:
+    read = [network.model, *([against[0]] if against else [])]
+    arguments.window = min(_WINDOW, *(model.positions for model in read))
   sequences = [tokens[: arguments.max_tokens] for tokens in _sequences(arguments, network)]
   with progress_bar('windows') as progress:
     found = evaluate(

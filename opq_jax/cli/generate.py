@@ -3,6 +3,8 @@
 import argparse
 import sys
 
+_LARGEST_SEED = 1 << 63  # of JAX
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the options of `opq generate`."""
@@ -46,6 +48,10 @@ def run(arguments: argparse.Namespace) -> None:
   from opq_jax.cli import language
   from opq_jax.models.generation import generate
 
+  if not -_LARGEST_SEED <= arguments.seed < _LARGEST_SEED:
+    raise ValueError(
+      f'--seed: found {arguments.seed}, expected {-_LARGEST_SEED} to {_LARGEST_SEED - 1}'
+    )
   network = language.load(arguments.model, arguments.folder)
   tokenizer = language.tokenizer_of(network.side_file, arguments.folder or arguments.model)
   prompt = tokenizer.encode(arguments.prompt).ids if arguments.prompt else []

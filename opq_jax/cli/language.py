@@ -58,10 +58,17 @@ def tokenizer_of(side_file: Callable[[str], bytes | None], path: str) -> Any:
 
 def same_tokenizer(first: LanguageModel, second: LanguageModel) -> bool:
   """Returns whether two networks have one tokenizer; True where one of them has none."""
-  one, other = first.side_file(_TOKENIZER), second.side_file(_TOKENIZER)
+  one, other = map(_tokenizer_text, (first, second))
   if one is None or other is None or one == other:
     return True
   return json.loads(one) == json.loads(other)
+
+
+def _tokenizer_text(network: LanguageModel) -> bytes | None:
+  try:
+    return network.side_file(_TOKENIZER)
+  except ValueError:  # of a GGUF file, a tokenizer that is not known
+    return None
 
 
 def tokens_in(path: str) -> list[list[int]]:
@@ -73,7 +80,7 @@ def tokens_in(path: str) -> list[list[int]]:
   """
   try:
     found = json.loads(Path(path).read_bytes())
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(f'{path}: expected JSON, found this: {error}') from error
   rows = found if isinstance(found, list) and all(isinstance(x, list) for x in found) else [found]
   for row in rows:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 
 from opq_jax.cli.console import collected_warnings, console, note
 from opq_jax.cli.encoding import DIVERGENCE, LEFT_OUT, TRELLIS, Encoding, channel_axis
@@ -75,6 +76,7 @@ def compress(
       if plan.objective == DIVERGENCE:
         assert network is not None
         objective, plan = _costs(arguments, network, tree, plan, stage)
+        objective = _of_slices(objective, tree, slices)
       if arguments.trellis:
         run, plan = _along_a_trellis(plan)
     about_file = functools.partial(_metadata, about, plan)
@@ -143,6 +145,16 @@ def _costs(
   with stage('costs') as told:
     objective = costs(network, found, tree, told=told)
   return objective, calibration.planned(arguments, plan, found)
+
+
+def _of_slices(objective: PyTree, tree: PyTree, slices: Callable[[str, Any], int]) -> PyTree:
+  """Returns costs with one number for each leaf that has slices: these share no outputs."""
+  named = trees.named_leaves(tree)
+  costs = [
+    float(np.mean(cost)) if slices(name, leaf) else cost
+    for (name, leaf), cost in zip(named.items(), jax.tree.leaves(objective), strict=True)
+  ]
+  return jax.tree.unflatten(jax.tree.structure(tree), costs)
 
 
 def _calibrated(

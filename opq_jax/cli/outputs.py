@@ -23,7 +23,8 @@ def check_output(source: Path, output: Path) -> None:
   """Checks the output path before any work is done.
 
   Raises:
-    ValueError: its folder is missing, it is a folder or a device, or it is the input itself.
+    ValueError: its folder is missing, it is a folder or a device, or it is the input itself, or a
+      file of a folder that is the input; an .opq file there may be replaced.
   """
   files.file_place(output)
   if not output.parent.is_dir():
@@ -32,6 +33,9 @@ def check_output(source: Path, output: Path) -> None:
     raise ValueError(f'{output}: found a folder, expected the name of a file')
   if output.exists() and source.exists() and output.samefile(source):
     raise ValueError(f'{output}: found the input itself, expected another file for the output')
+  is_within = Path(os.path.realpath(source)) in Path(os.path.realpath(output)).parents
+  if is_within and output.exists() and output.suffix.lower() != '.opq':
+    raise ValueError(f'{output}: found a file of the input, expected another one for the output')
 
 
 def check_new_folder(output: Path) -> None:

@@ -39,13 +39,26 @@ class LanguageModel(NamedTuple):
   side_file: Callable[[str], bytes | None]
 
   def special_tokens(self, key: str) -> tuple[int, ...]:
-    """Returns the tokens of a key of the configurations, such as 'eos_token_id'; () for none."""
+    """Returns the tokens of a key of the configurations, such as 'eos_token_id'; () for none.
+
+    Raises:
+      ValueError: the file of the generation's configuration is no JSON object, or something else
+        than tokens is under this key.
+    """
     text = self.side_file(_GENERATION)
-    generation = json.loads(text) if text else {}
+    try:
+      generation = json.loads(text) if text else {}
+    except ValueError as error:
+      raise ValueError(f'{_GENERATION}: expected JSON, found this: {error}') from error
+    if not isinstance(generation, dict):
+      raise ValueError(f'{_GENERATION}: found {type(generation).__name__}, expected a JSON object')
     found = generation.get(key, self.config.get(key))
     if found is None:
       return ()
-    return tuple(found) if isinstance(found, list) else (int(found),)
+    tokens = found if isinstance(found, list) else [found]
+    if not all(type(token) is int for token in tokens):
+      raise ValueError(f'{key}: found {str(found)[:80]!r}, expected a token or a list of tokens')
+    return tuple(tokens)
 
 
 def load(

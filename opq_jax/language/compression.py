@@ -83,6 +83,8 @@ def costs(
   key, parts = jax.random.key(_KEY), 1 if damping is None else 2
   omegas = block_costs(network, cost_tokens(calibration), key, lambda share: told(share / parts))
   found = {name: balanced(omega, read(network.tensors[name])) for name, omega in omegas.items()}
+  if not all(np.isfinite(cost).all() for cost in found.values()):
+    _refuse_infinite(network)
   if damping is not None:
     windows = max(feedback_gains.TOKENS // calibration.tokens.shape[1], 1)
     gains = feedback_gains.feedback_gains(
@@ -100,6 +102,15 @@ def costs(
     )
   costs = [found.get(name, typical) for name in named]
   return jax.tree.unflatten(jax.tree.structure(tree), costs)
+
+
+def _refuse_infinite(network: StoredNetwork) -> None:
+  """Raises a ValueError that names a tensor from which costs are no numbers."""
+  for name, tensor in network.tensors.items():
+    array = read(tensor)
+    if bad := array.size - int(np.count_nonzero(np.isfinite(array))):
+      raise ValueError(f'{name}: found {bad} weights that are NaN or infinite, expected none')
+  raise ValueError('found answers of the network that are NaN or infinite, expected numbers')
 
 
 def balanced(omega: Any, weights: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import jax
@@ -26,6 +27,19 @@ def check_tokens(tokens: Array, positions: int) -> None:
     raise ValueError(
       f'tokens: found sequences of {tokens.shape[1]} tokens, expected at most {positions}'
     )
+
+
+def check_vocabulary(sequences: Iterable[Iterable[int]], vocabulary: int) -> None:
+  """Raises a ValueError unless all tokens of sequences are of a vocabulary.
+
+  >>> check_vocabulary([[3, 50]], 50)
+  Traceback (most recent call last):
+  ValueError: found token 50, expected 0 to 49
+  """
+  for sequence in sequences:
+    wrong = next((token for token in sequence if not 0 <= token < vocabulary), None)
+    if wrong is not None:
+      raise ValueError(f'found token {wrong}, expected 0 to {vocabulary - 1}')
 
 
 class Memory(NamedTuple):

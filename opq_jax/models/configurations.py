@@ -46,6 +46,12 @@ _NUMBERS = (
   *('low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'),
 )
 _OBJECTS = 'rope_parameters', 'rope_scaling'
+_FLAGS = 'tie_word_embeddings', 'attention_bias', 'mlp_bias', 'use_sliding_window'
+_NEVER_NULL = (
+  *('max_position_embeddings', 'n_positions', 'type_vocab_size', 'max_window_layers', 'factor'),
+  *('rms_norm_eps', 'layer_norm_epsilon', 'layer_norm_eps', 'low_freq_factor', 'high_freq_factor'),
+)
+"""Keys that have a default where they are missing, and none where they are null."""
 
 
 def from_config(config: Config, **options: Any) -> 'nn.Module':
@@ -86,6 +92,12 @@ def _llama(config: Config, options: dict[str, Any]) -> 'nn.Module':
   _refuse(config, 'hidden_act', _SILU, 'silu')
   _refuse(config, 'partial_rotary_factor', (None, 1.0))
   heads, features = _taken(config, 'num_attention_heads'), _taken(config, 'hidden_size')
+  key_heads = config.get('num_key_value_heads') or heads
+  if heads % key_heads:
+    raise ValueError(f'num_key_value_heads: found {key_heads}, expected a divisor of {heads} heads')
+  head_features = config.get('head_dim') or _head_features(features, heads)
+  if head_features % 2:
+    raise ValueError(f'found {head_features} features in a head, expected pairs, which are rotated')
   # Qwen2 has them always and Mistral never, whatever the configuration says
   has_bias = kind == 'qwen2' or (kind != 'mistral' and bool(config.get('attention_bias', False)))
   attributes = {
@@ -94,8 +106,8 @@ def _llama(config: Config, options: dict[str, Any]) -> 'nn.Module':
     'features': features,
     'hidden': _taken(config, 'intermediate_size'),
     'heads': heads,
-    'key_heads': config.get('num_key_value_heads') or heads,
-    'head_features': config.get('head_dim') or _head_features(features, heads),
+    'key_heads': key_heads,
+    'head_features': head_features,
     'positions': config['max_position_embeddings'],
     'epsilon': config.get('rms_norm_eps', 1e-6),
     'is_tied': bool(config.get('tie_word_embeddings', False)),
@@ -167,6 +179,8 @@ def _check_values(config: Config) -> None:
   for key, value in config.items():
     is_number = type(value) in (int, float)
     if value is None:
+      if key in _NEVER_NULL:
+        raise ValueError(f'{key}: found null, expected a number, or no such key')
       continue
     if key in _SIZES:
       least, most = int(key != 'max_window_layers'), _SIZES[key]
@@ -176,6 +190,8 @@ def _check_values(config: Config) -> None:
       expected[key] = is_number and 0 < value < math.inf, 'a number above 0'
     elif key in _OBJECTS:
       expected[key] = isinstance(value, Mapping), 'an object'
+    elif key in _FLAGS:
+      expected[key] = type(value) is bool, 'true or false'
     elif key == 'layer_types':
       is_right = isinstance(value, list) and all(type(one) is str for one in value)
       expected[key] = is_right and bool(value), 'a list of names'

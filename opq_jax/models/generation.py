@@ -1,6 +1,7 @@
 """Text that a language model writes, token after token."""
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from opq_jax.core.trees import PyTree
-from opq_jax.models.attention import check_tokens
+from opq_jax.models.attention import check_tokens, check_vocabulary
 from opq_jax.models.decoder import Cache, Decoder
 
 
@@ -34,8 +35,8 @@ def generate(
     temperature, top_p: as for `sample`.
 
   Raises:
-    ValueError: the prompt is empty or longer, with what follows, than the model's positions;
-      `temperature` or `top_p` is out of range.
+    ValueError: the prompt is empty or longer, with what follows, than the model's positions, or has
+      a token that is not of the vocabulary; `temperature` or `top_p` is out of range.
 
   >>> from opq_jax import models
   >>> model = models.GPT2(vocabulary=50, depth=1, features=8, hidden=16, heads=2, key_heads=2,
@@ -50,12 +51,13 @@ def generate(
   length = prompt.shape[1]
   if not length:
     raise ValueError('prompt: found no token, expected one or more')
+  check_vocabulary(np.asarray(prompt).tolist(), model.vocabulary)
   if count < 1 or length + count > model.positions:
     raise ValueError(
       f'count: found {count} tokens after a prompt of {length}, expected 1 to '
       f'{model.positions - length}: the model has {model.positions} positions'
     )
-  if temperature < 0:
+  if not 0 <= temperature < math.inf:
     raise ValueError(f'temperature: found {temperature}, expected 0 or more')
   if not 0 < top_p <= 1:
     raise ValueError(f'top_p: found {top_p}, expected a share above 0, at most 1')

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from opq_jax.core.trees import PyTree
+from opq_jax.models.attention import check_vocabulary
 from opq_jax.models.decoder import Decoder
 from opq_jax.report import text_windows
 from opq_jax.report.text_windows import Mean, Window
@@ -203,7 +204,4 @@ def _check(models: list[Decoder], sequences: Sequence[Sequence[int]], window: in
   for model in models:
     if window > model.positions:
       raise ValueError(f'window: found {window}, expected at most {model.positions} tokens')
-  for sequence in sequences:
-    wrong = [token for token in sequence if not 0 <= token < sizes[0]]
-    if wrong:
-      raise ValueError(f'found token {wrong[0]}, expected 0 to {sizes[0] - 1}')
+  check_vocabulary(sequences, sizes[0])

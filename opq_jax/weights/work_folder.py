@@ -4,16 +4,22 @@ import dataclasses
 import io
 import json
 import os
-import shutil
+import re
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from opq_jax.core import files
+from opq_jax.core import files, messages
 
 _PLAN, _STREAMS = 'plan.json', 'streams.npz'
+_OWN = re.compile(r'plan\.json|streams\.npz|block_\d{5,}\.npz|\.opq-[0-9a-f-]+')
+"""Names of the files of such a folder, temporary ones too: nothing else in it is deleted."""
+_DAMAGE = ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error
+"""What reading a damaged file raises."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +45,15 @@ class WorkFolder:
 
   def load(self, number: int, name: str) -> np.ndarray:
     """Reads one array of a block."""
-    with np.load(self._block(number), allow_pickle=False) as found:
-      return found[name]
+    path = self._block(number)
+    try:
+      with np.load(path, allow_pickle=False) as found:
+        return found[name]
+    except _DAMAGE as error:
+      raise ValueError(
+        f'{path}: expected codes of an earlier run, found this: {error}; delete {self.path} to '
+        'begin anew'
+      ) from error
 
   @property
   def has_streams(self) -> bool:
@@ -56,8 +69,13 @@ class WorkFolder:
     return _load(self.path / _STREAMS)
 
   def remove(self) -> None:
-    """Deletes the folder."""
-    shutil.rmtree(self.path)
+    """Deletes the folder, but for files that somebody else has put into it."""
+    held = list(self.path.iterdir())
+    own = [child for child in held if _OWN.fullmatch(child.name)]
+    for child in own:
+      child.unlink()
+    if len(own) == len(held):
+      self.path.rmdir()
 
   def _block(self, number: int) -> Path:
     return self.path / f'block_{number:05d}.npz'
@@ -68,7 +86,8 @@ def open_work(output: str | os.PathLike[str], plan: Mapping[str, Any]) -> WorkFo
 
   Args:
     output: the file that the run makes.
-    plan: all that the codes depend on, as JSON.  Work of another plan is deleted.
+    plan: all that the codes depend on, as JSON.  Work of another plan is deleted, and so is damaged
+      work, with a warning.
 
   Raises:
     ValueError: a folder of this name holds other files.
@@ -76,11 +95,16 @@ def open_work(output: str | os.PathLike[str], plan: Mapping[str, Any]) -> WorkFo
   """
   output = Path(output)
   path, text = output.with_name(f'{output.name}.blocks'), json.dumps(plan, sort_keys=True)
-  if (path / _PLAN).is_file() and (path / _PLAN).read_text() == text:
+  is_work = (path / _PLAN).is_file()
+  if is_work and (path / _PLAN).read_bytes() == text.encode():
     streams = path / _STREAMS
-    return WorkFolder(path, int(_load(streams)['done']) if streams.is_file() else 0)
-  if (path / _PLAN).is_file() and not path.is_symlink():
-    shutil.rmtree(path)
+    try:
+      return WorkFolder(path, int(_load(streams)['done']) if streams.is_file() else 0)
+    except _DAMAGE as error:
+      messages.warn(f'{streams}: found it damaged ({error}): the work begins anew')
+  is_own = is_work and all(_OWN.fullmatch(child.name) for child in path.iterdir())
+  if is_own and not path.is_symlink():
+    WorkFolder(path, 0).remove()
   # somebody else's files are not to be deleted at the end
   files.check_free(path)
   path.mkdir(exist_ok=True)

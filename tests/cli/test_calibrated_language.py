@@ -9,6 +9,8 @@ import safetensors.numpy
 
 import opq_jax
 from opq_jax import cli
+from opq_jax.cli import leaf_by_leaf
+from opq_jax.cli.outputs import check_output
 from opq_jax.weights import open_folder
 from tests.helpers.language_models import write_folder
 
@@ -130,6 +132,10 @@ def test_trellis_of_a_folder_verifies(folder):
     (('--calibration', 'short.json'), 'found texts of at most 3 tokens, expected 64 or more'),
     (('--calibration', 'text.txt'), 'found no tokenizer.json'),
     (('--calibration', 'none.json'), 'none.json: No such file'),
+    (('--calibration', 'other.json'), 'other.json: found token 40, expected 0 to 39'),
+    (('--calibration', 'wide.json'), f'wide.json: found token {1 << 40}, expected 0 to 39'),
+    (('--calibration', 'deep.json'), 'deep.json: expected JSON'),
+    (('--calibration', 'self', '--slices', '*=1'), 'found it together with --slices'),
     (('--calibration-tokens', '9'), '--calibration-tokens needs --calibration'),
     (('--objective', 'divergenc'), 'invalid choice'),
   ],
@@ -137,6 +143,9 @@ def test_trellis_of_a_folder_verifies(folder):
 def test_refused_options(folder, argv, message, capsys):
   (folder.parent / 'short.json').write_text('[1, 2, 3]')
   (folder.parent / 'text.txt').write_text('abc')
+  (folder.parent / 'other.json').write_text(json.dumps([1] * 99 + [40]))
+  (folder.parent / 'wide.json').write_text(json.dumps([1 << 40] * 99))
+  (folder.parent / 'deep.json').write_text('[' * 100000)
   try:
     assert run('compress', folder, 'net.opq', *argv) == 2
   except SystemExit as stop:  # argparse
@@ -153,3 +162,28 @@ def test_folder_of_an_unknown_network_is_noted(folder, capsys):
   assert "found 'mamba'" in notes and 'bits are allocated from the weights alone' in notes
   assert metadata('net.opq')['objective'] == 'balanced_error'
   assert run('compress', folder, 'net.opq', '--calibration', 'self') == 2
+
+
+def test_weights_that_are_no_numbers_are_named(folder, capsys):
+  tensors = safetensors.numpy.load_file(folder / 'model.safetensors')
+  tensors['model.layers.1.mlp.up_proj.weight'][2, 3] = np.nan
+  safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
+  assert run('compress', folder, 'net.opq') == 2
+  line = 'model.layers.1.mlp.up_proj.weight: found 1 weights that are NaN or infinite'
+  assert line in ' '.join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize('name', ['llama/model.safetensors', 'texts.json'])
+def test_inputs_are_not_replaced(folder, name, capsys):
+  before = (folder.parent / name).read_bytes()
+  assert run('compress', folder, name, '--calibration', 'texts.json') == 2
+  assert 'expected another' in ' '.join(capsys.readouterr().err.split())
+  assert (folder.parent / name).read_bytes() == before
+  (folder / 'net.opq').write_bytes(b'an earlier run')
+  check_output(folder, folder / 'net.opq')
+
+
+def test_leaves_of_slices_have_one_cost():
+  tree, costs = {'a': np.zeros((2, 3)), 'b': np.zeros((2, 3))}, np.array([[1.0], [3.0]])
+  found = leaf_by_leaf._of_slices({'a': costs, 'b': costs}, tree, lambda name, leaf: name == 'a')
+  assert found['a'] == 2.0 and found['b'] is costs

@@ -105,6 +105,11 @@ def test_generate_continues_a_prompt(folder, capsys):
       '--max-tokens: found 1, expected 2 or more',
     ),
     (('generate', 'FOLDER/config.json'), 'config.json: found no config.json'),
+    (
+      ('generate', 'FOLDER', '--temperature', 'nan', '--tokens', '8'),
+      'temperature: found nan, expected 0 or more',
+    ),
+    (('generate', 'FOLDER', '--seed', str(1 << 63)), '--seed: found 9223372036854775808, expected'),
   ],
 )
 def test_what_is_wrong_is_said_in_one_line(folder, changed, argv, message, capsys):
@@ -112,3 +117,12 @@ def test_what_is_wrong_is_said_in_one_line(folder, changed, argv, message, capsy
   assert run(*argv) == 2
   error = capsys.readouterr().err
   assert message in error and error.count('\n') == 1
+
+
+def test_default_window_is_no_longer_than_the_model_reads(folder, capsys):
+  argv = 'evaluate', folder, '--tokens', folder / 'tokens.json', '--json'
+  assert run(*argv) == 0
+  found = json.loads(capsys.readouterr().out)
+  assert found['window'] == found['stride'] == 64  # the positions of the model
+  assert run(*argv, '--window', 65) == 2
+  assert 'window: found 65, expected at most 64 tokens' in capsys.readouterr().err

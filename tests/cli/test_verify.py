@@ -3,6 +3,7 @@
 import json
 import os
 
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -180,6 +181,19 @@ def claiming(path, **metadata):
   params, state = opq_jax.load(path)
   with opq_jax.OpqFile(path) as file:
     opq_jax.save(path, params, state, {**file.metadata, **metadata})
+
+
+def test_exact_values_take_what_the_file_takes(tmp_path, monkeypatch, capsys):
+  # bits of an exact bfloat16 are fewer than 16: exponents repeat
+  monkeypatch.chdir(tmp_path)
+  kernel = np.random.default_rng(0).laplace(size=(96, 64)).astype(ml_dtypes.bfloat16)
+  safetensors.numpy.save_file({'fc.weight': kernel}, 'net.safetensors')
+  assert run('compress', 'net.safetensors', 'net.opq', '--bits-per-weight', 11) == 0
+  with opq_jax.OpqFile('net.opq') as file:
+    np.testing.assert_array_equal(file['fc.weight'], kernel)
+  assert run('verify', 'net.opq', '--against', 'net.safetensors') == 0
+  claiming('net.opq', bits_per_weight='10')
+  assert run('verify', 'net.opq', '--against', 'net.safetensors') == 1
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,15 @@ def test_load_reads_a_folder(folder):
   assert found.special_tokens('bos_token_id') == (1,)
   assert found.special_tokens('eos_token_id') == (9,)
   assert found.special_tokens('pad_token_id') == ()
+  for text, line in (
+    ('{', 'generation_config.json: expected JSON'),
+    ('[]', 'generation_config.json: found list, expected a JSON object'),
+    ('{"eos_token_id": ["x"]}', r'eos_token_id: found .*x.*, expected a token or a list of tokens'),
+  ):
+    (folder / 'generation_config.json').write_text(text)
+    with pytest.raises(ValueError, match=line):
+      found.special_tokens('eos_token_id')
+  (folder / 'generation_config.json').unlink()
 
 
 @pytest.mark.parametrize('names', ['transformers', 'flax'])

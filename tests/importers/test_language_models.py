@@ -158,6 +158,12 @@ def test_to_tensors_names_every_difference():
       "factor: found 'x', expected a number",
     ),
     ('qwen2', {'layer_types': [{}]}, r"layer_types: found '\[{}\]', expected a list of names"),
+    ('llama', {'rms_norm_eps': None}, 'rms_norm_eps: found null, expected a number, or no'),
+    ('gpt2', {'n_positions': None}, 'n_positions: found null, expected a number'),
+    ('llama', {'rope_scaling': {'rope_type': 'linear', 'factor': None}}, 'factor: found null'),
+    ('llama', {'tie_word_embeddings': 'false'}, "tie_word_embeddings: found 'false', expec"),
+    ('llama', {'num_key_value_heads': 3}, 'num_key_value_heads: found 3, expected a divisor of 4'),
+    ('llama', {'head_dim': 7}, 'found 7 features in a head, expected pairs'),
     ('gpt2', {'n_head': 5}, 'features in 5 heads, expected as many in each'),
   ],
 )

@@ -1,5 +1,6 @@
 """Codes chosen block after block: what they give the network, and runs that are killed."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -177,3 +178,32 @@ def test_folder_of_somebody_else_is_left_alone(tmp_path):
   with pytest.raises(ValueError, match='expected an empty one or none'):
     open_work(tmp_path / 'net.opq', {})
   assert (tmp_path / 'net.opq.blocks' / 'mine.txt').read_text() == 'mine'
+
+
+@pytest.mark.parametrize(
+  ('name', 'data'), [('streams.npz', b''), ('streams.npz', b'PK\x03\x04'), ('plan.json', b'\xff')]
+)
+def test_damaged_work_begins_anew(tmp_path, name, data):
+  work = open_work(tmp_path / 'net.opq', {'bits': 3})
+  work.save_block(0, {'codes': np.arange(3)})
+  work.save_streams(1, {'first': np.zeros(2)})
+  (work.path / name).write_bytes(data)
+  names = contextlib.nullcontext()
+  if name == 'streams.npz':
+    names = pytest.warns(UserWarning, match='streams.npz: found it damaged')
+  with names:
+    assert open_work(tmp_path / 'net.opq', {'bits': 3}).done == 0
+  assert [child.name for child in work.path.iterdir()] == ['plan.json']
+  work.save_block(0, {'codes': np.arange(3)})
+  (work.path / 'block_00000.npz').write_bytes(b'PK')
+  with pytest.raises(ValueError, match=r'block_00000.npz: expected codes of .*delete .*net'):
+    work.load(0, 'codes')
+
+
+def test_files_of_somebody_else_in_work_stay(tmp_path):
+  work = open_work(tmp_path / 'net.opq', {'bits': 3})
+  (work.path / 'mine.txt').write_text('mine')
+  with pytest.raises(ValueError, match='expected an empty one or none'):
+    open_work(tmp_path / 'net.opq', {'bits': 4})
+  open_work(tmp_path / 'net.opq', {'bits': 3}).remove()
+  assert [child.name for child in work.path.iterdir()] == ['mine.txt']

@@ -141,6 +141,10 @@ def test_gguf_of_a_tokenizer_that_is_not_known(tmp_path, monkeypatch, capsys):
   assert cli.main(['compress', 'net.gguf', 'net.opq']) == 0
   line = "tokenizer.ggml.pre: found 'tekken', expected one of gpt-2"
   assert 'tokenizer.json (' in ' '.join(capsys.readouterr().err.split())
+  # tokens need none
+  (tmp_path / 'tokens.json').write_text(json.dumps([*range(1, 33)]))
+  argv = ['evaluate', 'net.opq', '--against', 'net.gguf', '--tokens', 'tokens.json']
+  assert cli.main(argv) == 0
   (tmp_path / 'text.txt').write_text('ab cd')
   assert cli.main(['compress', 'net.gguf', 'net.opq', '--calibration', 'text.txt']) == 2
   assert line in ' '.join(capsys.readouterr().err.split())
