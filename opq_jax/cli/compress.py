@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     '--calibration-tokens',
     type=int,
     metavar='N',
-    help=f'how many tokens to read, at most (default: {MAX_TOKENS})',
+    help=f'how many tokens to read, at most; whole windows, one or more (default: {MAX_TOKENS})',
   )
   add = parser.add_argument_group('targets').add_argument
   add(

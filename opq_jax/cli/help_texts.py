@@ -50,7 +50,8 @@ The language model of a folder (Llama, Mistral, Qwen2, Qwen3, GPT-2), or of a
 GGUF file, which is taken for the folder of the same model, is run on random
 tokens, for what an error in each tensor costs its answers. With
 --calibration it reads a text, or writes one, and codes are chosen for it. A
-BERT, as an encoder of sentences, is run with --calibration alone.
+BERT, as an encoder of sentences, is run with --calibration or --objective
+divergence alone.
 
 With --model, IN holds the weights of one of the networks below, from any
 framework that has it. The file then records which network it holds, so it can
