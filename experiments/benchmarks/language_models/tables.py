@@ -18,6 +18,7 @@ from opq_jax.report import plots
 
 OURS = 'opq_jax'
 FLOAT16 = 'float16'
+FORMER = 'no residual'  # of a setting: codes as they were chosen before, in tables alone
 TITLES = {'smollm2': 'SmolLM2-135M', 'iglm': 'IgLM'}
 SCOPES = {'bits of kernels': 'kernels alone', 'bits': 'the whole file'}
 """Column of the bits -> what is compared: rows with the table in float16, or as codecs leave it."""
@@ -156,6 +157,8 @@ def series(every: Iterable[Row], scope: str) -> dict[str, list[tuple[float, floa
     chosen = [row for row in chosen if row['codec'] != OURS or row['embedding'] != FLOAT16]
   for row in sorted(chosen, key=lambda row: (row['codec'] != OURS, row['codec'], row['data'])):
     words = row['setting'].split(', ')
+    if words[-1] == FORMER:
+      continue
     if row['codec'] == OURS:
       name = f'opq_jax, {words[0]}'
       name += f', {words[2]} from {row["data"]}' if row['data'] != 'none' else ''
