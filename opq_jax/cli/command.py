@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import opq_jax
-from opq_jax.cli import help_texts, interrupts
+from opq_jax.cli import help_texts, interrupts, late_callbacks
 
 
 class _Command(NamedTuple):
@@ -106,6 +106,7 @@ def main(argv: Sequence[str] | None = None, *, keep_programs: bool = False) -> i
     arguments = _parser().parse_args(argv)
   except SystemExit as exit_:
     return int(exit_.code or 0)
+  late_callbacks.ignore()
   try:
     with contextlib.ExitStack() as stack:
       if keep_programs and _COMMANDS[arguments.command].compiles:
