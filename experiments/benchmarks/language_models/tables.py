@@ -153,12 +153,11 @@ def series(every: Iterable[Row], scope: str) -> dict[str, list[tuple[float, floa
   """Returns the points (bits, KL) of a plot by the name of a line; of ours first."""
   found: dict[str, list[tuple[float, float]]] = {}
   chosen = [row for row in in_scope(every, scope) if row['codec'] != 'float32']
+  chosen = [row for row in chosen if not row['setting'].endswith(FORMER)]
   if scope == 'bits':
     chosen = [row for row in chosen if row['codec'] != OURS or row['embedding'] != FLOAT16]
   for row in sorted(chosen, key=lambda row: (row['codec'] != OURS, row['codec'], row['data'])):
     words = row['setting'].split(', ')
-    if words[-1] == FORMER:
-      continue
     if row['codec'] == OURS:
       name = f'opq_jax, {words[0]}'
       name += f', {words[2]} from {row["data"]}' if row['data'] != 'none' else ''
