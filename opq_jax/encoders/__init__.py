@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from opq_jax.core import lazy
 
 if TYPE_CHECKING:
-  from opq_jax.encoders.encoder import DAMPING, Encoded, Encoder, LeafEncoder, Trial
+  from opq_jax.encoders.encoder import Encoded, Encoder, LeafEncoder, Trial
+  from opq_jax.encoders.factors import DAMPING
   from opq_jax.encoders.feedback import Feedback
   from opq_jax.encoders.layer_by_layer import SHARE, LayerByLayer
   from opq_jax.encoders.rounding import Rounding
@@ -36,7 +37,7 @@ __all__ = [
 __getattr__, __dir__ = lazy.attributes(
   __name__,
   {
-    'DAMPING': 'encoder',
+    'DAMPING': 'factors',
     'SHARE': 'layer_by_layer',
     'TRELLIS_VERSION': 'trellis',
     'CompressedNetwork': 'search',

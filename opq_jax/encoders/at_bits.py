@@ -13,7 +13,8 @@ from opq_jax.allocation import Allocation, LeafAllocation, allocate, leaf_statis
 from opq_jax.compression import CompressionState, LeafState, init_state
 from opq_jax.core import messages
 from opq_jax.encoders.allocation_search import quietly
-from opq_jax.encoders.encoder import Factored, LeafEncoder, Moments
+from opq_jax.encoders.encoder import LeafEncoder, Moments
+from opq_jax.encoders.factors import Factored
 from opq_jax.encoders.matrices import MatrixLayout
 from opq_jax.encoders.trellis_leaves import entropy_bits
 

@@ -14,37 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float32
+from jaxtyping import Array, Bool
 
 from opq_jax.compression import CompressionState, LeafState, slice_of, stacked
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
+from opq_jax.encoders.factors import Factored, IndefiniteMomentsError, factor_of
 from opq_jax.encoders.matrices import MatrixLayout
 from opq_jax.network import InputMoments, StoredMatrix
-
-Factor = Float32[np.ndarray, 'groups K K']
-
-DAMPING = 0.05
-"""Damping of moments: added to the diagonal of a matrix, times the diagonal's mean.
-
-Moments of few or synthetic inputs are noisy, and error feedback without damping fits their noise.
-"""
-
-
-def check_damping(damping: float) -> None:
-  """Raises ValueError where a damping is negative or not finite."""
-  if not 0 <= damping < math.inf:
-    raise ValueError(f'damping: found {damping}, expected a finite number of 0 or more')
-
-
-class IndefiniteMomentsError(ValueError):
-  """Damped moments are not positive definite, and so have no factor that pushes errors on."""
-
-  def __init__(self, damping: float):
-    super().__init__(
-      f'found moments that are not positive definite with damping {damping:g}, expected more '
-      'damping, or moments E[x^T x]'
-    )
 
 
 class Encoded(NamedTuple):
@@ -98,29 +75,20 @@ class Encoder(abc.ABC):
     return f'{type(self).__name__}({", ".join(shown)})'
 
 
-class Factored(NamedTuple):
-  """Damped moments of the inputs of a leaf without slices, by the factor of their inverse.
-
-  Attributes:
-    factor: U of H^-1 = U^T U, from `opq_jax.encoders.host_feedback.factor_of`.
-    inputs: axes of the leaf.
-  """
-
-  factor: Factor
-  inputs: tuple[int, ...]
-
-
 Moments = InputMoments | Factored | None
-"""Moments of one leaf; factored only for an encoder that `reads_factors`."""
+"""Moments of one leaf, factored by the encoder that reads them or not yet."""
 
 
 class LeafEncoder(Encoder):
   """An encoder that codes each leaf by itself, from the leaf and the moments of its inputs."""
 
-  @property
-  def reads_factors(self) -> bool:
-    """Whether `choose_matrix` takes `Factored` moments: one factor for several leaves and grids."""
-    return False
+  def factored(self, moments: InputMoments, damping: float) -> Factored:
+    """Returns moments without slices as this encoder factors them, for several leaves and grids.
+
+    Raises:
+      IndefiniteMomentsError: damped moments are not positive definite.
+    """
+    return Factored(factor_of(np.asarray(moments.matrix, np.float32), damping), moments.inputs)
 
   @abc.abstractmethod
   def choose_matrix(

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int8
+from jaxtyping import Array, Bool, Float, Float32, Int, Int8
 
 from opq_jax import compression
 from opq_jax.compression import CompressionState, LeafState
@@ -17,20 +18,24 @@ from opq_jax.core import trees
 from opq_jax.core.limits import ESCAPE
 from opq_jax.core.trees import PyTree
 from opq_jax.encoders.encoder import (
-  DAMPING,
   Encoded,
-  Factored,
-  IndefiniteMomentsError,
   LeafEncoder,
   Moments,
   Trial,
-  check_damping,
   encoded,
   leaves_to_code,
   named_leaf,
 )
+from opq_jax.encoders.factors import (
+  DAMPING,
+  Factored,
+  IndefiniteMomentsError,
+  check_damping,
+  factor_of,
+)
 from opq_jax.encoders.matrices import MatrixLayout
 from opq_jax.encoders.tied_codes import with_ties
+from opq_jax.network import InputMoments
 
 # inputs whose errors are pushed on one by one, within rows that stay in the processor's cache
 _BLOCK = 64
@@ -126,11 +131,17 @@ class Feedback(LeafEncoder):
         chosen.append(self.choose_leaf(leaf.weights, leaf.grid, leaf.moments, self.damping))
     return encoded(params, chosen)
 
+  def factored(self, moments: InputMoments, damping: float) -> Factored:
+    matrix = np.asarray(moments.matrix, np.float32)
+    energy = np.diagonal(matrix, axis1=1, axis2=2)
+    # the errors that cost most are made first, while the most weights are left to answer them
+    order = np.argsort(-energy, axis=1, kind='stable')
+    matrix = np.stack([group[np.ix_(own, own)] for group, own in zip(matrix, order, strict=True)])
+    return Factored(factor_of(matrix, damping), moments.inputs, order)
+
   def choose_matrix(
     self, weights: Array, grid: LeafState, moments: Moments, damping: float
   ) -> tuple[Array, LeafState]:
-    # the order of the inputs is by their moments
-    assert not isinstance(moments, Factored)
     if moments is None:
       codes = compression.encode(weights.astype(grid.dtype), CompressionState(grid))
     else:
@@ -138,9 +149,13 @@ class Feedback(LeafEncoder):
       # an output's errors are pushed on to its own weights alone, so its scale is a unit like any
       units, unit_grid = in_units(weights, grid)
       of_rows = dataclasses.replace(unit_grid, kinds=layout.rows(grid.kinds))
-      rows, is_definite = codes_of_matrix(layout.rows(units), moments.matrix, of_rows, damping)
-      if not isinstance(is_definite, jax.core.Tracer) and not is_definite:
-        raise IndefiniteMomentsError(damping)
+      if isinstance(moments, Factored):
+        assert moments.order is not None
+        rows = codes_by_factor(layout.rows(units), moments.factor, moments.order, of_rows)
+      else:
+        rows, is_definite = codes_of_matrix(layout.rows(units), moments.matrix, of_rows, damping)
+        if not isinstance(is_definite, jax.core.Tracer) and not is_definite:
+          raise IndefiniteMomentsError(damping)
       codes = layout.leaf(rows)
     values = compression.decode(codes, CompressionState(grid), weights.astype(grid.dtype))
     return values, dataclasses.replace(grid, kinds=kinds_of_codes(codes))
@@ -164,21 +179,14 @@ def codes_of_matrix(
 
   Where one has none, the weights of its group are rounded.
   """
-  groups, width, _ = moments.shape
-  # the outputs of a group lie next to each other, as in Flax; a group has moments of its own
-  by_group = lambda array: array.reshape(width, groups, -1).swapaxes(0, 1)
-  rows = by_group(weights.astype(jnp.float32))
-  # the value of an escaped weight, in the leaf's dtype; NaN where a weight is not escaped
-  exact = by_group(jnp.where(grid.escaped, weights.astype(grid.dtype).astype(jnp.float32), jnp.nan))
-  # whole blocks: inputs without weights, independent of all others, fill the last one
+  width = moments.shape[-1]
   block = min(_BLOCK, width)
+  # whole blocks: inputs without weights, independent of all others, fill the last one
   padded = -(-width // block) * block
 
-  def codes_of_group(
-    rows: Float32[Array, 'K channels'],
-    exact: Float32[Array, 'K channels'],
+  def factor_of_group(
     moments: Float32[Array, 'K K'],
-  ) -> tuple[Float32[Array, 'K channels'], Bool[Array, '']]:
+  ) -> tuple[Float32[Array, 'K K'], Int[Array, ' K'], Bool[Array, '']]:
     # over the mean energy: a factor of H cancels in U_ij / U_ii, but damping and float32 then see
     # numbers near 1.  Where all inputs are 0, H is the damping alone, and weights are rounded
     energy = jnp.diagonal(moments)
@@ -187,18 +195,54 @@ def codes_of_matrix(
     # the errors that cost most are made first, while the most weights are left to answer them
     order = jnp.argsort(-energy)
     matrix = matrix[order][:, order] + jnp.float32(damping) * jnp.eye(width)
-    matrix = jnp.eye(padded).at[:width, :width].set(matrix)
-    rows = jnp.zeros((padded, rows.shape[1])).at[:width].set(rows[order])
-    exact = jnp.full((padded, rows.shape[1]), jnp.nan).at[:width].set(exact[order])
-    factor = _factor(matrix)
+    factor = _factor(jnp.eye(padded).at[:width, :width].set(matrix))
     # Cholesky's answer of NaN would make every weight 0: NaN is in no cell
     is_definite = jnp.isfinite(factor).all()
     factor = jnp.where(is_definite, factor, jnp.eye(padded))
-    codes = _coded_rows(rows, exact, factor, grid, block)[:width]
-    return jnp.zeros_like(codes).at[order].set(codes), is_definite
+    return factor[:width, :width], order, is_definite
 
-  codes, is_definite = jax.vmap(codes_of_group)(rows, exact, moments)
-  return codes.swapaxes(0, 1).reshape(weights.shape).astype(jnp.int8), is_definite.all()
+  factor, order, is_definite = jax.vmap(factor_of_group)(moments)
+  return codes_by_factor(weights, factor, order, grid), is_definite.all()
+
+
+@jax.jit
+def codes_by_factor(
+  weights: Float[Array, '... channels'],
+  factor: Float32[Array, 'groups K K'],
+  order: Int[Array, 'groups K'],
+  grid: LeafState,
+) -> Int8[Array, '... channels']:
+  """Returns the codes of one leaf by error feedback.
+
+  Args:
+    weights: of the leaf, in rows of inputs.
+    factor: U of each group, of inputs in their order.
+    order: of the inputs, those of most energy first.
+    grid: the plain grid, in units of the leaf's output scales.
+  """
+  groups, width, _ = factor.shape
+  # the outputs of a group lie next to each other, as in Flax; a group has moments of its own
+  by_group = lambda array: array.reshape(width, groups, -1).swapaxes(0, 1)
+  rows = by_group(weights.astype(jnp.float32))
+  # the value of an escaped weight, in the leaf's dtype; NaN where a weight is not escaped
+  exact = by_group(jnp.where(grid.escaped, weights.astype(grid.dtype).astype(jnp.float32), jnp.nan))
+  block = min(_BLOCK, width)
+  padded = -(-width // block) * block
+
+  def codes_of_group(
+    rows: Float32[Array, 'K channels'],
+    exact: Float32[Array, 'K channels'],
+    factor: Float32[Array, 'K K'],
+    order: Int[Array, ' K'],
+  ) -> Float32[Array, 'K channels']:
+    factor = jnp.eye(padded).at[:width, :width].set(factor)
+    rows = jnp.zeros((padded, rows.shape[1])).at[:width].set(rows[order])
+    exact = jnp.full((padded, rows.shape[1]), jnp.nan).at[:width].set(exact[order])
+    codes = _coded_rows(rows, exact, factor, grid, block)[:width]
+    return jnp.zeros_like(codes).at[order].set(codes)
+
+  codes = jax.vmap(codes_of_group)(rows, exact, factor, order)
+  return codes.swapaxes(0, 1).reshape(weights.shape).astype(jnp.int8)
 
 
 def _factor(matrix: Float32[Array, 'K K']) -> Float32[Array, 'K K']:

@@ -6,90 +6,17 @@ file, and each of them depends on the codes before it, so the update runs betwee
 search that is compiled by numba.
 """
 
-import threading
-
 import numpy as np
 from jaxtyping import Bool, Float32, Int8
 
 from opq_jax.core import native
-from opq_jax.encoders.encoder import Factor, IndefiniteMomentsError
+from opq_jax.encoders.factors import Factor
 
 # inputs; errors are pushed on one by one within a block that stays in the processor's cache, and
 # by one product of matrices to all inputs after it
 _BLOCK = 64
 
-_REVERSED = 1 << 18  # numbers that are moved at a time: 1 MB
-
-# one factorization at a time: BLAS runs it on all processors, and its copies are the largest arrays
-_FACTORIZATION = threading.Lock()
-
 Rows = Float32[np.ndarray, 'inputs outputs']
-
-
-def factor_of(moments: Factor, damping: float, version: int = 2) -> Factor:
-  """Returns the upper triangular U of H^-1 = U^T U for each group.
-
-  Args:
-    moments: H.
-    damping: added to the diagonal of H, once H is divided by its mean energy.
-    version: 2; or 1, which rounds as files without a version were made.
-
-  Raises:
-    IndefiniteMomentsError: a damped matrix is not positive definite.
-  """
-  energy = np.mean(np.diagonal(moments, axis1=1, axis2=2), axis=1)
-  # a factor of H cancels in U_ij / U_ii: over its mean, damping is relative and float32 sees
-  # numbers near 1
-  energy = np.where(energy > 0, energy, 1)
-  with _FACTORIZATION:
-    try:
-      if version > 1 and len(moments) == 1:
-        return _factor_in_place(moments[0], energy[0], damping)[None]
-      # with J the reversal, J H J = L L^T, and so U = J L^-1 J
-      return np.ascontiguousarray(_inverse(moments, energy, damping)[:, ::-1, ::-1])
-    except np.linalg.LinAlgError as error:
-      raise IndefiniteMomentsError(damping) from error
-
-
-def _factor_in_place(
-  moments: Float32[np.ndarray, 'K K'], energy: Float32[np.ndarray, ''], damping: float
-) -> Float32[np.ndarray, 'K K']:
-  """Returns U of one matrix, in one array of its size: 85 MB for 4608 inputs."""
-  from scipy.linalg import lapack
-
-  # in Fortran's order, in which LAPACK works in place
-  matrix = np.empty(moments.shape, np.float32, order='F')
-  np.divide(moments[::-1, ::-1], energy, out=matrix, dtype=np.float32)
-  np.fill_diagonal(matrix, np.diagonal(matrix) + damping)
-  matrix, failed = lapack.spotrf(matrix, lower=0, clean=1, overwrite_a=1)
-  if not failed:
-    matrix, failed = lapack.strtri(matrix, lower=0, overwrite_c=1)
-  if failed or not np.isfinite(np.diagonal(matrix)).all():
-    raise np.linalg.LinAlgError
-  # the transpose of L^-1 in Fortran's order is L^-1 in C's, and backwards it is J L^-1 J
-  flat = matrix.T.reshape(-1)
-  for start in range(0, flat.size // 2, _REVERSED):
-    stop = min(start + _REVERSED, flat.size // 2)
-    front, back = flat[start:stop], flat[flat.size - stop : flat.size - start]
-    front[:], back[:] = back[::-1].copy(), front[::-1].copy()
-  return flat.reshape(moments.shape)
-
-
-def _inverse(moments: Factor, energy: Float32[np.ndarray, ' groups'], damping: float) -> Factor:
-  """Returns L^-1 of each group: of many small matrices, as of a depthwise convolution."""
-  import scipy.linalg
-
-  groups, width, _ = moments.shape
-  matrix = (moments / energy[:, None, None]).astype(np.float32, copy=False)
-  diagonal = matrix.reshape(groups, -1)[:, :: width + 1]
-  diagonal[...] = diagonal.astype(np.float64) + damping
-  lower = np.linalg.cholesky(matrix[:, ::-1, ::-1])
-  if groups > 1:
-    return np.linalg.inv(lower)
-  identity = np.eye(width, dtype=np.float32, order='F')
-  return scipy.linalg.solve_triangular(
-    lower[0], identity, lower=True, overwrite_b=True, check_finite=False
-  )[None]
 
 
 class RowFeedback:
@@ -98,7 +25,7 @@ class RowFeedback:
   Args:
     rows: the weights, inputs by outputs; rows to be coded change in place.
     is_escaped: which weights keep their value, whatever is pushed on to them.
-    factor: U of each group of outputs, from `factor_of`.
+    factor: U of each group of outputs, from `opq_jax.encoders.factors.factor_of`.
     values: the value of every code; a negative code counts from the end.
     limit: the largest error that is pushed on; a larger one counts as so much.
   """

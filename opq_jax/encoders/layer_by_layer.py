@@ -19,20 +19,18 @@ from opq_jax.core import messages
 from opq_jax.core.trees import PyTree
 from opq_jax.encoders.allocation_search import quietly
 from opq_jax.encoders.encoder import (
-  DAMPING,
   Encoded,
   Encoder,
-  IndefiniteMomentsError,
   LeafEncoder,
   LeafToCode,
   all_finite,
-  check_damping,
   encoded,
   leaves_to_code,
   named_leaf,
   part_of,
   stack_slices,
 )
+from opq_jax.encoders.factors import DAMPING, IndefiniteMomentsError, check_damping
 from opq_jax.encoders.fitted_weights import fitted_rows
 from opq_jax.encoders.matrices import MatrixLayout
 from opq_jax.encoders.plain_codes import PlainCodesWarning, without_plain_codes

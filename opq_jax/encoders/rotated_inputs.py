@@ -17,7 +17,6 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Float64
 
@@ -25,8 +24,8 @@ from opq_jax.allocation import LeafAllocation
 from opq_jax.coding import rotations
 from opq_jax.encoders.allocation_search import quietly
 from opq_jax.encoders.at_bits import plain_allocation
-from opq_jax.encoders.encoder import Factor, Factored, IndefiniteMomentsError
-from opq_jax.encoders.host_feedback import factor_of
+from opq_jax.encoders.encoder import LeafEncoder
+from opq_jax.encoders.factors import Factored, IndefiniteMomentsError
 from opq_jax.encoders.matrices import MatrixLayout
 from opq_jax.network import InputMoments
 
@@ -42,13 +41,14 @@ class RotatableMoments:
   Attributes:
     moments: H = E[x^T x].
     damping: of the moments, as in `opq_jax.encoders.Feedback`.
-    reads_factors: whether the encoder of the leaves does; one factor serves all leaves and grids.
+    encoder: of the leaves.
   """
 
   moments: Float32[Any, 'groups K K']
   damping: float
-  reads_factors: bool = False
-  _kept: dict[bool, Factor] = dataclasses.field(default_factory=dict, init=False, repr=False)
+  encoder: LeafEncoder
+  # one factor serves all leaves and grids
+  _kept: dict[bool, Factored] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
   @functools.cached_property
   def rotated(self) -> Float32[np.ndarray, '1 K K']:
@@ -56,25 +56,17 @@ class RotatableMoments:
     once = rotations.rotated(np.asarray(self.moments), 1)
     return rotations.rotated(once, 2)
 
-  def _factor(self, is_rotated: bool) -> Factor:
-    """Returns U of H^-1 = U^T U; kept, as large as the moments, only where an encoder reads it."""
-    if is_rotated in self._kept:
-      return self._kept[is_rotated]
-    moments = self.rotated if is_rotated else self.moments
-    factor = factor_of(np.asarray(moments, np.float32), self.damping)
-    if self.reads_factors:
-      self._kept[is_rotated] = factor
-    return factor
-
-  def of_leaf(self, inputs: tuple[int, ...], is_rotated: bool) -> InputMoments | Factored:
-    """Returns the moments of a leaf of these input axes, in the form that its encoder reads.
+  def factored(self, is_rotated: bool) -> Factored:
+    """Returns the factor of the moments, of the encoder and kept.
 
     Raises:
-      IndefiniteMomentsError: the encoder reads factors, and there is none.
+      IndefiniteMomentsError: there is none.
     """
-    if self.reads_factors:
-      return Factored(self._factor(is_rotated), inputs)
-    return InputMoments(jnp.asarray(self.rotated if is_rotated else self.moments), inputs)
+    if is_rotated not in self._kept:
+      matrix: Any = self.rotated if is_rotated else self.moments
+      moments = InputMoments(matrix, ())
+      self._kept[is_rotated] = self.encoder.factored(moments, self.damping)
+    return self._kept[is_rotated]
 
   def rotated_weights(
     self,
@@ -113,10 +105,19 @@ class RotatableMoments:
   def _costs(self) -> tuple[Float64[np.ndarray, ' K'], ...] | None:
     """1 / U_ii^2 of the inputs, and of the inputs rotated; None where there is no factor."""
     try:
-      diagonals = [np.diagonal(self._factor(turned)[0]).copy() for turned in (False, True)]
+      return tuple(_costs(self.factored(turned)) for turned in (False, True))
     except IndefiniteMomentsError:  # said where codes are chosen
       return None
-    return tuple(diagonal.astype(np.float64) ** -2 for diagonal in diagonals)
+
+
+def _costs(moments: Factored) -> Float64[np.ndarray, ' K']:
+  """Returns 1 / U_ii^2 of the inputs, in the order of the leaf."""
+  costs = np.diagonal(moments.factor[0]).astype(np.float64) ** -2
+  if moments.order is None:
+    return costs
+  of_leaf = np.empty_like(costs)
+  of_leaf[moments.order[0]] = costs
+  return of_leaf
 
 
 def _rounding_errors(

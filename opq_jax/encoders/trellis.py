@@ -10,23 +10,23 @@ from opq_jax.compression import CompressionState, LeafState, stacked
 from opq_jax.core import messages, native, trees
 from opq_jax.core.trees import PyTree
 from opq_jax.encoders.encoder import (
-  DAMPING,
   Encoded,
   LeafEncoder,
   LeafToCode,
   Moments,
   Trial,
-  check_damping,
   encoded,
   leaves_to_code,
   named_leaf,
   parts_of,
   stack_slices,
 )
+from opq_jax.encoders.factors import DAMPING, Factored, check_damping, factor_of
 from opq_jax.encoders.plain_codes import PlainCodesWarning
 from opq_jax.encoders.survey import surveyed
 from opq_jax.encoders.tied_codes import with_ties
 from opq_jax.encoders.trellis_leaves import CodedLeaf, bits_of, check_finite, code_leaf, factored
+from opq_jax.network import InputMoments
 
 TRELLIS_VERSION = 2
 """Version of the encoder, which `opq compress` writes into its files (`Trellis.version`)."""
@@ -98,10 +98,9 @@ class Trellis(LeafEncoder):
     records = trees.records(params, grids.tree, LeafState)
     return with_ties(coded, params, records, lambda: self.preferred(params))
 
-  @property
-  def reads_factors(self) -> bool:
-    # factors of version 1 were rounded in another way
-    return self.version > 1
+  def factored(self, moments: InputMoments, damping: float) -> Factored:
+    matrix = np.asarray(moments.matrix, np.float32)
+    return Factored(factor_of(matrix, damping, self.version), moments.inputs)
 
   def choose_matrix(
     self, weights: Array, grid: LeafState, moments: Moments, damping: float

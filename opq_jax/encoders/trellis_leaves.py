@@ -25,8 +25,9 @@ from opq_jax.compression.records import (
 )
 from opq_jax.core.limits import ESCAPE, MAX_LEVELS
 from opq_jax.encoders import feedback, trellis_grids
-from opq_jax.encoders.encoder import Factor, Factored, LeafToCode, Moments
-from opq_jax.encoders.host_feedback import RowFeedback, factor_of
+from opq_jax.encoders.encoder import LeafToCode, Moments
+from opq_jax.encoders.factors import Factor, Factored, factor_of
+from opq_jax.encoders.host_feedback import RowFeedback
 from opq_jax.encoders.matrices import MatrixLayout
 from opq_jax.encoders.trellis_walk import Walk
 

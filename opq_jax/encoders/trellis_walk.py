@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float32, Int8
 
 from opq_jax.coding import arrangements, context_search, viterbi
 from opq_jax.core.limits import ESCAPE
-from opq_jax.encoders.host_feedback import Factor, RowFeedback
+from opq_jax.encoders.factors import Factor
+from opq_jax.encoders.host_feedback import RowFeedback
 from opq_jax.encoders.trellis_grids import Fit, is_beyond
 
 # weights of one search without feedback: bounds its memory, 36 bytes a weight

@@ -256,7 +256,7 @@ class BlockEncoder:
       if not self.bits.keys() & set(names):
         continue
       sums = self._sums(part, stage, compressed, streams)
-      moments = RotatableMoments(sums.moments, self.damping, self.encoder.reads_factors)
+      moments = RotatableMoments(sums.moments, self.damping, self.encoder)
       leaves = trees.named_leaves(compressed)
       for path, name, inputs in zip(stage.leaves, names, stage.inputs, strict=True):
         if name in self.bits:
@@ -287,7 +287,8 @@ class BlockEncoder:
       if (turned_inputs := reading.own.rotated_weights(*facts)) is not None:
         target, rotated_axis = jnp.asarray(turned_inputs), reading.inputs[0]
       with named_leaf(site.name):
-        moments = reading.own.of_leaf(reading.inputs, rotated_axis is not None)
+        factored = reading.own.factored(rotated_axis is not None)
+      moments = factored._replace(inputs=reading.inputs)
     of_codes = dtype if rotated_axis is None else np.dtype(np.float32)
     # the ratio is that of the last leaf of this path coded likewise
     key = path if rotated_axis is None else f'{path} rotated'

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from opq_jax.core import trees
-from opq_jax.encoders.host_feedback import factor_of
+from opq_jax.encoders.factors import factor_of
 from opq_jax.language.network import StoredNetwork
 from opq_jax.language.parts import Block, Start, applied
 from opq_jax.network import InputMoments, second_moments

@@ -7,8 +7,6 @@ import pytest
 import opq_jax
 from opq_jax.encoders import Feedback, Rounding, Trellis
 from opq_jax.encoders.at_bits import code_at_bits
-from opq_jax.encoders.encoder import Factored
-from opq_jax.encoders.host_feedback import factor_of
 from opq_jax.network import InputMoments
 
 
@@ -47,15 +45,16 @@ def test_code_at_bits_begins_where_a_leaf_alike_ended(leaf):
   assert abs(again.bits / 3.0 - 1) < 0.01
 
 
-def test_code_at_bits_of_factored_moments(leaf):
-  """Several leaves may share a factor: the codes are the same."""
+@pytest.mark.parametrize('encoder', [Feedback({}), Trellis()])
+def test_code_at_bits_of_factored_moments(leaf, encoder):
+  """Several leaves may share a factor: the codes are the same, but for the factor's rounding."""
   kernel, moments = leaf
   kernel = kernel[:64]
-  factor = Factored(factor_of(np.asarray(moments.matrix), 0.05), moments.inputs)
+  factored = encoder.factored(moments, 0.05)
   one, other = (
-    code_at_bits('w', kernel, jnp.float32, 3.0, Trellis(), each, 0.05) for each in (moments, factor)
+    code_at_bits('w', kernel, jnp.float32, 3.0, encoder, each, 0.05) for each in (moments, factored)
   )
-  np.testing.assert_array_equal(one.values, other.values)
+  assert np.mean(np.asarray(one.values) == np.asarray(other.values)) > 0.995
 
 
 def test_code_at_bits_refuses_zeros():

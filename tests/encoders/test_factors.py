@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from opq_jax.encoders.encoder import IndefiniteMomentsError
-from opq_jax.encoders.host_feedback import factor_of
+from opq_jax.encoders.factors import IndefiniteMomentsError, factor_of
 
 
 @pytest.mark.parametrize('version', [1, 2])
