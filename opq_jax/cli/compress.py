@@ -153,7 +153,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(
     '--keep-optimizer',
     action='store_true',
-    help="store an optimizer's state bit for bit (default: zeros in its place, as of a fresh one)",
+    help="store an optimizer's state bit for bit (default: the mean of each of its leaves)",
   )
   add(
     '--slices',

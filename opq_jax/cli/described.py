@@ -7,10 +7,10 @@ from typing import Any
 def described(path: Path) -> dict[str, Any]:
   """Returns `opq_jax.report.file_description` of a file, with the channels that its names tell.
 
-  Rates are left out where zeros are in the places of an optimizer's state: they would make the
-  network look larger than it was.
+  Rates are left out where an optimizer's state is not kept: it would make the network look larger
+  than it was.
   """
-  from opq_jax.cli.encoding import LEFT_OUT, channel_axis
+  from opq_jax.cli.encoding import channel_axis, lacks_optimizer
   from opq_jax.file.reader import OpqFile
   from opq_jax.report import file_description
 
@@ -19,6 +19,6 @@ def described(path: Path) -> dict[str, Any]:
     counts = {name: file.slices(name) for name in file}
   axis = channel_axis(metadata, lambda name, _: counts[name])
   description = file_description(path, channel_axis=axis)
-  if metadata.get('optimizer') == LEFT_OUT:
+  if lacks_optimizer(metadata):
     description |= {'original': None, 'asFloat32': None}
   return description

@@ -21,7 +21,8 @@ A file that `opq compress` wrote has these keys; `opq verify` repeats what they 
                      their number, and a digest of them
     batch_norm       noise, synthetic or images, from which it was corrected; or uncorrected
     inference_only   true, where BatchNorm is two vectors and vectors are rounded to bfloat16
-    optimizer        left_out, where zeros are in the places of an optimizer's state
+    optimizer        means, where one number is in the places of each leaf of an optimizer's state:
+                     the mean of second moments, 0 for others; or left_out, with zeros for all
 
 Files up to version 0.1.0 have sentences in their place, which are still read.
 """
@@ -41,7 +42,7 @@ TARGETS = ('sparsity', 'bits', 'compression_rate', 'bits_per_weight', 'file_rate
 SYNTHETIC, IMAGES, NOISE, UNCORRECTED = 'synthetic', 'images', 'noise', 'uncorrected'
 TOKENS = 'tokens'
 DIVERGENCE = 'divergence'
-LEFT_OUT = 'left_out'
+MEANS, LEFT_OUT = 'means', 'left_out'
 FEEDBACK, TRELLIS, ROUNDING, LAYER_BY_LAYER = 'feedback', 'trellis', 'rounding', 'layer_by_layer'
 
 MAX_IMAGES = 128
@@ -61,7 +62,7 @@ _CHOICES = {
   'inputs': (SYNTHETIC, IMAGES, TOKENS),
   'calibration': ('text', 'self', 'random'),
   'batch_norm': (NOISE, SYNTHETIC, IMAGES, UNCORRECTED),
-  'optimizer': (LEFT_OUT,),
+  'optimizer': (MEANS, LEFT_OUT),
 }
 # key, value, and the other key that it needs.  Whatever is computed by running a network needs the
 # name of that network
@@ -77,6 +78,11 @@ _NEEDS = (
   *((key, TOKENS, 'calibration') for key in ('moments', 'inputs')),
   ('objective', DIVERGENCE, 'calibration'),
 )
+
+
+def lacks_optimizer(metadata: Mapping[str, str]) -> bool:
+  """Returns whether a file with these metadata has one number for each leaf of an optimizer."""
+  return metadata.get('optimizer') in _CHOICES['optimizer']
 
 
 class ImageSet(NamedTuple):
@@ -112,7 +118,7 @@ class Encoding:
     tokens: the tokens that a language model reads, None where there are none.
     batch_norm: what BatchNorm was corrected from, None where there is no BatchNorm.
     inference_only: whether BatchNorm is two vectors, and vectors are rounded to bfloat16.
-    optimizer: `left_out`, where zeros are in the places of an optimizer's state.
+    optimizer: `means` or `left_out`, where an optimizer's state is not kept.
 
   >>> encoding = Encoding(targets={'compression_rate': 16.0}, encoder='trellis')
   >>> encoding.metadata()

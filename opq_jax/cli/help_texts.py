@@ -35,8 +35,8 @@ Reads weights, prunes and quantizes every floating-point matrix and kernel, and
 writes an .opq file. All other leaves are stored bit for bit: integers, vectors
 (also of shape 1x1xC), and what a name says to be a bias, the scale of a
 normalization, a mask, a running statistic or a table of positions. --include
-and --exclude override the names. An optimizer's state is left out, with zeros
-in its place.
+and --exclude override the names. Of an optimizer's state the mean of each leaf
+is kept.
 
 IN is a .safetensors, .npz, .msgpack (Flax), .pt, .pth, .bin, .ckpt or .th
 (needs torch), .h5, .hdf5 or .keras (needs h5py), .gguf (needs gguf), .onnx

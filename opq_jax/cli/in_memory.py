@@ -18,8 +18,8 @@ from opq_jax.cli.encoding import (
   FEEDBACK,
   IMAGES,
   LAYER_BY_LAYER,
-  LEFT_OUT,
   MAX_IMAGES,
+  MEANS,
   NOISE,
   PALETTE_BITS,
   ROUNDING,
@@ -90,7 +90,7 @@ def compress(
         )
       if not arguments.keep_optimizer:
         params, left_out, line = without_optimizer(params)
-        plan = dataclasses.replace(plan, optimizer=LEFT_OUT if line else None)
+        plan = dataclasses.replace(plan, optimizer=MEANS if line else None)
       chosen = chosen_paths(params, arguments.include, arguments.exclude, graph)
       plan = planned_by_graph(plan, graph, chosen)
       slices = checked_slices(plan.slices, chosen)

@@ -18,7 +18,7 @@ def run(arguments: argparse.Namespace) -> None:
   from rich.text import Text
 
   from opq_jax.cli.console import console
-  from opq_jax.cli.encoding import LEFT_OUT, channel_axis
+  from opq_jax.cli.encoding import channel_axis, lacks_optimizer
   from opq_jax.cli.json_reports import sizes_as_json
   from opq_jax.file.reader import OpqFile
   from opq_jax.report import file_report, four_sizes, size_table
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
     counts = {name: file.slices(name) for name in file}
   axis = channel_axis(metadata, lambda name, _: counts[name])
   report = file_report(arguments.file, channel_axis=axis)
-  if metadata.get('optimizer') == LEFT_OUT:
+  if lacks_optimizer(metadata):
     from opq_jax.cli.optimizers import report_without_optimizer
 
     report = report_without_optimizer(report)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from opq_jax.cli.console import collected_warnings, console, note
-from opq_jax.cli.encoding import DIVERGENCE, LEFT_OUT, TRELLIS, Encoding, channel_axis
+from opq_jax.cli.encoding import DIVERGENCE, MEANS, TRELLIS, Encoding, channel_axis
 from opq_jax.cli.folders import carried_notes, carried_of
 from opq_jax.cli.graphs import planned_by_graph
 from opq_jax.cli.leaves import checked_slices, chosen_paths, names_note
@@ -55,7 +55,7 @@ def compress(
     tree, left_out, line = WithoutOptimizer(open_weights(source), 0, '')
   if not arguments.keep_optimizer:
     tree, left_out, line = without_optimizer(tree)
-    plan = dataclasses.replace(plan, optimizer=LEFT_OUT if line else None)
+    plan = dataclasses.replace(plan, optimizer=MEANS if line else None)
   chosen = chosen_paths(tree, arguments.include, arguments.exclude, graph)
   plan = planned_by_graph(plan, graph, chosen)
   slices = checked_slices(plan.slices, chosen)

@@ -82,7 +82,7 @@ def recomputed(
       else network.variables
     )
   if encoding.optimizer is not None:
-    params = without_optimizer(params).tree
+    params = without_optimizer(params, encoding.optimizer).tree
   images = _same_images(path, encoding, network, folder)
   coded = corrected = None
   if encoding.inputs == TOKENS:
@@ -106,7 +106,7 @@ def recomputed(
 
 
 def _keeps_optimizer(path: str, encoding: Encoding) -> bool:
-  """Returns whether a file holds the state of an optimizer, and not zeros in its place."""
+  """Returns whether a file holds the state of an optimizer, and not one number a leaf."""
   with OpqFile(path) as file:
     return encoding.optimizer is None and any(map(is_in_optimizer, file))
 

@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
   from rich.text import Text
 
   from opq_jax.cli.console import complain, console
-  from opq_jax.cli.encoding import LEFT_OUT, Encoding, channel_axis
+  from opq_jax.cli.encoding import Encoding, channel_axis, lacks_optimizer
   from opq_jax.cli.folders import carried_problems
   from opq_jax.cli.json_reports import verification_as_json
   from opq_jax.cli.optimizers import report_without_optimizer
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         corrected=expected.corrected,
         channel_axis=channel_axis(metadata, lambda name, _: counts.get(name, 0)),
       )
-  if verified.report is not None and metadata.get('optimizer') == LEFT_OUT:
+  if verified.report is not None and lacks_optimizer(metadata):
     report = report_without_optimizer(verified.report)
     verified = dataclasses.replace(verified, report=report)
   problems = (

@@ -100,7 +100,7 @@ def compress_stored(
       bits per weight that met a `file_rate`.
     contexts: see `opq_jax.save`.
     side_files: see `opq_jax.save`; `ModelFolder.side_files` returns those of a folder.
-    left_out: bytes of leaves that `file_rate` does not count as those of the tree: zeros.
+    left_out: bytes of leaves that `file_rate` does not count as those of the tree: of one number.
     encoder: `Rounding()`, or `Trellis()`, whose search reads all leaves several times.  Its codes
       are kept in the folder `OUTPUT.blocks` until the file is written: a run that is killed goes on
       where it was when it is called again with the same arguments, but for `file_rate`.
