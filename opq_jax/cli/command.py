@@ -162,6 +162,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _message(error: ValueError | OSError) -> str:
-  if isinstance(error, OSError) and error.filename is not None:
-    return f'{os.fspath(error.filename)}: {error.strerror}'
-  return str(error)
+  message = str(error)
+  if not isinstance(error, OSError):
+    return message
+  if error.filename is not None:
+    message = f'{os.fspath(error.filename)}: {error.strerror}'
+  # of `opq_jax.weights.work_folder`; JAX adds notes about tracebacks to other errors
+  return '; '.join([message, *getattr(error, '__notes__', ())])

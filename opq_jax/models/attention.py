@@ -126,7 +126,9 @@ class Rotation:
     frequency = self.theta ** (-np.arange(0, features, 2) / features)
     if self.kind == 'llama3':
       turns = self.original * frequency / (2 * math.pi)
-      kept = np.clip((turns - self.low) / (self.high - self.low), 0, 1)
+      # a step where both are the same
+      span = max(self.high - self.low, math.ulp(self.high))
+      kept = np.clip((turns - self.low) / span, 0, 1)
       frequency = kept * frequency + (1 - kept) * frequency / self.factor
     elif self.kind == 'linear':
       frequency = frequency / self.factor

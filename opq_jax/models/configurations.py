@@ -258,6 +258,11 @@ def _rotation(config: Config) -> Any:
   if original is None:
     raise ValueError(f'{key}: found no original_max_position_embeddings, expected one')
   turns = found['low_freq_factor'], found['high_freq_factor']
+  if turns[0] > turns[1]:
+    raise ValueError(
+      f'{key}: found low_freq_factor {turns[0]:g} and high_freq_factor {turns[1]:g}, expected no '
+      'smaller high_freq_factor'
+    )
   return Rotation(theta, 'llama3', found['factor'], *turns, original)
 
 

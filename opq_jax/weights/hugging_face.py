@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
+from opq_jax.core import messages
 from opq_jax.weights import checks, safetensors, torch
 from opq_jax.weights.stored_leaves import StoredLeaf
 
@@ -54,6 +55,9 @@ class ModelFolder(Mapping[str, Shaped[np.ndarray, '...']]):
     ValueError: there are no weights, or more than one set of them; an index or a file of weights is
       damaged; a tensor is in two files, or not in the file that the index names.
     OSError: a file cannot be read.
+
+  Warns:
+    UserWarning: the index does not name a tensor of a shard.
   """
 
   def __init__(self, path: str | os.PathLike[str]):
@@ -71,11 +75,18 @@ class ModelFolder(Mapping[str, Shaped[np.ndarray, '...']]):
         raise ValueError(f'{self.path / file}: {tensor}: found it in {other} too, expected it once')
       self.leaves |= leaves
       self.shards[file] = tuple(leaves)
-    for tensor, file in (places or {}).items():
+    if places is None:
+      return
+    for tensor, file in places.items():
       if tensor not in self.shards[file]:
         raise ValueError(
           f'{self.path / name}: found {tensor} placed in {file}, expected a tensor that is there'
         )
+    if unnamed := [tensor for tensor in self.leaves if tensor not in places]:
+      messages.warn(
+        f'{self.path / name}: found no place of {messages.listed(unnamed)} of the shards: they are '
+        'read as if it had one'
+      )
 
   def __getitem__(self, name: str) -> Shaped[np.ndarray, '...']:
     return self.leaves[name].read()

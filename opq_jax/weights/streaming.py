@@ -47,6 +47,7 @@ from opq_jax.weights.stored_tree import (
   stored_statistics,
 )
 from opq_jax.weights.stored_trellis import StoredTrellis
+from opq_jax.weights.work_folder import said_where_work_is
 
 Chooser = Callable[
   [StoredTree, Mapping[str, Any], Callable[[str], contextlib.AbstractContextManager]], Choice
@@ -162,7 +163,7 @@ def compress_stored(
       statistics[name] = stored_statistics(leaves[name], axes[name], counts[name], scales.get(name))
   source = StoredTree(tree, leaves, statistics, axes)
 
-  with contextlib.ExitStack() as spooled:
+  with contextlib.ExitStack() as spooled, said_where_work_is(output):
 
     def coded(**targets: Any) -> CodedTree:
       """Codes the tree for these targets; the parts of an earlier call are deleted."""

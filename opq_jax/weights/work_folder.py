@@ -1,5 +1,6 @@
 """The work of a long run, kept beside its output: a run that is killed goes on where it was."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -7,7 +8,7 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,7 @@ def open_work(output: str | os.PathLike[str], plan: Mapping[str, Any]) -> WorkFo
     ValueError: a folder of this name holds other files.
     OSError: the folder cannot be written.
   """
-  output = Path(output)
-  path, text = output.with_name(f'{output.name}.blocks'), json.dumps(plan, sort_keys=True)
+  path, text = _path_of(output), json.dumps(plan, sort_keys=True)
   is_work = (path / _PLAN).is_file()
   if is_work and (path / _PLAN).read_bytes() == text.encode():
     streams = path / _STREAMS
@@ -110,6 +110,22 @@ def open_work(output: str | os.PathLike[str], plan: Mapping[str, Any]) -> WorkFo
   path.mkdir(exist_ok=True)
   files.write_bytes(path / _PLAN, text.encode())
   return WorkFolder(path, 0)
+
+
+@contextlib.contextmanager
+def said_where_work_is(output: str | os.PathLike[str]) -> Iterator[None]:
+  """Says with an OSError, such as of a full disk, where the work of the run is kept."""
+  try:
+    yield
+  except OSError as error:
+    path = _path_of(output)
+    if (path / _PLAN).is_file():
+      error.add_note(f'what is done is kept in {path}: the same run goes on from there')
+    raise
+
+
+def _path_of(output: str | os.PathLike[str]) -> Path:
+  return Path(output).with_name(f'{Path(output).name}.blocks')
 
 
 def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -126,6 +126,18 @@ def test_to_tensors_names_every_difference():
     ('llama', {'rope_scaling': {'type': 'linear'}}, 'rope_scaling: found no factor for rope_type'),
     (
       'llama',
+      {
+        'rope_scaling': {
+          'rope_type': 'llama3',
+          'factor': 8.0,
+          'low_freq_factor': 4.0,
+          'high_freq_factor': 1.0,
+        }
+      },
+      'rope_scaling: found low_freq_factor 4 and high_freq_factor 1, expected no smaller',
+    ),
+    (
+      'llama',
       {'rope_parameters': {'rope_type': 'yarn'}},
       "rope_parameters: found rope_type 'yar",
     ),

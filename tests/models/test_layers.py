@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from opq_jax.models.attention import Rotation
 from opq_jax.models.layers import (
   adaptive_average_pool,
   conv_bn,
@@ -98,3 +99,12 @@ def test_max_pool_by_two_is_flaxs(size):
   np.testing.assert_array_equal(
     gradient(max_pool_by_two), gradient(lambda x: nn.max_pool(x, (2, 2), (2, 2)))
   )
+
+
+def test_rotation_of_llama3_with_equal_factors_has_a_step():
+  """Without turns between the two factors, each frequency stays or is divided."""
+  plain = Rotation(theta=100.0, original=32).frequencies(16)
+  turns = 32 * plain.astype(np.float64) / (2 * np.pi)
+  found = Rotation(100.0, 'llama3', 8.0, low=1.0, high=1.0, original=32).frequencies(16)
+  np.testing.assert_allclose(found, np.where(turns > 1, plain, plain / 8), rtol=1e-6)
+  assert 0 < np.count_nonzero(turns > 1) < 8

@@ -81,6 +81,15 @@ def test_open_folder_names_wrong_places(tmp_path, changes, line):
     open_folder(path)
 
 
+def test_open_folder_names_tensors_without_a_place(tmp_path):
+  path = write_folder(tmp_path / 'net', {f'w.{i}': np.ones(3) for i in range(4)}, 2)
+  index = json.loads((path / INDEX).read_text())
+  del index['weight_map']['w.2']
+  (path / INDEX).write_text(json.dumps(index))
+  with pytest.warns(UserWarning, match=rf'{INDEX}: found no place of w\.2 of the shards'):
+    assert sorted(open_folder(path)) == ['w.0', 'w.1', 'w.2', 'w.3']
+
+
 @pytest.mark.parametrize(
   ('text', 'line'),
   [

@@ -1,5 +1,8 @@
 """Codes along a trellis of trees on disk: those in memory, after a kill too, in bounded memory."""
 
+import errno
+import os
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from experiments.benchmarks.resources import large_trees
 from opq_jax import cli, encoders
 from opq_jax.report import payload_report
 from opq_jax.weights import compress_stored, open_weights, stored_trellis
+from opq_jax.weights.spooled_file import SpooledFile
 from tests.helpers.language_models import write_folder
 
 pytestmark = pytest.mark.filterwarnings('ignore:the Laplace density')
@@ -169,3 +173,20 @@ def test_trellis_peak_memory(monkeypatch):
   assert found['original'] >= 6 * found['largest']
   assert found['peak'] - found['one'] <= 2 * found['largest']
   assert found['one'] - found['constant'] <= 8 * found['largest']
+
+
+def test_command_says_where_work_is_kept_when_a_disk_is_full(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  write_folder(tmp_path / 'llama', 'llama')
+
+  def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), 'net.opq')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(SpooledFile, 'place', full)
+    assert cli.main(['compress', 'llama', 'net.opq', '--trellis']) == 2
+  assert capsys.readouterr().err.endswith(
+    'net.opq: No space left on device; what is done is kept in net.opq.blocks: the same run goes '
+    'on from there\n'
+  )
+  assert (tmp_path / 'net.opq.blocks').is_dir()
