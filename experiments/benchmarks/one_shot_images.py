@@ -65,6 +65,8 @@ def main(
 ) -> None:
   """Runs a benchmark whose arguments are TFDS_FOLDER WEIGHTS.safetensors ...
 
+  Rows of other networks are kept.
+
   Args:
     name: FOLDER.NAME of the benchmark; NAME is also that of its results.
     title: of its table.
@@ -79,6 +81,6 @@ def main(
     for row in compare(path.stem.removesuffix('_cifar10'), path, data_dir):
       rows.append(row)
       print(*row.values(), sep='  ', flush=True)
-  words = ' '.join(pathlib.Path(path).name for path in paths)
-  command = f'python -m experiments.benchmarks.{name} TFDS_FOLDER {words}'
-  harness.report(name.split('.')[-1], title, command, rows)
+  short = name.split('.')[-1]
+  command = f'python -m experiments.benchmarks.{name} TFDS_FOLDER WEIGHTS.safetensors ...'
+  harness.report(short, title, command, harness.with_earlier(short, rows, ['network']))

@@ -105,12 +105,12 @@ class RotatableMoments:
   def _costs(self) -> tuple[Float64[np.ndarray, ' K'], ...] | None:
     """1 / U_ii^2 of the inputs, and of the inputs rotated; None where there is no factor."""
     try:
-      return tuple(_costs(self.factored(turned)) for turned in (False, True))
+      return tuple(_costs_of(self.factored(turned)) for turned in (False, True))
     except IndefiniteMomentsError:  # said where codes are chosen
       return None
 
 
-def _costs(moments: Factored) -> Float64[np.ndarray, ' K']:
+def _costs_of(moments: Factored) -> Float64[np.ndarray, ' K']:
   """Returns 1 / U_ii^2 of the inputs, in the order of the leaf."""
   costs = np.diagonal(moments.factor[0]).astype(np.float64) ** -2
   if moments.order is None:
