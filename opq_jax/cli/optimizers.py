@@ -43,7 +43,7 @@ def without_optimizer(tree: PyTree, kept: str = MEANS) -> WithoutOptimizer:
 
   Args:
     tree: the tree.
-    kept: `MEANS`; or `LEFT_OUT`, zeros everywhere and in counters, as in files of 0.1.0.
+    kept: `MEANS`; or `LEFT_OUT`, zeros everywhere, counters too, as files had at first.
 
   >>> kernel = np.array([[1.0, 3.0]], np.float32)
   >>> state = {'mu': {'w': -kernel}, 'nu': {'w': kernel}, 'count': np.array(3)}

@@ -8,7 +8,6 @@ import numpy as np
 from jaxtyping import Float32, Int
 
 Factor = Float32[np.ndarray, 'groups K K']
-
 Order = Int[np.ndarray, 'groups K']
 
 DAMPING = 0.05
@@ -43,8 +42,7 @@ class Factored(NamedTuple):
   """Damped moments of the inputs of a leaf without slices, by the factor of their inverse.
 
   Attributes:
-    factor: U of H^-1 = U^T U, from `factor_of`, with the rows and
-      columns of H in the order in which the inputs are coded.
+    factor: U of H^-1 = U^T U, from `factor_of`, with H in the order in which inputs are coded.
     inputs: axes of the leaf.
     order: this order, of each group; None where it is that of the leaf.
   """

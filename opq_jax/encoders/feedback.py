@@ -180,9 +180,7 @@ def codes_of_matrix(
   Where one has none, the weights of its group are rounded.
   """
   width = moments.shape[-1]
-  block = min(_BLOCK, width)
-  # whole blocks: inputs without weights, independent of all others, fill the last one
-  padded = -(-width // block) * block
+  padded = _whole_blocks(width)
 
   def factor_of_group(
     moments: Float32[Array, 'K K'],
@@ -226,8 +224,7 @@ def codes_by_factor(
   rows = by_group(weights.astype(jnp.float32))
   # the value of an escaped weight, in the leaf's dtype; NaN where a weight is not escaped
   exact = by_group(jnp.where(grid.escaped, weights.astype(grid.dtype).astype(jnp.float32), jnp.nan))
-  block = min(_BLOCK, width)
-  padded = -(-width // block) * block
+  padded = _whole_blocks(width)
 
   def codes_of_group(
     rows: Float32[Array, 'K channels'],
@@ -238,11 +235,17 @@ def codes_by_factor(
     factor = jnp.eye(padded).at[:width, :width].set(factor)
     rows = jnp.zeros((padded, rows.shape[1])).at[:width].set(rows[order])
     exact = jnp.full((padded, rows.shape[1]), jnp.nan).at[:width].set(exact[order])
-    codes = _coded_rows(rows, exact, factor, grid, block)[:width]
+    codes = _coded_rows(rows, exact, factor, grid, min(_BLOCK, width))[:width]
     return jnp.zeros_like(codes).at[order].set(codes)
 
   codes = jax.vmap(codes_of_group)(rows, exact, factor, order)
   return codes.swapaxes(0, 1).reshape(weights.shape).astype(jnp.int8)
+
+
+def _whole_blocks(width: int) -> int:
+  """Returns the inputs of whole blocks: the last is filled with some that nothing depends on."""
+  block = min(_BLOCK, width)
+  return -(-width // block) * block
 
 
 def _factor(matrix: Float32[Array, 'K K']) -> Float32[Array, 'K K']:

@@ -158,7 +158,7 @@ def test_restored_adam_stays_where_it_was(tmp_path, monkeypatch):
 
 
 def test_verify_of_zeros_in_the_place_of_an_optimizer(trained, tmp_path, monkeypatch):
-  """Files of earlier versions have zeros, also for counters."""
+  """Files had zeros at first, also for counters."""
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'run.msgpack').write_bytes(flax.serialization.to_bytes(trained))
   of_earlier = functools.partial(optimizers.without_optimizer, kept='left_out')
