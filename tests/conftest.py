@@ -24,8 +24,8 @@ programs.start()
 # tests compile far more than they compute, and XLA compiles faster without its optimizations.
 # OPQ_TEST_OPTIMIZED=1 compiles as users do.  Processes that tests start inherit all of it
 if os.environ.get('OPQ_TEST_OPTIMIZED') != '1':
-  # the verifier checks every program between XLA's passes; the others rearrange loops and reshapes,
-  # and look for what no program of ours has: a seventh of the time of compiling
+  # the verifier checks every program between XLA's passes; the others rearrange loops, reshapes,
+  # sorts and conditionals
   passes = (
     *('hlo-verifier', 'while-loop-invariant-code-motion', 'while-loop-constant-sinking'),
     *('reshape-mover', 'simplify-sorts', 'simplify-conditional'),

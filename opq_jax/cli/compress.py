@@ -153,7 +153,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add(
     '--keep-optimizer',
     action='store_true',
-    help="store an optimizer's state bit for bit (default: the mean of each of its leaves)",
+    help="store an optimizer's state bit for bit (default: one number for each of its leaves)",
   )
   add(
     '--slices',

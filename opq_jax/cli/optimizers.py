@@ -2,8 +2,8 @@
 
 A fresh Adam makes its first steps of the full learning rate in every weight, which throws a trained
 network far back.  A file therefore keeps the tree that came with one number in all places of a
-leaf: of second moments their mean, with which steps have the length that they had, and of first
-moments 0.  Counters, hyperparameters (floating scalars) and keys stay.  So a `TrainState` is
+leaf: of second moments their mean, with which steps have about the length that they had, and of
+first moments 0.  Counters, hyperparameters (floating scalars) and keys stay.  So a `TrainState` is
 restored from the file, and training goes on.
 """
 

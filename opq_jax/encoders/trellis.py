@@ -21,7 +21,7 @@ from opq_jax.encoders.encoder import (
   parts_of,
   stack_slices,
 )
-from opq_jax.encoders.factors import DAMPING, Factored, check_damping, factor_of
+from opq_jax.encoders.factors import DAMPING, Factored, check_damping
 from opq_jax.encoders.plain_codes import PlainCodesWarning
 from opq_jax.encoders.survey import surveyed
 from opq_jax.encoders.tied_codes import with_ties
@@ -99,8 +99,9 @@ class Trellis(LeafEncoder):
     return with_ties(coded, params, records, lambda: self.preferred(params))
 
   def factored(self, moments: InputMoments, damping: float) -> Factored:
-    matrix = np.asarray(moments.matrix, np.float32)
-    return Factored(factor_of(matrix, damping, self.version), moments.inputs)
+    found = factored(moments, damping, self.version)
+    assert found is not None
+    return found
 
   def choose_matrix(
     self, weights: Array, grid: LeafState, moments: Moments, damping: float

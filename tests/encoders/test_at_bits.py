@@ -45,16 +45,17 @@ def test_code_at_bits_begins_where_a_leaf_alike_ended(leaf):
   assert abs(again.bits / 3.0 - 1) < 0.01
 
 
-@pytest.mark.parametrize('encoder', [Feedback({}), Trellis()])
-def test_code_at_bits_of_factored_moments(leaf, encoder):
-  """Several leaves may share a factor: the codes are the same, but for the factor's rounding."""
+# feedback without a factor factors in XLA, whose last digits are others
+@pytest.mark.parametrize(('encoder', 'share'), [(Feedback({}), 0.995), (Trellis(), 1.0)])
+def test_code_at_bits_of_factored_moments(leaf, encoder, share):
+  """Several leaves may share a factor: the codes are the same."""
   kernel, moments = leaf
   kernel = kernel[:64]
   factored = encoder.factored(moments, 0.05)
   one, other = (
     code_at_bits('w', kernel, jnp.float32, 3.0, encoder, each, 0.05) for each in (moments, factored)
   )
-  assert np.mean(np.asarray(one.values) == np.asarray(other.values)) > 0.995
+  assert np.mean(np.asarray(one.values) == np.asarray(other.values)) >= share
 
 
 def test_code_at_bits_refuses_zeros():
