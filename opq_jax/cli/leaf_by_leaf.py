@@ -15,7 +15,7 @@ from opq_jax.cli.console import collected_warnings, console, note
 from opq_jax.cli.encoding import DIVERGENCE, MEANS, TRELLIS, Encoding, channel_axis
 from opq_jax.cli.folders import carried_notes, carried_of
 from opq_jax.cli.graphs import planned_by_graph
-from opq_jax.cli.leaves import checked_slices, chosen_paths, names_note
+from opq_jax.cli.leaves import checked_slices, chosen_paths, names_note, narrowed
 from opq_jax.cli.optimizers import (
   WithoutOptimizer,
   report_without_optimizer,
@@ -60,10 +60,7 @@ def compress(
   plan = planned_by_graph(plan, graph, chosen)
   slices = checked_slices(plan.slices, chosen)
   by_name = '' if arguments.include else names_note(tree, chosen, arguments.exclude, graph)
-  leaves = [
-    leaf.narrowed() if name in chosen else leaf for name, leaf in trees.named_leaves(tree).items()
-  ]
-  tree = jax.tree.unflatten(jax.tree.structure(tree), leaves)
+  tree = narrowed(tree, chosen)
   carried = carried_of(source)
   with timed_stages(stdout, not arguments.json) as stage, collected_warnings() as notes:
     run: Callable[..., StreamedFile] = compress_stored
@@ -76,7 +73,7 @@ def compress(
       if plan.objective == DIVERGENCE:
         assert network is not None
         objective, plan = _costs(arguments, network, tree, plan, stage)
-        objective = _of_slices(objective, tree, slices)
+        objective = costs_of_slices(objective, tree, slices)
       if arguments.trellis:
         run, plan = _along_a_trellis(plan)
     about_file = functools.partial(_metadata, about, plan)
@@ -147,7 +144,7 @@ def _costs(
   return objective, calibration.planned(arguments, plan, found)
 
 
-def _of_slices(objective: PyTree, tree: PyTree, slices: Callable[[str, Any], int]) -> PyTree:
+def costs_of_slices(objective: PyTree, tree: PyTree, slices: Callable[[str, Any], int]) -> PyTree:
   """Returns costs with one number for each leaf that has slices: these share no outputs."""
   named = trees.named_leaves(tree)
   costs = [

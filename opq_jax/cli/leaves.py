@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from opq_jax.allocation import is_compressible
@@ -15,7 +14,7 @@ from opq_jax.cli.encoding import slices_of
 from opq_jax.cli.globs import matches
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
-from opq_jax.weights import GraphUse
+from opq_jax.weights import GraphUse, StoredLeaf
 
 _MASKS = 'masks by their values'
 
@@ -128,10 +127,13 @@ def _matching(paths: Sequence[str], glob: str) -> list[str]:
 
 
 def narrowed(params: PyTree, chosen: set[str]) -> PyTree:
-  """Returns the tree with its chosen float64 leaves in float32, JAX's widest by default."""
-  is_wide = lambda path, leaf: path in chosen and leaf.dtype == np.float64
-  leaves = [
-    leaf.astype(np.float32) if is_wide(path, leaf) else leaf
-    for path, leaf in trees.named_leaves(params).items()
-  ]
-  return jax.tree.unflatten(jax.tree.structure(params), leaves)
+  """Returns the tree with its chosen float64 leaves in float32, JAX's widest by default.
+
+  Stored leaves stay on disk, and are read as float32.
+  """
+  named = trees.named_leaves(params)
+  wide = {path: named[path] for path in chosen if named[path].dtype == np.float64}
+  as_float32 = lambda leaf: (
+    leaf.narrowed() if isinstance(leaf, StoredLeaf) else leaf.astype(np.float32)
+  )
+  return trees.replaced(params, {path: as_float32(leaf) for path, leaf in wide.items()})

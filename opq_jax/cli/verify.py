@@ -1,6 +1,7 @@
 """`opq verify`: a file against the weights that it was made of."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -46,21 +47,22 @@ def run(arguments: argparse.Namespace) -> int:
   from opq_jax.report import four_sizes, verify
 
   path, against = arguments.file, arguments.against
-  with OpqFile(path) as file:
+  stdout = console(sys.stdout)
+  with OpqFile(path) as file, contextlib.ExitStack() as scratch:
     metadata = file.metadata
     counts = {name: file.slices(name) for name in file}
-  stdout = console(sys.stdout)
-  with timed_stages(stdout, has_times=False) as stage:
-    with stage('read and recompute'):
-      expected = recomputed(path, metadata, against, arguments.images)
-    with stage('verify'):
-      verified = verify(
-        path,
-        expected.params,
-        coded=expected.coded,
-        corrected=expected.corrected,
-        channel_axis=channel_axis(metadata, lambda name, _: counts.get(name, 0)),
-      )
+    with timed_stages(stdout, has_times=False) as stage:
+      with stage('read and recompute'):
+        expected = recomputed(path, file, against, arguments.images, scratch)
+      with stage('verify') as told:
+        verified = verify(
+          path,
+          expected.params,
+          coded=expected.coded,
+          corrected=expected.corrected,
+          channel_axis=channel_axis(metadata, lambda name, _: counts.get(name, 0)),
+          told=lambda done, total: told(done / max(total, 1)),
+        )
   if verified.report is not None and lacks_optimizer(metadata):
     report = report_without_optimizer(verified.report)
     verified = dataclasses.replace(verified, report=report)

@@ -7,7 +7,7 @@ from opq_jax.core import lazy
 
 __all__ = [
   *('axes', 'extras', 'files', 'lazy', 'limits', 'memory', 'messages', 'native'),
-  *('plain_trees', 'trees'),
+  *('plain_trees', 'stored_leaves', 'trees'),
 ]
 
 __getattr__, __dir__ = lazy.attributes(__name__, {}, __all__)

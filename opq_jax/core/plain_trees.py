@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from opq_jax.core.stored_leaves import StoredLeaf
+
 Node = Any
 """A plain tree, or a leaf of one."""
 
@@ -18,6 +20,8 @@ MAX_DEPTH = 100
 def is_plain(tree: Node, depth: int = 0) -> bool:
   """Returns whether a tree has no other containers and no other leaves than NumPy's and Python's.
 
+  Arrays on disk are leaves as well.
+
   Args:
     tree: any tree.
     depth: containers above it; a tree deeper than `MAX_DEPTH` is left to JAX.
@@ -28,7 +32,7 @@ def is_plain(tree: Node, depth: int = 0) -> bool:
   if type(tree) in (dict, list, tuple):
     children = tree.values() if type(tree) is dict else tree
     return depth < MAX_DEPTH and all(is_plain(child, depth + 1) for child in children)
-  return isinstance(tree, np.ndarray | np.generic | int | float | complex | str | None)
+  return isinstance(tree, np.ndarray | np.generic | int | float | complex | str | StoredLeaf | None)
 
 
 def named_leaves(tree: Node) -> dict[str, Any]:

@@ -156,7 +156,19 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
       KeyError: the file has no such leaf.
       ValueError: the leaf is damaged, or not compressed.
     """
-    return self._compressed(name).codes()
+    return self.coded_leaf(name).codes()
+
+  def coded_leaf(self, name: str) -> CodedLeaf:
+    """Returns a compressed leaf as it is coded: codes, values and grids, decoded once for all.
+
+    Raises:
+      KeyError: the file has no such leaf.
+      ValueError: the leaf is damaged, or not compressed.
+    """
+    leaf = self._leaf(name)
+    if leaf.table is None:
+      raise ValueError(f'{name}: found a leaf that is not compressed, expected one that has codes')
+    return self._coded(name, leaf)
 
   def shape(self, name: str) -> tuple[int, ...]:
     """Returns the shape of a leaf; decodes nothing.
@@ -239,7 +251,7 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
       KeyError: the file has no such leaf.
       ValueError: the leaf is damaged, or not compressed.
     """
-    return self._compressed(name).coded_values()
+    return self.coded_leaf(name).coded_values()
 
   def payload_sizes(self, name: str) -> tuple[int, ...]:
     """Returns the bytes of the payloads of a compressed leaf, one of every slice as in `grids`.
@@ -381,12 +393,6 @@ class OpqFile(Mapping[str, Shaped[np.ndarray, '...']]):
     if name not in self._front.leaves:
       raise KeyError(f'{name}: not found in {self._label}')
     return self._front.leaves[name]
-
-  def _compressed(self, name: str) -> CodedLeaf:
-    leaf = self._leaf(name)
-    if leaf.table is None:
-      raise ValueError(f'{name}: found a leaf that is not compressed, expected one that has codes')
-    return self._coded(name, leaf)
 
   def _coded(self, name: str, leaf: LeafEntry) -> CodedLeaf:
     """Reads and checks a compressed leaf, slice by slice."""

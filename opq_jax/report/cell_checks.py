@@ -17,8 +17,7 @@ import numpy as np
 from jaxtyping import Float32, Int8, Shaped
 
 from opq_jax.core.limits import ESCAPE
-from opq_jax.file.coded_leaves import CodedSlice, escaped_values
-from opq_jax.file.output_grids import OutputGrids
+from opq_jax.file.coded_leaves import CodedSlice
 from opq_jax.file.written_leaves import written_slice
 
 _PIECE = 1 << 18  # weights checked at a time: 2 MiB for each float64 array
@@ -158,61 +157,51 @@ class _Tally:
     return math.inf if self.squared_error else 0.0
 
 
-def check_leaf(
+def check_slice(
   name: str,
   original: Shaped[np.ndarray, '...'],
   target: Shaped[np.ndarray, '...'],
-  codes: Int8[np.ndarray, '...'],
-  values: Shaped[np.ndarray, '...'],
-  grids: OutputGrids,
+  coded: CodedSlice,
   stored: int,
   axes: tuple[int, ...] = (),
 ) -> VerifiedLeaf:
-  """Compares a compressed leaf with its original weights.
+  """Compares a slice of a compressed leaf, or the leaf, with its original weights.
 
   Args:
-    name: the leaf's name.
-    original: the original weights, from which errors are measured.
+    name: of the slice.
+    original: the original weights, from which errors are measured; rotated where those of the
+      codes are.
     target: the weights whose cells the codes name: the original weights, or the values that an
       encoder has chosen for them (error feedback, trellis).
-    codes: the codes in the file.
-    values: the values in the file.
-    grids: those of the leaf's outputs.
-    stored: bytes of the leaf's payload in the file.
+    coded: the slice in the file.
+    stored: bytes of its payload in the file.
     axes: the order of axes in its payload (`OpqFile.axes`).
   """
-  grid = grids.grid
+  grid = coded.grids.grid
   tally = _Tally(float(grid.threshold), float(grid.step), grid.levels)
-  flat = [array.reshape(-1) for array in (original, target, codes, values)]
+  flat = [array.reshape(-1) for array in (original, target, coded.codes, coded.coded_values())]
   for start in range(0, original.size, _PIECE):
     stop = min(start + _PIECE, original.size)
-    scale = grids.of_weights(original.shape, start, stop)
+    scale = coded.grids.of_weights(original.shape, start, stop)
     tally.add(_Piece._make([*(array[start:stop] for array in flat), scale]))
-  problems = tally.problems(name) + _payload_problems(name, codes, values, grids, stored, axes)
   return VerifiedLeaf(
     path=name,
     weights=original.size,
-    sparsity=1 - _count(codes) / original.size,
+    sparsity=1 - _count(coded.codes) / original.size,
     levels=grid.levels,
     error=tally.relative_error(),
     worst=tally.worst,
     clipped=tally.clipped,
     escaped=tally.escaped,
     stored=stored,
-    problems=tuple(problems),
+    problems=(*tally.problems(name), *_payload_problems(name, coded, stored, axes)),
   )
 
 
 def _payload_problems(
-  name: str,
-  codes: Int8[np.ndarray, '...'],
-  values: Shaped[np.ndarray, '...'],
-  grids: OutputGrids,
-  stored: int,
-  axes: tuple[int, ...],
+  name: str, coded: CodedSlice, stored: int, axes: tuple[int, ...]
 ) -> list[str]:
   """Returns a line if the payload has another length than the codes take when coded again."""
-  coded = CodedSlice(codes, escaped_values(codes, values), grids)
   size = lambda contexts: len(written_slice(coded, contexts=contexts, axes=axes).payload)
   # coded without contexts only if the first length is not it: coding is most of the work
   if stored == (with_contexts := size(True)) or stored == (without := size(False)):

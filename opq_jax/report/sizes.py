@@ -11,12 +11,12 @@ import numpy as np
 
 from opq_jax.coding import rotations
 from opq_jax.core import axes
-from opq_jax.core.array_types import Int8
+from opq_jax.core.array_types import Int8, Shaped
 from opq_jax.core.axes import ChannelAxes
-from opq_jax.file.output_grids import OutputGrids
+from opq_jax.file.coded_leaves import CodedLeaf
 from opq_jax.file.reader import OpqFile
 from opq_jax.report import leaf_sizes
-from opq_jax.report.records import SizeReport, UncompressedLeaf
+from opq_jax.report.records import CompressedLeaf, SizeReport, UncompressedLeaf
 
 if TYPE_CHECKING:
   from opq_jax.compression import CompressionState
@@ -115,47 +115,56 @@ def open_file_report(
     originals: the weights by path, on which ranges are measured; by default the file's own.
     on_codes: called with path and codes of each compressed leaf, which are decoded once like this.
   """
-  stored = file.sizes()
-  compressed, uncompressed = [], []
+  stored, compressed, uncompressed = file.sizes(), [], []
   for path in file if originals is None else originals:
-    grids, slices = file.grids(path), file.slices(path)
-    if not grids:
-      array = file[path]
-      facts = path, array.shape, array.dtype.name, array.nbytes, stored[path]
-      uncompressed.append(UncompressedLeaf(*facts))
+    if not file.grids(path):
+      uncompressed.append(uncompressed_leaf(path, file[path], stored[path]))
       continue
-    codes = file.codes(path)
+    coded = file.coded_leaf(path)
     if on_codes is not None:
-      on_codes(path, codes)
-    weights = file[path] if originals is None else np.asarray(originals[path])
-    axis = channel_axis(path, weights) if callable(channel_axis) else channel_axis
-    own = axis if isinstance(axis, tuple) else (axis,)
-    if not all(-weights.ndim <= a < weights.ndim and not 0 <= a < slices for a in own):
-      raise ValueError(
-        f'{path}: found channel_axis {axis}, expected an axis of shape {codes.shape[slices:]}'
-      )
-    dtype, rotated_axis = file.dtype(path), file.rotated_axis(path)
-    if rotated_axis is not None:
-      # the codes are those of rotated weights
-      weights = (
-        file.coded_values(path) if originals is None else rotations.rotated(weights, rotated_axis)
-      )
-    axis = axes.in_slice(axis, slices)
-    rows, scales = [], file.output_scales(path)
-    for index, grid in zip(np.ndindex(codes.shape[:slices]), grids, strict=True):
-      outputs = OutputGrids.of(grid, None if scales is None else scales[index], codes[index].shape)
-      largest = leaf_sizes.largest_on_grid(outputs.in_units(weights[index]), codes[index], axis)
-      row = leaf_sizes.compressed_leaf(
-        path,
-        outputs,
-        codes[index],
-        largest,
-        axis,
-        stored[path],
-        dtype,
-        is_rotated=rotated_axis is not None,
-      )
-      rows.append(row)
-    whole = leaf_sizes.sum_of_slices(path, codes.shape, rows, stored[path])
-    compressed.append(whole if slices else rows[0])
+      on_codes(path, coded.codes())
+    weights = None if originals is None else np.asarray(originals[path])
+    if weights is not None and (axis := file.rotated_axis(path)) is not None:
+      weights = rotations.rotated(weights, axis)
+    compressed.append(compressed_leaf(path, coded, channel_axis, stored[path], weights))
   return SizeReport(tuple(compressed), tuple(uncompressed), size, file.side_bytes())
+
+
+def uncompressed_leaf(path: str, array: Shaped[np.ndarray, '...'], stored: int) -> UncompressedLeaf:
+  """Returns the sizes of a leaf that a file holds as it is, in so many bytes."""
+  return UncompressedLeaf(path, array.shape, array.dtype.name, array.nbytes, stored)
+
+
+def compressed_leaf(
+  path: str,
+  coded: CodedLeaf,
+  channel_axis: ChannelAxis,
+  stored: int,
+  weights: Shaped[np.ndarray, '...'] | None = None,
+) -> CompressedLeaf:
+  """Returns the sizes of a leaf as a file codes it, all slices together.
+
+  Args:
+    path: its name.
+    coded: its codes.
+    channel_axis: see `size_report`.
+    stored: its bytes in the file.
+    weights: the weights on which ranges are measured, rotated where those of the codes are; by
+      default the values of the codes.
+
+  Raises:
+    ValueError: the leaf lacks the axis.
+  """
+  weights = coded.coded_values() if weights is None else weights
+  axis = channel_axis(path, weights) if callable(channel_axis) else channel_axis
+  own, slices = axis if isinstance(axis, tuple) else (axis,), len(coded.slice_shape)
+  if not all(-weights.ndim <= a < weights.ndim and not 0 <= a < slices for a in own):
+    raise ValueError(
+      f'{path}: found channel_axis {axis}, expected an axis of shape {weights.shape[slices:]}'
+    )
+  axis, rows = axes.in_slice(axis, slices), []
+  for index, part in zip(np.ndindex(coded.slice_shape), coded.parts, strict=True):
+    largest = leaf_sizes.largest_on_grid(part.grids.in_units(weights[index]), part.codes, axis)
+    facts = path, part.grids, part.codes, largest, axis, stored, part.dtype
+    rows.append(leaf_sizes.compressed_leaf(*facts, is_rotated=part.rotation is not None))
+  return leaf_sizes.sum_of_slices(path, weights.shape, rows, stored) if slices else rows[0]

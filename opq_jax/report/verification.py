@@ -5,8 +5,10 @@ format alone: it compares names, shapes, dtypes, codes, sizes, and every uncompr
 """
 
 import dataclasses
+import math
 import os
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -15,14 +17,14 @@ from rich.table import Table
 
 from opq_jax.coding import rotations
 from opq_jax.core import trees
+from opq_jax.core.stored_leaves import StoredLeaf
 from opq_jax.core.trees import PyTree
-from opq_jax.file.grids import Grid
-from opq_jax.file.output_grids import OutputGrids
 from opq_jax.file.reader import OpqFile
-from opq_jax.report import cell_checks, tables
+from opq_jax.file.telling import told_of
+from opq_jax.report import cell_checks, sizes, tables
 from opq_jax.report.cell_checks import VerifiedLeaf
-from opq_jax.report.records import SizeReport
-from opq_jax.report.sizes import ChannelAxis, payload_report
+from opq_jax.report.records import CompressedLeaf, SizeReport, UncompressedLeaf
+from opq_jax.report.sizes import ChannelAxis
 
 _CORRECTED = 1e-3
 """Error of a recomputed correction, relative to the largest value of the leaf: platforms sum the
@@ -70,6 +72,7 @@ def verify(
   coded: PyTree | None = None,
   corrected: PyTree | None = None,
   channel_axis: ChannelAxis = -1,
+  told: Callable[[int, int], object] | None = None,
 ) -> Verification:
   """Recomputes every claim of a file from the weights that it was made from.
 
@@ -87,12 +90,15 @@ def verify(
 
   Args:
     path: the file, or its bytes.
-    params: the original weights, before compression, in any byte order.
+    params: the original weights, before compression, in any byte order; or the leaves of
+      `opq_jax.weights.open_weights`, which stay on disk until they are compared, one by one.
     coded: the decoded values that `encoder.choose_codes(params, grids)` returns on the file's own
       grids, for a file whose codes an encoder has chosen: the codes name the cells of these values,
       and escaped weights equal them.
     corrected: `params` with a corrected BatchNorm, for a file that holds it.
     channel_axis: see `opq_jax.size_report`; for the nominal size.
+    told: called after each leaf with the bytes of all leaves that are compared, and of all there
+      are; `opq_jax.report.progress` shows them.
 
   Returns:
     A `Verification`; `holds` is the verdict.
@@ -110,87 +116,121 @@ def verify(
   >>> verify(data, {**params, 'bias': np.ones(32, np.float32)}).problems
   ('bias: found 32 values that are not the original ones, expected none',)
   """
-  originals = _arrays(params)
-  targets = originals if coded is None else _arrays(coded)
-  corrections = {} if corrected is None else _arrays(corrected)
-  rows: list[VerifiedLeaf] = []
-  problems: list[str] = []
-  exact = near = 0
-  is_same_tree = True
+  named = _Trees(
+    *({} if tree is None else trees.named_leaves(tree) for tree in (params, coded, corrected))
+  )
+  size = len(path) if isinstance(path, bytes) else os.stat(path).st_size
   with OpqFile(path) as file:
-    for name in dict.fromkeys([*file, *originals]):
-      if name not in originals or name not in file:
-        here, there = ('file', 'weights') if name in file else ('weights', 'file')
-        problems.append(f'{name}: found in the {here}, not in the {there}')
-        is_same_tree = False
-        continue
-      value, grids = file[name], file.grids(name)
-      original = originals[name]
-      if grids and original.dtype == np.float64 and value.dtype == np.float32:
-        original = originals[name] = original.astype(np.float32)
-      if (value.shape, value.dtype) != (original.shape, original.dtype):
-        problems.append(
-          f'{name}: found {value.dtype.name}{list(value.shape)}, expected '
-          f'{original.dtype.name}{list(original.shape)}'
-        )
-        is_same_tree = False
-      elif grids:
-        target = original if coded is None else targets[name]
-        if (axis := file.rotated_axis(name)) is not None:
-          # errors are those of the weights, since a rotation changes no length
-          is_same = np.array_equal(value, target)
-          value = file.coded_values(name)
-          original, target = (rotations.rotated(array, axis) for array in (original, target))
-          # codes name the cells of values; turning the rounded weights back would miss them
-          target = value if is_same else target
-        own = _verified(file, name, original, target, value, grids)
-        rows += own
-        problems += [problem for row in own for problem in row.problems]
-      elif value.tobytes() == original.tobytes():
-        exact += 1
-      elif name in corrections and _is_near(value, corrections[name]):
-        near += 1
-      else:
-        count = cell_checks.differing(value, original)
-        problems.append(
-          f'{name}: found {count} values that are not the original ones, expected none'
-        )
-  report = None
-  if is_same_tree:
-    data = path if isinstance(path, bytes) else Path(path).read_bytes()
-    report = payload_report(data, originals, channel_axis=channel_axis)
-  return Verification(tuple(rows), exact, near, tuple(problems), report)
+    names, stored = dict.fromkeys([*file, *named.original]), file.sizes()
+    # one leaf after the other, each decoded once: neither tree need fit into memory
+    leaves = [
+      _compared(file, name, named, channel_axis, stored.get(name, 0))
+      for name in told_of({name: _nbytes(file, name) for name in names}, told)
+    ]
+    rows, report = [leaf.sizes for leaf in leaves], None
+    if None not in rows:
+      compressed = tuple(row for row in rows if isinstance(row, CompressedLeaf))
+      uncompressed = tuple(row for row in rows if isinstance(row, UncompressedLeaf))
+      report = SizeReport(compressed, uncompressed, size, file.side_bytes())
+  return Verification(
+    compressed=tuple(row for leaf in leaves for row in leaf.rows),
+    exact=sum(leaf.is_exact for leaf in leaves),
+    corrected=sum(leaf.is_corrected for leaf in leaves),
+    problems=tuple(problem for leaf in leaves for problem in leaf.problems),
+    report=report,
+  )
 
 
-def _verified(
+class _Trees(NamedTuple):
+  """The leaves by name of the trees that `verify` takes; none where it was given none."""
+
+  original: dict[str, Any]
+  coded: dict[str, Any]
+  corrected: dict[str, Any]
+
+
+class _Compared(NamedTuple):
+  """One leaf of a file beside that of the original weights.
+
+  Attributes:
+    problems: the claims that do not hold.
+    sizes: None where name, shape or dtype differ.
+    rows: of a compressed leaf, one for it or for each of its slices.
+    is_exact: whether it is uncompressed and equals the original bit for bit.
+    is_corrected: whether it is uncompressed and equals the corrected leaf.
+  """
+
+  problems: Sequence[str]
+  sizes: CompressedLeaf | UncompressedLeaf | None = None
+  rows: Sequence[VerifiedLeaf] = ()
+  is_exact: bool = False
+  is_corrected: bool = False
+
+
+def _compared(
+  file: OpqFile, name: str, named: _Trees, channel_axis: ChannelAxis, stored: int
+) -> _Compared:
+  """Compares a leaf, of so many bytes in the file, with the original weights."""
+  if name not in named.original or name not in file:
+    here, there = ('file', 'weights') if name in file else ('weights', 'file')
+    return _Compared([f'{name}: found in the {here}, not in the {there}'])
+  original, is_compressed = _array(named.original[name]), bool(file.grids(name))
+  if is_compressed and original.dtype == np.float64 and file.dtype(name) == np.float32:
+    original = original.astype(np.float32)
+  if (file.shape(name), file.dtype(name)) != (original.shape, original.dtype):
+    found = f'{file.dtype(name).name}{list(file.shape(name))}'
+    expected = f'{original.dtype.name}{list(original.shape)}'
+    return _Compared([f'{name}: found {found}, expected {expected}'])
+  if is_compressed:
+    target = _array(named.coded[name]) if name in named.coded else original
+    return _compared_codes(file, name, original, target, channel_axis, stored)
+  value = file[name]
+  row = sizes.uncompressed_leaf(name, value, stored)
+  if value.tobytes() == original.tobytes():
+    return _Compared([], row, is_exact=True)
+  if name in named.corrected and _is_near(value, _array(named.corrected[name])):
+    return _Compared([], row, is_corrected=True)
+  count = cell_checks.differing(value, original)
+  problem = f'{name}: found {count} values that are not the original ones, expected none'
+  return _Compared([problem], row)
+
+
+def _compared_codes(
   file: OpqFile,
   name: str,
   original: Shaped[np.ndarray, '...'],
   target: Shaped[np.ndarray, '...'],
-  values: Shaped[np.ndarray, '...'],
-  grids: tuple[Grid, ...],
-) -> list[VerifiedLeaf]:
-  """Compares every slice of a compressed leaf, or the leaf, with its original weights."""
-  codes, axes, scales = file.codes(name), file.axes(name), file.output_scales(name)
-  places = np.ndindex(codes.shape[: file.slices(name)])
-  return [
-    cell_checks.check_leaf(
-      trees.slice_name(name, index),
-      original[index],
-      target[index],
-      codes[index],
-      values[index],
-      OutputGrids.of(grid, None if scales is None else scales[index], codes[index].shape),
-      size,
-      axes,
+  channel_axis: ChannelAxis,
+  stored: int,
+) -> _Compared:
+  """Compares the codes of a leaf, slice by slice, with the weights that they were chosen for."""
+  leaf, axis = file.coded_leaf(name), file.rotated_axis(name)
+  if axis is not None:
+    # codes name the cells of values; turning the rounded weights back would miss them
+    is_same = np.array_equal(leaf.values(), target)
+    target = leaf.coded_values() if is_same else rotations.rotated(target, axis)
+    # errors are those of the weights, since a rotation changes no length
+    original = rotations.rotated(original, axis)
+  places, axes = np.ndindex(leaf.slice_shape), file.axes(name)
+  each = zip(places, leaf.parts, file.payload_sizes(name), strict=True)
+  rows = [
+    cell_checks.check_slice(
+      trees.slice_name(name, index), original[index], target[index], part, size, axes
     )
-    for index, grid, size in zip(places, grids, file.payload_sizes(name), strict=True)
+    for index, part, size in each
   ]
+  size = sizes.compressed_leaf(name, leaf, channel_axis, stored, original)
+  return _Compared([problem for row in rows for problem in row.problems], size, rows)
 
 
-def _arrays(tree: PyTree) -> dict[str, Shaped[np.ndarray, '...']]:
-  """Returns the leaves by name as NumPy arrays in the byte order of this machine."""
-  return {name: trees.native(np.asarray(leaf)) for name, leaf in trees.named_leaves(tree).items()}
+def _nbytes(file: OpqFile, name: str) -> int:
+  """Returns the bytes of a leaf of the file, decoded; 0 where it has none."""
+  return math.prod(file.shape(name)) * file.dtype(name).itemsize if name in file else 0
+
+
+def _array(leaf: Any) -> Shaped[np.ndarray, '...']:
+  """Returns a leaf as a NumPy array in the byte order of this machine; reads a stored one."""
+  return trees.native(np.asarray(leaf.read() if isinstance(leaf, StoredLeaf) else leaf))
 
 
 def _is_near(value: Shaped[np.ndarray, '...'], expected: Shaped[np.ndarray, '...']) -> bool:

@@ -11,6 +11,7 @@ such a file.
 from typing import TYPE_CHECKING
 
 from opq_jax.core import lazy
+from opq_jax.core.stored_leaves import StoredLeaf
 
 if TYPE_CHECKING:
   from opq_jax.weights.carried import CarriedFiles, carried_files
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
   from opq_jax.weights.opening import is_streamable, open_weights
   from opq_jax.weights.reading import read_weights
   from opq_jax.weights.safetensors import write_safetensors
-  from opq_jax.weights.stored_leaves import StoredLeaf
   from opq_jax.weights.streaming import StreamedFile, compress_stored
   from opq_jax.weights.written_folder import holds_folder, write_folder
 
@@ -53,7 +53,6 @@ __getattr__, __dir__ = lazy.attributes(
     'ChannelMode': 'channels',
     'GraphUse': 'onnx_uses',
     'ModelFolder': 'hugging_face',
-    'StoredLeaf': 'stored_leaves',
     'StreamedFile': 'streaming',
     'carried_files': 'carried',
     'channel_axis': 'channels',

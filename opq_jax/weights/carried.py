@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from opq_jax.core.stored_leaves import StoredLeaf
 from opq_jax.file.side_files import is_name
 from opq_jax.weights import safetensors
 from opq_jax.weights.gguf import OpenGguf
 from opq_jax.weights.hugging_face import INDEX, ModelFolder, read_object
-from opq_jax.weights.stored_leaves import StoredLeaf
 
 MAX_FILE = 1 << 26
 """Bytes of one carried file: tokenizers have up to 20 MB."""

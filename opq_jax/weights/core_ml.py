@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Shaped
 
 from opq_jax.core import extras, messages
+from opq_jax.core.stored_leaves import StoredLeaf
 from opq_jax.weights import blob_files, checks
-from opq_jax.weights.stored_leaves import StoredLeaf
 
 EXPECTED = 'a Core ML package of an ML program'
 MANIFEST = 'Manifest.json'

@@ -21,9 +21,9 @@ import numpy as np
 from jaxtyping import Shaped
 
 from opq_jax.core import extras, messages
+from opq_jax.core.stored_leaves import StoredLeaf
 from opq_jax.weights import checks, gguf_models, gguf_tokenizers
 from opq_jax.weights.gguf_models import Field, GgufModel, Source
-from opq_jax.weights.stored_leaves import StoredLeaf
 
 _PIECE = 1 << 22  # weights dequantized at a time: the package takes several copies of them
 

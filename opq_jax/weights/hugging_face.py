@@ -21,8 +21,8 @@ import numpy as np
 from jaxtyping import Shaped
 
 from opq_jax.core import messages
+from opq_jax.core.stored_leaves import StoredLeaf
 from opq_jax.weights import checks, safetensors, torch
-from opq_jax.weights.stored_leaves import StoredLeaf
 
 INDEX = '.index.json'
 """The end of the name of an index of shards."""

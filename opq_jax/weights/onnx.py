@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Shaped
 
 from opq_jax.core import extras
+from opq_jax.core.stored_leaves import StoredLeaf
 from opq_jax.weights import checks
-from opq_jax.weights.stored_leaves import StoredLeaf
 
 EXPECTED = 'an ONNX file'
 _GRAPH, _GRAPHS = 5, 10  # AttributeProto.AttributeType

@@ -11,9 +11,7 @@ a folder       of Hugging Face, a flat dict by name; or an Orbax checkpoint
 import os
 from pathlib import Path
 
-import jax
-
-from opq_jax.core import files
+from opq_jax.core import files, trees
 from opq_jax.core.trees import PyTree
 from opq_jax.weights import core_ml, gguf, hugging_face, onnx, orbax, safetensors
 
@@ -66,6 +64,6 @@ def open_weights(path: str | os.PathLike[str]) -> PyTree:
     leaves = hugging_face.open_folder(path).leaves
   else:
     leaves = orbax.open_leaves(Path(path))
-  if not jax.tree.leaves(leaves):
+  if not trees.named_leaves(leaves):
     raise ValueError(f'{path}: found no weights, expected at least one')
   return leaves

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from opq_jax.core import trees
+from opq_jax.core.stored_leaves import StoredLeaf
 from opq_jax.core.trees import PyTree
 from opq_jax.weights import checks
-from opq_jax.weights.stored_leaves import StoredLeaf
 
 _TREE = '_METADATA'  # a file in every folder in which Orbax stores one tree
 _STEP = re.compile(r'(?:.*[_-])?(\d+)', re.ASCII)

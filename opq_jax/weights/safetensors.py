@@ -15,10 +15,10 @@ import safetensors.numpy
 from jaxtyping import Shaped
 
 from opq_jax.core import files, trees
+from opq_jax.core.stored_leaves import StoredLeaf
 from opq_jax.core.trees import PyTree
 from opq_jax.file.reader import OpqFile
 from opq_jax.weights import checks
-from opq_jax.weights.stored_leaves import StoredLeaf
 
 # safetensors' names of the dtypes that it does not read into NumPy
 _FLOAT8 = {

@@ -13,6 +13,7 @@ from opq_jax.allocation import Allocation, LeafAllocation, LeafStatistics, leaf_
 from opq_jax.coding import rotations
 from opq_jax.core import axes, memory, trees
 from opq_jax.core.axes import ChannelAxes
+from opq_jax.core.stored_leaves import StoredLeaf
 from opq_jax.core.trees import PyTree
 from opq_jax.file import written_leaves
 from opq_jax.file.coded_leaves import CodedLeaf, CodedSlice
@@ -21,7 +22,6 @@ from opq_jax.report import leaf_sizes
 from opq_jax.report.records import CompressedLeaf, UncompressedLeaf
 from opq_jax.weights.leaf_codes import coded_parts
 from opq_jax.weights.spooled_file import SpooledFile
-from opq_jax.weights.stored_leaves import StoredLeaf
 
 
 class Choice(NamedTuple):

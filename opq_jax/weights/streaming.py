@@ -29,6 +29,7 @@ from opq_jax.allocation.output_scales import scales_for
 from opq_jax.allocation.palette_scales import palette_scales
 from opq_jax.core import memory, plain_trees, trees
 from opq_jax.core.axes import ChannelAxes
+from opq_jax.core.stored_leaves import StoredLeaf
 from opq_jax.core.trees import PyTree
 from opq_jax.encoders import Encoder, Rounding, Trellis
 from opq_jax.file import rate as file_rates
@@ -38,7 +39,6 @@ from opq_jax.file.side_files import packed_files
 from opq_jax.report.records import SizeReport
 from opq_jax.report.sizes import ChannelAxis
 from opq_jax.weights.spooled_file import SpooledFile
-from opq_jax.weights.stored_leaves import StoredLeaf
 from opq_jax.weights.stored_tree import (
   Choice,
   CodedTree,

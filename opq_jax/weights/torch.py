@@ -11,8 +11,8 @@ from jaxtyping import Shaped
 
 from opq_jax.allocation.optimizer_states import is_in_optimizer
 from opq_jax.core import extras, messages
+from opq_jax.core.stored_leaves import StoredLeaf
 from opq_jax.weights import checks
-from opq_jax.weights.stored_leaves import StoredLeaf
 
 EXPECTED = 'a PyTorch state dict that loads with weights_only=True'
 """What a file is expected to be, for messages."""

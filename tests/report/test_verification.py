@@ -1,4 +1,5 @@
 import dataclasses
+import weakref
 
 import jax
 import ml_dtypes
@@ -7,6 +8,7 @@ import pytest
 
 import opq_jax
 from opq_jax.compression import CompressionState, encode
+from opq_jax.core.stored_leaves import StoredLeaf
 from opq_jax.file import writer, written_leaves
 from opq_jax.file.leaf_entries import SliceEntry
 from opq_jax.report import cell_checks, sizes
@@ -190,3 +192,27 @@ def test_verification_is_frozen():
   found = verify(writer.serialize(params, state), params)
   with pytest.raises(dataclasses.FrozenInstanceError):
     found.problems = ()
+
+
+def test_verify_holds_one_leaf_of_many():
+  """Stored leaves are read when they are compared, and dropped before the next one is read."""
+  rng = np.random.default_rng(0)
+  params = {f'{i}/kernel': rng.laplace(size=(32, 8 + i)).astype(np.float32) for i in range(6)}
+  network = opq_jax.compress(params, compression_rate=8.0)
+  read: list[weakref.ref[np.ndarray]] = []
+
+  def fetch(name):
+    assert not any(array() is not None for array in read)
+    array = params[name].copy()
+    read.append(weakref.ref(array))
+    return array
+
+  stored = {
+    name: StoredLeaf('net', name, leaf.shape, leaf.dtype, fetch) for name, leaf in params.items()
+  }
+  data, done = writer.serialize(network.params, network.state), []
+  found = verify(data, stored, told=lambda *both: done.append(both))
+  assert found == verify(data, params) and found.holds and len(read) == len(params)
+  sizes_of_leaves = [leaf.nbytes for leaf in params.values()]
+  total = sum(sizes_of_leaves)
+  assert done == [(int(n), total) for n in np.cumsum(sizes_of_leaves)]

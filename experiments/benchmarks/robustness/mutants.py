@@ -111,7 +111,7 @@ TESTS = {
   'correction.noise': ['correction/test_noise.py', 'correction/test_batch_norm.py'],
   'weights.channels': ['weights/test_channels.py'],
   'weights.checks': READING_TESTS,
-  'weights.stored_leaves': READING_TESTS,
+  'core.stored_leaves': READING_TESTS,
   'weights.stored_tree': READING_TESTS,
   'weights.safetensors': ['weights/test_safetensors.py', *READING_TESTS],
   'weights.npz': READING_TESTS,

@@ -5,7 +5,8 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Shaped
+
+from opq_jax.core.array_types import Shaped
 
 
 @dataclasses.dataclass(frozen=True)
