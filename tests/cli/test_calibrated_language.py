@@ -185,5 +185,7 @@ def test_inputs_are_not_replaced(folder, name, capsys):
 
 def test_leaves_of_slices_have_one_cost():
   tree, costs = {'a': np.zeros((2, 3)), 'b': np.zeros((2, 3))}, np.array([[1.0], [3.0]])
-  found = leaf_by_leaf._of_slices({'a': costs, 'b': costs}, tree, lambda name, leaf: name == 'a')
+  found = leaf_by_leaf.costs_of_slices(
+    {'a': costs, 'b': costs}, tree, lambda name, leaf: name == 'a'
+  )
   assert found['a'] == 2.0 and found['b'] is costs
