@@ -131,9 +131,11 @@ def narrowed(params: PyTree, chosen: set[str]) -> PyTree:
 
   Stored leaves stay on disk, and are read as float32.
   """
-  named = trees.named_leaves(params)
-  wide = {path: named[path] for path in chosen if named[path].dtype == np.float64}
   as_float32 = lambda leaf: (
     leaf.narrowed() if isinstance(leaf, StoredLeaf) else leaf.astype(np.float32)
   )
-  return trees.replaced(params, {path: as_float32(leaf) for path, leaf in wide.items()})
+  named = trees.named_leaves(params).items()
+  is_wide = lambda path, leaf: path in chosen and leaf.dtype == np.float64
+  return trees.replaced(
+    params, {path: as_float32(leaf) for path, leaf in named if is_wide(path, leaf)}
+  )

@@ -200,7 +200,7 @@ def _objective(encoding: Encoding, file: OpqFile, weights: str, params: PyTree) 
   language = calibration.network_in(Path(weights), is_needed=True)
   assert language is not None
   objective = costs(language, calibration.cost_tokens(language), params)
-  return costs_of_slices(objective, params, lambda name, _: file.slices(name))
+  return costs_of_slices(objective, params, lambda name, _: name in file and file.slices(name))
 
 
 def _with_leaves_of(file: OpqFile, params: PyTree) -> PyTree:

@@ -77,6 +77,22 @@ def test_verify_json(net, capsys):
   assert found['compressed'][0]['error'] is None
 
 
+def test_verify_trellis_against_other_leaves(tmp_path, monkeypatch, capsys):
+  """Leaves that one of file and weights lacks are named, whatever their codes are."""
+  monkeypatch.chdir(tmp_path)
+  draw = np.random.default_rng(0).laplace
+  tensors = {name: draw(size=(64, 48)).astype(np.float32) for name in ('a', 'b', 'c')}
+  safetensors.numpy.save_file(tensors, 'net.safetensors')
+  assert run('compress', 'net.safetensors', 'net.opq', '--trellis', '--bits-per-weight', 3) == 0
+  other = {'a': tensors['a'], 'b': tensors['b'], 'd': tensors['c']}
+  safetensors.numpy.save_file(other, 'other.safetensors')
+  capsys.readouterr()
+  assert run('verify', 'net.opq', '--against', 'other.safetensors') == 1
+  lines = capsys.readouterr().err.splitlines()
+  assert 'opq: c: found in the file, not in the weights' in lines
+  assert 'opq: d: found in the weights, not in the file' in lines
+
+
 def test_verify_chooses_trellis_codes_again(tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   draw = np.random.default_rng(0).laplace
