@@ -175,9 +175,9 @@ def _coded(
     'objective': objective,
     **target,
   }
-  stored = [isinstance(leaf, StoredLeaf) for leaf in trees.named_leaves(params).values()]
+  leaves = trees.named_leaves(params).values()
   with collected_warnings():
-    if not any(stored):
+    if not any(isinstance(leaf, StoredLeaf) for leaf in leaves):
       return opq_jax.compress(narrowed(params, chosen), **options).params
     # leaf by leaf, as the file was made: its codes again, in a file that is deleted afterwards
     folder = scratch.enter_context(tempfile.TemporaryDirectory(prefix='opq_verify_'))

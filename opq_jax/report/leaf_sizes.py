@@ -12,6 +12,7 @@ from opq_jax.coding.payload import entropy
 from opq_jax.core import axes
 from opq_jax.core.axes import ChannelAxes
 from opq_jax.core.limits import ESCAPE, MAX_LEVELS
+from opq_jax.file.coded_leaves import CodedLeaf
 from opq_jax.file.output_grids import OutputGrids
 from opq_jax.report.records import CompressedLeaf
 
@@ -108,6 +109,31 @@ def compressed_leaf(
     file=stored,
     is_rotated=is_rotated,
   )
+
+
+def sizes_of_coded(
+  path: str,
+  coded: CodedLeaf,
+  weights: Shaped[np.ndarray, '...'],
+  axis: ChannelAxes,
+  stored: int,
+) -> CompressedLeaf:
+  """Returns the sizes of a leaf as a file codes it, all slices together.
+
+  Args:
+    path: the leaf's name.
+    coded: its codes.
+    weights: on which ranges are measured, rotated where those of the codes are.
+    axis: the axis, or axes, of the output channels, of the whole leaf.
+    stored: bytes of the leaf in the file.
+  """
+  slices = len(coded.slice_shape)
+  axis, rows = axes.in_slice(axis, slices), []
+  for index, part in zip(np.ndindex(coded.slice_shape), coded.parts, strict=True):
+    largest = largest_on_grid(part.grids.in_units(weights[index]), part.codes, axis)
+    facts = path, part.grids, part.codes, largest, axis, stored, part.dtype
+    rows.append(compressed_leaf(*facts, is_rotated=part.rotation is not None))
+  return sum_of_slices(path, weights.shape, rows, stored) if slices else rows[0]
 
 
 def sum_of_slices(

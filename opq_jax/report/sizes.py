@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from opq_jax.coding import rotations
-from opq_jax.core import axes
 from opq_jax.core.array_types import Int8, Shaped
 from opq_jax.core.axes import ChannelAxes
 from opq_jax.file.coded_leaves import CodedLeaf
@@ -162,9 +161,4 @@ def compressed_leaf(
     raise ValueError(
       f'{path}: found channel_axis {axis}, expected an axis of shape {weights.shape[slices:]}'
     )
-  axis, rows = axes.in_slice(axis, slices), []
-  for index, part in zip(np.ndindex(coded.slice_shape), coded.parts, strict=True):
-    largest = leaf_sizes.largest_on_grid(part.grids.in_units(weights[index]), part.codes, axis)
-    facts = path, part.grids, part.codes, largest, axis, stored, part.dtype
-    rows.append(leaf_sizes.compressed_leaf(*facts, is_rotated=part.rotation is not None))
-  return leaf_sizes.sum_of_slices(path, weights.shape, rows, stored) if slices else rows[0]
+  return leaf_sizes.sizes_of_coded(path, coded, weights, axis, stored)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from opq_jax import allocation as allocations
 from opq_jax.allocation import Allocation, LeafAllocation, LeafStatistics, leaf_statistics
@@ -155,21 +154,16 @@ class StoredTree:
     file: SpooledFile,
   ) -> CompressedLeaf:
     """Spools a leaf whose codes were chosen before; of a tied leaf, those of the earlier one."""
-    slices, axis = allocated.slices, axes.in_slice(self.axes[name], allocated.slices)
     if allocated.tied_to:
       self._add_tied(leaf, allocated, file)
       coded = coded.moved((1, 0)) if allocated.is_transposed else coded
     else:
+      slices = allocated.slices
       file.add_codes(coded.parts, leaf.shape, slices, written_leaves.axes_of(coded.parts))
-    rows, whole = [], leaf.read()
-    for place, part in zip(np.ndindex(coded.slice_shape), coded.parts, strict=True):
-      grids, weights, rotation = part.grids, whole[place], part.rotation
-      if rotation is not None:
-        weights = rotations.rotated(weights, rotation.axis)
-      largest = leaf_sizes.largest_on_grid(grids.in_units(weights), part.codes, axis)
-      facts = name, grids, part.codes, largest, axis, 0, leaf.dtype
-      rows.append(leaf_sizes.compressed_leaf(*facts, is_rotated=rotation is not None))
-    return leaf_sizes.sum_of_slices(name, leaf.shape, rows, 0) if slices else rows[0]
+    weights, rotation = leaf.read(), coded.parts[0].rotation
+    if rotation is not None:
+      weights = rotations.rotated(weights, len(coded.slice_shape) + rotation.axis)
+    return leaf_sizes.sizes_of_coded(name, coded, weights, self.axes[name], 0)
 
   def _add_tied(self, leaf: StoredLeaf, allocated: LeafAllocation, file: SpooledFile) -> None:
     number = list(self.leaves).index(allocated.tied_to)
