@@ -80,6 +80,7 @@ def run(
     accumulation=config.accumulation,
     ema_decay=config.ema_decay,
     clip_to_grid=config.clip_to_grid,
+    price_of_bits=config.price_of_bits,
   )
   eval_fn = finetuning.pmap_eval_step(model.apply)
 

@@ -7,6 +7,7 @@ from opq_jax.core import lazy
 if TYPE_CHECKING:
   from opq_jax.compression.coded_trees import CodedLeaf, coded, decoded
   from opq_jax.compression.codes import apply_compression, decode, encode
+  from opq_jax.compression.rate import bits_per_weight
   from opq_jax.compression.records import (
     CompressionState,
     LeafState,
@@ -21,6 +22,7 @@ __all__ = [
   'CompressionState',
   'LeafState',
   'apply_compression',
+  'bits_per_weight',
   'clip_to_grid',
   'coded',
   'compressed',
@@ -40,6 +42,7 @@ __getattr__, __dir__ = lazy.attributes(
     'CompressionState': 'records',
     'LeafState': 'records',
     'apply_compression': 'codes',
+    'bits_per_weight': 'rate',
     'clip_to_grid': 'transforms',
     'coded': 'coded_trees',
     'compressed': 'transforms',

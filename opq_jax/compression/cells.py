@@ -20,6 +20,12 @@ def cell_of(magnitude: Float32[Array, '...'], leaf: LeafState) -> Float32[Array,
   return jnp.clip(_unbounded_cell(magnitude, leaf), 0, _last(magnitude.ndim, leaf))
 
 
+def steps_beyond_first(magnitude: Float32[Array, '...'], leaf: LeafState) -> Float32[Array, '...']:
+  """Returns the place of |w| on the line of the values: 0 at the first value, 1 at the second."""
+  first, step = (_of_outputs(x, magnitude.ndim, leaf) for x in (leaf.codebook[..., 1], leaf.step))
+  return (magnitude - first) / step
+
+
 def settled(cell: Float32[Array, '...'], leaf: LeafState) -> Float32[Array, '...']:
   """Returns the cell that the value of a cell lies in, once it is of the leaf's dtype.
 

@@ -105,14 +105,14 @@ def _decode(codes: PyTree, state: CompressionState, params: PyTree | None) -> Py
     escaped = jnp.full_like(value, jnp.nan)
     if params is not None:
       escaped = weights[name]
-      _check_leaf(name, escaped, leaf)
+      check_leaf(name, escaped, leaf)
     return jnp.where(code == ESCAPE, escaped, value)
 
   return trees.map_records(look_up, codes, state.tree, LeafState)
 
 
 def _encode_leaf(name: str, weights: Array, leaf: LeafState) -> Int8[Array, '...']:
-  _check_leaf(name, weights, leaf)
+  check_leaf(name, weights, leaf)
   weights = weights.astype(jnp.float32)
   code = 1 + settled(cell_of(jnp.abs(weights), leaf), leaf)
   code = jnp.where(leaf.mask, jnp.where(weights < 0, -code, code), 0)
@@ -120,7 +120,7 @@ def _encode_leaf(name: str, weights: Array, leaf: LeafState) -> Int8[Array, '...
 
 
 def _compress_leaf(name: str, weights: Array, leaf: LeafState) -> Array:
-  _check_leaf(name, weights, leaf)
+  check_leaf(name, weights, leaf)
   return _quantize(weights, leaf)
 
 
@@ -147,7 +147,7 @@ def _check_shape(name: str, leaf: Array, expected: tuple[int, ...]) -> None:
     raise ValueError(f'{name}: found shape {jnp.shape(leaf)}, expected {tuple(expected)}')
 
 
-def _check_leaf(name: str, weights: Array, leaf: LeafState) -> None:
+def check_leaf(name: str, weights: Array, leaf: LeafState) -> None:
   _check_shape(name, weights, leaf.kinds.shape)
   if weights.dtype != leaf.dtype:
     raise ValueError(f'{name}: found dtype {weights.dtype}, expected {leaf.dtype}')

@@ -21,7 +21,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float32, Int32
 
-from opq_jax.compression import CompressionState, apply_compression
+from opq_jax.compression import CompressionState, apply_compression, bits_per_weight
 from opq_jax.compression import clip_to_grid as clip_gradient
 from opq_jax.core.trees import PyTree
 from opq_jax.finetuning.batches import Batch, split_batch
@@ -111,6 +111,7 @@ def train_step(
   accumulation: int = 1,
   ema_decay: float | None = None,
   clip_to_grid: bool = False,
+  price_of_bits: float = 0.0,
   axis_name: str | tuple[str, ...] | None = None,
 ) -> tuple[TrainState, Metrics]:
   """Takes one step of any optimizer; a pure function.
@@ -140,6 +141,8 @@ def train_step(
       None leaves the average as it is.
     clip_to_grid: True to drop gradients that move a weight further beyond the last cell; see
       `opq_jax.compression.clip_to_grid`.
+    price_of_bits: times the bits per weight of the codes, `opq_jax.compression.bits_per_weight`, is
+      part of the loss that is minimised, so that the file grows less; 0 leaves it out.
     axis_name: of the enclosing `pmap` or `shard_map`.
 
   Returns:
@@ -181,6 +184,8 @@ def train_step(
     mean = jnp.mean(loss_fn(logits, part))
     is_hit = label_rank(logits, part['label']) == 0
     metrics = {'loss': mean, 'top1': jnp.mean(is_hit.astype(jnp.float32))}
+    if price_of_bits and compression_state is not None:
+      mean += price_of_bits * bits_per_weight(params, compression_state)
     return mean, (updates.get(_STATISTICS, {}), metrics)
 
   def gradient(

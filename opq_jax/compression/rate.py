@@ -1,0 +1,105 @@
+"""Bits per weight of the codes as a smooth function of the weights: a term of a training loss.
+
+Finetuning moves weights to cells further out, which take more bits, so the file grows.  With this
+term in the loss, a weight moves out only where that lowers the loss by more than its bits cost.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float32
+
+from opq_jax.compression.cells import cell_of, steps_beyond_first
+from opq_jax.compression.codes import check_leaf
+from opq_jax.compression.records import ESCAPED, ON_GRID, CompressionState, LeafState
+from opq_jax.core import trees
+from opq_jax.core.trees import PyTree
+
+
+class _Bits(NamedTuple):
+  """Bits of the codes of a leaf, and its weights."""
+
+  bits: Float32[Array, '']
+  weights: int
+
+
+def bits_per_weight(params: PyTree, state: CompressionState) -> Float32[Array, '']:
+  """Returns the entropy of the codes under the Laplace density, differentiable in the weights.
+
+  The excess of Laplace magnitudes over the threshold is exponential, so the cells c = 0, 1, ... of
+  weights on the grid are geometric, and their entropy follows from the mean cell m.  With
+  h(p) = -p log2 p - (1-p) log2(1-p), the shares p of pruned and e of escaped weights, and k weights
+  on the grid, a leaf (or slice) of n weights takes these bits for kinds, signs and cells:
+
+      n (h(p) + (1 - p) h(e / (1 - p)))  +  k  +  k ((1 + m) log2(1 + m) - m log2 m)
+
+  Kinds and signs take the same bits wherever weights move.  A cell further out takes log2((1 + m) /
+  m) more.  The derivative is straight-through: that of the cell is 1 / step.  So, of N weights in
+  all leaves, the result has the derivative
+
+      sign(w) log2((1 + m) / m) / (step N)      where |w| is larger than the first value
+      0                                         elsewhere, and where w is pruned or escaped
+
+  Entropy-constrained training (Wiedemann, Marban, Mueller, Samek, "Entropy-Constrained Training of
+  Deep Neural Networks", arXiv 1812.07520) has a term of this kind, with the entropy of codes that
+  are drawn at random; the closed form is our derivation.  In a loss
+
+      task(apply_compression(params, state)) + price * bits_per_weight(params, state)
+
+  the price is the increase of the task's loss that saving one bit per weight is worth.
+
+  Args:
+    params: the latent weights.
+    state: kinds and codebooks of their tree.
+
+  Returns:
+    Bits per weight of the compressed leaves, without the values of escaped weights; 0 where no leaf
+    is compressed.  One is added to the sum of the cells of every leaf: m is never 0.
+
+  Raises:
+    ValueError: `state` was made for a tree of other structure, shapes or dtypes.
+
+  >>> import jax, opq_jax
+  >>> params = {'w': jax.random.laplace(jax.random.key(0), (256, 64))}
+  >>> state = opq_jax.init_state(params, opq_jax.allocate(params, bits_per_weight=2.0))
+  >>> round(float(bits_per_weight(params, state)), 1)
+  2.0
+  >>> gradient = jax.grad(bits_per_weight)(params, state)['w']
+  >>> bool((gradient * params['w'] >= 0).all())  # descent moves inwards, or nowhere
+  True
+  """
+  leaves = [
+    _bits_of_leaf(name, leaf, record)
+    for (name, leaf), record in zip(
+      trees.named_leaves(params).items(),
+      trees.records(params, state.tree, LeafState),
+      strict=True,
+    )
+    if record is not None
+  ]
+  count = sum(leaf.weights for leaf in leaves)
+  return sum((leaf.bits for leaf in leaves), jnp.float32(0)) / max(count, 1)
+
+
+def _bits_of_leaf(name: str, weights: Array, leaf: LeafState) -> _Bits:
+  check_leaf(name, weights, leaf)
+  axes = tuple(range(leaf.slices, weights.ndim))
+  magnitude = jnp.abs(weights.astype(jnp.float32))
+  count = lambda kind: jnp.sum(leaf.kinds == kind, axis=axes).astype(jnp.float32)
+  each = float(weights.size // max(leaf.threshold.size, 1))
+  on_grid, escaped = count(ON_GRID), count(ESCAPED)
+  kinds = sum(_log_share(number, each) for number in (each - on_grid - escaped, on_grid, escaped))
+
+  # straight-through: the value of the cell, the derivative of the place
+  place = jnp.maximum(steps_beyond_first(magnitude, leaf), 0)
+  cell = place + lax.stop_gradient(cell_of(magnitude, leaf) - place)
+  cells = jnp.sum(jnp.where(leaf.kinds == ON_GRID, cell, 0), axis=axes)
+  mean = (cells + 1) / (on_grid + 1)
+  entropy = (1 + mean) * jnp.log2(1 + mean) - mean * jnp.log2(mean)
+  return _Bits(jnp.sum(kinds + on_grid * (1 + entropy)), weights.size)
+
+
+def _log_share(number: Float32[Array, '*slices'], count: float) -> Float32[Array, '*slices']:
+  """Returns the bits of `number` of `count` weights that are of one kind: n log2(count / n)."""
+  return number * (jnp.log2(jnp.float32(max(count, 1))) - jnp.log2(jnp.maximum(number, 1)))
