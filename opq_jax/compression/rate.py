@@ -24,6 +24,7 @@ class _Bits(NamedTuple):
   weights: int
 
 
+@trees.compiled
 def bits_per_weight(params: PyTree, state: CompressionState) -> Float32[Array, '']:
   """Returns the entropy of the codes under the Laplace density, differentiable in the weights.
 
@@ -79,15 +80,16 @@ def bits_per_weight(params: PyTree, state: CompressionState) -> Float32[Array, '
     if record is not None
   ]
   count = sum(leaf.weights for leaf in leaves)
-  return sum((leaf.bits for leaf in leaves), jnp.float32(0)) / max(count, 1)
+  # as a float: of billions of weights the number is beyond int32
+  return sum((leaf.bits for leaf in leaves), jnp.float32(0)) / float(max(count, 1))
 
 
 def _bits_of_leaf(name: str, weights: Array, leaf: LeafState) -> _Bits:
   check_leaf(name, weights, leaf)
   axes = tuple(range(leaf.slices, weights.ndim))
   magnitude = jnp.abs(weights.astype(jnp.float32))
-  count = lambda kind: jnp.sum(leaf.kinds == kind, axis=axes).astype(jnp.float32)
-  each = float(weights.size // max(leaf.threshold.size, 1))
+  count = lambda kind: jnp.sum(leaf.kinds == kind, axis=axes, dtype=jnp.float32)
+  each = float(weights.size // leaf.threshold.size)
   on_grid, escaped = count(ON_GRID), count(ESCAPED)
   kinds = sum(_log_share(number, each) for number in (each - on_grid - escaped, on_grid, escaped))
 
@@ -102,4 +104,4 @@ def _bits_of_leaf(name: str, weights: Array, leaf: LeafState) -> _Bits:
 
 def _log_share(number: Float32[Array, '*slices'], count: float) -> Float32[Array, '*slices']:
   """Returns the bits of `number` of `count` weights that are of one kind: n log2(count / n)."""
-  return number * (jnp.log2(jnp.float32(max(count, 1))) - jnp.log2(jnp.maximum(number, 1)))
+  return number * (jnp.log2(jnp.float32(count)) - jnp.log2(jnp.maximum(number, 1)))
