@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 import opq_jax
 from opq_jax.allocation import counts, shards, statistics
 from opq_jax.allocation.bins import BINS, FINE_BINS
+from opq_jax.compression import bits_per_weight
 from opq_jax.finetuning import parallel, training
 from tests.helpers import frameworks, support_cells
 from tests.helpers.meshes import lies_alike
@@ -169,6 +170,8 @@ def states_and_values_lie_as_the_weights_do():
   codes = opq_jax.encode(laid(), state)
   lies_alike(codes, laid())
   lies_alike(opq_jax.decode(codes, state), laid())
+  found, bits = (bits_per_weight(*x) for x in ((laid(), state), (plain(), expected)))
+  np.testing.assert_allclose(found, bits, rtol=1e-5)
   gradient = jax.grad(
     lambda p: sum(jnp.sum(leaf) for leaf in opq_jax.apply_compression(p, state).values())
   )
