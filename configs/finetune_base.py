@@ -46,7 +46,7 @@ def base_config(name: str) -> ml_collections.ConfigDict:
   config.accumulation = 1
   config.ema_decay = ml_collections.config_dict.placeholder(float)
   config.clip_to_grid = False  # True: no gradient that moves a weight further beyond the last cell
-  config.price_of_bits = 0.0  # nats of the loss that a bit per weight is worth: the file grows less
+  config.price_of_bits = 0.0  # in the loss, of a bit per weight beyond those of the start
 
   config.seed = 0
   config.log_every = 20  # steps

@@ -69,19 +69,6 @@ def run(
     0.0, config.learning_rate, config.warmup_steps, steps
   )
   optimizer = finetune_setup.make_optimizer(config, schedule)
-  step_fn = finetuning.pmap_train_step(
-    model.apply,
-    optimizer,
-    loss_fn=finetuning.classification_loss(
-      label_smoothing=config.label_smoothing,
-      distillation=config.distillation,
-      temperature=config.temperature,
-    ),
-    accumulation=config.accumulation,
-    ema_decay=config.ema_decay,
-    clip_to_grid=config.clip_to_grid,
-    price_of_bits=config.price_of_bits,
-  )
   eval_fn = finetuning.pmap_eval_step(model.apply)
 
   # masks and codebooks: chosen once, restored afterwards
@@ -120,6 +107,21 @@ def run(
   # corrected bias
   codes_of = compressed if config.feedback else variables
   start = {**corrected, 'params': finetune_setup.latent(codes_of, corrected, whole_state)}
+  params_state = CompressionState(whole_state.tree['params'])
+  step_fn = finetuning.pmap_train_step(
+    model.apply,
+    optimizer,
+    loss_fn=finetuning.classification_loss(
+      label_smoothing=config.label_smoothing,
+      distillation=config.distillation,
+      temperature=config.temperature,
+    ),
+    accumulation=config.accumulation,
+    ema_decay=config.ema_decay,
+    clip_to_grid=config.clip_to_grid,
+    price_of_bits=config.price_of_bits,
+    bits_limit=float(opq_jax.compression.bits_per_weight(start['params'], params_state)),
+  )
   train_state = finetuning.init_train_state(
     start, optimizer, jax.random.key(config.seed), with_average=config.ema_decay is not None
   )
@@ -152,7 +154,7 @@ def run(
       log.write(0, kind='network', network=name, file_bytes=size, **scores)
       console.print(f'{name}: top-1 {scores["top1"]:.2%}, {size:,} bytes')
 
-  state = finetuning.replicate(CompressionState(whole_state.tree['params']))
+  state = finetuning.replicate(params_state)
   teacher = finetuning.replicate(variables) if config.distillation else None
   columns = TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn()
   with (

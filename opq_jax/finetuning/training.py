@@ -112,6 +112,7 @@ def train_step(
   ema_decay: float | None = None,
   clip_to_grid: bool = False,
   price_of_bits: float = 0.0,
+  bits_limit: float = 0.0,
   axis_name: str | tuple[str, ...] | None = None,
 ) -> tuple[TrainState, Metrics]:
   """Takes one step of any optimizer; a pure function.
@@ -141,8 +142,10 @@ def train_step(
       None leaves the average as it is.
     clip_to_grid: True to drop gradients that move a weight further beyond the last cell; see
       `opq_jax.compression.clip_to_grid`.
-    price_of_bits: times the bits per weight of the codes, `opq_jax.compression.bits_per_weight`, is
-      part of the loss that is minimised, so that the file grows less; 0 leaves it out.
+    price_of_bits: p.  With the bits per weight of the codes, b
+      (`opq_jax.compression.bits_per_weight`), and their limit l, the loss that is minimised has a
+      term p max(b - l, 0), which keeps the file from growing.  The metric `loss` does not count it.
+    bits_limit: l.
     axis_name: of the enclosing `pmap` or `shard_map`.
 
   Returns:
@@ -185,7 +188,8 @@ def train_step(
     is_hit = label_rank(logits, part['label']) == 0
     metrics = {'loss': mean, 'top1': jnp.mean(is_hit.astype(jnp.float32))}
     if price_of_bits and compression_state is not None:
-      mean += price_of_bits * bits_per_weight(params, compression_state)
+      beyond = bits_per_weight(params, compression_state) - bits_limit
+      mean += price_of_bits * jnp.maximum(beyond, 0)
     return mean, (updates.get(_STATISTICS, {}), metrics)
 
   def gradient(

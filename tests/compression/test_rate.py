@@ -107,23 +107,31 @@ def test_descent_makes_the_file_smaller():
 
 def test_price_in_train_step():
   variables, state = small_networks.compressed_network(8.0)
-  optimizer = optax.sgd(0.5, momentum=0.9)
-  step = jax.jit(
-    functools.partial(
-      training.train_step, apply_fn=small_networks.Network().apply, optimizer=optimizer
-    ),
-    static_argnames='price_of_bits',
-  )
-  bits, losses = {}, {}
-  for price in (0.0, 0.1):
+  start = float(bits_per_weight(variables['params'], state))
+  optimizer = optax.sgd(0.3, momentum=0.9)
+
+  def trained(**options):
+    step = jax.jit(
+      functools.partial(
+        training.train_step,
+        apply_fn=small_networks.Network().apply,
+        optimizer=optimizer,
+        **options,
+      )
+    )
     train_state = training.init_train_state(variables, optimizer, jax.random.key(0))
-    for batch in small_networks.batches(30):
-      train_state, metrics = step(train_state, state, batch, price_of_bits=price)
-    bits[price] = float(bits_per_weight(train_state.params, state))
-    losses[price] = float(metrics['loss'])
-  assert bits[0.1] < bits[0.0] - 0.05
-  # metrics are of the task alone
-  assert losses[0.1] < 1.5 * losses[0.0] + 0.1
+    for batch in small_networks.batches(40):
+      train_state, metrics = step(train_state, state, batch)
+    return float(bits_per_weight(train_state.params, state)), float(metrics['loss'])
+
+  free, loss = trained()
+  priced, loss_of_priced = trained(price_of_bits=1.0)
+  held, loss_of_held = trained(price_of_bits=1.0, bits_limit=start)
+  assert free > start + 0.3
+  assert priced < start - 0.3
+  assert start - 0.05 < held < start + 0.02
+  # that of the task alone
+  assert max(loss_of_priced, loss_of_held) < 1.1 * loss
 
 
 def test_bits_of_another_tree():
