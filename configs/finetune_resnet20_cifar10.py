@@ -32,10 +32,16 @@ weight_decay 1e-4, growth 0.03 and seed 0:
     :20, 6 epochs *                                   91.24 %    49,725 bytes   21.81
     :20, 2 epochs *                                   90.93 %    48,577 bytes   22.32
     :30, 2 epochs, feedback, growth 0 *               88.16 %    33,581 bytes   32.29
+    :30, 2 epochs, feedback, growth 0.05              88.58 %    34,596 bytes   31.34
+      the same, rate 0.03, decay 2e-3, growth 0.07    88.55 %    33,943 bytes   31.95
+    :30, 2 epochs, rate 0.03, decay 1e-3, growth 0.05 89.59 %    36,856 bytes   29.42
+      the same, rate 0.06, growth 0.08                88.80 %    38,118 bytes   28.45
+    :30, 2 epochs, adamw, rate 1e-3, decay 1e-2,
+      price_of_bits 10                                88.29 %    35,345 bytes   30.68
 
 * trained before files had contexts (`opq_jax.coding.contexts`) and saved again, hence smaller than
 asked; the same command now starts from a finer grid.  The file grows the more, the further weights
-move; `config.growth` leaves room for it.  Commands and every epoch:
+move; `config.growth` leaves room for it, and `config.price_of_bits` holds it near its first size.  Commands and every epoch:
 experiments/results/finetune_resnet20_cifar10/.
 """
 
