@@ -41,8 +41,8 @@ weight_decay 1e-4, growth 0.03 and seed 0:
 
 * trained before files had contexts (`opq_jax.coding.contexts`) and saved again, hence smaller than
 asked; the same command now starts from a finer grid.  The file grows the more, the further weights
-move; `config.growth` leaves room for it, and `config.price_of_bits` holds it near its first size.  Commands and every epoch:
-experiments/results/finetune_resnet20_cifar10/.
+move; `config.growth` leaves room for it, and `config.price_of_bits` holds it near its first size.
+Commands and every epoch: experiments/results/finetune_resnet20_cifar10/.
 """
 
 import ml_collections
