@@ -108,6 +108,9 @@ def run(
   codes_of = compressed if config.feedback else variables
   start = {**corrected, 'params': finetune_setup.latent(codes_of, corrected, whole_state)}
   params_state = CompressionState(whole_state.tree['params'])
+  bits_limit = 0.0
+  if config.price_of_bits:
+    bits_limit = float(opq_jax.compression.bits_per_weight(start['params'], params_state))
   step_fn = finetuning.pmap_train_step(
     model.apply,
     optimizer,
@@ -120,7 +123,7 @@ def run(
     ema_decay=config.ema_decay,
     clip_to_grid=config.clip_to_grid,
     price_of_bits=config.price_of_bits,
-    bits_limit=float(opq_jax.compression.bits_per_weight(start['params'], params_state)),
+    bits_limit=bits_limit,
   )
   train_state = finetuning.init_train_state(
     start, optimizer, jax.random.key(config.seed), with_average=config.ema_decay is not None

@@ -43,8 +43,8 @@ def bits_per_weight(params: PyTree, state: CompressionState) -> Float32[Array, '
       0                                         elsewhere, and where w is pruned or escaped
 
   Entropy-constrained training (Wiedemann, Marban, Mueller, Samek, "Entropy-Constrained Training of
-  Deep Neural Networks", arXiv 1812.07520) has a term of this kind, with the entropy of codes that
-  are drawn at random; the closed form is our derivation.  In a loss
+  Deep Neural Networks", arXiv 1812.07520) has a term of this kind; the closed form for
+  Laplace weights is our derivation.  In a loss
 
       task(apply_compression(params, state)) + price * bits_per_weight(params, state)
 

@@ -22,6 +22,7 @@ from experiments import finetune, finetune_setup
 from experiments.metric_log import MetricLog
 from opq_jax import finetuning, importers, models
 from opq_jax.allocation import paper
+from opq_jax.compression import CompressionState, bits_per_weight
 from opq_jax.core import trees
 from opq_jax.correction import correct_batch_norm
 from opq_jax.importers import networks
@@ -120,8 +121,8 @@ def test_finetune_from_feedback_codes(finished, tmp_path):
     finetune.run(smoke(feedback=True, **targets), tmp_path / 'other')
 
 
-def test_finetune_starts_from_correction(tmp_path, monkeypatch):
-  begun = []
+def test_finetune_starts_from_correction_at_its_bits(tmp_path, monkeypatch):
+  begun, options = [], {}
 
   class Stopped(Exception):
     """Before the first step."""
@@ -131,7 +132,8 @@ def test_finetune_starts_from_correction(tmp_path, monkeypatch):
     raise Stopped
 
   monkeypatch.setattr(finetuning, 'init_train_state', stop)
-  config = smoke()
+  monkeypatch.setattr(finetuning, 'pmap_train_step', lambda *_, **own: options.update(own))
+  config = smoke(price_of_bits=2.0)
   with pytest.raises(Stopped):
     finetune.run(config, tmp_path)
   [found] = begun
@@ -155,6 +157,10 @@ def test_finetune_starts_from_correction(tmp_path, monkeypatch):
     lambda new, old: bool((new != old).any()), found['batch_stats'], variables['batch_stats']
   )
   assert all(jax.tree.leaves(moved))
+  # a price is of bits beyond those of the start
+  kernels = CompressionState(state.tree['params'])
+  bits = float(bits_per_weight(found['params'], kernels))
+  assert (options['price_of_bits'], options['bits_limit']) == (2.0, pytest.approx(bits, rel=1e-6))
 
 
 def test_finetune_continues_after_sigterm(finished, tmp_path, monkeypatch):
