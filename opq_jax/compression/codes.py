@@ -148,6 +148,7 @@ def _check_shape(name: str, leaf: Array, expected: tuple[int, ...]) -> None:
 
 
 def check_leaf(name: str, weights: Array, leaf: LeafState) -> None:
+  """Raises ValueError where weights have another shape or dtype than their state."""
   _check_shape(name, weights, leaf.kinds.shape)
   if weights.dtype != leaf.dtype:
     raise ValueError(f'{name}: found dtype {weights.dtype}, expected {leaf.dtype}')

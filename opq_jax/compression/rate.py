@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float32
 
-from opq_jax.compression.cells import cell_of, steps_beyond_first
+from opq_jax.allocation.code_bits import times_log2
+from opq_jax.compression.cells import cell_of, settled, steps_beyond_first
 from opq_jax.compression.codes import check_leaf
 from opq_jax.compression.records import ESCAPED, ON_GRID, CompressionState, LeafState
 from opq_jax.core import trees
@@ -56,7 +57,8 @@ def bits_per_weight(params: PyTree, state: CompressionState) -> Float32[Array, '
 
   Returns:
     Bits per weight of the compressed leaves, without the values of escaped weights; 0 where no leaf
-    is compressed.  One is added to the sum of the cells of every leaf: m is never 0.
+    is compressed.  So that m is never 0, one weight of cell 1 is added to those of which it is the
+    mean; the derivative is k / (k + 1) of the above.
 
   Raises:
     ValueError: `state` was made for a tree of other structure, shapes or dtypes.
@@ -85,23 +87,20 @@ def bits_per_weight(params: PyTree, state: CompressionState) -> Float32[Array, '
 
 
 def _bits_of_leaf(name: str, weights: Array, leaf: LeafState) -> _Bits:
+  """Returns the bits of all slices of a leaf, and its weights."""
   check_leaf(name, weights, leaf)
   axes = tuple(range(leaf.slices, weights.ndim))
   magnitude = jnp.abs(weights.astype(jnp.float32))
   count = lambda kind: jnp.sum(leaf.kinds == kind, axis=axes, dtype=jnp.float32)
   each = float(weights.size // leaf.threshold.size)
   on_grid, escaped = count(ON_GRID), count(ESCAPED)
-  kinds = sum(_log_share(number, each) for number in (each - on_grid - escaped, on_grid, escaped))
+  shares = (x / each for x in (each - on_grid - escaped, on_grid, escaped))
+  kinds = -each * sum(map(times_log2, shares))
 
   # straight-through: the value of the cell, the derivative of the place
   place = jnp.maximum(steps_beyond_first(magnitude, leaf), 0)
-  cell = place + lax.stop_gradient(cell_of(magnitude, leaf) - place)
+  cell = place + lax.stop_gradient(settled(cell_of(magnitude, leaf), leaf) - place)
   cells = jnp.sum(jnp.where(leaf.kinds == ON_GRID, cell, 0), axis=axes)
   mean = (cells + 1) / (on_grid + 1)
-  entropy = (1 + mean) * jnp.log2(1 + mean) - mean * jnp.log2(mean)
+  entropy = times_log2(1 + mean) - times_log2(mean)
   return _Bits(jnp.sum(kinds + on_grid * (1 + entropy)), weights.size)
-
-
-def _log_share(number: Float32[Array, '*slices'], count: float) -> Float32[Array, '*slices']:
-  """Returns the bits of `number` of `count` weights that are of one kind: n log2(count / n)."""
-  return number * (jnp.log2(jnp.float32(count)) - jnp.log2(jnp.maximum(number, 1)))
