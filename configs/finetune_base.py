@@ -41,7 +41,9 @@ def base_config(name: str) -> ml_collections.ConfigDict:
   config.nesterov = False
   config.weight_decay = 1e-4
   config.label_smoothing = 0.0
-  config.distillation = 0.0  # share of the float network's answers in the loss
+  config.distillation = 0.0  # share of a teacher's answers in the loss
+  config.teacher = ''  # the float network itself, or the name of another of the same preprocessing
+  config.teacher_weights = ''
   config.temperature = 4.0
   config.accumulation = 1
   config.ema_decay = ml_collections.config_dict.placeholder(float)

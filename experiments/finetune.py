@@ -111,6 +111,7 @@ def run(
   bits_limit = 0.0
   if config.price_of_bits:
     bits_limit = float(opq_jax.compression.bits_per_weight(start['params'], params_state))
+  teacher_model, teacher_variables, _ = finetune_setup.teacher(config, imported)
   step_fn = finetuning.pmap_train_step(
     model.apply,
     optimizer,
@@ -124,6 +125,7 @@ def run(
     clip_to_grid=config.clip_to_grid,
     price_of_bits=config.price_of_bits,
     bits_limit=bits_limit,
+    teacher_apply=teacher_model.apply,
   )
   train_state = finetuning.init_train_state(
     start, optimizer, jax.random.key(config.seed), with_average=config.ema_decay is not None
@@ -158,7 +160,7 @@ def run(
       console.print(f'{name}: top-1 {scores["top1"]:.2%}, {size:,} bytes')
 
   state = finetuning.replicate(params_state)
-  teacher = finetuning.replicate(variables) if config.distillation else None
+  teacher = finetuning.replicate(teacher_variables) if config.distillation else None
   columns = TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn()
   with (
     finetuning.StopRequest() as stop,
@@ -256,7 +258,8 @@ def command(config: ml_collections.ConfigDict) -> str:
 
 def public(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """Returns the config without folders of the machine."""
-  return config.to_dict() | {'weights': pathlib.Path(config.weights).name, 'data_dir': '…'}
+  files = {name: pathlib.Path(config[name]).name for name in ('weights', 'teacher_weights')}
+  return config.to_dict() | files | {'data_dir': '…'}
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
@@ -280,7 +283,7 @@ def main(_: list[str]) -> None:
   if DISTRIBUTED.value or COORDINATOR.value:
     jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
   logging.set_verbosity(logging.WARNING)  # Orbax logs every file
-  folders = '--config.weights', '--config.data_dir'
+  folders = '--config.weights', '--config.teacher_weights', '--config.data_dir'
   overrides = [w for w in sys.argv[1:] if w.startswith('--config.') and not w.startswith(folders)]
   run(CONFIG.value, pathlib.Path(WORKDIR.value), overrides)
 

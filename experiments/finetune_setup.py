@@ -35,6 +35,16 @@ def float_network(config: ml_collections.ConfigDict) -> importers.Imported:
   return importers.Imported(model, variables, importers.sources(config.model)[0])
 
 
+def teacher(config: ml_collections.ConfigDict, own: importers.Imported) -> importers.Imported:
+  """Returns the network that is distilled from: the float network itself, or the one named."""
+  if not config.teacher:
+    return own
+  other = config.copy_and_resolve_references()
+  other.update(model=config.teacher, weights=config.teacher_weights)
+  other.model_options = {}  # those of the network that is compressed
+  return float_network(other)
+
+
 def examples_and_test_batches(
   config: ml_collections.ConfigDict, preprocessing: data.Preprocessing
 ) -> tuple[streams.Examples, list[dict[str, Any]]]:

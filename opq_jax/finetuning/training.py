@@ -114,6 +114,7 @@ def train_step(
   price_of_bits: float = 0.0,
   bits_limit: float = 0.0,
   axis_name: str | tuple[str, ...] | None = None,
+  teacher_apply: Callable[..., Any] | None = None,
 ) -> tuple[TrainState, Metrics]:
   """Takes one step of any optimizer; a pure function.
 
@@ -126,8 +127,8 @@ def train_step(
     compression_state: of `train_state.params`; None trains the float network.
     batch: this device's part: {'image': [batch, …], 'label': [batch]} and whatever else `loss_fn`
       reads.  Of a language model, tokens [batch, length] and those that follow them.
-    teacher: variables of a network of the same `apply_fn`, usually the float one before
-      compression; its logits become `batch['teacher_logits']`.
+    teacher: variables of a network whose logits become `batch['teacher_logits']`, usually the float
+      one before compression, or a larger one with `teacher_apply`.
     apply_fn: `model.apply` of a Flax Linen module, or any function called as
       `apply_fn(variables, images, train=True, mutable=['batch_stats'], rngs={'dropout': key})`
       that returns logits and a dict of updates.  Its computation may be in bfloat16
@@ -147,6 +148,8 @@ def train_step(
       term p max(b - l, 0), which keeps the file from growing.  The metric `loss` does not count it.
     bits_limit: l.
     axis_name: of the enclosing `pmap` or `shard_map`.
+    teacher_apply: the function that computes the teacher's logits, called as
+      `teacher_apply(teacher, images, train=False)`; `apply_fn` by default.
 
   Returns:
     The next state, and {'loss', 'top1'} averaged over the whole batch.
@@ -176,7 +179,8 @@ def train_step(
   ) -> tuple[Float32[Array, ''], tuple[PyTree, Metrics]]:
     values = params if compression_state is None else apply_compression(params, compression_state)
     if teacher is not None:
-      part = {**part, 'teacher_logits': apply_fn(teacher, part['image'], train=False)}
+      teacher_logits = (teacher_apply or apply_fn)(teacher, part['image'], train=False)
+      part = {**part, 'teacher_logits': teacher_logits}
     logits, updates = apply_fn(
       _variables(values, batch_stats),
       part['image'],

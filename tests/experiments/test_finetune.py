@@ -255,15 +255,23 @@ class Plain(nn.Module):
     return nn.Dense(self.num_classes, name='head')(x.reshape(len(x), -1))
 
 
-@pytest.mark.parametrize('optimizer', ['sgd', 'adamw'])
-def test_finetune_without_batch_norm(tmp_path, monkeypatch, optimizer):
+@pytest.mark.parametrize(('optimizer', 'teacher'), [('sgd', ''), ('adamw', 'resnet32')])
+def test_finetune_without_batch_norm(tmp_path, monkeypatch, optimizer, teacher):
   pytest.importorskip('matplotlib')
   model = Plain()
   variables = model.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))
   imported = importers.Imported(model, variables, importers.sources('resnet20')[0])
-  monkeypatch.setattr(finetune_setup, 'float_network', lambda config: imported)
+  asked = []
+
+  def float_network(config):
+    asked.append((config.model, config.weights, config.model_options.to_dict()))
+    return imported
+
+  monkeypatch.setattr(finetune_setup, 'float_network', float_network)
   config = smoke(
     optimizer=optimizer,
+    teacher=teacher,
+    teacher_weights='folder/teacher.safetensors' if teacher else '',
     steps=3,
     distillation=0.5,
     label_smoothing=0.1,
@@ -276,6 +284,8 @@ def test_finetune_without_batch_norm(tmp_path, monkeypatch, optimizer):
   )
   result = finetune.run(config, tmp_path, ['--config.steps=3'])
   assert result['command'].endswith('--config.steps=3')
+  assert asked[1:] == ([(teacher, 'folder/teacher.safetensors', {})] if teacher else [])
+  assert result['config']['teacher_weights'] == ('teacher.safetensors' if teacher else '')
   network, state = opq_jax.load(tmp_path / 'network.opq')
   assert set(network) == {'params'}
   kernel = state.tree['params']['head']['kernel']

@@ -258,6 +258,36 @@ def test_teacher_is_read_and_kept():
     step(small_networks.start(SGD), state, batch)
 
 
+def test_teacher_of_another_network():
+  [batch] = batches(1)
+  rng = np.random.default_rng(0)
+  images = batch['image'].reshape(len(batch['image']), -1)
+  matrices = [rng.normal(size=size).astype(np.float32) for size in ((images.shape[1], 5), (5, 10))]
+
+  def apply_fn(variables, images, train, **_):
+    return images @ variables['params']['kernel'], {}
+
+  def teacher_apply(matrices, images, train):
+    assert not train
+    return images @ matrices[0] @ matrices[1]
+
+  start = training.init_train_state(
+    {'params': {'kernel': jnp.ones((images.shape[1], 10))}}, SGD, jax.random.key(0)
+  )
+  step = functools.partial(
+    training.train_step,
+    apply_fn=apply_fn,
+    optimizer=SGD,
+    loss_fn=losses.classification_loss(distillation=1.0),
+  )
+  batch = {**batch, 'image': images}
+  found, _ = step(start, None, batch, matrices, teacher_apply=teacher_apply)
+  logits = (images.astype(float) @ matrices[0] @ matrices[1]).astype(np.float32)
+  expected, _ = step(start, None, {**batch, 'teacher_logits': logits})
+  np.testing.assert_allclose(found.params['kernel'], expected.params['kernel'], rtol=1e-4)
+  assert (found.params['kernel'] != start.params['kernel']).any()
+
+
 def test_dropout_is_deterministic():
   model = Network(dropout=0.5)
   _, state = small_networks.compressed_network()
