@@ -15,11 +15,16 @@ def laplace(*shape, seed=0):
 
 @contextlib.contextmanager
 def temporary_folders():
-  """Models of coremltools leave the removal of their folders to the garbage collection."""
+  """Models of coremltools leave the removal of their folders to the garbage collection.
+
+  Frozen objects are left out of it: one of all objects of a test session takes longer than a test.
+  """
+  gc.freeze()
   with warnings.catch_warnings():
     warnings.simplefilter('ignore', ResourceWarning)
     yield
     gc.collect()
+  gc.unfreeze()
 
 
 @temporary_folders()
