@@ -20,7 +20,9 @@ from opq_jax.core import trees
 
 _BLOCKS = 8, 64  # channels: lengths of a block; sums over longer blocks are faster
 _MAX_PADDING = 9 / 8  # of the places with short blocks, at which long blocks are still used
-_MIN_LEAVES, _MIN_CHANNELS = 8, 512  # least sizes of the joined arrays
+# least sizes of the joined arrays: compiling takes seconds, and solving for so few milliseconds,
+# so small networks share one program, of short blocks
+_MIN_LEAVES, _MIN_CHANNELS = 16, 2048
 _FLOAT_MANTISSA = 23  # bits of a float32's mantissa; weights are read as float32
 
 
@@ -113,7 +115,8 @@ def layout_of(stats: Sequence[LeafStatistics], is_traced: bool) -> Layout:
     return Layout(slice(None), leaf, np.array(sizes), math.gcd(*counts), True)
   short, long = _BLOCKS
   places = lambda block: sum(-(-count // block) * block for count in counts)
-  block = long if places(long) <= places(short) * _MAX_PADDING else short
+  is_small = places(short) <= _MIN_CHANNELS
+  block = long if not is_small and places(long) <= places(short) * _MAX_PADDING else short
   leaves = _rounded_up(len(stats), _MIN_LEAVES)
   blocks = [-(-count // block) for count in counts] + [1] * (leaves - len(stats))
   # padding leaves have weights too, because bits are divided by sizes
@@ -129,7 +132,7 @@ def layout_of(stats: Sequence[LeafStatistics], is_traced: bool) -> Layout:
 def _rounded_up(count: int, least: int) -> int:
   """Returns the first of 8, 12, 16, 24, 32, 48, … that is at least `count` and `least`.
 
-  Two sizes an octave: at most half of an array is padding, and few programs are compiled.
+  Two sizes an octave: above `least` less than a third is padding, and few programs are compiled.
   """
   power = 1 << (max(count, least) - 1).bit_length()
   return power * 3 // 4 if max(count, least) <= power * 3 // 4 else power
