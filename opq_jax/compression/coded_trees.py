@@ -19,7 +19,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int8, Int32, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, Int8, Int32, Shaped, UInt8
 
 from opq_jax.compression.cells import values_of_codes
 from opq_jax.compression.codes import encode
@@ -71,6 +71,7 @@ class CodedLeaf:
     """Bytes of all its arrays."""
     return sum(array.nbytes for array in jax.tree.leaves(self))
 
+  @jax.jit  # one program, where JAX would make twenty
   def decode(self) -> Float[Array, '...']:
     """Returns the weights, bit for bit those of `apply_compression`; may be traced."""
     codes = self.codes if self.width is None else _unpacked(self.codes, self.width)
@@ -128,14 +129,23 @@ def decoded(tree: PyTree) -> PyTree:
 
 
 def _coded_leaf(codes: Int8[Array, '...'], weights: Any, state: LeafState) -> CodedLeaf:
-  is_escaped = np.asarray(codes == ESCAPE)
-  places, escaped = _escaped(is_escaped, np.asarray(weights), state.slices)
-  codes = jnp.where(is_escaped, jnp.int8(0), codes)
+  codes, is_escaped, largest = _without_escapes(codes)
+  places, escaped = _escaped(np.asarray(is_escaped), np.asarray(weights), state.slices)
   grid = dataclasses.replace(state, kinds=jnp.zeros((*state.slice_shape, 0), jnp.uint8))
   width = None
-  if codes.ndim > state.slices and int(jnp.max(jnp.abs(codes), initial=0)) <= _LARGEST_PACKED:
+  if codes.ndim > state.slices and int(largest) <= _LARGEST_PACKED:
     codes, width = _packed(codes), codes.shape[-1]
   return CodedLeaf(codes, grid, jnp.asarray(places), jnp.asarray(escaped), width)
+
+
+@jax.jit
+def _without_escapes(
+  codes: Int8[Array, '...'],
+) -> tuple[Int8[Array, '...'], Bool[Array, '...'], Int8[Array, '']]:
+  """Returns the codes with 0 for escapes, where these are, and the largest other magnitude."""
+  is_escaped = codes == ESCAPE
+  codes = jnp.where(is_escaped, jnp.int8(0), codes)
+  return codes, is_escaped, jnp.max(jnp.abs(codes), initial=0)
 
 
 def _escaped(

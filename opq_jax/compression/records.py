@@ -28,6 +28,7 @@ with a scale rounds.  `in_units` divides weights by them.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -300,6 +301,7 @@ def _counted_kinds(codes: Any) -> Any:
 _kinds_of_codes = jax.jit(_counted_kinds)  # one program for each shape, where JAX would make five
 
 
+@jax.jit
 def affine_codebook(
   first: Float[Array, '*slices'], step: Float[Array, '*slices'], levels: Int32[Array, '*slices']
 ) -> Float32[Array, '*slices 255']:
@@ -321,6 +323,7 @@ def affine_codebook(
   return jnp.concatenate([zero, positive, -positive[..., ::-1]], axis=-1)
 
 
+@functools.partial(jax.jit, static_argnames='has_scales')
 def exact_grid(
   step: Float32[Array, '*slices'],
   first: Float32[Array, '*slices'],
