@@ -39,7 +39,14 @@ weight_decay 1e-4, growth 0.03 and seed 0:
     :30, 2 epochs, adamw, rate 1e-3, decay 1e-2,
       price_of_bits 10                                88.29 %    35,345 bytes   30.68
       the same, rate 3e-3                             89.52 %    35,544 bytes   30.51
-      the same, sgd, rate 0.03, decay 1e-3            88.99 %    35,725 bytes   30.35
+      the same, rate 8e-3                             89.04 %    35,851 bytes   30.25
+      rate 3e-3, objective balanced_error             89.41 %    35,465 bytes   30.58
+      the same, 16 epochs, rate 4e-3, growth 0.025    90.19 %    36,008 bytes   30.12
+      2 epochs, sgd, rate 0.03, decay 1e-3            88.99 %    35,725 bytes   30.35
+    :18, 2 epochs, adamw, rate 2e-3, decay 1e-2,
+      price_of_bits 10, feedback, growth 0.02         91.13 %    59,662 bytes   18.18
+      8 epochs, rate 3e-3, no feedback, growth 0.03,
+      teacher resnet32                                91.41 %    59,821 bytes   18.13
 
 * trained before files had contexts (`opq_jax.coding.contexts`) and saved again, hence smaller than
 asked; the same command now starts from a finer grid.  The file grows the more, the further weights
