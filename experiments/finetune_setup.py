@@ -36,13 +36,25 @@ def float_network(config: ml_collections.ConfigDict) -> importers.Imported:
 
 
 def teacher(config: ml_collections.ConfigDict, own: importers.Imported) -> importers.Imported:
-  """Returns the network that is distilled from: the float network itself, or the one named."""
+  """Returns the network that is distilled from: the float network itself, or the one named.
+
+  Raises:
+    ValueError: a teacher is named and has no share in the loss, or reads other images.
+  """
   if not config.teacher:
     return own
+  if not config.distillation:
+    raise ValueError(
+      f'config.teacher: found {config.teacher!r} and distillation 0, expected its share of the loss'
+    )
   other = config.copy_and_resolve_references()
   other.update(model=config.teacher, weights=config.teacher_weights)
   other.model_options = {}  # those of the network that is compressed
-  return float_network(other)
+  imported = float_network(other)
+  found, expected = imported.source.preprocessing, own.source.preprocessing
+  if found != expected:
+    raise ValueError(f'config.teacher: found a network that reads {found}, expected {expected}')
+  return imported
 
 
 def examples_and_test_batches(

@@ -132,6 +132,8 @@ def test_solve_shares_programs():
     allocate(first, objective='squared_error', **targets)
     programs = allocation_solver.solve._cache_size()
     found = allocate(second, objective='balanced_error', **targets)
+    larger = {str(number): rng.laplace(size=(8, 128)).astype('f4') for number in range(12)}
+    allocate(larger, **targets)
     assert allocation_solver.solve._cache_size() == programs
     # the room that is left in it changes nothing
     alone = jax.jit(functools.partial(allocate, objective='balanced_error', **targets))(second)

@@ -296,6 +296,17 @@ def test_finetune_without_batch_norm(tmp_path, monkeypatch, optimizer, teacher):
   assert [line['step'] for line in lines if line['kind'] == 'test'] == [1, 2, 3]
 
 
+def test_teacher_is_one_that_can_teach(monkeypatch):
+  sources = {name: importers.sources(name)[0] for name in ('resnet20', 'resnet50')}
+  network = lambda config: importers.Imported(None, None, sources[config.model])
+  monkeypatch.setattr(finetune_setup, 'float_network', network)
+  own = network(smoke())
+  with pytest.raises(ValueError, match="found 'resnet32' and distillation 0"):
+    finetune_setup.teacher(smoke(teacher='resnet32'), own)
+  with pytest.raises(ValueError, match=r'found a network that reads .*, expected '):
+    finetune_setup.teacher(smoke(teacher='resnet50', distillation=0.5), own)
+
+
 def test_metric_log_drops_torn_line(tmp_path):
   log = MetricLog(tmp_path)
   assert log.records() == []
