@@ -41,6 +41,7 @@ weight_decay 1e-4, growth 0.03 and seed 0:
       the same, rate 3e-3                             89.52 %    35,544 bytes   30.51
       the same, rate 8e-3                             89.04 %    35,851 bytes   30.25
       rate 3e-3, objective balanced_error             89.41 %    35,465 bytes   30.58
+      rate 3e-3, teacher resnet32                     88.98 %    35,551 bytes   30.50
       the same, 16 epochs, rate 4e-3, growth 0.025    90.19 %    36,008 bytes   30.12
       2 epochs, sgd, rate 0.03, decay 1e-3            88.99 %    35,725 bytes   30.35
     :18, 2 epochs, adamw, rate 2e-3, decay 1e-2,
