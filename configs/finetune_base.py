@@ -42,7 +42,7 @@ def base_config(name: str) -> ml_collections.ConfigDict:
   config.weight_decay = 1e-4
   config.label_smoothing = 0.0
   config.distillation = 0.0  # share of a teacher's answers in the loss
-  config.teacher = ''  # the float network itself, or the name of another of the same preprocessing
+  config.teacher = ''  # its name, as config.model; '' for the float network itself
   config.teacher_weights = ''
   config.temperature = 4.0
   config.accumulation = 1

@@ -39,8 +39,14 @@ def teacher(config: ml_collections.ConfigDict, own: importers.Imported) -> impor
   """Returns the network that is distilled from: the float network itself, or the one named.
 
   Raises:
-    ValueError: a teacher is named and has no share in the loss, or reads other images.
+    ValueError: a teacher is named without weights, or they without it; it has no share in the
+      loss; or it reads images in another way.
   """
+  if bool(config.teacher) != bool(config.teacher_weights):
+    raise ValueError(
+      f'config.teacher, config.teacher_weights: found {config.teacher!r}, '
+      f'{config.teacher_weights!r}, expected both or neither'
+    )
   if not config.teacher:
     return own
   if not config.distillation:

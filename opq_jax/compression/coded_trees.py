@@ -71,7 +71,7 @@ class CodedLeaf:
     """Bytes of all its arrays."""
     return sum(array.nbytes for array in jax.tree.leaves(self))
 
-  @jax.jit  # one program in place of one for each of twenty operations
+  @jax.jit  # one program, in place of one for each operation
   def decode(self) -> Float[Array, '...']:
     """Returns the weights, bit for bit those of `apply_compression`; may be traced."""
     codes = self.codes if self.width is None else _unpacked(self.codes, self.width)

@@ -107,6 +107,7 @@ def train_step(
   *,
   apply_fn: Callable[..., Any],
   optimizer: optax.GradientTransformation,
+  teacher_apply: Callable[..., Any] | None = None,
   loss_fn: Loss | None = None,
   accumulation: int = 1,
   ema_decay: float | None = None,
@@ -114,7 +115,6 @@ def train_step(
   price_of_bits: float = 0.0,
   bits_limit: float = 0.0,
   axis_name: str | tuple[str, ...] | None = None,
-  teacher_apply: Callable[..., Any] | None = None,
 ) -> tuple[TrainState, Metrics]:
   """Takes one step of any optimizer; a pure function.
 
@@ -135,6 +135,8 @@ def train_step(
       (`models.create(name, dtype=jnp.bfloat16)`); weights, gradients and updates are in the dtype
       of the params.
     optimizer: see `kernels` for weight decay on kernels alone.
+    teacher_apply: the function that computes the teacher's logits, called as
+      `teacher_apply(teacher, images, train=False)`; `apply_fn` by default.
     loss_fn: (logits, batch) -> one number an example; by default
       `opq_jax.finetuning.classification_loss()`.
     accumulation: number of equal parts of the batch whose gradients are averaged; only one part
@@ -148,8 +150,6 @@ def train_step(
       term p max(b - l, 0), which keeps the file from growing.  The metric `loss` does not count it.
     bits_limit: l.
     axis_name: of the enclosing `pmap` or `shard_map`.
-    teacher_apply: the function that computes the teacher's logits, called as
-      `teacher_apply(teacher, images, train=False)`; `apply_fn` by default.
 
   Returns:
     The next state, and {'loss', 'top1'} averaged over the whole batch.

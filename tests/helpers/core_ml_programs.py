@@ -17,14 +17,16 @@ def laplace(*shape, seed=0):
 def temporary_folders():
   """Models of coremltools leave the removal of their folders to the garbage collection.
 
-  Frozen objects are left out of it: one of all objects of a test session takes longer than a test.
+  Older objects are frozen meanwhile, so that a collection does not visit all of a test session.
   """
   gc.freeze()
-  with warnings.catch_warnings():
-    warnings.simplefilter('ignore', ResourceWarning)
-    yield
-    gc.collect()
-  gc.unfreeze()
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore', ResourceWarning)
+      yield
+      gc.collect()
+  finally:
+    gc.unfreeze()
 
 
 @temporary_folders()
