@@ -19,7 +19,8 @@ target in a file of the same size:
 Expected: no loss against float32 at 15, at most 0.5 points at 20.  Measured: top-1 of the file on
 the 10,000 test images (95 % interval: 0.6 points either way), its bytes and its rate; float32 has
 91.73 % in 1,084,392 bytes.  All runs have distillation 0.9 and, unless stated, learning_rate 0.01,
-weight_decay 1e-4, growth 0.03 and seed 0; `the same` is the indented lines' first one:
+weight_decay 1e-4, growth 0.03 and seed 0.  `the same` is
+the last run above that begins with its rate:
 
     :15, 5 epochs, rate 0.03, no decay, growth 0.11   91.86 %    71,521 bytes   15.16
       the same, seed 1                                91.61 %    70,835 bytes   15.31
@@ -47,7 +48,8 @@ weight_decay 1e-4, growth 0.03 and seed 0; `the same` is the indented lines' fir
     :18, 2 epochs, adamw, rate 2e-3, decay 1e-2,
       price_of_bits 10, feedback, growth 0.02         91.13 %    59,662 bytes   18.18
     :18, 10 epochs, adamw, rate 2e-3, decay 1e-2,
-      price_of_bits 10, growth 0.025, teacher resnet32 91.48 %   60,014 bytes   18.07
+      price_of_bits 10, teacher resnet32,
+      growth 0.025                                    91.48 %    60,014 bytes   18.07
       the same, 8 epochs, rate 3e-3, growth 0.03      91.41 %    59,821 bytes   18.13
 
 * trained before files had contexts (`opq_jax.coding.contexts`) and saved again, hence smaller than
