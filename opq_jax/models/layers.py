@@ -100,6 +100,23 @@ def conv_bn(
   return (x if activation is None else activation(x)).astype(dtype)
 
 
+def relu(x: Array, *, train: bool) -> Array:
+  """Returns max(x, 0), which a training step on the CPU computes once, as its gradient.
+
+  XLA's CPU backend fuses elementwise operations into every operation that reads them.  The sum of a
+  residual block is read three times, and contains the sum of the block before: without a barrier
+  the gradient of every kernel adds up the whole stage again.
+
+  Args:
+    x: any shape.
+    train: whether the network is trained.  Inference has one reader an activation, nearly always.
+  """
+  x = nn.relu(x)
+  if not train:
+    return x
+  return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
+
+
 def depthwise_conv(
   x: Float[Array, 'batch height width channels'],
   kernel: Float[Array, 'rows columns 1 channels'],

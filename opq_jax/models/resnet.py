@@ -69,10 +69,11 @@ class ResNet(nn.Module):
         takes `apply(..., mutable=['batch_stats'])`.
     """
     layers.check_images(x)
+    relu = functools.partial(layers.relu, train=train)
     layer = functools.partial(
       layers.conv_bn,
       padding='HALF',
-      activation=nn.relu,
+      activation=relu,
       epsilon=self.epsilon,
       momentum=self.momentum,
       train=train,
@@ -88,7 +89,7 @@ class ResNet(nn.Module):
         strides = 2 if number == 1 and stage > 1 else 1
         convolutions = self._convolutions(self.width * 2 ** (stage - 1), strides)
         name = f'stage_{stage}_block_{number}'
-        x = ResidualBlock(convolutions, layer, projects=not self.cifar, name=name)(x)
+        x = ResidualBlock(convolutions, layer, relu, projects=not self.cifar, name=name)(x)
     x = jnp.mean(x, axis=(1, 2))
     return nn.Dense(self.num_classes, dtype=self.dtype, name='head')(x).astype(jnp.float32)
 
@@ -119,6 +120,7 @@ class ResidualBlock(nn.Module):
   Attributes:
     convolutions: the convolutions in their order.
     layer: `layers.conv_bn` with the network's options.
+    relu: `layers.relu`, in training or not.
     projects: selects the shortcut where the shapes of x and of the convolutions' output differ: a
       1x1 convolution with BatchNorm if True, else x subsampled and padded with channels of zeros
       on both sides.
@@ -126,6 +128,7 @@ class ResidualBlock(nn.Module):
 
   convolutions: Sequence[Convolution]
   layer: Callable[..., Array]
+  relu: Callable[[Array], Array]
   projects: bool = True
 
   @nn.compact
@@ -137,7 +140,7 @@ class ResidualBlock(nn.Module):
       is_last = number == len(self.convolutions)
       options = {'activation': None} if is_last else {}
       y = self.layer(y, f'conv_{number}', **convolution._asdict(), **options)
-    return nn.relu(y + self._shortcut(x))
+    return self.relu(y + self._shortcut(x))
 
   def _shortcut(
     self, x: Float[Array, 'batch height width channels']

@@ -1,5 +1,7 @@
 """The building blocks by themselves; `test_torch.py` compares whole networks with PyTorch's."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from opq_jax.models.layers import (
   depthwise_conv,
   dropout,
   max_pool_by_two,
+  relu,
 )
 
 
@@ -62,6 +65,21 @@ def test_conv_bn_without_activation():
   kernel = np.asarray(variables['params']['project']['kernel'])[0, 0]
   np.testing.assert_allclose(found, x @ kernel / np.sqrt(1 + 1e-5), rtol=1e-5, atol=1e-6)
   assert float(found.min()) < 0
+
+
+def test_relu_is_flaxs_and_a_barrier_on_the_cpu_in_training_alone():
+  x = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+
+  def gradient(activation):
+    return jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(activation(activation(x) - 1.0) + x))))
+
+  expected = gradient(nn.relu)(x)
+  for train, barriers in ((True, 4), (False, 0)):
+    found = gradient(functools.partial(relu, train=train))
+    np.testing.assert_allclose(found(x), expected, rtol=1e-6)
+    assert found.lower(x).as_text().count('stablehlo.optimization_barrier') == barriers
+  on_gpu = jax.export.export(gradient(lambda x: relu(x, train=True)), platforms=['cuda'])(x)
+  assert 'optimization_barrier' not in on_gpu.mlir_module()
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,20 @@
     python -m experiments.benchmarks.resources.finetuning [network:side:batch ...] [data_dir]
 
 By default resnet20:32:128.  Steps are run in turn in one process.  Memory is what XLA plans for
-arguments, results and temporaries of one step, not donated.  With a TFDS folder, the loader reads
-its cifar10 (held in memory) and imagenet2012 (decoded from JPEG) while the training thread is idle.
+arguments, results and temporaries of one step, not donated.  Huge pages of memory are given to a
+process when it starts, so two further processes time the first network's step, in turn (Linux with
+glibc 2.35 or later; nothing elsewhere).  With a TFDS folder, the loader reads its cifar10 (held in
+memory) and imagenet2012 (decoded from JPEG) while the training thread is idle.
 """
 
 import functools
+import os
+import platform
+import statistics
+import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +29,60 @@ from opq_jax import data, finetuning, models
 from opq_jax.data import augmentation, streams
 
 OPTIMIZER = optax.sgd(0.01, momentum=0.9)
+HUGE_PAGES = 'glibc.malloc.hugetlb=1'
 
 
 def step_rows(name: str, side: int, batch_size: int, rounds: int) -> list[dict[str, object]]:
+  seconds, planned, masks = measured(name, side, batch_size, rounds)
+  what = f'{name}, {side} px, batch {batch_size}'
+  return [
+    {
+      'what': f'{what}: step with compression, to without',
+      'ratio': round(seconds['with'] / seconds['without'], 3),
+      'of': f'{batch_size / seconds["without"]:.0f} images/s',
+    },
+    {
+      'what': f'{what}: planned memory less the masks, to without',
+      'ratio': round((planned['with'] - masks) / planned['without'], 4),
+      'of': f'{planned["without"] / 1e6:.0f} MB',
+    },
+  ]
+
+
+def huge_pages_rows(name: str, side: int, batch_size: int) -> list[dict[str, object]]:
+  """Compares steps with compression in processes with memory in pages of 2 MB and of 4 KB."""
+  if platform.libc_ver()[0] != 'glibc':
+    return []
+  seconds: dict[str, list[float]] = {HUGE_PAGES: [], '': []}
+  for _ in range(3):
+    for tunables, values in seconds.items():
+      command = [sys.executable, '-m', 'experiments.benchmarks.resources.finetuning', '--seconds']
+      child = subprocess.run(
+        [*command, f'{name}:{side}:{batch_size}'],
+        env=os.environ | {'GLIBC_TUNABLES': tunables},
+        stdout=subprocess.PIPE,
+        check=True,
+      )
+      values.append(float(child.stdout))
+  huge, small = (statistics.median(values) for values in seconds.values())
+  return [
+    {
+      'what': f'{name}, {side} px, batch {batch_size}: step in huge pages of memory, to without',
+      'ratio': round(huge / small, 3),
+      'of': f'{batch_size / small:.0f} images/s',
+    }
+  ]
+
+
+class Measured(NamedTuple):
+  """Seconds and planned bytes of a step 'with' and 'without' compression; bytes of the masks."""
+
+  seconds: dict[str, float]
+  planned: dict[str, int]
+  masks: int
+
+
+def measured(name: str, side: int, batch_size: int, rounds: int) -> Measured:
   model = models.create(name)
   image = jnp.zeros((1, side, side, 3))
   variables = jax.jit(model.init)(jax.random.key(0), image)
@@ -52,19 +110,7 @@ def step_rows(name: str, side: int, batch_size: int, rounds: int) -> list[dict[s
   )
   planned = {kind: _planned_bytes(executable) for kind, executable in compiled.items()}
   masks = sum(leaf.nbytes for leaf in jax.tree.leaves(state) if leaf.dtype == bool)
-  what = f'{name}, {side} px, batch {batch_size}'
-  return [
-    {
-      'what': f'{what}: step with compression, to without',
-      'ratio': round(seconds['with'] / seconds['without'], 3),
-      'of': f'{batch_size / seconds["without"]:.0f} images/s',
-    },
-    {
-      'what': f'{what}: planned memory less the masks, to without',
-      'ratio': round((planned['with'] - masks) / planned['without'], 4),
-      'of': f'{planned["without"] / 1e6:.0f} MB',
-    },
-  ]
+  return Measured(seconds, planned, masks)
 
 
 def _planned_bytes(executable: jax.stages.Compiled) -> int:
@@ -95,11 +141,19 @@ def loader_rows(data_dir: str) -> list[dict[str, object]]:
 
 
 def main() -> None:
+  if sys.argv[1:2] == ['--seconds']:
+    name, side, batch_size = sys.argv[2].split(':')
+    print(measured(name, int(side), int(batch_size), rounds=5).seconds['with'])
+    return
   rows = []
-  networks = [word.split(':') for word in sys.argv[1:] if word.count(':') == 2]
-  for name, side, batch_size in networks or [('resnet20', '32', '128')]:
+  words = [word for word in sys.argv[1:] if word.count(':') == 2] or ['resnet20:32:128']
+  networks = [
+    (name, int(side), int(size)) for name, side, size in (word.split(':') for word in words)
+  ]
+  for name, side, size in networks:
     # a step of a large network is long enough to be timed fewer times
-    rows += step_rows(name, int(side), int(batch_size), rounds=5 if int(side) > 32 else 11)
+    rows += step_rows(name, side, size, rounds=5 if side > 32 else 11)
+  rows += huge_pages_rows(*networks[0])
   for folder in [word for word in sys.argv[1:] if word.count(':') != 2]:
     rows += loader_rows(folder)
   words = [word if word.count(':') == 2 else 'TFDS_FOLDER' for word in sys.argv[1:]]
