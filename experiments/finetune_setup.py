@@ -18,6 +18,7 @@ from opq_jax.network import moments
 
 AUGMENTATIONS = {
   'cifar': augmentation.PadCropFlip(),
+  'cifar_reflect': augmentation.PadCropFlip(mode='reflect'),
   'imagenet': augmentation.RandomResizedCrop(),
   'none': None,
 }

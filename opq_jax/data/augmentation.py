@@ -7,7 +7,7 @@ depend on the process or thread that prepares it.
 
 import dataclasses
 import math
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -31,13 +31,16 @@ class Augmentation(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class PadCropFlip:
-  """CIFAR's standard: a random crop of the zero-padded image, and a random horizontal flip.
+  """CIFAR's standard: a random crop of the padded image, and a random horizontal flip.
 
-  He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
+  He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2, with zeros.
+  Black borders move the mean and the variance of all activations away from those of whole images;
+  reflected pixels do not.
 
   Attributes:
-    padding: zeros on every side, in pixels.
+    padding: pixels added on every side.
     flip: True to mirror half of the views.
+    mode: 'constant' adds zeros; 'reflect' mirrors the image at its edges (`numpy.pad`).
 
   >>> image = np.arange(16, dtype=np.uint8).reshape(4, 4, 1)
   >>> PadCropFlip(padding=1)(image, np.array([0.0, 0.5, 0.9]))[:, :, 0].tolist()
@@ -46,14 +49,13 @@ class PadCropFlip:
 
   padding: int = 4
   flip: bool = True
+  mode: Literal['constant', 'reflect'] = 'constant'
 
   def __call__(self, image: Pixels, uniforms: Float[np.ndarray, ' numbers']) -> Pixels:
     height, width = image.shape[:2]
     # zeros before preprocessing, as in most published code for CIFAR in 8 bits
-    padded = np.zeros(
-      (height + 2 * self.padding, width + 2 * self.padding, image.shape[2]), np.uint8
-    )
-    padded[self.padding : self.padding + height, self.padding : self.padding + width] = image
+    sides = (self.padding, self.padding)
+    padded = np.pad(image, (sides, sides, (0, 0)), self.mode)
     top, left = (int(u * (2 * self.padding + 1)) for u in uniforms[:2])
     view = padded[top : top + height, left : left + width]
     return view[:, ::-1] if self.flip and uniforms[2] < 0.5 else view

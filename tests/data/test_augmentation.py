@@ -23,6 +23,13 @@ def test_pad_crop_flip_reaches_corners():
   assert (view[:4] == 0).all() and (view[:, 28:] == 0).all()
 
 
+def test_pad_crop_flip_reflects_without_repeating_the_edge():
+  view = PadCropFlip(mode='reflect')(IMAGE, uniforms(0.0, 0.999, 0.9))
+  np.testing.assert_array_equal(view[4:, :28], IMAGE[:28, 4:])
+  np.testing.assert_array_equal(view[:4, :28], IMAGE[4:0:-1, 4:])
+  np.testing.assert_array_equal(view[4:, 28:], IMAGE[:28, 30:26:-1])
+
+
 def test_pad_crop_flip_is_uniform():
   rng = np.random.default_rng(1)
   column = np.arange(1, 33, dtype=np.uint8)[None, :, None].repeat(32, 0).repeat(3, 2)
