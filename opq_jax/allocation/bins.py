@@ -8,6 +8,7 @@ factor of 2**-32 or more), zeros included.
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
@@ -49,6 +50,17 @@ def bin_of(magnitude: Float32[Array, '...'], largest: Float32[Array, '']) -> Int
   index = (bits >> _SHIFT) - (_end(largest) - BINS)
   # XLA flushes denormal numbers to zero, so they count as zeros
   return jnp.where(bits < _LEAST_NORMAL, 0, jnp.clip(index, 0, BINS - 1))
+
+
+def signed_counts(
+  weights: Float32[np.ndarray, '...'], largest: Float32[np.ndarray, '']
+) -> Int32[np.ndarray, '2 bins']:
+  """Counts weights on the host by sign (row 0: w >= 0, row 1: w < 0) and by `bin_of` |w|."""
+  bits = np.abs(weights).view(np.int32)
+  end = ((np.float32(largest).view(np.int32) >> _MANTISSA) + 1) << (_MANTISSA - _SHIFT)
+  index = np.clip((bits >> _SHIFT) - (end - BINS), 0, BINS - 1)
+  index = np.where(bits < _LEAST_NORMAL, 0, index + np.where(weights < 0, BINS, 0))
+  return np.bincount(index.ravel(), minlength=2 * BINS).astype(np.int32).reshape(2, BINS)
 
 
 def fine_bin_of(magnitude: Float32[Array, '...']) -> Int32[Array, '...']:

@@ -41,6 +41,15 @@ def placement_of(weights: Any) -> Placement:
   return sharding if isinstance(sharding, NamedSharding) else UNKNOWN
 
 
+def is_in_host_memory(weights: Any) -> bool:
+  """Returns whether NumPy can read a leaf without a copy: it lies on one CPU of this process."""
+  if isinstance(weights, jax.core.Tracer) or placement_of(weights) != HERE:
+    return False
+  if not isinstance(weights, jax.Array):
+    return True
+  return weights.is_fully_addressable and weights.device.platform == 'cpu'
+
+
 @dataclasses.dataclass(frozen=True)
 class Shards:
   """Axes of a mesh that cut a leaf; none on one device.

@@ -1,10 +1,11 @@
 """Statistics of a leaf, its counts and ranks, against numpy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opq_jax.allocation import leaf_statistics, merge_statistics
+from opq_jax.allocation import leaf_statistics, merge_statistics, statistics
 from opq_jax.allocation.bins import BINS
 from opq_jax.allocation.counts import fine_histogram, per_channel_count
 from opq_jax.allocation.ranks import bins_at_rank, magnitudes_at_rank
@@ -18,6 +19,16 @@ SHAPES = {
   'heads': ((280, 6, 6), (1, 2)),
   'first and last': ((4, 280, 9), (0, 2)),
 }
+
+
+@pytest.fixture(params=['NumPy', 'XLA'])
+def reader(request, monkeypatch):
+  """Small leaves in the host's memory are read by NumPy, all others by a compiled program."""
+  if request.param == 'XLA':
+    monkeypatch.setattr(statistics, '_SMALL', 0)
+
+
+by_both_readers = pytest.mark.usefixtures('reader')
 
 
 def threshold_at_rank(weights, stats, rank):
@@ -35,6 +46,7 @@ def by_channel(weights, axis):
   return np.moveaxis(weights, axes, range(-len(axes), 0)).reshape(-1, channels)
 
 
+@by_both_readers
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize(('shape', 'axis'), SHAPES.values(), ids=SHAPES)
 def test_statistics_by_channel(shape, axis, dtype):
@@ -48,6 +60,7 @@ def test_statistics_by_channel(shape, axis, dtype):
   assert stats.histogram is None
 
 
+@by_both_readers
 @pytest.mark.parametrize(('shape', 'axis'), SHAPES.values(), ids=SHAPES)
 def test_histogram_counts_once(shape, axis):
   weights = sample(shape)
@@ -64,11 +77,25 @@ def test_histogram_counts_once(shape, axis):
     np.testing.assert_array_equal(row, np.histogram(part, edges)[0])
 
 
+def test_both_readers_take_denormal_numbers_for_zeros_and_doubles_for_floats(monkeypatch):
+  weights = np.array([[1e-40, -1e-40, 0.0, -0.0], [1.0, -2.0, 1e-39, 3.0]])
+  found = [leaf_statistics(weights)]
+  monkeypatch.setattr(statistics, '_SMALL', 0)
+  found += [leaf_statistics(weights)]
+  jax.tree.map(np.testing.assert_array_equal, *found)
+  assert found[0].scale.tolist() == [0.5, 1.0, 0.0, 1.5]
+  assert found[0].maximum.tolist() == [1.0, 2.0, 0.0, 3.0]
+  assert found[0].histogram[:, 0].tolist() == [5, 0]
+  assert found[0].dtype == found[1].dtype == jnp.float32
+
+
+@by_both_readers
 def test_histogram_of_zeros():
   counts = np.asarray(leaf_statistics(jnp.zeros((40, 7, 36)), -1).histogram)
   assert counts[0, 0] == counts.sum() == 40 * 7 * 36
 
 
+@by_both_readers
 @pytest.mark.parametrize('size', [1, 2, 4095, 4096, 4097, 10_080])
 def test_histogram_of_any_size(size):
   assert leaf_statistics(jnp.ones((size, 1)), -1).histogram.sum() == size
@@ -106,6 +133,7 @@ def test_per_channel_count(shape, axis):
   np.testing.assert_array_equal(found, (np.abs(by_channel(weights, axis)) > np.float32(0.8)).sum(0))
 
 
+@by_both_readers
 @pytest.mark.slow
 @pytest.mark.parametrize('axis', [0, 1, 2])
 @pytest.mark.parametrize('channel_axis', [0, -1, (1, 2), (0, 2)], ids=str)
