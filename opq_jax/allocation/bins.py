@@ -57,7 +57,7 @@ def signed_counts(
 ) -> Int32[np.ndarray, '2 bins']:
   """Counts weights on the host by sign (row 0: w >= 0, row 1: w < 0) and by `bin_of` |w|."""
   bits = np.abs(weights).view(np.int32)
-  end = ((np.float32(largest).view(np.int32) >> _MANTISSA) + 1) << (_MANTISSA - _SHIFT)
+  end = ((np.asarray(largest, np.float32).view(np.int32) >> _MANTISSA) + 1) << (_MANTISSA - _SHIFT)
   index = np.clip((bits >> _SHIFT) - (end - BINS), 0, BINS - 1)
   index = np.where(bits < _LEAST_NORMAL, 0, index + np.where(weights < 0, BINS, 0))
   return np.bincount(index.ravel(), minlength=2 * BINS).astype(np.int32).reshape(2, BINS)

@@ -47,7 +47,7 @@ def is_in_host_memory(weights: Any) -> bool:
     return False
   if not isinstance(weights, jax.Array):
     return True
-  return weights.is_fully_addressable and weights.device.platform == 'cpu'
+  return weights.is_fully_addressable and {d.platform for d in weights.devices()} == {'cpu'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +189,7 @@ def on_host_one_by_one(function: Callable[[tuple[int, ...]], Any], shape: tuple[
   return jax.tree.map(stack, *parts)
 
 
-def by_channel(weights: Array, channel_axis: ChannelAxes) -> tuple[Array, tuple[int, ...]]:
+def by_channel(weights: Any, channel_axis: ChannelAxes) -> tuple[Any, tuple[int, ...]]:
   """Returns the weights with one axis of channels and others, and the others."""
   if weights.ndim < 2:
     weights, channel_axis = weights.reshape(-1, 1), 1

@@ -216,21 +216,21 @@ def _small_leaf_statistics(
   weights: np.ndarray, largest: Any, channel_axis: ChannelAxes, histogram: bool
 ) -> LeafStatistics:
   """Computes in NumPy what `_leaf_statistics` does for a leaf without slices on one device."""
-  facts: dict[str, Any] = {'shape': weights.shape, 'channel_axis': channel_axis}
-  facts['dtype'] = jax.dtypes.canonicalize_dtype(weights.dtype)  # as in a trace
+  fields: dict[str, Any] = {'shape': weights.shape, 'channel_axis': channel_axis}
+  fields['dtype'] = jax.dtypes.canonicalize_dtype(weights.dtype)  # as in a trace
   with np.errstate(over='ignore', invalid='ignore'):  # infinite and NaN are the caller's to refuse
     as_float, others = by_channel(weights.astype(np.float32), channel_axis)
     magnitude = np.abs(as_float)
     # XLA takes denormal numbers for zeros
     magnitude = np.where(magnitude < np.finfo(np.float32).tiny, 0, magnitude)
-    scale, maximum = magnitude.mean(others), magnitude.max(others)
-  largest = np.asarray(maximum.max() if largest is None else largest)
-  leading = counts = None
+    fields |= {'scale': magnitude.mean(others), 'maximum': magnitude.max(others)}
+  largest = np.asarray(fields['maximum'].max() if largest is None else largest)
+  fields |= {'largest': largest, 'leading': None, 'histogram': None}
   if histogram:
+    fields['histogram'] = signed_counts(as_float, largest)
     if weights.ndim > 1 and 0 not in axes.numbers_of(channel_axis, weights.ndim):
-      leading = magnitude.max(tuple(range(1, magnitude.ndim)))
-    counts = signed_counts(as_float, largest)
-  return LeafStatistics(scale, maximum, leading, counts, largest, **facts)
+      fields['leading'] = magnitude.max(tuple(range(1, magnitude.ndim)))
+  return LeafStatistics(**fields)
 
 
 @functools.partial(jax.jit, static_argnames=('channel_axis', 'histogram', 'placement', 'slices'))
