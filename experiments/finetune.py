@@ -134,7 +134,7 @@ def run(
     train_examples,
     batch_size=config.batch_size,
     preprocessing=source.preprocessing,
-    augmentation=finetune_setup.AUGMENTATIONS[config.augmentation],
+    augmentation=finetune_setup.augmentation_of(config),
     seed=config.seed,
     threads=config.loader_threads,
   )

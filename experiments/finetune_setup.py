@@ -16,7 +16,7 @@ from opq_jax.file import rate as file_rate
 from opq_jax.importers import networks
 from opq_jax.network import moments
 
-AUGMENTATIONS = {
+_AUGMENTATIONS: dict[str, data.Augmentation | None] = {
   'cifar': augmentation.PadCropFlip(),
   'cifar_reflect': augmentation.PadCropFlip(mode='reflect'),
   'imagenet': augmentation.RandomResizedCrop(),
@@ -89,6 +89,15 @@ def examples_and_test_batches(
   rows = slice(index * size // count, (index + 1) * size // count)
   padded = [finetuning.pad_batch(batch, size) for batch in loader]
   return train, [{name: leaf[rows] for name, leaf in batch.items()} for batch in padded]
+
+
+def augmentation_of(config: ml_collections.ConfigDict) -> data.Augmentation | None:
+  """Returns the augmentation of a config, or None."""
+  if config.augmentation not in _AUGMENTATIONS:
+    raise ValueError(
+      f'augmentation: found {config.augmentation!r}, expected one of {", ".join(_AUGMENTATIONS)}'
+    )
+  return _AUGMENTATIONS[config.augmentation]
 
 
 def make_optimizer(

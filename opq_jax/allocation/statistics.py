@@ -34,7 +34,7 @@ from opq_jax.core import axes, trees
 from opq_jax.core.axes import ChannelAxes
 
 _MAX_WEIGHTS = 2**31 - 1  # of a leaf: counts are int32
-# weights of a leaf that NumPy reads in a millisecond or less; XLA takes a fifth of a second to
+# weights of a leaf that NumPy reads in about a millisecond; XLA takes a few tenths of a second to
 # compile a program for its shape
 _SMALL = 1 << 16
 

@@ -121,3 +121,8 @@ def test_compress_leaves_room_to_grow(rate, model):
 def test_make_optimizer_refuses_unknown():
   with pytest.raises(ValueError, match="optimizer: found 'adagrad', expected sgd or adamw"):
     finetune_setup.make_optimizer(smoke(optimizer='adagrad'), lambda step: 0.1)
+
+
+def test_augmentation_of_refuses_unknown():
+  with pytest.raises(ValueError, match="augmentation: found 'cutout', expected one of cifar, "):
+    finetune_setup.augmentation_of(smoke(augmentation='cutout'))
