@@ -44,6 +44,7 @@ the last run above that begins with its rate:
       the same, augmentation cifar_reflect            89.76 %    35,545 bytes   30.51
       the same, cifar_reflect, temperature 2          89.19 %    35,454 bytes   30.59
       the same, cifar_reflect, clip_to_grid           89.57 %    35,566 bytes   30.49
+      the same, cifar_reflect, feedback               89.61 %    35,341 bytes   30.68
       the same, objective balanced_error              89.41 %    35,465 bytes   30.58
       the same, teacher resnet32                      88.98 %    35,551 bytes   30.50
       the same, sgd, rate 0.03, decay 1e-3            88.99 %    35,725 bytes   30.35
