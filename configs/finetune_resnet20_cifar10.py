@@ -43,6 +43,7 @@ the last run above that begins with its rate:
       the same, rate 8e-3                             89.04 %    35,851 bytes   30.25
       the same, augmentation cifar_reflect            89.76 %    35,545 bytes   30.51
       the same, cifar_reflect, temperature 2          89.19 %    35,454 bytes   30.59
+      the same, cifar_reflect, temperature 8          89.83 %    35,831 bytes   30.26
       the same, cifar_reflect, clip_to_grid           89.57 %    35,566 bytes   30.49
       the same, cifar_reflect, feedback               89.61 %    35,341 bytes   30.68
       the same, objective balanced_error              89.41 %    35,465 bytes   30.58
@@ -55,6 +56,7 @@ the last run above that begins with its rate:
       price_of_bits 10, teacher resnet32,
       growth 0.025                                    91.48 %    60,014 bytes   18.07
       the same, 8 epochs, rate 3e-3, growth 0.03      91.41 %    59,821 bytes   18.13
+      the same, 24 epochs, cifar_reflect              92.13 %    60,378 bytes   17.96
 
 * trained before files had contexts (`opq_jax.coding.contexts`) and saved again, hence smaller than
 asked; the same command now starts from a finer grid.  The file grows the more, the further weights
