@@ -34,8 +34,8 @@ from opq_jax.core import axes, trees
 from opq_jax.core.axes import ChannelAxes
 
 _MAX_WEIGHTS = 2**31 - 1  # of a leaf: counts are int32
-# weights of a leaf that NumPy reads in about a millisecond; XLA takes a few tenths of a second to
-# compile a program for its shape
+# weights of a leaf that NumPy reads in far less time than XLA takes to compile a program for its
+# shape
 _SMALL = 1 << 16
 
 
@@ -146,9 +146,8 @@ def leaf_statistics(
 
   Returns:
     A `LeafStatistics` on the leaf's device (of slices and of small leaves in the host's memory: in
-    NumPy's arrays), or replicated over its mesh.
-    Maxima and counts do not depend on the placement; a scale is a float32 sum, and its order and
-    rounding do.
+    NumPy's arrays), or replicated over its mesh.  Maxima and counts do not depend on the placement;
+    a scale is a float32 sum, and its order and rounding do.
 
   Raises:
     ValueError: a slice has 2^31 weights or more, which int32 counts cannot hold; or `slices` or

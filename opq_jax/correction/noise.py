@@ -36,7 +36,7 @@ def natural_noise(
   return _natural_noise(key, tuple(shape), power, colour)
 
 
-# one program a shape, in place of fifteen
+# one program a shape, in place of one an operation
 @functools.partial(jax.jit, static_argnames=('shape', 'power', 'colour'))
 def _natural_noise(key: Array, shape: tuple[int, ...], power: float, colour: float) -> Array:
   height, width, channels = shape[1:]

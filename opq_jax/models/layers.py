@@ -101,7 +101,7 @@ def conv_bn(
 
 
 def relu(x: Array, *, train: bool) -> Array:
-  """Returns max(x, 0), which a training step on the CPU computes once, as its gradient.
+  """Returns max(x, 0).  A training step on the CPU computes it once, and its gradient once.
 
   XLA's CPU backend fuses elementwise operations into every operation that reads them.  The sum of a
   residual block is read three times, and contains the sum of the block before: without a barrier
@@ -109,7 +109,7 @@ def relu(x: Array, *, train: bool) -> Array:
 
   Args:
     x: any shape.
-    train: whether the network is trained.  Inference has one reader an activation, nearly always.
+    train: whether the network is trained; inference needs no barrier.
   """
   x = nn.relu(x)
   if not train:

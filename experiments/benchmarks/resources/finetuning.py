@@ -51,7 +51,8 @@ def step_rows(name: str, side: int, batch_size: int, rounds: int) -> list[dict[s
 
 def huge_pages_rows(name: str, side: int, batch_size: int) -> list[dict[str, object]]:
   """Compares steps with compression in processes with memory in pages of 2 MB and of 4 KB."""
-  if platform.libc_ver()[0] != 'glibc':
+  library, version = platform.libc_ver()
+  if library != 'glibc' or tuple(map(int, version.split('.'))) < (2, 35):
     return []
   seconds: dict[str, list[float]] = {HUGE_PAGES: [], '': []}
   for _ in range(3):
