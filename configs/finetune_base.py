@@ -30,6 +30,8 @@ def base_config(name: str) -> ml_collections.ConfigDict:
   config.objective = 'balanced_error'
   config.inference_only = True  # file: BatchNorm in two vectors, other uncompressed leaves bfloat16
   config.feedback = False  # start from codes chosen layer by layer
+  # weights beyond this share of the threshold may become zero and come back; None: masks are fixed
+  config.zero_cell = ml_collections.config_dict.placeholder(float)
   config.unlabelled_batches = 8  # of noise_shape[0] training images, for feedback and biases
 
   config.epochs = 4.0

@@ -95,6 +95,8 @@ def run(
     compressed = opq_jax.apply_compression(variables, whole_state)
   if is_new:
     checkpoints.save_compression(whole_state)
+  if config.zero_cell is not None:
+    whole_state = opq_jax.compression.add_zero_cell(variables, whole_state, config.zero_cell)
   if images:
     corrected = opq_jax.correction.correct_on_images(model.apply, variables, compressed, images)
   else:

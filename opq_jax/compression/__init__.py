@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     stacked,
   )
   from opq_jax.compression.transforms import clip_to_grid, compressed, keep_compressed
+  from opq_jax.compression.zero_cell import add_zero_cell
 
 __all__ = [
   'CodedLeaf',
   'CompressionState',
   'LeafState',
+  'add_zero_cell',
   'apply_compression',
   'bits_per_weight',
   'clip_to_grid',
@@ -41,6 +43,7 @@ __getattr__, __dir__ = lazy.attributes(
     'CodedLeaf': 'coded_trees',
     'CompressionState': 'records',
     'LeafState': 'records',
+    'add_zero_cell': 'zero_cell',
     'apply_compression': 'codes',
     'bits_per_weight': 'rate',
     'clip_to_grid': 'transforms',

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32
 
 from opq_jax.compression.records import LeafState, over_weights
 
@@ -18,6 +18,16 @@ from opq_jax.compression.records import LeafState, over_weights
 def cell_of(magnitude: Float32[Array, '...'], leaf: LeafState) -> Float32[Array, '...']:
   """Returns the cell of |w| as a whole float32 number; meaningless where w is pruned."""
   return jnp.clip(_unbounded_cell(magnitude, leaf), 0, _last(magnitude.ndim, leaf))
+
+
+def is_below_first(magnitude: Float32[Array, '...'], leaf: LeafState) -> Bool[Array, '...']:
+  """Returns whether |w| lies below the first cell, which begins at the threshold."""
+  return _unbounded_cell(magnitude, leaf) < 0
+
+
+def thresholds(leaf: LeafState, ndim: int) -> Float32[Array, '...']:
+  """Returns the threshold of every weight, of a leaf of `ndim` axes; it broadcasts over them."""
+  return _of_outputs(leaf.threshold, ndim, leaf)
 
 
 def steps_beyond_first(magnitude: Float32[Array, '...'], leaf: LeafState) -> Float32[Array, '...']:

@@ -5,10 +5,15 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Bool, Float, Float32, Int8
 
-from opq_jax.compression.cells import cell_of, settled, value_of, values_of_codes
-from opq_jax.compression.records import CompressionState, LeafState
+from opq_jax.compression.cells import cell_of, is_below_first, settled, value_of, values_of_codes
+from opq_jax.compression.records import (
+  PRUNED,
+  ZERO_OR_ON_GRID,
+  CompressionState,
+  LeafState,
+)
 from opq_jax.core import trees
 from opq_jax.core.limits import ESCAPE
 from opq_jax.core.trees import PyTree
@@ -115,7 +120,7 @@ def _encode_leaf(name: str, weights: Array, leaf: LeafState) -> Int8[Array, '...
   check_leaf(name, weights, leaf)
   weights = weights.astype(jnp.float32)
   code = 1 + settled(cell_of(jnp.abs(weights), leaf), leaf)
-  code = jnp.where(leaf.mask, jnp.where(weights < 0, -code, code), 0)
+  code = jnp.where(_is_zero(weights, leaf), 0, jnp.where(weights < 0, -code, code))
   return jnp.where(leaf.escaped, ESCAPE, code).astype(jnp.int8)
 
 
@@ -130,8 +135,13 @@ def _quantize(weights: Array, leaf: LeafState) -> Array:
   # a weight that finetuning has moved out of the grid may be in a cell that has no number
   value = value_of(settled(cell_of(jnp.abs(as_float), leaf), leaf), leaf)
   value = jnp.where(as_float < 0, -value, value)
-  value = jnp.where(leaf.mask, value, jnp.zeros_like(value))
+  value = jnp.where(_is_zero(as_float, leaf), jnp.zeros_like(value), value)
   return jnp.where(leaf.escaped, weights, value)
+
+
+def _is_zero(weights: Float32[Array, '...'], leaf: LeafState) -> Bool[Array, '...']:
+  in_zero_cell = (leaf.kinds == ZERO_OR_ON_GRID) & is_below_first(jnp.abs(weights), leaf)
+  return (leaf.kinds == PRUNED) | in_zero_cell
 
 
 @_quantize.defjvp

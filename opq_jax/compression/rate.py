@@ -11,9 +11,21 @@ from jax import lax
 from jaxtyping import Array, Float32
 
 from opq_jax.allocation.code_bits import times_log2
-from opq_jax.compression.cells import cell_of, settled, steps_beyond_first
+from opq_jax.compression.cells import (
+  cell_of,
+  is_below_first,
+  settled,
+  steps_beyond_first,
+  thresholds,
+)
 from opq_jax.compression.codes import check_leaf
-from opq_jax.compression.records import ESCAPED, ON_GRID, CompressionState, LeafState
+from opq_jax.compression.records import (
+  ESCAPED,
+  ON_GRID,
+  ZERO_OR_ON_GRID,
+  CompressionState,
+  LeafState,
+)
 from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 
@@ -42,6 +54,13 @@ def bits_per_weight(params: PyTree, state: CompressionState) -> Float32[Array, '
 
       sign(w) log2((1 + m) / m) / (step N)      where |w| is larger than the first value
       0                                         elsewhere, and where w is pruned or escaped
+
+  With a zero cell (`add_zero_cell`), p counts the weights in it, and a weight that leaves it takes
+
+      log2(p / (1 - p - e)) + 1 + log2(1 + m)
+
+  bits more.  The derivative of its place, 0 below the threshold and 1 above, is taken as
+  1 / threshold from a half to one and a half thresholds.
 
   Entropy-constrained training (Wiedemann, Marban, Mueller, Samek, "Entropy-Constrained Training of
   Deep Neural Networks", arXiv 1812.07520) has a term of this kind; the closed form for
@@ -91,16 +110,32 @@ def _bits_of_leaf(name: str, weights: Array, leaf: LeafState) -> _Bits:
   check_leaf(name, weights, leaf)
   axes = tuple(range(leaf.slices, weights.ndim))
   magnitude = jnp.abs(weights.astype(jnp.float32))
-  count = lambda kind: jnp.sum(leaf.kinds == kind, axis=axes, dtype=jnp.float32)
+  total = lambda x: jnp.sum(x, axis=axes, dtype=jnp.float32)
   each = float(weights.size // leaf.threshold.size)
-  on_grid, escaped = count(ON_GRID), count(ESCAPED)
+  is_on_grid = _is_on_grid(magnitude, leaf)
+  on_grid, escaped = total(is_on_grid), total(leaf.kinds == ESCAPED)
   shares = (x / each for x in (each - on_grid - escaped, on_grid, escaped))
   kinds = -each * sum(map(times_log2, shares))
 
-  # straight-through: the value of the cell, the derivative of the place
+  # the value of the cell, the derivative of the place
   place = jnp.maximum(steps_beyond_first(magnitude, leaf), 0)
-  cell = place + lax.stop_gradient(settled(cell_of(magnitude, leaf), leaf) - place)
-  cells = jnp.sum(jnp.where(leaf.kinds == ON_GRID, cell, 0), axis=axes)
+  cell = _straight_through(settled(cell_of(magnitude, leaf), leaf), place)
+  cells = total(jnp.where(lax.stop_gradient(is_on_grid) > 0, cell, 0))
   mean = (cells + 1) / (on_grid + 1)
   entropy = times_log2(1 + mean) - times_log2(mean)
   return _Bits(jnp.sum(kinds + on_grid * (1 + entropy)), weights.size)
+
+
+def _is_on_grid(magnitude: Float32[Array, '...'], leaf: LeafState) -> Float32[Array, '...']:
+  """Returns 1 where a code is that of a cell, else 0; of a zero cell with the slope of a ramp."""
+  threshold = thresholds(leaf, magnitude.ndim)
+  ramp = jnp.clip(magnitude / jnp.where(threshold > 0, threshold, 1) - 0.5, 0, 1)
+  is_beyond = 1 - is_below_first(magnitude, leaf).astype(jnp.float32)
+  may_be_zero = leaf.kinds == ZERO_OR_ON_GRID
+  always = (leaf.kinds == ON_GRID).astype(jnp.float32)
+  return jnp.where(may_be_zero, _straight_through(is_beyond, ramp), always)
+
+
+def _straight_through(value: Array, smooth: Array) -> Array:
+  """Returns `value`, with the derivative of `smooth`."""
+  return smooth + lax.stop_gradient(value - smooth)

@@ -1,11 +1,15 @@
 """The frozen state of a compressed tree: which weights are pruned or escaped, and the codebooks.
 
-A weight w of a compressed leaf is of one of three kinds, and has an integer code and a value:
+A weight w of a compressed leaf is of one of four kinds, and has an integer code and a value:
 
     pruned    code  = 0                                                       value = 0
     on grid   code  = sign(w) min(1 + floor((|w| - threshold) / step), levels)
               value = codebook[code], rounded to the leaf's dtype inside its own cell
     escaped   code  = -128                                                    value = w
+    zero or   code  = 0 where |w| < threshold, elsewhere as on grid           value = codebook[code]
+    on grid
+
+No weight is of the last kind unless `opq_jax.compression.add_zero_cell` asks for it.
 
 Cell k = 1, 2, ..., levels holds the magnitudes of [threshold + (k-1) step, threshold + k step), and
 its value is the centroid of the weights in it.  This cell rule, not the nearest value, is what the
@@ -46,7 +50,7 @@ from opq_jax.core import exported_nodes, trees
 from opq_jax.core.limits import ESCAPE, MAX_LEVELS, STEP_BITS
 from opq_jax.core.trees import PyTree
 
-PRUNED, ON_GRID, ESCAPED = 0, 1, 2
+PRUNED, ON_GRID, ESCAPED, ZERO_OR_ON_GRID = 0, 1, 2, 3
 """Kinds of weights."""
 
 _SLACK = 2.0**-10
@@ -60,7 +64,8 @@ class LeafState:
   """Frozen kinds and codebook of one compressed leaf.
 
   Attributes:
-    kinds: of every weight: 0 pruned, 1 on the grid, 2 escaped; the leaf's shape.
+    kinds: of every weight: 0 pruned, 1 on the grid, 2 escaped, 3 zero or on the grid; the leaf's
+      shape.
     codebook: the value of every code, `codebook[code]`: entry 0 is 0.0, entries 1 ... 127 are the
       positive values and entries -1 ... -127 (counted from the end, as Python does) their
       negatives.  Past the last level the largest value repeats, so the entries are exactly the

@@ -3,10 +3,11 @@
     python -m experiments.benchmarks.resources.finetuning [network:side:batch ...] [data_dir]
 
 By default resnet20:32:128.  Steps are run in turn in one process.  Memory is what XLA plans for
-arguments, results and temporaries of one step, not donated.  Huge pages of memory are given to a
-process when it starts, so two further processes time the first network's step, in turn (Linux with
-glibc 2.35 or later; nothing elsewhere).  With a TFDS folder, the loader reads its cifar10 (held in
-memory) and imagenet2012 (decoded from JPEG) while the training thread is idle.
+arguments, results and temporaries of one step, not donated.  Variables of the environment are read
+when a process starts, so further processes time the first network's step with and without each, in
+turn: huge pages of memory (Linux with glibc 2.35 or later), and convolutions of Eigen, as before
+JAX 0.12, in place of YNNPACK's.  With a TFDS folder, the loader reads its cifar10 (held in memory)
+and imagenet2012 (decoded from JPEG) while the training thread is idle.
 """
 
 import functools
@@ -29,7 +30,6 @@ from opq_jax import data, finetuning, models
 from opq_jax.data import augmentation, streams
 
 OPTIMIZER = optax.sgd(0.01, momentum=0.9)
-HUGE_PAGES = 'glibc.malloc.hugetlb=1'
 
 
 def step_rows(name: str, side: int, batch_size: int, rounds: int) -> list[dict[str, object]]:
@@ -49,30 +49,42 @@ def step_rows(name: str, side: int, batch_size: int, rounds: int) -> list[dict[s
   ]
 
 
-def huge_pages_rows(name: str, side: int, batch_size: int) -> list[dict[str, object]]:
-  """Compares steps with compression in processes with memory in pages of 2 MB and of 4 KB."""
+def environments() -> dict[str, dict[str, str]]:
+  """Returns the variables that this machine and this version of JAX know, by what they do."""
+  known = {}
   library, version = platform.libc_ver()
-  if library != 'glibc' or tuple(map(int, version.split('.'))) < (2, 35):
-    return []
-  seconds: dict[str, list[float]] = {HUGE_PAGES: [], '': []}
-  for _ in range(3):
-    for tunables, values in seconds.items():
-      command = [sys.executable, '-m', 'experiments.benchmarks.resources.finetuning', '--seconds']
-      child = subprocess.run(
-        [*command, f'{name}:{side}:{batch_size}'],
-        env=os.environ | {'GLIBC_TUNABLES': tunables},
-        stdout=subprocess.PIPE,
-        check=True,
-      )
-      values.append(float(child.stdout))
-  huge, small = (statistics.median(values) for values in seconds.values())
-  return [
-    {
-      'what': f'{name}, {side} px, batch {batch_size}: step in huge pages of memory, to without',
-      'ratio': round(huge / small, 3),
-      'of': f'{batch_size / small:.0f} images/s',
-    }
-  ]
+  if library == 'glibc' and tuple(map(int, version.split('.'))) >= (2, 35):
+    known['in huge pages of memory'] = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
+  if jax.__version_info__ >= (0, 12):  # a flag that XLA does not know ends the process
+    known['without YNNPACK'] = {'XLA_FLAGS': '--xla_cpu_experimental_ynn_fusion_type='}
+  return known
+
+
+def environment_rows(name: str, side: int, batch_size: int) -> list[dict[str, object]]:
+  """Compares steps with compression in processes with variables of the environment and without."""
+  command = [sys.executable, '-m', 'experiments.benchmarks.resources.finetuning', '--seconds']
+  rows = []
+  for what, variables in environments().items():
+    seconds: dict[str, list[float]] = {'with': [], 'without': []}
+    for _ in range(3):
+      for which, values in seconds.items():
+        environment = {key: value for key, value in os.environ.items() if key not in variables}
+        child = subprocess.run(
+          [*command, f'{name}:{side}:{batch_size}'],
+          env=environment | (variables if which == 'with' else {}),
+          stdout=subprocess.PIPE,
+          check=True,
+        )
+        values.append(float(child.stdout))
+    own, plain = (statistics.median(values) for values in seconds.values())
+    rows.append(
+      {
+        'what': f'{name}, {side} px, batch {batch_size}: step {what}, to with defaults',
+        'ratio': round(own / plain, 3),
+        'of': f'{batch_size / plain:.0f} images/s',
+      }
+    )
+  return rows
 
 
 class Measured(NamedTuple):
@@ -154,7 +166,7 @@ def main() -> None:
   for name, side, size in networks:
     # a step of a large network is long enough to be timed fewer times
     rows += step_rows(name, side, size, rounds=5 if side > 32 else 11)
-  rows += huge_pages_rows(*networks[0])
+  rows += environment_rows(*networks[0])
   for folder in [word for word in sys.argv[1:] if word.count(':') != 2]:
     rows += loader_rows(folder)
   words = [word if word.count(':') == 2 else 'TFDS_FOLDER' for word in sys.argv[1:]]
