@@ -98,12 +98,31 @@ def test_finetune_keeps_compression_state(finished):
     np.testing.assert_array_equal(one, other)
 
 
+def check_zero_cell(config, workdir):
+  """Checks that weights of a finished run came back and others are gone, but not the smallest."""
+  _, variables, _ = finetune_setup.float_network(config)
+  with finetuning.Checkpoints(workdir / 'checkpoints') as checkpoints:
+    state = checkpoints.restore_compression(
+      jax.eval_shape(opq_jax.init_state, variables, opq_jax.allocate(variables))
+    )
+  loaded, _ = opq_jax.load(workdir / 'network.opq')
+  kernel, finetuned, leaf = (
+    tree['params']['head']['kernel'] for tree in (variables, loaded, state.tree)
+  )
+  before, after = np.asarray(leaf.mask), np.asarray(finetuned) != 0
+  assert (after & ~before).any() and (before & ~after).any()
+  is_pruned = ~before & (np.abs(kernel) <= config.zero_cell * leaf.threshold)
+  assert is_pruned.any() and not after[is_pruned].any()
+
+
 def test_finetune_from_feedback_codes(finished, tmp_path):
   plain = finished[0]['rows'][1]
-  result = finetune.run(smoke(steps=1, feedback=True, unlabelled_batches=1), tmp_path)
+  config = smoke(steps=1, feedback=True, unlabelled_batches=1, zero_cell=0.5, learning_rate=1.0)
+  result = finetune.run(config, tmp_path)
   _, with_feedback, _, last = result['rows']
   assert with_feedback['file_bytes'] == pytest.approx(plain['file_bytes'], rel=0.01)
   assert last['file_bytes'] == (tmp_path / 'network.opq').stat().st_size
+  check_zero_cell(config, tmp_path)
   targets = {'file_rate': 0.0, 'sparsity': 0.5, 'bits': 3.0}
   with pytest.raises(ValueError, match='feedback: found sparsity and bits'):
     finetune.run(smoke(feedback=True, **targets), tmp_path / 'other')
