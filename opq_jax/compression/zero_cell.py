@@ -26,7 +26,7 @@ from opq_jax.core import trees
 from opq_jax.core.trees import PyTree
 
 
-def add_zero_cell(params: PyTree, state: CompressionState, share: float = 0.5) -> CompressionState:
+def add_zero_cell(params: PyTree, state: CompressionState, share: float = 0.25) -> CompressionState:
   """Returns the state with a zero cell of the magnitudes from `share` times to one threshold.
 
   Pruned weights in that cell may come back, and weights on the grid may become zero:
@@ -37,16 +37,17 @@ def add_zero_cell(params: PyTree, state: CompressionState, share: float = 0.5) -
       on grid       any                                         zero or on grid
       escaped       any                                         escaped
 
-  Codes and values of `params` stay as they are, and so does the file.  What changes is what
-  `apply_compression` makes of other weights, and its derivative: the identity on weights that may
-  come back.  `bits_per_weight` then prices a weight that leaves the zero cell, too.
+  Compressed values stay as they are, and float weights whose codes are rounded keep their codes, so
+  the network and its file are the same before the first step.  What changes is what
+  `apply_compression` makes of weights that have moved, and its derivative: the identity on weights
+  that may come back.  `bits_per_weight` then prices a weight that leaves the zero cell, too.
 
   A file holds codes, so a state that is loaded has zeros as pruned weights again.
 
   Args:
-    params: the weights that `state` was made for.
-    state: kinds and codebooks.  Leaves and slices without levels, or with a threshold of 0, stay
-      as they are.
+    params: the float weights before compression, by which it is decided what may come back.
+    state: their kinds and codebooks, of rounded codes or of others.  Leaves and slices without
+      levels, or with a threshold of 0, stay as they are.
     share: 0 ... 1, of the threshold.  With 0 no weight but 0 itself is pruned for good.
 
   Raises:
@@ -60,7 +61,7 @@ def add_zero_cell(params: PyTree, state: CompressionState, share: float = 0.5) -
   >>> round(float(1 - state.tree['w'].mask.mean()), 1)
   0.8
   >>> round(float(1 - with_zero.tree['w'].mask.mean()), 1)
-  0.6
+  0.3
   """
   if not 0 <= share <= 1:
     raise ValueError(f'share: found {share}, expected 0 ... 1')
