@@ -127,7 +127,7 @@ def run(
     clip_to_grid=config.clip_to_grid,
     price_of_bits=config.price_of_bits,
     bits_limit=bits_limit,
-    teacher_apply=teacher_model.apply,
+    teacher_apply=teacher_model.apply if config.distillation else None,
   )
   train_state = finetuning.init_train_state(
     start, optimizer, jax.random.key(config.seed), with_average=config.ema_decay is not None

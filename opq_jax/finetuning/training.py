@@ -156,7 +156,7 @@ def train_step(
 
   Raises:
     ValueError: the compression state was made for another tree; `accumulation` does not divide the
-      batch; or `ema_decay` is given and there is no average.
+      batch; `ema_decay` is given and there is no average; or `teacher_apply` and no teacher.
 
   >>> def apply_fn(variables, images, train, **_):
   ...   return images @ variables['params']['w'], {}
@@ -167,6 +167,8 @@ def train_step(
   >>> int(state.step), round(float(metrics['loss']), 4)  # log 3
   (1, 1.0986)
   """
+  if teacher is None and teacher_apply is not None:
+    raise ValueError('teacher: found None, expected the variables that teacher_apply takes')
   loss_fn = loss_fn or classification_loss()
   # from the number of the step, so that a run that goes on from a checkpoint draws the same
   # numbers; then from the device, so that dropout differs between parts of the batch

@@ -283,9 +283,12 @@ def test_teacher_of_another_network():
   batch = {**batch, 'image': images}
   found, _ = step(start, None, batch, matrices, teacher_apply=teacher_apply)
   logits = (images.astype(float) @ matrices[0] @ matrices[1]).astype(np.float32)
-  expected, _ = step(start, None, {**batch, 'teacher_logits': logits})
+  with_logits = {**batch, 'teacher_logits': logits}
+  expected, _ = step(start, None, with_logits)
   np.testing.assert_allclose(found.params['kernel'], expected.params['kernel'], rtol=1e-4)
   assert (found.params['kernel'] != start.params['kernel']).any()
+  with pytest.raises(ValueError, match='teacher: found None, expected the variables'):
+    step(start, None, with_logits, teacher_apply=teacher_apply)
 
 
 def test_dropout_is_deterministic():
