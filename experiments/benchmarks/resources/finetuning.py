@@ -5,8 +5,8 @@
 By default resnet20:32:128.  Steps are run in turn in one process.  Memory is what XLA plans for
 arguments, results and temporaries of one step, not donated.  Variables of the environment are read
 when a process starts, so further processes time the first network's step with and without each, in
-turn: huge pages of memory (Linux with glibc 2.35 or later), and convolutions of Eigen, as before
-JAX 0.12, in place of YNNPACK's.  With a TFDS folder, the loader reads its cifar10 (held in memory)
+turn: huge pages of memory (Linux with glibc 2.35 or later), and convolutions of Eigen in place of
+YNNPACK's (JAX 0.12 or later).  With a TFDS folder, the loader reads its cifar10 (held in memory)
 and imagenet2012 (decoded from JPEG) while the training thread is idle.
 """
 
@@ -50,13 +50,14 @@ def step_rows(name: str, side: int, batch_size: int, rounds: int) -> list[dict[s
 
 
 def environments() -> dict[str, dict[str, str]]:
-  """Returns the variables that this machine and this version of JAX know, by what they do."""
+  """Returns variables that this machine and this version of JAX know, by what they compare."""
   known = {}
   library, version = platform.libc_ver()
   if library == 'glibc' and tuple(map(int, version.split('.'))) >= (2, 35):
-    known['in huge pages of memory'] = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
+    known['in huge pages of memory, to without'] = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
   if jax.__version_info__ >= (0, 12):  # a flag that XLA does not know ends the process
-    known['without YNNPACK'] = {'XLA_FLAGS': '--xla_cpu_experimental_ynn_fusion_type='}
+    own = "with Eigen's convolutions, to YNNPACK's"
+    known[own] = {'XLA_FLAGS': '--xla_cpu_experimental_ynn_fusion_type='}
   return known
 
 
@@ -79,7 +80,7 @@ def environment_rows(name: str, side: int, batch_size: int) -> list[dict[str, ob
     own, plain = (statistics.median(values) for values in seconds.values())
     rows.append(
       {
-        'what': f'{name}, {side} px, batch {batch_size}: step {what}, to with defaults',
+        'what': f'{name}, {side} px, batch {batch_size}: step {what}',
         'ratio': round(own / plain, 3),
         'of': f'{batch_size / plain:.0f} images/s',
       }
