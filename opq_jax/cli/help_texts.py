@@ -35,8 +35,8 @@ Reads weights, prunes and quantizes every floating-point matrix and kernel, and
 writes an .opq file. All other leaves are stored bit for bit: integers, vectors
 (also of shape 1x1xC), and what a name says to be a bias, the scale of a
 normalization, a mask, a running statistic or a table of positions. --include
-and --exclude override the names. Of an optimizer's state the mean of each leaf
-is kept.
+and --exclude override the names. Of an optimizer's state one number a leaf
+is kept: the mean of second moments, 0 for first moments.
 
 IN is a .safetensors, .npz, .msgpack (Flax), .pt, .pth, .bin, .ckpt or .th
 (needs torch), .h5, .hdf5 or .keras (needs h5py), .gguf (needs gguf), .onnx
@@ -200,8 +200,8 @@ Says how well a language model predicts a text: its perplexity, and with
 windows; the first token of a window has no context in it, and is not counted
 unless an earlier window has counted it.
 
-MODEL is a folder of Hugging Face (Llama, SmolLM2, Mistral, Qwen2, Qwen3, GPT-2)
-or an .opq file of one. No special tokens are added to the text. Needs
+MODEL is a folder of Hugging Face (Llama, SmolLM2, Mistral, Qwen2, Qwen3, GPT-2),
+or an .opq or .gguf file of one. No special tokens are added to the text. Needs
 tokenizers for --text: pip install opq_jax[language]."""
 
 EVALUATE_EXAMPLES = """\
@@ -217,8 +217,8 @@ examples:
 
 GENERATE = """\
 Lets a language model continue a prompt, up to its end token. MODEL is a folder
-of Hugging Face (Llama, SmolLM2, Mistral, Qwen2, Qwen3, GPT-2) or an .opq file
-of one. Needs tokenizers: pip install opq_jax[language]."""
+of Hugging Face (Llama, SmolLM2, Mistral, Qwen2, Qwen3, GPT-2), or an .opq or
+.gguf file of one. Needs tokenizers: pip install opq_jax[language]."""
 
 GENERATE_EXAMPLES = """\
 examples:
