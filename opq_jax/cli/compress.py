@@ -122,10 +122,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     '--palette-bits',
     type=int,
     metavar='B',
-    help='at most 2^B - 1 values a leaf or slice, B from 2 to 8, times a scale of each output where '
-    'that pays, and none stored exactly, for runtimes '
-    'that keep an index of B bits a weight in memory; alone with the least error, or within '
-    '--rate, --bits-per-weight or --file-rate',
+    help='at most 2^B - 1 values a leaf or slice, B from 2 to 8, times a scale of each output '
+    'where that pays, and none stored exactly, for runtimes that keep an index of B bits a weight '
+    'in memory; alone with the least error, or within --rate, --bits-per-weight or --file-rate',
   )
   add('--sparsity', type=float, metavar='P', help='share of the weights to prune; with --bits')
   add(
