@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from opq_jax.compression import CompressionState
+from opq_jax.core import trees
 from opq_jax.core.extras import require
 from opq_jax.core.trees import PyTree
 from opq_jax.finetuning.parallel import replicate, replicated
@@ -49,8 +50,11 @@ class Checkpoints:
     self._directory = Path(directory).absolute()
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
     self._manager = ocp.CheckpointManager(
-      self._directory, options=options, item_names=('train', 'data')
+      self._directory,
+      options=options,
+      item_handlers={'train': ocp.StandardCheckpointHandler(), 'data': ocp.JsonCheckpointHandler()},
     )
+    self._own_step: int | None = None  # the last one that this object has written or restored
 
   def __enter__(self) -> Self:
     return self
@@ -83,26 +87,43 @@ class Checkpoints:
       like: a state of the same shapes and dtypes, such as `jax.eval_shape` of
         `opq_jax.init_state`; where kinds are laid over a mesh, those of the result are too.
       devices: of the arrays, as for `opq_jax.finetuning.replicate`, where none is laid over a mesh.
+
+    Raises:
+      ValueError: an array has another shape or dtype than in `like`.
     """
     path = self._directory / _COMPRESSION
     if not path.exists():
       return None
     with self._orbax.StandardCheckpointer() as checkpointer:
+      _check_arrays(path, checkpointer.metadata(path).item_metadata, like)
+    with self._orbax.StandardCheckpointer() as checkpointer:
       return _placed(checkpointer.restore(path, _abstract(like)), like, devices)
 
   def save(self, train_state: TrainState, position: dict[str, Any], *, wait: bool = False) -> None:
-    """Writes the state after `train_state.step` steps, unless it has been written already.
+    """Writes the state after `train_state.step` steps, unless this object has written it already.
 
     Args:
       train_state: its arrays are copied before this returns, and may be donated afterwards.  Those
         that are laid over a mesh are written shard by shard, by the process that has the shard.
       position: `get_state()` of the stream of batches.
       wait: True to return when the state is on disk.
+
+    Raises:
+      ValueError: the folder has a checkpoint of a later step, or of another run that was not
+        restored: Orbax would write nothing, and say nothing.
     """
     ocp = self._orbax
-    step = int(train_state.step)
+    step, latest = int(train_state.step), self._manager.latest_step()
+    if latest is not None and self._own_step is None:
+      raise ValueError(
+        f'{self._directory}: found step {latest} of an earlier run, expected an empty folder, or '
+        'that it is restored first'
+      )
+    if latest is not None and step < latest:
+      raise ValueError(f'{self._directory}: found step {latest}, expected none later than {step}')
+    self._own_step = step
     train_state = _for_orbax(train_state)
-    if step not in self._manager.all_steps():
+    if step != latest:
       self._manager.save(
         step,
         args=ocp.args.Composite(
@@ -123,11 +144,16 @@ class Checkpoints:
         more than its own shards; the mesh need not be that of the run that wrote the checkpoint.
       devices: of the arrays, as for `opq_jax.finetuning.replicate`, where none is laid over a mesh;
         their number need not be that of the devices that wrote the checkpoint.
+
+    Raises:
+      ValueError: an array has another shape or dtype than in `like`.
     """
     ocp = self._orbax
     step = self._manager.latest_step()
     if step is None:
       return None
+    _check_arrays(self._directory / str(step), self._manager.item_metadata(step)['train'], like)
+    self._own_step = step
     restored = self._manager.restore(
       step,
       args=ocp.args.Composite(
@@ -171,6 +197,21 @@ class StopRequest:
 
       return bool(multihost_utils.reached_preemption_sync_point(step))
     return self._event.is_set()
+
+
+def _check_arrays(path: Path, metadata: Any, like: PyTree) -> None:
+  """Raises ValueError where an array on disk is not as in `like`: Orbax would convert it."""
+  found = trees.named_leaves(getattr(metadata, 'tree', metadata))
+  for name, leaf in trees.named_leaves(like).items():
+    # random keys are stored as their numbers
+    if name not in found or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+      continue
+    own, expected = ((jnp.dtype(x.dtype), tuple(x.shape)) for x in (found[name], leaf))
+    if own != expected:
+      raise ValueError(
+        f'{path}: {name}: found {own[0]} of shape {own[1]}, expected {expected[0]} of shape '
+        f'{expected[1]}'
+      )
 
 
 def _is_laid(leaf: Any) -> bool:

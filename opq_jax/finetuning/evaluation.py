@@ -29,7 +29,7 @@ def eval_step(
   Returns:
     {'top1', 'top5', 'examples'}: whole numbers, to be summed over batches.  A label is among the
     top k if fewer than k other logits are larger; equal logits are ranked by their class.  NaN
-    logits are never correct.
+    logits, and labels of no class, are never correct.
 
   >>> batch = {'image': jnp.eye(6), 'label': jnp.array([0, 1, 2, 0, 0, 0])}
   >>> counts = eval_step({}, batch, apply_fn=lambda variables, images, train: images)
@@ -46,10 +46,15 @@ def eval_step(
 def label_rank(
   logits: Float[Array, '*batch classes'], labels: Int[Array, '*batch']
 ) -> Int32[Array, '*batch']:
-  """Returns how many classes rank before the label's, equal logits by class."""
+  """Returns how many classes rank before the label's, equal logits by class.
+
+  The rank of a NaN logit, and of a label of no class, is the largest of int32.
+  """
   target = jnp.take_along_axis(logits, labels[..., None], axis=-1)
   number = jnp.arange(logits.shape[-1]).reshape(*[1] * labels.ndim, -1)
   is_later = number >= labels[..., None]
   # counted by the classes surely behind: comparisons with NaN are false, so NaN ranks last
   is_behind: Bool[Array, '*batch classes'] = (logits < target) | ((logits == target) & is_later)
-  return jnp.sum((~is_behind).astype(jnp.int32), axis=-1)
+  rank = jnp.sum((~is_behind).astype(jnp.int32), axis=-1)
+  is_class = (labels >= 0) & (labels < logits.shape[-1]) & ~jnp.isnan(target[..., 0])
+  return jnp.where(is_class, rank, jnp.iinfo(jnp.int32).max)

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float32, Int32
 
 from opq_jax.compression import CompressionState, apply_compression, bits_per_weight
 from opq_jax.compression import clip_to_grid as clip_gradient
+from opq_jax.core import messages, trees
 from opq_jax.core.trees import PyTree
 from opq_jax.finetuning.batches import Batch, split_batch
 from opq_jax.finetuning.evaluation import label_rank
@@ -43,7 +44,8 @@ class TrainState:
     batch_stats: BatchNorm's running statistics; an empty dict in a network without BatchNorm.
     opt_state: of the optimizer.
     rng: the random key from which every step derives its own; never changes.
-    average: {'params': …, 'batch_stats': …}, exponential moving averages over steps, or None.
+    average: {'params': …, 'batch_stats': …}, exponential moving averages over steps, or None; of
+      bfloat16 and other short floats in float32, where its small changes are not rounded away.
   """
 
   step: Int32[Array, '']
@@ -77,7 +79,7 @@ def init_train_state(
   params, batch_stats = jax.tree.map(
     lambda leaf: jnp.array(leaf, copy=True), (variables['params'], variables.get(_STATISTICS, {}))
   )
-  average = jax.tree.map(jnp.copy, {'params': params, _STATISTICS: batch_stats})
+  average = jax.tree.map(_copy_to_add_to, {'params': params, _STATISTICS: batch_stats})
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
@@ -156,7 +158,9 @@ def train_step(
 
   Raises:
     ValueError: the compression state was made for another tree; `accumulation` does not divide the
-      batch; `ema_decay` is given and there is no average; or `teacher_apply` and no teacher.
+      batch; `ema_decay` is given and there is no average; a number is out of range; an option or
+      argument is given without that which reads it; the batch is a padded one (`pad_batch`); or the
+      network returns running statistics of another structure.
 
   >>> def apply_fn(variables, images, train, **_):
   ...   return images @ variables['params']['w'], {}
@@ -169,6 +173,24 @@ def train_step(
   """
   if teacher is None and teacher_apply is not None:
     raise ValueError('teacher: found None, expected the variables that teacher_apply takes')
+  if teacher is not None and loss_fn is None:
+    raise ValueError(
+      'loss_fn: found None and a teacher, expected a loss that reads its answers, such as '
+      'classification_loss(distillation=0.9)'
+    )
+  if compression_state is None and (price_of_bits or clip_to_grid):
+    option = 'price_of_bits' if price_of_bits else 'clip_to_grid'
+    raise ValueError(f'{option}: found it without a compression state, expected both or neither')
+  if bits_limit and not price_of_bits:
+    raise ValueError(f'bits_limit: found {bits_limit} without a price of bits, expected both')
+  if ema_decay is not None and not 0 <= ema_decay < 1:
+    raise ValueError(f'ema_decay: found {ema_decay}, expected 0 <= ema_decay < 1')
+  if accumulation < 1:
+    raise ValueError(f'accumulation: found {accumulation}, expected a positive number of parts')
+  if 'is_example' in batch:
+    raise ValueError(
+      'batch: found is_example of a padded batch, expected a batch of examples alone'
+    )
   loss_fn = loss_fn or classification_loss()
   # from the number of the step, so that a run that goes on from a checkpoint draws the same
   # numbers; then from the device, so that dropout differs between parts of the batch
@@ -196,7 +218,7 @@ def train_step(
     if price_of_bits and compression_state is not None:
       beyond = bits_per_weight(params, compression_state) - bits_limit
       mean += price_of_bits * jnp.maximum(beyond, 0)
-    return mean, (updates.get(_STATISTICS, {}), metrics)
+    return mean, (_updated(batch_stats, updates), metrics)
 
   def gradient(
     batch_stats: PyTree, x: tuple[Batch, Array]
@@ -210,9 +232,21 @@ def train_step(
     # running statistics go from part to part as they go from step to step; gradients are averaged,
     # so that the learning rate need not change
     parts = split_batch(batch, accumulation, 'parts')
-    keys = jax.random.split(key, accumulation)
-    batch_stats, results = lax.scan(gradient, train_state.batch_stats, (parts, keys))
-    results = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), results)
+    parts = parts, jax.random.split(key, accumulation)
+    first = jax.tree.map(lambda leaf: leaf[0], parts)
+    _, shapes = jax.eval_shape(gradient, train_state.batch_stats, first)
+
+    def add(carry: tuple[PyTree, PyTree], part: PyTree) -> tuple[tuple[PyTree, PyTree], None]:
+      batch_stats, results = gradient(carry[0], part)
+      return (
+        batch_stats,
+        jax.tree.map(lambda x, y: x + y.astype(x.dtype), carry[1], results),
+      ), None
+
+    # one sum: gradients of all parts side by side would take the memory that parts save
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _dtype_to_add_in(leaf)), shapes)
+    (batch_stats, sums), _ = lax.scan(add, (train_state.batch_stats, zeros), parts)
+    results = jax.tree.map(lambda x, leaf: (x / accumulation).astype(leaf.dtype), sums, shapes)
   if axis_name is not None:
     # each device has updated the running statistics from its own part; the means are equal
     # everywhere, as replicated outputs must be
@@ -232,7 +266,9 @@ def train_step(
       raise ValueError('average: found None, expected init_train_state(…, with_average=True)')
     new = {'params': params, _STATISTICS: batch_stats}
     # in this form a number that does not move stays as it is, bit for bit
-    average = jax.tree.map(lambda old, new: old + (1 - ema_decay) * (new - old), average, new)
+    average = jax.tree.map(
+      lambda old, new: old + (1 - ema_decay) * (new.astype(old.dtype) - old), average, new
+    )
   next_state = dataclasses.replace(
     train_state,
     step=train_state.step + 1,
@@ -264,10 +300,33 @@ def network(
   if averaged and train_state.average is None:
     raise ValueError('average: found None, expected init_train_state(…, with_average=True)')
   tree = {'params': train_state.params, _STATISTICS: train_state.batch_stats}
-  tree = train_state.average if averaged else tree
+  if averaged:
+    tree = jax.tree.map(lambda mean, leaf: mean.astype(leaf.dtype), train_state.average, tree)
   variables = _variables(apply_compression(tree['params'], compression_state), tree[_STATISTICS])
   uncompressed = jax.tree.map(lambda _: None, tree[_STATISTICS])
   return variables, CompressionState(_variables(compression_state.tree, uncompressed))
+
+
+def _dtype_to_add_in(leaf: Any) -> Any:
+  """Returns the dtype of sums and means of many such arrays: float32 for shorter floats."""
+  is_short = jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.finfo(leaf.dtype).bits < 32
+  return jnp.float32 if is_short else leaf.dtype
+
+
+def _copy_to_add_to(leaf: Array) -> Array:
+  return jnp.array(leaf, dtype=_dtype_to_add_in(leaf), copy=True)
+
+
+def _updated(batch_stats: PyTree, updates: Mapping[str, PyTree]) -> PyTree:
+  """Returns the running statistics of a network's updates; as they were where it returns none."""
+  new = updates.get(_STATISTICS) or batch_stats
+  if jax.tree.structure(new) != jax.tree.structure(batch_stats):
+    found, expected = (sorted(trees.named_leaves(tree)) for tree in (new, batch_stats))
+    raise ValueError(
+      f'{_STATISTICS}: found {messages.listed(found)} of the network, expected '
+      f'{messages.listed(expected)}, those of the train state'
+    )
+  return new
 
 
 def _variables(params: PyTree, batch_stats: PyTree) -> dict[str, PyTree]:

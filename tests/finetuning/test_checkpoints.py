@@ -4,6 +4,7 @@ import os
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -106,6 +107,38 @@ def test_save_keeps_the_latest_states(tmp_path):
       checkpoints.save(state, {'next_index': -1}, wait=True)
     assert checkpoints.restore(train_state).position == {'next_index': 3}
   assert sorted(path.name for path in tmp_path.iterdir()) == ['3', '4']
+
+
+def test_save_into_the_folder_of_another_run(tmp_path):
+  train_state = trained(steps=2)
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(train_state, {}, wait=True)
+    with pytest.raises(ValueError, match='found step 2, expected none later than 1'):
+      checkpoints.save(train_state.replace(step=train_state.step - 1), {})
+  with Checkpoints(tmp_path) as checkpoints:
+    # Orbax would write none of these steps, and restore the earlier run afterwards
+    with pytest.raises(ValueError, match='found step 2 of an earlier run'):
+      checkpoints.save(train_state.replace(step=train_state.step - 1), {})
+    checkpoints.restore(train_state)
+    checkpoints.save(train_state.replace(step=train_state.step + 1), {'next_index': 3}, wait=True)
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['2', '3']
+
+
+def test_restore_refuses_other_dtypes_and_shapes(tmp_path):
+  train_state = trained(steps=1)
+  _, state = small_networks.compressed_network()
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(train_state, {}, wait=True)
+    checkpoints.save_compression(state)
+  half = lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree)
+  with Checkpoints(tmp_path) as checkpoints:
+    with pytest.raises(
+      ValueError, match=r'params/head/bias: found float32 of shape \(5,\), expected bfloat16'
+    ):
+      checkpoints.restore(train_state.replace(params=half(train_state.params)))
+    other = jax.tree.map(lambda leaf: leaf[..., None], state)
+    with pytest.raises(ValueError, match=r'kernel/kinds: found uint8 of shape \(64, 5\), expected'):
+      checkpoints.restore_compression(other)
 
 
 def test_stop_request_only_inside():

@@ -1,6 +1,7 @@
 """The training step on any number of devices, and the compression state that it cannot change."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -178,6 +179,97 @@ def test_accumulation_updates_statistics():
   )
 
 
+def linear(weights, images, **_):
+  return images @ weights['params']['w'], {}
+
+
+def test_accumulation_keeps_one_gradient():
+  """A part must take less memory than the batch, and another part no more."""
+  weights = {'params': {'w': jnp.zeros((512, 256), jnp.bfloat16)}}
+  batch = {'image': np.ones((32, 512), np.float32), 'label': np.zeros(32, np.int32)}
+
+  def temporaries(parts):
+    step = functools.partial(
+      training.train_step,
+      apply_fn=lambda v, x, **_: linear(v, x.astype(jnp.bfloat16)),
+      optimizer=SGD,
+      accumulation=parts,
+    )
+    start = training.init_train_state(weights, SGD, jax.random.key(0))
+    return jax.jit(step).lower(start, None, batch).compile().memory_analysis().temp_size_in_bytes
+
+  size = weights['params']['w'].nbytes
+  assert abs(temporaries(16) - temporaries(2)) < size
+
+
+def test_statistics_that_a_network_does_not_update():
+  statistics = {'norm': {'mean': np.ones(5, np.float32)}}
+  start = training.init_train_state(
+    {'params': {'w': jnp.zeros((24, 5))}, 'batch_stats': statistics}, SGD, jax.random.key(0)
+  )
+  [batch] = batches(1)
+  step = functools.partial(training.train_step, optimizer=SGD)
+  for parts in (1, 2):
+    found, _ = step(start, None, batch, apply_fn=linear, accumulation=parts)
+    assert_same_bits(found.batch_stats, statistics)
+
+  def other(variables, images, **_):
+    return linear(variables, images)[0], {'batch_stats': {'norm': {'var': jnp.ones(5)}}}
+
+  with pytest.raises(
+    ValueError, match='batch_stats: found norm/var of the network, expected norm/'
+  ):
+    step(start, None, batch, apply_fn=other)
+
+
+def test_average_of_bfloat16_weights():
+  [batch] = batches(1)
+  optimizer = optax.sgd(1.0)
+  weights = {'params': {'w': jnp.ones((24, 5), jnp.bfloat16)}}
+  state = training.init_train_state(weights, optimizer, jax.random.key(0), with_average=True)
+  step = jax.jit(
+    functools.partial(
+      training.train_step,
+      apply_fn=lambda v, x, **_: linear(v, x.astype(jnp.bfloat16)),
+      optimizer=optimizer,
+      ema_decay=0.999,
+    )
+  )
+  expected = np.ones((24, 5))
+  for _ in range(50):
+    state, _ = step(state, None, batch)
+    expected += 0.001 * (np.asarray(state.params['w'], float) - expected)
+  # a thousandth of a change is less than bfloat16 can tell
+  assert np.abs(expected - 1).max() > 0.004
+  # XLA may average the weights before they are rounded to bfloat16
+  average = np.asarray(state.average['params']['w'])
+  np.testing.assert_allclose(average, expected, atol=3e-4)
+  values, _ = training.network(state, opq_jax.CompressionState({'w': None}), averaged=True)
+  np.testing.assert_array_equal(values['params']['w'], average.astype(jnp.bfloat16))
+
+
+def test_options_that_nothing_would_read():
+  _, state = small_networks.compressed_network()
+  [batch] = batches(1)
+  step = functools.partial(
+    training.train_step,
+    small_networks.start(SGD, with_average=True),
+    apply_fn=Network().apply,
+    optimizer=SGD,
+  )
+  for arguments, options, message in (
+    ((None, batch), {'price_of_bits': 1.0}, 'price_of_bits: found it without a compression state'),
+    ((None, batch), {'clip_to_grid': True}, 'clip_to_grid: found it without a compression state'),
+    ((state, batch), {'bits_limit': 1.0}, 'bits_limit: found 1.0 without a price of bits'),
+    ((state, batch, {'params': {}}), {}, 'loss_fn: found None and a teacher'),
+    ((state, batch), {'ema_decay': 1.5}, 'ema_decay: found 1.5, expected 0 <= ema_decay < 1'),
+    ((state, batch), {'accumulation': 0}, 'accumulation: found 0, expected a positive number'),
+    ((state, pad_batch(batch, 40)), {}, 'batch: found is_example of a padded batch'),
+  ):
+    with pytest.raises(ValueError, match=re.escape(message)):
+      step(*arguments, **options)
+
+
 def test_average_is_exponential(tmp_path):
   _, state = small_networks.compressed_network()
   optimizer = optax.sgd(0.1)
@@ -346,6 +438,13 @@ def test_eval_step_ranks_ties_and_nan():
   nan = {'image': np.full((2, 7), np.nan, np.float32), 'label': np.array([0, 4], np.int32)}
   counts = evaluation.eval_step({}, nan, apply_fn=apply_fn)
   assert (int(counts['top1']), int(counts['top5']), int(counts['examples'])) == (0, 0, 2)
+  # of fewer than five classes all ranks but those of NaN and of no class are among the top 5
+  few = {
+    'image': np.array([[1, 2, 3], [np.nan] * 3, [1, 2, 3], [1, 2, 3]], np.float32),
+    'label': np.array([0, 0, -1, 3], np.int32),
+  }
+  counts = evaluation.eval_step({}, few, apply_fn=apply_fn)
+  assert (int(counts['top1']), int(counts['top5']), int(counts['examples'])) == (0, 1, 4)
 
 
 @pytest.mark.parametrize('kind', ['pmap', 'shard_map'])
