@@ -78,7 +78,9 @@ class LeafState:
     output_scales: of all outputs, with an axis of length 1 for each other axis that a slice has, so
       that they broadcast over the weights; None where all are 1.  Codebook, threshold and step are
       over the scale: those of a weight are `output_scales` times as large.
-    slices: leading axes that count slices; grids and codebooks have these axes in front.
+
+  With slices, grids and codebooks have the slices' axes in front.  How many these are, the arrays
+  say: `jax.vmap` and `jax.lax.scan` over a state take axes from its arrays, not from static fields.
 
   Invariants, whatever the optimizer does to the weights:
     * `codebook[..., 1:128]` is exactly affine, `first + step * k` in float32, with products that
@@ -93,8 +95,12 @@ class LeafState:
   step: Float32[Array, '*slices']
   levels: Int32[Array, '*slices']
   dtype: Any = flax.struct.field(pytree_node=False)
-  slices: int = flax.struct.field(pytree_node=False, default=0)
   output_scales: Float32[Any, '...'] | None = None
+
+  @property
+  def slices(self) -> int:
+    """Leading axes that count slices."""
+    return np.ndim(self.threshold)
 
   @property
   def slice_shape(self) -> tuple[int, ...]:
@@ -191,7 +197,6 @@ def _init_leaf(name: str, weights: Array, leaf: LeafAllocation) -> LeafState:
     step=step,
     levels=levels,
     dtype=weights.dtype,
-    slices=leaf.slices,
     output_scales=scales,
   )
 
@@ -223,7 +228,6 @@ def slice_of(state: LeafState, place: tuple[int, ...]) -> LeafState:
     step=state.step[own],
     levels=state.levels[own],
     dtype=state.dtype,
-    slices=state.slices - len(own),
     output_scales=None if scales is None else scales[scaled],
   )
 
@@ -258,8 +262,7 @@ def stacked(states: Sequence[LeafState], shape: tuple[int, ...]) -> LeafState:
   # of NumPy where values are known: XLA would compile a program for every number of slices
   numpy = jnp if trees.is_traced(states) else np
   stack = lambda *arrays: jnp.asarray(numpy.stack(arrays).reshape(*shape, *jnp.shape(arrays[0])))
-  whole = jax.tree.map(stack, *trees.on_host(states))
-  return whole.replace(slices=len(shape) + states[0].slices)
+  return jax.tree.map(stack, *trees.on_host(states))
 
 
 def over_weights(numbers: Any, ndim: int) -> Any:

@@ -252,8 +252,7 @@ def _grid_at(leaf: LeafToCode, place: tuple[int, ...]) -> LeafState:
       'expected an allocation with the same: opq_jax.compress, or '
       'opq_jax.allocate(params, usage=opq_jax.usage(fn, params, *inputs))'
     )
-  part = jax.tree.map(lambda array: array[place], grid) if place else grid
-  return dataclasses.replace(part, slices=grid.slices - len(place))
+  return jax.tree.map(lambda array: array[place], grid) if place else grid
 
 
 def _whole_state(leaf: LeafToCode, parts: list[_Coded]) -> LeafState | None:
@@ -262,8 +261,7 @@ def _whole_state(leaf: LeafToCode, parts: list[_Coded]) -> LeafState | None:
     return parts[0].state if parts else None
   in_order = [part.state for part in sorted(parts, key=lambda part: part.place)]
   shape = leaf.weights.shape[: len(parts[0].place)]
-  whole = jax.tree.map(lambda *arrays: stack_slices(arrays, shape), *in_order)
-  return dataclasses.replace(whole, slices=leaf.grid.slices)
+  return jax.tree.map(lambda *arrays: stack_slices(arrays, shape), *in_order)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -175,7 +175,6 @@ class CodedLeaf(NamedTuple):
     return LeafState(
       **{name: jnp.asarray(array) for name, array in arrays.items()},
       dtype=grids[0].dtype,
-      slices=len(self.slice_shape),
       output_scales=None if scales is None else jnp.asarray(scales),
     )
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import opq_jax
-from opq_jax.compression import CompressionState, bits_per_weight
+from opq_jax.compression import CompressionState, bits_per_weight, slice_of
 from opq_jax.finetuning import training
 from tests.helpers import small_networks
 from tests.helpers.output_scales import scaled_state, scales_along, unlike
@@ -58,6 +58,21 @@ def test_leaves_slices_and_escapes_add_up(dtype):
   total = sum(map(expected_bits, [*codes['stack'], codes['plain']]))
   weights = codes['stack'].size + codes['plain'].size
   np.testing.assert_allclose(bits_per_weight(params, state), total / weights, rtol=1e-5)
+
+
+def test_bits_of_slices_inside_of_transforms():
+  weights = laplace((3, 64, 32))
+  state = opq_jax.init_state(
+    weights, opq_jax.allocate(weights, bits_per_weight=2.0, slices=lambda path, leaf: 1)
+  )
+  bits_of_slice = lambda leaf, record: bits_per_weight(leaf, CompressionState(record))
+  expected = [bits_of_slice(weights[i], slice_of(state.tree, (i,))) for i in range(3)]
+  scanned = jax.lax.scan(
+    lambda carry, each: (carry, bits_of_slice(*each)), 0, (weights, state.tree)
+  )
+  for found in (jax.vmap(bits_of_slice)(weights, state.tree), scanned[1]):
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+  np.testing.assert_allclose(bits_per_weight(weights, state), np.mean(expected), rtol=1e-5)
 
 
 def test_nothing_compressed_takes_no_bits():

@@ -10,6 +10,7 @@ import pytest
 
 import opq_jax
 from opq_jax.compression import LeafState, clip_to_grid, slice_of, stacked
+from opq_jax.compression.cells import value_table
 from tests.helpers import stacks
 
 pytestmark = pytest.mark.filterwarnings('ignore:the Laplace density')
@@ -84,6 +85,20 @@ def test_slices_round_trip_through_stacked():
   assert again.slices == 2 and jax.tree.structure(again) == jax.tree.structure(record)
   jax.tree.map(np.testing.assert_array_equal, again, record)
   assert slice_of(states[0], ()) is states[0] and stacked(states[:1], ()) is states[0]
+
+
+def test_slices_of_a_state_inside_of_transforms():
+  _, _, stack, whole = both(np.float32)
+  record = whole.tree['layer']
+  # vmap, and a map over the arrays, take the axis of slices as slice_of does
+  tables = jax.vmap(value_table)(record)
+  np.testing.assert_array_equal(tables, value_table(record))
+  one = jax.tree.map(lambda array: array[2], record)
+  assert jax.tree.structure(one) == jax.tree.structure(slice_of(record, (2,))) and one.slices == 0
+  found = opq_jax.decoded(opq_jax.coded(stack['layer'][2], opq_jax.CompressionState(one)))
+  np.testing.assert_array_equal(found, opq_jax.apply_compression(stack, whole)['layer'][2])
+  data = opq_jax.file.serialize(stack['layer'][2], opq_jax.CompressionState(one))
+  np.testing.assert_array_equal(opq_jax.load(data)[0], found)
 
 
 def test_derivative_of_slices_is_straight_through():

@@ -182,7 +182,6 @@ def slices() -> tuple[dict[str, object], opq_jax.CompressionState]:
       step=grid[1],
       levels=grid[2],
       dtype=leaf.dtype,
-      slices=grid[0].ndim,
     )
   return {**params, **stacks}, opq_jax.CompressionState({**state.tree, **states})
 
@@ -222,7 +221,6 @@ def on_finest_grids(
     step=step,
     levels=levels,
     dtype=dtype,
-    slices=len(stack),
   )
 
 
