@@ -1,20 +1,26 @@
 """Texts of warnings and errors, and warnings that name the line of the user's own code."""
 
 import collections
+import contextlib
+import contextvars
 import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 _LIBRARY = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+
+_collected: contextvars.ContextVar[list[Warning] | None] = contextvars.ContextVar(
+  'collected', default=None
+)
 
 
 def warn(message: str | Warning, category: type[Warning] = UserWarning) -> None:
   """Issues a warning that points at the first caller outside of the library.
 
-  A fixed `stacklevel` would not do: the same warning is reached through calls of several depths.
+  Inside of `collected` it is kept instead.  A fixed `stacklevel` would not do: the same warning is reached through calls of several depths.
 
   Args:
     message: its text, or a warning that was recorded before and is issued anew.
@@ -26,10 +32,34 @@ def warn(message: str | Warning, category: type[Warning] = UserWarning) -> None:
   >>> str(caught[0].message)
   'three leaves are pruned'
   """
+  found = _collected.get()
+  if found is not None:
+    found.append(message if isinstance(message, Warning) else category(message))
+    return
   frame, depth = sys._getframe(1), 2
   while frame.f_back is not None and os.path.abspath(frame.f_code.co_filename).startswith(_LIBRARY):
     frame, depth = frame.f_back, depth + 1
   warnings.warn(message, category, stacklevel=depth)
+
+
+@contextlib.contextmanager
+def collected() -> Iterator[list[Warning]]:
+  """Keeps the warnings of `warn` in a list, for a search that issues those of its last trial alone.
+
+  It keeps what its own thread warns of.  `warnings.catch_warnings` would replace a function of the
+  whole process: of two threads that do so in turn, one may leave the process without warnings.
+
+  >>> with collected() as found:
+  ...   warn('three leaves are pruned')
+  >>> found
+  [UserWarning('three leaves are pruned')]
+  """
+  found: list[Warning] = []
+  outer = _collected.set(found)
+  try:
+    yield found
+  finally:
+    _collected.reset(outer)
 
 
 def listed(names: Iterable[str], most: int = 10) -> str:

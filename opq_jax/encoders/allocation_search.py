@@ -1,7 +1,6 @@
 """Searches for the allocation whose codes, by some encoder, have the bits asked."""
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -144,9 +143,8 @@ def _predicted_entropy(allocation: Allocation) -> float:
   return sum(size * bits for size, bits in leaves) / max(sum(size for size, _ in leaves), 1)
 
 
-def quietly(function: Callable[..., Any], *args: Any) -> tuple[Any, list[str | Warning]]:
+def quietly(function: Callable[..., Any], *args: Any) -> tuple[Any, list[Warning]]:
   """Returns the answer of a call, and its warnings, which only the last of several calls issues."""
-  with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter('always')
+  with messages.collected() as found:
     answer = function(*args)
-  return answer, [warning.message for warning in caught]
+  return answer, found

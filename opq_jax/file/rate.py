@@ -6,14 +6,19 @@ So files are written at several bits per weight, and their sizes compared.
 """
 
 import dataclasses
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from opq_jax.allocation import Allocation, TooFewBitsError, allocate
+from opq_jax.allocation import (
+  TARGET_NAMES,
+  Allocation,
+  TooFewBitsError,
+  allocate,
+  check_file_rate,
+)
 from opq_jax.compression import CompressionState, init_state
 from opq_jax.core import messages
 from opq_jax.core.trees import PyTree
@@ -41,7 +46,7 @@ class _Trial(NamedTuple):
   allocation: Allocation
   state: CompressionState
   file_bytes: int
-  messages: list[Warning | str]
+  messages: list[Warning]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +85,8 @@ def at_file_rate(variables: PyTree, file_rate: float, **options: Any) -> FileTar
     whose values are exact in a smaller file), the largest file that is smaller, with a warning.
 
   Raises:
-    ValueError: as `opq_jax.allocate`; or the uncompressed leaves alone are larger than the file may
-      be.
+    ValueError: as `opq_jax.allocate`; `file_rate` is no positive number, or not the only target; or
+      the uncompressed leaves alone are larger than the file may be.
 
   >>> import jax.numpy as jnp
   >>> kernel = jax.random.laplace(jax.random.key(0), (256, 256))
@@ -89,17 +94,17 @@ def at_file_rate(variables: PyTree, file_rate: float, **options: Any) -> FileTar
   >>> round(target.file_rate, 1), target.bits_per_weight < 2
   (16.0, True)
   """
+  check_file_rate(file_rate, *map(options.get, TARGET_NAMES))
   leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(variables)]
   original = sum(leaf.nbytes for leaf in leaves)
   trials: dict[float, _Trial] = {}
 
   def size_of(bits: float) -> int:
-    with warnings.catch_warnings(record=True) as caught:
-      warnings.simplefilter('always')
+    with messages.collected() as found:
       allocation = allocate(variables, bits_per_weight=bits, **options)
     state = init_state(variables, allocation)
     size = len(writer.serialize(variables, state))
-    trials[bits] = _Trial(allocation, state, size, [warning.message for warning in caught])
+    trials[bits] = _Trial(allocation, state, size, found)
     return size
 
   bits = bits_of_file(size_of, original, file_rate, sum(leaf.size for leaf in leaves))

@@ -1,8 +1,11 @@
-"""Names that messages list."""
+"""Warnings that are kept for later, and names that messages list."""
 
 import itertools
 import re
+import threading
+import warnings
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -46,3 +49,42 @@ def test_listed_layers_of_a_model():
   assert messages.listed(names) == 'layers.{0-2,4-23}.q_proj.weight, layers.{0-23}.k_proj.weight'
   # few names are written out
   assert messages.listed(names[:2]) == 'layers.0.q_proj.weight, layers.0.k_proj.weight'
+
+
+def test_collected_warnings_of_threads():
+  """Of two threads in turn each keeps its own warnings, and warnings are shown afterwards."""
+  found = {}
+  steps = [threading.Event() for _ in range(4)]
+
+  def collect(name, first):
+    # the first begins, then the second; the first ends, then the second
+    steps[first].wait(10)
+    with messages.collected() as found[name]:
+      steps[first + 1].set()
+      steps[first + 2].wait(10)
+      messages.warn(name, FutureWarning)
+    steps[min(first + 3, 3)].set()
+
+  shown = warnings._showwarnmsg_impl
+  threads = [threading.Thread(target=collect, args=(name, i)) for i, name in enumerate('ab')]
+  for thread in threads:
+    thread.start()
+  steps[0].set()
+  for thread in threads:
+    thread.join()
+  assert {name: list(map(repr, own)) for name, own in found.items()} == {
+    'a': ["FutureWarning('a')"],
+    'b': ["FutureWarning('b')"],
+  }
+  assert warnings._showwarnmsg_impl is shown
+  with pytest.warns(FutureWarning, match='again'):
+    messages.warn(found['a'][0].__class__('again'))
+
+
+def test_collected_inside_of_collected():
+  with messages.collected() as outer:
+    with messages.collected() as inner:
+      messages.warn('one')
+    messages.warn('two')
+    messages.warn(inner[0])
+  assert list(map(str, inner)) == ['one'] and list(map(str, outer)) == ['two', 'one']

@@ -1,10 +1,14 @@
 """The whole file as small as asked."""
 
+import threading
+import warnings
+
 import jax
 import numpy as np
 import pytest
 
 import opq_jax
+from opq_jax.file import rate as rate_of_file
 from opq_jax.file.rate import at_file_rate
 
 
@@ -38,3 +42,43 @@ def test_file_rate_out_of_reach():
     ValueError, match=r'file_rate: found 20, a file of .* expected one of [\d,]+ at least'
   ):
     at_file_rate(variables, 20.0)
+
+
+@pytest.mark.parametrize('rate', [0.0, -1.0, np.nan, np.inf])
+def test_file_rate_that_is_none(rate):
+  with pytest.raises(ValueError, match=r'file_rate: found .*, expected a positive number'):
+    at_file_rate(tree(), rate)
+  with pytest.raises(ValueError, match='found file_rate together with another target'):
+    at_file_rate(tree(), 9.0, bits_per_weight=2.0)
+
+
+def test_file_rates_of_threads_leave_warnings_on(monkeypatch):
+  """Searches that overlap keep no warning of the process: one begins first and ends first."""
+  variables, both = tree(), threading.Barrier(2, timeout=60)
+  has_first_begun, is_first_done = threading.Event(), threading.Event()
+  waits = {'first': has_first_begun.set, 'second': lambda: None}
+  allocate = rate_of_file.allocate
+
+  def met(*args, **options):
+    name = threading.current_thread().name
+    if name in waits:
+      waits.pop(name)()
+      both.wait()
+      if name == 'second':
+        is_first_done.wait(60)
+    return allocate(*args, **options)
+
+  def search():
+    if threading.current_thread().name == 'second':
+      has_first_begun.wait(60)
+    at_file_rate(variables, 10.0)
+    is_first_done.set()
+
+  monkeypatch.setattr(rate_of_file, 'allocate', met)
+  shown = warnings._showwarnmsg_impl
+  threads = [threading.Thread(target=search, name=name) for name in ('first', 'second')]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert is_first_done.is_set() and warnings._showwarnmsg_impl is shown
