@@ -67,7 +67,9 @@ def collected_warnings() -> Iterator[list[str]]:
   """Collects the texts of UserWarnings, each once, into the list that it gives.
 
   Left out are warnings about the fit of the Laplace density, because the table marks such leaves,
-  and about kept programs that JAX could not read or write, because it then compiles them.
+  and about kept programs that JAX could not read or write, because it then compiles them.  Warnings
+  of other libraries are collected too, which only a hook of the whole process sees: a command is
+  for one thread of a process.
   """
   texts: list[str] = []
   with warnings.catch_warnings(record=True) as caught:

@@ -20,7 +20,8 @@ _collected: contextvars.ContextVar[list[Warning] | None] = contextvars.ContextVa
 def warn(message: str | Warning, category: type[Warning] = UserWarning) -> None:
   """Issues a warning that points at the first caller outside of the library.
 
-  Inside of `collected` it is kept instead.  A fixed `stacklevel` would not do: the same warning is reached through calls of several depths.
+  Inside of `collected` it is kept instead.  A fixed `stacklevel` would not do: the same warning is
+  reached through calls of several depths.
 
   Args:
     message: its text, or a warning that was recorded before and is issued anew.
