@@ -143,6 +143,11 @@ class Encoding:
   inference_only: bool = False
   optimizer: str | None = None
 
+  @property
+  def reads_images(self) -> bool:
+    """Whether an encoder or a correction reads images from a folder."""
+    return IMAGES in (self.moments, self.inputs, self.batch_norm)
+
   def metadata(self) -> dict[str, str]:
     """Returns the keys of this record."""
     texts: dict[str, str | None] = {

@@ -28,11 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     '--top-p',
     type=float,
-    default=1.0,
     metavar='P',
-    help='draw from the likeliest tokens that have this share together (default: %(default)g)',
+    help='draw from the likeliest tokens that have this share together; with --temperature '
+    '(default: 1)',
   )
-  parser.add_argument('--seed', type=int, default=0, help='seed of the draws (default: 0)')
+  parser.add_argument('--seed', type=int, help='seed of the draws; with --temperature (default: 0)')
   parser.add_argument(
     '--folder',
     metavar='FOLDER',
@@ -48,10 +48,16 @@ def run(arguments: argparse.Namespace) -> None:
   from opq_jax.cli import language
   from opq_jax.models.generation import generate
 
-  if not -_LARGEST_SEED <= arguments.seed < _LARGEST_SEED:
-    raise ValueError(
-      f'--seed: found {arguments.seed}, expected {-_LARGEST_SEED} to {_LARGEST_SEED - 1}'
-    )
+  draws = {'--top-p': arguments.top_p, '--seed': arguments.seed}
+  for option, number in draws.items():
+    if number is not None and arguments.temperature == 0:
+      raise ValueError(
+        f'{option}: found {number}, expected --temperature above 0 too: with 0 the likeliest token '
+        'is taken, and none is drawn'
+      )
+  seed = 0 if arguments.seed is None else arguments.seed
+  if not -_LARGEST_SEED <= seed < _LARGEST_SEED:
+    raise ValueError(f'--seed: found {seed}, expected {-_LARGEST_SEED} to {_LARGEST_SEED - 1}')
   network = language.load(arguments.model, arguments.folder)
   tokenizer = language.tokenizer_of(network.side_file, arguments.folder or arguments.model)
   prompt = tokenizer.encode(arguments.prompt).ids if arguments.prompt else []
@@ -63,9 +69,9 @@ def run(arguments: argparse.Namespace) -> None:
     network.variables,
     jnp.array([prompt]),
     arguments.tokens,
-    jax.random.key(arguments.seed),
+    jax.random.key(seed),
     temperature=arguments.temperature,
-    top_p=arguments.top_p,
+    top_p=1.0 if arguments.top_p is None else arguments.top_p,
   )
   ends, tokens, shown = set(network.special_tokens('eos_token_id')), [], ''
   sys.stdout.write(arguments.prompt)

@@ -32,7 +32,6 @@ from opq_jax.cli.encoding import (
 )
 from opq_jax.cli.folders import carried_notes, carried_of
 from opq_jax.cli.graphs import planned_by_graph
-from opq_jax.cli.images import FolderImages
 from opq_jax.cli.leaves import checked_slices, chosen_paths, names_note, narrowed
 from opq_jax.cli.optimizers import report_without_optimizer, without_optimizer
 from opq_jax.cli.results import print_result
@@ -78,9 +77,11 @@ def compress(
           num_classes=arguments.num_classes,
         )
         about |= networks.metadata(network)
-        if arguments.images is not None:
-          limit = MAX_IMAGES if arguments.max_images is None else arguments.max_images
-          images = steps.folder_images(network, arguments.images, limit)
+      plan = _planned(arguments, plan, network)
+      if network is not None and arguments.images is not None:
+        limit = MAX_IMAGES if arguments.max_images is None else arguments.max_images
+        images = steps.folder_images(network, arguments.images, limit)
+        plan = dataclasses.replace(plan, images=images.images)
       line, left_out = '', 0
       with collected_warnings() as read_notes:
         params = (
@@ -97,7 +98,6 @@ def compress(
       by_name = '' if arguments.include else names_note(params, chosen, arguments.exclude, graph)
       original = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params)) - left_out
       params = narrowed(params, chosen)
-    plan = _planned(arguments, plan, network, images)
     calibration = kept.enter_context(steps.calibrated(network, plan, images, stage))
     compressor = _Compressor(
       network,
@@ -143,33 +143,37 @@ def compress(
   print_result(arguments, params, result.allocation, report, metadata, carried.files, lines)
 
 
-def _planned(
-  arguments: argparse.Namespace,
-  plan: Encoding,
-  network: Network | None,
-  images: FolderImages | None,
-) -> Encoding:
-  """Returns the plan with encoder, calibration images and corrections."""
-  source = SYNTHETIC if images is None else IMAGES
+def _planned(arguments: argparse.Namespace, plan: Encoding, network: Network | None) -> Encoding:
+  """Returns the plan with encoder, corrections, and what images these read.
+
+  Raises:
+    ValueError: nothing of the plan reads the images that are given.
+  """
+  source = SYNTHETIC if arguments.images is None else IMAGES
   name = TRELLIS if arguments.trellis else FEEDBACK if arguments.feedback else ROUNDING
   is_joint = arguments.layer_by_layer
   batch_norm = None
   if network is not None and networks.has_batch_norm(network.variables):
-    is_calibrated = arguments.feedback or is_joint or images is not None
+    is_calibrated = arguments.feedback or is_joint or source == IMAGES
     batch_norm = source if is_calibrated else NOISE
     if arguments.no_correction:
       batch_norm = UNCORRECTED
-  return dataclasses.replace(
+  plan = dataclasses.replace(
     plan,
     encoder=LAYER_BY_LAYER if is_joint else name,
     first=name if is_joint else None,
     trellis_version=opq_jax.encoders.TRELLIS_VERSION if name == TRELLIS else None,
     moments=source if arguments.feedback else None,
     inputs=source if is_joint else None,
-    images=None if images is None else images.images,
     batch_norm=batch_norm,
     inference_only=arguments.inference_only,
   )
+  if network is not None and source == IMAGES and not plan.reads_images:
+    raise ValueError(
+      f'--images: found {arguments.images}, expected --feedback or --layer-by-layer too: '
+      f'{network.name} has no BatchNorm, and nothing else reads images'
+    )
+  return plan
 
 
 class _Compressed(NamedTuple):

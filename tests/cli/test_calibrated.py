@@ -11,6 +11,7 @@ import safetensors.numpy
 import opq_jax
 from opq_jax import cli
 from opq_jax.cli import steps
+from opq_jax.importers import networks
 from opq_jax.network import InputMoments, StoredMatrix
 from tests.helpers import tiny_resnet
 
@@ -98,6 +99,20 @@ def test_images_correct_batch_norm(folder, capsys):
   found = metadata(capsys)
   assert (found['encoder'], found['batch_norm'], found['images']) == ('rounding', 'images', '16')
   assert run(*VERIFY, '--images', 'images') == 0
+
+
+def test_images_that_nothing_reads(folder, monkeypatch, capsys):
+  monkeypatch.setattr(networks, 'has_batch_norm', lambda variables: False)  # as of VGG
+  monkeypatch.setattr(steps, 'folder_images', pytest.fail)
+  for options in (), ('--trellis',):
+    assert run(*COMMAND, '--images', 'images', *options) == 2
+    error = capsys.readouterr().err
+    assert error.count('\n') == 1
+    assert (
+      '--images: found images, expected --feedback or --layer-by-layer too: resnet20 has no '
+      'BatchNorm' in error
+    )
+  assert not (folder / 'net.opq').exists()
 
 
 def test_large_moments_lie_on_disk_until_the_file_is_written(folder, monkeypatch):

@@ -109,7 +109,18 @@ def test_generate_continues_a_prompt(folder, capsys):
       ('generate', 'FOLDER', '--temperature', 'nan', '--tokens', '8'),
       'temperature: found nan, expected 0 or more',
     ),
-    (('generate', 'FOLDER', '--seed', str(1 << 63)), '--seed: found 9223372036854775808, expected'),
+    (
+      ('generate', 'FOLDER', '--temperature', '1', '--seed', str(1 << 63)),
+      '--seed: found 9223372036854775808, expected',
+    ),
+    (
+      ('generate', 'FOLDER', '--seed', '0'),
+      '--seed: found 0, expected --temperature above 0 too',
+    ),
+    (
+      ('generate', 'FOLDER', '--temperature', '0', '--top-p', '0.9'),
+      '--top-p: found 0.9, expected --temperature above 0 too',
+    ),
   ],
 )
 def test_what_is_wrong_is_said_in_one_line(folder, changed, argv, message, capsys):
