@@ -63,7 +63,8 @@ def read_weights(path: str | os.PathLike[str], *, optimizer: bool = False) -> Py
     objects, which are no weights.
 
   Warns:
-    UserWarning: leaves that are no arrays of numbers, by name; an optimizer that is left out.
+    UserWarning: leaves that are no arrays of numbers, by name; an optimizer, or tensors beside the
+      state dict of a training checkpoint, that are left out.
 
   Raises:
     ValueError: the format is unknown, or the file is damaged; the message names the file.

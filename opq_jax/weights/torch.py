@@ -30,16 +30,18 @@ def read(path: Path, *, optimizer: bool = False) -> Any:
       beside the tensors.  Numbers become arrays, and so do lists and tuples of numbers.
 
   Warns:
-    UserWarning: a training checkpoint has the state of an optimizer, which is not read; or, with
-      `optimizer`, parts of it that are neither tensors nor numbers.
+    UserWarning: a training checkpoint has tensors beside the state dict, or the state of an
+      optimizer, which are not read; or, with `optimizer`, parts of it that are neither tensors nor
+      numbers.
 
   Raises:
-    ValueError: PyTorch is missing, there is no state dict, a tensor claims more bytes than the file
-      has, or a tensor has the name of an optimizer's key.
+    ValueError: PyTorch is missing, there is no state dict, a matrix stands beside it, a tensor
+      claims more bytes than the file has, or a tensor has the name of an optimizer's key.
     Exception: whatever PyTorch raises at damaged bytes and at pickled code.
   """
-  loaded, optimizers = _loaded(path)
-  weights = _to_numpy(loaded)
+  checkpoint = _loaded(path)
+  optimizers, weights = checkpoint.optimizers, _to_numpy(checkpoint.state_dict)
+  _warn_of_others(path, checkpoint)
   if not optimizer:
     _warn_of_optimizers(path, optimizers)
     return weights
@@ -63,8 +65,10 @@ def open_leaves(path: Path) -> dict[str, StoredLeaf]:
     Exception: whatever PyTorch raises at damaged bytes and at pickled code.
   """
   is_mapped = zipfile.is_zipfile(path)
-  loaded, optimizers = _loaded(path, mmap=is_mapped)
-  _warn_of_optimizers(path, optimizers)
+  checkpoint = _loaded(path, mmap=is_mapped)
+  loaded = checkpoint.state_dict
+  _warn_of_others(path, checkpoint)
+  _warn_of_optimizers(path, checkpoint.optimizers)
 
   def tensor(name: str) -> Any:
     # the whole mapping would count as memory of the process once its pages are read
@@ -93,22 +97,47 @@ class _Checkpoint(NamedTuple):
   Attributes:
     state_dict: the file's own, or that inside a training checkpoint.
     optimizers: the states of optimizers beside it, by their keys.
+    others: paths of all else beside it that holds tensors.
   """
 
   state_dict: Mapping[Any, Any]
   optimizers: dict[str, Any]
+  others: list[str]
 
 
 def _loaded(path: Path, mmap: bool = False) -> _Checkpoint:
   torch = extras.require('torch', 'torch', str(path))
   loaded = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
   optimizers: dict[str, Any] = {}
+  others: dict[str, Any] = {}
+  place = ''
   while isinstance(loaded, Mapping) and (key := _state_dict_key(loaded)) is not None:
-    optimizers |= _optimizer_states(loaded)
-    loaded = loaded[key]
+    states = _optimizer_states(loaded)
+    optimizers |= states
+    others |= {
+      f'{place}{other}': part
+      for other, part in loaded.items()
+      if other != key and str(other) not in states and next(_tensors(part), None) is not None
+    }
+    loaded, place = loaded[key], f'{place}{key}/'
   if not isinstance(loaded, Mapping):
     raise ValueError(f'{path}: found {type(loaded).__name__}, expected a state dict')
-  return _Checkpoint(loaded, optimizers)
+  # vectors are means of inputs, weights of classes, states of random numbers
+  if matrices := [name for name, part in others.items() if getattr(part, 'ndim', 0) > 1]:
+    raise ValueError(
+      f'{path}: {messages.listed(matrices)}: found weights beside the state dict {place[:-1]}, '
+      'expected all weights in one: torch.save those to read to a file of their own'
+    )
+  return _Checkpoint(loaded, optimizers, list(others))
+
+
+def _warn_of_others(path: Path, checkpoint: _Checkpoint) -> None:
+  """Warns of tensors beside the state dict, but for those of optimizers."""
+  if checkpoint.others:
+    messages.warn(
+      f'{path}: {messages.listed(checkpoint.others)}: found tensors beside the state dict, left '
+      'out; what torch.save writes to a file of its own is read from there'
+    )
 
 
 def _warn_of_optimizers(path: Path, optimizers: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import opq_jax
 from opq_jax.compression import CompressionState
 from opq_jax.core import trees
-from opq_jax.weights import npz, read_weights
+from opq_jax.weights import npz, open_folder, read_weights
 from tests.helpers.weight_trees import assert_same, flat_tree, nested_tree
 
 
@@ -147,6 +147,38 @@ def test_read_weights_of_training_checkpoints(tmp_path, suffix):
   path = tmp_path / f'last{suffix}'
   torch.save({'state_dict': {'fc.weight': torch.ones(2, 3)}, 'epoch': 3}, path)
   assert read_weights(path)['fc.weight'].tolist() == [[1.0] * 3] * 2
+
+
+def test_read_weights_torch_names_tensors_beside(tmp_path):
+  torch = pytest.importorskip('torch')
+  path, weights = tmp_path / 'c.pt', {'a.weight': torch.ones(2, 3)}
+  beside = {
+    'head': {'w': torch.ones(3)},
+    'model_ema': {'shadow': [torch.zeros(2, 3)]},
+    'mean': torch.ones(3),
+    'optimizer': {'state': {}},
+    'epoch': 3,
+  }
+  torch.save({'model': {'state_dict': weights, 'seen': torch.tensor(1)}, **beside}, path)
+  with pytest.warns(UserWarning) as notes:
+    found = read_weights(path)
+  assert list(found) == ['a.weight'] and len(notes) == 1
+  text = str(notes[0].message)
+  assert 'c.pt: head, model_ema, mean, model/seen: found tensors beside the state dict' in text
+  # which one of several holds the network is not guessed
+  torch.save({'model': weights, 'lm_head.weight': torch.ones(3, 2)}, path)
+  with pytest.raises(ValueError, match=r'c\.pt: lm_head\.weight: found weights beside .* model,'):
+    read_weights(path)
+
+
+def test_model_folder_names_tensors_beside(tmp_path):
+  torch = pytest.importorskip('torch')
+  (tmp_path / 'config.json').write_text('{}')
+  weights = {'a.weight': torch.ones(2, 3)}
+  torch.save({'model': weights, 'model_ema': weights}, tmp_path / 'pytorch_model.bin')
+  with pytest.warns(UserWarning, match=r'model\.bin: model_ema: found tensors beside') as notes:
+    assert open_folder(tmp_path)['a.weight'].tolist() == [[1.0] * 3] * 2
+  assert len(notes) == 1
 
 
 def test_what_is_no_array_is_left_out_by_name(tmp_path):
