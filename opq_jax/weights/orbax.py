@@ -22,6 +22,8 @@ from opq_jax.weights import checks
 
 _TREE = '_METADATA'  # a file in every folder in which Orbax stores one tree
 _STEP = re.compile(r'(?:.*[_-])?(\d+)', re.ASCII)
+_UNFINISHED = '.orbax-checkpoint-tmp'
+"""Part of the name of a folder that Orbax has not written to the end; some versions add a time."""
 
 
 class OrbaxFolder:
@@ -113,9 +115,10 @@ def _tree_folder(path: Path) -> Path:
   if (path / _TREE).is_file():
     return path
   folders = sorted(child for child in path.iterdir() if child.is_dir())
-  items = {child.name: child for child in folders if (child / _TREE).is_file()}
+  whole = [child for child in folders if _UNFINISHED not in child.name]
+  items = {child.name: child for child in whole if (child / _TREE).is_file()}
   steps = {
-    int(match[1]): child for child in folders if (match := _STEP.fullmatch(child.name)) is not None
+    int(match[1]): child for child in whole if (match := _STEP.fullmatch(child.name)) is not None
   }
   if 'default' in items:
     return items['default']

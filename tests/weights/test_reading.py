@@ -1,4 +1,5 @@
 import pickle
+import shutil
 import sys
 
 import flax.serialization
@@ -68,6 +69,22 @@ def test_read_weights_orbax_manager(tmp_path):
     manager.wait_until_finished()
   assert read_weights(tmp_path / 'run')['kernel'][0, 0] == 10
   assert read_weights(tmp_path / 'run' / '2')['kernel'][0, 0] == 2
+
+
+def test_read_weights_orbax_unfinished(tmp_path):
+  import orbax.checkpoint as ocp
+
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / 'run' / '5' / 'net', {'kernel': np.ones(3, np.float32)})
+    checkpointer.save(tmp_path / 'other', {'kernel': np.zeros(3, np.float32)})
+  # as killed processes leave a step and an item
+  for name in ('6.orbax-checkpoint-tmp-1760000000', '7.orbax-checkpoint-tmp'):
+    shutil.copytree(tmp_path / 'other', tmp_path / 'run' / name)
+  shutil.copytree(tmp_path / 'other', tmp_path / 'run' / '5' / 'opt.orbax-checkpoint-tmp-17')
+  assert read_weights(tmp_path / 'run')['kernel'].tolist() == [1, 1, 1]
+  shutil.rmtree(tmp_path / 'run' / '5')
+  with pytest.raises(ValueError, match=r"found folders \['6\.orbax-checkpoint-tmp-17.*expected an"):
+    read_weights(tmp_path / 'run')
 
 
 def test_read_weights_orbax_damaged(tmp_path):
