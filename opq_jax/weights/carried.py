@@ -16,6 +16,7 @@ from opq_jax.file.side_files import is_name
 from opq_jax.weights import safetensors
 from opq_jax.weights.gguf import OpenGguf
 from opq_jax.weights.hugging_face import INDEX, ModelFolder, read_object
+from opq_jax.weights.work_folder import is_work_folder
 
 MAX_FILE = 1 << 26
 """Bytes of one carried file: tokenizers have up to 20 MB."""
@@ -52,7 +53,7 @@ def carried_files(folder: ModelFolder) -> CarriedFiles:
   """Returns what an `.opq` file carries of a folder.
 
   Left out are hidden files, weights of other frameworks, the state of an optimizer, folders that
-  hold weights, files of more than 64 MiB, and what is no file.
+  hold weights, the work of a killed run, files of more than 64 MiB, and what is no file.
 
   Raises:
     ValueError: a tensor has a dtype that safetensors cannot hold.
@@ -118,6 +119,9 @@ def _others(folder: Path, above: str = '') -> Iterator[tuple[str, Path | None]]:
   """Yields the relative paths of the files below a folder; None of what is not carried."""
   for child in sorted(folder.iterdir()):
     name = f'{above}{child.name}'
+    if is_work_folder(child):
+      yield f'{name}/', None
+      continue
     if child.is_dir() and not child.is_symlink() and not child.name.startswith('.'):
       inner = list(_others(child, f'{name}/'))
       # a checkpoint or a part of its own: half of it would be worse than none

@@ -16,6 +16,7 @@ import numpy as np
 
 from opq_jax.core import files, messages
 
+_END = '.blocks'
 _PLAN, _STREAMS = 'plan.json', 'streams.npz'
 _OWN = re.compile(r'plan\.json|streams\.npz|block_\d{5,}\.npz|\.opq-[0-9a-f-]+')
 """Names of the files of such a folder, temporary ones too: nothing else in it is deleted."""
@@ -124,8 +125,13 @@ def said_where_work_is(output: str | os.PathLike[str]) -> Iterator[None]:
     raise
 
 
+def is_work_folder(path: Path) -> bool:
+  """Returns whether a path is the work of a run whose output is an `.opq` file."""
+  return path.name.lower().endswith(f'.opq{_END}') and (path / _PLAN).is_file()
+
+
 def _path_of(output: str | os.PathLike[str]) -> Path:
-  return Path(output).with_name(f'{Path(output).name}.blocks')
+  return Path(output).with_name(f'{Path(output).name}{_END}')
 
 
 def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
