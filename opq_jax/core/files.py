@@ -160,6 +160,30 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.rename(temporary, path)
 
 
+@contextlib.contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+  """Makes a folder where there is none, and holds it locked for the time of the context.
+
+  The system unlocks it when the process ends in any way.  Systems and file systems without locks
+  let everybody in.
+
+  Raises:
+    BlockingIOError: it is locked already, by this process or another one.
+    OSError: it cannot be made or opened.
+  """
+  with contextlib.ExitStack() as stack:
+    path.mkdir(exist_ok=True)
+    while fcntl is not None:  # Windows opens no folders
+      stack.callback(os.close, opened := os.open(path, os.O_RDONLY))
+      _lock_if_free(opened)
+      if path.is_dir() and os.path.samestat(os.fstat(opened), os.stat(path)):
+        break
+      # the process that held it has removed it since it was opened
+      stack.close()
+      path.mkdir(exist_ok=True)
+    yield
+
+
 def check_free(path: str | os.PathLike[str]) -> None:
   """Checks that nothing is in the place of a new folder, or an empty folder.
 
@@ -239,10 +263,23 @@ def _remove_litter(folder: Path, prefix: str) -> None:
 
 def _lock(file: BinaryIO | int) -> bool:
   """Locks a file or a folder until this process ends, and returns whether that succeeded."""
+  with contextlib.suppress(BlockingIOError):
+    return _lock_if_free(file)
+  return False
+
+
+def _lock_if_free(file: BinaryIO | int) -> bool:
+  """Locks a file or a folder until it is closed; returns False on systems without locks.
+
+  Raises:
+    BlockingIOError: it is locked already.
+  """
   if fcntl is None:
     return False
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except OSError:  # locked by another process, or a file system without locks
+  except BlockingIOError:
+    raise
+  except OSError:  # a file system without locks
     return False
   return True

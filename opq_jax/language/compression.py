@@ -22,7 +22,7 @@ from opq_jax.language.leaf_costs import block_costs
 from opq_jax.language.network import StoredNetwork
 from opq_jax.weights import StreamedFile, coded_arrays, compress_stored
 from opq_jax.weights.stored_tree import Choice, StoredTree, rounded
-from opq_jax.weights.work_folder import identity, open_work
+from opq_jax.weights.work_folder import Work, identity
 
 COST_TOKENS = 512
 """Tokens from which costs are computed: one backward pass."""
@@ -182,14 +182,15 @@ def compress_calibrated(
       f'file_rate: found {options["file_rate"]:g} together with codes that are chosen block after '
       'block, expected compression_rate or bits_per_weight: they would be chosen anew every time'
     )
-  choose = functools.partial(_chosen_codes, network, calibration, output, (encoder, share, damping))
-  return compress_stored(tree, output, objective=chosen, choose=choose, stage=stage, **options)
+  with Work(output) as work:
+    choose = functools.partial(_chosen_codes, network, calibration, work, (encoder, share, damping))
+    return compress_stored(tree, output, objective=chosen, choose=choose, stage=stage, **options)
 
 
 def _chosen_codes(
   network: StoredNetwork,
   calibration: Calibration,
-  output: str | os.PathLike[str],
+  work: Work,
   how: tuple[LeafEncoder, float, float],
   tree: StoredTree,
   targets: Mapping[str, Any],
@@ -198,7 +199,8 @@ def _chosen_codes(
   """Chooses codes block after block: a chooser of `opq_jax.weights.compress_stored`.
 
   Args:
-    network, calibration, output: as of `compress_calibrated`.
+    network, calibration: as of `compress_calibrated`.
+    work: of the run that makes the file.
     how: its encoder, share and damping.
     tree, targets, stage: of the chooser.
   """
@@ -224,13 +226,13 @@ def _chosen_codes(
     'fields': coded_arrays.FIELDS,
     'versions': [opq_jax.__version__, jax.__version__],
   }
-  work = open_work(output, plan)
+  folder = work.open(plan)
   with stage('choose codes') as told:
-    blocks.run(work, told if callable(told) else lambda share: None)
-  read = blocks.coded(work)
+    blocks.run(folder, told if callable(told) else lambda share: None)
+  read = blocks.coded(folder)
 
   def codes(name: str) -> CodedLeaf | None:
     found = read(name)
     return None if found is None else CodedLeaf([found], ())
 
-  return Choice(allocation, codes, work.remove)
+  return Choice(allocation, codes, folder.remove)

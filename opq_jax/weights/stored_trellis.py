@@ -7,7 +7,6 @@ last leaves that were whole.  In memory are as many leaves at once as the larges
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from opq_jax.file.coded_leaves import CodedLeaf, CodedSlice, escaped_values
 from opq_jax.weights import coded_arrays
 from opq_jax.weights.leaf_codes import plain_state
 from opq_jax.weights.stored_tree import Choice, StoredTree
-from opq_jax.weights.work_folder import WorkFolder, identity, open_work
+from opq_jax.weights.work_folder import Work, WorkFolder, identity
 
 _AT_ONCE = 1 << 22
 """Weights that are in memory at once, at least: small leaves would wait for each other."""
@@ -98,11 +97,11 @@ class StoredTrellis:
 
   Attributes:
     encoder: without moments.
-    output: the file, beside which the work is kept.
+    work: of the run that makes the file.
   """
 
   encoder: encoders.Trellis
-  output: str | os.PathLike[str]
+  work: Work
 
   def __call__(
     self, tree: StoredTree, targets: Mapping[str, Any], stage: Callable[[str], Any]
@@ -110,8 +109,7 @@ class StoredTrellis:
     """Searches for the allocation whose codes have the bits asked.
 
     Raises:
-      ValueError: the targets are not bits per weight; a folder of the work's name holds other
-        files.
+      ValueError: the targets are not bits per weight; the work cannot be opened.
     """
     targets = dict(targets)
     names = 'sparsity', 'bits', 'compression_rate', 'bits_per_weight'
@@ -127,7 +125,7 @@ class StoredTrellis:
     def plain(bits: float) -> tuple[Allocation, Grids]:
       allocation, grids = search.plain(bits)
       if search.work is None:
-        search.open(self.output, asked, grids)
+        search.open(self.work, asked, grids)
       return allocation, grids
 
     allocation, _ = allocation_search.search(
@@ -154,7 +152,7 @@ class _Search:
     self._grids: Grids = {}
     self.work: WorkFolder | None = None
 
-  def open(self, output: str | os.PathLike[str], asked: float, grids: Grids) -> None:
+  def open(self, work: Work, asked: float, grids: Grids) -> None:
     """Opens the work of an earlier run that began with the same grids of the same weights."""
     self._groups = _groups({name: self._tree.leaves[name].size for name in grids})
     plan = {
@@ -165,7 +163,7 @@ class _Search:
       'fields': coded_arrays.FIELDS,
       'versions': [opq_jax.__version__, jax.__version__],
     }
-    self.work = open_work(output, plan)
+    self.work = work.open(plan)
     if self.work.has_streams:
       self._kept = _Kept.of(self.work.load_streams())
 

@@ -47,7 +47,7 @@ from opq_jax.weights.stored_tree import (
   stored_statistics,
 )
 from opq_jax.weights.stored_trellis import StoredTrellis
-from opq_jax.weights.work_folder import said_where_work_is
+from opq_jax.weights.work_folder import Work
 
 Chooser = Callable[
   [StoredTree, Mapping[str, Any], Callable[[str], contextlib.AbstractContextManager]], Choice
@@ -137,8 +137,9 @@ def compress_stored(
     allocations.check_targets(*others, palette_bits=targets.get('palette_bits'))
   else:
     allocations.check_file_rate(file_rate, *others)
+  work = Work(output)
   if choose is None:
-    choose = _chooser_of(encoder, output)
+    choose = _chooser_of(encoder, work)
   if choose is not rounded and targets.get('palette_bits') is not None:
     raise ValueError(
       'palette_bits: found it together with codes that are chosen, expected one of them'
@@ -163,7 +164,7 @@ def compress_stored(
       statistics[name] = stored_statistics(leaves[name], axes[name], counts[name], scales.get(name))
   source = StoredTree(tree, leaves, statistics, axes)
 
-  with contextlib.ExitStack() as spooled, said_where_work_is(output):
+  with contextlib.ExitStack() as spooled, work:
 
     def coded(**targets: Any) -> CodedTree:
       """Codes the tree for these targets; the parts of an earlier call are deleted."""
@@ -183,11 +184,11 @@ def compress_stored(
       result = _coded_at_rate(coded, leaves.values(), file_rate, targets, left_out)
     with stage('write'):
       result.file.place()
-  result.choice.placed()
+    result.choice.placed()
   return StreamedFile(result.choice.allocation, _report(output, result))
 
 
-def _chooser_of(encoder: Encoder, output: str | os.PathLike[str]) -> Chooser:
+def _chooser_of(encoder: Encoder, work: Work) -> Chooser:
   """Returns what chooses the codes of an encoder.
 
   Raises:
@@ -196,7 +197,7 @@ def _chooser_of(encoder: Encoder, output: str | os.PathLike[str]) -> Chooser:
   if isinstance(encoder, Rounding):
     return rounded
   if isinstance(encoder, Trellis) and encoder.moments is None:
-    return StoredTrellis(encoder, output)
+    return StoredTrellis(encoder, work)
   raise ValueError(
     f'encoder: found {encoder!r}, expected Rounding() or Trellis() without moments: other encoders '
     'need the tree in memory (opq_jax.compress)'

@@ -8,7 +8,7 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,32 +70,83 @@ class WorkFolder:
     """Reads what the next block reads."""
     return _load(self.path / _STREAMS)
 
+  def clear(self) -> None:
+    """Deletes all files of the folder but those that somebody else has put into it."""
+    for child in self.path.iterdir():
+      if _OWN.fullmatch(child.name):
+        child.unlink()
+
   def remove(self) -> None:
     """Deletes the folder, but for files that somebody else has put into it."""
-    held = list(self.path.iterdir())
-    own = [child for child in held if _OWN.fullmatch(child.name)]
-    for child in own:
-      child.unlink()
-    if len(own) == len(held):
+    self.clear()
+    if not any(self.path.iterdir()):
       self.path.rmdir()
 
   def _block(self, number: int) -> Path:
     return self.path / f'block_{number:05d}.npz'
 
 
-def open_work(output: str | os.PathLike[str], plan: Mapping[str, Any]) -> WorkFolder:
-  """Opens the folder `OUTPUT.blocks`, with the blocks of an earlier run of the same plan.
+class Work:
+  """The work of one run: no other run opens the folder before the context ends.
+
+  An OSError, such as of a full disk, that ends the context says where the work is kept.
 
   Args:
-    output: the file that the run makes.
-    plan: all that the codes depend on, as JSON.  Work of another plan is deleted, and so is damaged
-      work, with a warning.
-
-  Raises:
-    ValueError: a folder of this name holds other files.
-    OSError: the folder cannot be written.
+    output: the file that the run makes; the folder is `OUTPUT.blocks`.
   """
-  path, text = _path_of(output), json.dumps(plan, sort_keys=True)
+
+  def __init__(self, output: str | os.PathLike[str]):
+    self._path = Path(output).with_name(f'{Path(output).name}{_END}')
+    self._lock: contextlib.ExitStack | None = None
+
+  def open(self, plan: Mapping[str, Any]) -> WorkFolder:
+    """Opens the folder, with the blocks of an earlier run of the same plan.
+
+    Args:
+      plan: all that the codes depend on, as JSON.  Work of another plan is deleted, and so is
+        damaged work, with a warning.
+
+    Raises:
+      ValueError: another run has opened the folder, or it holds other files.
+      OSError: the folder cannot be written.
+    """
+    if self._lock is None:
+      self._lock = _locked(self._path)
+    return _opened(self._path, plan)
+
+  def close(self) -> None:
+    """Lets other runs open the folder."""
+    if self._lock is not None:
+      self._lock.close()
+      self._lock = None
+
+  def __enter__(self) -> 'Work':
+    return self
+
+  def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+    if isinstance(error, OSError) and self._lock is not None and (self._path / _PLAN).is_file():
+      error.add_note(f'what is done is kept in {self._path}: the same run goes on from there')
+    self.close()
+
+
+def _locked(path: Path) -> contextlib.ExitStack:
+  """Makes and locks a folder; returns what unlocks it."""
+  if not path.is_dir():
+    files.check_free(path)
+  lock = contextlib.ExitStack()
+  try:
+    lock.enter_context(files.locked_folder(path))
+  except BlockingIOError as error:
+    raise ValueError(
+      f'{path}: found the work of a run that has not ended, expected one run at a time: choose '
+      'another output, or wait for that run'
+    ) from error
+  return lock
+
+
+def _opened(path: Path, plan: Mapping[str, Any]) -> WorkFolder:
+  """Returns the folder, which this run has locked, with the work of this plan or with none."""
+  text = json.dumps(plan, sort_keys=True)
   is_work = (path / _PLAN).is_file()
   if is_work and (path / _PLAN).read_bytes() == text.encode():
     streams = path / _STREAMS
@@ -105,33 +156,16 @@ def open_work(output: str | os.PathLike[str], plan: Mapping[str, Any]) -> WorkFo
       messages.warn(f'{streams}: found it damaged ({error}): the work begins anew')
   is_own = is_work and all(_OWN.fullmatch(child.name) for child in path.iterdir())
   if is_own and not path.is_symlink():
-    WorkFolder(path, 0).remove()
+    WorkFolder(path, 0).clear()
   # somebody else's files are not to be deleted at the end
   files.check_free(path)
-  path.mkdir(exist_ok=True)
   files.write_bytes(path / _PLAN, text.encode())
   return WorkFolder(path, 0)
-
-
-@contextlib.contextmanager
-def said_where_work_is(output: str | os.PathLike[str]) -> Iterator[None]:
-  """Says with an OSError, such as of a full disk, where the work of the run is kept."""
-  try:
-    yield
-  except OSError as error:
-    path = _path_of(output)
-    if (path / _PLAN).is_file():
-      error.add_note(f'what is done is kept in {path}: the same run goes on from there')
-    raise
 
 
 def is_work_folder(path: Path) -> bool:
   """Returns whether a path is the work of a run whose output is an `.opq` file."""
   return path.name.lower().endswith(f'.opq{_END}') and (path / _PLAN).is_file()
-
-
-def _path_of(output: str | os.PathLike[str]) -> Path:
-  return Path(output).with_name(f'{Path(output).name}{_END}')
 
 
 def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

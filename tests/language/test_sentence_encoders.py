@@ -15,7 +15,7 @@ from opq_jax.importers import language_models
 from opq_jax.language.block_codes import BlockEncoder
 from opq_jax.language.leaf_costs import block_costs
 from opq_jax.language.parts import Block, Head, Start
-from opq_jax.weights.work_folder import open_work
+from opq_jax.weights.work_folder import Work
 from tests.helpers.language_models import TOKENS, network, write_folder
 
 
@@ -63,8 +63,9 @@ def test_codes_of_an_encoder_fit_its_inputs(tmp_path):
   }
   stored = language.stored_network(model, tensors)
   blocks = BlockEncoder(stored, np.maximum(tokens, 1), chosen, Feedback({}))
-  work = open_work(tmp_path / 'net.opq', {})
-  blocks.run(work)
+  with Work(tmp_path / 'net.opq') as run:
+    work = run.open({})
+    blocks.run(work)
   read, values = blocks.coded(work), dict(tensors)
   for name in chosen:
     values[name] = read(name).values()

@@ -45,7 +45,7 @@ from opq_jax.language import block_codes
 from opq_jax.language.network import StoredNetwork
 from opq_jax.language.parts import Block, Head, Start, applied
 from opq_jax.network.paired_moments import PairedSums
-from opq_jax.weights.work_folder import open_work
+from opq_jax.weights.work_folder import Work
 
 BITS = 2.0, 3.0
 _BATCH = 8  # sequences
@@ -222,9 +222,13 @@ def compare(
         token_weights=gradients,
         **allocated,
       )
-      with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+      with (
+        tempfile.TemporaryDirectory() as folder,
+        Work(pathlib.Path(folder) / 'network') as run,
+        warnings.catch_warnings(),
+      ):
         warnings.simplefilter('ignore', UserWarning)
-        work = open_work(pathlib.Path(folder) / 'network', {})
+        work = run.open({})
         blocks.run(work)
         read = blocks.coded(work)
         coded = {tensor: read(tensor) for tensor in allocated['bits']}
