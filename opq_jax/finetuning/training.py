@@ -231,17 +231,14 @@ def train_step(
   else:
     # running statistics go from part to part as they go from step to step; gradients are averaged,
     # so that the learning rate need not change
-    parts = split_batch(batch, accumulation, 'parts')
-    parts = parts, jax.random.split(key, accumulation)
+    parts = split_batch(batch, accumulation, 'parts'), jax.random.split(key, accumulation)
     first = jax.tree.map(lambda leaf: leaf[0], parts)
     _, shapes = jax.eval_shape(gradient, train_state.batch_stats, first)
 
     def add(carry: tuple[PyTree, PyTree], part: PyTree) -> tuple[tuple[PyTree, PyTree], None]:
       batch_stats, results = gradient(carry[0], part)
-      return (
-        batch_stats,
-        jax.tree.map(lambda x, y: x + y.astype(x.dtype), carry[1], results),
-      ), None
+      sums = jax.tree.map(lambda x, y: x + y.astype(x.dtype), carry[1], results)
+      return (batch_stats, sums), None
 
     # one sum: gradients of all parts side by side would take the memory that parts save
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _dtype_to_add_in(leaf)), shapes)
@@ -319,14 +316,15 @@ def _copy_to_add_to(leaf: Array) -> Array:
 
 def _updated(batch_stats: PyTree, updates: Mapping[str, PyTree]) -> PyTree:
   """Returns the running statistics of a network's updates; as they were where it returns none."""
-  new = updates.get(_STATISTICS) or batch_stats
-  if jax.tree.structure(new) != jax.tree.structure(batch_stats):
-    found, expected = (sorted(trees.named_leaves(tree)) for tree in (new, batch_stats))
+  old = trees.named_leaves(batch_stats)
+  new = trees.named_leaves(updates.get(_STATISTICS) or batch_stats)
+  if new.keys() != old.keys():
     raise ValueError(
-      f'{_STATISTICS}: found {messages.listed(found)} of the network, expected '
-      f'{messages.listed(expected)}, those of the train state'
+      f'{_STATISTICS}: found {messages.listed(new)} of the network, expected '
+      f'{messages.listed(old)}, those of the train state'
     )
-  return new
+  # in the containers of the train state, whatever those of the network
+  return jax.tree.unflatten(jax.tree.structure(batch_stats), [new[name] for name in old])
 
 
 def _variables(params: PyTree, batch_stats: PyTree) -> dict[str, PyTree]:
