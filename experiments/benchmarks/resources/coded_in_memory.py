@@ -51,7 +51,6 @@ def layers_of(model: models.Decoder, form: str, make: Callable[..., Any]) -> PyT
       step=step,
       levels=np.full(depth, levels, np.int32),
       dtype=np.dtype(jnp.bfloat16),
-      slices=1,
     )
     is_packed = form == 'codes of 4 bits'
     codes = (
