@@ -56,8 +56,8 @@ that begins with "list" or "tuple" is a list or a tuple of its other items.  A l
                                   has no slices
 
 A reader refuses every other field: a palette will be one too, once it is defined.  Names of dtypes
-are those of NumPy and ml_dtypes.  A compressed leaf is of floats of 1, 2, 4 or 8 whole bytes that
-know 0.
+are those of NumPy and ml_dtypes, of which the format has the ones in `leaf_entries.DTYPES`.  A
+compressed leaf is of floats of 1, 2, 4 or 8 whole bytes that know 0.
 
 Every byte is under a checksum: the header must be the one that its own sizes imply and holds the
 CRC-32 of grids and index, the index holds those of the blocks and of the carried files, every

@@ -12,14 +12,21 @@ import numpy as np
 from opq_jax.core.array_types import Int64
 from opq_jax.core.limits import MAX_LEVELS
 
-_SCALARS: tuple[type[np.generic], ...] = (
-  *(np.bool_, np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64),
-  *(np.float16, np.float32, np.float64, np.complex64, np.complex128),
-  *(t for t in vars(ml_dtypes).values() if isinstance(t, type) and issubclass(t, np.generic)),
+# written out, because every release of ml_dtypes has more: a file is to be read with all of them
+_OF_NUMPY = (
+  *('bool', 'int8', 'int16', 'int32', 'int64', 'uint8', 'uint16', 'uint32', 'uint64'),
+  *('float16', 'float32', 'float64', 'complex64', 'complex128'),
 )
-"""Types of numbers that NumPy and ml_dtypes know."""
+_OF_ML_DTYPES = (
+  *('bfloat16', 'float8_e3m4', 'float8_e4m3', 'float8_e4m3b11fnuz', 'float8_e4m3fn'),
+  *('float8_e4m3fnuz', 'float8_e5m2', 'float8_e5m2fnuz', 'float8_e8m0fnu', 'float6_e2m3fn'),
+  *('float6_e3m2fn', 'float4_e2m1fn', 'int2', 'int4', 'uint2', 'uint4'),
+  *('int1', 'uint1', 'complex32', 'bcomplex32'),  # from 0.6 on
+)
 
-DTYPES = {np.dtype(scalar).name: np.dtype(scalar) for scalar in _SCALARS}
+DTYPES = {name: np.dtype(name) for name in _OF_NUMPY} | {
+  name: np.dtype(getattr(ml_dtypes, name)) for name in _OF_ML_DTYPES if hasattr(ml_dtypes, name)
+}
 """The dtypes that a leaf may have, by name."""
 
 # ASCII, because `\d` would take the digits of all scripts

@@ -117,7 +117,7 @@ def host_array(name: str, leaf: Any) -> Shaped[np.ndarray, '...']:
   """Returns a leaf on the host, in the byte order of this machine.
 
   Raises:
-    ValueError: it is no array of numbers.
+    ValueError: it is no array of numbers, or of a dtype that the format lacks.
   """
   try:
     array = np.asarray(leaf)
@@ -127,6 +127,7 @@ def host_array(name: str, leaf: Any) -> Shaped[np.ndarray, '...']:
   dtype = leaf_entries.DTYPES.get(array.dtype.name)
   if dtype is None:
     raise ValueError(
-      f'{name}: found {type(leaf).__name__} of dtype {array.dtype}, expected an array of numbers'
+      f'{name}: found {type(leaf).__name__} of dtype {array.dtype}, expected an array of numbers '
+      f'of a dtype that files hold: {", ".join(leaf_entries.DTYPES)}'
     )
   return array.astype(dtype, copy=False)

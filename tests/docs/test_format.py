@@ -1,16 +1,20 @@
 """docs/format.md suffices to read a file: an independent reader finds the same arrays."""
 
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 import opq_jax
-from tests.helpers import plain_reader
+from opq_jax.file import leaf_entries
+from tests.helpers import plain_reader, snippets
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
+PAGE = snippets.ROOT / 'docs' / 'format.md'
 
 
 def assert_same(path):
@@ -66,3 +70,20 @@ def test_reader_side_files(tmp_path):
 @pytest.mark.parametrize('path', sorted(GOLDEN.rglob('*.opq')), ids=lambda path: path.stem)
 def test_reader_golden_files(path):
   assert_same(path)
+
+
+def test_page_lists_dtypes():
+  """With their bytes, and whether a leaf of it can be compressed; older ml_dtypes have fewer."""
+  listed = {}
+  table = PAGE.read_text().split('### Dtypes')[1].split('The names')[0]
+  for row in re.findall(r'^\| (`.*)\|$', table, re.MULTILINE):
+    names, sizes, compressed, _ = row.split('|')
+    names, sizes = re.findall(r'`(\w+)`', names), [int(size) for size in sizes.split(',')]
+    sizes = sizes if len(sizes) == len(names) else sizes * len(names)
+    listed |= {n: (s, 'yes' in compressed) for n, s in zip(names, sizes, strict=True)}
+  known = {
+    name: (dtype.itemsize, leaf_entries.can_be_compressed(dtype))
+    for name, dtype in leaf_entries.DTYPES.items()
+  }
+  assert known.items() <= listed.items()
+  assert not any(hasattr(ml_dtypes, name) for name in listed.keys() - known.keys())

@@ -3,6 +3,7 @@ import os
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
@@ -100,6 +101,15 @@ def test_save_names_other_leaves(leaf):
   params = {'good': laplace(3), 'bad': [leaf]}
   with pytest.raises(ValueError, match=r'^bad/0: found '):
     serialize(params, CompressionState({'good': None, 'bad': [None]}))
+
+
+def test_save_names_dtypes_of_no_format():
+  """What newer releases of ml_dtypes add is refused when it is written, not when it is read."""
+  scalars = [t for t in vars(ml_dtypes).values() if isinstance(t, type)]
+  known = {np.dtype(t) for t in scalars if issubclass(t, np.generic)}
+  for dtype in (known - set(DTYPES)) | {np.dtype(np.longdouble)}:
+    with pytest.raises(ValueError, match=rf'^w: found ndarray of dtype {dtype}, .*float8_e4m3fn'):
+      serialize({'w': np.ones((4, 4), dtype)}, CompressionState({'w': None}))
 
 
 def test_save_names_random_keys():

@@ -98,6 +98,14 @@ def test_decoder_refuses_crafted_files():
     assert line.get('type') == 'Error' and line['seconds'] < 5, (name, line)
 
 
+def test_decoder_knows_dtypes():
+  """Those of the format, all of them with every ml_dtypes from 0.6 on."""
+  table = DECODER.read_text().split('const DTYPES = {')[1].split('};')[0]
+  known = set(re.findall(r'^  (\w+):', table, re.MULTILINE))
+  assert known >= leaf_entries.DTYPES.keys()
+  assert not any(hasattr(ml_dtypes, name) for name in known - leaf_entries.DTYPES.keys())
+
+
 @needs_node
 def test_as_float32_reads_every_number(tmp_path):
   """All numbers of 8 and 16 bits have the values that NumPy and ml_dtypes know."""
