@@ -41,7 +41,7 @@ def open_weights(path: str | os.PathLike[str]) -> PyTree:
     UserWarning: a GGUF file is quantized already, or weights of a Core ML package are.
 
   Raises:
-    ValueError: the file is damaged or of another format, or has no weights.
+    ValueError: the file is damaged, of another format or an `.opq`, or has no weights.
     OSError: it cannot be read.
 
   >>> import tempfile, numpy as np, safetensors.numpy
@@ -59,6 +59,11 @@ def open_weights(path: str | os.PathLike[str]) -> PyTree:
   elif core_ml.is_core_ml(path):
     leaves = core_ml.open_leaves(Path(path))
   elif not os.path.isdir(path):
+    if (suffix := Path(path).suffix.lower()) != '.safetensors':
+      raise ValueError(
+        f'{path}: found suffix {suffix!r}, expected .safetensors, .gguf, .onnx, .mlpackage or a '
+        'folder; read_weights reads other formats, as a whole'
+      )
     leaves = safetensors.open_leaves(path)
   elif hugging_face.is_model_folder(path):
     leaves = hugging_face.open_folder(path).leaves

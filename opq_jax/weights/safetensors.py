@@ -126,7 +126,7 @@ def open_leaves(path: str | os.PathLike[str]) -> dict[str, StoredLeaf]:
   """Returns the arrays of a file by name, on disk.
 
   Raises:
-    ValueError: it is not a safetensors file, damaged, or a name occurs twice.
+    ValueError: it is not a safetensors file, damaged, an `.opq` file, or a name occurs twice.
     OSError: it cannot be read.
   """
 
@@ -140,6 +140,8 @@ def open_leaves(path: str | os.PathLike[str]) -> dict[str, StoredLeaf]:
 
   leaves = {}
   with opened(path) as file:
+    if is_opq(file):
+      raise ValueError(f'{path}: found an .opq file, expected weights: opq_jax.OpqFile reads it')
     _check_names(path)
     for name in file.keys():  # noqa: SIM118, it is no mapping
       piece = file.get_slice(name)

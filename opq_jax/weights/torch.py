@@ -35,8 +35,9 @@ def read(path: Path, *, optimizer: bool = False) -> Any:
       numbers.
 
   Raises:
-    ValueError: PyTorch is missing, there is no state dict, a matrix stands beside it, a tensor
-      claims more bytes than the file has, or a tensor has the name of an optimizer's key.
+    ValueError: PyTorch is missing, there is no state dict, a matrix stands beside it, a tensor is
+      sparse, quantized or of a dtype that NumPy and ml_dtypes lack, it claims more bytes than the
+      file has, or it has the name of an optimizer's key.
     Exception: whatever PyTorch raises at damaged bytes and at pickled code.
   """
   checkpoint = _loaded(path)
@@ -48,7 +49,7 @@ def read(path: Path, *, optimizer: bool = False) -> Any:
   if both := sorted(weights.keys() & optimizers.keys()):
     raise ValueError(f'{path}: {both[0]}: found a tensor and an optimizer of this name')
   left: list[str] = []
-  kept = {key: _numbers(_to_numpy(state), key, left) for key, state in optimizers.items()}
+  kept = {key: _numbers(_to_numpy(state, key), key, left) for key, state in optimizers.items()}
   if left:
     messages.warn(f'{path}: {", ".join(left)}: found neither tensors nor numbers, left out')
   return weights | kept
@@ -75,10 +76,10 @@ def open_leaves(path: Path) -> dict[str, StoredLeaf]:
     return (_loaded(path, mmap=True).state_dict if is_mapped else loaded)[name]
 
   def fetch(name: str) -> Shaped[np.ndarray, '...']:
-    return np.array(_to_numpy(tensor(name)))
+    return np.array(_to_numpy(tensor(name), name))
 
   def fetch_first(name: str) -> Shaped[np.ndarray, '...']:
-    return np.array(_to_numpy(tensor(name)[:1]))
+    return np.array(_to_numpy(tensor(name)[:1], name))
 
   leaves = {}
   for name, stored in loaded.items():
@@ -198,14 +199,35 @@ def _tensors(node: Any) -> Iterator[Any]:
     yield node
 
 
-def _to_numpy(node: Any) -> Any:
-  """Replaces the tensors of a tree by NumPy arrays; other leaves stay."""
+def _to_numpy(node: Any, name: str = '') -> Any:
+  """Replaces the tensors of a tree by NumPy arrays; other leaves stay.
+
+  Args:
+    node: the tree, or a tensor.
+    name: where it stands in the file, for errors.
+
+  Raises:
+    ValueError: a tensor is sparse, quantized or of a dtype that NumPy and ml_dtypes lack, or claims
+      more bytes than the file has.
+  """
   if isinstance(node, Mapping):
-    return {key: _to_numpy(child) for key, child in node.items()}
+    return {key: _to_numpy(child, f'{name}/{key}'.lstrip('/')) for key, child in node.items()}
   if isinstance(node, list | tuple):
-    return [_to_numpy(child) for child in node]
+    return [_to_numpy(child, f'{name}/{i}'.lstrip('/')) for i, child in enumerate(node)]
   if not hasattr(node, 'detach'):
     return node
+  try:
+    return _dense(node)
+  except (RuntimeError, TypeError) as error:
+    raise ValueError(
+      f'{name}: found a tensor of {node.dtype}, {node.layout}, expected a dense one of a dtype of '
+      f'NumPy or ml_dtypes: {error}'
+    ) from error
+  except ValueError as error:
+    raise ValueError(f'{name}: {error}') from error
+
+
+def _dense(node: Any) -> Shaped[np.ndarray, '...']:
   # a stride of 0 makes a tensor of any size from one stored number
   stored = node.untyped_storage().nbytes()
   if node.nbytes > checks.MAX_INFLATION * stored:
@@ -213,10 +235,10 @@ def _to_numpy(node: Any) -> Any:
   tensor = node.detach().contiguous()
   name = str(tensor.dtype).removeprefix('torch.')
   if not hasattr(ml_dtypes, name):
-    return tensor.numpy()
+    return tensor.resolve_conj().resolve_neg().numpy()
   # PyTorch converts no dtype that NumPy lacks: the bytes are handed over as integers
   import torch
 
   dtype = np.dtype(getattr(ml_dtypes, name))
-  integer = {1: torch.uint8, 2: torch.int16}[dtype.itemsize]
+  integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[dtype.itemsize]
   return tensor.view(integer).numpy().view(dtype)

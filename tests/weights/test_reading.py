@@ -166,6 +166,39 @@ def test_read_weights_of_training_checkpoints(tmp_path, suffix):
   assert read_weights(path)['fc.weight'].tolist() == [[1.0] * 3] * 2
 
 
+@pytest.mark.filterwarnings('ignore:torch.quantize_per_tensor', 'ignore:TypedStorage is deprecated')
+def test_read_weights_torch_names_tensors_that_no_array_holds(tmp_path):
+  torch = pytest.importorskip('torch')
+  tensors = {
+    'torch.qint8': torch.quantize_per_tensor(torch.ones(2, 3), 0.1, 3, torch.qint8),
+    'torch.sparse_coo': torch.eye(3).to_sparse(),
+    'torch.bits8': torch.empty(2, 3, dtype=torch.bits8),
+    'meta': torch.empty(2, 3, device='meta'),
+  }
+  for kind, tensor in tensors.items():
+    saved = {'model': {'a.weight': torch.ones(2, 3), 'block': {'b.weight': [tensor]}}}
+    torch.save(saved, tmp_path / 'c.pt')
+    expected = rf'c\.pt: .*block/b\.weight/0: found a tensor of .*{kind}'
+    with pytest.raises(ValueError, match=expected):
+      read_weights(tmp_path / 'c.pt')
+
+
+@pytest.mark.filterwarnings('ignore:ComplexHalf support is experimental')
+def test_read_weights_torch_complex(tmp_path):
+  torch = pytest.importorskip('torch')
+  values = np.array([[1 + 2j, -0.5j], [3, 0.25 - 1j]], np.complex64)
+  tensor = torch.from_numpy(values)
+  torch.save({'whole': tensor, 'lazy': tensor.conj()}, tmp_path / 'c.pt')
+  leaves = read_weights(tmp_path / 'c.pt')
+  np.testing.assert_array_equal(leaves['whole'], values)
+  np.testing.assert_array_equal(leaves['lazy'], values.conj())
+  if hasattr(ml_dtypes, 'complex32'):
+    torch.save({'half': tensor.to(torch.complex32)}, tmp_path / 'c.pt')
+    half = read_weights(tmp_path / 'c.pt')['half']
+    assert half.dtype == ml_dtypes.complex32
+    np.testing.assert_array_equal(half.astype(np.complex64), values)
+
+
 def test_read_weights_torch_names_tensors_beside(tmp_path):
   torch = pytest.importorskip('torch')
   path, weights = tmp_path / 'c.pt', {'a.weight': torch.ones(2, 3)}

@@ -31,6 +31,26 @@ def test_open_weights_names_text(tmp_path):
       read(tmp_path / 'net')
 
 
+@pytest.mark.parametrize('name', ['net.opq', 'net.safetensors', 'folder/model.safetensors'])
+def test_open_weights_names_opq_files(tmp_path, name):
+  """Codes and grids are no weights, whatever the file's name."""
+  (tmp_path / 'folder').mkdir()
+  (tmp_path / 'folder' / 'config.json').write_text('{}')
+  params = {'w': np.random.default_rng(0).laplace(size=(16, 16)).astype(np.float32)}
+  network = opq_jax.compress(params, bits_per_weight=3.0)
+  opq_jax.save(tmp_path / name, network.params, network.state)
+  path = tmp_path / name.split('/')[0]
+  with pytest.raises(ValueError, match=r'net\.opq.*suffix|found an \.opq file'):
+    open_weights(path)
+
+
+@pytest.mark.parametrize('name', ['net.npz', 'net.pt', 'net'])
+def test_open_weights_names_other_formats(tmp_path, name):
+  (tmp_path / name).write_bytes(b'anything')
+  with pytest.raises(ValueError, match=r'net.*found suffix .*expected \.safetensors.*read_weights'):
+    open_weights(tmp_path / name)
+
+
 @pytest.mark.parametrize('damage', ['cut', 'text', 'empty', 'changed'])
 def test_open_weights_names_damaged_files(tmp_path, damage):
   path = tmp_path / 'net.safetensors'
