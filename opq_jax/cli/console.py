@@ -68,8 +68,8 @@ def collected_warnings() -> Iterator[list[str]]:
 
   Left out are warnings about the fit of the Laplace density, because the table marks such leaves,
   and about kept programs that JAX could not read or write, because it then compiles them.  Warnings
-  of other libraries are collected too, which only a hook of the whole process sees: a command is
-  for one thread of a process.
+  of other libraries are collected too.  `warnings.catch_warnings` acts on the whole process, so
+  only one of its threads may run a command.
   """
   texts: list[str] = []
   with warnings.catch_warnings(record=True) as caught:

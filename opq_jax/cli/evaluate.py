@@ -17,7 +17,9 @@ _WINDOW = 512  # tokens
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the options of `opq evaluate`."""
-  parser.add_argument('model', metavar='MODEL', help='a model folder, or an .opq file of one')
+  parser.add_argument(
+    'model', metavar='MODEL', help='a model folder, a .gguf file, or an .opq file of one'
+  )
   text = parser.add_mutually_exclusive_group(required=True)
   text.add_argument('--text', metavar='FILE', help='a text in UTF-8')
   text.add_argument(

@@ -8,7 +8,9 @@ _LARGEST_SEED = 1 << 63  # of JAX
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Adds the options of `opq generate`."""
-  parser.add_argument('model', metavar='MODEL', help='a model folder, or an .opq file of one')
+  parser.add_argument(
+    'model', metavar='MODEL', help='a model folder, a .gguf file, or an .opq file of one'
+  )
   parser.add_argument(
     '--prompt',
     default='',

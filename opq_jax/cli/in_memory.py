@@ -119,9 +119,10 @@ def compress(
         return len(by_bits[bits].data)
 
       weights = sum(leaf.size for leaf in jax.tree.leaves(params))
-      with collected_warnings():
+      with collected_warnings() as notes:
         bits = file_rate.bits_of_file(size_of, original, plan.targets['file_rate'], weights)
       result = by_bits[bits]
+      result = result._replace(notes=[*notes, *result.notes])
     else:
       result = compressor.compressed(**plan.targets)
     with stage('encode'):
@@ -144,7 +145,7 @@ def compress(
 
 
 def _planned(arguments: argparse.Namespace, plan: Encoding, network: Network | None) -> Encoding:
-  """Returns the plan with encoder, corrections, and what images these read.
+  """Returns the plan with encoder and BatchNorm correction, and the source of their images.
 
   Raises:
     ValueError: nothing of the plan reads the images that are given.

@@ -112,30 +112,30 @@ def _bits_of_leaf(name: str, weights: Array, leaf: LeafState) -> _Bits:
   magnitude = jnp.abs(weights.astype(jnp.float32))
   total = lambda x: jnp.sum(x, axis=axes, dtype=jnp.float32)
   each = float(weights.size // leaf.threshold.size)
-  is_on_grid = _is_on_grid(magnitude, leaf)
+  is_on_grid = _share_on_grid(magnitude, leaf)
   on_grid, escaped = total(is_on_grid), total(leaf.kinds == ESCAPED)
   shares = (x / each for x in (each - on_grid - escaped, on_grid, escaped))
   kinds = -each * sum(map(times_log2, shares))
 
   # the value of the cell, the derivative of the place
   place = jnp.maximum(steps_beyond_first(magnitude, leaf), 0)
-  cell = _straight_through(settled(cell_of(magnitude, leaf), leaf), place)
+  cell = _with_derivative_of(settled(cell_of(magnitude, leaf), leaf), place)
   cells = total(jnp.where(lax.stop_gradient(is_on_grid) > 0, cell, 0))
   mean = (cells + 1) / (on_grid + 1)
   entropy = times_log2(1 + mean) - times_log2(mean)
   return _Bits(jnp.sum(kinds + on_grid * (1 + entropy)), weights.size)
 
 
-def _is_on_grid(magnitude: Float32[Array, '...'], leaf: LeafState) -> Float32[Array, '...']:
+def _share_on_grid(magnitude: Float32[Array, '...'], leaf: LeafState) -> Float32[Array, '...']:
   """Returns 1 where a code is that of a cell, else 0; of a zero cell with the slope of a ramp."""
   threshold = thresholds(leaf, magnitude.ndim)
   ramp = jnp.clip(magnitude / jnp.where(threshold > 0, threshold, 1) - 0.5, 0, 1)
   is_beyond = 1 - is_below_first(magnitude, leaf).astype(jnp.float32)
   may_be_zero = leaf.kinds == ZERO_OR_ON_GRID
   always = (leaf.kinds == ON_GRID).astype(jnp.float32)
-  return jnp.where(may_be_zero, _straight_through(is_beyond, ramp), always)
+  return jnp.where(may_be_zero, _with_derivative_of(is_beyond, ramp), always)
 
 
-def _straight_through(value: Array, smooth: Array) -> Array:
+def _with_derivative_of(value: Array, smooth: Array) -> Array:
   """Returns `value`, with the derivative of `smooth`."""
   return smooth + lax.stop_gradient(value - smooth)

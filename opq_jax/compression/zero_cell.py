@@ -27,9 +27,9 @@ from opq_jax.core.trees import PyTree
 
 
 def add_zero_cell(params: PyTree, state: CompressionState, share: float = 0.25) -> CompressionState:
-  """Returns the state with a zero cell of the magnitudes from `share` times to one threshold.
+  """Returns the state in which all but the smallest weights may become zero and come back.
 
-  Pruned weights in that cell may come back, and weights on the grid may become zero:
+  They are zero below the threshold, and on the grid above it:
 
       kind before   |w|                                         kind
       pruned        <= share * threshold                        pruned
@@ -48,7 +48,8 @@ def add_zero_cell(params: PyTree, state: CompressionState, share: float = 0.25) 
     params: the float weights before compression, by which it is decided what may come back.
     state: their kinds and codebooks, of rounded codes or of others.  Leaves and slices without
       levels, or with a threshold of 0, stay as they are.
-    share: 0 ... 1, of the threshold.  With 0 no weight but 0 itself is pruned for good.
+    share: 0 ... 1, of the threshold.  With 0 no weight but 0 itself is pruned for good.  What an
+      earlier call has freed stays free.
 
   Raises:
     ValueError: `share` is out of range, or `state` was made for a tree of other structure, shapes

@@ -174,11 +174,12 @@ def locked_folder(path: Path) -> Iterator[None]:
   with contextlib.ExitStack() as stack:
     path.mkdir(exist_ok=True)
     while fcntl is not None:  # Windows opens no folders
-      stack.callback(os.close, opened := os.open(path, os.O_RDONLY))
-      _lock_if_free(opened)
-      if path.is_dir() and os.path.samestat(os.fstat(opened), os.stat(path)):
-        break
-      # the process that held it has removed it since it was opened
+      with contextlib.suppress(FileNotFoundError):
+        stack.callback(os.close, opened := os.open(path, os.O_RDONLY))
+        _lock_if_free(opened)
+        if os.path.samestat(os.fstat(opened), os.stat(path)):
+          break
+      # the process that held it has removed it
       stack.close()
       path.mkdir(exist_ok=True)
     yield

@@ -46,7 +46,6 @@ class _Trial(NamedTuple):
   allocation: Allocation
   state: CompressionState
   file_bytes: int
-  messages: list[Warning]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,17 +99,14 @@ def at_file_rate(variables: PyTree, file_rate: float, **options: Any) -> FileTar
   trials: dict[float, _Trial] = {}
 
   def size_of(bits: float) -> int:
-    with messages.collected() as found:
-      allocation = allocate(variables, bits_per_weight=bits, **options)
+    allocation = allocate(variables, bits_per_weight=bits, **options)
     state = init_state(variables, allocation)
     size = len(writer.serialize(variables, state))
-    trials[bits] = _Trial(allocation, state, size, found)
+    trials[bits] = _Trial(allocation, state, size)
     return size
 
   bits = bits_of_file(size_of, original, file_rate, sum(leaf.size for leaf in leaves))
   trial = trials[bits]
-  for message in trial.messages:
-    messages.warn(message)
   size = trial.file_bytes
   return FileTarget(trial.allocation, trial.state, bits, size, original / size)
 
@@ -131,7 +127,8 @@ def bits_of_file(
     weights: n, about.
 
   Returns:
-    Bits per weight that `size_of` was called with.
+    Bits per weight that `size_of` was called with.  Of the warnings of all calls, those of this one
+    are issued.
 
   Raises:
     ValueError: the file is larger than asked, however few the bits.
@@ -139,16 +136,22 @@ def bits_of_file(
   >>> bits_of_file(lambda bits: 1000 + int(bits * 1000), 32000, 10.0, 8000) > 2.19
   True
   """
+  notes: dict[float, list[Warning]] = {}
+
+  def measured(bits: float) -> int:
+    with messages.collected() as notes[bits]:
+      return size_of(bits)
+
   limit = original / file_rate
   wanted = limit * (1 - _TOLERANCE / 2)
   sizes: dict[float, int] = {}
   bits, slope = min(8 * limit / max(weights, 1), _MOST_BITS), weights / 8
   for _ in range(_MAX_STEPS):
     try:
-      sizes[bits] = size_of(bits)
+      sizes[bits] = measured(bits)
     except TooFewBitsError as error:
       bits = error.least * (1 + _TOLERANCE)
-      sizes[bits] = size_of(bits)
+      sizes[bits] = measured(bits)
       break  # even the fewest bits may be too many
     small = max((b for b, size in sizes.items() if size <= limit), default=None)
     large = min((b for b, size in sizes.items() if size > limit), default=None)
@@ -174,4 +177,6 @@ def bits_of_file(
     messages.warn(
       f'file_rate: found {found}, where {file_rate:.4g} was asked: there is nothing between'
     )
+  for note in notes[small]:
+    messages.warn(note)
   return small

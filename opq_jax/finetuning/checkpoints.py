@@ -54,7 +54,7 @@ class Checkpoints:
       options=options,
       item_handlers={'train': ocp.StandardCheckpointHandler(), 'data': ocp.JsonCheckpointHandler()},
     )
-    self._own_step: int | None = None  # the last one that this object has written or restored
+    self._is_own = False  # whether this object has restored or written the latest step
 
   def __enter__(self) -> Self:
     return self
@@ -96,11 +96,10 @@ class Checkpoints:
       return None
     with self._orbax.StandardCheckpointer() as checkpointer:
       _check_arrays(path, checkpointer.metadata(path).item_metadata, like)
-    with self._orbax.StandardCheckpointer() as checkpointer:
       return _placed(checkpointer.restore(path, _abstract(like)), like, devices)
 
   def save(self, train_state: TrainState, position: dict[str, Any], *, wait: bool = False) -> None:
-    """Writes the state after `train_state.step` steps, unless this object has written it already.
+    """Writes the state after `train_state.step` steps, unless the folder has this step already.
 
     Args:
       train_state: its arrays are copied before this returns, and may be donated afterwards.  Those
@@ -114,14 +113,14 @@ class Checkpoints:
     """
     ocp = self._orbax
     step, latest = int(train_state.step), self._manager.latest_step()
-    if latest is not None and self._own_step is None:
+    if latest is not None and not self._is_own:
       raise ValueError(
         f'{self._directory}: found step {latest} of an earlier run, expected an empty folder, or '
         'that it is restored first'
       )
     if latest is not None and step < latest:
       raise ValueError(f'{self._directory}: found step {latest}, expected none later than {step}')
-    self._own_step = step
+    self._is_own = True
     train_state = _for_orbax(train_state)
     if step != latest:
       self._manager.save(
@@ -153,7 +152,7 @@ class Checkpoints:
     if step is None:
       return None
     _check_arrays(self._directory / str(step), self._manager.item_metadata(step)['train'], like)
-    self._own_step = step
+    self._is_own = True
     restored = self._manager.restore(
       step,
       args=ocp.args.Composite(
@@ -201,17 +200,20 @@ class StopRequest:
 
 def _check_arrays(path: Path, metadata: Any, like: PyTree) -> None:
   """Raises ValueError where an array on disk is not as in `like`: Orbax would convert it."""
-  found = trees.named_leaves(getattr(metadata, 'tree', metadata))
+  on_disk = trees.named_leaves(getattr(metadata, 'tree', metadata))
+  lines = []
   for name, leaf in trees.named_leaves(like).items():
     # random keys are stored as their numbers
-    if name not in found or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+    if name not in on_disk or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
       continue
-    own, expected = ((jnp.dtype(x.dtype), tuple(x.shape)) for x in (found[name], leaf))
-    if own != expected:
-      raise ValueError(
-        f'{path}: {name}: found {own[0]} of shape {own[1]}, expected {expected[0]} of shape '
+    found, expected = ((jnp.dtype(x.dtype), tuple(x.shape)) for x in (on_disk[name], leaf))
+    if found != expected:
+      lines.append(
+        f'{name}: found {found[0]} of shape {found[1]}, expected {expected[0]} of shape '
         f'{expected[1]}'
       )
+  if lines:
+    raise ValueError(f'{path}: ' + '\n  '.join(lines))
 
 
 def _is_laid(leaf: Any) -> bool:

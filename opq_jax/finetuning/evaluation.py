@@ -50,6 +50,7 @@ def label_rank(
 
   The rank of a NaN logit, and of a label of no class, is the largest of int32.
   """
+  labels = labels.astype(jnp.int32)  # the number of classes need not fit into uint8 or int8
   target = jnp.take_along_axis(logits, labels[..., None], axis=-1)
   number = jnp.arange(logits.shape[-1]).reshape(*[1] * labels.ndim, -1)
   is_later = number >= labels[..., None]

@@ -79,7 +79,7 @@ def init_train_state(
   params, batch_stats = jax.tree.map(
     lambda leaf: jnp.array(leaf, copy=True), (variables['params'], variables.get(_STATISTICS, {}))
   )
-  average = jax.tree.map(_copy_to_add_to, {'params': params, _STATISTICS: batch_stats})
+  average = jax.tree.map(_as_average, {'params': params, _STATISTICS: batch_stats})
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
@@ -181,12 +181,13 @@ def train_step(
   if compression_state is None and (price_of_bits or clip_to_grid):
     option = 'price_of_bits' if price_of_bits else 'clip_to_grid'
     raise ValueError(f'{option}: found it without a compression state, expected both or neither')
-  if bits_limit and not price_of_bits:
+  if not price_of_bits and bits_limit:
     raise ValueError(f'bits_limit: found {bits_limit} without a price of bits, expected both')
-  if ema_decay is not None and not 0 <= ema_decay < 1:
+  # a schedule computes it from the step
+  if isinstance(ema_decay, int | float) and not 0 <= ema_decay < 1:
     raise ValueError(f'ema_decay: found {ema_decay}, expected 0 <= ema_decay < 1')
-  if accumulation < 1:
-    raise ValueError(f'accumulation: found {accumulation}, expected a positive number of parts')
+  if ema_decay is not None and train_state.average is None:
+    raise ValueError('average: found None, expected init_train_state(…, with_average=True)')
   if 'is_example' in batch:
     raise ValueError(
       'batch: found is_example of a padded batch, expected a batch of examples alone'
@@ -226,24 +227,7 @@ def train_step(
     gradients, (new, metrics) = jax.grad(loss, has_aux=True)(train_state.params, batch_stats, *x)
     return new, (gradients, metrics)
 
-  if accumulation == 1:
-    batch_stats, results = gradient(train_state.batch_stats, (batch, key))
-  else:
-    # running statistics go from part to part as they go from step to step; gradients are averaged,
-    # so that the learning rate need not change
-    parts = split_batch(batch, accumulation, 'parts'), jax.random.split(key, accumulation)
-    first = jax.tree.map(lambda leaf: leaf[0], parts)
-    _, shapes = jax.eval_shape(gradient, train_state.batch_stats, first)
-
-    def add(carry: tuple[PyTree, PyTree], part: PyTree) -> tuple[tuple[PyTree, PyTree], None]:
-      batch_stats, results = gradient(carry[0], part)
-      sums = jax.tree.map(lambda x, y: x + y.astype(x.dtype), carry[1], results)
-      return (batch_stats, sums), None
-
-    # one sum: gradients of all parts side by side would take the memory that parts save
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _dtype_to_add_in(leaf)), shapes)
-    (batch_stats, sums), _ = lax.scan(add, (train_state.batch_stats, zeros), parts)
-    results = jax.tree.map(lambda x, leaf: (x / accumulation).astype(leaf.dtype), sums, shapes)
+  batch_stats, results = _accumulated(gradient, train_state.batch_stats, batch, key, accumulation)
   if axis_name is not None:
     # each device has updated the running statistics from its own part; the means are equal
     # everywhere, as replicated outputs must be
@@ -259,8 +243,6 @@ def train_step(
   params = optax.apply_updates(train_state.params, updates)
   average = train_state.average
   if ema_decay is not None:
-    if average is None:
-      raise ValueError('average: found None, expected init_train_state(…, with_average=True)')
     new = {'params': params, _STATISTICS: batch_stats}
     # in this form a number that does not move stays as it is, bit for bit
     average = jax.tree.map(
@@ -304,14 +286,55 @@ def network(
   return variables, CompressionState(_variables(compression_state.tree, uncompressed))
 
 
-def _dtype_to_add_in(leaf: Any) -> Any:
+def _accumulated(
+  gradient: Callable[[PyTree, tuple[Batch, Array]], tuple[PyTree, PyTree]],
+  batch_stats: PyTree,
+  batch: Batch,
+  key: Array,
+  count: int,
+) -> tuple[PyTree, PyTree]:
+  """Returns running statistics, and gradients and metrics averaged over the parts of a batch.
+
+  Running statistics go from part to part as they go from step to step; gradients are averaged, so
+  that the learning rate need not change.
+
+  Args:
+    gradient: (running statistics, (part, key)) -> new ones, and gradients and metrics.
+    batch_stats: running statistics before the first part.
+    batch: all parts.
+    key: random numbers of all parts.
+    count: of parts.
+  """
+  if count < 1:
+    raise ValueError(f'accumulation: found {count}, expected a positive number of parts')
+  if count == 1:
+    return gradient(batch_stats, (batch, key))
+  parts = split_batch(batch, count, 'parts'), jax.random.split(key, count)
+  _, shapes = jax.eval_shape(gradient, batch_stats, jax.tree.map(lambda leaf: leaf[0], parts))
+
+  def add(
+    carry: tuple[PyTree, PyTree], part: tuple[Batch, Array]
+  ) -> tuple[tuple[PyTree, PyTree], None]:
+    batch_stats, results = gradient(carry[0], part)
+    sums = jax.tree.map(lambda x, y: x + y.astype(x.dtype), carry[1], results)
+    return (batch_stats, sums), None
+
+  # one sum: gradients of all parts side by side would take the memory that parts save
+  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _sum_dtype(leaf)), shapes)
+  (batch_stats, sums), _ = lax.scan(add, (batch_stats, zeros), parts)
+  means = jax.tree.map(lambda x, leaf: (x / count).astype(leaf.dtype), sums, shapes)
+  return batch_stats, means
+
+
+def _sum_dtype(leaf: Any) -> Any:
   """Returns the dtype of sums and means of many such arrays: float32 for shorter floats."""
   is_short = jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.finfo(leaf.dtype).bits < 32
   return jnp.float32 if is_short else leaf.dtype
 
 
-def _copy_to_add_to(leaf: Array) -> Array:
-  return jnp.array(leaf, dtype=_dtype_to_add_in(leaf), copy=True)
+def _as_average(leaf: Array) -> Array:
+  """Returns a copy that later values are averaged into."""
+  return jnp.array(leaf, dtype=_sum_dtype(leaf), copy=True)
 
 
 def _updated(batch_stats: PyTree, updates: Mapping[str, PyTree]) -> PyTree:
@@ -320,8 +343,8 @@ def _updated(batch_stats: PyTree, updates: Mapping[str, PyTree]) -> PyTree:
   new = trees.named_leaves(updates.get(_STATISTICS) or batch_stats)
   if new.keys() != old.keys():
     raise ValueError(
-      f'{_STATISTICS}: found {messages.listed(new)} of the network, expected '
-      f'{messages.listed(old)}, those of the train state'
+      f'{_STATISTICS}: found {messages.listed(new) or "none"} of the network, expected '
+      f'{messages.listed(old) or "none"}, those of the train state'
     )
   # in the containers of the train state, whatever those of the network
   return jax.tree.unflatten(jax.tree.structure(batch_stats), [new[name] for name in old])

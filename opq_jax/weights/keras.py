@@ -15,13 +15,13 @@ import io
 import json
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from opq_jax.core import extras
+from opq_jax.core import extras, messages
 from opq_jax.weights import checks
 
 _WEIGHTS = 'model.weights.h5'  # member of a .keras file
@@ -45,9 +45,13 @@ _NOT_WEIGHTS = ('optimizer', 'optimizer_weights')
 def read(path: Path) -> dict[str, np.ndarray]:
   """Returns the weights of a file by `<layer>/<weight>`.
 
+  Warns:
+    UserWarning: the state of an optimizer is left out.
+
   Raises:
     ValueError: h5py is missing; there is a link, data in another file, or an array without stored
-      bytes; a layer has no name; or two weights have the same name.
+      bytes; a layer has no name; weights of Keras 3 are in no layer; or two weights have the same
+      name.
     Exception: whatever h5py and zipfile raise at damaged bytes.
   """
   h5py = extras.require('h5py', 'keras', str(path))
@@ -65,6 +69,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
     with h5py.File(hdf5, 'r') as file:
       root = _child(file, 'model_weights') if 'model_weights' in file else file
       is_numbered = 'layer_names' not in root.attrs and 'layers' in root
+      _check_others(path, {file.name: file, root.name: root}.values(), is_numbered)
       for name, array in _numbered(root, names) if is_numbered else _named(root):
         if name in tensors:
           raise ValueError(f'{path}: {name}: found two weights of this name, expected one')
@@ -93,6 +98,18 @@ def layer_names(config: dict[str, Any]) -> dict[str, str]:
       names[f'{group}_{number}' if number else group] = layer['config']['name']
       count[group] += 1
   return names
+
+
+def _check_others(path: Path, groups: Iterable[Any], is_numbered: bool) -> None:
+  """Warns of the state of an optimizer; weights of Keras 3 that no layer has raise a ValueError."""
+  for group in groups:
+    for name in group:
+      if name in _NOT_WEIGHTS:
+        size = sum(array.nbytes for _, array in _datasets(_child(group, name)))
+        if size:
+          messages.warn(f'{path}: {name}: {size:,} bytes of an optimizer are left out')
+      elif is_numbered and name != 'layers' and any(_datasets(_child(group, name))):
+        raise ValueError(f'{name}: found weights beside layers, expected all of them in layers')
 
 
 def _named(root: Any) -> Iterator[tuple[str, np.ndarray]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from opq_jax.core import trees
+from opq_jax.core import messages, trees
 from opq_jax.core.stored_leaves import StoredLeaf
 from opq_jax.core.trees import PyTree
 from opq_jax.weights import checks
@@ -121,6 +121,8 @@ def _tree_folder(path: Path) -> Path:
     int(match[1]): child for child in whole if (match := _STEP.fullmatch(child.name)) is not None
   }
   if 'default' in items:
+    if others := [name for name in items if name != 'default']:
+      messages.warn(f'{path}: {messages.listed(others)}: found trees beside default, left out')
     return items['default']
   if steps:
     return _tree_folder(steps[max(steps)])

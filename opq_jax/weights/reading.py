@@ -54,8 +54,8 @@ def read_weights(path: str | os.PathLike[str], *, optimizer: bool = False) -> Py
     path: a file with one of the suffixes above, or a folder.
     optimizer: whether to read the state of an optimizer in a training checkpoint of PyTorch, which
       is left out otherwise, with a warning.  It stands under its own key beside the weights,
-      `optimizer/state/0/exp_avg`, ...; numbers and lists of numbers are arrays in it.  Files of
-      other formats are trees already, and are read whole.
+      `optimizer/state/0/exp_avg`, ...; numbers and lists of numbers are arrays in it.  Of Keras it
+      is always left out, with a warning; files of other formats are trees, and are read whole.
 
   Returns:
     A tree of NumPy arrays (bfloat16 and the like as `ml_dtypes`): a flat dict if the format is one

@@ -122,15 +122,22 @@ class StoredTrellis:
     asked = float(checked.bits_per_weight)
     search = _Search(self.encoder, tree, targets, stage)
 
+    notes: list[Warning] = []
+
     def plain(bits: float) -> tuple[Allocation, Grids]:
+      nonlocal notes
       allocation, grids = search.plain(bits)
       if search.work is None:
-        search.open(self.work, asked, grids)
+        # the search drops warnings of all allocations but the last one
+        with messages.collected() as notes:
+          search.open(self.work, asked, grids)
       return allocation, grids
 
     allocation, _ = allocation_search.search(
       plain, search.trial, asked, search.survey if self.encoder.version > 1 else None
     )
+    for note in notes:
+      messages.warn(note)
     assert search.work is not None
     return Choice(allocation, search.reader(), search.work.remove)
 

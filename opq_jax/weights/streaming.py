@@ -27,7 +27,7 @@ from opq_jax.allocation import (
 from opq_jax.allocation.objectives import check_omegas
 from opq_jax.allocation.output_scales import scales_for
 from opq_jax.allocation.palette_scales import palette_scales
-from opq_jax.core import memory, plain_trees, trees
+from opq_jax.core import memory, messages, plain_trees, trees
 from opq_jax.core.axes import ChannelAxes
 from opq_jax.core.stored_leaves import StoredLeaf
 from opq_jax.core.trees import PyTree
@@ -275,7 +275,8 @@ def _coded_at_rate(
   bits = file_rates.bits_of_file(size_of, original, file_rate, weights)
   # the search may answer with a trial before its last one, whose parts are gone: coded again
   if bits not in last:
-    size_of(bits)
+    with messages.collected():  # they have been issued
+      size_of(bits)
   return last[bits]
 
 

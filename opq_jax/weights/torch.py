@@ -76,17 +76,19 @@ def open_leaves(path: Path) -> dict[str, StoredLeaf]:
     return (_loaded(path, mmap=True).state_dict if is_mapped else loaded)[name]
 
   def fetch(name: str) -> Shaped[np.ndarray, '...']:
-    return np.array(_to_numpy(tensor(name), name))
+    return np.array(_array(tensor(name), name))
 
   def fetch_first(name: str) -> Shaped[np.ndarray, '...']:
-    return np.array(_to_numpy(tensor(name)[:1], name))
+    return np.array(_array(tensor(name), name, first=True))
 
   leaves = {}
   for name, stored in loaded.items():
     if type(name) is not str or not hasattr(stored, 'detach'):
       raise ValueError(f'{path}: {name}: found {type(stored).__name__}, expected a tensor')
-    dtype = str(stored.dtype).removeprefix('torch.')
-    known = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    try:
+      known = _array(stored, name, first=True).dtype
+    except ValueError as error:
+      raise ValueError(f'{path}: {error}') from error
     first = fetch_first if stored.ndim else None
     leaves[name] = StoredLeaf(str(path), name, tuple(stored.shape), known, fetch, first)
   return leaves
@@ -123,11 +125,12 @@ def _loaded(path: Path, mmap: bool = False) -> _Checkpoint:
     loaded, place = loaded[key], f'{place}{key}/'
   if not isinstance(loaded, Mapping):
     raise ValueError(f'{path}: found {type(loaded).__name__}, expected a state dict')
-  # vectors are means of inputs, weights of classes, states of random numbers
-  if matrices := [name for name, part in others.items() if getattr(part, 'ndim', 0) > 1]:
+  # vectors, also of shape (3, 1, 1), are means of inputs, weights of classes, random states
+  is_matrix = lambda part: sum(size > 1 for size in getattr(part, 'shape', ())) > 1
+  if matrices := [name for name, part in others.items() if is_matrix(part)]:
     raise ValueError(
       f'{path}: {messages.listed(matrices)}: found weights beside the state dict {place[:-1]}, '
-      'expected all weights in one: torch.save those to read to a file of their own'
+      'expected all weights in one: to read them, torch.save them to a file of their own'
     )
   return _Checkpoint(loaded, optimizers, list(others))
 
@@ -137,7 +140,7 @@ def _warn_of_others(path: Path, checkpoint: _Checkpoint) -> None:
   if checkpoint.others:
     messages.warn(
       f'{path}: {messages.listed(checkpoint.others)}: found tensors beside the state dict, left '
-      'out; what torch.save writes to a file of its own is read from there'
+      'out; to compress them, torch.save them to a file of their own'
     )
 
 
@@ -204,41 +207,43 @@ def _to_numpy(node: Any, name: str = '') -> Any:
 
   Args:
     node: the tree, or a tensor.
-    name: where it stands in the file, for errors.
+    name: its path, for errors.
 
   Raises:
-    ValueError: a tensor is sparse, quantized or of a dtype that NumPy and ml_dtypes lack, or claims
-      more bytes than the file has.
+    ValueError: as `_array`.
   """
   if isinstance(node, Mapping):
     return {key: _to_numpy(child, f'{name}/{key}'.lstrip('/')) for key, child in node.items()}
   if isinstance(node, list | tuple):
     return [_to_numpy(child, f'{name}/{i}'.lstrip('/')) for i, child in enumerate(node)]
-  if not hasattr(node, 'detach'):
-    return node
+  return _array(node, name) if hasattr(node, 'detach') else node
+
+
+def _array(tensor: Any, name: str, *, first: bool = False) -> Shaped[np.ndarray, '...']:
+  """Returns a tensor, or its first row, as an array.
+
+  Raises:
+    ValueError: it is sparse, quantized or of a dtype that NumPy and ml_dtypes lack, or claims more
+      bytes than the file has.
+  """
   try:
-    return _dense(node)
+    tensor = tensor[:1] if first and tensor.ndim else tensor
+    # a stride of 0 makes a tensor of any size from one stored number
+    stored = tensor.untyped_storage().nbytes()
+    if tensor.nbytes > checks.MAX_INFLATION * stored:
+      raise ValueError(f'{name}: found {stored} bytes, expected those of {tuple(tensor.shape)}')
+    tensor = tensor.detach().contiguous()
+    dtype = str(tensor.dtype).removeprefix('torch.')
+    if not hasattr(ml_dtypes, dtype):
+      return tensor.resolve_conj().resolve_neg().numpy()
+    # PyTorch converts no dtype that NumPy lacks: the bytes are handed over as integers
+    import torch
+
+    known = np.dtype(getattr(ml_dtypes, dtype))
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[known.itemsize]
+    return tensor.view(integer).numpy().view(known)
   except (RuntimeError, TypeError) as error:
     raise ValueError(
-      f'{name}: found a tensor of {node.dtype}, {node.layout}, expected a dense one of a dtype of '
-      f'NumPy or ml_dtypes: {error}'
+      f'{name}: found a tensor of {tensor.dtype}, {tensor.layout}, expected a dense one of a dtype '
+      f'of NumPy or ml_dtypes: {error}'
     ) from error
-  except ValueError as error:
-    raise ValueError(f'{name}: {error}') from error
-
-
-def _dense(node: Any) -> Shaped[np.ndarray, '...']:
-  # a stride of 0 makes a tensor of any size from one stored number
-  stored = node.untyped_storage().nbytes()
-  if node.nbytes > checks.MAX_INFLATION * stored:
-    raise ValueError(f'found {stored} bytes, expected those of shape {tuple(node.shape)}')
-  tensor = node.detach().contiguous()
-  name = str(tensor.dtype).removeprefix('torch.')
-  if not hasattr(ml_dtypes, name):
-    return tensor.resolve_conj().resolve_neg().numpy()
-  # PyTorch converts no dtype that NumPy lacks: the bytes are handed over as integers
-  import torch
-
-  dtype = np.dtype(getattr(ml_dtypes, name))
-  integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[dtype.itemsize]
-  return tensor.view(integer).numpy().view(dtype)

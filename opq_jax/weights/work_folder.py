@@ -79,7 +79,7 @@ class WorkFolder:
   def remove(self) -> None:
     """Deletes the folder, but for files that somebody else has put into it."""
     self.clear()
-    if not any(self.path.iterdir()):
+    if not any(self.path.iterdir()) and not self.path.is_symlink():
       self.path.rmdir()
 
   def _block(self, number: int) -> Path:
@@ -125,7 +125,9 @@ class Work:
 
   def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
     if isinstance(error, OSError) and self._lock is not None and (self._path / _PLAN).is_file():
-      error.add_note(f'what is done is kept in {self._path}: the same run goes on from there')
+      error.add_note(
+        f'what is done is kept in {self._path}, where the same run goes on, but for a file_rate'
+      )
     self.close()
 
 
@@ -147,25 +149,25 @@ def _locked(path: Path) -> contextlib.ExitStack:
 def _opened(path: Path, plan: Mapping[str, Any]) -> WorkFolder:
   """Returns the folder, which this run has locked, with the work of this plan or with none."""
   text = json.dumps(plan, sort_keys=True)
-  is_work = (path / _PLAN).is_file()
-  if is_work and (path / _PLAN).read_bytes() == text.encode():
+  plan_file = path / _PLAN
+  if plan_file.is_file() and plan_file.read_bytes() == text.encode():
     streams = path / _STREAMS
     try:
       return WorkFolder(path, int(_load(streams)['done']) if streams.is_file() else 0)
     except _DAMAGE as error:
       messages.warn(f'{streams}: found it damaged ({error}): the work begins anew')
-  is_own = is_work and all(_OWN.fullmatch(child.name) for child in path.iterdir())
-  if is_own and not path.is_symlink():
+  if is_work_folder(path) and not path.is_symlink():
     WorkFolder(path, 0).clear()
   # somebody else's files are not to be deleted at the end
   files.check_free(path)
-  files.write_bytes(path / _PLAN, text.encode())
+  files.write_bytes(plan_file, text.encode())
   return WorkFolder(path, 0)
 
 
 def is_work_folder(path: Path) -> bool:
-  """Returns whether a path is the work of a run whose output is an `.opq` file."""
-  return path.name.lower().endswith(f'.opq{_END}') and (path / _PLAN).is_file()
+  """Returns whether a path is a folder of the work of a run, and of nothing else."""
+  is_work = path.name.endswith(_END) and (path / _PLAN).is_file()
+  return is_work and all(_OWN.fullmatch(child.name) for child in path.iterdir())
 
 
 def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

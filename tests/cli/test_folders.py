@@ -10,7 +10,7 @@ import safetensors.numpy
 import opq_jax
 from opq_jax import cli
 from opq_jax.file.side_files import packed_files
-from opq_jax.weights import carried_files, holds_folder, open_folder
+from opq_jax.weights import holds_folder, open_folder
 from tests.helpers import tiny_resnet
 from tests.helpers.model_folders import llama_tensors, write_folder, write_torch_folder
 from tests.helpers.opq_files import rebuilt
@@ -43,14 +43,6 @@ def contents(path):
   return {
     str(file.relative_to(path)): file.read_bytes() for file in path.rglob('*') if file.is_file()
   }
-
-
-def test_compress_folder_leaves_killed_work_out(folder):
-  (folder / 'net.opq.blocks').mkdir()
-  (folder / 'net.opq.blocks' / 'plan.json').write_text('{}')
-  carried = carried_files(open_folder(folder))
-  assert 'net.opq.blocks/' in carried.left_out
-  assert not any('blocks' in name for name in carried.files)
 
 
 def test_compress_folder_and_back(folder, tmp_path, capsys):

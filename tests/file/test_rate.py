@@ -6,10 +6,12 @@ import warnings
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import opq_jax
 from opq_jax.file import rate as rate_of_file
 from opq_jax.file.rate import at_file_rate
+from opq_jax.weights import compress_stored, open_weights
 
 
 def tree():
@@ -50,6 +52,29 @@ def test_file_rate_that_is_none(rate):
     at_file_rate(tree(), rate)
   with pytest.raises(ValueError, match='found file_rate together with another target'):
     at_file_rate(tree(), 9.0, bits_per_weight=2.0)
+
+
+def test_warnings_of_the_rate_that_is_met(tmp_path):
+  """Those of its own allocation, and not of the others that were tried; on disk as in memory."""
+  rng = np.random.default_rng(0)
+  # as few bits as float32 numbers of a lattice have are met, and no more of them help
+  weights = np.clip(np.round(2 * rng.laplace(size=(256, 256))), -8, 8).astype(np.float32)
+  params = {'count': rng.integers(0, 1 << 30, size=40_000, dtype=np.int32), 'w': weights}
+  path = tmp_path / 'net.safetensors'
+  safetensors.numpy.save_file(params, path)
+  searches = (
+    lambda: at_file_rate(params, 2.0),
+    lambda: compress_stored(open_weights(path), tmp_path / 'net.opq', file_rate=2.0),
+  )
+  both = []
+  for search in searches:
+    with pytest.warns(UserWarning) as found:
+      search()
+    both.append([str(one.message) for one in found])
+  for texts in both:
+    assert sum('there is nothing between' in text for text in texts) == 1
+    assert sum('bits per weight' in text for text in texts) == 1
+  assert both[0] == both[1]
 
 
 def test_file_rates_of_threads_leave_warnings_on(monkeypatch):

@@ -1,7 +1,9 @@
 """Counts of correct answers: padding, ties, NaN and labels of no class."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from opq_jax.finetuning import evaluation, parallel
 from opq_jax.finetuning.batches import pad_batch
@@ -37,3 +39,13 @@ def test_eval_step_ranks_ties_and_nan():
   }
   counts = evaluation.eval_step({}, few, apply_fn=apply_fn)
   assert (int(counts['top1']), int(counts['top5']), int(counts['examples'])) == (0, 1, 4)
+
+
+@pytest.mark.parametrize(('dtype', 'classes'), [('uint8', 256), ('uint8', 260), ('int8', 200)])
+def test_eval_step_of_short_labels(dtype, classes):
+  """The number of classes does not fit into the dtype of the labels."""
+  labels = jnp.array([0, 100, 5], dtype)
+  logits = jax.nn.one_hot(labels.astype(jnp.int32), classes)
+  step = jax.jit(lambda batch: evaluation.eval_step({}, batch, apply_fn=lambda _, x, train: x))
+  counts = step({'image': logits, 'label': labels})
+  assert (int(counts['top1']), int(counts['examples'])) == (3, 3)

@@ -1,11 +1,7 @@
 """Codes chosen block after block: what they give the network, and runs that are killed."""
 
-import contextlib
 import dataclasses
 import functools
-import signal
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +9,6 @@ import pytest
 
 import opq_jax
 from opq_jax import language
-from opq_jax.core import files
 from opq_jax.encoders import Feedback, Trellis, trellis_leaves
 from opq_jax.encoders.rotated_inputs import RotatableMoments
 from opq_jax.importers import language_models
@@ -169,80 +164,3 @@ def test_killed_run_goes_on_bit_for_bit(done, by_feedback, tmp_path):
   assert len(left) == blocks.blocks - done
   for name, tensor in expected.items():
     np.testing.assert_array_equal(found[name], tensor)
-
-
-def test_work_of_another_plan_is_not_used(tmp_path):
-  with Work(tmp_path / 'net.opq') as own:
-    own.open({'bits': 3}).save_streams(1, {'first': np.zeros(2)})
-    assert own.open({'bits': 3}).done == 1
-    assert own.open({'bits': 4}).done == 0
-
-
-def test_work_is_of_one_run_at_a_time(tmp_path):
-  pytest.importorskip('fcntl')
-  output = tmp_path / 'net.opq'
-  with Work(output) as first, Work(output) as second:
-    first.open({'rate': 8}).save_streams(1, {'first': np.zeros(2)})
-    with pytest.raises(ValueError, match=r'net\.opq\.blocks: found the work of a run that has not'):
-      second.open({'rate': 16})
-  # the system unlocks what a killed process held
-  command = (
-    'import os, signal, sys; from opq_jax.weights.work_folder import Work; '
-    'work = Work(sys.argv[1]); work.open({"rate": 8}); os.kill(os.getpid(), signal.SIGKILL)'
-  )
-  killed = subprocess.run([sys.executable, '-c', command, output], check=False)
-  assert killed.returncode == -signal.SIGKILL
-  with Work(output) as third:
-    work = third.open({'rate': 8})
-    assert work.done == 1
-    work.remove()
-  # a folder made anew in the place of one that was removed
-  with Work(output) as last:
-    assert last.open({'rate': 8}).done == 0
-
-
-def test_work_without_locks(tmp_path, monkeypatch):
-  monkeypatch.setattr(files, 'fcntl', None)
-  with Work(tmp_path / 'net.opq') as first, Work(tmp_path / 'net.opq') as second:
-    first.open({'rate': 8}).save_streams(1, {'first': np.zeros(2)})
-    assert second.open({'rate': 8}).done == 1
-
-
-def test_folder_of_somebody_else_is_left_alone(tmp_path):
-  (tmp_path / 'net.opq.blocks').mkdir()
-  (tmp_path / 'net.opq.blocks' / 'mine.txt').write_text('mine')
-  with pytest.raises(ValueError, match='expected an empty one or none'):
-    Work(tmp_path / 'net.opq').open({})
-  assert (tmp_path / 'net.opq.blocks' / 'mine.txt').read_text() == 'mine'
-
-
-@pytest.mark.parametrize(
-  ('name', 'data'), [('streams.npz', b''), ('streams.npz', b'PK\x03\x04'), ('plan.json', b'\xff')]
-)
-def test_damaged_work_begins_anew(tmp_path, name, data):
-  own = Work(tmp_path / 'net.opq')
-  work = own.open({'bits': 3})
-  work.save_block(0, {'codes': np.arange(3)})
-  work.save_streams(1, {'first': np.zeros(2)})
-  (work.path / name).write_bytes(data)
-  names = contextlib.nullcontext()
-  if name == 'streams.npz':
-    names = pytest.warns(UserWarning, match='streams.npz: found it damaged')
-  with names:
-    assert own.open({'bits': 3}).done == 0
-  assert [child.name for child in work.path.iterdir()] == ['plan.json']
-  work.save_block(0, {'codes': np.arange(3)})
-  (work.path / 'block_00000.npz').write_bytes(b'PK')
-  with pytest.raises(ValueError, match=r'block_00000.npz: expected codes of .*delete .*net'):
-    work.load(0, 'codes')
-  own.close()
-
-
-def test_files_of_somebody_else_in_work_stay(tmp_path):
-  with Work(tmp_path / 'net.opq') as own:
-    work = own.open({'bits': 3})
-    (work.path / 'mine.txt').write_text('mine')
-    with pytest.raises(ValueError, match='expected an empty one or none'):
-      own.open({'bits': 4})
-    own.open({'bits': 3}).remove()
-  assert [child.name for child in work.path.iterdir()] == ['mine.txt']

@@ -11,7 +11,7 @@ import pytest
 import opq_jax
 from opq_jax.compression import CompressionState
 from opq_jax.core import trees
-from opq_jax.weights import npz, open_folder, read_weights
+from opq_jax.weights import npz, open_folder, open_weights, read_weights
 from tests.helpers.weight_trees import assert_same, flat_tree, nested_tree
 
 
@@ -57,6 +57,17 @@ def test_read_weights_orbax(tmp_path):
     checkpointer.save(tmp_path / 'net', nested_tree())
   assert_same(read_weights(tmp_path / 'net'), nested_tree())
   assert_same(read_weights(tmp_path / 'net' / '..' / 'net'), nested_tree())
+
+
+def test_read_weights_orbax_names_trees_beside(tmp_path):
+  import orbax.checkpoint as ocp
+
+  for item in ('default', 'ema'):
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(tmp_path / 'run' / item, {'kernel': np.full((2, 3), len(item))})
+  for read in (read_weights, lambda path: open_weights(path)['kernel'].read()):
+    with pytest.warns(UserWarning, match='run: ema: found trees beside default, left out'):
+      read(tmp_path / 'run')
 
 
 def test_read_weights_orbax_manager(tmp_path):
@@ -183,6 +194,16 @@ def test_read_weights_torch_names_tensors_that_no_array_holds(tmp_path):
       read_weights(tmp_path / 'c.pt')
 
 
+def test_open_folder_names_tensors_that_no_array_holds(tmp_path):
+  """When it is opened, not when the leaf is read."""
+  torch = pytest.importorskip('torch')
+  (tmp_path / 'config.json').write_text('{}')
+  tensors = {'a.weight': torch.ones(2, 3), 'b.weight': torch.eye(3).to_sparse()}
+  torch.save(tensors, tmp_path / 'pytorch_model.bin')
+  with pytest.raises(ValueError, match=r'pytorch_model\.bin: b\.weight: found .*sparse_coo'):
+    open_folder(tmp_path)
+
+
 @pytest.mark.filterwarnings('ignore:ComplexHalf support is experimental')
 def test_read_weights_torch_complex(tmp_path):
   torch = pytest.importorskip('torch')
@@ -205,7 +226,7 @@ def test_read_weights_torch_names_tensors_beside(tmp_path):
   beside = {
     'head': {'w': torch.ones(3)},
     'model_ema': {'shadow': [torch.zeros(2, 3)]},
-    'mean': torch.ones(3),
+    'mean': torch.ones(1, 3, 1, 1),
     'optimizer': {'state': {}},
     'epoch': 3,
   }

@@ -138,6 +138,23 @@ def test_trellis_goes_on_after_a_kill(stored, tmp_path, monkeypatch, count, shar
   assert not (tmp_path / 'net.opq.blocks').exists()
 
 
+@pytest.mark.filterwarnings('ignore:.*does not serve')
+def test_trellis_begins_anew_with_a_warning(stored, tmp_path, monkeypatch):
+  options = {'encoder': encoders.Trellis(), 'compression_rate': 10.0, **OPTIONS}
+
+  def killed(*_):
+    raise Killed
+
+  with monkeypatch.context() as patch:
+    patch.setattr(stored_trellis._Search, 'survey', killed)
+    patch.setattr(stored_trellis._Search, 'trial', killed)
+    with pytest.raises(Killed):
+      compress_stored(stored, tmp_path / 'net.opq', **options)
+  (tmp_path / 'net.opq.blocks' / 'streams.npz').write_bytes(b'PK')
+  with pytest.warns(UserWarning, match=r'streams\.npz: found it damaged .* the work begins anew'):
+    compress_stored(stored, tmp_path / 'net.opq', **options)
+
+
 @pytest.mark.parametrize(
   ('encoder', 'targets', 'message'),
   [
@@ -186,7 +203,7 @@ def test_command_says_where_work_is_kept_when_a_disk_is_full(tmp_path, monkeypat
     patch.setattr(SpooledFile, 'place', full)
     assert cli.main(['compress', 'llama', 'net.opq', '--trellis']) == 2
   assert capsys.readouterr().err.endswith(
-    'net.opq: No space left on device; what is done is kept in net.opq.blocks: the same run goes '
-    'on from there\n'
+    'net.opq: No space left on device; what is done is kept in net.opq.blocks, where the same run '
+    'goes on, but for a file_rate\n'
   )
   assert (tmp_path / 'net.opq.blocks').is_dir()
