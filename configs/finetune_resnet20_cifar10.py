@@ -55,6 +55,7 @@ the last run above that begins with its rate:
       zero_cell 0.25, growth 0.02                     91.13 %    35,811 bytes   30.28
       the same, seed 1                                90.79 %    35,767 bytes   30.32
       the same, seed 2                                90.98 %    35,752 bytes   30.33
+      the same without a zero cell                    90.28 %    36,012 bytes   30.11
     :18, 2 epochs, adamw, rate 2e-3, decay 1e-2,
       price_of_bits 10, feedback, growth 0.02         91.13 %    59,662 bytes   18.18
     :18, 10 epochs, adamw, rate 2e-3, decay 1e-2,
