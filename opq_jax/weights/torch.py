@@ -231,7 +231,9 @@ def _array(tensor: Any, name: str, *, first: bool = False) -> Shaped[np.ndarray,
     # a stride of 0 makes a tensor of any size from one stored number
     stored = tensor.untyped_storage().nbytes()
     if tensor.nbytes > checks.MAX_INFLATION * stored:
-      raise ValueError(f'{name}: found {stored} bytes, expected those of {tuple(tensor.shape)}')
+      raise ValueError(
+        f'{name}: found {stored} bytes, expected those of shape {tuple(tensor.shape)}'
+      )
     tensor = tensor.detach().contiguous()
     dtype = str(tensor.dtype).removeprefix('torch.')
     if not hasattr(ml_dtypes, dtype):
