@@ -40,7 +40,7 @@ if os.environ.get('OPQ_TEST_OPTIMIZED') != '1':
   if (0, 10) <= jax.__version_info__ < (0, 11):
     flags += ['--xla_cpu_use_fusion_emitters=false']
   if jax.__version_info__ >= (0, 12):
-    # fusions for YNNPACK take a fifth of the time that a program of the solver compiles
+    # programs with fusions for YNNPACK compile slower
     flags += ['--xla_cpu_experimental_ynn_fusion_type=']
   os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *flags])
   os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
