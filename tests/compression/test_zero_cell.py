@@ -105,6 +105,24 @@ def test_moved_weights(leaf, dtype):
   np.testing.assert_array_equal(opq_jax.decode(codes, with_zero, moved), values)
 
 
+def test_slices_that_are_mapped():
+  """Each slice for itself has the values and derivatives that it has in the stack."""
+  weights, state = stack(np.float32)
+  state = add_zero_cell(weights, state)
+  moved = weights * draw(weights.shape, seed=1)
+
+  def squares(weights, state):
+    return jnp.sum(opq_jax.apply_compression(weights, state) ** 2)
+
+  expected = opq_jax.apply_compression(moved, state)
+  np.testing.assert_array_equal(jax.vmap(opq_jax.apply_compression)(moved, state), expected)
+  _, found = jax.lax.scan(lambda _, x: (None, opq_jax.apply_compression(*x)), None, (moved, state))
+  np.testing.assert_array_equal(found, expected)
+  gradient = jax.grad(squares)(moved, state)
+  np.testing.assert_array_equal(jax.vmap(jax.grad(squares))(moved, state), gradient)
+  assert (np.asarray(gradient)[np.asarray(expected) != 0] != 0).all()
+
+
 def test_file_has_zeros_as_pruned_weights():
   weights, state = plain(np.float32)
   params, states = {'w': weights}, CompressionState({'w': state.tree})
