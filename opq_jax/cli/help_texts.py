@@ -36,8 +36,8 @@ writes an .opq file. All other leaves are stored bit for bit: integers, vectors
 (also of shape 1x1xC), and what a name says to be a bias, the scale of a
 normalization, a mask, a running statistic or a table of positions. --include
 and --exclude override the names. Of an optimizer's state one number a leaf
-is kept: the mean of second moments, 0 for first moments; of files of PyTorch
-and Keras none.
+is kept: the mean of second moments, 0 for first moments. The optimizer's
+state in a file of PyTorch or Keras is left out.
 
 IN is a .safetensors, .npz, .msgpack (Flax), .pt, .pth, .bin, .ckpt or .th
 (needs torch), .h5, .hdf5 or .keras (needs h5py), .gguf (needs gguf), .onnx

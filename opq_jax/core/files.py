@@ -172,16 +172,17 @@ def locked_folder(path: Path) -> Iterator[None]:
     OSError: it cannot be made or opened.
   """
   with contextlib.ExitStack() as stack:
-    path.mkdir(exist_ok=True)
-    while fcntl is not None:  # Windows opens no folders
+    while True:
+      path.mkdir(exist_ok=True)
+      if fcntl is None:  # Windows opens no folders
+        break
+      # not found: the process that held it has removed it
       with contextlib.suppress(FileNotFoundError):
         stack.callback(os.close, opened := os.open(path, os.O_RDONLY))
         _lock_if_free(opened)
         if os.path.samestat(os.fstat(opened), os.stat(path)):
           break
-      # the process that held it has removed it
       stack.close()
-      path.mkdir(exist_ok=True)
     yield
 
 

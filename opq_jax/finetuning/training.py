@@ -183,7 +183,7 @@ def train_step(
     raise ValueError(f'{option}: found it without a compression state, expected both or neither')
   if not price_of_bits and bits_limit:
     raise ValueError(f'bits_limit: found {bits_limit} without a price of bits, expected both')
-  # a schedule computes it from the step
+  # an array, such as a decay that follows the step, may be traced and is not checked
   if isinstance(ema_decay, int | float) and not 0 <= ema_decay < 1:
     raise ValueError(f'ema_decay: found {ema_decay}, expected 0 <= ema_decay < 1')
   if ema_decay is not None and train_state.average is None:

@@ -104,11 +104,12 @@ def _check_others(path: Path, groups: Iterable[Any], is_numbered: bool) -> None:
   """Warns of the state of an optimizer; weights of Keras 3 that no layer has raise a ValueError."""
   for group in groups:
     for name in group:
+      is_other = name in _NOT_WEIGHTS or (is_numbered and name != 'layers')
+      if not is_other or not any(_datasets(_child(group, name))):
+        continue
       if name in _NOT_WEIGHTS:
-        size = sum(array.nbytes for _, array in _datasets(_child(group, name)))
-        if size:
-          messages.warn(f'{path}: {name}: {size:,} bytes of an optimizer are left out')
-      elif is_numbered and name != 'layers' and any(_datasets(_child(group, name))):
+        messages.warn(f'{path}: {name}: the state of an optimizer is left out')
+      else:
         raise ValueError(f'{name}: found weights beside layers, expected all of them in layers')
 
 

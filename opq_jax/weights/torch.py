@@ -41,7 +41,7 @@ def read(path: Path, *, optimizer: bool = False) -> Any:
     Exception: whatever PyTorch raises at damaged bytes and at pickled code.
   """
   checkpoint = _loaded(path)
-  optimizers, weights = checkpoint.optimizers, _to_numpy(checkpoint.state_dict)
+  optimizers, weights = checkpoint.optimizers, _to_numpy(checkpoint.state_dict, f'{path}: ')
   _warn_of_others(path, checkpoint)
   if not optimizer:
     _warn_of_optimizers(path, optimizers)
@@ -49,7 +49,8 @@ def read(path: Path, *, optimizer: bool = False) -> Any:
   if both := sorted(weights.keys() & optimizers.keys()):
     raise ValueError(f'{path}: {both[0]}: found a tensor and an optimizer of this name')
   left: list[str] = []
-  kept = {key: _numbers(_to_numpy(state, key), key, left) for key, state in optimizers.items()}
+  arrays = {key: _to_numpy(state, f'{path}: {key}/') for key, state in optimizers.items()}
+  kept = {key: _numbers(state, key, left) for key, state in arrays.items()}
   if left:
     messages.warn(f'{path}: {", ".join(left)}: found neither tensors nor numbers, left out')
   return weights | kept
@@ -76,19 +77,16 @@ def open_leaves(path: Path) -> dict[str, StoredLeaf]:
     return (_loaded(path, mmap=True).state_dict if is_mapped else loaded)[name]
 
   def fetch(name: str) -> Shaped[np.ndarray, '...']:
-    return np.array(_array(tensor(name), name))
+    return np.array(_array(tensor(name), f'{path}: {name}'))
 
   def fetch_first(name: str) -> Shaped[np.ndarray, '...']:
-    return np.array(_array(tensor(name), name, first=True))
+    return np.array(_array(tensor(name), f'{path}: {name}', first=True))
 
   leaves = {}
   for name, stored in loaded.items():
     if type(name) is not str or not hasattr(stored, 'detach'):
       raise ValueError(f'{path}: {name}: found {type(stored).__name__}, expected a tensor')
-    try:
-      known = _array(stored, name, first=True).dtype
-    except ValueError as error:
-      raise ValueError(f'{path}: {error}') from error
+    known = _array(stored, f'{path}: {name}', first=True).dtype
     first = fetch_first if stored.ndim else None
     leaves[name] = StoredLeaf(str(path), name, tuple(stored.shape), known, fetch, first)
   return leaves
@@ -202,24 +200,24 @@ def _tensors(node: Any) -> Iterator[Any]:
     yield node
 
 
-def _to_numpy(node: Any, name: str = '') -> Any:
+def _to_numpy(node: Any, place: str) -> Any:
   """Replaces the tensors of a tree by NumPy arrays; other leaves stay.
 
   Args:
     node: the tree, or a tensor.
-    name: its path, for errors.
+    place: the file and the path in it, for errors; ends in a slash below the root.
 
   Raises:
     ValueError: as `_array`.
   """
   if isinstance(node, Mapping):
-    return {key: _to_numpy(child, f'{name}/{key}'.lstrip('/')) for key, child in node.items()}
+    return {key: _to_numpy(child, f'{place}{key}/') for key, child in node.items()}
   if isinstance(node, list | tuple):
-    return [_to_numpy(child, f'{name}/{i}'.lstrip('/')) for i, child in enumerate(node)]
-  return _array(node, name) if hasattr(node, 'detach') else node
+    return [_to_numpy(child, f'{place}{i}/') for i, child in enumerate(node)]
+  return _array(node, place.removesuffix('/')) if hasattr(node, 'detach') else node
 
 
-def _array(tensor: Any, name: str, *, first: bool = False) -> Shaped[np.ndarray, '...']:
+def _array(tensor: Any, place: str, *, first: bool = False) -> Shaped[np.ndarray, '...']:
   """Returns a tensor, or its first row, as an array.
 
   Raises:
@@ -232,7 +230,7 @@ def _array(tensor: Any, name: str, *, first: bool = False) -> Shaped[np.ndarray,
     stored = tensor.untyped_storage().nbytes()
     if tensor.nbytes > checks.MAX_INFLATION * stored:
       raise ValueError(
-        f'{name}: found {stored} bytes, expected those of shape {tuple(tensor.shape)}'
+        f'{place}: found {stored} bytes, expected those of shape {tuple(tensor.shape)}'
       )
     tensor = tensor.detach().contiguous()
     dtype = str(tensor.dtype).removeprefix('torch.')
@@ -246,6 +244,6 @@ def _array(tensor: Any, name: str, *, first: bool = False) -> Shaped[np.ndarray,
     return tensor.view(integer).numpy().view(known)
   except (RuntimeError, TypeError) as error:
     raise ValueError(
-      f'{name}: found a tensor of {tensor.dtype}, {tensor.layout}, expected a dense one of a dtype '
-      f'of NumPy or ml_dtypes: {error}'
+      f'{place}: found a tensor of {tensor.dtype}, {tensor.layout}, expected a dense one of a '
+      f'dtype of NumPy or ml_dtypes: {error}'
     ) from error

@@ -126,7 +126,8 @@ class Work:
   def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
     if isinstance(error, OSError) and self._lock is not None and (self._path / _PLAN).is_file():
       error.add_note(
-        f'what is done is kept in {self._path}, where the same run goes on, but for a file_rate'
+        f'what is done is kept in {self._path}: the same run goes on from there, unless it '
+        'searches for a file_rate'
       )
     self.close()
 

@@ -57,7 +57,7 @@ def test_file_rate_that_is_none(rate):
 def test_warnings_of_the_rate_that_is_met(tmp_path):
   """Those of its own allocation, and not of the others that were tried; on disk as in memory."""
   rng = np.random.default_rng(0)
-  # as few bits as float32 numbers of a lattice have are met, and no more of them help
+  # of 17 values: from some rate on codes are exact, and with more bits the file stays as it is
   weights = np.clip(np.round(2 * rng.laplace(size=(256, 256))), -8, 8).astype(np.float32)
   params = {'count': rng.integers(0, 1 << 30, size=40_000, dtype=np.int32), 'w': weights}
   path = tmp_path / 'net.safetensors'

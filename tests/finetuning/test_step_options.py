@@ -13,27 +13,25 @@ import opq_jax
 from opq_jax.finetuning import losses, parallel, training
 from opq_jax.finetuning.batches import pad_batch
 from tests.helpers import small_networks
-from tests.helpers.small_networks import Network, assert_compressed, assert_same_bits, batches
-
-SGD = optax.chain(
-  optax.add_decayed_weights(1e-3, mask=training.kernels), optax.sgd(0.05, momentum=0.9)
+from tests.helpers.small_networks import (
+  SGD,
+  Network,
+  assert_compressed,
+  assert_same_bits,
+  batches,
+  linear,
 )
-
-
-def linear(weights, images, **_):
-  return images @ weights['params']['w'], {}
 
 
 def test_accumulation_equals_whole_batch():
   weights = {'w': jnp.asarray(np.random.default_rng(0).normal(size=(24, 5)), jnp.float32)}
-  apply_fn = lambda variables, x, train, **_: (x @ variables['params']['w'], {})
   [batch] = batches(1)
   results = [
     training.train_step(
       training.init_train_state({'params': weights}, SGD, jax.random.key(0)),
       None,
       batch,
-      apply_fn=apply_fn,
+      apply_fn=linear,
       optimizer=SGD,
       accumulation=parts,
     )

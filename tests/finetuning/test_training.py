@@ -13,12 +13,16 @@ import opq_jax
 from opq_jax.finetuning import parallel, training
 from opq_jax.finetuning.checkpoints import Checkpoints
 from tests.helpers import small_networks
-from tests.helpers.small_networks import Network, assert_compressed, assert_same_bits, batches
+from tests.helpers.small_networks import (
+  SGD,
+  Network,
+  assert_compressed,
+  assert_same_bits,
+  batches,
+  linear,
+)
 
 SYNCHRONISED = Network(axis_name=parallel.AXIS)
-SGD = optax.chain(
-  optax.add_decayed_weights(1e-3, mask=training.kernels), optax.sgd(0.05, momentum=0.9)
-)
 ADAMW = optax.adamw(1e-2, weight_decay=0.1, mask=training.kernels)
 
 
@@ -138,10 +142,6 @@ def test_kernels_masks_weight_decay():
     'bias': 0.0,
     'scale': 0.0,
   }
-
-
-def linear(weights, images, **_):
-  return images @ weights['params']['w'], {}
 
 
 def test_statistics_that_a_network_does_not_update():

@@ -6,12 +6,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import opq_jax
 from opq_jax.finetuning import training
 
 CLASSES = 5
 FEATURES = 24
+SGD = optax.chain(
+  optax.add_decayed_weights(1e-3, mask=training.kernels), optax.sgd(0.05, momentum=0.9)
+)
 
 
 class Network(nn.Module):
@@ -34,6 +38,11 @@ class Network(nn.Module):
     x = nn.relu(norm(x.astype(jnp.float32))).astype(self.dtype)
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
     return nn.Dense(CLASSES, dtype=self.dtype, name='head')(x).astype(jnp.float32)
+
+
+def linear(variables, images, **_):
+  """A network of one matrix."""
+  return images @ variables['params']['w'], {}
 
 
 @functools.cache

@@ -203,7 +203,7 @@ def test_command_says_where_work_is_kept_when_a_disk_is_full(tmp_path, monkeypat
     patch.setattr(SpooledFile, 'place', full)
     assert cli.main(['compress', 'llama', 'net.opq', '--trellis']) == 2
   assert capsys.readouterr().err.endswith(
-    'net.opq: No space left on device; what is done is kept in net.opq.blocks, where the same run '
-    'goes on, but for a file_rate\n'
+    'net.opq: No space left on device; what is done is kept in net.opq.blocks: the same run goes '
+    'on from there, unless it searches for a file_rate\n'
   )
   assert (tmp_path / 'net.opq.blocks').is_dir()
