@@ -26,72 +26,109 @@ RAISED = 4
 """A leaf that is held to its grid, with a threshold that the search raises."""
 
 
-class Point(NamedTuple):
-  """A point of the search.
-
-  Attributes:
-    log_lambda: logarithm of the multiplier.
-    raised: part of the way from its own threshold to its largest |w| that the threshold of a
-      RAISED leaf is moved.
-  """
-
-  log_lambda: Float[Array, '']
-  raised: Float[Array, '']
-
-
 class Choices(NamedTuple):
   """The choice of every leaf.
 
+  The search selects among choices, and XLA compiles a kernel for each array that it selects: two
+  arrays compile in less time than one for every property.
+
   Attributes:
-    choice: PRUNED, ON_GRID, ON_LATTICE or EXACT.
-    threshold, step, levels: of the grid, where it is ON_GRID.
-    payload: bits per weight of each leaf in a file.
-    bits: bits per weight over all leaves.
-    cost: weighted squared error of all leaves, up to a factor.
+    of_leaves: its rows are `choice`, `threshold`, `step`, `levels` and `payload`.
+    of_all: `bits` and `cost`.
   """
 
-  choice: Int32[Array, 'leaves']
-  threshold: Float[Array, 'leaves']
-  step: Float[Array, 'leaves']
-  levels: Float[Array, 'leaves']
-  payload: Float[Array, 'leaves']
-  bits: Float[Array, '']
-  cost: Float[Array, '']
+  of_leaves: Float[Array, '5 leaves']
+  of_all: Float[Array, '2']
+
+  @property
+  def choice(self) -> Int32[Array, 'leaves']:
+    """PRUNED, ON_GRID, ON_LATTICE or EXACT."""
+    return self.of_leaves[0].astype(jnp.int32)
+
+  @property
+  def threshold(self) -> Float[Array, 'leaves']:
+    """The threshold of the grid, where the choice is ON_GRID."""
+    return self.of_leaves[1]
+
+  @property
+  def step(self) -> Float[Array, 'leaves']:
+    """Its step."""
+    return self.of_leaves[2]
+
+  @property
+  def levels(self) -> Float[Array, 'leaves']:
+    """Its levels a sign."""
+    return self.of_leaves[3]
+
+  @property
+  def payload(self) -> Float[Array, 'leaves']:
+    """Bits per weight of each leaf in a file."""
+    return self.of_leaves[4]
+
+  @property
+  def bits(self) -> Float[Array, '']:
+    """Bits per weight over all leaves."""
+    return self.of_all[0]
+
+  @property
+  def cost(self) -> Float[Array, '']:
+    """Weighted squared error of all leaves, up to a factor."""
+    return self.of_all[1]
+
+
+class Ends(NamedTuple):
+  """Bits per weight of each leaf without a grid: all weights pruned, and all of them exact."""
+
+  pruned: Float[Array, 'leaves']
+  exact: Float[Array, 'leaves']
+
+
+def ends_of(problem: RateProblem) -> Ends:
+  """Returns the bits of all leaves pruned, and of all leaves exact."""
+  sums, nonzero = problem.sums, problem.sums.nonzero()
+  # the same for all leaves twice: with no weight that escapes, and with all but zeros
+  escaped = jnp.concatenate([jnp.zeros_like(nonzero), nonzero])
+  cells = jnp.zeros((len(escaped), 2, 1), escaped.dtype)
+  value_bits = jnp.tile(escaped_value_bits(sums, nonzero, problem.mantissa), 2)
+  sizes, both = jnp.tile(jnp.asarray(problem.sizes), 2), jnp.stack([escaped, escaped], axis=1)
+  bits = payload_bits(1 - escaped, cells, both, sizes, value_bits)[:, 0]
+  pruned, exact = jnp.split(bits, 2)
+  # no weight of a palette escapes
+  return Ends(pruned, exact if problem.palette_levels is None else jnp.full_like(exact, jnp.inf))
 
 
 def choices_at(
-  problem: RateProblem, point: Point, bits: Float[Array, ''], held: Int32[Array, 'leaves']
+  problem: RateProblem,
+  ends: Ends,
+  log_lambda: Float[Array, ''],
+  raised: Float[Array, ''],
+  bits: Float[Array, ''],
+  held: Int32[Array, 'leaves'],
 ) -> Choices:
   """Returns the choices that minimise sum_i F_i + lambda n_i R_i.
 
   Args:
     problem: the leaves.
-    point: multiplier and raised thresholds.
+    ends: of `ends_of`.
+    log_lambda: logarithm of the multiplier.
+    raised: part of the way from its own threshold to its largest |w| that the threshold of a
+      RAISED leaf is moved.
     bits: bits per weight that the search is asked for; a lattice of no more bits and no error is
       always kept.
     held: FREE, RAISED or a choice, for every leaf.
   """
   sums = problem.sums
-  log_mu = problem.log_mu + point.log_lambda
+  log_mu = problem.log_mu + log_lambda
   has_palettes = problem.palette_levels is not None
   grid = (best_palette if has_palettes else best_grid)(problem, log_mu)
-  raised = grid.threshold + point.raised * (sums.largest - grid.threshold)
-  grid = grid._replace(threshold=jnp.where(held == RAISED, raised, grid.threshold))
+  threshold = grid.threshold + raised * (sums.largest - grid.threshold)
+  grid = grid._replace(threshold=jnp.where(held == RAISED, threshold, grid.threshold))
   price = jnp.exp(grid.log_price)
   levels, payload, error = (palette_levels if has_palettes else best_levels)(problem, grid)
-  energy, nothing = sums.energy(), jnp.zeros_like(payload)
-  nonzero = sums.nonzero()
+  energy = sums.energy()
   # in the order of the constants above
-  rates = jnp.stack(
-    [
-      _payload_without_levels(problem, nothing + 1, nothing),
-      payload,
-      problem.lattice_bits,
-      # no weight of a palette escapes
-      nothing + jnp.inf if has_palettes else _payload_without_levels(problem, 1 - nonzero, nonzero),
-    ]
-  )
-  errors = jnp.stack([energy, error, problem.lattice_error, nothing])
+  rates = jnp.stack([ends.pruned, payload, problem.lattice_bits, ends.exact])
+  errors = jnp.stack([energy, error, problem.lattice_error, jnp.zeros_like(payload)])
   if problem.is_linear:
     costs = errors + price[None] * rates
   else:
@@ -111,14 +148,5 @@ def choices_at(
   weight = jnp.exp(jnp.min(problem.log_mu) - problem.log_mu)
   cost = jnp.sum(problem.share * error * weight)
   total = jnp.sum(problem.share * payload)
-  return Choices(choice, grid.threshold, grid.step, levels, payload, total, cost)
-
-
-def _payload_without_levels(
-  problem: RateProblem, pruned: Float[Array, 'leaves'], escaped: Float[Array, 'leaves']
-) -> Float[Array, 'leaves']:
-  """Returns bits per weight of leaves without levels: each weight is pruned or escapes."""
-  none = jnp.zeros((len(pruned), 2, 1), pruned.dtype)
-  both = jnp.stack([escaped, escaped], axis=1)
-  value_bits = escaped_value_bits(problem.sums, jnp.zeros_like(pruned), problem.mantissa)
-  return payload_bits(pruned, none, both, problem.sizes, value_bits)[:, 0]
+  rows = [choice.astype(payload.dtype), grid.threshold, grid.step, levels, payload]
+  return Choices(jnp.stack(rows), jnp.stack([total, cost]))

@@ -53,16 +53,20 @@ def payload_bits(
   # an empty cell is listed where an occupied one follows
   number = np.arange(1, cells.shape[2] + 1, dtype=np.int32)[None, None]
   listed = lax.cummax(jnp.where(occurs > _LISTED, number, 0), axis=2).astype(dtype)
-  empty = jnp.maximum(listed - jnp.cumsum(occurs, axis=2), 0)
   each = occurs * (2 + jnp.log2(jnp.maximum(cells * whole, 1)))
-  table = jnp.cumsum(each, axis=2) + _BITS_OF_EMPTY * empty + 2 * jnp.log2(listed + 4)
   # no frequency is below 1: rare codes take fewer bits than their share says, all others more
   surprise = -cells * jnp.log2(jnp.maximum(cells, 1 / whole))
-  raised = jnp.cumsum(jnp.sum(occurs * jnp.maximum(1 / whole - cells, 0), axis=1), axis=1)
+  raised = occurs * jnp.maximum(1 / whole - cells, 0)
+  # summed together: XLA takes five kernels for a cumulative sum, and compiles each of them
+  of_both_signs = [jnp.sum(x, axis=1, keepdims=True) for x in (surprise, raised)]
+  sums = jnp.cumsum(jnp.concatenate([occurs, each, *of_both_signs], axis=1), axis=2)
+  empty = jnp.maximum(listed - sums[:, :2], 0)
+  table = sums[:, 2:4] + _BITS_OF_EMPTY * empty + 2 * jnp.log2(listed + 4)
+  surprise, raised = sums[:, 4], sums[:, 5]
   first = lambda x, value: jnp.pad(x, ((0, 0), (1, 0)), constant_values=value)
   # without levels the bounds of the alphabet are still written: 2 log2(4) bits for each sign
   table = first(jnp.sum(table, axis=1), 2 * 2 * 2.0)
-  codes = first(jnp.cumsum(jnp.sum(surprise, axis=1), axis=1), 0.0)
+  codes = first(surprise, 0.0)
   codes = codes - times_log2(pruned[:, None] + escaped) + jnp.log2(1 + first(raised, 0.0))
   beside = escaped * (value_bits[:, None] + _BITS_OF_PLACE)
   beside = beside - times_log2(escaped) - times_log2(1 - escaped)
@@ -71,22 +75,21 @@ def payload_bits(
 
 
 def escaped_value_bits(
-  sums: Sums, edge: Float[Array, 'leaves'], mantissa: Float[Array, 'leaves']
+  sums: Sums, escaped: Float[Array, 'leaves'], mantissa: Float[Array, 'leaves']
 ) -> Float[Array, 'leaves']:
   """Returns the bits of a value beyond an edge: sign, mantissa, and its exponent's entropy.
 
   Args:
     sums: the histograms.
-    edge: magnitude beyond which weights are escaped, in the leaf's unit.
+    escaped: share of the weights beyond the edge.
     mantissa: bits of the mantissa of the leaf's dtype.
   """
   # an octave of magnitudes has one exponent
   octaves = jnp.sum(sums.columns[:, ::BINS_AN_OCTAVE, :2], axis=2)
   # the first bin holds zeros, and they do not escape
   octaves = octaves.at[:, 0].set(sums.nonzero())
-  tail = sums.at(edge)
   # the edge cuts its own octave: no more is beyond an octave's lower end than beyond the edge
-  beyond = jnp.minimum(octaves, (tail.positive + tail.negative)[:, None])
+  beyond = jnp.minimum(octaves, escaped[:, None])
   share = (beyond[:, :-1] - beyond[:, 1:]) / jnp.maximum(beyond[:, :1], 1e-30)
   return 1 + mantissa - jnp.sum(times_log2(jnp.maximum(share, 0)), axis=1)
 

@@ -23,11 +23,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from opq_jax.allocation import laplace
 from opq_jax.allocation.code_bits import escaped_value_bits, payload_bits
-from opq_jax.allocation.histogram_sums import Sums
+from opq_jax.allocation.histogram_sums import Sums, Tail
 from opq_jax.allocation.rate_problem import Edges, RateProblem, edges_of, shares_of
 from opq_jax.core.limits import MAX_LEVELS, STEP_BITS
 
@@ -133,8 +134,8 @@ def rounded_step(step: Float[Array, 'leaves']) -> Float[Array, 'leaves']:
   Many equal weights may lie beside an edge, and must be counted on the side where they will be
   coded.
   """
-  mantissa, exponent = jnp.frexp(step)
-  return jnp.ldexp(jnp.round(mantissa * 2.0**STEP_BITS), exponent - STEP_BITS)
+  # the first bit of a mantissa is not stored
+  return lax.reduce_precision(step, jnp.finfo(step.dtype).nexp, STEP_BITS - 1)
 
 
 def _least(sums: Sums) -> Array:
@@ -144,7 +145,13 @@ def _least(sums: Sums) -> Array:
 
 def _tail(sums: Sums, threshold: Array, step: Array) -> _Tail:
   """Returns the tail beyond a threshold; escaped weights do not count in its scale."""
-  tail, far = sums.at(threshold), sums.at(threshold + MAX_LEVELS * step)
+  ends = sums.at(jnp.stack([threshold, threshold + MAX_LEVELS * step], axis=1))
+  near, far = (Tail(*(x[:, k] for x in ends)) for k in (0, 1))
+  return _tail_between(sums, threshold, near, far)
+
+
+def _tail_between(sums: Sums, threshold: Array, tail: Tail, far: Tail) -> _Tail:
+  """Returns the tail beyond a threshold, given the sums there and 127 cells further."""
   left = tail.positive + tail.negative
   inside = left - far.positive - far.negative
   scale = (tail.magnitude - far.magnitude) / jnp.where(inside > 0, inside, 1) - threshold
@@ -180,11 +187,13 @@ def best_levels(problem: RateProblem, grid: Grid) -> Levels:
   sums, (threshold, step, log_price) = problem.sums, grid
   edges = edges_of(sums, threshold, step)
   shares = shares_of(edges.tail)
-  scale = _tail(sums, threshold, step).scale
+  near, far = (Tail(*(x[:, k] for x in edges.tail)) for k in (0, -1))
+  scale = _tail_between(sums, threshold, near, far).scale
   # the bits of a value depend little on the edge: one estimate, in the upper half of the reach,
   # serves all numbers of levels, and the chosen one is corrected below
   upper = threshold + 0.6 * jnp.minimum(MAX_LEVELS * step, sums.largest - threshold)
-  about = escaped_value_bits(sums, upper, problem.mantissa)
+  beyond = sums.at(upper)
+  about = escaped_value_bits(sums, beyond.positive + beyond.negative, problem.mantissa)
   bits = payload_bits(shares.pruned, shares.cells, shares.escaped, problem.sizes, about)
   # levels beyond the largest weight would hold nothing; a reach of a whole number of steps up to
   # rounding needs no level more
@@ -196,8 +205,9 @@ def best_levels(problem: RateProblem, grid: Grid) -> Levels:
   best = jnp.argmin(cost, axis=1)[:, None]
   of_best = lambda x: jnp.take_along_axis(x, best, axis=1)[:, 0]
   levels = best[:, 0].astype(threshold.dtype)
-  exact = escaped_value_bits(sums, threshold + levels * step, problem.mantissa) - about
-  return Levels(levels, of_best(bits) + of_best(shares.escaped) * exact, of_best(error))
+  escaped = of_best(shares.escaped)
+  exact = escaped_value_bits(sums, escaped, problem.mantissa) - about
+  return Levels(levels, of_best(bits) + escaped * exact, of_best(error))
 
 
 def _error_in_cells(sums: Sums, edges: Edges, step: Array, scale: Array) -> Array:
@@ -210,8 +220,8 @@ def _error_in_cells(sums: Sums, edges: Edges, step: Array, scale: Array) -> Arra
   # moments of the excess over each cell's inner edge
   rest = first - inner * count
   square = second - 2 * inner * first + inner * inner * count
-  total = lambda x: jnp.pad(jnp.cumsum(x, axis=1), ((0, 0), (1, 0)))
-  count, rest, square = total(count), total(rest), total(square)
+  moments = jnp.cumsum(jnp.stack([count, rest, square]), axis=2)
+  count, rest, square = jnp.pad(moments, ((0, 0), (0, 0), (1, 0)))
   found = square - rest * rest / jnp.where(count > 0, count, 1)
   # a small error is lost in the rounding of these sums; but it belongs to a fine grid, where the
   # closed form is exact

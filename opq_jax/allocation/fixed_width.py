@@ -122,20 +122,22 @@ def minimise_at_bits(
       sums = jax.lax.cumsum(sums, axis=1, reverse=True)[:, 1:]
       return sums[..., 0] - (log_step - low[:, None]) * sums[..., 1]
 
-    def within(_: Array) -> Array:
-      return index_bits(beyond) / _LOG2
+    def within(index: Array) -> Array:
+      return index / _LOG2
 
-    def limited(log_step: Array) -> Array:
+    def limited(index: Array) -> Array:
       assert escape_bits is not None
       # an index of at most 127 cells, and the values of the weights beyond them
-      index = index_bits(beyond) - index_bits(beyond - _LOG_LEVELS)
+      index = index - index_bits(beyond - _LOG_LEVELS)
       return index / _LOG2 + escape_bits(jnp.exp(log_step))
 
-    # in later rounds 127 cells mostly suffice, and the second sum is saved
-    needs_more = jnp.any(coarsest - low > _LOG_LEVELS * (1 + 1e-6))
-    more = within(log_step)
-    if escape_bits is not None:
-      more = jax.lax.cond(needs_more, limited, lambda _: more, log_step)
+    index = index_bits(beyond)
+    if escape_bits is None:
+      more = within(index)
+    else:
+      # in later rounds 127 cells mostly suffice, and the second sum is saved
+      needs_more = jnp.any(coarsest - low > _LOG_LEVELS * (1 + 1e-6))
+      more = jax.lax.cond(needs_more, limited, within, index)
     return cost, (channels.sum(survivors)[:, None] + more) / total
 
   def is_open(state: _Best) -> Array:

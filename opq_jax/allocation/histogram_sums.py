@@ -58,6 +58,8 @@ class Sums(NamedTuple):
     # the last bin is filled only up to the largest weight; 1e-6 is eight roundings of float32
     is_all = (flat >= self.largest[:, None] * (1 - 1e-6))[..., None]
     sums = jnp.where(is_all, self.columns[:, -1:], sums)
+    # without the barrier XLA repeats the look-up in everything that it is fused into
+    sums = lax.optimization_barrier(sums)
     return Tail(*(sums[..., k].reshape(magnitude.shape) for k in range(4)))
 
   def energy(self) -> Float[Array, 'leaves']:
@@ -106,10 +108,10 @@ def sums_of(
   counts = counts / jnp.maximum(jnp.sum(counts, axis=(1, 2), keepdims=True), 1)
   both = jnp.sum(counts, axis=1)
   centre, width = sums.centres()
-  beyond = [counts[:, 0], counts[:, 1], both * centre]
+  beyond = jnp.stack([counts[:, 0], counts[:, 1], both * centre], axis=1)
   # summed from the far end: as a difference of sums from 0, a thin tail would have no digits left
-  beyond = [jnp.pad(lax.cumsum(x, axis=1, reverse=True), ((0, 0), (0, 1))) for x in beyond]
+  beyond = jnp.pad(lax.cumsum(beyond, axis=2, reverse=True), ((0, 0), (0, 0), (0, 1)))
   # width^2 / 12: the variance of weights spread evenly over their bin
   squares = both * (centre * centre + width * width / 12)
-  below = jnp.pad(jnp.cumsum(squares, axis=1), ((0, 0), (1, 0)))
-  return sums._replace(columns=jnp.stack([*beyond, below], axis=2))
+  below = jnp.pad(jnp.cumsum(squares, axis=1), ((0, 0), (1, 0)))[:, None]
+  return sums._replace(columns=jnp.concatenate([beyond, below], axis=1).swapaxes(1, 2))

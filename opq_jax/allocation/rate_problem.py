@@ -116,9 +116,11 @@ def payload_of(
   """Returns bits per weight of each leaf in a file, on a grid of so many levels."""
   palette = None if problem.palette_levels is None else levels
   shares = shares_of(edges_of(problem.sums, threshold, step, palette).tail)
-  value_bits = escaped_value_bits(problem.sums, threshold + levels * step, problem.mantissa)
+  last = levels.astype(jnp.int32)[:, None]
+  escaped = jnp.take_along_axis(shares.escaped, last, axis=1)[:, 0]
+  value_bits = escaped_value_bits(problem.sums, escaped, problem.mantissa)
   bits = payload_bits(shares.pruned, shares.cells, shares.escaped, problem.sizes, value_bits)
-  return jnp.take_along_axis(bits, levels.astype(jnp.int32)[:, None], axis=1)[:, 0]
+  return jnp.take_along_axis(bits, last, axis=1)[:, 0]
 
 
 def entropy_of(

@@ -37,8 +37,9 @@ from opq_jax.allocation.choices import (
   PRUNED,
   RAISED,
   Choices,
-  Point,
+  Ends,
   choices_at,
+  ends_of,
 )
 from opq_jax.allocation.rate_problem import RateProblem
 
@@ -60,7 +61,8 @@ class _Search(NamedTuple):
   Attributes:
     stage: one of the stages of the module's description, or DONE.
     trials: points tried in this stage.
-    at_under, under: the best point of few enough bits, and the choices there.
+    at_under, under: the best point of few enough bits, and the choices there.  A point is lambda's
+      logarithm, and the part by which thresholds are raised.
     at_over, over: the point of too many bits, and the choices there.
     exact: choices of all values exact.
     held: FREE, RAISED or the choice that each leaf is held to.
@@ -69,9 +71,9 @@ class _Search(NamedTuple):
 
   stage: Int32[Array, '']
   trials: Int32[Array, '']
-  at_under: Point
+  at_under: Float[Array, '2']
   under: Choices
-  at_over: Point
+  at_over: Float[Array, '2']
   over: Choices
   exact: Choices
   held: Int32[Array, 'leaves']
@@ -86,14 +88,15 @@ def minimise_at_bits_per_weight(problem: RateProblem, bits: Float[Array, '']) ->
   """
   lowest, highest = _log_lambda_ends(problem)
   zero = jnp.zeros_like(lowest)
-  zeros = jnp.zeros_like(problem.share)
-  nothing = Choices(zeros.astype(jnp.int32), zeros, zeros, zeros, zeros, bits, bits)
+  nothing = Choices(
+    jnp.zeros((5, len(problem.share)), problem.share.dtype), jnp.stack([bits, bits])
+  )
   start = _Search(
     stage=jnp.int32(_TRY_EXACT),
     trials=jnp.int32(0),
-    at_under=Point(highest, zero),
+    at_under=jnp.stack([highest, zero]),
     under=nothing,
-    at_over=Point(lowest, zero),
+    at_over=jnp.stack([lowest, zero]),
     over=nothing,
     exact=nothing,
     held=jnp.full(problem.share.shape, FREE, jnp.int32),
@@ -104,7 +107,7 @@ def minimise_at_bits_per_weight(problem: RateProblem, bits: Float[Array, '']) ->
     is_short = _excess(search.under, bits) < -_TOLERANCE
     return (search.stage < _DONE) & ((search.stage < _ALL_FREE) | is_short)
 
-  step = functools.partial(_try_point, problem, bits, lowest)
+  step = functools.partial(_try_point, problem, ends_of(problem), bits, lowest)
   return jax.lax.while_loop(is_open, step, start).under
 
 
@@ -119,12 +122,16 @@ def _select(test: Array, new: Any, old: Any) -> Any:
 
 
 def _try_point(
-  problem: RateProblem, bits: Float[Array, ''], lowest: Float[Array, ''], search: _Search
+  problem: RateProblem,
+  ends: Ends,
+  bits: Float[Array, ''],
+  lowest: Float[Array, ''],
+  search: _Search,
 ) -> _Search:
   """Tries a point between `at_under` and `at_over`, puts it in the place of one, and goes on."""
   part = _next_part(problem, bits, search)
-  point = jax.tree.map(lambda x, y: x + part * (y - x), search.at_under, search.at_over)
-  found = choices_at(problem, point, bits, search.held)
+  point = search.at_under + part * (search.at_over - search.at_under)
+  found = choices_at(problem, ends, *point, bits, search.held)
   # beyond the free stage more bits may also cost more error: only less error is worth them
   is_better = (search.stage <= _ALL_FREE) | (found.cost <= search.under.cost)
   is_under = (_excess(found, bits) <= _TOLERANCE) & is_better
@@ -134,16 +141,16 @@ def _try_point(
   at_over, over = _select(is_under, (search.at_over, search.over), tried)
   search = search._replace(
     trials=search.trials + 1,
-    guess=point.log_lambda + _OVERSHOOT * _SLOPE * (found.bits - bits),
+    guess=point[0] + _OVERSHOOT * _SLOPE * (found.bits - bits),
     at_under=at_under,
     under=under,
     at_over=at_over,
     over=over,
   )
-  between = sum(jnp.abs(x - y) for x, y in zip(at_under, at_over, strict=True))
+  between = jnp.sum(jnp.abs(at_under - at_over))
   is_narrow = (between < _NARROW) | (search.trials >= _MAX_TRIALS)
-  ends = (search.stage < _ALL_FREE) | is_narrow & (_excess(under, bits) < -_TOLERANCE)
-  return _select(ends, _next_stage(bits, lowest, search), search)
+  is_over = (search.stage < _ALL_FREE) | is_narrow & (_excess(under, bits) < -_TOLERANCE)
+  return _select(is_over, _next_stage(bits, lowest, search), search)
 
 
 def _next_part(problem: RateProblem, bits: Float[Array, ''], search: _Search) -> Float[Array, '']:
@@ -154,9 +161,10 @@ def _next_part(problem: RateProblem, bits: Float[Array, ''], search: _Search) ->
   part = jnp.clip(-_excess(search.under, bits) / jnp.where(span > 0, span, 1), 0.02, 0.98)
   part = jnp.where(search.trials % 3 == 2, 0.5, part)
   # the ends are 2^68 apart: the first trials follow the slope of fine grids, from a guess
-  distance = search.at_over.log_lambda - search.at_under.log_lambda
+  start = search.at_under[0]
+  distance = search.at_over[0] - start
   guess = jnp.where(search.trials == 0, _guess(problem, bits), search.guess)
-  guess = (guess - search.at_under.log_lambda) / jnp.where(distance != 0, distance, 1)
+  guess = (guess - start) / jnp.where(distance != 0, distance, 1)
   is_guessed = (search.stage == _ALL_FREE) & (search.trials < _GUESSED_TRIALS)
   is_guessed = is_guessed & (guess > 0) & (guess < 1)
   part = jnp.where(is_guessed, guess, part)
@@ -183,9 +191,9 @@ def _next_stage(bits: Float[Array, ''], lowest: Float[Array, ''], search: _Searc
   held = jnp.where(from_ends, search.held, held).astype(jnp.int32)
   # thresholds are raised between all the way and not at all; then lambda falls between its last
   # value of few enough bits and its lower end
-  all_raised = Point(search.at_over.log_lambda, jnp.ones_like(zero))
-  at_under = _select(from_free, all_raised, Point(search.at_under.log_lambda, zero))
-  at_over = _select(from_free, search.at_over, Point(lowest, zero))
+  all_raised = search.at_over.at[1].set(1)
+  at_under = _select(from_free, all_raised, search.at_under.at[1].set(0))
+  at_over = _select(from_free, search.at_over, jnp.stack([lowest, zero]))
   # without a leaf that jumps there is no threshold to raise: one trial, and the stage ends
   skips = from_free & ~jnp.any(jumps)
   return _Search(
