@@ -131,7 +131,8 @@ def _try_point(
   """Tries a point between `at_under` and `at_over`, puts it in the place of one, and goes on."""
   part = _next_part(problem, bits, search)
   point = search.at_under + part * (search.at_over - search.at_under)
-  found = choices_at(problem, ends, *point, bits, search.held)
+  log_lambda, raised = point
+  found = choices_at(problem, ends, log_lambda, raised, bits, search.held)
   # beyond the free stage more bits may also cost more error: only less error is worth them
   is_better = (search.stage <= _ALL_FREE) | (found.cost <= search.under.cost)
   is_under = (_excess(found, bits) <= _TOLERANCE) & is_better
@@ -141,7 +142,7 @@ def _try_point(
   at_over, over = _select(is_under, (search.at_over, search.over), tried)
   search = search._replace(
     trials=search.trials + 1,
-    guess=point[0] + _OVERSHOOT * _SLOPE * (found.bits - bits),
+    guess=log_lambda + _OVERSHOOT * _SLOPE * (found.bits - bits),
     at_under=at_under,
     under=under,
     at_over=at_over,
