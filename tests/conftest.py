@@ -3,6 +3,7 @@
 Doctests, which run in the same session, see the promotion that users have.
 """
 
+import gc
 import os
 import pathlib
 from collections.abc import Iterator
@@ -66,6 +67,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if name in measured or not is_of_rooms:
       item.add_marker('no_cover')
     measured.add(name)
+
+
+def pytest_collection_finish() -> None:
+  # what is imported lives as long as the tests, so that no collection needs to visit it
+  gc.collect()
+  gc.freeze()
 
 
 def pytest_sessionfinish() -> None:

@@ -22,7 +22,7 @@ _BLOCKS = 8, 64  # channels: lengths of a block; sums over longer blocks are fas
 _MAX_PADDING = 9 / 8  # of the places with short blocks, at which long blocks are still used
 # least sizes of the joined arrays: compiling takes seconds, and solving for so few milliseconds,
 # so small networks share one program, of short blocks
-_MIN_LEAVES, _MIN_CHANNELS = 16, 2048
+_MIN_LEAVES, _MIN_CHANNELS = 8, 2048
 _FLOAT_MANTISSA = 23  # bits of a float32's mantissa; weights are read as float32
 
 

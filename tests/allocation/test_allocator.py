@@ -132,7 +132,7 @@ def test_solve_shares_programs():
     allocate(first, objective='squared_error', **targets)
     programs = allocation_solver.solve._cache_size()
     found = allocate(second, objective='balanced_error', **targets)
-    larger = {str(number): rng.laplace(size=(8, 128)).astype('f4') for number in range(12)}
+    larger = {str(number): rng.laplace(size=(8, 128)).astype('f4') for number in range(8)}
     allocate(larger, **targets)
     assert allocation_solver.solve._cache_size() == programs
     # the room that is left in it changes nothing

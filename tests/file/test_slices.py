@@ -2,6 +2,7 @@
 
 import time
 import tracemalloc
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -106,57 +107,85 @@ def test_save_names_slices():
     serialize(params, state)
 
 
-LEAF = '"layer":"float32[4,48,40] '
+class Line(NamedTuple):
+  """A leaf in the index, word by word: shape, levels, bytes of the payloads, and the rest."""
+
+  text: str
+  shape: str
+  levels: str
+  stored: str
+  fields: list[str]
+
+  def having(self, **words):
+    """Returns the edit of the index that replaces these words."""
+    _, shape, levels, stored, fields = self._replace(**words)
+    return replaced(self.text, ' '.join([shape, levels, stored, *fields]))
+
+  def having_stored(self, change):
+    return self.having(stored=','.join(change(self.stored.split(','))))
+
+  def having_escapes(self, change):
+    escapes = self.fields[0].removeprefix('escapes=').split(',')
+    return self.having(fields=[f'escapes={",".join(change(escapes))}', 'slices=1'])
 
 
-def hostile():
-  """Edits of the index of `network()` that a reader must refuse."""
-  text = index_text(serialize(*network()))
-  leaf = text[text.index(LEAF) :].split('"')[3]
-  shape, levels, stored, *fields = leaf.split(' ')
-  escapes = fields[0].removeprefix('escapes=')
-  assert fields == [f'escapes={escapes}', 'slices=1'] and escapes.count(',') == 7
-
-  def of(shape=shape, levels=levels, stored=stored, fields=fields):
-    return replaced(leaf, ' '.join([shape, levels, stored, *fields]))
-
-  first, *rest = stored.split(',')
-  none = ['escapes=' + ','.join('00000000'), 'slices=1']
-  return {
-    'no field': of(fields=fields[:1]),
-    'no axis': of(fields=[fields[0], 'slices=0']),
-    'all axes': of(fields=[fields[0], 'slices=3']),
-    'other axes': of(fields=[fields[0], 'slices=2']),
-    'huge axes': of(fields=[fields[0], f'slices={"9" * 30}']),
-    'no number': of(fields=[fields[0], 'slices=one']),
-    'leading zero': of(fields=[fields[0], 'slices=01']),
-    'twice': of(fields=[*fields, 'slices=1']),
-    'other order': of(fields=fields[::-1]),
-    'fewer levels': of(levels=levels.rsplit(',', 1)[0]),
-    'more levels': of(levels=f'{levels},1'),
-    'empty level': of(levels=f'{levels},'),
-    'high level': of(levels=f'128,{levels.split(",", 1)[1]}'),
-    'low level': of(levels=f'0,{levels.split(",", 1)[1]}'),
-    'fewer sizes': of(stored=','.join(rest)),
-    'more bytes': of(stored=','.join([f'{int(first) + 1}', *rest])),
-    'shifted bytes': of(stored=','.join([f'{int(first) + 1}', f'{int(rest[0]) - 1}', *rest[1:]])),
-    'fewer escapes': of(fields=[fields[0].rsplit(',', 1)[0], 'slices=1']),
-    'no escapes': of(fields=none),
-    'escapes elsewhere': of(fields=[f'escapes={",".join(escapes.split(",")[::-1])}', 'slices=1']),
-    'more slices': of(shape='float32[5,48,40]'),
-    'fewer slices': of(shape='float32[3,48,40]'),
-    'no slices': of(shape='float32[0,48,40]'),
-    'huge slices': of(shape=f'float32[{1 << 40},48,40]'),
-    'larger slices': of(shape='float32[4,48,41]'),
-    'huge of zeros': of(shape='float32[4,999999999,40]'),
-    'many rows': of(levels=','.join(['1'] * 400_000), stored=','.join(['1'] * 400_000)),
-    'uncompressed': replaced(leaf, f'{shape} slices=1'),
-  }
+@pytest.fixture(scope='module')
+def data():
+  return serialize(*network())
 
 
-@pytest.mark.parametrize('name', hostile())
-def test_load_refuses_lying_slices(name):
-  data = rebuilt(serialize(*network()), hostile()[name])
+@pytest.fixture(scope='module')
+def line(data):
+  text = index_text(data)
+  text = text[text.index('"layer":"float32[4,48,40] ') :].split('"')[3]
+  shape, levels, stored, *fields = text.split(' ')
+  escapes, slices = fields
+  assert escapes.startswith('escapes=') and escapes.count(',') == 7 and slices == 'slices=1'
+  return Line(text, shape, levels, stored, fields)
+
+
+# edits of the index that a reader must refuse
+HOSTILE = {
+  'no field': lambda line: line.having(fields=line.fields[:1]),
+  'no axis': lambda line: line.having(fields=[line.fields[0], 'slices=0']),
+  'all axes': lambda line: line.having(fields=[line.fields[0], 'slices=3']),
+  'other axes': lambda line: line.having(fields=[line.fields[0], 'slices=2']),
+  'huge axes': lambda line: line.having(fields=[line.fields[0], f'slices={"9" * 30}']),
+  'no number': lambda line: line.having(fields=[line.fields[0], 'slices=one']),
+  'leading zero': lambda line: line.having(fields=[line.fields[0], 'slices=01']),
+  'twice': lambda line: line.having(fields=[*line.fields, 'slices=1']),
+  'other order': lambda line: line.having(fields=line.fields[::-1]),
+  'fewer levels': lambda line: line.having(levels=line.levels.rsplit(',', 1)[0]),
+  'more levels': lambda line: line.having(levels=f'{line.levels},1'),
+  'empty level': lambda line: line.having(levels=f'{line.levels},'),
+  'high level': lambda line: line.having(levels=f'128,{line.levels.split(",", 1)[1]}'),
+  'low level': lambda line: line.having(levels=f'0,{line.levels.split(",", 1)[1]}'),
+  'fewer sizes': lambda line: line.having_stored(lambda sizes: sizes[1:]),
+  'more bytes': lambda line: line.having_stored(
+    lambda sizes: [f'{int(sizes[0]) + 1}', *sizes[1:]],
+  ),
+  'shifted bytes': lambda line: line.having_stored(
+    lambda sizes: [f'{int(sizes[0]) + 1}', f'{int(sizes[1]) - 1}', *sizes[2:]],
+  ),
+  'fewer escapes': lambda line: line.having_escapes(lambda escapes: escapes[:-1]),
+  'no escapes': lambda line: line.having_escapes(lambda escapes: ['0'] * len(escapes)),
+  'escapes elsewhere': lambda line: line.having_escapes(lambda escapes: escapes[::-1]),
+  'more slices': lambda line: line.having(shape='float32[5,48,40]'),
+  'fewer slices': lambda line: line.having(shape='float32[3,48,40]'),
+  'no slices': lambda line: line.having(shape='float32[0,48,40]'),
+  'huge slices': lambda line: line.having(shape=f'float32[{1 << 40},48,40]'),
+  'larger slices': lambda line: line.having(shape='float32[4,48,41]'),
+  'huge of zeros': lambda line: line.having(shape='float32[4,999999999,40]'),
+  'many rows': lambda line: line.having(
+    levels=','.join(['1'] * 400_000), stored=','.join(['1'] * 400_000)
+  ),
+  'uncompressed': lambda line: replaced(line.text, f'{line.shape} slices=1'),
+}
+
+
+@pytest.mark.parametrize('name', HOSTILE)
+def test_load_refuses_lying_slices(name, data, line):
+  data = rebuilt(data, HOSTILE[name](line))
   tracemalloc.start()
   began = time.process_time()
   with pytest.raises(ValueError):

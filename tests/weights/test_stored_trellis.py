@@ -184,10 +184,10 @@ def test_command_keeps_foreign_files_beside_its_work(tmp_path, monkeypatch, caps
 def test_trellis_peak_memory(monkeypatch):
   # compiled in less time: the trees take as much memory
   monkeypatch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
-  found = large_trees.run(48_000_000, 8_000_000, None, encoder='trellis')
-  # over that of its largest leaf alone: the whole tree would add five times the leaf, its kinds,
+  found = large_trees.run(32_000_000, 8_000_000, None, encoder='trellis')
+  # over that of its largest leaf alone: the whole tree would add three times the leaf, its kinds,
   # codes and values as much again
-  assert found['original'] >= 6 * found['largest']
+  assert found['original'] >= 4 * found['largest']
   assert found['peak'] - found['one'] <= 2 * found['largest']
   assert found['one'] - found['constant'] <= 8 * found['largest']
 
