@@ -8,12 +8,16 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import opq_jax
 from opq_jax.compression import CompressionState, add_zero_cell, bits_per_weight
 from opq_jax.compression.records import ESCAPED, ON_GRID, PRUNED, ZERO_OR_ON_GRID
 from opq_jax.finetuning import training
 from tests.helpers import small_networks
+from tests.helpers.meshes import lies_alike
 from tests.helpers.output_scales import scaled_state, scales_along, unlike
 
 
@@ -121,6 +125,35 @@ def test_slices_that_are_mapped():
   gradient = jax.grad(squares)(moved, state)
   np.testing.assert_array_equal(jax.vmap(jax.grad(squares))(moved, state), gradient)
   assert (np.asarray(gradient)[np.asarray(expected) != 0] != 0).all()
+
+
+def test_leaf_over_a_mesh():
+  weights, state = plain(np.float32)
+  moved = draw(weights.shape, seed=1)
+  layout = NamedSharding(jax.make_mesh((2, 2), ('data', 'model')), P('model', 'data'))
+  laid = jax.device_put(weights, layout)
+  laid_state = opq_jax.init_state(laid, opq_jax.allocate(weights, bits_per_weight=1.0))
+  found, expected = add_zero_cell(laid, laid_state), add_zero_cell(weights, state)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  lies_alike(found.tree.kinds, laid)
+  values = opq_jax.apply_compression(jax.device_put(moved, layout), found)
+  lies_alike(values, laid)
+  np.testing.assert_array_equal(values, opq_jax.apply_compression(moved, expected))
+
+
+def test_parameters_of_nnx():
+  weights, moved = draw((64, 48)), draw((64, 48), seed=1)
+  layer = nnx.Linear(64, 48, use_bias=False, rngs=nnx.Rngs(0))
+  layer.kernel[...] = jnp.asarray(weights)
+  states = []
+  for params in (nnx.state(layer), {'kernel': weights}):
+    state = opq_jax.init_state(params, opq_jax.allocate(params, bits_per_weight=1.0))
+    states.append(add_zero_cell(params, state))
+  jax.tree.map(np.testing.assert_array_equal, *map(jax.tree.leaves, states))
+  layer.kernel[...] = jnp.asarray(moved)
+  nnx.update(layer, opq_jax.apply_compression(nnx.state(layer), states[0]))
+  expected = opq_jax.apply_compression({'kernel': moved}, states[1])['kernel']
+  np.testing.assert_array_equal(layer.kernel[...], expected)
 
 
 def test_file_has_zeros_as_pruned_weights():
