@@ -79,7 +79,7 @@ class JoinedStatistics(NamedTuple):
     numbers: the one |w| that all weights of a bin have, in leaves where it is known; else NaN.
     lattices: of every leaf with few distinct magnitudes, as a `Lattice` of arrays.
     power: p of F_i = omega_i (D_i / S_i) S_i^p; None where the objective is not linear in D_i.
-    omegas: omega_i; where the objective is not linear, the weights of its terms, None for 1.
+    omegas: omega_i; where the objective is not linear, the weights of its terms.
   """
 
   scale: Float[Array, 'channels']
@@ -94,7 +94,7 @@ class JoinedStatistics(NamedTuple):
   numbers: Float[Array, 'leaves bins']
   lattices: Lattice
   power: Float[Array | np.ndarray, ''] | None
-  omegas: Float[Array, 'leaves'] | None
+  omegas: Float[Array, 'leaves']
 
   @property
   def leaves(self) -> int:
@@ -179,7 +179,5 @@ def join(
     numbers=layout.leaves([unknown if n is None else n for n in numbers], dtype),
     lattices=Lattice(*(layout.leaves(column, dtype) for column in columns)),
     power=None if power is None else np.asarray(power, dtype),
-    omegas=None
-    if power is None and not omegas
-    else layout.leaves(trees.on_host(omegas or [np.ones(())] * len(stats)), dtype, fill=1),
+    omegas=layout.leaves(trees.on_host(omegas or [np.ones(())] * len(stats)), dtype, fill=1),
   )

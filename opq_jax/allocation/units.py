@@ -43,7 +43,6 @@ def channels_of(tree: JoinedStatistics, block: int) -> tuple[Channels, Float[Arr
   unit = safe * spread
   price = None
   if tree.power is not None:
-    assert tree.omegas is not None
     # the energy S_i is share * unit^2 up to a constant.  Its logarithm is taken of units relative
     # to the largest one: that of a unit of 1e-30 would cost digits
     tiny = jnp.finfo(unit.dtype).tiny
@@ -94,11 +93,9 @@ def rate_problem_of(
   if tree.power is None:
     tiny = jnp.finfo(unit.dtype).tiny
     log_mu = jnp.log(jnp.asarray(tree.sizes)) + jnp.log(jnp.maximum(sums.energy(), tiny))
-    if tree.omegas is not None:
-      log_mu = log_mu - jnp.log(tree.omegas)
+    log_mu = log_mu - jnp.log(tree.omegas)
   else:
     # mu = lambda / F', F = omega S^(power - 1) D, and S = 2 n t^2
-    assert tree.omegas is not None
     energy = jnp.log(2 * jnp.asarray(tree.sizes)) + 2 * jnp.log(unit)
     log_mu = (1 - jnp.asarray(tree.power)) * energy - jnp.log(tree.omegas) - 2 * jnp.log(own)
   most = MAX_LEVELS if palette_levels is None else palette_levels
