@@ -29,8 +29,8 @@ RAISED = 4
 class Choices(NamedTuple):
   """The choice of every leaf.
 
-  The search selects among choices, and XLA compiles a kernel for each array that it selects: two
-  arrays compile in less time than one for every property.
+  The search selects among choices, and XLA compiles a kernel for each array that it selects: so
+  the properties are rows of two arrays.
 
   Attributes:
     of_leaves: its rows are `choice`, `threshold`, `step`, `levels` and `payload`.

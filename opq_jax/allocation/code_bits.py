@@ -57,7 +57,7 @@ def payload_bits(
   # no frequency is below 1: rare codes take fewer bits than their share says, all others more
   surprise = -cells * jnp.log2(jnp.maximum(cells, 1 / whole))
   raised = occurs * jnp.maximum(1 / whole - cells, 0)
-  # summed together: XLA takes five kernels for a cumulative sum, and compiles each of them
+  # summed together: XLA compiles several kernels for each cumulative sum
   of_both_signs = [jnp.sum(x, axis=1, keepdims=True) for x in (surprise, raised)]
   sums = jnp.cumsum(jnp.concatenate([occurs, each, *of_both_signs], axis=1), axis=2)
   empty = jnp.maximum(listed - sums[:, :2], 0)

@@ -205,7 +205,7 @@ def histogram_moments(
   on_grid = jnp.where(is_pruned | is_escaped, 0, counts)
   pruned = jnp.where(is_pruned, counts, 0)
   squares, lost = (x * centre * centre for x in (counts, pruned))
-  # one sum of six rows compiles in less time than six sums
+  # one sum of six rows has fewer kernels to compile than six sums
   rows = jnp.stack([counts, squares, pruned, lost, on_grid, on_grid * rest])
   total, energy, pruned, lost, survivors, rests = jnp.sum(rows, axis=1)
   total = jnp.maximum(total, 1)

@@ -23,7 +23,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from opq_jax.allocation import laplace
@@ -135,7 +134,7 @@ def rounded_step(step: Float[Array, 'leaves']) -> Float[Array, 'leaves']:
   coded.
   """
   # the first bit of a mantissa is not stored
-  return lax.reduce_precision(step, jnp.finfo(step.dtype).nexp, STEP_BITS - 1)
+  return jax.lax.reduce_precision(step, jnp.finfo(step.dtype).nexp, STEP_BITS - 1)
 
 
 def _least(sums: Sums) -> Array:
@@ -146,12 +145,12 @@ def _least(sums: Sums) -> Array:
 def _tail(sums: Sums, threshold: Array, step: Array) -> _Tail:
   """Returns the tail beyond a threshold; escaped weights do not count in its scale."""
   ends = sums.at(jnp.stack([threshold, threshold + MAX_LEVELS * step], axis=1))
-  near, far = (Tail(*(x[:, k] for x in ends)) for k in (0, 1))
-  return _tail_between(sums, threshold, near, far)
+  return _tail_of(sums, threshold, ends)
 
 
-def _tail_between(sums: Sums, threshold: Array, tail: Tail, far: Tail) -> _Tail:
-  """Returns the tail beyond a threshold, given the sums there and 127 cells further."""
+def _tail_of(sums: Sums, threshold: Array, edges: Tail) -> _Tail:
+  """Returns the tail beyond a threshold, given the sums at edges from it to 127 cells further."""
+  tail, far = (Tail(*(column[:, k] for column in edges)) for k in (0, -1))
   left = tail.positive + tail.negative
   inside = left - far.positive - far.negative
   scale = (tail.magnitude - far.magnitude) / jnp.where(inside > 0, inside, 1) - threshold
@@ -187,8 +186,7 @@ def best_levels(problem: RateProblem, grid: Grid) -> Levels:
   sums, (threshold, step, log_price) = problem.sums, grid
   edges = edges_of(sums, threshold, step)
   shares = shares_of(edges.tail)
-  near, far = (Tail(*(x[:, k] for x in edges.tail)) for k in (0, -1))
-  scale = _tail_between(sums, threshold, near, far).scale
+  scale = _tail_of(sums, threshold, edges.tail).scale
   # the bits of a value depend little on the edge: one estimate, in the upper half of the reach,
   # serves all numbers of levels, and the chosen one is corrected below
   upper = threshold + 0.6 * jnp.minimum(MAX_LEVELS * step, sums.largest - threshold)

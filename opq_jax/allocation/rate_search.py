@@ -150,8 +150,8 @@ def _try_point(
   )
   between = jnp.sum(jnp.abs(at_under - at_over))
   is_narrow = (between < _NARROW) | (search.trials >= _MAX_TRIALS)
-  is_over = (search.stage < _ALL_FREE) | is_narrow & (_excess(under, bits) < -_TOLERANCE)
-  return _select(is_over, _next_stage(bits, lowest, search), search)
+  is_ended = (search.stage < _ALL_FREE) | is_narrow & (_excess(under, bits) < -_TOLERANCE)
+  return _select(is_ended, _next_stage(bits, lowest, search), search)
 
 
 def _next_part(problem: RateProblem, bits: Float[Array, ''], search: _Search) -> Float[Array, '']:
